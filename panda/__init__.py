@@ -1,0 +1,17 @@
+"""panda trains large language models: names become training runs.
+
+What a package that adds components imports, and nothing that is slow to import.
+"""
+
+from panda.registry import Meta as Meta
+from panda.registry import UserError as UserError
+from panda.registry import hookimpl as hookimpl
+from panda.registry import register_arch as register_arch
+from panda.registry import register_lr_scheduler as register_lr_scheduler
+from panda.registry import register_model as register_model
+from panda.registry import register_optimizer as register_optimizer
+from panda.registry import register_plugin as register_plugin
+from panda.registry import register_reader as register_reader
+from panda.registry import register_task as register_task
+
+__version__ = "0.1.0"

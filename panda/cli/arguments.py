@@ -1,0 +1,88 @@
+"""The command line and the YAML file, as given values with their origins.
+
+Which flags exist depends on the components that the flags choose, so the line is split here without
+knowing any: ``--key value``, ``--key=value``, ``--key a b`` for a list, and ``--key`` alone for true.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from panda.registry import UserError
+from panda.registry.flat_yaml import load_flat_yaml
+from panda.registry.options import Given
+from panda.run_options import ACCEPTED_SPELLINGS
+
+IGNORED = ("local_rank",)
+"""Flags that launchers add: `deepspeed` passes --local_rank, which panda reads from the environment."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was asked for on a command line."""
+
+    given: dict[str, Given]
+    """Keys from the YAML file with the flags laid over them."""
+    blocked: tuple[str, ...]
+    """Names behind ``-p no:``."""
+    help: bool
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Read the flags in ``argv`` and the YAML file that ``--config`` names."""
+    blocked: list[str] = []
+    flags: dict[str, Given] = {}
+    help_wanted = False
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if word in ("-h", "--help"):
+            help_wanted = True
+        elif word == "-p" or word.startswith("-p="):
+            value = word[3:] if word != "-p" else argv[position] if position < len(argv) else ""
+            position += word == "-p"
+            if not value.startswith("no:") or not value[3:]:
+                raise UserError(f"-p {value}: expected `-p no:NAME`. To add a plugin, write `--plugins NAME`.")
+            blocked.append(value[3:])
+        elif word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            values = [text] if equals else []
+            while not equals and position < len(argv) and not argv[position].startswith("--") and argv[position] != "-p":
+                values.append(argv[position])
+                position += 1
+            key = name.replace("-", "_")
+            origin = f"--{name}"
+            if key in flags:
+                raise UserError(f"{origin} is given twice.")
+            if key not in IGNORED:
+                value = True if not values else values[0] if len(values) == 1 else tuple(values)
+                flags[key] = Given(value, origin, " ".join(values) or "true")
+        else:
+            hint = f" Did you mean `--config {word}`?" if word.endswith((".yaml", ".yml")) else ""
+            raise UserError(f"{word!r}: expected a flag, --key value.{hint}")
+    flags = _with_accepted_spellings(flags)
+
+    given: dict[str, Given] = {}
+    config = flags.pop("config", None)
+    if config is not None:
+        if not isinstance(config.value, str):
+            raise UserError("--config needs the path of a YAML file: --config configs/instruct-tiny.yaml")
+        given = _with_accepted_spellings(load_flat_yaml(Path(config.value)))
+        if "config" in given:
+            raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
+    return Arguments(given | flags, tuple(blocked), help_wanted)
+
+
+def _with_accepted_spellings(given: dict[str, Given]) -> dict[str, Given]:
+    accepted: dict[str, Given] = {}
+    for written, value in given.items():
+        key = ACCEPTED_SPELLINGS.get(written, written)
+        if key != written:
+            print(f"warning: {value.origin}: {written!r} is taken as {key!r}.", file=sys.stderr)
+        if key in accepted:
+            raise UserError(f"{value.origin}: {key!r} is given twice, first at {accepted[key].origin}.")
+        accepted[key] = value
+    return accepted

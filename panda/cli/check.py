@@ -1,0 +1,79 @@
+"""``panda check``: what a configuration means, and whether its data is there. Trains nothing."""
+
+from __future__ import annotations
+
+import os
+
+from panda.cli.arguments import parse_arguments
+from panda.cli.command import run_command
+from panda.cli.configuration import configure
+from panda.registry.resolve import Resolved
+
+USAGE = """\
+usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
+
+Resolve a configuration as panda-train would, print each value with where it came from, load the
+tokenizer, read and tokenise all the data, count the model's parameters; train nothing, write nothing.
+
+example: panda check configs/instruct-tiny.yaml --learning_rate 2e-3"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda check``."""
+    return run_command(_check, argv)
+
+
+def _check(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    arguments = parse_arguments(argv)
+    if arguments.help or not argv:
+        print(USAGE)
+        return
+    resolved, _ = configure(arguments)
+    _print_settings(resolved)
+    _check_data_and_model(resolved)
+
+
+def _print_settings(resolved: Resolved) -> None:
+    width = max(map(len, resolved.settings))
+    owner = None
+    for key, setting in resolved.settings.items():
+        if setting.owner != owner:
+            owner = setting.owner
+            print(f"{owner}:")
+        value = ", ".join(map(str, setting.value)) if isinstance(setting.value, tuple) else setting.value
+        shown = repr(value) if isinstance(value, str) and value != value.strip() else value
+        print(f"  {key:{width}}  {'' if shown is None else shown!s:24}  {setting.origin}".rstrip())
+    print()
+    for chosen in resolved.chosen:
+        source = "{}:{}".format(*chosen.component.source)
+        print(f"{chosen.label}: {chosen.offer.distribution} {chosen.offer.version}, {source}")
+
+
+def _check_data_and_model(resolved: Resolved) -> None:
+    from panda.engine.deepspeed_config import deepspeed_config
+    from panda.runner import build_model
+    from panda.runner import build_task
+    from panda.runner import load_tokenizer
+    from panda.runner import plan_batches
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)
+    tokenizer = load_tokenizer(resolved.core.tokenizer)
+    task = build_task(resolved, tokenizer)
+    dataset = task.dataset()
+    plan = plan_batches(resolved.core, len(dataset), world_size)
+    print(f"\ndata: {dataset.report.files} files, {dataset.report.rows:,} rows")
+    for line in dataset.report.lines():
+        print(f"data: {line}")
+    print(
+        f"data: {len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss\n"
+        f"run: {plan.total_steps:,} optimizer steps of {plan.step_samples:,} samples on {world_size} rank(s)"
+    )
+
+    import torch
+
+    with torch.device("meta"):
+        model = build_model(resolved, tokenizer)
+    print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")

@@ -1,0 +1,37 @@
+"""What every command line shares: user errors without a traceback, and the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from panda.registry import UserError
+
+USAGE_ERROR = 2
+
+
+def run_command(command: Callable[[list[str]], None], argv: list[str] | None) -> int:
+    """Run ``command`` on ``argv`` (by default the process's) and return its exit code.
+
+    A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment shows where it came
+    from. Any other exception is a bug, and keeps its traceback.
+    """
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if os.environ.get("PANDA_TRACEBACK"):
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"error on rank {rank}"
+        print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()[:1]), file=sys.stderr)
+        for line in str(error).splitlines()[1:]:
+            print(f"  {line}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `panda list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -1,0 +1,20 @@
+"""Arguments to a resolved configuration: what panda-train, panda check and --help share."""
+
+from __future__ import annotations
+
+from panda.cli.arguments import Arguments
+from panda.refusals import refuse
+from panda.registry import Catalog
+from panda.registry.resolve import Resolved
+from panda.registry.resolve import resolve
+from panda.run_options import DEFAULT_PLUGINS
+from panda.run_options import RENAMED
+from panda.run_options import RunOptions
+
+
+def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
+    """Resolve ``arguments`` against what is installed. Raises UserError; imports no torch."""
+    catalog = Catalog(arguments.blocked)
+    resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
+    refuse(resolved)
+    return resolved, catalog

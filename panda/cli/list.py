@@ -1,0 +1,63 @@
+"""``panda list``: what is installed, read from metadata and source; nothing is imported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from panda.cli.command import run_command
+from panda.registry import Catalog
+from panda.registry import Offer
+from panda.registry.declarations import module_summary
+from panda.registry.kinds import KINDS
+from panda.registry.kinds import kind_named
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda list``."""
+    return run_command(_list, argv)
+
+
+def _list(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="panda list",
+        description="List what is installed: names, who provides them, and what they are. Imports none of it.",
+        epilog="example: panda list optimizers --json",
+    )
+    parser.add_argument("kind", nargs="?", help=", ".join(kind.plural for kind in KINDS.values()) + "; by default all")
+    parser.add_argument("--json", action="store_true", help="one JSON array of objects")
+    parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave a distribution or plugin out")
+    arguments = parser.parse_args(argv)
+    kinds = [kind_named(arguments.kind)] if arguments.kind else list(KINDS.values())
+    catalog = Catalog(value.removeprefix("no:") for value in arguments.p)
+    if arguments.json:
+        rows = [_described(offer) for kind in kinds for offer in catalog.offers(kind.name)]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for number, kind in enumerate(kinds):
+        offers = catalog.offers(kind.name)
+        print(f"{chr(10) if number else ''}{kind.plural}: {kind.summary}")
+        name_width = max((len(offer.name) for offer in offers), default=0)
+        provider_width = max((len(_provider(offer)) for offer in offers), default=0)
+        for offer in offers:
+            described = _described(offer)
+            print(f"  {offer.name:{name_width}}  {_provider(offer):{provider_width}}  {described['summary']}".rstrip())
+        if not offers:
+            print("  none")
+
+
+def _provider(offer: Offer) -> str:
+    return f"{offer.distribution} {offer.version}"
+
+
+def _described(offer: Offer) -> dict[str, str | None]:
+    declared = offer.declaration
+    return {
+        "kind": offer.kind,
+        "name": offer.name,
+        "distribution": offer.distribution,
+        "version": offer.version,
+        "module": offer.module,
+        "summary": declared.summary if declared else module_summary(offer.module) if offer.kind == "plugin" else "",
+        "line": str(declared.line) if declared else None,
+    }

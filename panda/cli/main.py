@@ -1,0 +1,51 @@
+"""``panda``: look at what is installed and at what a configuration means."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from panda.cli.command import run_command
+from panda.registry import UserError
+from panda.registry.errors import did_you_mean
+
+COMMANDS = {
+    "list": "what is installed, by kind",
+    "show": "one component: its options, and where it comes from",
+    "check": "resolve a configuration, verify its data, train nothing",
+    "train": "the same as panda-train",
+}
+"""Each is a module of this package with ``main(argv)``."""
+
+USAGE = "usage: panda COMMAND ...\n\ncommands:\n" + "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items()) + """
+
+examples:
+  panda list archs
+  panda show model llama
+  panda check configs/instruct-tiny.yaml
+
+`panda COMMAND --help` says more."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda``."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in COMMANDS:
+        exit_code: int = importlib.import_module(f"panda.cli.{arguments[0]}").main(arguments[1:])
+        return exit_code
+    return run_command(_without_command, arguments)
+
+
+def _without_command(argv: list[str]) -> None:
+    if argv and argv[0] not in ("-h", "--help"):
+        if argv[0] in ("-V", "--version"):
+            import panda
+
+            print(f"panda {panda.__version__}")
+            return
+        raise UserError(f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)}\n{USAGE}")
+    print(USAGE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""``panda show``: one component, its options and where it comes from."""
+
+from __future__ import annotations
+
+import argparse
+
+from panda.cli.command import run_command
+from panda.cli.help import print_options
+from panda.registry import Catalog
+from panda.registry.kinds import kind_named
+from panda.registry.options import options_of
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda show``."""
+    return run_command(_show, argv)
+
+
+def _show(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="panda show",
+        description="Show one component: what it is, its options with their defaults, and where it comes from.",
+        epilog="example: panda show model llama",
+    )
+    parser.add_argument("kind", help="task, model, arch, optimizer, lr_scheduler, reader or plugin")
+    parser.add_argument("name", help="its name, or DISTRIBUTION:NAME")
+    arguments = parser.parse_args(argv)
+    catalog = Catalog()
+    offer = catalog.find(kind_named(arguments.kind).name, arguments.name)
+    component = catalog.load(offer)
+    print(f"{offer.kind} {component.name if component else offer.name}")
+    if component is None:
+        print(f"\n  from     {offer.distribution} {offer.version}\n  module   {offer.module}")
+        return
+    print("\n".join(f"  {line}".rstrip() for line in component.doc.splitlines()))
+    print(f"\n  from     {offer.distribution} {offer.version}")
+    print(f"  module   {offer.module}")
+    print("  source   {}:{}".format(*component.source))
+    if component.aliases:
+        print(f"  aliases  {', '.join(component.aliases)}")
+    if component.model is not None:
+        print(f"  model    {component.model}\n")
+        for key, value in component.factory().items():
+            print(f"  {key}: {value}")
+        return
+    options = options_of(component.options)
+    if options:
+        print_options("options", options)
+    else:
+        print("\nno options")

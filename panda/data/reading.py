@@ -1,0 +1,86 @@
+"""What a reader is, and which files it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from typing import Protocol
+
+from panda.registry import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file."""
+
+    fields: Mapping[str, Any]
+    file: Path
+    number: int
+    """Counted from 1 in its file, bad rows included."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    file: Path
+    number: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}: {self.problem}"
+
+
+class Reader(Protocol):
+    """Turns a file into rows. What ``register_reader`` factories return."""
+
+    suffixes: tuple[str, ...]
+    """Ends of the names of files that it reads: ``(".json", ".jsonl")``."""
+
+    def read(self, file: Path) -> Iterator[Row | BadRow]:
+        """The rows of ``file``, in order. Raises UserError where the file as a whole cannot be read."""
+        ...
+
+
+def resolve_path(text: str) -> Path:
+    """The path that an option means: ``panda:`` begins one inside the installed panda package."""
+    if text.startswith("panda:"):
+        import panda
+
+        return Path(panda.__file__).parent / text.removeprefix("panda:")
+    return Path(text).expanduser()
+
+
+def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Path]:
+    """The files to read below ``location`` (a folder or one file), in sorted order of their paths.
+
+    No file is left out for what its path contains. ``option`` is the key to name in errors. Raises
+    UserError where there is nothing to read.
+    """
+    path = resolve_path(location)
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise UserError(
+            f"{option}: {location!r} does not exist (looked in {Path.cwd()}). Give a folder of"
+            f" {' or '.join(suffixes)} files, or one such file."
+        )
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and file.name.lower().endswith(suffixes)
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not found:
+        others = sorted({file.suffix for file in path.rglob("*") if file.is_file() and file.suffix})
+        seen = f"; it has {', '.join(others)}" if others else "; it is empty"
+        raise UserError(f"{option}: {location!r} has no file that ends in {' or '.join(suffixes)}{seen}.")
+    return found

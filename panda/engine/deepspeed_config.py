@@ -1,0 +1,92 @@
+"""DeepSpeed's configuration, derived from panda's keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.registry import UserError
+
+if TYPE_CHECKING:
+    from panda.run_options import RunOptions
+
+# DeepSpeed allocates this many elements up front for ZeRO-3, and its default is 500 million.
+CPU_BUCKET_ELEMENTS = 1_000_000
+
+
+def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """The dictionary that ``deepspeed.initialize`` is given and that the run directory records.
+
+    ``options.deepspeed_config`` names a JSON file of keys to add. Raises UserError for a key in it
+    that panda owns.
+    """
+    zero: dict[str, Any] = {"stage": options.zero_stage}
+    if options.zero_stage and not on_gpu:
+        zero |= {"reduce_bucket_size": CPU_BUCKET_ELEMENTS, "allgather_bucket_size": CPU_BUCKET_ELEMENTS}
+    if options.zero_stage == 3 and not on_gpu:
+        zero |= {"stage3_prefetch_bucket_size": CPU_BUCKET_ELEMENTS}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": options.per_gpu_train_batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "train_batch_size": options.per_gpu_train_batch_size * options.gradient_accumulation_steps * world_size,
+        # Always written: DeepSpeed's default was 0 until 0.19.3 and is 1.0 since.
+        "gradient_clipping": options.max_grad_norm,
+        "bf16": {"enabled": options.precision == "bf16"},
+        "fp16": {"enabled": options.precision == "fp16"},
+        "zero_optimization": zero,
+        # Whether an optimizer is right under ZeRO is settled by panda's own tests and refusals.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if options.precision == "bf16" and options.zero_stage > 0:
+        # Sums of many micro batches in bf16 lose the small ones.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if options.deepspeed_config is not None:
+        _add(config, _load(options.deepspeed_config), options.deepspeed_config)
+    return config
+
+
+_OWNERS = {
+    "train_micro_batch_size_per_gpu": "per_gpu_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_batch_size": "per_gpu_train_batch_size and gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "data_types": "precision",
+    "zero_optimization.stage": "zero_stage",
+    "optimizer": "optimizer",
+    "scheduler": "lr_scheduler",
+    "zero_allow_untested_optimizer": "optimizer",
+    "zero_force_ds_cpu_optimizer": "optimizer",
+}
+"""Keys of DeepSpeed's that follow from one of panda's."""
+
+
+def _load(file: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UserError(f"deepspeed_config: {file}: {problem.strerror}.") from None
+    except ValueError as problem:
+        raise UserError(f"deepspeed_config: {file}: not valid JSON: {problem}.") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"deepspeed_config: {file}: expected a JSON object.")
+    return loaded
+
+
+def _add(config: dict[str, Any], extra: dict[str, Any], file: str, prefix: str = "") -> None:
+    for key, value in extra.items():
+        path = prefix + key
+        if path in _OWNERS:
+            raise UserError(
+                f"deepspeed_config: {file} sets {path!r}, which panda derives from `{_OWNERS[path]}`."
+                f" Take it out of {file} and set `{_OWNERS[path]}`."
+            )
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _add(config[key], value, file, f"{path}.")
+        else:
+            config[key] = value

@@ -1,0 +1,149 @@
+"""Optimizer steps: DeepSpeed's engine under panda's contract of the loss.
+
+The loss of a step is the **sum over its supervised tokens, divided by how many there are**, in all
+micro batches of all data-parallel ranks. DeepSpeed averages: over micro batches (``scale_wrt_gas``)
+and over ranks. So the count is taken before the first backward, every micro batch's loss *sum* is
+multiplied by ``ranks / count``, and the average over ranks makes of it the sum over ranks. How the
+step is split no longer matters, beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from typing import Protocol
+from typing import TypeVar
+
+import torch
+
+from panda.engine.processes import Processes
+
+BatchType = TypeVar("BatchType", bound="CountedBatch")
+
+
+class CountedBatch(Protocol):
+    """A micro batch that knows its tokens."""
+
+    tokens: int
+    supervised_tokens: int
+
+    def to(self: BatchType, device: torch.device) -> BatchType: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step gave, still on the device: reading a value waits for it."""
+
+    loss: torch.Tensor
+    """Scalar: loss per supervised token, over the whole step and all ranks."""
+    grad_norm: torch.Tensor | float
+    """Norm of all gradients before clipping."""
+    counts: torch.Tensor
+    """float64 [2]: tokens, and supervised tokens, of the whole step on all ranks."""
+
+
+class Engine:
+    """A module and its optimizer, trained in data-parallel processes."""
+
+    def __init__(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], processes: Processes
+    ) -> None:
+        import deepspeed
+
+        self.processes = processes
+        with _without_effect(optimizer):
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
+        self._keeps_grad_norm = self.optimizer is not optimizer
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module itself; under ZeRO-3 its weights are partitioned."""
+        module: torch.nn.Module = self.deepspeed.module
+        return module
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set every group's learning rate to ``factor`` of its peak, for the next step."""
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
+
+    def step(
+        self, micro_batches: list[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]
+    ) -> StepResult:
+        """One optimizer step over ``micro_batches`` of this rank; every rank has as many.
+
+        ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its supervised
+        tokens. Never waits for the device.
+        """
+        device = self.processes.device
+        counts = torch.tensor(
+            [sum(batch.tokens for batch in micro_batches), sum(batch.supervised_tokens for batch in micro_batches)],
+            dtype=torch.float64,
+        ).to(device, non_blocking=True)
+        self.processes.sum_(counts)
+        supervised = counts[1].clamp(min=1.0).float()
+        scale = self.processes.world_size / supervised
+        total = torch.zeros((), device=device)
+        self.deepspeed.train()
+        for number, batch in enumerate(micro_batches, 1):
+            loss = loss_sum(self.deepspeed, batch.to(device))
+            total += loss.detach()
+            self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            if number < len(micro_batches):
+                self.deepspeed.step()
+        grad_norm = None if self._keeps_grad_norm else self._grad_norm()
+        self.deepspeed.step()
+        if grad_norm is None:
+            grad_norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts)
+
+    def evaluating(self) -> torch.nn.Module:
+        """The module in evaluation mode. Under ZeRO-3 every rank has to run it together."""
+        self.deepspeed.eval()
+        return self.module
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The module's state dict on the CPU of rank 0, empty elsewhere; gathered tensor by tensor under ZeRO-3.
+
+        A tensor that has several names appears under each, once in memory.
+        """
+        from deepspeed.runtime.zero import GatheredParameters
+
+        copies: dict[int, torch.Tensor] = {}
+        whole: dict[str, torch.Tensor] = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                if self.processes.rank == 0:
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                    whole[name] = copies[id(tensor)]
+        return whole
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
+    def _grad_norm(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+@contextmanager
+def _without_effect(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Makes ``optimizer.step()`` do nothing meanwhile.
+
+    DeepSpeed's 16-bit wrappers without ZeRO take a step with zero gradients when they are made, to
+    allocate its state. That step counts for bias correction, and decays weights.
+    """
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del optimizer.step

@@ -1,0 +1,92 @@
+"""The processes of a run: joined where a launcher started them, alone where none did."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from panda.registry import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and the others of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def agree(self, decide: Callable[[], Result]) -> Result:
+        """What ``decide()`` returns on rank 0, on every rank; a UserError there is raised everywhere."""
+        held: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                held[0] = decide()
+            except UserError as problem:
+                held[1] = str(problem)
+        dist.broadcast_object_list(held, src=0)
+        if held[1] is not None:
+            raise UserError(held[1])
+        result: Result = held[0]
+        return result
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor`` over all ranks, in place. Does not wait for a GPU."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def join_processes() -> Processes:
+    """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+        # DeepSpeed's own choice, said so that it does not go looking for another accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        if world_size > 1:
+            dist.init_process_group(backend)
+        else:
+            # No port is opened, so any number of single-process runs share a machine. DeepSpeed
+            # reads its place from the environment even where it is alone.
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _join_deepspeed()
+    return Processes(rank, world_size, device)
+
+
+def leave_processes() -> None:
+    """Take the process group down, so that the interpreter ends without threads in a collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join_deepspeed() -> None:
+    import logging
+
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # A shared-memory all-reduce that only inference uses, and that DeepSpeed would compile with a
+    # C++ compiler, for half a minute, at the first start on every machine without a GPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)

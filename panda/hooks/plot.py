@@ -1,0 +1,83 @@
+"""The ``plot`` plugin: ``loss.png``, the picture that people look at first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.hooks.metrics import read_metrics
+from panda.registry import NoOptions
+from panda.registry import hookimpl
+from panda.registry import register_plugin
+from panda.registry.contexts import PluginContext
+
+if TYPE_CHECKING:
+    from panda.runner import Run
+
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed curve."""
+
+
+@register_plugin("plot")
+class Plot:
+    """Draws loss.png, loss and learning rate over steps, when the run ends, however it ends."""
+
+    def __init__(self, options: NoOptions, context: PluginContext) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    @hookimpl
+    def panda_run_start(self, run: Run) -> None:
+        if run.processes.rank == 0:
+            self.records = [record for record in read_metrics(run.directory) if record["step"] <= run.step]
+
+    @hookimpl
+    def panda_log(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    @hookimpl
+    def panda_run_end(self, run: Run) -> None:
+        self._draw(run)
+
+    @hookimpl
+    def panda_exception(self, run: Run) -> None:
+        self._draw(run)
+
+    def _draw(self, run: Run) -> None:
+        if self.records:
+            draw_loss(self.records, run.directory / "loss.png", title=run.directory.name)
+
+
+def draw_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draw loss, its moving average and the learning rate of ``records`` over steps into ``path``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [record["step"] for record in records]
+    losses = [record["loss"] for record in records]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    rate_axes = axes.twinx()
+    rate_axes.plot(steps, [record["learning_rate"] for record in records], color="0.75", linewidth=1)
+    rate_axes.set_ylabel("learning rate", color="0.5")
+    rate_axes.set_ylim(bottom=0)
+    axes.plot(steps, losses, color="C0", alpha=0.35, linewidth=1, marker="." if len(steps) < 20 else "")
+    axes.plot(steps, _smoothed(losses), color="C0", label="loss per supervised token")
+    axes.set_zorder(rate_axes.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per supervised token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.set_title(f"{title}: {losses[0]:.3f} → {losses[-1]:.3f}")
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average without the bias of its start."""
+    mean, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smoothed.append(mean / weight)
+    return smoothed

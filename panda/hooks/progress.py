@@ -1,0 +1,116 @@
+"""The ``progress`` plugin: a bar in a terminal, plain lines elsewhere, and what there is to see at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.registry import NoOptions
+from panda.registry import hookimpl
+from panda.registry import register_plugin
+from panda.registry.contexts import PluginContext
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from panda.runner import Run
+
+PLAIN_SECONDS = 2.0
+"""Least time between two plain lines."""
+
+
+@register_plugin("progress")
+class Progress:
+    """Shows how far the run is, on rank 0, and at the end where everything is and what the model answers."""
+
+    def __init__(self, options: NoOptions, context: PluginContext) -> None:
+        self.bar: Bar | None = None
+        self.bar_task: Any = None
+        self.last_line = 0.0
+        self.first: dict[str, Any] | None = None
+        self.last: dict[str, Any] = {}
+
+    @hookimpl
+    def panda_run_start(self, run: Run) -> None:
+        if run.processes.rank != 0:
+            return
+        for line in run.dataset.report.lines():
+            print(f"data: {line}", flush=True)
+        if run.resumed_from:
+            print(f"resumed from {run.resumed_from}, step {run.step}", flush=True)
+        data, plan = run.dataset, run.plan
+        print(
+            f"{len(data):,} samples, {data.tokens:,} tokens, {data.supervised_tokens:,} with loss;"
+            f" {plan.total_steps:,} steps of {plan.micro_batch} x {plan.accumulation} x {plan.ranks} samples"
+            f" (micro batch x accumulation x ranks) on {run.processes.device.type}",
+            flush=True,
+        )
+        if sys.stdout.isatty():
+            self._open_bar(run)
+
+    @hookimpl
+    def panda_log(self, run: Run, record: dict[str, Any]) -> None:
+        self.first = self.first or record
+        self.last = record
+        text = (
+            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}"
+            f"  {record['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self.bar is not None:
+            self.bar.update(self.bar_task, completed=record["step"], description=text)
+            return
+        total = run.plan.total_steps
+        now = time.monotonic()
+        if now - self.last_line >= PLAIN_SECONDS or record["step"] in (1, total):
+            self.last_line = now
+            print(f"step {record['step']}/{total}  {text}", flush=True)
+
+    @hookimpl(trylast=True)
+    def panda_run_end(self, run: Run) -> None:
+        if run.processes.rank != 0:
+            return
+        self._close_bar()
+        if self.first is not None:
+            print(f"loss {self.first['loss']:.4f} at step {self.first['step']}, {self.last['loss']:.4f} at {self.last['step']}")
+        print(f"\n{run.directory}/")
+        for name, what in _CONTENTS.items():
+            if (run.directory / name).exists():
+                print(f"  {name:16} {what}")
+        for answer in run.answers:
+            print(f"\n> {answer['prompt']}\n{answer['answer']}")
+        sys.stdout.flush()
+
+    @hookimpl
+    def panda_exception(self) -> None:
+        self._close_bar()
+
+    def _open_bar(self, run: Run) -> None:
+        from rich.progress import BarColumn
+        from rich.progress import MofNCompleteColumn
+        from rich.progress import Progress as RichProgress
+        from rich.progress import TextColumn
+        from rich.progress import TimeRemainingColumn
+
+        self.bar = RichProgress(
+            BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        )
+        self.bar_task = self.bar.add_task("", total=run.plan.total_steps, completed=run.step)
+        self.bar.start()
+
+    def _close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+_CONTENTS = {
+    "config.yaml": "the whole configuration; runs again as it stands",
+    "provenance.json": "versions, and where each component and value came from",
+    "metrics.jsonl": "a record a line",
+    "loss.png": "the loss curve",
+    "tensorboard": "for `tensorboard --logdir`",
+    "checkpoints": "to resume from",
+    "export": "the trained model; loads in transformers",
+}

@@ -1,0 +1,51 @@
+"""The ``tensorboard`` plugin: every number of a log record as a scalar."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.registry import NoOptions
+from panda.registry import hookimpl
+from panda.registry import register_plugin
+from panda.registry.contexts import PluginContext
+from panda.run_directory import config_text
+
+if TYPE_CHECKING:
+    from panda.runner import Run
+
+
+@register_plugin("tensorboard")
+class TensorBoard:
+    """Writes tensorboard/, for `tensorboard --logdir RUN`."""
+
+    def __init__(self, options: NoOptions, context: PluginContext) -> None:
+        self.writer: Any = None
+
+    @hookimpl
+    def panda_run_start(self, run: Run) -> None:
+        if run.processes.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides what an interrupted run wrote behind the checkpoint that this one continues.
+            self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.step + 1)
+            self.writer.add_text("config", f"```yaml\n{config_text(run.resolved)}```", run.step)
+
+    @hookimpl
+    def panda_log(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step":
+                self.writer.add_scalar(f"train/{key}", value, record["step"])
+
+    @hookimpl
+    def panda_run_end(self) -> None:
+        self._close()
+
+    @hookimpl
+    def panda_exception(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None

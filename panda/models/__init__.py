@@ -1,0 +1,6 @@
+"""Architectures, and what goes in and out of them: weights, exports, answers.
+
+A model is a ``torch.nn.Module`` that is causal and whose ``forward(input_ids)`` takes int64
+[rows, length] and returns logits [rows, length, vocabulary], or an object that has them as
+``logits`` (as transformers' models do).
+"""

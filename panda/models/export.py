@@ -1,0 +1,45 @@
+"""Out of panda: a folder that plain transformers loads, or safetensors for a model of another kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from panda.registry.resolve import Chosen
+
+
+def export(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any, model: Chosen) -> None:
+    """Write ``weights`` (whole tensors on the CPU) of ``module`` and its tokenizer to ``folder``.
+
+    A transformers model becomes a Hugging Face folder. Any other becomes ``model.safetensors`` and
+    a ``config.json`` that names the panda component and its options.
+    """
+    from transformers import PreTrainedModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    if isinstance(module, PreTrainedModel):
+        use_cache, module.config.use_cache = module.config.use_cache, True
+        dtype, module.config.dtype = module.config.dtype, next(iter(weights.values())).dtype
+        try:
+            module.save_pretrained(folder, state_dict=weights)
+        finally:
+            module.config.use_cache, module.config.dtype = use_cache, dtype
+        return
+
+    from safetensors.torch import save_file
+
+    unshared: dict[int, str] = {}
+    for name, tensor in weights.items():
+        unshared.setdefault(tensor.data_ptr(), name)
+    save_file({name: weights[name].contiguous() for name in unshared.values()}, folder / "model.safetensors")
+    described = {
+        "panda_model": model.offer.qualified,
+        "panda_version": model.offer.version,
+        "options": {key: getattr(model.options, key) for key in model.options.__dataclass_fields__},
+        "shared_tensors": {name: unshared[t.data_ptr()] for name, t in weights.items() if name not in unshared.values()},
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

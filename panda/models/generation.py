@@ -1,0 +1,37 @@
+"""Greedy continuation of prompts with any causal model, for the answers that a run ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def greedy(
+    model: Any, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, device: torch.device
+) -> list[list[int]]:
+    """What ``model`` continues each of ``prompts`` (token ids) with, up to and without the end of sequence.
+
+    Whole rows are run again for every token: right for a few short answers, and it asks nothing of
+    the model but its forward. Every rank has to call it where weights are partitioned.
+    """
+    longest = max(map(len, prompts)) + max_new_tokens
+    rows = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64, device=device)
+    lengths = [len(prompt) for prompt in prompts]
+    for row, prompt in enumerate(prompts):
+        rows[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    running = set(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        output = model(rows[:, : max(lengths)])
+        logits = getattr(output, "logits", output)
+        for row in sorted(running):
+            token = int(logits[row, lengths[row] - 1].argmax())
+            if token == eos_token_id:
+                running.discard(row)
+            else:
+                rows[row, lengths[row]] = token
+                lengths[row] += 1
+        if not running:
+            break
+    return [rows[row, len(prompt) : lengths[row]].tolist() for row, prompt in enumerate(prompts)]

@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules, and nothing that knows a model or a file."""

@@ -1,0 +1,87 @@
+"""Learning-rate schedules: a factor of the peak as a function of completed optimizer steps.
+
+With W warm-up steps of T, the step after s completed ones has the factor (s + 1) / W while s < W:
+transformers and DeepSpeed begin with s / W, which makes the first step of every run do nothing.
+What follows the warm-up is PandaLLM's, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from panda.registry import Meta
+from panda.registry import UserError
+from panda.registry import register_lr_scheduler
+from panda.registry.contexts import LRSchedulerContext
+
+Schedule = Callable[[int], float]
+"""Completed optimizer steps to a factor of the peak learning rate."""
+
+
+@dataclass(frozen=True)
+class WarmupOptions:
+    """Options of a schedule that warms up."""
+
+    warmup_steps: Annotated[int, Meta(ge=0)] = 50
+    """Optimizer steps over which the learning rate rises to its peak."""
+    warmup_proportion: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """The same as a part of all steps; where it is not 0 it counts, and warmup_steps does not."""
+
+
+@dataclass(frozen=True)
+class PolyOptions(WarmupOptions):
+    """Options of the polynomial schedule."""
+
+    power: Annotated[float, Meta(gt=0)] = 1.0
+    """Exponent of the decay; 1 is linear."""
+    lr_end: Annotated[float, Meta(ge=0)] = 1e-7
+    """Learning rate at the end."""
+
+
+@register_lr_scheduler("warmup", options=WarmupOptions)
+def warmup(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
+    """Linear warm-up to the peak, then the peak."""
+    return _after_warmup(options, context, lambda progress: 1.0)
+
+
+@register_lr_scheduler("constant", options=WarmupOptions)
+def constant(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
+    """The same curve as warmup, under the name that transformers gives it."""
+    return warmup(options, context)
+
+
+@register_lr_scheduler("linear", options=WarmupOptions)
+def linear(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
+    """Linear warm-up to the peak, then linear decay to 0 at the end of the run."""
+    return _after_warmup(options, context, lambda progress: 1.0 - progress)
+
+
+@register_lr_scheduler("cosine", options=WarmupOptions)
+def cosine(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
+    """Linear warm-up to the peak, then half a cosine down to 0 at the end of the run."""
+    return _after_warmup(options, context, lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+@register_lr_scheduler("poly", options=PolyOptions)
+def poly(options: PolyOptions, context: LRSchedulerContext) -> Schedule:
+    """Linear warm-up to the peak, then polynomial decay to lr_end at the end of the run."""
+    if options.lr_end >= context.learning_rate:
+        raise UserError(f"lr_end {options.lr_end} has to be less than learning_rate {context.learning_rate}.")
+    end = options.lr_end / context.learning_rate
+    return _after_warmup(options, context, lambda progress: (1.0 - end) * (1.0 - progress) ** options.power + end)
+
+
+def _after_warmup(options: WarmupOptions, context: LRSchedulerContext, decay: Callable[[float], float]) -> Schedule:
+    """``decay`` maps the part of the steps behind the warm-up that is completed, 0 to 1, to a factor."""
+    total = context.total_steps
+    warm = int(total * options.warmup_proportion) if options.warmup_proportion else options.warmup_steps
+
+    def factor(completed: int) -> float:
+        if completed < warm:
+            return (completed + 1) / warm
+        return decay(min(1.0, (completed - warm) / max(1, total - warm)))
+
+    return factor

@@ -1,0 +1,80 @@
+"""Combinations that cannot work, as data: each with its reason and what to use instead.
+
+Asked before anything is imported or built, by ``panda-train`` and ``panda check`` alike, and
+printed in docs/refusals.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import fields
+
+from panda.registry import UserError
+from panda.registry.resolve import Resolved
+from panda.run_options import RunOptions
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that panda refuses."""
+
+    what: str
+    """The combination, as it is written."""
+    applies: Callable[[RunOptions], bool]
+    reason: str
+    instead: str
+
+
+_LORA = ("lora_r", "lora_alpha", "lora_dropout")
+_DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "ckpt_path",
+        lambda run: run.ckpt_path is not None,
+        "loading pretrained weights is not in this version of panda",
+        "leave it out: the model starts from random weights",
+    ),
+    Refusal(
+        "use_lora",
+        lambda run: run.use_lora,
+        "low-rank adapters are not in this version of panda",
+        "leave it out: all weights are trained",
+    ),
+    Refusal(
+        "lora_r, lora_alpha or lora_dropout",
+        lambda run: any(getattr(run, key) != _DEFAULTS[key] for key in _LORA),
+        "low-rank adapters are not in this version of panda",
+        "leave them out",
+    ),
+    Refusal(
+        "use_quant",
+        lambda run: run.use_quant,
+        "4-bit base weights need adapters, which are not in this version of panda",
+        "leave it out; `precision: bf16` halves the memory of weights in forward and backward",
+    ),
+    Refusal(
+        "bit_training",
+        lambda run: run.bit_training,
+        "8-bit optimizer state is not in this version of panda",
+        "leave it out; `zero_stage: 1` spreads the optimizer state over GPUs",
+    ),
+    Refusal(
+        "precision: fp16 with zero_stage: 0",
+        lambda run: run.precision == "fp16" and run.zero_stage == 0,
+        "DeepSpeed's fp16 wrapper without ZeRO accumulates gradients in fp16, where they over- and underflow",
+        "`zero_stage: 1`, which is the same on one GPU, or `precision: bf16`",
+    ),
+)
+
+
+def refuse(resolved: Resolved) -> None:
+    """Raise UserError for what of ``resolved`` cannot work."""
+    found = [
+        f"{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
+        for refusal in REFUSALS
+        if refusal.applies(resolved.core)
+    ]
+    if found:
+        raise UserError("\n".join(found))

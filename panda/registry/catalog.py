@@ -1,0 +1,204 @@
+"""Finds components by name. Names come from package metadata; only a named module is imported.
+
+pluggy's own ``load_setuptools_entrypoints`` imports every plugin of a group, and one that fails
+stops them all. Here a name is looked up in the metadata, its one module is imported, and only then
+does that module become a pluggy plugin, so that hooks which it defines are live in the runs that
+chose it and in no others.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import re
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from panda.registry import hookspecs
+from panda.registry.components import Component
+from panda.registry.components import recorded
+from panda.registry.components import recorded_names
+from panda.registry.declarations import Declaration
+from panda.registry.declarations import declarations
+from panda.registry.errors import UserError
+from panda.registry.errors import did_you_mean
+from panda.registry.kinds import KINDS
+
+OWN_DISTRIBUTION = "panda-train"
+"""The name under which panda itself is installed."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An entry point: a distribution says that one of its modules registers this name."""
+
+    kind: str
+    name: str
+    module: str
+    distribution: str
+    version: str
+
+    @property
+    def qualified(self) -> str:
+        """The spelling that means this offer and no other: ``acme-panda:rwkv``."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
+    def declaration(self) -> Declaration | None:
+        """What the module's source says of this name, without importing it."""
+        for declared in declarations(self.module):
+            if declared.kind == self.kind and self.name.lower() in map(str.lower, declared.names):
+                return declared
+        return None
+
+    def describe(self) -> str:
+        return f"{self.distribution} {self.version} (entry point {KINDS[self.kind].group}: {self.name} = {self.module})"
+
+
+@functools.cache
+def _offers() -> tuple[Offer, ...]:
+    """The one metadata scan of a process. ``_offers.cache_clear()`` forgets it."""
+    installed = importlib.metadata.entry_points()
+    offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
+    described: dict[int, tuple[str, str]] = {}
+    for kind in KINDS.values():
+        for entry in installed.select(group=kind.group):
+            key = id(entry.dist)
+            if key not in described:  # reading a version parses a file: once a distribution
+                described[key] = (_normalised(entry.dist.name), entry.dist.version) if entry.dist else ("?", "?")
+            module = entry.value.partition(":")[0].partition("[")[0].strip()
+            offers[Offer(kind.name, entry.name, module, *described[key])] = None
+    return tuple(sorted(offers, key=lambda offer: (offer.kind, offer.name.lower(), offer.distribution)))
+
+
+def _normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+class _PluginManager(pluggy.PluginManager):
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        # pytest's rule: look at names with the prefix alone. pluggy would read every attribute of
+        # a module, and with it whatever lazy import hides behind one.
+        return super().parse_hookimpl_opts(plugin, name) if name.startswith("panda_") else None
+
+
+class Catalog:
+    """The components that are installed, less the blocked ones.
+
+    ``blocked`` holds distributions, modules or plugin names that must not be imported
+    (``-p no:NAME``).
+    """
+
+    def __init__(self, blocked: Iterable[str] = ()) -> None:
+        self.blocked = frozenset(name.lower() for name in blocked)
+        if OWN_DISTRIBUTION in self.blocked:
+            raise UserError(f"-p no:{OWN_DISTRIBUTION}: panda cannot block itself.")
+        self.plugins = _PluginManager("panda")
+        self.plugins.add_hookspecs(hookspecs)
+        if not any(offer.distribution == OWN_DISTRIBUTION for offer in _offers()):
+            raise UserError(
+                "panda's own components are not registered: its source is importable, but it is not installed."
+                " Run `pip install -e .` where setup.cfg is."
+            )
+
+    def offers(self, kind: str) -> list[Offer]:
+        """Everything of ``kind`` that is installed and not blocked. Imports nothing."""
+        return [offer for offer in _offers() if offer.kind == kind and not self._is_blocked(offer)]
+
+    def find(self, kind: str, reference: str, origin: str = "") -> Offer:
+        """The offer that ``reference`` means: a name, in any case, or ``distribution:name``. Imports nothing.
+
+        ``origin`` is where the reference was written. Raises UserError where no offer or more than
+        one answers.
+        """
+        at = f"{origin}: " if origin else ""
+        distribution, _, name = reference.rpartition(":")
+        matches = [
+            offer
+            for offer in _offers()
+            if offer.kind == kind
+            and offer.name.lower() == name.lower()
+            and (not distribution or offer.distribution == _normalised(distribution))
+        ]
+        allowed = [offer for offer in matches if not self._is_blocked(offer)]
+        if len(allowed) == 1:
+            return allowed[0]
+        if len(allowed) > 1:
+            providers = "".join(f"\n  {offer.qualified:30} {offer.describe()}" for offer in allowed)
+            raise UserError(
+                f"{at}{kind} {reference!r} is offered by {len(allowed)} distributions. Say which one:{providers}"
+            )
+        if matches:
+            providers = ", ".join(offer.describe() for offer in matches)
+            raise UserError(f"{at}{kind} {reference!r} is provided by {providers}, but that is blocked by `-p no:`.")
+        known = self.offers(kind)
+        others = [other for other in _offers() if other.kind != kind and other.name.lower() == name.lower()]
+        elsewhere = "".join(f" There is {other.kind} {other.name!r}." for other in others)
+        raise UserError(
+            f"{at}unknown {kind} {reference!r}."
+            f"{did_you_mean(reference, [o.name for o in known] + [o.qualified for o in known])}{elsewhere}"
+            f" `panda list {KINDS[kind].plural}` shows what is installed."
+        )
+
+    def load(self, offer: Offer) -> Component | None:
+        """Import the module behind ``offer``, make its hooks live, and return what it registered.
+
+        None only for a lifecycle plugin that is a module of hooks. Raises UserError where the
+        module does not import, names a hook that panda has not, or lacks what the metadata promises.
+        """
+        module = self._activate(offer)
+        component = recorded(offer.kind, offer.name, module.__name__)
+        if component is None and not (offer.kind == "plugin" and self._has_hooks(module)):
+            present = recorded_names(offer.kind, module.__name__)
+            has = f"it registers {', '.join(map(repr, present))}" if present else f"it registers no {offer.kind}"
+            raise UserError(
+                f"{offer.describe()} promises {offer.kind} {offer.name!r}, but importing {offer.module} did not"
+                f" register that name: {has}. This is a fault of {offer.distribution}"
+                " (or of a stale installation: reinstall it)."
+            )
+        return component
+
+    def add_hooks(self, plugin: object, name: str, described: str) -> None:
+        """Make the hook implementations of ``plugin`` live. Raises UserError for a hook that panda has not."""
+        try:
+            self.plugins.register(plugin, name=name)
+            self.plugins.check_pending()
+        except Exception as problem:
+            if self.plugins.has_plugin(name):  # a failed check leaves it registered
+                self.plugins.unregister(name=name)
+            if not isinstance(problem, pluggy.PluginValidationError):
+                raise
+            hooks = [hook for hook in vars(hookspecs) if hook.startswith("panda_")]
+            wrong = [hook for hook in dir(plugin) if hook.startswith("panda_") and hook not in hooks]
+            hints = "".join(f" {hook!r} is no hook of panda's.{did_you_mean(hook, hooks)}" for hook in wrong)
+            raise UserError(f"{described}: {' '.join(str(problem).split())}.{hints}") from problem
+
+    def _activate(self, offer: Offer) -> Any:
+        try:
+            module = importlib.import_module(offer.module)
+        except (Exception, SystemExit) as problem:
+            if isinstance(problem, UserError):
+                raise UserError(f"while importing {offer.describe()}: {problem}") from problem
+            last = traceback.extract_tb(problem.__traceback__)[-1]
+            raise UserError(
+                f"could not import {offer.module}, which {offer.describe()} names for {offer.kind} {offer.name!r}:"
+                f"\n  {type(problem).__name__}: {problem}\n  at {last.filename}:{last.lineno}"
+                "\nPANDA_TRACEBACK=1 shows the whole traceback."
+            ) from problem
+        if not self.plugins.is_registered(module):  # llama-7b and llama-65b share a module
+            self.add_hooks(module, module.__name__, offer.describe())
+        return module
+
+    def _has_hooks(self, module: Any) -> bool:
+        return bool(self.plugins.get_hookcallers(module))
+
+    def _is_blocked(self, offer: Offer) -> bool:
+        names = {offer.distribution, offer.module.lower()}
+        if offer.kind == "plugin":
+            names.add(offer.name.lower())
+        return bool(names & self.blocked)

@@ -1,0 +1,157 @@
+"""What a decorator records: a component is a factory and a frozen dataclass of options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import is_dataclass
+from typing import Any
+from typing import TypeVar
+
+from panda.registry.errors import UserError
+from panda.registry.kinds import KINDS
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For a component that has nothing to set."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A registered factory and what is known of it. Made by the ``register_*`` decorators."""
+
+    kind: str
+    name: str
+    aliases: tuple[str, ...]
+    factory: Callable[..., Any]
+    options: type
+    """The frozen dataclass whose fields are this component's keys and flags."""
+    model: str | None = None
+    """Archs only: the model whose options the arch sets."""
+
+    @property
+    def module(self) -> str:
+        return self.factory.__module__
+
+    @property
+    def doc(self) -> str:
+        return inspect.cleandoc(self.factory.__doc__ or "")
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return self.doc.partition("\n")[0]
+
+    @property
+    def source(self) -> tuple[str, int]:
+        """File and line of the factory, also where it is a class."""
+        code = getattr(inspect.unwrap(self.factory), "__code__", None)
+        if code is not None:
+            return code.co_filename, code.co_firstlineno
+        try:
+            return inspect.getsourcefile(self.factory) or self.module, inspect.getsourcelines(self.factory)[1]
+        except (OSError, TypeError):  # a class typed at a prompt has no source
+            return self.module, 0
+
+    def describe(self) -> str:
+        file, line = self.source
+        return f"{self.kind} {self.name!r} at {file}:{line}"
+
+
+_recorded: dict[tuple[str, str, str], Component] = {}
+
+
+def recorded(kind: str, name: str, module: str) -> Component | None:
+    """The component that ``module`` registered under ``name`` (in any case), if it did."""
+    return _recorded.get((kind, name.lower(), module))
+
+
+def recorded_names(kind: str, module: str) -> list[str]:
+    """Every name of ``kind`` that ``module`` registered."""
+    return [component.name for (k, _, m), component in _recorded.items() if (k, m) == (kind, module)]
+
+
+def _record(component: Component) -> None:
+    if not (is_dataclass(component.options) and component.options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise UserError(f"{component.describe()}: options must be a frozen dataclass, not {component.options!r}.")
+    for name in (component.name, *component.aliases):
+        if ":" in name or name != name.strip() or not name:
+            raise UserError(f"{component.describe()}: a name must not be empty or hold ':' or outer spaces: {name!r}.")
+        key = (component.kind, name.lower(), component.module)
+        before = _recorded.get(key)
+        # A module that is reloaded, or a notebook cell that runs again, registers the same thing
+        # twice: same file, same qualified name. Anything else is two things under one name.
+        if before is not None and (
+            before.source[0] != component.source[0] or before.factory.__qualname__ != component.factory.__qualname__
+        ):
+            raise UserError(
+                f"two components of one name: {before.describe()} and {component.describe()}. Rename one of them."
+            )
+        _recorded[key] = component
+
+
+def _register(
+    kind: str, name: str, options: type, aliases: tuple[str, ...], model: str | None = None
+) -> Callable[[Factory], Factory]:
+    assert kind in KINDS
+
+    def decorate(factory: Factory) -> Factory:
+        _record(Component(kind, name, tuple(aliases), factory, options, model))
+        return factory
+
+    return decorate
+
+
+def register_task(
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
+    """Register ``factory(options, TaskContext) -> panda.tasks.Task``."""
+    return _register("task", name, options, aliases)
+
+
+def register_model(
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
+    """Register ``factory(options, ModelContext) -> torch.nn.Module``."""
+    return _register("model", name, options, aliases)
+
+
+def register_arch(name: str, *, model: str, aliases: tuple[str, ...] = ()) -> Callable[[Factory], Factory]:
+    """Register ``factory() -> dict``: values for options of ``model``."""
+    return _register("arch", name, NoOptions, aliases, model)
+
+
+def register_optimizer(
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
+    """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``."""
+    return _register("optimizer", name, options, aliases)
+
+
+def register_lr_scheduler(
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
+    """Register ``factory(options, LRSchedulerContext) -> Callable[[int], float]``: completed steps to a factor."""
+    return _register("lr_scheduler", name, options, aliases)
+
+
+def register_reader(
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
+    """Register ``factory(options, ReaderContext) -> panda.data.Reader``."""
+    return _register("reader", name, options, aliases)
+
+
+def register_plugin(
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
+    """Register ``factory(options, PluginContext) -> object`` whose methods are hook implementations.
+
+    A lifecycle plugin that keeps no state needs no factory: ``@hookimpl`` functions at the top of
+    its module are enough.
+    """
+    return _register("plugin", name, options, aliases)

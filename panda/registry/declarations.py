@@ -1,0 +1,107 @@
+"""What a module declares, read from its source and not by importing it.
+
+Metadata says which names exist. What a name is *about* stands in the module, and ``panda list``
+and the message for a key of something that was not chosen want to know without running a stranger's
+code: so this reads the decorators out of the syntax tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.machinery
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A ``@register_...("name")`` as it stands in a source file."""
+
+    kind: str
+    names: tuple[str, ...]
+    summary: str
+    keys: frozenset[str]
+    """Fields of its options class, as far as that class and its bases stand in the same file."""
+    line: int
+
+
+@functools.cache
+def declarations(module: str) -> tuple[Declaration, ...]:
+    """The components that ``module`` declares; none where its source cannot be found or read."""
+    path = _source_file(module)
+    try:
+        tree = ast.parse(path.read_bytes()) if path else ast.Module([], [])
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            for decorator in node.decorator_list:
+                declared = _read(decorator, node, classes)
+                if declared:
+                    found.append(declared)
+    return tuple(found)
+
+
+def module_summary(module: str) -> str:
+    """First line of the docstring of ``module``, unimported."""
+    path = _source_file(module)
+    try:
+        doc = ast.get_docstring(ast.parse(path.read_bytes())) if path else None
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    return (doc or "").partition("\n")[0]
+
+
+def _read(decorator: ast.expr, node: ast.FunctionDef | ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Declaration | None:
+    if not (isinstance(decorator, ast.Call) and decorator.args and isinstance(decorator.args[0], ast.Constant)):
+        return None
+    function = decorator.func
+    called = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+    if not called.startswith("register_"):
+        return None
+    arguments = {keyword.arg: keyword.value for keyword in decorator.keywords}
+    names = [str(decorator.args[0].value)]
+    aliases = arguments.get("aliases")
+    if isinstance(aliases, (ast.Tuple, ast.List)):
+        names += [str(item.value) for item in aliases.elts if isinstance(item, ast.Constant)]
+    options = arguments.get("options")
+    keys = _field_names(options.id, classes) if isinstance(options, ast.Name) else frozenset()
+    summary = (ast.get_docstring(node) or "").partition("\n")[0]
+    return Declaration(called.removeprefix("register_"), tuple(names), summary, keys, node.lineno)
+
+
+def _field_names(name: str, classes: dict[str, ast.ClassDef]) -> frozenset[str]:
+    if name not in classes:
+        return frozenset()
+    node = classes[name]
+    own = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+    inherited = (_field_names(base.id, classes) for base in node.bases if isinstance(base, ast.Name))
+    return frozenset(own).union(*inherited)
+
+
+def _source_file(module: str) -> Path | None:
+    """The source of ``module``. ``importlib.util.find_spec`` would import its parents; this imports nothing."""
+    search: list[str] | None = None
+    origin = None
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            try:
+                spec = find(name, search) if find else None
+            except Exception:  # a stranger's finder: whatever it raises, there is no source to read
+                spec = None
+            if spec is not None:
+                break
+        else:
+            return None
+        if not isinstance(spec, importlib.machinery.ModuleSpec):
+            return None
+        search = list(spec.submodule_search_locations or []) or None
+        origin = spec.origin
+    return Path(origin) if origin and origin.endswith(".py") else None

@@ -1,0 +1,21 @@
+"""The one exception that a user sees without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right.
+
+    The text says what was given, what was expected and what to do. The command line prints it
+    without a traceback and exits with 2; anything else that is raised is a bug and keeps its own.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'a' or 'b'?` for the names nearest to ``name``; empty where none is near."""
+    spelling = {known_name.lower(): known_name for known_name in known}
+    near = [spelling[match] for match in difflib.get_close_matches(name.lower(), spelling, n=3, cutoff=0.6)]
+    return f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""

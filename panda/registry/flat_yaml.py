@@ -1,0 +1,65 @@
+"""Flat YAML: one mapping, one level, every value with the line that it stands on.
+
+``yaml.safe_load`` keeps the last of two equal keys, reads ``1e-4`` as a text and ``12:30`` as a
+number in base 60. So panda composes the nodes, keeps each scalar's own characters, and leaves the
+conversion to the type of the option that the key belongs to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from panda.registry.errors import UserError
+from panda.registry.options import Given
+
+
+def load_flat_yaml(path: Path) -> dict[str, Given]:
+    """Keys and values of the file at ``path``. Raises UserError with file and line for whatever is not flat YAML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file (looked in {Path.cwd()}).") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path}: cannot be read: {problem}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(problem, 'problem', None) or problem}.") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines.")
+
+    entries: dict[str, Given] = {}
+    for key_node, value_node in root.value:
+        origin = f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{origin}: a key must be a word.")
+        key = key_node.value
+        if key in entries:
+            raise UserError(f"{origin}: {key!r} is given twice, first at {entries[key].origin}. Keep one.")
+        entries[key] = _given(key, value_node, origin)
+    return entries
+
+
+def _given(key: str, node: yaml.Node, origin: str) -> Given:
+    if isinstance(node, yaml.ScalarNode):
+        return Given(_scalar(node), origin, node.value)
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return Given(tuple(map(_scalar, node.value)), origin, ", ".join(item.value for item in node.value))
+    raise UserError(
+        f"{origin}: the value of {key!r} is nested. panda's configuration is flat: one level, `key: value`,"
+        " where a value is a scalar or a list of scalars."
+    )
+
+
+def _scalar(node: yaml.ScalarNode) -> str | bool | None:
+    if node.tag == "tag:yaml.org,2002:bool":
+        return bool(yaml.constructor.SafeConstructor.bool_values[node.value.lower()])
+    if node.tag == "tag:yaml.org,2002:null":
+        return None
+    return str(node.value)

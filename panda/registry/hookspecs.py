@@ -1,0 +1,77 @@
+"""The hooks: what panda calls around a run, when, on which ranks, with what.
+
+A lifecycle plugin implements any of them with ``@hookimpl``, under exactly these names and with any
+subset of these arguments. They are coarse moments, never a layer or a micro batch, so they cost
+nothing that matters. Unless a hook says otherwise it is called on every rank, its return value is
+ignored, and an exception in it ends the run. A hook that is called on every rank may use
+collectives; one that is called on rank 0 alone must not.
+
+``run`` is the ``panda.runner.Run`` in progress.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from panda.runner import Run
+
+hookspec = pluggy.HookspecMarker("panda")
+hookimpl = pluggy.HookimplMarker("panda")
+
+
+# -- the run ----------------------------------------------------------------------------------
+
+
+@hookspec
+def panda_run_start(run: Run) -> None:
+    """Everything is built and, where the run resumes, loaded; no step has been taken."""
+
+
+@hookspec
+def panda_run_end(run: Run) -> None:
+    """The last step is done, the final checkpoint and the export are on disk."""
+
+
+@hookspec
+def panda_exception(run: Run, error: BaseException) -> None:
+    """``error`` ends the run. Called on the ranks that see it, in place of ``panda_run_end``.
+
+    Not a place for collectives: other ranks may be stuck or gone.
+    """
+
+
+# -- training ---------------------------------------------------------------------------------
+
+
+@hookspec
+def panda_epoch_end(run: Run, epoch: int) -> None:
+    """The last sample of epoch ``epoch`` (counted from 0) was in the step that has just ended."""
+
+
+@hookspec
+def panda_step_end(run: Run, step: int) -> None:
+    """Optimizer step ``step`` (counted from 1) is done. Values are still on the device: do not read them here."""
+
+
+@hookspec
+def panda_log(run: Run, record: dict[str, Any]) -> None:
+    """A log record of plain numbers, every ``logging_steps`` steps. **Rank 0 only.**
+
+    Keys: ``step``; ``loss``, per supervised token, the mean over the whole step of the last step;
+    ``learning_rate``; ``grad_norm``, before clipping; ``tokens`` and ``supervised_tokens``, since the
+    run began and over all ranks; ``tokens_per_second`` and ``step_seconds``, the mean since the last
+    record.
+    """
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+@hookspec
+def panda_checkpoint_saved(run: Run, path: Path) -> None:
+    """The checkpoint at ``path`` is complete on disk and ``latest`` points at it."""

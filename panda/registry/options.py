@@ -1,0 +1,237 @@
+"""Options: the fields of a frozen dataclass are YAML keys, flags, help and validation at once.
+
+    @dataclass(frozen=True)
+    class WarmupOptions:
+        \"\"\"Options of the warm-up.\"\"\"
+
+        warmup_steps: Annotated[int, Meta(ge=0)] = 50
+        \"\"\"Optimizer steps over which the learning rate rises to its peak.\"\"\"
+
+A type is one of int, float, str, bool, Literal[...], tuple[...] of these, or any of them
+``| None``; ``Meta`` (msgspec's) gives bounds. The docstring under a field is its help.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING
+from dataclasses import dataclass
+from dataclasses import fields
+from typing import Annotated
+from typing import Any
+from typing import Literal
+
+import msgspec
+from msgspec import Meta as Meta
+
+from panda.registry.errors import UserError
+
+REQUIRED: Any = MISSING
+"""Default of an option that has none: the user has to give it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value as somebody wrote it, before it is known which option it is for."""
+
+    value: str | bool | None | tuple[str | bool | None, ...]
+    """Text where it was text or a number; True, False or None where YAML says so."""
+    origin: str
+    """Where it was written: ``run.yaml:3`` or ``--learning_rate``."""
+    text: str = ""
+    """The very characters, for messages."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of an options dataclass."""
+
+    key: str
+    type: Any
+    default: Any
+    doc: str
+
+    @property
+    def expects(self) -> str:
+        """What a value has to be, in words: ``an integer >= 1``."""
+        return _describe(self.type)
+
+    def convert(self, given: Given) -> Any:
+        """The value of this option that ``given`` stands for. Raises UserError that says what is wrong."""
+        try:
+            return _convert(self.type, given.value)
+        except ValueError as problem:
+            shown = given.text or _as_text(given.value)
+            detail = f" {problem}" if str(problem) else ""
+            raise UserError(f"{given.origin}: {self.key}: {shown!r} is not {self.expects}.{detail}") from None
+
+    def check(self, value: Any) -> Any:
+        """``value``, a Python object, if it is one that this option can have; else ValueError."""
+        return _convert(self.type, value)
+
+
+@functools.cache
+def options_of(cls: type) -> dict[str, Option]:
+    """The options that the dataclass ``cls`` declares, in order."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    docs = _field_docs(cls)
+    return {
+        field.name: Option(
+            field.name,
+            hints[field.name],
+            field.default if field.default_factory is MISSING else field.default_factory(),
+            docs.get(field.name, ""),
+        )
+        for field in fields(cls)
+    }
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """An instance of the options dataclass ``cls``, for code that does without a configuration file.
+
+    Raises UserError for an unknown option or a value out of bounds.
+    """
+    known = options_of(cls)
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{cls.__name__} has no option {key!r}; it has: {', '.join(known) or 'none'}.")
+        try:
+            checked[key] = known[key].check(value)
+        except ValueError as problem:
+            raise UserError(f"{cls.__name__}.{key}: {value!r} is not {known[key].expects}. {problem}") from None
+    return cls(**checked)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Docstrings under the fields of ``cls`` and its bases. They exist in the source only."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):  # typed at a prompt, or a frozen application
+            continue
+        body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+        for statement, following in zip(body, body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            ):
+                docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def _parts(type_: Any) -> tuple[Any, Meta | None, bool]:
+    """The type without its wrappings, its bounds, and whether None is allowed."""
+    bounds = None
+    optional = False
+    while True:
+        origin = typing.get_origin(type_)
+        if origin is Annotated:
+            type_, *extras = typing.get_args(type_)
+            bounds = next((extra for extra in extras if isinstance(extra, Meta)), bounds)
+        elif origin in (typing.Union, types.UnionType):
+            members = [member for member in typing.get_args(type_) if member is not type(None)]
+            if len(members) != 1:
+                raise TypeError(f"an option's type must be one type, or one type | None, not {type_}")
+            optional, type_ = True, members[0]
+        else:
+            return type_, bounds, optional
+
+
+def _describe(type_: Any) -> str:
+    base, bounds, optional = _parts(type_)
+    if typing.get_origin(base) is Literal:
+        text = "one of " + ", ".join(map(str, typing.get_args(base)))
+    elif typing.get_origin(base) is tuple:
+        members = typing.get_args(base)
+        if members[-1] is Ellipsis:
+            text = f"a list, each {_describe(members[0])}"
+        else:
+            text = f"{len(members)} values, each {_describe(members[0])}"
+    else:
+        text = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[base]
+    if bounds:
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        limits = [
+            f"{sign} {getattr(bounds, name)}" for name, sign in signs.items() if getattr(bounds, name) is not None
+        ]
+        if limits:
+            text += " " + " and ".join(limits)
+    return text + (", or none" if optional else "")
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_as_text, value))
+    return {True: "true", False: "false", None: "null"}.get(value, value) if not isinstance(value, str) else value
+
+
+def _convert(type_: Any, value: Any) -> Any:
+    """Raises ValueError with what else to say than that the value is not what was expected."""
+    base, bounds, optional = _parts(type_)
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~")):
+        if optional:
+            return None
+        if value is None:
+            raise ValueError("Nothing was given." if base is not str else _yaml_words("null"))
+    if typing.get_origin(base) is Literal:
+        choices = {str(choice).lower(): choice for choice in typing.get_args(base)}
+        if isinstance(value, str) and value.lower() in choices:
+            return choices[value.lower()]
+        raise ValueError(_yaml_words(value) if isinstance(value, bool) else "")
+    if typing.get_origin(base) is tuple:
+        return _convert_tuple(typing.get_args(base), value)
+    if base is bool:
+        if isinstance(value, bool):
+            return value
+        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        raise ValueError("")
+    if isinstance(value, bool):
+        raise ValueError(_yaml_words(value) if base is str else "")
+    if isinstance(value, (tuple, list)):
+        raise ValueError("A single value was expected, not a list.")
+    if base is str:
+        if not isinstance(value, str):
+            raise ValueError("")
+        return value
+    try:
+        number = msgspec.convert(value, Annotated[base, bounds] if bounds else base, strict=False)
+    except msgspec.ValidationError:
+        raise ValueError("") from None
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError("It has to be finite.")
+    return number
+
+
+def _convert_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        inner = value.strip()
+        if inner[:1] + inner[-1:] in ("()", "[]"):
+            inner = inner[1:-1]
+        value = [item.strip() for item in inner.split(",") if item.strip()]
+    if not isinstance(value, (tuple, list)):
+        raise ValueError("")
+    if members[-1] is Ellipsis:
+        members = (members[0],) * len(value)
+    if len(value) != len(members):
+        raise ValueError(f"{len(value)} were given.")
+    return tuple(_convert(member, item) for member, item in zip(members, value, strict=True))
+
+
+def _yaml_words(value: Any) -> str:
+    word = {True: "yes, on and true", False: "no, off and false"}.get(value, "null and ~")
+    kind = {True: "true", False: "false"}.get(value, "nothing")
+    return f"YAML reads an unquoted {word} as {kind}: put it in quotes if you mean the word."

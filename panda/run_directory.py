@@ -1,0 +1,127 @@
+"""The run directory: which one it is, and the files that say what ran.
+
+    config.yaml  provenance.json  deepspeed.json  metrics.jsonl  tensorboard/  loss.png
+    checkpoints/step-00000100/  checkpoints/latest  export/  answers.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import UTC
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from panda.registry import UserError
+from panda.registry.resolve import Resolved
+
+_PLACE_KEYS = ("output_dir", "resume")
+"""Keys that say where a run is and not what it does: left out of config.yaml, so that it runs again as it stands."""
+
+
+def choose_directory(resolved: Resolved) -> tuple[Path, Path | None]:
+    """The run directory, made, and the checkpoint to continue from if there is one.
+
+    Raises UserError where that would mix two runs or the checkpoint is not there.
+    """
+    from panda.engine.checkpoints import find_checkpoint
+
+    options = resolved.core
+    default = Path("runs") / run_name(resolved)
+    if options.resume not in (None, "auto"):
+        checkpoint = find_checkpoint(Path(options.resume))
+        if checkpoint is None:
+            raise UserError(
+                f"resume: no complete checkpoint at {options.resume!r}. Give a run directory, its `checkpoints`, or one"
+                " `step-...` folder; or `auto`."
+            )
+        beside = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else default
+        directory = Path(options.output_dir) if options.output_dir else beside
+    elif options.resume == "auto":
+        directory = Path(options.output_dir) if options.output_dir else _numbered(default, exists=True)
+        checkpoint = find_checkpoint(directory)
+    else:
+        directory = Path(options.output_dir) if options.output_dir else _numbered(default, exists=False)
+        checkpoint = None
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(
+                f"output_dir: {str(directory)!r} is not empty. `--resume auto` continues the run in it; for a new run"
+                " choose another directory, or move this one away."
+            )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"output_dir: cannot make {str(directory)!r}: {problem.strerror}.") from None
+    return directory, checkpoint
+
+
+def run_name(resolved: Resolved) -> str:
+    """The run's name: as given, or TASK-ARCH."""
+    components = resolved.components
+    shape = components.get("arch", components["model"]).component.name
+    return resolved.core.run_name or f"{components['task'].component.name}-{shape}"
+
+
+def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write config.yaml, provenance.json (with ``facts``) and deepspeed.json."""
+    (directory / "config.yaml").write_text(config_text(resolved), encoding="utf-8")
+    _write_json(directory / "deepspeed.json", deepspeed)
+    packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "numpy", "pluggy")
+    components = {
+        chosen.label: {
+            "distribution": chosen.offer.distribution,
+            "version": chosen.offer.version,
+            "module": chosen.offer.module,
+            "source": "{}:{}".format(*chosen.component.source),
+        }
+        for chosen in resolved.chosen
+    }
+    _write_json(
+        directory / "provenance.json",
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "components": components,
+            "origins": {key: setting.origin for key, setting in resolved.settings.items()},
+            "python": platform.python_version(),
+            "machine": platform.platform(),
+            "packages": {name: metadata.version(name) for name in packages},
+            **facts,
+        },
+    )
+
+
+def config_text(resolved: Resolved) -> str:
+    """The resolved configuration as flat YAML that runs again as it stands."""
+    lines = ["# The whole configuration of a run, resolved. `panda-train --config` with this file runs it again."]
+    owner = None
+    for key, setting in resolved.settings.items():
+        if key in _PLACE_KEYS:
+            continue
+        if setting.owner != owner:
+            owner = setting.owner
+            lines += ["", f"# {owner}"]
+        value = list(setting.value) if isinstance(setting.value, tuple) else setting.value
+        lines.append(yaml.safe_dump({key: value}, default_flow_style=None, allow_unicode=True, width=10**6).strip())
+    return "\n".join(lines) + "\n"
+
+
+def _numbered(path: Path, *, exists: bool) -> Path:
+    """``path``, ``path-2``, ``path-3``, ...: the first that does not exist, or the last that does."""
+    number = 1
+    last = path
+    while True:
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        if not candidate.exists():
+            return last if exists else candidate
+        last = candidate
+        number += 1
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,134 @@
+"""The options of every run, whatever it chose. Components add their own (``panda show KIND NAME``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+from typing import Literal
+
+from panda.registry import Meta
+
+DEFAULT_PLUGINS = ("progress", "metrics", "tensorboard", "plot")
+"""Lifecycle plugins of panda's own that every run has; ``-p no:NAME`` leaves one out."""
+
+ACCEPTED_SPELLINGS = {"conf_path": "config", "learing_rate": "learning_rate"}
+"""Keys from PandaLLM's documentation that mean another; they are taken with a warning."""
+
+RENAMED = {
+    "lr": "write `learning_rate`.",
+    "batch_size": "write `per_gpu_train_batch_size`.",
+    "micro_batch_size": "write `per_gpu_train_batch_size`.",
+    "per_device_train_batch_size": "write `per_gpu_train_batch_size`.",
+    "per_device_eval_batch_size": "write `per_gpu_eval_batch_size`.",
+    "train_micro_batch_size_per_gpu": "write `per_gpu_train_batch_size`; panda derives DeepSpeed's configuration.",
+    "lr_scheduler_type": "write `lr_scheduler`.",
+    "warmup_ratio": "write `warmup_proportion`.",
+    "adam_beta1": "write `adam_betas: 0.9, 0.99`.",
+    "adam_beta2": "write `adam_betas: 0.9, 0.99`.",
+    "num_epochs": "write `num_train_epochs`.",
+    "epochs": "write `num_train_epochs`.",
+    "max_length": "write `max_seq_length`.",
+    "cutoff_len": "write `max_seq_length`.",
+    "gradient_clipping": "write `max_grad_norm`.",
+    "bf16": "write `precision: bf16`.",
+    "fp16": "write `precision: fp16`.",
+    "deepspeed": "write `zero_stage`, or `deepspeed_config: FILE` for keys that panda does not own.",
+    "resume_from_checkpoint": "write `resume`.",
+    "model_name_or_path": "write `ckpt_path` for weights and `arch` for the shape.",
+    "dataloader_num_workers": "write `num_workers`.",
+    "use_nvlamb": "write `optimizer: nvlamb`.",
+}
+"""Keys of other programs and of older documents, and what panda calls them. Refused, since a value may not mean the same."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of every run."""
+
+    # -- what to train, by name
+    task: str = "instruct"
+    """What is learned; `panda list tasks`."""
+    arch: str | None = None
+    """Architecture: a model and its sizes by one name; `panda list archs`."""
+    model: str | None = None
+    """Model with options of your own instead of an arch's; also takes an arch's name, as PandaLLM's documentation does."""
+    optimizer: str = "AdamW"
+    """How weights follow gradients, in any case; `panda list optimizers`."""
+    lr_scheduler: str = "warmup"
+    """Course of the learning rate; `panda list lr_schedulers`."""
+    reader: str = "json"
+    """How data files become rows; `panda list readers`."""
+    plugins: tuple[str, ...] = ()
+    """Lifecycle plugins to add; panda's own are on, and `-p no:NAME` leaves one out."""
+
+    # -- where things are
+    output_dir: str | None = None
+    """The run directory. By default `runs/RUN_NAME`, with a number behind it where that exists."""
+    run_name: str | None = None
+    """Name of the run; by default TASK-ARCH."""
+    resume: str | None = None
+    """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
+    tokenizer: str = "panda:data/sample/tokenizer"
+    """Folder of a Hugging Face tokenizer. `panda:` begins a path inside the panda package; the default reads bytes."""
+    ckpt_path: str | None = None
+    """Weights to start from. Not in this version."""
+
+    # -- batches and length of the run
+    per_gpu_train_batch_size: Annotated[int, Meta(ge=1)] = 1
+    """Micro batch: rows that one GPU (or process) handles at once."""
+    per_gpu_eval_batch_size: Annotated[int, Meta(ge=1)] = 2
+    """Rows that one GPU handles at once where nothing is trained: the answers at the end."""
+    gradient_accumulation_steps: Annotated[int, Meta(ge=1)] = 64
+    """Micro batches of one optimizer step on each GPU."""
+    num_train_epochs: Annotated[float, Meta(gt=0)] = 1.0
+    """Passes over the data."""
+    max_steps: Annotated[int, Meta(ge=-1)] = -1
+    """Exactly this many optimizer steps, whatever num_train_epochs says; -1 for no such limit."""
+    max_seq_length: Annotated[int, Meta(ge=2)] = 2048
+    """Tokens of a sample at most."""
+    num_workers: Annotated[int, Meta(ge=0)] = 2
+    """Processes that prepare batches; 0 prepares them in the training process."""
+    prefetch_factor: Annotated[int, Meta(ge=1)] = 2
+    """Batches that each worker prepares ahead."""
+
+    # -- optimization
+    learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
+    """Peak learning rate. The default suits small models and adapters; full training of a large one wants less."""
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    """Decoupled weight decay, applied to all parameters."""
+    max_grad_norm: Annotated[float, Meta(ge=0)] = 0.3
+    """Global gradient norm above which gradients are scaled down to it; 0 for no clipping."""
+    seed: Annotated[int, Meta(ge=0)] = 42
+    """Seed of weights, data order and dropout."""
+
+    # -- numbers and memory
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; master weights are fp32 in each."""
+    zero_stage: Annotated[int, Meta(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO: what is spread over GPUs. 1 optimizer state, 2 and gradients, 3 and weights."""
+    deepspeed_config: str | None = None
+    """JSON file of DeepSpeed keys that panda does not own, for what has no key here."""
+
+    # -- what is written
+    logging_steps: Annotated[int, Meta(ge=1)] = 1
+    """Optimizer steps between log records."""
+    save_steps: Annotated[int, Meta(ge=0)] = 0
+    """Optimizer steps between checkpoints; 0 for one at the end alone."""
+    save_total_limit: Annotated[int, Meta(ge=1)] | None = None
+    """Checkpoints to keep; older ones are removed once a newer one is complete. By default all."""
+    prompts: tuple[str, ...] = ()
+    """Prompts that the trained model answers at the end; by default two from the data."""
+
+    # -- promised, each refused until the issue that brings it
+    bit_training: bool = False
+    """8-bit optimizer state (PandaLLM's documentation calls it quantization-aware training). Not in this version."""
+    use_lora: bool = False
+    """Train low-rank adapters instead of the weights. Not in this version."""
+    lora_r: Annotated[int, Meta(ge=1)] = 64
+    """Rank of the adapters."""
+    lora_alpha: Annotated[float, Meta(gt=0)] = 16.0
+    """Scale of the adapters, over their rank."""
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.05
+    """Dropout on the adapters' input."""
+    use_quant: bool = False
+    """4-bit base weights under adapters (QLoRA). Not in this version."""

@@ -1,0 +1,358 @@
+"""The central runner: names -> objects -> engine -> loop. Read it from ``train`` down."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from panda.data.batches import step_batches
+from panda.data.order import BatchPlan
+from panda.data.reading import resolve_path
+from panda.data.token_dataset import TokenDataset
+from panda.engine.checkpoints import Progress
+from panda.engine.checkpoints import load_checkpoint
+from panda.engine.checkpoints import read_progress
+from panda.engine.checkpoints import save_checkpoint
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.engine import Engine
+from panda.engine.engine import StepResult
+from panda.engine.processes import Processes
+from panda.engine.processes import join_processes
+from panda.models.export import export
+from panda.models.generation import greedy
+from panda.optim.param_groups import param_groups
+from panda.registry import Catalog
+from panda.registry import UserError
+from panda.registry.contexts import LRSchedulerContext
+from panda.registry.contexts import ModelContext
+from panda.registry.contexts import OptimizerContext
+from panda.registry.contexts import PluginContext
+from panda.registry.contexts import ReaderContext
+from panda.registry.contexts import TaskContext
+from panda.registry.resolve import Resolved
+from panda.run_directory import choose_directory
+from panda.run_directory import write_description
+from panda.run_options import RunOptions
+from panda.tasks.language_modelling import LanguageModelling
+
+ANSWERED_PROMPTS = 2
+ANSWER_TOKENS = 64
+
+
+@dataclass
+class Run:
+    """A run in progress. Hooks are given it; what they may rely on is what is documented here."""
+
+    resolved: Resolved
+    """The configuration."""
+    directory: Path
+    """The run directory."""
+    processes: Processes
+    """This rank, how many there are, and the device."""
+    task: LanguageModelling
+    dataset: TokenDataset
+    plan: BatchPlan
+    """How the data is cut into steps; ``plan.total_steps`` is the length of the run."""
+    engine: Engine
+    hook: Any
+    """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
+    resumed_from: Path | None = None
+    """The checkpoint that the run continues from."""
+    step: int = 0
+    """Optimizer steps done."""
+    checkpoints: list[Path] = field(default_factory=list)
+    """Checkpoints that this process has saved."""
+    answers: list[dict[str, str]] = field(default_factory=list)
+    """At the end: ``prompt`` and ``answer`` of each prompt."""
+
+    @property
+    def options(self) -> RunOptions:
+        """The core options."""
+        options: RunOptions = self.resolved.core
+        return options
+
+
+def train(resolved: Resolved, catalog: Catalog) -> Run:
+    """Train what ``resolved`` describes and return the finished run.
+
+    Started by a launcher, every process calls this; process groups stay up for the caller to leave.
+    """
+    tokenizer = load_tokenizer(resolved.core.tokenizer)
+    task = build_task(resolved, tokenizer)
+    dataset = task.dataset()
+    processes = join_processes()
+    run = _build(resolved, catalog, tokenizer, task, dataset, processes)
+    try:
+        run.hook.panda_run_start(run=run)
+        progress = _train(run)
+        _finish(run, tokenizer, progress)
+        run.hook.panda_run_end(run=run)
+    except BaseException as error:
+        run.hook.panda_exception(run=run, error=error)
+        raise
+    finally:
+        run.engine.close()
+    return run
+
+
+def load_tokenizer(location: str) -> Any:
+    """The Hugging Face tokenizer in the folder that ``location`` means. Raises UserError where there is none."""
+    folder = resolve_path(location)
+    if not folder.is_dir():
+        raise UserError(
+            f"tokenizer: {location!r} is not a folder (looked in {Path.cwd()}). Give one that holds a Hugging Face"
+            " tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as problem:  # transformers raises what its parsers raise
+        raise UserError(f"tokenizer: no tokenizer could be loaded from {location!r}: {problem}") from problem
+
+
+def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
+    """The task that ``resolved`` names, with its reader. Raises UserError where its data is not there."""
+    reader = resolved.components["reader"]
+    task = resolved.components["task"]
+    built: LanguageModelling = task.component.factory(
+        task.options,
+        TaskContext(
+            tokenizer=tokenizer,
+            reader=reader.component.factory(reader.options, ReaderContext()),
+            max_seq_length=resolved.core.max_seq_length,
+        ),
+    )
+    return built
+
+
+def plan_batches(options: RunOptions, samples: int, ranks: int, progress: Progress = Progress()) -> BatchPlan:
+    """How a run with these options goes through ``samples`` samples, from ``progress`` on."""
+    return BatchPlan(
+        samples=samples,
+        micro_batch=options.per_gpu_train_batch_size,
+        accumulation=options.gradient_accumulation_steps,
+        ranks=ranks,
+        epochs=options.num_train_epochs,
+        max_steps=options.max_steps,
+        start_step=progress.step,
+        start_position=progress.position,
+    )
+
+
+def build_model(resolved: Resolved, tokenizer: Any) -> torch.nn.Module:
+    """The model that ``resolved`` names, with weights on torch's default device."""
+    chosen = resolved.components["model"]
+    model: torch.nn.Module = chosen.component.factory(
+        chosen.options,
+        ModelContext(
+            vocab_size=len(tokenizer),
+            max_seq_length=resolved.core.max_seq_length,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+    )
+    return model
+
+
+def _build(
+    resolved: Resolved,
+    catalog: Catalog,
+    tokenizer: Any,
+    task: LanguageModelling,
+    dataset: TokenDataset,
+    processes: Processes,
+) -> Run:
+    options: RunOptions = resolved.core
+    if options.precision == "fp16" and processes.device.type == "cpu":
+        raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
+    directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
+    progress = read_progress(checkpoint, _shape(resolved, processes, dataset)) if checkpoint else Progress()
+    plan = plan_batches(options, len(dataset), processes.world_size, progress)
+
+    _seed(options.seed)  # the same on every rank, for equal weights
+    # ZeRO-3 spreads the weights when the engine is made; until then they are whole, in host memory.
+    with torch.device("cpu" if options.zero_stage == 3 else processes.device):
+        model = build_model(resolved, tokenizer)
+    _seed(options.seed + processes.rank)  # different, for dropout
+
+    chosen = resolved.components["optimizer"]
+    optimizer = chosen.component.factory(
+        chosen.options,
+        OptimizerContext(
+            param_groups=param_groups(
+                model, learning_rate=options.learning_rate, weight_decay=options.weight_decay
+            ),
+            device=processes.device,
+        ),
+    )
+    config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    engine = Engine(model, optimizer, config, processes)
+    if checkpoint:
+        load_checkpoint(engine, checkpoint)
+    if processes.rank == 0:
+        facts = {
+            "ranks": processes.world_size,
+            "device": str(processes.device),
+            "parameters": parameters,
+            "samples": len(dataset),
+            "tokens": dataset.tokens,
+            "supervised_tokens": dataset.supervised_tokens,
+            "bad_rows": dataset.report.bad_rows,
+            "resumed_from": str(checkpoint) if checkpoint else None,
+        }
+        write_description(directory, resolved, config, facts)
+    for plugin in resolved.plugins:
+        built = plugin.component.factory(plugin.options, PluginContext())
+        catalog.add_hooks(built, plugin.component.name, plugin.offer.describe())
+    return Run(
+        resolved, directory, processes, task, dataset, plan, engine, catalog.plugins.hook, checkpoint, progress.step
+    )
+
+
+def _train(run: Run) -> Progress:
+    """The loop. Reads a value from the device only where it is logged or saved."""
+    options, plan, engine = run.options, run.plan, run.engine
+    chosen = run.resolved.components["lr_scheduler"]
+    schedule = chosen.component.factory(
+        chosen.options, LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=options.learning_rate)
+    )
+    start = read_progress(run.resumed_from, {}) if run.resumed_from else Progress()
+    counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64).to(run.processes.device)
+    clock = _Clock(start)
+    saved_step = start.step if run.resumed_from else -1
+
+    def progress() -> Progress:
+        tokens, supervised = counts.tolist()
+        return Progress(run.step, plan.step_end(run.step), int(tokens), int(supervised))
+
+    def save() -> None:
+        path = save_checkpoint(
+            engine,
+            run.directory / "checkpoints",
+            progress(),
+            _shape(run.resolved, run.processes, run.dataset),
+            keep=options.save_total_limit,
+        )
+        run.checkpoints.append(path)
+        run.hook.panda_checkpoint_saved(run=run, path=path)
+
+    batches = step_batches(
+        run.dataset,
+        plan,
+        rank=run.processes.rank,
+        seed=options.seed,
+        pad_token_id=run.task.tokenizer.pad_token_id or 0,
+        num_workers=options.num_workers,
+        prefetch_factor=options.prefetch_factor,
+        pin_memory=run.processes.device.type == "cuda",
+    )
+    for step, micro_batches in enumerate(batches, start.step + 1):
+        factor = schedule(step - 1)
+        engine.scale_learning_rate(factor)
+        result = engine.step(micro_batches, run.task.loss)
+        counts += result.counts
+        run.step = step
+        run.hook.panda_step_end(run=run, step=step)
+        if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
+            run.hook.panda_log(
+                run=run, record=_record(result, progress(), factor * options.learning_rate, clock)
+            )
+        epoch = plan.step_end(step) // plan.samples
+        if epoch > plan.step_end(step - 1) // plan.samples:
+            run.hook.panda_epoch_end(run=run, epoch=epoch - 1)
+        if options.save_steps and step % options.save_steps == 0:
+            save()
+            saved_step = step
+    if saved_step != run.step:
+        save()
+    return progress()
+
+
+class _Clock:
+    """Time and tokens since the last record."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.last, self.time = progress, time.perf_counter()
+
+    def rates(self, progress: Progress) -> tuple[float, float]:
+        """Tokens a second and seconds a step since the last call."""
+        now = time.perf_counter()
+        seconds = now - self.time
+        tokens, steps = progress.tokens - self.last.tokens, progress.step - self.last.step
+        self.last, self.time = progress, now
+        return tokens / seconds, seconds / steps
+
+
+def _record(result: StepResult, progress: Progress, learning_rate: float, clock: _Clock) -> dict[str, Any]:
+    loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
+    tokens_per_second, step_seconds = clock.rates(progress)
+    return {
+        "step": progress.step,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "step_seconds": round(step_seconds, 6),
+    }
+
+
+def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
+    """Export the model and have it answer."""
+    weights = run.engine.whole_weights()
+    if run.processes.rank == 0:
+        model = run.resolved.components["model"]
+        export(run.engine.module, weights, run.directory / "export", tokenizer, model)
+    run.processes.barrier()
+    prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
+    module = run.engine.evaluating()
+    rows = run.options.per_gpu_eval_batch_size
+    for start in range(0, len(prompts), rows):
+        some = prompts[start : start + rows]
+        continued = greedy(
+            module,
+            [run.task.encode_prompt(prompt) for prompt in some],
+            max_new_tokens=ANSWER_TOKENS,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            eos_token_id=tokenizer.eos_token_id,
+            device=run.processes.device,
+        )
+        run.answers += [
+            {"prompt": prompt, "answer": tokenizer.decode(ids)} for prompt, ids in zip(some, continued, strict=True)
+        ]
+    if run.processes.rank == 0:
+        text = json.dumps(run.answers, indent=2, ensure_ascii=False)
+        (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> dict[str, Any]:
+    """What a checkpoint's run and one that continues it have to agree on."""
+    names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
+    return {
+        **names,
+        "model_options": repr(resolved.components["model"].options),
+        "ranks": processes.world_size,
+        "zero_stage": resolved.core.zero_stage,
+        "precision": resolved.core.precision,
+        "seed": resolved.core.seed,
+        "samples": len(dataset),
+        "tokens": dataset.tokens,
+    }
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
