@@ -31,6 +31,12 @@ _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "max_steps: 0",
+        lambda run: run.max_steps == 0,
+        "a run without steps trains nothing",
+        "`max_steps: -1` for no limit, or a number of steps",
+    ),
+    Refusal(
         "ckpt_path",
         lambda run: run.ckpt_path is not None,
         "loading pretrained weights is not in this version of panda",

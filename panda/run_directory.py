@@ -80,6 +80,9 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
             "source": "{}:{}".format(*chosen.component.source),
         }
         for chosen in resolved.chosen
+    } | {
+        f"plugin {offer.name}": {"distribution": offer.distribution, "version": offer.version, "module": offer.module}
+        for offer in resolved.hook_modules
     }
     _write_json(
         directory / "provenance.json",
@@ -107,7 +110,8 @@ def config_text(resolved: Resolved) -> str:
             owner = setting.owner
             lines += ["", f"# {owner}"]
         value = list(setting.value) if isinstance(setting.value, tuple) else setting.value
-        lines.append(yaml.safe_dump({key: value}, default_flow_style=None, allow_unicode=True, width=10**6).strip())
+        written = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6)
+        lines.append(f"{key}: {written.strip()[1:-1]}")
     return "\n".join(lines) + "\n"
 
 

@@ -22,12 +22,13 @@ def export(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     if isinstance(module, PreTrainedModel):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         use_cache, module.config.use_cache = module.config.use_cache, True
-        dtype, module.config.dtype = module.config.dtype, next(iter(weights.values())).dtype
-        try:
-            module.save_pretrained(folder, state_dict=weights)
-        finally:
-            module.config.use_cache, module.config.dtype = use_cache, dtype
+        module.config.dtype = next(iter(weights.values())).dtype
+        module.save_pretrained(folder, state_dict=weights)
+        module.config.use_cache = use_cache
         return
 
     from safetensors.torch import save_file

@@ -53,7 +53,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     from transformers import LlamaConfig
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=options.hidden_size,
@@ -73,6 +73,23 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             attn_implementation="sdpa",
         )
     )
+    _keep_float32(model.model.rotary_emb)
+    return model
+
+
+def _keep_float32(module: torch.nn.Module) -> None:
+    """Have ``module`` keep its buffers in float32 when the model around it is cast to 16 bits.
+
+    DeepSpeed casts whole models, and with them the frequencies of the rotary embedding: positions
+    past a few hundred then share angles, and the trained model is another one than the exported,
+    which transformers loads with its frequencies in float32.
+    """
+    apply = module._apply
+
+    def move_only(convert: Any, recurse: bool = True) -> torch.nn.Module:
+        return apply(lambda tensor: tensor.to(convert(tensor).device), recurse)
+
+    module._apply = move_only  # type: ignore[method-assign]
 
 
 def _llama(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int) -> dict[str, Any]:
@@ -88,7 +105,7 @@ def _llama(hidden_size: int, num_layers: int, num_heads: int, intermediate_size:
 @register_arch("llama-tiny", model="llama")
 def llama_tiny() -> dict[str, Any]:
     """Learns on two CPU cores in a minute; its vocabulary is the tokenizer's."""
-    return {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 384}
+    return {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 256}
 
 
 @register_arch("llama-7b", model="llama")

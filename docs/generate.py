@@ -1,0 +1,75 @@
+"""Writes docs/configuration.md and docs/refusals.md from the code: `python docs/generate.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from panda.refusals import REFUSALS
+from panda.registry import Catalog
+from panda.registry.catalog import OWN_DISTRIBUTION
+from panda.registry.kinds import KINDS
+from panda.registry.options import Option
+from panda.registry.options import options_of
+from panda.run_options import ACCEPTED_SPELLINGS
+from panda.run_options import RunOptions
+
+GENERATED = "<!-- Written by docs/generate.py from the code. Change the code, and run it again. -->\n\n"
+
+
+def configuration() -> str:
+    """Every key of the core and of panda's own components."""
+    parts = [
+        "# Configuration\n\n" + GENERATED,
+        "A configuration is a flat YAML file, `key: value`, and every key is a flag: `--learning_rate 2e-5`. Per key, a"
+        " flag wins over the file, the file over the arch, the arch over the default. `panda check FILE` prints each"
+        " value with where it came from.\n\nA list is written `[a, b]` in YAML, and `--key a b` or `--key a,b` as a flag."
+        " A switch alone, `--key`, is true. Of PandaLLM's spellings, "
+        + " and ".join(f"`{old}` is taken as `{new}`" for old, new in ACCEPTED_SPELLINGS.items())
+        + ", with a warning.\n\n## Every run\n\n",
+        _table(options_of(RunOptions)),
+    ]
+    catalog = Catalog()
+    for kind in KINDS.values():
+        parts.append(f"\n## {kind.plural}\n\n{kind.summary[0].upper()}{kind.summary[1:]}.\n")
+        shown = set()
+        for offer in catalog.offers(kind.name):
+            component = catalog.load(offer) if offer.distribution == OWN_DISTRIBUTION else None
+            if component is None or component in shown:
+                continue
+            shown.add(component)
+            aliases = f" (also {', '.join(f'`{alias}`' for alias in component.aliases)})" if component.aliases else ""
+            parts.append(f"\n### `{component.name}`{aliases}\n\n{component.doc}\n\n")
+            if component.model is not None:
+                values = ", ".join(f"{key} {value}" for key, value in component.factory().items())
+                parts.append(f"Model `{component.model}`: {values}.\n")
+            elif options_of(component.options):
+                parts.append(_table(options_of(component.options)))
+    return "".join(parts)
+
+
+def refusals() -> str:
+    """The table of refusals."""
+    lines = [f"| {r.what} | {r.reason} | {r.instead} |" for r in REFUSALS]
+    return (
+        "# What cannot be combined\n\n" + GENERATED + "Refused by `panda-train` and `panda check` before anything is"
+        " built.\n\n| refused | since | instead |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _table(options: dict[str, Option]) -> str:
+    rows = [f"| `{key}` | {_default(option)} | {option.expects} | {option.doc} |" for key, option in options.items()]
+    return "\n".join(["| key | default | takes | |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _default(option: Option) -> str:
+    value = option.default
+    if value is None or value == ():
+        return ""
+    return f"`{', '.join(map(str, value))}`" if isinstance(value, tuple) else f"`{value!r}`"
+
+
+PAGES = {"configuration.md": configuration, "refusals.md": refusals}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (Path(__file__).parent / name).write_text(page(), encoding="utf-8")

@@ -1,0 +1,122 @@
+"""Checkpoints are complete or absent, and hold what a run needs to go on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from panda.engine.checkpoints import Progress
+from panda.engine.checkpoints import find_checkpoint
+from panda.engine.checkpoints import load_checkpoint
+from panda.engine.checkpoints import read_progress
+from panda.engine.checkpoints import save_checkpoint
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.engine import Engine
+from panda.engine.processes import Processes
+from panda.engine.processes import join_processes
+from panda.engine.processes import leave_processes
+from panda.registry import UserError
+from panda.run_options import RunOptions
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    joined = join_processes()
+    yield joined
+    leave_processes()
+
+
+def make_engine(processes: Processes) -> Engine:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    options = RunOptions(gradient_accumulation_steps=1)
+    return Engine(model, optimizer, deepspeed_config(options, world_size=1, on_gpu=False), processes)
+
+
+class Batch:
+    tokens = supervised_tokens = 2
+
+    def to(self, device: torch.device) -> Batch:
+        return self
+
+
+def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
+    """Draws inputs from each generator, so that the loss tells whether its state was restored."""
+    inputs = torch.tensor([[random.random(), np.random.random(), 1.0, 2.0]]) + torch.rand(2, 4)
+    result: torch.Tensor = model(inputs).sum()
+    return result
+
+
+def steps(engine: Engine, count: int) -> list[float]:
+    return [float(engine.step([Batch()], loss_sum).loss) for _ in range(count)]
+
+
+def test_weights_optimizer_and_random_state_come_back(processes: Processes, tmp_path: Path) -> None:
+    engine = make_engine(processes)
+    steps(engine, 2)
+    saved = save_checkpoint(engine, tmp_path, Progress(2, 4, 8, 6), {"seed": 1})
+    expected = steps(engine, 3)
+    other = make_engine(processes)
+    load_checkpoint(other, saved)
+    assert steps(other, 3) == expected
+    assert read_progress(saved, {"seed": 1}) == Progress(2, 4, 8, 6)
+    with pytest.raises(UserError, match="seed was 1 and is 2"):
+        read_progress(saved, {"seed": 2})
+
+
+def test_the_newest_complete_checkpoint_is_found(processes: Processes, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    engine = make_engine(processes)
+    assert find_checkpoint(tmp_path) is None
+    first, second = (save_checkpoint(engine, folder, Progress(step), {}) for step in (9, 10))
+    assert (folder / "latest").read_text().strip() == second.name
+    assert find_checkpoint(tmp_path) == find_checkpoint(folder) == second
+    assert find_checkpoint(first) == first
+
+    largest = max(second.iterdir(), key=lambda file: file.stat().st_size)
+    with largest.open("r+b") as file:  # a disk that was full
+        file.truncate(10)
+    assert find_checkpoint(second) is None
+    assert find_checkpoint(tmp_path) == first
+    (first / "manifest.json").write_text("{")
+    assert find_checkpoint(tmp_path) is None
+
+
+def test_an_interrupted_save_leaves_the_one_before(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(processes)
+    first = save_checkpoint(engine, tmp_path, Progress(1), {})
+    for broken in ("json.dumps", "os.rename", "os.replace", "torch.save"):
+
+        def die(*arguments: Any, **keywords: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"panda.engine.checkpoints.{broken}", die)
+            with pytest.raises(KeyboardInterrupt):
+                save_checkpoint(engine, tmp_path, Progress(2), {})
+        found = find_checkpoint(tmp_path)
+        # Before the rename the new one is absent, behind it complete: `latest` is a convenience.
+        assert found is not None and found.name == ("step-00000002" if broken == "os.replace" else first.name)
+        if broken == "os.replace":
+            json.loads((found / "manifest.json").read_text())
+            found.rename(tmp_path / "aside")
+    second = save_checkpoint(engine, tmp_path, Progress(2), {})
+    assert find_checkpoint(tmp_path) == second
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_old_checkpoints_are_removed_behind_a_newer_complete_one(processes: Processes, tmp_path: Path) -> None:
+    engine = make_engine(processes)
+    for step in range(1, 5):
+        save_checkpoint(engine, tmp_path, Progress(step), {}, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]

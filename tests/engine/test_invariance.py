@@ -1,0 +1,146 @@
+"""One trajectory, however a step is split: micro batches, ranks, ZeRO stages.
+
+The reference is a plain loop over plain transformers, written here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from launching import exported_weights
+from launching import losses
+from launching import train_many
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+
+from panda.data.order import sample_at
+
+SAMPLES, STEP_SAMPLES, SEED = 43, 8, 7  # five full steps and one of three samples
+RATE, CLIP, BETAS, EPSILON, DECAY = 1e-3, 0.5, (0.9, 0.99), 1e-4, 0.1
+SPLITS = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "4x1x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
+"""Micro batch, accumulation, ranks."""
+
+
+def rows() -> list[dict[str, str]]:
+    """Ragged lengths and uneven masks: a mean of means is far from the mean."""
+    generator = random.Random(1)
+    letters = "abcdefghij "
+    return [
+        {
+            "input": "".join(generator.choices(letters, k=generator.randint(1, 30))),
+            "target": "".join(generator.choices(letters, k=generator.choice([1, 2, 3, 25, 40]))),
+        }
+        for _ in range(SAMPLES)
+    ]
+
+
+def arguments(data: Path, output: Path, split: tuple[int, int, int], *more: object) -> list[object]:
+    micro, accumulation, _ = split
+    return [
+        *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48),
+        *("--num_heads", 2, "--instruction_tuning_data_dir", data, "--output_dir", output, "--seed", SEED),
+        *("--per_gpu_train_batch_size", micro, "--gradient_accumulation_steps", accumulation, "--num_workers", 0),
+        *("--learning_rate", RATE, "--max_grad_norm", CLIP, "--adam_betas", "%s,%s" % BETAS),
+        *("--adam_epsilon", EPSILON, "--weight_decay", DECAY, "--warmup_steps", 2, "-p", "no:tensorboard"),
+        *more,
+    ]
+
+
+def plain_loop(*, mean_of_means: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training without panda's engine, tasks or optimizer: losses and weights."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=259,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+        )
+    ).double()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, eps=EPSILON, weight_decay=DECAY)
+    data = rows()
+    history = []
+    for step, start in enumerate(range(0, SAMPLES, STEP_SAMPLES)):
+        chosen = [data[sample_at(p, SAMPLES, SEED)] for p in range(start, min(start + STEP_SAMPLES, SAMPLES))]
+        sums, counts = [], []
+        for row in chosen:
+            prompt = [1, *(byte + 3 for byte in (row["input"] + "\n").encode())]
+            answer = [*(byte + 3 for byte in row["target"].encode()), 2]
+            ids = torch.tensor([prompt + answer])
+            log_probabilities = model(ids).logits[0].log_softmax(-1)
+            predictors = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+            sums.append(-log_probabilities[predictors, torch.tensor(answer)].sum())
+            counts.append(len(answer))
+        loss = sum(sums) / sum(counts)
+        if mean_of_means:
+            loss = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 2)
+        optimizer.step()
+        history.append(loss.item())
+    return history, {name: weight.detach() for name, weight in model.state_dict().items()}
+
+
+def difference(run: Path, reference: tuple[list[float], dict[str, torch.Tensor]]) -> tuple[float, float]:
+    """Largest relative difference of a loss, and largest absolute difference of a weight."""
+    history, weights = reference
+    trained = exported_weights(run)
+    assert len(losses(run)) == len(history) and trained.keys() == weights.keys()
+    loss = max(abs(a - b) / abs(b) for a, b in zip(losses(run), history, strict=True))
+    weight = max(float((trained[name].double() - weights[name]).abs().max()) for name in weights)
+    return loss, weight
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "rows.json"
+    file.write_text(json.dumps(rows()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each split, and of each ZeRO stage on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    alone = [arguments(data, folder / name, split) for name, split in SPLITS.items() if split[2] == 1]
+    together = [arguments(data, folder / name, split) for name, split in SPLITS.items() if split[2] == 2]
+    together += [
+        arguments(data, folder / f"zero{stage}", SPLITS["2x2x2"], "--zero_stage", stage) for stage in (1, 2, 3)
+    ]
+    train_many(alone, cwd=folder)
+    train_many(together, ranks=2, cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "zero1", "zero2", "zero3"])
+def test_every_split_follows_the_plain_loop(runs: Path, name: str) -> None:
+    loss, weight = difference(runs / name, plain_loop())
+    assert loss < 1e-6
+    assert weight < 1e-6
+
+
+def test_a_mean_of_means_does_not(runs: Path) -> None:
+    loss, weight = difference(runs / "1x8", plain_loop(mean_of_means=True))
+    assert loss > 1e-2
+    assert weight > 1e-4
+
+
+def test_tokens_are_counted_over_all_ranks(runs: Path) -> None:
+    counts = [
+        json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[-1])["supervised_tokens"]
+        for name in ("8x1", "4x1x2", "zero3")
+    ]
+    assert counts == [sum(len(row["target"]) + 1 for row in rows())] * 3

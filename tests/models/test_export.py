@@ -1,0 +1,94 @@
+"""What a run leaves is what plain transformers loads, in a process that never imports panda."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ENVIRONMENT
+from launching import train_many
+
+from panda.models.llama import LlamaOptions
+from panda.models.llama import build_llama
+from panda.registry.contexts import ModelContext
+
+SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "rms_norm_eps": 1e-5}
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("Say panda twice.", return_tensors="pt", add_special_tokens=False)["input_ids"]
+answer = model.generate(ids, max_new_tokens=5, do_sample=False)
+assert not any(name.split(".")[0] == "panda" for name in sys.modules)
+print(json.dumps({
+    "ids": ids.tolist(), "logits": model(ids).logits.tolist(), "class": type(model).__name__,
+    "use_cache": model.config.use_cache, "answer": answer[0, ids.shape[1]:].tolist(), "eos": tokenizer.eos_token_id,
+    "dtype": str(model.dtype),
+}))
+"""
+
+
+@pytest.fixture(scope="module", params=[(1, 0, "fp32"), (2, 3, "fp32"), (1, 1, "bf16")], ids=str)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ranks, stage, precision = request.param
+    folder = tmp_path_factory.mktemp("export")
+    flags = [word for key, value in SHAPE.items() for word in (f"--{key}", value)]
+    train_many(
+        [
+            [
+                *("--arch", "llama-tiny", *flags, "--max_steps", 2, "--gradient_accumulation_steps", 1),
+                *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--num_workers", 0),
+                *("--zero_stage", stage, "--precision", precision, "--output_dir", folder / "run"),
+            ]
+        ],
+        ranks=ranks,
+        cwd=folder,
+    )
+    return folder / "run"
+
+
+def test_plain_transformers_gives_the_logits_of_the_trained_weights(run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(run / "export")], env=ENVIRONMENT, capture_output=True, text=True, cwd=run
+    )
+    assert done.returncode == 0, done.stderr
+    plain = json.loads(done.stdout)
+    assert plain["class"] == "LlamaForCausalLM" and plain["use_cache"] is True and plain["eos"] == 2
+
+    # The weights as training left them: DeepSpeed's own file, or its own script's for a partitioned one.
+    checkpoint = run / "checkpoints" / "step-00000002"
+    model = build_llama(LlamaOptions(**SHAPE), ModelContext(259, 2048, 0, 1, 2))
+    if list(checkpoint.glob("zero_pp_rank_*model_states.pt")):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    else:
+        weights = torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    model.load_state_dict(weights)
+    if plain["dtype"] == "torch.bfloat16":
+        model = model.bfloat16()
+    logits = model.eval()(torch.tensor(plain["ids"])).logits.float()
+    assert torch.allclose(logits, torch.tensor(plain["logits"]), atol=1e-6, rtol=0)
+    # The trained weights, not the initial ones.
+    torch.manual_seed(42)
+    untrained = build_llama(LlamaOptions(**SHAPE), ModelContext(259, 2048, 0, 1, 2)).eval()
+    assert not torch.allclose(untrained(torch.tensor(plain["ids"])).logits, torch.tensor(plain["logits"]), atol=1e-6)
+
+
+def test_greedy_answers_are_those_of_transformers(run: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from panda.models.generation import greedy
+
+    model = AutoModelForCausalLM.from_pretrained(run / "export").eval()
+    prompts = [[1, 70, 80, 90], [1, 100], [1, 71, 72, 73, 74, 75, 76]]
+    ours = greedy(model, prompts, max_new_tokens=6, pad_token_id=0, eos_token_id=2, device=torch.device("cpu"))
+    for prompt, answer in zip(prompts, ours, strict=True):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2)[0]
+        ended = [*theirs[len(prompt) :].tolist(), 2]
+        assert answer == ended[: ended.index(2)]

@@ -1,0 +1,58 @@
+"""What the documents say is what happens."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from launching import run_panda
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def console_lines() -> list[str]:
+    """Every command of every ``console`` block, continuation lines joined."""
+    lines = []
+    for page in PAGES:
+        for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            lines += block.replace("\\\n", " ").splitlines()
+    return sorted({line.split(" # ")[0].strip() for line in lines if line.strip()})
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
+    for name, page in pages.items():
+        assert (ROOT / "docs" / name).read_text() == page(), f"run `python docs/generate.py`: docs/{name} is stale"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("line", console_lines())
+def test_a_documented_command_resolves(line: str, tmp_path: Path) -> None:
+    """Every panda command of the documents, behind any launcher, is checked on a copy of its data; `.ci/run` runs the
+    README's two blocks as they stand."""
+    words = shlex.split(line)
+    names = [word.rpartition("/")[2] for word in words]
+    if "panda" in names:
+        done = run_panda("panda", *words[names.index("panda") + 1 :], cwd=ROOT)
+    elif "panda-train" in names:
+        flags = words[names.index("panda-train") + 1 :]
+        (tmp_path / "run.yaml").write_text((ROOT / "configs" / "instruct-tiny.yaml").read_text())
+        (tmp_path / "configs").symlink_to(ROOT / "configs")
+        flags = ["panda:data/sample/instruct" if flag == "DATA" else flag for flag in flags]
+        if "--help" in flags:
+            done = run_panda("panda-train", *flags, cwd=tmp_path)
+        else:
+            done = run_panda("panda", "check", *flags, cwd=tmp_path)
+    else:
+        assert names[0] in ("python3", "pytest", "python"), f"who runs {line!r}?"
+        return
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,18 @@
+"""Trains several configurations one after another in one group of processes: starting one takes seconds.
+
+    torchrun --nproc_per_node 2 tests/train_many.py '[["--config", "a.yaml"], ["--config", "b.yaml"]]'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from panda.cli.arguments import parse_arguments
+from panda.cli.configuration import configure
+from panda.engine.processes import leave_processes
+from panda.runner import train
+
+for argv in json.loads(sys.argv[1]):
+    train(*configure(parse_arguments(argv)))
+leave_processes()
