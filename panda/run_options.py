@@ -38,7 +38,7 @@ RENAMED = {
     "dataloader_num_workers": "write `num_workers`.",
     "use_nvlamb": "write `optimizer: nvlamb`.",
 }
-"""Keys of other programs and of older documents, and what panda calls them. Refused, since a value may not mean the same."""
+"""Keys of other programs and older documents, and what panda calls them. Refused: a value may not mean the same."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RunOptions:
     arch: str | None = None
     """Architecture: a model and its sizes by one name; `panda list archs`."""
     model: str | None = None
-    """Model with options of your own instead of an arch's; also takes an arch's name, as PandaLLM's documentation does."""
+    """Model with options of your own instead of an arch's; also takes an arch's name, as PandaLLM's does."""
     optimizer: str = "AdamW"
     """How weights follow gradients, in any case; `panda list optimizers`."""
     lr_scheduler: str = "warmup"

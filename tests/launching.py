@@ -30,7 +30,10 @@ def run_panda(command: str, *argv: object, cwd: Path, **environment: str) -> sub
 
 def train_many(configurations: list[list[object]], *, ranks: int = 1, cwd: Path) -> str:
     """Train each of ``configurations`` on ``ranks`` processes; what was printed. Fails with it."""
-    script = [str(Path(__file__).parent / "train_many.py"), json.dumps([list(map(str, argv)) for argv in configurations])]
+    script = [
+        str(Path(__file__).parent / "train_many.py"),
+        json.dumps([list(map(str, argv)) for argv in configurations]),
+    ]
     command = [sys.executable, *script]
     if ranks > 1:
         command = [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={_free_port()}", *script]

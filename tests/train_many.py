@@ -1,6 +1,6 @@
 """Trains several configurations one after another in one group of processes: starting one takes seconds.
 
-    torchrun --nproc_per_node 2 tests/train_many.py '[["--config", "a.yaml"], ["--config", "b.yaml"]]'
+torchrun --nproc_per_node 2 tests/train_many.py '[["--config", "a.yaml"], ["--config", "b.yaml"]]'
 """
 
 from __future__ import annotations

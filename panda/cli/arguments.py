@@ -42,15 +42,14 @@ def parse_arguments(argv: list[str]) -> Arguments:
         if word in ("-h", "--help"):
             help_wanted = True
         elif word == "-p" or word.startswith("-p="):
-            value = word[3:] if word != "-p" else argv[position] if position < len(argv) else ""
+            blocked.append(blocked_name(word[3:] if word != "-p" else argv[position] if position < len(argv) else ""))
             position += word == "-p"
-            if not value.startswith("no:") or not value[3:]:
-                raise UserError(f"-p {value}: expected `-p no:NAME`. To add a plugin, write `--plugins NAME`.")
-            blocked.append(value[3:])
         elif word.startswith("--"):
             name, equals, text = word[2:].partition("=")
+            if not name:
+                raise UserError(f"{word!r}: expected a flag, --key value.")
             values = [text] if equals else []
-            while not equals and position < len(argv) and not argv[position].startswith("--") and argv[position] != "-p":
+            while not equals and position < len(argv) and not _is_flag(argv[position]):
                 values.append(argv[position])
                 position += 1
             key = name.replace("-", "_")
@@ -58,8 +57,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             if key in flags:
                 raise UserError(f"{origin} is given twice.")
             if key not in IGNORED:
-                value = True if not values else values[0] if len(values) == 1 else tuple(values)
-                flags[key] = Given(value, origin, " ".join(values) or "true")
+                flags[key] = Given(_value(values), origin, " ".join(values))
         else:
             hint = f" Did you mean `--config {word}`?" if word.endswith((".yaml", ".yml")) else ""
             raise UserError(f"{word!r}: expected a flag, --key value.{hint}")
@@ -74,6 +72,23 @@ def parse_arguments(argv: list[str]) -> Arguments:
         if "config" in given:
             raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
     return Arguments(given | flags, tuple(blocked), help_wanted)
+
+
+def blocked_name(text: str) -> str:
+    """NAME of ``-p no:NAME``. Raises UserError for anything else behind ``-p``."""
+    if not text.startswith("no:") or not text[3:]:
+        raise UserError(f"-p {text}: expected `-p no:NAME`. To add a plugin, write `--plugins NAME`.")
+    return text[3:]
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith(("--", "-p=")) or word in ("-p", "-h")
+
+
+def _value(words: list[str]) -> str | bool | tuple[str | bool | None, ...]:
+    if not words:
+        return True
+    return words[0] if len(words) == 1 else tuple(words)
 
 
 def _with_accepted_spellings(given: dict[str, Given]) -> dict[str, Given]:

@@ -7,6 +7,7 @@ import os
 from panda.cli.arguments import parse_arguments
 from panda.cli.command import run_command
 from panda.cli.configuration import configure
+from panda.registry import UserError
 from panda.registry.resolve import Resolved
 
 USAGE = """\
@@ -27,9 +28,11 @@ def _check(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     arguments = parse_arguments(argv)
-    if arguments.help or not argv:
+    if arguments.help:
         print(USAGE)
         return
+    if not argv:  # not a success: `panda check $CONFIG` with nothing in it has checked nothing
+        raise UserError(f"no configuration is given.\n{USAGE}")
     resolved, _ = configure(arguments)
     _print_settings(resolved)
     _check_data_and_model(resolved)
@@ -49,6 +52,8 @@ def _print_settings(resolved: Resolved) -> None:
     for chosen in resolved.chosen:
         source = "{}:{}".format(*chosen.component.source)
         print(f"{chosen.label}: {chosen.offer.distribution} {chosen.offer.version}, {source}")
+    for offer in resolved.hook_modules:
+        print(f"plugin {offer.name}: {offer.distribution} {offer.version}, {offer.module}")
 
 
 def _check_data_and_model(resolved: Resolved) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from panda.registry import UserError
 
 USAGE_ERROR = 2
+BROKEN_PIPE = 128 + 13
+"""What a shell says of a program that SIGPIPE ended. Not 0: a run that could not print did not finish."""
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None) -> int:
@@ -20,18 +22,18 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     """
     try:
         command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a pipe that is closed is caught
     except UserError as error:
         if os.environ.get("PANDA_TRACEBACK"):
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error on rank {rank}"
-        print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()[:1]), file=sys.stderr)
-        for line in str(error).splitlines()[1:]:
-            print(f"  {line}", file=sys.stderr)
+        print(f"{prefix}: " + "\n  ".join(str(error).splitlines()), file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `panda list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     return 0

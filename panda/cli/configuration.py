@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from panda.cli.arguments import Arguments
 from panda.refusals import refuse
 from panda.registry import Catalog
@@ -15,6 +17,8 @@ from panda.run_options import RunOptions
 def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
     """Resolve ``arguments`` against what is installed. Raises UserError; imports no torch."""
     catalog = Catalog(arguments.blocked)
+    for name in catalog.unused_blocks():
+        print(f"warning: -p no:{name}: nothing that is installed has that name.", file=sys.stderr)
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
     refuse(resolved)
     return resolved, catalog

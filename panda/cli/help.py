@@ -7,11 +7,17 @@ import textwrap
 
 from panda.cli.arguments import Arguments
 from panda.registry import Catalog
+from panda.registry import Component
 from panda.registry import UserError
 from panda.registry.kinds import KINDS
+from panda.registry.options import REQUIRED
 from panda.registry.options import Option
 from panda.registry.options import options_of
-from panda.registry.resolve import CHOSEN_BY_NAME
+from panda.registry.resolve import NAMING
+from panda.registry.resolve import choose
+from panda.registry.resolve import convert_options
+from panda.registry.resolve import model_of
+from panda.run_options import DEFAULT_PLUGINS
 from panda.run_options import RunOptions
 
 USAGE = """\
@@ -33,49 +39,53 @@ examples:
 
 def print_train_help(arguments: Arguments) -> None:
     """Print the flags of every run, and of the components that ``arguments`` choose."""
+    catalog = Catalog(arguments.blocked)
+    components = _chosen(catalog, arguments)  # first of all: an unknown name is the answer then, not a page of flags
     print(USAGE)
     print_options("options of every run", options_of(RunOptions))
-    catalog = Catalog(arguments.blocked)
-    for kind, name in _chosen_names(catalog, arguments).items():
-        component = catalog.load(catalog.find(kind, name))
-        assert component is not None
-        print_options(f"{kind} {component.name}: {component.summary}", options_of(component.options))
+    for component in components:
+        print_options(f"{component.kind} {component.name}: {component.summary}", options_of(component.options))
     print()
     for kind in KINDS.values():
         names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers(kind.name)))
-        print(_wrapped(f"{kind.plural}: {names}", indent=2))
+        print(_wrapped(f"{kind.plural}: {names or 'none'}", indent=2))
 
 
-def _chosen_names(catalog: Catalog, arguments: Arguments) -> dict[str, str]:
+def _chosen(catalog: Catalog, arguments: Arguments) -> list[Component]:
     core = options_of(RunOptions)
-    chosen = {}
-    for kind in (*CHOSEN_BY_NAME, "arch", "model"):
-        given = arguments.given.get(kind)
-        name = core[kind].convert(given) if given else core[kind].default
-        if name is not None:
-            chosen[kind] = name
-    shape = chosen.pop("arch", None) or chosen.pop("model", None)
-    if shape is not None:
-        try:
-            arch = catalog.load(catalog.find("arch", shape))
-            chosen["model"] = arch.model if arch is not None and arch.model is not None else shape
-        except UserError:
-            catalog.find("model", shape)
-            chosen["model"] = shape
-    return chosen
+    settings, problems = convert_options({key: core[key] for key in NAMING}, arguments.given)
+    if problems:
+        raise UserError("\n".join(problems))
+    choice = choose(catalog, settings, DEFAULT_PLUGINS)
+    offers = dict(choice.offers)
+    if "arch" in offers and "model" not in offers:
+        offers["model"] = model_of(catalog, offers["arch"])
+    found = [catalog.load(offers[kind]) for kind in KINDS if kind in offers and kind != "arch"]
+    found += [catalog.load(offer) for offer in choice.plugins]
+    return [component for component in found if component is not None]
 
 
 def print_options(title: str, options: dict[str, Option]) -> None:
     """Print flags, defaults and help of ``options`` under ``title``."""
     if options:
-        print(f"\n{title}")
+        print(f"\n{_wrapped(title, indent=0)}")
     for key, option in options.items():
-        default = ", ".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
-        shown = "" if default in (None, "") else f" [{default!r}]" if isinstance(default, str) else f" [{default}]"
-        print(f"  --{key}{shown}")
-        print(_wrapped(f"{option.doc} ({option.expects})", indent=25))
+        print(f"  --{key}{_default(option)}")
+        print(_wrapped(f"{option.doc} ({option.expects})".strip(), indent=25))
+
+
+def _default(option: Option) -> str:
+    if option.default is REQUIRED:
+        return " (required)"
+    if option.default in (None, "", ()):
+        return ""
+    if isinstance(option.default, tuple):
+        return f" [{', '.join(map(str, option.default))}]"
+    return f" [{option.default!r}]"
 
 
 def _wrapped(text: str, *, indent: int) -> str:
     width = max(60, min(110, shutil.get_terminal_size().columns))
-    return textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False)
+    return textwrap.fill(
+        text, width, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
+    )

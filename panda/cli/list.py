@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
+from panda.cli.arguments import blocked_name
 from panda.cli.command import run_command
 from panda.registry import Catalog
 from panda.registry import Offer
@@ -29,7 +31,7 @@ def _list(argv: list[str]) -> None:
     parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave a distribution or plugin out")
     arguments = parser.parse_args(argv)
     kinds = [kind_named(arguments.kind)] if arguments.kind else list(KINDS.values())
-    catalog = Catalog(value.removeprefix("no:") for value in arguments.p)
+    catalog = Catalog(map(blocked_name, arguments.p))
     if arguments.json:
         rows = [_described(offer) for kind in kinds for offer in catalog.offers(kind.name)]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -50,7 +52,7 @@ def _provider(offer: Offer) -> str:
     return f"{offer.distribution} {offer.version}"
 
 
-def _described(offer: Offer) -> dict[str, str | None]:
+def _described(offer: Offer) -> dict[str, Any]:
     declared = offer.declaration
     return {
         "kind": offer.kind,
@@ -59,5 +61,5 @@ def _described(offer: Offer) -> dict[str, str | None]:
         "version": offer.version,
         "module": offer.module,
         "summary": declared.summary if declared else module_summary(offer.module) if offer.kind == "plugin" else "",
-        "line": str(declared.line) if declared else None,
+        "line": declared.line if declared else None,
     }

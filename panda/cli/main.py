@@ -17,7 +17,10 @@ COMMANDS = {
 }
 """Each is a module of this package with ``main(argv)``."""
 
-USAGE = "usage: panda COMMAND ...\n\ncommands:\n" + "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items()) + """
+USAGE = (
+    "usage: panda COMMAND ...\n\ncommands:\n"
+    + "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items())
+    + """
 
 examples:
   panda list archs
@@ -25,6 +28,7 @@ examples:
   panda check configs/instruct-tiny.yaml
 
 `panda COMMAND --help` says more."""
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import argparse
 from panda.cli.command import run_command
 from panda.cli.help import print_options
 from panda.registry import Catalog
+from panda.registry.declarations import module_summary
 from panda.registry.kinds import kind_named
 from panda.registry.options import options_of
 
@@ -30,6 +31,7 @@ def _show(argv: list[str]) -> None:
     component = catalog.load(offer)
     print(f"{offer.kind} {component.name if component else offer.name}")
     if component is None:
+        print(f"  {module_summary(offer.module)}".rstrip())
         print(f"\n  from     {offer.distribution} {offer.version}\n  module   {offer.module}")
         return
     print("\n".join(f"  {line}".rstrip() for line in component.doc.splitlines()))

@@ -98,8 +98,13 @@ def step_batches(
         generator=torch.Generator().manual_seed(seed),
     )
     batches = iter(loader)
-    for step in steps:
-        yield [next(batches) for _ in range(plan.micro_batches(step))]
+    try:
+        for step in steps:
+            yield [next(batches) for _ in range(plan.micro_batches(step))]
+    finally:
+        # At once: an exception from a worker keeps the iterator in a reference cycle, and where the garbage
+        # collector finds it there its workers do not hear that they may go, and it waits five seconds for each.
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 class _Keys:

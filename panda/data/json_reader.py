@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from panda.data.reading import BadRow
 from panda.data.reading import Row
+from panda.data.reading import kind_of
 from panda.registry import NoOptions
 from panda.registry import UserError
 from panda.registry import register_reader
@@ -18,6 +20,9 @@ from panda.registry.contexts import ReaderContext
 # pretraining format has them.
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = " \t\r\n"
+_LINE_END = re.compile(r"[ \t\r]*(\n|\Z)")
+_NEXT_LINE = re.compile(r"\n")
+_NEXT_OBJECT = re.compile(r"\n[ \t]*(?=\{)")
 
 
 @register_reader("json")
@@ -35,10 +40,9 @@ class JsonReader:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as problem:
-            raise UserError(
-                f"{file}: not UTF-8: byte {problem.object[problem.start]:#04x} at offset {problem.start}."
-                " Convert the file to UTF-8."
-            ) from None
+            line = problem.object.count(b"\n", 0, problem.start) + 1
+            byte = problem.object[problem.start]
+            raise UserError(f"{file}:{line}: not UTF-8: byte {byte:#04x}. Convert the file to UTF-8.") from None
         except OSError as problem:
             raise UserError(f"{file}: cannot be read: {problem.strerror}") from None
         start = _skip_space(text, 0)
@@ -51,7 +55,7 @@ class JsonReader:
             elif isinstance(element, dict):
                 yield Row(element, file, number)
             else:
-                yield BadRow(file, number, f"expected an object, {{...}}, found {_kind(element)}")
+                yield BadRow(file, number, f"expected an object, {{...}}, found {kind_of(element)}")
 
 
 class _Unreadable:
@@ -64,14 +68,15 @@ def _array(file: Path, text: str, position: int) -> Iterator[Any]:
     number = 1
     while text[position : position + 1] != "]":
         try:
-            element, position = _DECODER.raw_decode(text, position)
+            element, position = _decode(text, position)
             position = _skip_space(text, position)
             if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
         except json.JSONDecodeError as problem:
+            ended = problem.msg.startswith("Unterminated string") or not text[problem.pos :].strip()
             raise UserError(
                 f"{file}:{problem.lineno}:{problem.colno}: not valid JSON, in row {number}: {problem.msg}."
-                f"{' The file ends there: is it cut short?' if not text[problem.pos :].strip() else ''}"
+                f"{' The file ends there: is it cut short?' if ended else ''}"
             ) from None
         yield element
         number += 1
@@ -83,24 +88,32 @@ def _array(file: Path, text: str, position: int) -> Iterator[Any]:
 
 
 def _sequence(file: Path, text: str, position: int) -> Iterator[Any]:
-    """Objects one after another. After a syntax error, reading goes on at the next line that opens one."""
+    """Objects one after another. After a syntax error in one, reading goes on at the next line that opens one."""
     while position < len(text):
         try:
-            element, position = _DECODER.raw_decode(text, position)
+            element, end = _decode(text, position)
+            if not isinstance(element, dict) and not _LINE_END.match(text, end):
+                raise json.JSONDecodeError("Expecting an object", text, position)
             yield element
         except json.JSONDecodeError as problem:
             yield _Unreadable(f"not valid JSON at line {problem.lineno}, column {problem.colno}: {problem.msg}")
-            following = text.find("\n{", position + 1)
-            position = len(text) if following < 0 else following
-        position = _skip_space(text, position)
+            # An object may be spread over lines. What does not begin as one is taken line by line.
+            following = (_NEXT_OBJECT if text[position] == "{" else _NEXT_LINE).search(text, position)
+            end = following.end() if following else len(text)
+        position = _skip_space(text, end)
+
+
+def _decode(text: str, position: int) -> tuple[Any, int]:
+    """The JSON value at ``position``, and where it ends. Raises JSONDecodeError whatever is wrong with it."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as problem:  # nested too deeply; a number of more digits than Python reads
+        raise json.JSONDecodeError(str(problem), text, position) from None
 
 
 def _skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in _SPACE:
         position += 1
     return position
-
-
-def _kind(element: Any) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(element), "null")

@@ -49,6 +49,22 @@ class Reader(Protocol):
         ...
 
 
+def kind_of(value: Any) -> str:
+    """What a person calls a value of a row: ``an array``."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
 def resolve_path(text: str) -> Path:
     """The path that an option means: ``panda:`` begins one inside the installed panda package."""
     if text.startswith("panda:"):
@@ -61,8 +77,8 @@ def resolve_path(text: str) -> Path:
 def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Path]:
     """The files to read below ``location`` (a folder or one file), in sorted order of their paths.
 
-    No file is left out for what its path contains. ``option`` is the key to name in errors. Raises
-    UserError where there is nothing to read.
+    Hidden files and folders are left out; none for another word in its path. ``option`` is the key
+    to name in errors. Raises UserError where there is nothing to read.
     """
     path = resolve_path(location)
     if path.is_file():
@@ -72,15 +88,21 @@ def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Pa
             f"{option}: {location!r} does not exist (looked in {Path.cwd()}). Give a folder of"
             f" {' or '.join(suffixes)} files, or one such file."
         )
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and file.name.lower().endswith(suffixes)
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    files = sorted(_files_below(path))
+    found = [file for file in files if file.name.lower().endswith(suffixes)]
     if not found:
-        others = sorted({file.suffix for file in path.rglob("*") if file.is_file() and file.suffix})
-        seen = f"; it has {', '.join(others)}" if others else "; it is empty"
-        raise UserError(f"{option}: {location!r} has no file that ends in {' or '.join(suffixes)}{seen}.")
+        others = sorted({file.suffix or file.name for file in files})
+        seen = f"it has {', '.join(others[:5])}" if others else "it is empty"
+        raise UserError(f"{option}: {location!r} has no file that ends in {' or '.join(suffixes)}; {seen}.")
     return found
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files that are not hidden, also behind links to folders; a link to one of those ``above`` is not followed."""
+    real = folder.resolve()
+    for entry in folder.iterdir() if real not in above else ():
+        if not entry.name.startswith("."):
+            if entry.is_dir():
+                yield from _files_below(entry, (*above, real))
+            elif entry.is_file():
+                yield entry

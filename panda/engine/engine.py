@@ -9,9 +9,11 @@ step is split no longer matters, beyond rounding.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 from typing import Protocol
@@ -27,8 +29,11 @@ BatchType = TypeVar("BatchType", bound="CountedBatch")
 class CountedBatch(Protocol):
     """A micro batch that knows its tokens."""
 
-    tokens: int
-    supervised_tokens: int
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def supervised_tokens(self) -> int: ...
 
     def to(self: BatchType, device: torch.device) -> BatchType: ...
 
@@ -54,7 +59,8 @@ class Engine:
         import deepspeed
 
         self.processes = processes
-        with _without_effect(optimizer):
+        # DeepSpeed prints its memory at each group of parameters, whatever its logger is set to.
+        with _without_effect(optimizer), redirect_stdout(io.StringIO()):
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
@@ -73,9 +79,7 @@ class Engine:
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
 
-    def step(
-        self, micro_batches: list[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]
-    ) -> StepResult:
+    def step(self, micro_batches: list[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]) -> StepResult:
         """One optimizer step over ``micro_batches`` of this rank; every rank has as many.
 
         ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its supervised

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from panda.registry import UserError
 
@@ -68,7 +69,7 @@ def join_processes() -> Processes:
             # No port is opened, so any number of single-process runs share a machine. DeepSpeed
             # reads its place from the environment even where it is alone.
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     _join_deepspeed()
     return Processes(rank, world_size, device)
 

@@ -43,13 +43,17 @@ class Metrics:
         if run.processes.rank == 0:
             # Steps that the interrupted run logged behind its last checkpoint are taken again.
             kept = [record for record in read_metrics(run.directory) if record["step"] <= run.step]
-            self.file = (run.directory / FILE_NAME).open("w", encoding="utf-8")
-            for record in kept:
-                self._write(record)
+            path = run.directory / FILE_NAME
+            rewritten = path.with_suffix(".tmp")
+            rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
+            rewritten.replace(path)  # at once: no moment to die at has fewer records
+            self.file = path.open("a", encoding="utf-8")
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
-        self._write(record)
+        if self.file is not None:
+            self.file.write(_line(record))
+            self.file.flush()
 
     @hookimpl
     def panda_run_end(self) -> None:
@@ -59,12 +63,11 @@ class Metrics:
     def panda_exception(self) -> None:
         self._close()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-
     def _close(self) -> None:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"

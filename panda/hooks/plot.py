@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.9
 """Weight of the past in the smoothed curve."""
+FEW = 20
+"""Records below which each is marked, and there is no moving average: it would still be near the first."""
 
 
 @register_plugin("plot")
@@ -50,27 +52,39 @@ class Plot:
 
 def draw_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Draw loss, its moving average and the learning rate of ``records`` over steps into ``path``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     rate_axes = axes.twinx()
-    rate_axes.plot(steps, [record["learning_rate"] for record in records], color="0.75", linewidth=1)
+    [rate] = rate_axes.plot(steps, [record["learning_rate"] for record in records], color="0.75", linewidth=1)
+    if len(losses) < FEW:
+        curves = axes.plot(steps, losses, color="C0", marker=".", label="loss")
+    else:
+        curves = [
+            *axes.plot(steps, losses, color="C0", alpha=0.35, linewidth=1, label="loss"),
+            *axes.plot(steps, _smoothed(losses), color="C0", label="moving average"),
+        ]
+    rate.set_label("learning rate")
     rate_axes.set_ylabel("learning rate", color="0.5")
+    rate_axes.tick_params(colors="0.5")
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rate_axes.set_ylim(bottom=0)
-    axes.plot(steps, losses, color="C0", alpha=0.35, linewidth=1, marker="." if len(steps) < 20 else "")
-    axes.plot(steps, _smoothed(losses), color="C0", label="loss per supervised token")
-    axes.set_zorder(rate_axes.get_zorder() + 1)
-    axes.patch.set_visible(False)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set_ylabel("loss per supervised token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.set_title(f"{title}: {losses[0]:.3f} → {losses[-1]:.3f}")
-    FigureCanvasAgg(figure).print_png(str(path))
+    axes.set_title(f"{title}: loss {losses[0]:.3f} → {losses[-1]:.3f}", parse_math=False)
+    axes.legend(handles=[*curves, rate], loc="upper right")
+    for each in (axes, rate_axes):
+        each.spines[["top", "right"]].set_visible(False)
+    axes.set_zorder(rate_axes.get_zorder() + 1)  # the loss is drawn over the learning rate
+    axes.patch.set_visible(False)
+    figure.savefig(path, format="png")
 
 
 def _smoothed(values: list[float]) -> list[float]:

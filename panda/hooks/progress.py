@@ -73,7 +73,8 @@ class Progress:
             return
         self._close_bar()
         if self.first is not None:
-            print(f"loss {self.first['loss']:.4f} at step {self.first['step']}, {self.last['loss']:.4f} at {self.last['step']}")
+            first, last = (f"{record['loss']:.4f} at step {record['step']}" for record in (self.first, self.last))
+            print(f"loss {first}, {last}")
         print(f"\n{run.directory}/")
         for name, what in _CONTENTS.items():
             if (run.directory / name).exists():

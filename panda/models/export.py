@@ -11,7 +11,9 @@ import torch
 from panda.registry.resolve import Chosen
 
 
-def export(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any, model: Chosen) -> None:
+def export(
+    module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any, model: Chosen
+) -> None:
     """Write ``weights`` (whole tensors on the CPU) of ``module`` and its tokenizer to ``folder``.
 
     A transformers model becomes a Hugging Face folder. Any other becomes ``model.safetensors`` and
@@ -24,7 +26,7 @@ def export(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Pa
     if isinstance(module, PreTrainedModel):
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         use_cache, module.config.use_cache = module.config.use_cache, True
         module.config.dtype = next(iter(weights.values())).dtype
         module.save_pretrained(folder, state_dict=weights)
@@ -41,6 +43,8 @@ def export(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Pa
         "panda_model": model.offer.qualified,
         "panda_version": model.offer.version,
         "options": {key: getattr(model.options, key) for key in model.options.__dataclass_fields__},
-        "shared_tensors": {name: unshared[t.data_ptr()] for name, t in weights.items() if name not in unshared.values()},
+        "shared_tensors": {
+            name: unshared[t.data_ptr()] for name, t in weights.items() if name not in unshared.values()
+        },
     }
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

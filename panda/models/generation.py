@@ -9,7 +9,13 @@ import torch
 
 @torch.no_grad()
 def greedy(
-    model: Any, prompts: list[list[int]], *, max_new_tokens: int, pad_token_id: int, eos_token_id: int, device: torch.device
+    model: Any,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    pad_token_id: int,
+    eos_token_id: int,
+    device: torch.device,
 ) -> list[list[int]]:
     """What ``model`` continues each of ``prompts`` (token ids) with, up to and without the end of sequence.
 

@@ -53,27 +53,25 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     from transformers import LlamaConfig
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=options.hidden_size,
-            intermediate_size=options.intermediate_size,
-            num_hidden_layers=options.num_layers,
-            num_attention_heads=options.num_heads,
-            num_key_value_heads=options.num_heads,
-            max_position_embeddings=max(options.max_position_embeddings, context.max_seq_length),
-            rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta},
-            rms_norm_eps=options.rms_norm_eps,
-            initializer_range=options.initializer_range,
-            tie_word_embeddings=False,
-            pad_token_id=context.pad_token_id,
-            bos_token_id=context.bos_token_id,
-            eos_token_id=context.eos_token_id,
-            use_cache=False,  # a cache of keys and values is of no use in training
-            attn_implementation="sdpa",
-        )
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        num_key_value_heads=options.num_heads,
+        max_position_embeddings=max(options.max_position_embeddings, context.max_seq_length),
+        rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta},
+        rms_norm_eps=options.rms_norm_eps,
+        initializer_range=options.initializer_range,
+        tie_word_embeddings=False,
+        pad_token_id=context.pad_token_id,
+        bos_token_id=context.bos_token_id,
+        eos_token_id=context.eos_token_id,
+        use_cache=False,  # a cache of keys and values is of no use in training
     )
-    _keep_float32(model.model.rotary_emb)
+    model: torch.nn.Module = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+    _keep_float32(model.get_submodule("model.rotary_emb"))
     return model
 
 
@@ -84,10 +82,11 @@ def _keep_float32(module: torch.nn.Module) -> None:
     past a few hundred then share angles, and the trained model is another one than the exported,
     which transformers loads with its frequencies in float32.
     """
-    apply = module._apply
+    apply: Any = module._apply
 
     def move_only(convert: Any, recurse: bool = True) -> torch.nn.Module:
-        return apply(lambda tensor: tensor.to(convert(tensor).device), recurse)
+        moved: torch.nn.Module = apply(lambda tensor: tensor.to(convert(tensor).device), recurse)
+        return moved
 
     module._apply = move_only  # type: ignore[method-assign]
 

@@ -18,7 +18,7 @@ def param_groups(module: torch.nn.Module, *, learning_rate: float, weight_decay:
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            layer = re.match(r".*?\.\d+(?=\.|$)", name)
+            layer = re.match(r"([^.]+\.)*?\d+(?=\.|$)", name)
             key = layer.group() if layer else ""
             group = groups.setdefault(key, {"params": [], "lr": learning_rate, "weight_decay": weight_decay})
             group["params"].append(parameter)

@@ -77,7 +77,7 @@ def poly(options: PolyOptions, context: LRSchedulerContext) -> Schedule:
 def _after_warmup(options: WarmupOptions, context: LRSchedulerContext, decay: Callable[[float], float]) -> Schedule:
     """``decay`` maps the part of the steps behind the warm-up that is completed, 0 to 1, to a factor."""
     total = context.total_steps
-    warm = int(total * options.warmup_proportion) if options.warmup_proportion else options.warmup_steps
+    warm = round(total * options.warmup_proportion) if options.warmup_proportion else options.warmup_steps
 
     def factor(completed: int) -> float:
         if completed < warm:

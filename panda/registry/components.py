@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import is_dataclass
@@ -28,14 +29,12 @@ class Component:
     name: str
     aliases: tuple[str, ...]
     factory: Callable[..., Any]
+    module: str
+    """The module that registered it. Not always the factory's own: a plugin may register what another package wrote."""
     options: type
     """The frozen dataclass whose fields are this component's keys and flags."""
     model: str | None = None
     """Archs only: the model whose options the arch sets."""
-
-    @property
-    def module(self) -> str:
-        return self.factory.__module__
 
     @property
     def doc(self) -> str:
@@ -85,22 +84,28 @@ def _record(component: Component) -> None:
         before = _recorded.get(key)
         # A module that is reloaded, or a notebook cell that runs again, registers the same thing
         # twice: same file, same qualified name. Anything else is two things under one name.
-        if before is not None and (
-            before.source[0] != component.source[0] or before.factory.__qualname__ != component.factory.__qualname__
-        ):
+        if before is not None and _identity(before) != _identity(component):
             raise UserError(
                 f"two components of one name: {before.describe()} and {component.describe()}. Rename one of them."
             )
         _recorded[key] = component
 
 
+def _identity(component: Component) -> tuple[str, str]:
+    factory = component.factory
+    return component.source[0], getattr(factory, "__qualname__", repr(factory))
+
+
 def _register(
     kind: str, name: str, options: type, aliases: tuple[str, ...], model: str | None = None
 ) -> Callable[[Factory], Factory]:
     assert kind in KINDS
+    if isinstance(aliases, str):
+        raise UserError(f"{kind} {name!r}: aliases must be a tuple of names, not the text {aliases!r}.")
+    module = sys._getframe(2).f_globals.get("__name__", "?")  # whoever called register_KIND
 
     def decorate(factory: Factory) -> Factory:
-        _record(Component(kind, name, tuple(aliases), factory, options, model))
+        _record(Component(kind, name, tuple(aliases), factory, module, options, model))
         return factory
 
     return decorate

@@ -33,7 +33,7 @@ def declarations(module: str) -> tuple[Declaration, ...]:
     path = _source_file(module)
     try:
         tree = ast.parse(path.read_bytes()) if path else ast.Module([], [])
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, RecursionError):
         return ()
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found = []
@@ -51,12 +51,14 @@ def module_summary(module: str) -> str:
     path = _source_file(module)
     try:
         doc = ast.get_docstring(ast.parse(path.read_bytes())) if path else None
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, RecursionError):
         return ""
     return (doc or "").partition("\n")[0]
 
 
-def _read(decorator: ast.expr, node: ast.FunctionDef | ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Declaration | None:
+def _read(
+    decorator: ast.expr, node: ast.FunctionDef | ast.ClassDef, classes: dict[str, ast.ClassDef]
+) -> Declaration | None:
     if not (isinstance(decorator, ast.Call) and decorator.args and isinstance(decorator.args[0], ast.Constant)):
         return None
     function = decorator.func
@@ -78,7 +80,9 @@ def _field_names(name: str, classes: dict[str, ast.ClassDef]) -> frozenset[str]:
     if name not in classes:
         return frozenset()
     node = classes[name]
-    own = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+    own = {
+        item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
     inherited = (_field_names(base.id, classes) for base in node.bases if isinstance(base, ast.Name))
     return frozenset(own).union(*inherited)
 

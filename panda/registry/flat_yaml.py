@@ -28,11 +28,14 @@ def load_flat_yaml(path: Path) -> dict[str, Given]:
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(problem, 'problem', None) or problem}.") from None
-    if root is None:
+        said = [getattr(problem, part, None) for part in ("context", "problem")]
+        reason = ", ".join(part for part in said if part) or " ".join(str(problem).split())
+        raise UserError(f"{where}: not valid YAML: {reason}.") from None
+    if root is None or root.tag == "tag:yaml.org,2002:null":
         return {}
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines.")
+        found = "a list" if isinstance(root, yaml.SequenceNode) else f"the text {root.value[:40]!r}"
+        raise UserError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines, found {found}.")
 
     entries: dict[str, Given] = {}
     for key_node, value_node in root.value:
@@ -58,8 +61,9 @@ def _given(key: str, node: yaml.Node, origin: str) -> Given:
 
 
 def _scalar(node: yaml.ScalarNode) -> str | bool | None:
-    if node.tag == "tag:yaml.org,2002:bool":
-        return bool(yaml.constructor.SafeConstructor.bool_values[node.value.lower()])
+    words = yaml.constructor.SafeConstructor.bool_values
+    if node.tag == "tag:yaml.org,2002:bool" and node.value.lower() in words:
+        return bool(words[node.value.lower()])
     if node.tag == "tag:yaml.org,2002:null":
         return None
     return str(node.value)

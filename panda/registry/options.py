@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import math
 import textwrap
 import types
@@ -41,7 +42,7 @@ REQUIRED: Any = MISSING
 class Given:
     """A value as somebody wrote it, before it is known which option it is for."""
 
-    value: str | bool | None | tuple[str | bool | None, ...]
+    value: str | bool | tuple[str | bool | None, ...] | None
     """Text where it was text or a number; True, False or None where YAML says so."""
     origin: str
     """Where it was written: ``run.yaml:3`` or ``--learning_rate``."""
@@ -65,12 +66,16 @@ class Option:
 
     def convert(self, given: Given) -> Any:
         """The value of this option that ``given`` stands for. Raises UserError that says what is wrong."""
+        is_own_flag = given.origin.removeprefix("--").replace("-", "_") == self.key
+        at = given.origin if is_own_flag else f"{given.origin}: {self.key}"
         try:
             return _convert(self.type, given.value)
         except ValueError as problem:
+            if given.value is True and not given.text:  # a flag that nothing follows
+                raise UserError(f"{at}: a value is missing: {self.expects}.") from None
             shown = given.text or _as_text(given.value)
             detail = f" {problem}" if str(problem) else ""
-            raise UserError(f"{given.origin}: {self.key}: {shown!r} is not {self.expects}.{detail}") from None
+            raise UserError(f"{at}: {shown!r} is not {self.expects}.{detail}") from None
 
     def check(self, value: Any) -> Any:
         """``value``, a Python object, if it is one that this option can have; else ValueError."""
@@ -81,6 +86,8 @@ class Option:
 def options_of(cls: type) -> dict[str, Option]:
     """The options that the dataclass ``cls`` declares, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
+        _check_type(field.name, hints[field.name])
     docs = _field_docs(cls)
     return {
         field.name: Option(
@@ -119,7 +126,7 @@ def _field_docs(cls: type) -> dict[str, str]:
         except (OSError, TypeError):  # typed at a prompt, or a frozen application
             continue
         body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
-        for statement, following in zip(body, body[1:], strict=False):
+        for statement, following in itertools.pairwise(body):
             if (
                 isinstance(statement, ast.AnnAssign)
                 and isinstance(statement.target, ast.Name)
@@ -147,6 +154,20 @@ def _parts(type_: Any) -> tuple[Any, Meta | None, bool]:
             optional, type_ = True, members[0]
         else:
             return type_, bounds, optional
+
+
+def _check_type(key: str, type_: Any) -> None:
+    """Raise TypeError for a type that nothing converts to."""
+    base = _parts(type_)[0]
+    if typing.get_origin(base) is tuple and typing.get_args(base):
+        for member in typing.get_args(base):
+            if member is not Ellipsis:
+                _check_type(key, member)
+    elif base not in (int, float, str, bool) and typing.get_origin(base) is not Literal:
+        raise TypeError(
+            f"option {key!r} has the type {type_}; panda's are int, float, str, bool, Literal, tuple of these,"
+            " and any of them | None"
+        )
 
 
 def _describe(type_: Any) -> str:
@@ -187,15 +208,24 @@ def _convert(type_: Any, value: Any) -> Any:
             raise ValueError("Nothing was given." if base is not str else _yaml_words("null"))
     if typing.get_origin(base) is Literal:
         choices = {str(choice).lower(): choice for choice in typing.get_args(base)}
-        if isinstance(value, str) and value.lower() in choices:
-            return choices[value.lower()]
+        if not isinstance(value, (bool, tuple, list)) and str(value).lower() in choices:
+            return choices[str(value).lower()]
         raise ValueError(_yaml_words(value) if isinstance(value, bool) else "")
     if typing.get_origin(base) is tuple:
         return _convert_tuple(typing.get_args(base), value)
     if base is bool:
         if isinstance(value, bool):
             return value
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if isinstance(value, str) and value.lower() in words:
             return words[value.lower()]
         raise ValueError("")
@@ -207,16 +237,22 @@ def _convert(type_: Any, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError("")
         return value
+    if base is float and isinstance(value, str):  # msgspec reads JSON's numbers, and `.5` is none of them
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError("") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("It has to be finite.")
     try:
-        number = msgspec.convert(value, Annotated[base, bounds] if bounds else base, strict=False)
+        return msgspec.convert(value, Annotated[base, bounds] if bounds else base, strict=False)
     except msgspec.ValidationError:
         raise ValueError("") from None
-    if isinstance(number, float) and not math.isfinite(number):
-        raise ValueError("It has to be finite.")
-    return number
 
 
 def _convert_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) and members[-1] is Ellipsis and _parts(members[0])[0] is str:
+        value = [value]  # one text: a prompt may hold commas
     if isinstance(value, str):
         inner = value.strip()
         if inner[:1] + inner[-1:] in ("()", "[]"):

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+from panda.registry.catalog import OWN_DISTRIBUTION
 from panda.registry.catalog import Catalog
 from panda.registry.catalog import Offer
 from panda.registry.components import Component
@@ -26,6 +28,10 @@ CHOSEN_BY_NAME = ("task", "optimizer", "lr_scheduler", "reader")
 """Kinds of which the option of the same name chooses one. Model and arch choose each other."""
 
 
+NAMING = (*CHOSEN_BY_NAME, "arch", "model", "plugins")
+"""Core options that hold names of components."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """The value of one key, and how it came to have it."""
@@ -36,6 +42,16 @@ class Setting:
     """``default``, ``arch llama-7b``, ``run.yaml:3`` or ``--learning_rate``."""
     owner: str
     """``run`` for a core option, else the component: ``optimizer adamw``."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The offers that a run names, none of them imported."""
+
+    offers: Mapping[str, Offer]
+    """By kind; of arch and model those that are named."""
+    plugins: tuple[Offer, ...]
+    """In the order of activation."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,8 @@ class Resolved:
     """By kind: task, model, optimizer, lr_scheduler, reader and, where one was named, arch."""
     plugins: tuple[Chosen, ...]
     """Lifecycle plugins that have a factory, in the order of activation."""
+    hook_modules: tuple[Offer, ...]
+    """Lifecycle plugins that are a module of hooks, without a factory."""
     settings: Mapping[str, Setting]
     """Every key, in the order of help."""
 
@@ -84,27 +102,31 @@ def resolve(
     all bad keys and values at once where that is possible.
     """
     core_options = options_of(core)
-    core_values, problems = _convert_all(core_options, given)
-    if problems:
+    core_values, problems = convert_options(core_options, given)
+    if any(key not in core_values for key in NAMING):
         raise UserError("\n".join(problems))
-    value_of = {key: core_values[key].value for key in core_options}
-    origin_of = {key: setting.origin for key, setting in core_values.items() if setting.origin != "default"}
-
-    offers = {kind: catalog.find(kind, value_of[kind], origin_of.get(kind, "")) for kind in CHOSEN_BY_NAME}
-    arch_offer, model_offer = _find_model(catalog, value_of, origin_of)
-    plugin_offers = [
-        catalog.find("plugin", name, origin_of.get("plugins", ""))
-        for name in dict.fromkeys(
-            [name for name in default_plugins if name.lower() not in catalog.blocked] + list(value_of["plugins"])
-        )
-    ]
+    try:
+        choice = choose(catalog, core_values, default_plugins)
+    except UserError as problem:
+        raise UserError("\n".join([*problems, str(problem)])) from None
+    for kind in CHOSEN_BY_NAME:
+        if core_values[kind].origin == "default" and len(catalog.matches(kind, core_values[kind].value)) > 1:
+            # What the run directory records has to mean the same when it is named in a file.
+            core_values[kind] = replace(core_values[kind], value=choice.offers[kind].qualified)
+    offers = dict(choice.offers)
+    arch_offer = offers.pop("arch", None)
+    model_offer = offers.get("model")
+    if arch_offer is None and model_offer is None:
+        names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers("arch")))
+        problems.append(f"no model: name one with `arch` (or `--arch`). Installed: {names}.")
+        raise UserError("\n".join(problems))
 
     loaded: dict[str, Component] = {}
     arch_values: dict[str, Any] = {}
     arch_component = None
     if arch_offer is not None:
         arch_component = _load(catalog, arch_offer)
-        model_offer = model_offer or _model_of(catalog, arch_component, arch_offer)
+        model_offer = model_offer or model_of(catalog, arch_offer)
     assert model_offer is not None
     offers = {"task": offers["task"], "model": model_offer, **offers}
     for kind, offer in offers.items():
@@ -112,7 +134,7 @@ def resolve(
     if arch_component is not None and arch_offer is not None:
         arch_values = _arch_values(arch_component, loaded["model"], arch_offer)
 
-    plugins = [(offer, catalog.load(offer)) for offer in plugin_offers]
+    plugins = [(offer, catalog.load(offer)) for offer in choice.plugins]
     owners = [(loaded[kind], offer) for kind, offer in offers.items()]
     owners += [(component, offer) for offer, component in plugins if component is not None]
     settings = dict(core_values)
@@ -123,9 +145,9 @@ def resolve(
         own = options_of(component.options)
         mine: dict[str, Given] = {}
         for key in own:
-            qualified = f"{component.kind}.{key}"
+            qualified = f"{_prefix(component)}.{key}"
             if key in shared and key in given:
-                others = " and ".join(f"`{label.split()[0]}.{key}` ({label})" for label in shared[key])
+                others = " and ".join(f"`{_prefix(c)}.{key}` ({c.kind} {c.name})" for c in shared[key])
                 problems.append(f"{given[key].origin}: {key!r} is an option of more than one: write {others}.")
             for spelling in (qualified, *(() if key in shared else (key,))):
                 if spelling in given:
@@ -135,65 +157,105 @@ def resolve(
             used |= {key, qualified}
         label = f"{component.kind} {component.name}"
         overrides = arch_values if component.kind == "model" else {}
-        converted, found = _convert_all(own, mine, label, overrides, f"arch {arch_component.name}" if arch_component else "")
+        converted, found = convert_options(
+            own, mine, label, overrides, f"arch {arch_component.name}" if arch_component else ""
+        )
         problems += found
         for key, setting in converted.items():
-            settings[f"{component.kind}.{key}" if key in shared else key] = setting
+            settings[f"{_prefix(component)}.{key}" if key in shared else key] = setting
         options.append(None if found else component.options(**{k: s.value for k, s in converted.items()}))
     problems += [
-        _unknown(catalog, key, given[key], settings, renamed or {}, [component for component, _ in owners])
+        _unknown(
+            catalog, key, given[key], [*core_options, *settings], renamed or {}, [component for component, _ in owners]
+        )
         for key in given
         if key not in used
     ]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
 
-    chosen = [
-        Chosen(offer, component, values) for (component, offer), values in zip(owners, options, strict=True)
-    ]
+    chosen = [Chosen(offer, component, values) for (component, offer), values in zip(owners, options, strict=True)]
     components = {item.component.kind: item for item in chosen if item.component.kind != "plugin"}
     if arch_component is not None and arch_offer is not None:
         components["arch"] = Chosen(arch_offer, arch_component, arch_component.options())
     return Resolved(
-        core(**value_of),
+        core(**{key: core_values[key].value for key in core_options}),
         components,
         tuple(item for item in chosen if item.component.kind == "plugin"),
+        tuple(offer for offer, component in plugins if component is None),
         settings,
     )
 
 
-def _find_model(
-    catalog: Catalog, value_of: Mapping[str, Any], origin_of: Mapping[str, str]
-) -> tuple[Offer | None, Offer | None]:
+def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: tuple[str, ...] = ()) -> Choice:
+    """What the run names, found and not imported. Raises UserError for all names that nothing answers to."""
+    problems: list[str] = []
+    offers: dict[str, Offer] = {}
+    plugins: list[Offer] = []
+    for kind in CHOSEN_BY_NAME:
+        setting = settings[kind]
+        try:
+            if setting.origin == "default":
+                offers[kind] = catalog.find(kind, _own(setting.value))
+            else:
+                offers[kind] = catalog.find(kind, setting.value, setting.origin)
+        except UserError as problem:
+            problems.append(str(problem))
+    try:
+        offers.update(_find_model(catalog, settings["arch"], settings["model"]))
+    except UserError as problem:
+        problems.append(str(problem))
+    for name in default_plugins:
+        matches = catalog.matches("plugin", _own(name))
+        if not matches or not all(map(catalog.is_blocked, matches)):
+            plugins.append(catalog.find("plugin", _own(name)))
+    for name in settings["plugins"].value:
+        try:
+            plugins.append(catalog.find("plugin", name, settings["plugins"].origin))
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n".join(problems))
+    return Choice(offers, tuple(dict.fromkeys(plugins)))
+
+
+def _own(name: str) -> str:
+    """A default means panda's own component, also where an installed package has one of the same name."""
+    return name if ":" in name else f"{OWN_DISTRIBUTION}:{name}"
+
+
+def _find_model(catalog: Catalog, arch: Setting, model: Setting) -> dict[str, Offer]:
     """The arch and the model that the run names. ``model`` may hold an arch, as PandaLLM's documentation writes it."""
-    arch, model = value_of["arch"], value_of["model"]
-    arch_offer = catalog.find("arch", arch, origin_of.get("arch", "")) if arch else None
-    if model is None:
-        if arch_offer is None:
-            names = ", ".join(offer.name for offer in catalog.offers("arch"))
-            raise UserError(f"no model: name one with `arch` (or `--arch`). Installed: {names}.")
-        return arch_offer, None
-    at = origin_of.get("model", "")
-    name = model.rpartition(":")[2].lower()
-    is_arch = any(offer.name.lower() == name for offer in catalog.offers("arch"))
-    is_model = any(offer.name.lower() == name for offer in catalog.offers("model"))
-    if is_arch and not is_model:
-        model_as_arch = catalog.find("arch", model, at)
-        if arch_offer is not None and arch_offer != model_as_arch:
-            raise UserError(f"{at}: model {model!r} and arch {arch!r} are two archs. Give one.")
-        return model_as_arch, None
-    if not is_model and not is_arch:
-        known = [offer.name for kind in ("arch", "model") for offer in catalog.offers(kind)]
-        raise UserError(f"{at}: unknown model or arch {model!r}.{did_you_mean(model, known)} `panda list archs` shows them.")
-    return arch_offer, catalog.find("model", model, at)
+    found = {"arch": catalog.find("arch", arch.value, arch.origin)} if arch.value else {}
+    if not model.value:
+        return found
+    if catalog.matches("model", model.value):
+        return found | {"model": catalog.find("model", model.value, model.origin)}
+    if catalog.matches("arch", model.value):
+        model_as_arch = catalog.find("arch", model.value, model.origin)
+        if found and found["arch"] != model_as_arch:
+            raise UserError(
+                f"{model.origin}: model {model.value!r} is an arch, and arch {arch.value!r} ({arch.origin}) another."
+                " Give one of them."
+            )
+        return {"arch": model_as_arch}
+    known = [
+        name for kind in ("arch", "model") for offer in catalog.offers(kind) for name in (offer.name, offer.qualified)
+    ]
+    raise UserError(
+        f"{model.origin}: unknown model or arch {model.value!r}.{did_you_mean(model.value, known)}"
+        " `panda list archs` and `panda list models` show what is installed."
+    )
 
 
-def _model_of(catalog: Catalog, arch: Component, offer: Offer) -> Offer:
-    """The model of an arch. An arch and a model of one distribution belong together, whoever else has that name."""
+def model_of(catalog: Catalog, offer: Offer) -> Offer:
+    """The model of the arch ``offer``. They belong together in one distribution, whoever else has that model's name."""
+    arch = _load(catalog, offer)
     assert arch.model is not None
-    same = [o for o in catalog.offers("model") if o.name.lower() == arch.model.lower()]
-    beside = [o for o in same if o.distribution == offer.distribution]
-    return beside[0] if beside else catalog.find("model", arch.model, arch.describe())
+    beside = f"{offer.distribution}:{arch.model}"
+    if ":" not in arch.model and catalog.matches("model", beside):
+        return catalog.find("model", beside, arch.describe())
+    return catalog.find("model", arch.model, arch.describe())
 
 
 def _load(catalog: Catalog, offer: Offer) -> Component:
@@ -203,8 +265,12 @@ def _load(catalog: Catalog, offer: Offer) -> Component:
 
 
 def _arch_values(arch: Component, model: Component, offer: Offer) -> dict[str, Any]:
-    if arch.model is None or arch.model.lower() not in {name.lower() for name in (model.name, *model.aliases)}:
-        raise UserError(f"arch {arch.name!r} belongs to model {arch.model!r}, not to {model.name!r}.")
+    of_model = (arch.model or "").rpartition(":")[2]
+    if of_model.lower() not in {name.lower() for name in (model.name, *model.aliases)}:
+        raise UserError(
+            f"arch {arch.name!r} belongs to model {of_model!r}, not to {model.name!r}: leave `model` out, or name an"
+            f" arch of {model.name!r}."
+        )
     values = arch.factory()
     known = options_of(model.options)
     if not isinstance(values, Mapping):
@@ -222,13 +288,14 @@ def _arch_values(arch: Component, model: Component, offer: Offer) -> dict[str, A
     return checked
 
 
-def _convert_all(
+def convert_options(
     options: Mapping[str, Option],
     given: Mapping[str, Given],
     owner: str = "run",
     overrides: Mapping[str, Any] | None = None,
     overriding: str = "",
 ) -> tuple[dict[str, Setting], list[str]]:
+    """The value of each of ``options``, and what is wrong with those that have none."""
     settings: dict[str, Setting] = {}
     problems: list[str] = []
     for key, option in options.items():
@@ -246,24 +313,29 @@ def _convert_all(
     return settings, problems
 
 
-def _shared_keys(core_options: Mapping[str, Option], components: list[Component]) -> dict[str, list[str]]:
-    """Keys that several chosen components have: those are written with the kind before them."""
-    owners: dict[str, list[str]] = {}
+def _prefix(component: Component) -> str:
+    """What stands before a key that several components have: the kind, of which a run has one, or a plugin's name."""
+    return component.name.replace("-", "_") if component.kind == "plugin" else component.kind
+
+
+def _shared_keys(core_options: Mapping[str, Option], components: list[Component]) -> dict[str, list[Component]]:
+    """Keys that several chosen components have: those are written with a prefix."""
+    owners: dict[str, list[Component]] = {}
     for component in components:
         for key in options_of(component.options):
             if key in core_options:
                 raise UserError(
                     f"{component.describe()} has an option {key!r}, which is one of panda's own. Rename it there."
                 )
-            owners.setdefault(key, []).append(f"{component.kind} {component.name}")
-    return {key: labels for key, labels in owners.items() if len(labels) > 1}
+            owners.setdefault(key, []).append(component)
+    return {key: having for key, having in owners.items() if len(having) > 1}
 
 
 def _unknown(
     catalog: Catalog,
     key: str,
     given: Given,
-    settings: Mapping[str, Setting],
+    known: list[str],
     renamed: Mapping[str, str],
     chosen: list[Component],
 ) -> str:
@@ -271,12 +343,12 @@ def _unknown(
     if key in renamed:
         return f"{given.origin}: {key!r} is not what panda calls it: {renamed[key]}"
     bare = key.rpartition(".")[2]
-    users = [
-        f"{offer.kind} {offer.name}"
-        for kind in KINDS
-        for offer in catalog.offers(kind)
-        if offer.declaration is not None and bare in offer.declaration.keys
-    ]
+    declared: dict[str, list[str]] = {}
+    for kind in KINDS:
+        for offer in catalog.offers(kind):
+            for declared_key in offer.declaration.keys if offer.declaration else ():
+                declared.setdefault(declared_key, []).append(f"{offer.kind} {offer.name}")
+    users = declared.get(bare)
     if users:
         kinds = {user.split()[0] for user in users}
         instead = ", ".join(f"{c.kind} {c.name}" for c in chosen if c.kind in kinds) or "none of these"
@@ -284,8 +356,9 @@ def _unknown(
             f"{given.origin}: {key!r} is known, but nothing that this run chose uses it: it is an option of"
             f" {', '.join(users)}, and the run has {instead}. Leave it out, or choose what uses it."
         )
-    hint = did_you_mean(key, settings)
-    return (
-        f"{given.origin}: unknown key {key!r}.{hint}"
-        + ("" if hint else " `panda-train --help` lists the keys; one from a newer panda is unknown to this one.")
+    hint = did_you_mean(key, known)
+    if not hint and (hint := did_you_mean(key, declared)):
+        hint += " That is an option of what this run did not choose."
+    return f"{given.origin}: unknown key {key!r}." + (
+        hint or " `panda-train --help` lists the keys; one from a newer panda is unknown to this one."
     )

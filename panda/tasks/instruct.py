@@ -53,7 +53,7 @@ class Instruct(LanguageModelling):
             kept = prompt[max(0, len(prompt) - max(0, room)) :]
             start = [*self.bos, *kept] or prompt[-1:] or answer[-1:]
             sample = [*start, *answer][:limit]
-            builder.report.truncated += len(self.bos) + len(prompt) + len(answer) > limit
+            builder.report.truncated += len(kept) < len(prompt) or len(start) + len(answer) > limit
             builder.add(sample, unsupervised=len(start))
 
     def prompt_text(self, prompt: str) -> str:

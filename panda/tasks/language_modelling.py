@@ -7,6 +7,7 @@ model is asked with, and two things to ask it. What ``register_task`` factories 
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import data_files
+from panda.data.reading import kind_of
 from panda.registry import UserError
 from panda.registry.contexts import TaskContext
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 1000
 """Rows that are tokenised in one call."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character outside the basic plane: JSON can escape one alone, and no encoding can write it."""
 
 
 class LanguageModelling(ABC):
@@ -44,7 +49,10 @@ class LanguageModelling(ABC):
         self.context = context
         self.tokenizer = context.tokenizer
         if self.tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token, so a model could not learn where to stop.")
+            raise UserError(
+                "tokenizer: it has no end-of-sequence token, so a model could not learn where to stop. Set `eos_token`"
+                " in its tokenizer_config.json."
+            )
         self.files = data_files(location, context.reader.suffixes, self.option)
 
     @abstractmethod
@@ -66,8 +74,11 @@ class LanguageModelling(ABC):
             found = ", ".join(map(repr, row.fields)) or "none"
             return f"no field {' and no '.join(map(repr, missing))}; its fields are: {found}"
         for name in self.text_fields:
-            if not isinstance(row.fields[name], str):
-                return f"field {name!r} is {type(row.fields[name]).__name__}, not text"
+            value = row.fields[name]
+            if not isinstance(value, str):
+                return f"field {name!r} is {kind_of(value)}, not text"
+            if half := _SURROGATE.search(value):
+                return f"field {name!r} has half a surrogate pair, {half.group()!r}, which is not text"
         return None
 
     def dataset(self) -> TokenDataset:
@@ -96,7 +107,7 @@ class LanguageModelling(ABC):
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` as the model saw prompts in training; cut from the left where too long."""
         ids = self.encode([self.prompt_text(prompt)])[0]
-        return [*self.bos, *ids[-(self.context.max_seq_length // 2) :]]
+        return [*self.bos, *ids[-(self.context.max_seq_length // 2) :]] or [self.tokenizer.eos_token_id]
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the supervised tokens of ``batch``, **summed**, in float32; a scalar.
@@ -113,8 +124,11 @@ class LanguageModelling(ABC):
         )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens: the task sets those, by id."""
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        """Token ids of each text, without special tokens: the task sets those, by id.
+
+        ``</s>`` in a text, HTML for the end of a struck-out passage, is four characters and no end of a sequence.
+        """
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     @property

@@ -51,7 +51,8 @@ def test_a_resumed_run_ends_with_the_same_bits(folder: Path, name: str) -> None:
     expected, got = exported_weights(whole), exported_weights(resumed)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     progress = [
-        json.loads((run / "checkpoints/step-00000006/manifest.json").read_text())["progress"] for run in (whole, resumed)
+        json.loads((run / "checkpoints/step-00000006/manifest.json").read_text())["progress"]
+        for run in (whole, resumed)
     ]
     assert progress[0] == progress[1]
 

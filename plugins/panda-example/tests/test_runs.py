@@ -1,0 +1,120 @@
+"""Runs by name, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from panda.registry.contexts import ModelContext
+from safetensors.torch import load_file
+
+from panda_example.gru import GruOptions
+from panda_example.gru import build_gru
+
+PANDA_TRAIN = str(Path(sys.executable).with_name("panda-train"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+SAMPLE = ["--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "64", "--num_workers", "0"]
+GRU_AND_LION = ["--arch", "gru-tiny", "--optimizer", "lion", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
+CONFIG = Path(__file__).parents[1] / "configs" / "gru-tiny.yaml"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def train(directory: Path, *flags: str, launcher: list[str] | None = None) -> str:
+    """What a run of three steps of 8 samples prints."""
+    done = run(
+        *(launcher or []), PANDA_TRAIN, *SAMPLE, "--max_steps", "3", "--gradient_accumulation_steps", "1",
+        *flags, "--output_dir", str(directory),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory and the output of a run in one process, with everything of this package."""
+    directory = tmp_path_factory.mktemp("runs") / "one"
+    flags = ("--plugins", "report", "--per_gpu_train_batch_size", "8")
+    return directory, train(directory, *GRU_AND_LION, *flags)
+
+
+def test_run_records_where_its_components_came_from(finished: tuple[Path, str]) -> None:
+    components = json.loads((finished[0] / "provenance.json").read_text())["components"]
+    for label, module in {
+        "model gru": "panda_example.gru",
+        "arch gru-tiny": "panda_example.gru",
+        "optimizer lion": "panda_example.lion",
+        "plugin report": "panda_example.report",
+    }.items():
+        assert (components[label]["distribution"], components[label]["module"]) == ("panda-example", module)
+
+
+def test_run_leaves_a_report(finished: tuple[Path, str]) -> None:
+    text = (finished[0] / "report.md").read_text()
+    assert "| run | complete |" in text
+    assert "| steps | 1 to 3 |" in text
+    assert f"| last loss | {losses(finished[0])[-1]:.4f} |" in text
+
+
+def test_exported_weights_give_the_trained_models_logits(finished: tuple[Path, str]) -> None:
+    export = finished[0] / "export"
+    described: dict[str, Any] = json.loads((export / "config.json").read_text())
+    assert described["panda_model"] == "panda-example:gru"
+    weights = load_file(export / "model.safetensors")
+    context = ModelContext(
+        vocab_size=len(weights["embedding.weight"]),
+        max_seq_length=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    logits = []
+    # What DeepSpeed saved of the model in training, by a way that the export has no part in.
+    checkpoint = next((finished[0] / "checkpoints").rglob("*model_states.pt"))
+    for state in (weights, torch.load(checkpoint, weights_only=False)["module"]):
+        model = build_gru(GruOptions(**described["options"]), context)
+        model.load_state_dict(state)
+        with torch.no_grad():
+            logits.append(model(torch.arange(20)[None]))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_give_the_losses_of_one(finished: tuple[Path, str], tmp_path: Path, zero_stage: int) -> None:
+    flags = ("--per_gpu_train_batch_size", "4", "--zero_stage", str(zero_stage))
+    train(tmp_path / "two", *GRU_AND_LION, *flags, launcher=TORCHRUN)
+    assert losses(tmp_path / "two") == pytest.approx(losses(finished[0]), rel=0, abs=1e-5)
+
+
+def test_a_models_hook_is_live_where_it_was_chosen_alone(finished: tuple[Path, str], tmp_path: Path) -> None:
+    assert "gru: all that a row has said" in finished[1]
+    flags = ("--arch", "llama-tiny", "--num_layers", "1", "--optimizer", "lion", "--per_gpu_train_batch_size", "2")
+    assert "gru:" not in train(tmp_path / "llama", *flags)
+    assert not (tmp_path / "llama" / "report.md").exists()
+
+
+def test_an_option_out_of_bounds_is_refused() -> None:
+    done = run(PANDA_TRAIN, *SAMPLE, "--arch", "gru-tiny", "--dropout", "1.5")
+    assert done.returncode == 2
+    assert "'1.5' is not a number >= 0 and < 1" in done.stderr
+
+
+def test_the_configuration_learns(tmp_path: Path) -> None:
+    done = run(PANDA_TRAIN, "--config", str(CONFIG), "--output_dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    course = losses(tmp_path / "run")
+    assert course[0] > 5
+    assert sum(course[-20:]) / 20 < 2

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from panda.cli.main import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_each_value_is_printed_with_its_origin_and_the_data_is_counted(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "arch: llama-tiny\ninstruction_tuning_data_dir: panda:data/sample/instruct\nmax_seq_length: 128\n"
+        "per_gpu_train_batch_size: 32\ngradient_accumulation_steps: 1\nseed: 7\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "panda.cli.main", "check", str(file), "--learning_rate", "2e-4"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["seed", "7", f"{file}:6"] in lines
+    assert ["learning_rate", "0.0002", "--learning_rate"] in lines
+    assert ["hidden_size", "128", "arch", "llama-tiny"] in lines
+    assert ["zero_stage", "0", "default"] in lines
+    assert ["adam_betas", "0.9,", "0.99", "default"] in lines
+    assert "\noptimizer adamw: panda-train " in done.stdout
+    assert "data: 1 files, 5,400 rows" in done.stdout
+    assert "optimizer steps of 32 samples on 1 rank(s)" in done.stdout
+    assert "model: 722,816 parameters" in done.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"], "it writes nothing"
+
+
+def test_without_a_configuration_it_has_checked_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: no configuration is given.\n  usage: panda check CONFIG")
+    assert main(["check", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: panda check CONFIG")
+
+
+def test_a_mistake_in_the_file_is_told_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("arch: llama-tiny\nseeed: 3\n")
+    assert main(["check", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: {file}:2: unknown key 'seeed'. Did you mean 'seed'?\n"
+    assert main(["check", "missing.yaml"]) == 2
+    assert "missing.yaml: no such configuration file" in capsys.readouterr().err
+
+
+def test_what_cannot_work_is_refused_as_when_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--arch", "llama-tiny", "--use_lora"]) == 2
+    assert capsys.readouterr().err.startswith("error: use_lora: refused, since")

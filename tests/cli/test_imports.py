@@ -1,0 +1,73 @@
+"""What answers without training imports nothing heavy, and a mistake is explained in under a second."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "deepspeed", "tokenizers", "matplotlib", "tensorboard", "fairscale", "rich")
+ROOMS = ("panda.data", "panda.engine", "panda.hooks", "panda.models", "panda.optim", "panda.tasks", "panda.runner")
+
+PROGRAM = """
+import sys, time
+started = time.perf_counter()
+from panda.cli.{module} import main
+code = main({argv!r})
+print("seconds", time.perf_counter() - started)
+print("code", code)
+print("modules", *sys.modules)
+"""
+
+
+def outcome(module: str, argv: list[str]) -> tuple[int, set[str], float]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(module=module, argv=argv)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    seconds, code, modules = done.stdout.splitlines()[-3:]
+    assert "Traceback" not in done.stderr
+    return int(code.split()[1]), set(modules.split()[1:]), float(seconds.split()[1])
+
+
+COMMANDS = {
+    "help": ("train", ["--help"], 0),
+    "help of an arch": ("train", ["--arch", "llama-65b", "--help"], 0),
+    "list": ("main", ["list"], 0),
+    "show": ("main", ["show", "model", "llama"], 0),
+    "misspelt key": ("train", ["--arch", "llama-65b", "--learning_rat", "1"], 2),
+    "misspelt name": ("train", ["--arch", "lama"], 2),
+    "use_lora": ("train", ["--arch", "llama-65b", "--use_lora"], 2),
+    "use_quant": ("train", ["--arch", "llama-65b", "--use_quant"], 2),
+    "bit_training": ("train", ["--arch", "llama-65b", "--bit_training"], 2),
+    "ckpt_path": ("train", ["--arch", "llama-65b", "--ckpt_path", "x"], 2),
+    "fp16 without ZeRO": ("train", ["--arch", "llama-65b", "--precision", "fp16"], 2),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_needs_no_torch_imports_none(name: str) -> None:
+    module, argv, expected = COMMANDS[name]
+    code, modules, seconds = outcome(module, argv)
+    assert code == expected
+    assert not modules & set(HEAVY)
+    assert seconds < 5, "a second, on a machine that does nothing else"
+
+
+def test_list_imports_no_component_of_panda() -> None:
+    _, modules, _ = outcome("main", ["list"])
+    assert [name for name in modules if name.startswith(ROOMS)] == []
+
+
+def test_show_imports_the_one_component_that_is_shown() -> None:
+    _, modules, _ = outcome("main", ["show", "model", "llama"])
+    assert sorted(name for name in modules if name.startswith(ROOMS)) == ["panda.models", "panda.models.llama"]
+
+
+def test_a_misspelt_name_imports_no_component_of_panda() -> None:
+    _, modules, _ = outcome("train", ["--arch", "lama"])
+    assert [name for name in modules if name.startswith(ROOMS)] == []

@@ -1,0 +1,170 @@
+"""Micro batches: padding and counts, and the same samples whoever prepares them."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from panda.data.batches import IGNORED_LABEL
+from panda.data.batches import Batch
+from panda.data.batches import collate
+from panda.data.batches import step_batches
+from panda.data.order import BatchPlan
+from panda.data.order import sample_at
+from panda.data.token_dataset import TokenDataset
+from panda.data.token_dataset import TokenDatasetBuilder
+
+PAD = 0
+SAMPLES, SEED = 23, 5
+
+
+def sample(token_ids: list[int], unsupervised: int) -> tuple[Any, Any]:
+    return np.array(token_ids, dtype=np.int32), np.arange(len(token_ids)) >= unsupervised
+
+
+@pytest.fixture(scope="module")
+def dataset() -> TokenDataset:
+    """Sample i is i + 1 throughout, in lengths that differ."""
+    builder = TokenDatasetBuilder()
+    for index in range(SAMPLES):
+        builder.add([index + 1] * (2 + index % 5), unsupervised=1 + index % 2 * (index % 5 > 0))
+    return builder.finish()
+
+
+def plan_of(**changes: Any) -> BatchPlan:
+    return BatchPlan(**({"samples": SAMPLES, "micro_batch": 2, "accumulation": 2, "ranks": 1, "epochs": 1.5} | changes))
+
+
+def prepare(dataset: TokenDataset, plan: BatchPlan, rank: int = 0, workers: int = 0) -> list[list[Batch]]:
+    return list(
+        step_batches(
+            dataset,
+            plan,
+            rank=rank,
+            seed=SEED,
+            pad_token_id=PAD,
+            num_workers=workers,
+            prefetch_factor=2,
+            pin_memory=False,
+        )
+    )
+
+
+def who(batch: Batch) -> list[int]:
+    """The samples of a batch of ``dataset``."""
+    return [int(row[0]) - 1 for row in batch.input_ids if row[0] != PAD]
+
+
+def test_samples_are_padded_on_the_right_to_the_longest() -> None:
+    batch = collate([sample([5, 6, 7, 8], 2), sample([9, 3], 1)], pad_token_id=1)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 1, 1]]
+    assert batch.labels.tolist() == [[-100, -100, 7, 8], [-100, 3, -100, -100]]
+    assert (batch.tokens, batch.supervised_tokens) == (6, 3)
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+
+
+def test_a_token_that_equals_the_padding_keeps_its_label_and_its_count() -> None:
+    """Where padding is the end-of-sequence token, the end still has to be learned."""
+    batch = collate([sample([5, 2, 6, 2], 1), sample([7, 2], 1)], pad_token_id=2)
+    assert batch.labels.tolist() == [[-100, 2, 6, 2], [-100, 2, -100, -100]]
+    assert (batch.tokens, batch.supervised_tokens) == (6, 4)
+
+
+def test_no_samples_make_one_row_without_loss() -> None:
+    batch = collate([], pad_token_id=3)
+    assert batch.input_ids.tolist() == [[3, 3]]
+    assert batch.labels.tolist() == [[IGNORED_LABEL] * 2]
+    assert (batch.tokens, batch.supervised_tokens) == (0, 0)
+
+
+def test_a_batch_moves_with_its_counts() -> None:
+    batch = collate([sample([5, 6], 1)], PAD).to(torch.device("meta"))
+    assert batch.input_ids.device.type == batch.labels.device.type == "meta"
+    assert (batch.tokens, batch.supervised_tokens) == (2, 1)
+
+
+def test_a_batch_does_not_share_memory_with_the_data_set(dataset: TokenDataset) -> None:
+    [[first, *_], *_] = prepare(dataset, plan_of())
+    before = dataset.token_ids.copy()
+    first.input_ids.fill_(-1)
+    assert np.array_equal(dataset.token_ids, before)
+
+
+def test_a_run_sees_the_samples_of_its_plan_in_order(dataset: TokenDataset) -> None:
+    plan = plan_of()
+    steps = prepare(dataset, plan)
+    assert len(steps) == plan.total_steps
+    assert [len(step) for step in steps] == [plan.micro_batches(number) for number in range(1, plan.total_steps + 1)]
+    seen = [index for step in steps for batch in step for index in who(batch)]
+    assert seen == [sample_at(position, SAMPLES, SEED) for position in range(plan.end_position)]
+    for step in steps:
+        for batch in step:
+            rows = [dataset[index] for index in who(batch)]
+            assert batch.tokens == sum(len(ids) for ids, _ in rows) == int((batch.input_ids != PAD).sum())
+            assert batch.supervised_tokens == sum(mask.sum() for _, mask in rows)
+            assert batch.supervised_tokens == int((batch.labels != IGNORED_LABEL).sum())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_prepares_the_same_batches(dataset: TokenDataset, workers: int) -> None:
+    alone, helped = prepare(dataset, plan_of()), prepare(dataset, plan_of(), workers=workers)
+    assert [len(step) for step in alone] == [len(step) for step in helped]
+    for mine, others in zip(chain.from_iterable(alone), chain.from_iterable(helped), strict=True):
+        assert torch.equal(mine.input_ids, others.input_ids)
+        assert torch.equal(mine.labels, others.labels)
+        assert (mine.tokens, mine.supervised_tokens) == (others.tokens, others.supervised_tokens)
+
+
+def test_two_ranks_share_the_steps_of_one(dataset: TokenDataset) -> None:
+    alone = [[index for batch in step for index in who(batch)] for step in prepare(dataset, plan_of())]
+    plan = plan_of(ranks=2, accumulation=1)
+    ranks = [prepare(dataset, plan, rank) for rank in range(2)]
+    assert [len(step) for step in ranks[0]] == [len(step) for step in ranks[1]]
+    together = [
+        [index for both in zip(*steps, strict=True) for batch in both for index in who(batch)]
+        for steps in zip(*ranks, strict=True)
+    ]
+    assert together == alone
+
+
+def test_a_rank_that_the_last_step_leaves_without_samples_has_batches_without_loss(dataset: TokenDataset) -> None:
+    plan = plan_of(ranks=3, micro_batch=4, accumulation=1, epochs=1)  # 23 = 12 + 4 + 4 + 3; 25 leaves ranks idle
+    plan = BatchPlan(**{**plan.__dict__, "epochs": 25 / 23})
+    last = [prepare(dataset, plan, rank)[-1] for rank in range(3)]
+    assert [[len(who(batch)) for batch in step] for step in last] == [[1], [0], [0]]
+    assert [step[0].supervised_tokens for step in last[1:]] == [0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_sees_the_rest(dataset: TokenDataset, workers: int) -> None:
+    whole = prepare(dataset, plan_of())
+    rest = prepare(dataset, plan_of(start_step=3, start_position=plan_of().step_end(3)), workers=workers)
+    assert [[who(batch) for batch in step] for step in rest] == [[who(batch) for batch in step] for step in whole[3:]]
+
+
+def test_preparing_batches_leaves_the_random_numbers_of_the_run_alone(dataset: TokenDataset) -> None:
+    before = torch.get_rng_state()
+    prepare(dataset, plan_of(), workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class _Rotten(TokenDataset):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == 7:
+            raise ValueError("sample 7 is rotten")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_worker_that_raises_surfaces_its_traceback(dataset: TokenDataset, workers: int) -> None:
+    rotten = _Rotten(dataset.token_ids, dataset.supervised, dataset.offsets, dataset.report)
+    with pytest.raises(ValueError, match="sample 7 is rotten") as error:
+        prepare(rotten, plan_of(), workers=workers)
+    if workers:
+        assert "in __getitem__" in str(error.value)
+        assert "test_batches.py" in str(error.value)

@@ -1,0 +1,300 @@
+"""Every shape of JSON that people call a data set, and everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from panda.data.json_reader import JsonReader
+from panda.data.reading import BadRow
+from panda.data.reading import Row
+from panda.registry import NoOptions
+from panda.registry import UserError
+from panda.registry.contexts import ReaderContext
+
+A, B = {"input": "a", "target": "b"}, {"input": "ç", "target": "日本 🐼"}
+
+
+def read(file: Path) -> list[Row | BadRow]:
+    return list(JsonReader(NoOptions(), ReaderContext()).read(file))
+
+
+def fields(file: Path) -> list[Any]:
+    rows = read(file)
+    assert all(isinstance(row, Row) for row in rows), rows
+    return [row.fields for row in rows if isinstance(row, Row)]
+
+
+def bad(file: Path) -> list[tuple[int, str]]:
+    return [(row.number, row.problem) for row in read(file) if isinstance(row, BadRow)]
+
+
+def write(folder: Path, content: str | bytes, name: str = "data.json") -> Path:
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def lines(*rows: Any, ascii_only: bool = False) -> str:
+    return "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(json.dumps([A, B]), id="array"),
+        pytest.param(json.dumps([A, B], indent=2, ensure_ascii=False), id="indented array"),
+        pytest.param(f" \n\t[\n{json.dumps(A)}\n,\n{json.dumps(B)}\n]\n\n", id="array with space around"),
+        pytest.param(lines(A, B), id="JSON Lines"),
+        pytest.param(lines(A, B) + "\n", id="JSON Lines, newline at the end"),
+        pytest.param(lines(A, B, ascii_only=True), id="JSON Lines, escaped"),
+        pytest.param(f"\n\n{json.dumps(A)}\n\n\n{json.dumps(B)}\n\n", id="JSON Lines, empty lines"),
+        pytest.param(json.dumps(A) + json.dumps(B), id="concatenated objects"),
+        pytest.param(json.dumps(A, indent=1) + "\n" + json.dumps(B, indent=4), id="indented objects"),
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+def test_the_same_rows_come_out_of_every_shape(tmp_path: Path, text: str, newline: str, mark: bytes) -> None:
+    file = write(tmp_path, mark + text.replace("\n", newline).encode())
+    assert fields(file) == [A, B]
+
+
+def test_a_single_object_is_one_row(tmp_path: Path) -> None:
+    [row] = read(write(tmp_path, json.dumps(A)))
+    assert isinstance(row, Row)
+    assert row.fields == A
+    assert row.number == 1
+    assert row.place == f"{tmp_path / 'data.json'}, row 1"
+
+
+def test_raw_newlines_and_tabs_inside_strings_are_text(tmp_path: Path) -> None:
+    text = '{"title": "one\ntwo",\n "content": "\tthree\n\nfour"}\n{"title": "five", "content": "six\n}"}\n'
+    expected = [{"title": "one\ntwo", "content": "\tthree\n\nfour"}, {"title": "five", "content": "six\n}"}]
+    assert fields(write(tmp_path, text)) == expected
+    assert fields(write(tmp_path, "[" + text.replace('"}\n{"', '"},\n{"') + "]")) == expected
+
+
+def test_the_example_of_instruction_tuning_in_pandallms_documentation_loads(tmp_path: Path) -> None:
+    text = (
+        '{"input": "Drink plenty of water, exercise regularly, and get enough sleep to stay healthy.",\n'
+        '"target": "As an AI language model, I do not have the ability to follow instructions, but I can provide you'
+        ' with information related to the given instruction."}'
+    )
+    [row] = fields(write(tmp_path, text))
+    assert row["input"].endswith("stay healthy.")
+    assert row["target"].startswith("As an AI language model")
+
+
+def test_the_example_of_pretraining_in_pandallms_documentation_loads_with_its_raw_newline(tmp_path: Path) -> None:
+    text = (
+        '{"title": "Singapore lion dance troupe clinches gold at Genting championship, breaking Malaysia\'s 13-year'
+        ' winning streak",\n'
+        '"content": "Original Title: Singapore lion dance troupe clinches gold at Genting championship, breaking'
+        " Malaysia's 13-year winning streak\n"
+        "The winning team from Singapore Yiwei Athletic Association impressed judges. The triumph caps a string of"
+        ' wins. A team won the first Prime Ministerâ€™s Cup, taking home the top prize of RM38,000 (US$8,300)."}'
+    )
+    [row] = fields(write(tmp_path, text))
+    assert "winning streak\nThe winning team" in row["content"]
+    assert "Ministerâ€™s Cup" in row["content"]
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3), min_size=1, max_size=5))
+def test_any_text_comes_out_of_an_array_and_of_lines_as_it_went_in(tmp_path_factory, rows) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    assert fields(write(folder, json.dumps(rows, ensure_ascii=False))) == rows
+    assert fields(write(folder, lines(*rows))) == rows
+    assert fields(write(folder, lines(*rows, ascii_only=True))) == rows
+
+
+@pytest.mark.parametrize(
+    ("element", "kind"),
+    [
+        ("[1]", "an array"),
+        ('"x"', "a string"),
+        ("1", "a number"),
+        ("1.5", "a number"),
+        ("true", "a boolean"),
+        ("null", "null"),
+    ],
+)
+def test_an_element_that_is_no_object_is_a_bad_row_that_says_what_it_is(
+    tmp_path: Path, element: str, kind: str
+) -> None:
+    array = write(tmp_path, f"[{json.dumps(A)}, {element}, {json.dumps(B)}]")
+    sequence = write(tmp_path, f"{json.dumps(A)}\n{element}\n{json.dumps(B)}\n", "data.jsonl")
+    for file in (array, sequence):
+        good = [(row.number, row.fields) for row in read(file) if isinstance(row, Row)]
+        assert good == [(1, A), (3, B)]
+        assert bad(file) == [(2, f"expected an object, {{...}}, found {kind}")]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"input": "a", "target": "b"',
+        '{"input": "a", "target": "b',
+        '{"input": "a", "target": }',
+        '{"input": "a" "target": "b"}',
+        '{"input": "a, "target": "b"}',
+        '{"input": "a", "target": "b",',
+        '{input: "a", "target": "b"}',
+        "{'input': 'a', 'target': 'b'}",
+        '"input": "a", "target": "b"}',
+        '{"input": "a", "target": "\\x"}',
+        "{",
+        "}",
+        "garbage",
+        "nullify",
+        "# a comment",
+    ],
+)
+@pytest.mark.parametrize("place", [1, 2, 3], ids=["first", "middle", "last"])
+def test_a_broken_line_costs_exactly_one_row_and_is_reported(tmp_path: Path, broken: str, place: int) -> None:
+    content = [json.dumps(A), json.dumps(B)]
+    content.insert(place - 1, broken)
+    file = write(tmp_path, "\n".join(content) + "\n", "data.jsonl")
+    assert [row.fields for row in read(file) if isinstance(row, Row)] == [A, B]
+    [(number, problem)] = bad(file)
+    assert number == place
+    assert "not valid JSON at line " in problem
+
+
+def test_a_broken_array_between_the_lines_costs_one_row(tmp_path: Path) -> None:
+    file = write(tmp_path, f"{json.dumps(A)}\n[1, 2\n{json.dumps(B)}\n")
+    assert [row.fields for row in read(file) if isinstance(row, Row)] == [A, B]
+    assert [number for number, _ in bad(file)] == [2]
+
+
+def test_each_of_several_broken_lines_in_a_row_is_reported(tmp_path: Path) -> None:
+    file = write(tmp_path, f'{json.dumps(A)}\nwords\nmore words\n{{"input": 1,}}\n{{"target" 2}}\n{json.dumps(B)}\n')
+    assert [number for number, _ in bad(file)] == [2, 3, 4, 5]
+    assert [row.number for row in read(file) if isinstance(row, Row)] == [1, 6]
+
+
+def test_an_indented_line_behind_a_broken_one_is_not_lost(tmp_path: Path) -> None:
+    file = write(tmp_path, f'  {{"input": "a",}}\n  {json.dumps(A)}\n  {json.dumps(B)}\n')
+    assert [row.fields for row in read(file) if isinstance(row, Row)] == [A, B]
+    assert [number for number, _ in bad(file)] == [1]
+
+
+def test_text_behind_an_object_on_its_line_is_reported(tmp_path: Path) -> None:
+    file = write(tmp_path, f"{json.dumps(A)} trailing\n{json.dumps(B)}\n")
+    assert [row.fields for row in read(file) if isinstance(row, Row)] == [A, B]
+    assert [number for number, _ in bad(file)] == [2]
+
+
+def test_a_number_that_python_refuses_to_read_is_a_bad_row(tmp_path: Path) -> None:
+    huge = f'{{"input": {"9" * 5000}}}'
+    file = write(tmp_path, f"{huge}\n{json.dumps(A)}\n")
+    assert [row.fields for row in read(file) if isinstance(row, Row)] == [A]
+    assert [number for number, _ in bad(file)] == [1]
+    with pytest.raises(UserError, match=r"data\.json:1:2: not valid JSON, in row 1"):
+        read(write(tmp_path, f"[{huge}]"))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20, 32, 34, 40, 60])
+def test_a_truncated_array_is_an_error_that_says_where(tmp_path: Path, cut: int) -> None:
+    whole = f"[\n{json.dumps(A)},\n{json.dumps(A)},\n{json.dumps(A)}\n]\n"
+    text = whole[:cut]
+    file = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        read(file)
+    place, line, _column = str(error.value).split(": not valid JSON")[0].rsplit(":", 2)
+    assert place == str(file)
+    assert int(line) == text.rstrip("\n").count("\n") + 1 or text.endswith("\n")
+    assert "is it cut short?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "row"),
+    [
+        (f'[\n{json.dumps(A)},\n{{"input": }}\n]', 3, 2),
+        (f"[\n{json.dumps(A)}\n{json.dumps(B)}\n]", 3, 1),
+        (f"[\n{json.dumps(A)},\n,\n{json.dumps(B)}]", 3, 2),
+        ("[abc]", 1, 1),
+    ],
+)
+def test_a_syntax_error_inside_an_array_is_an_error_that_says_where(
+    tmp_path: Path, text: str, line: int, row: int
+) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        read(file)
+    assert str(error.value).startswith(f"{file}:{line}:")
+    assert f"in row {row}: " in str(error.value)
+    assert "cut short" not in str(error.value)
+
+
+def test_text_behind_an_array_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"text after the array's closing '\]': '\[{"):
+        read(write(tmp_path, json.dumps([A]) + "\n" + json.dumps([B])))
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\r\n\t ", b"\xef\xbb\xbf"], ids=["nothing", "space", "BOM"])
+def test_an_empty_file_is_an_error_that_says_so(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(UserError, match=r"data\.json: the file is empty\. Expected a JSON array"):
+        read(write(tmp_path, content))
+
+
+def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
+    assert read(write(tmp_path, "[]")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "byte", "line"),
+    [
+        (b'[\n{"input": "caf\xe9"}]', "0xe9", 2),
+        (b'\xef\xbb\xbf[\r\n\r\n{"input": "caf\xe9"}]', "0xe9", 3),
+        ('{"input": "a"}'.encode("utf-16"), "0xff", 1),
+        (b"\x1f\x8b\x08\x00junk", "0x8b", 1),
+    ],
+    ids=["Latin-1", "Latin-1 behind a BOM", "UTF-16", "gzip"],
+)
+def test_a_file_that_is_not_utf_8_is_an_error_that_says_where(
+    tmp_path: Path, content: bytes, byte: str, line: int
+) -> None:
+    file = write(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        read(file)
+    assert str(error.value) == f"{file}:{line}: not UTF-8: byte {byte}. Convert the file to UTF-8."
+
+
+@given(st.binary(min_size=1, max_size=60))
+def test_binary_junk_is_reported_and_never_crashes(tmp_path_factory, junk: bytes) -> None:
+    file = write(tmp_path_factory.mktemp("junk"), junk)
+    try:
+        rows = read(file)
+    except UserError as error:
+        assert str(file) in str(error)
+    else:
+        assert [row.number for row in rows] == list(range(1, len(rows) + 1))
+
+
+@given(st.text(alphabet='{}[]",:\\ \nan1', min_size=1, max_size=40))
+def test_text_that_is_nearly_json_is_reported_and_never_crashes(tmp_path_factory, text: str) -> None:
+    file = write(tmp_path_factory.mktemp("nearly"), text)
+    try:
+        rows = read(file)
+    except UserError as error:
+        assert str(file) in str(error)
+    else:
+        assert [row.number for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_deep_nesting_is_reported_and_never_crashes(tmp_path: Path) -> None:
+    deep = '{"input": ' + "[" * 200_000
+    assert [number for number, _ in bad(write(tmp_path, deep))] == [1]
+    with pytest.raises(UserError, match="not valid JSON, in row 1"):
+        read(write(tmp_path, "[" + deep))
+
+
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "missing.json")

@@ -1,0 +1,73 @@
+"""Samples in flat arrays, and what is told of the rows that are not among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from panda.data.reading import BadRow
+from panda.data.token_dataset import SHOWN_BAD_ROWS
+from panda.data.token_dataset import DataReport
+from panda.data.token_dataset import TokenDatasetBuilder
+
+samples = st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=12).flatmap(
+    lambda ids: st.tuples(st.just(ids), st.integers(1, len(ids) - 1))
+)
+
+
+@given(st.lists(samples, max_size=8))
+def test_samples_come_out_as_they_were_added(added: list[tuple[list[int], int]]) -> None:
+    builder = TokenDatasetBuilder()
+    for token_ids, unsupervised in added:
+        builder.add(token_ids, unsupervised)
+    dataset = builder.finish()
+    assert len(dataset) == len(added)
+    for index, (token_ids, unsupervised) in enumerate(added):
+        ids, supervised = dataset[index]
+        assert ids.tolist() == token_ids
+        assert supervised.tolist() == [position >= unsupervised for position in range(len(token_ids))]
+    assert dataset.tokens == sum(len(token_ids) for token_ids, _ in added)
+    assert dataset.supervised_tokens == sum(len(token_ids) - unsupervised for token_ids, unsupervised in added)
+
+
+def test_the_arrays_have_the_promised_types() -> None:
+    builder = TokenDatasetBuilder()
+    builder.add([1, 2, 3], unsupervised=1)
+    dataset = builder.finish()
+    assert (dataset.token_ids.dtype, dataset.supervised.dtype, dataset.offsets.dtype) == (np.int32, np.bool_, np.int64)
+    assert dataset.offsets.tolist() == [0, 3]
+
+
+def test_a_builder_without_samples_finishes_with_none() -> None:
+    dataset = TokenDatasetBuilder().finish()
+    assert (len(dataset), dataset.tokens, dataset.supervised_tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("unsupervised", [0, 3, 4])
+def test_a_sample_has_a_token_to_start_from_and_one_to_learn(unsupervised: int) -> None:
+    with pytest.raises(AssertionError):
+        TokenDatasetBuilder().add([1, 2, 3], unsupervised)
+
+
+def test_every_bad_row_is_counted_and_the_first_are_shown() -> None:
+    report = DataReport(files=1, rows=40)
+    for number in range(1, 31):
+        report.add_bad(BadRow(Path("a.json"), number, "no target"))
+    assert report.bad_rows == 30
+    assert len(report.first_bad_rows) == SHOWN_BAD_ROWS
+    lines = report.lines()
+    assert lines[0] == "bad row: a.json, row 1: no target"
+    assert lines[-1] == "30 of 40 rows cannot be used and are left out."
+    assert len(lines) == SHOWN_BAD_ROWS + 1
+
+
+def test_the_report_of_faultless_data_is_empty() -> None:
+    assert DataReport(files=3, rows=100).lines() == []
+
+
+def test_cut_samples_are_reported() -> None:
+    assert DataReport(rows=5, truncated=2).lines() == ["2 samples are longer than max_seq_length and were cut."]

@@ -1,0 +1,60 @@
+"""As much of a run as panda's own lifecycle plugins look at, and records to give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from panda.data.order import BatchPlan
+from panda.data.token_dataset import TokenDatasetBuilder
+
+MakeRun = Callable[..., Any]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """``make_run(step=3, rank=1)``: a run in one directory, whatever its step."""
+
+    def make(step: int = 0, rank: int = 0, resumed_from: Path | None = None) -> Any:
+        builder = TokenDatasetBuilder()
+        for _ in range(1234):
+            builder.add([1, 5, 6, 2], unsupervised=2)
+        directory = tmp_path / "my-run"
+        directory.mkdir(exist_ok=True)
+        return SimpleNamespace(
+            directory=directory,
+            processes=SimpleNamespace(rank=rank, world_size=2, device=torch.device("cpu")),
+            dataset=builder.finish(),
+            plan=BatchPlan(samples=1234, micro_batch=2, accumulation=4, ranks=2, epochs=1, max_steps=10),
+            resolved=SimpleNamespace(settings={"seed": SimpleNamespace(value=42, owner="core", origin="default")}),
+            resumed_from=resumed_from,
+            step=step,
+            answers=[],
+        )
+
+    return make
+
+
+@pytest.fixture
+def record() -> Callable[..., dict[str, Any]]:
+    """``record(step)``: what is logged at a step."""
+
+    def make(step: int, loss: float | None = None) -> dict[str, Any]:
+        return {
+            "step": step,
+            "loss": 5.5 * math.exp(-step / 30) + 0.1 * math.sin(step) + 0.2 if loss is None else loss,
+            "learning_rate": 1e-3 * min(1, step / 20),
+            "grad_norm": 1.25,
+            "tokens": 100 * step,
+            "supervised_tokens": 40 * step,
+            "tokens_per_second": 12345.6,
+            "step_seconds": 0.25,
+        }
+
+    return make

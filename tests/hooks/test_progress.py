@@ -1,0 +1,145 @@
+"""What a person sees: plain lines in a file or a log, a bar in a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from panda.data.reading import BadRow
+from panda.hooks.progress import Progress
+from panda.registry import NoOptions
+from panda.registry.contexts import PluginContext
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """``clock[0]`` is the time."""
+    now = [1.0]  # the clock of a machine that has just been started
+    monkeypatch.setattr("panda.hooks.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def started(run: Any) -> Progress:
+    plugin = Progress(NoOptions(), PluginContext())
+    plugin.panda_run_start(run)
+    return plugin
+
+
+def test_a_run_says_at_its_start_what_it_is_going_to_do(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    started(make_run())
+    assert capsys.readouterr().out == (
+        "1,234 samples, 4,936 tokens, 2,468 with loss; 10 steps of 2 x 4 x 2 samples"
+        " (micro batch x accumulation x ranks) on cpu\n"
+    )
+
+
+def test_bad_rows_and_cut_samples_are_told_first(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    run.dataset.report.rows = 1235
+    run.dataset.report.add_bad(BadRow(Path("a.json"), 7, "no field 'target'"))
+    run.dataset.report.truncated = 3
+    started(run)
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "data: bad row: a.json, row 7: no field 'target'",
+        "data: 1 of 1235 rows cannot be used and are left out.",
+        "data: 3 samples are longer than max_seq_length and were cut.",
+    ]
+
+
+def test_a_resumed_run_says_where_it_goes_on(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    started(make_run(step=5, resumed_from=Path("checkpoints/step-00000005")))
+    assert "resumed from checkpoints/step-00000005, step 5\n" in capsys.readouterr().out
+
+
+def test_where_there_is_no_terminal_a_record_is_a_plain_line(
+    make_run: Any, record: Any, capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    run = make_run()
+    plugin = started(run)
+    capsys.readouterr()
+    plugin.panda_log(run, record(1, loss=5.43219))
+    line = capsys.readouterr().out
+    assert line == "step 1/10  loss 5.4322  lr 5.00e-05  grad norm 1.250  12,346 tokens/s\n"
+    assert "\x1b" not in line
+    assert "\r" not in line
+
+
+def test_plain_lines_are_seconds_apart_but_for_the_first_and_the_last(
+    make_run: Any, record: Any, capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    run = make_run()
+    plugin = started(run)
+    capsys.readouterr()
+    for step in range(1, 11):
+        plugin.panda_log(run, record(step))
+        clock[0] += 0.9
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["1/10", "4/10", "7/10", "10/10"]
+
+
+def test_the_end_says_what_was_reached_where_everything_is_and_what_the_model_answers(
+    make_run: Any, record: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    run.answers = [{"prompt": "Spell panda.", "answer": "p-a-n-d-a"}]
+    (run.directory / "loss.png").touch()
+    (run.directory / "export").mkdir()
+    plugin = started(run)
+    for step in (1, 2, 10):
+        plugin.panda_log(run, record(step, loss=10.0 / step))
+    capsys.readouterr()
+    plugin.panda_run_end(run)
+    out = capsys.readouterr().out
+    assert "loss 10.0000 at step 1, 1.0000 at step 10\n" in out
+    assert f"\n{run.directory}/\n" in out
+    assert "  loss.png " in out
+    assert "  export " in out
+    assert "tensorboard" not in out
+    assert out.endswith("\n> Spell panda.\np-a-n-d-a\n")
+
+
+def test_a_run_without_a_record_ends_all_the_same(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    started(run).panda_run_end(run)
+    assert f"{run.directory}/" in capsys.readouterr().out
+
+
+def test_only_rank_0_speaks(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(rank=1)
+    plugin = started(run)
+    plugin.panda_run_end(run)
+    plugin.panda_exception()
+    assert capsys.readouterr().out == ""
+
+
+class _Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("end", ["panda_run_end", "panda_exception"])
+def test_a_terminal_has_a_bar_that_is_taken_down_however_a_run_ends(
+    make_run: Any, record: Any, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    terminal = _Terminal()
+    for key, value in {"COLUMNS": "200", "TERM": "xterm"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run = make_run(step=2)
+    plugin = started(run)
+    assert plugin.bar is not None
+    plugin.panda_log(run, record(7))
+    plugin.bar.refresh()
+    assert "7/10" in terminal.getvalue()
+    assert "grad norm 1.250" in terminal.getvalue()
+    assert "step 7/10" not in terminal.getvalue()
+    plugin.panda_run_end(run) if end == "panda_run_end" else plugin.panda_exception()
+    assert plugin.bar is None
+    assert "\x1b[?25h" in terminal.getvalue(), "the cursor is shown again"

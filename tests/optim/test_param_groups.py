@@ -1,0 +1,68 @@
+"""Which parameters are stepped together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from panda.optim.param_groups import param_groups
+
+
+def build(**modules: nn.Module) -> nn.Module:
+    return nn.ModuleDict(modules)
+
+
+def grouped(module: nn.Module) -> list[list[str]]:
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [[names[p] for p in group["params"]] for group in param_groups(module, learning_rate=1, weight_decay=0)]
+
+
+def test_each_layer_is_a_group_and_what_is_outside_the_layers_one_together() -> None:
+    layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, bias=False)}) for _ in range(11))
+    module = build(embed=nn.Embedding(3, 2), layers=layers, norm=nn.LayerNorm(2))
+    first, *others = grouped(module)
+    assert first == ["embed.weight", "norm.weight", "norm.bias"]
+    assert others == [[f"layers.{n}.a.weight", f"layers.{n}.a.bias", f"layers.{n}.b.weight"] for n in range(11)]
+
+
+def test_a_layer_is_told_by_its_first_number() -> None:
+    experts = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(1, 1, bias=False)] * 1)}) for _ in "ab")
+    assert grouped(build(layers=experts)) == [["layers.0.experts.0.weight"], ["layers.1.experts.0.weight"]]
+    linears = [nn.Linear(1, 1, bias=False) for _ in range(4)]
+    nested = nn.Sequential(nn.Sequential(*linears[:2]), nn.Sequential(*linears[2:]))
+    assert grouped(nested) == [["0.0.weight", "0.1.weight"], ["1.0.weight", "1.1.weight"]]
+
+
+def test_a_number_inside_a_word_is_no_layer() -> None:
+    module = build(fc1=nn.Linear(1, 1, bias=False), fc2=nn.Linear(1, 1, bias=False))
+    assert grouped(module) == [["fc1.weight", "fc2.weight"]]
+
+
+def test_every_group_has_the_rate_and_the_decay() -> None:
+    module = build(norm=nn.LayerNorm(2), layers=nn.ModuleList([nn.Linear(2, 2)]))
+    groups = param_groups(module, learning_rate=0.3, weight_decay=0.1)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.3, 0.1)] * 2
+
+
+def test_frozen_parameters_are_left_out_and_leave_no_empty_group() -> None:
+    module = build(layers=nn.ModuleList(nn.Linear(2, 2) for _ in range(3)), head=nn.Linear(2, 2))
+    module.get_parameter("layers.1.weight").requires_grad_(False)
+    for parameter in module.get_submodule("layers.2").parameters():
+        parameter.requires_grad_(False)
+    assert grouped(module) == [["layers.0.weight", "layers.0.bias"], ["layers.1.bias"], ["head.weight", "head.bias"]]
+
+
+def test_a_shared_parameter_is_in_one_group_once() -> None:
+    head, embed = nn.Linear(2, 3, bias=False), nn.Embedding(3, 2)
+    head.weight = embed.weight
+    assert grouped(build(embed=embed, layers=nn.ModuleList([head]))) == [["embed.weight"]]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_groups_suit_torch_optimizers(optimizer: Any) -> None:
+    module = build(layers=nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
+    built = optimizer(param_groups(module, learning_rate=0.3, weight_decay=0.1))
+    assert sum(len(group["params"]) for group in built.param_groups) == len(list(module.parameters()))

@@ -1,0 +1,116 @@
+"""plugins/panda-example as a stranger gets it: built, installed outside this environment, used by name.
+
+All that these processes have of it is a folder on PYTHONPATH with a wheel's content.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(__file__).parents[1] / "plugins" / "panda-example"
+SCRIPTS = Path(sys.executable).parent
+SMALL_RUN = (
+    *("--arch", "gru-tiny", "--optimizer", "lion", "--plugins", "report"),
+    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "64", "--num_workers", "0"),
+    *("--max_steps", "2", "--per_gpu_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
+)
+
+
+def run(*command: str | Path, cwd: Path, site: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` with ``site`` as all that PYTHONPATH holds."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(site)} if site else {})
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the plugin's wheel is installed in."""
+    folder = tmp_path_factory.mktemp("plugin")
+    # setuptools builds in the source tree, and what an older build left there gets into the wheel.
+    leftovers = shutil.ignore_patterns("build", "dist", "*.egg-info", "__pycache__", ".*")
+    shutil.copytree(PLUGIN, folder / "source", ignore=leftovers)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    alone = ("--no-index", "--no-deps")
+    for command in (
+        (*pip, "wheel", *alone, "--no-build-isolation", "--wheel-dir", folder / "wheels", folder / "source"),
+        (*pip, "install", *alone, "--find-links", folder / "wheels", "--target", folder / "site", "panda-example"),
+    ):
+        done = run(*command, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def test_lists_and_shows_it(site: Path, tmp_path: Path) -> None:
+    listed = run(SCRIPTS / "panda", "list", "--json", cwd=tmp_path, site=site)
+    rows = json.loads(listed.stdout)
+    mine = {(row["kind"], row["name"]) for row in rows if row["distribution"] == "panda-example"}
+    assert mine == {
+        ("model", "gru"),
+        ("arch", "gru-small"),
+        ("arch", "gru-tiny"),
+        ("optimizer", "lion"),
+        ("plugin", "report"),
+    }
+    assert all(row["summary"] for row in rows if row["distribution"] == "panda-example")
+    models = run(SCRIPTS / "panda", "list", "models", cwd=tmp_path, site=site).stdout
+    assert "gru" in models and "panda-example 0.1.0" in models
+    for kind, name in mine:
+        shown = run(SCRIPTS / "panda", "show", kind, name, cwd=tmp_path, site=site)
+        assert shown.returncode == 0, shown.stderr
+        assert str(site / "panda_example") in shown.stdout, "not from where it was installed"
+
+
+def test_trains_by_name(site: Path, tmp_path: Path) -> None:
+    done = run(SCRIPTS / "panda-train", *SMALL_RUN, "--output_dir", "run", cwd=tmp_path, site=site)
+    assert done.returncode == 0, done.stdout + done.stderr
+    components = json.loads((tmp_path / "run" / "provenance.json").read_text())["components"]
+    for label in ("model gru", "arch gru-tiny", "optimizer lion", "plugin report"):
+        assert components[label]["distribution"] == "panda-example"
+        assert components[label]["source"].startswith(str(site))
+    assert "| run | complete |" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (("--arch", "gru-tiny"), "arch 'gru-tiny'"),
+        (("--arch", "llama-tiny", "--optimizer", "lion"), "optimizer 'lion'"),
+        (("--arch", "llama-tiny", "--plugins", "report"), "plugin 'report'"),
+    ],
+)
+def test_blocked_its_names_are_not_there(site: Path, tmp_path: Path, flags: tuple[str, ...], name: str) -> None:
+    data = ("--instruction_tuning_data_dir", "panda:data/sample/instruct")
+    blocked = run(SCRIPTS / "panda-train", *data, *flags, "-p", "no:panda-example", cwd=tmp_path, site=site)
+    assert blocked.returncode == 2
+    assert f"{name} is provided by panda-example 0.1.0" in blocked.stderr
+
+
+def test_without_it_its_names_are_unknown(tmp_path: Path) -> None:
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('panda_example') is not None)"
+    if run(sys.executable, "-c", code, cwd=tmp_path).returncode:
+        pytest.skip("panda-example is installed in this environment")
+    done = run(SCRIPTS / "panda-train", *SMALL_RUN, "--output_dir", "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "unknown optimizer 'lion'" in done.stderr or "unknown arch 'gru-tiny'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    shown = run(SCRIPTS / "panda", "show", "model", "gru", cwd=tmp_path)
+    assert shown.returncode == 2
+    assert "unknown model 'gru'" in shown.stderr
+
+
+def test_its_own_tests_pass_where_it_is_installed(site: Path, tmp_path: Path) -> None:
+    tests = site.parent / "source" / "tests"
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "base", tests)
+    done = run(*command, cwd=tmp_path, site=site)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,163 @@
+"""Imports point one way, by the syntax trees of all modules. What stands under TYPE_CHECKING does not run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "panda"
+MIDDLE = ("tasks", "models", "optim", "data", "hooks", "engine")
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": {"registry"},
+    "registry": set(),
+    "run_options": {"registry"},
+    "refusals": {"registry", "run_options"},
+    **{room: {"registry", "run_options"} for room in MIDDLE},
+    "tasks": {"registry", "run_options", "data"},
+    "run_directory": {"registry", "run_options", *MIDDLE},
+    "runner": {"registry", "run_options", "run_directory", *MIDDLE},
+    "cli": {"registry", "run_options", "refusals", "run_directory", "runner", *MIDDLE},
+}
+"""Beside itself."""
+
+HEAVY = {"torch", "transformers", "numpy", "deepspeed", "tokenizers", "safetensors", "matplotlib", "peft", "fairscale"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, *, nested: bool = True) -> Iterator[tuple[str, int]]:
+    """Dotted names that ``tree`` imports, with lines; with ``nested`` also those inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from imports(ast.Module([other], []), nested=nested)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield str(node.module), node.lineno
+            if node.module == "panda":
+                yield from ((f"panda.{alias.name}", node.lineno) for alias in node.names)
+        elif nested or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imports(node, nested=nested)
+
+
+def all_imports(*, nested: bool = True) -> Iterator[tuple[Path, str, int]]:
+    for path in modules():
+        for name, line in imports(ast.parse(path.read_text()), nested=nested):
+            yield path, name, line
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room_of(path) for path in modules()} == set(MAY_IMPORT)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for path, name, line in all_imports():
+        parts = name.split(".")
+        room = room_of(path)
+        if parts[0] != "panda" or len(parts) == 1:
+            continue
+        target = parts[1]
+        is_module = (PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").exists()  # else a name of panda itself
+        if is_module and target != room and target not in MAY_IMPORT[room]:
+            wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {name}")
+    assert wrong == []
+
+
+def test_one_package_imports_deepspeed_and_fairscale() -> None:
+    outside = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path, name, line in all_imports()
+        if name.split(".")[0] in ("deepspeed", "fairscale") and room_of(path) != "engine"
+    ]
+    assert outside == []
+
+
+def registering() -> list[Path]:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    declared = set()
+    for group, text in setup["options.entry_points"].items():
+        if group.startswith("panda."):
+            declared |= {line.partition("=")[2].strip() for line in text.strip().splitlines()}
+    return sorted((ROOT / module.replace(".", "/")).with_suffix(".py") for module in declared)
+
+
+def panda_imports_at_top(path: Path, seen: set[Path]) -> set[Path]:
+    """Modules of panda that importing ``path`` imports, with packages and all that they import."""
+    for name, _ in imports(ast.parse(path.read_text()), nested=False):
+        parts = name.split(".")
+        if parts[0] != "panda":
+            continue
+        for depth in range(1, len(parts) + 1):
+            target = ROOT.joinpath(*parts[:depth])
+            file = target / "__init__.py" if target.is_dir() else target.with_suffix(".py")
+            if file.exists() and file not in seen:
+                seen.add(file)
+                panda_imports_at_top(file, seen)
+    return seen
+
+
+@pytest.mark.parametrize("path", registering(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_that_registers_components_imports_nothing_heavy(path: Path) -> None:
+    heavy = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for file in {path} | panda_imports_at_top(path, set())
+        for name, line in imports(ast.parse(file.read_text()), nested=False)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert heavy == []
+
+
+def test_every_module_that_registers_components_is_declared() -> None:
+    decorated = {path for path in modules() if re.search(r"^@register_\w+\(", path.read_text(), re.MULTILINE)}
+    assert decorated - set(registering()) == set()
+
+
+def test_the_init_of_a_package_imports_nothing_heavy() -> None:
+    heavy = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path, name, line in all_imports(nested=False)
+        if path.name == "__init__.py" and name.split(".")[0] in HEAVY
+    ]
+    assert heavy == []
+
+
+def test_every_import_is_seen_by_this_test() -> None:
+    """The walk itself: at the top, in functions and classes, in branches, and not for the type checker."""
+    source = """
+import a
+from b.c import d
+if TYPE_CHECKING:
+    import e
+else:
+    import f
+class G:
+    import h
+def i():
+    from j import k
+    if x:
+        import m
+try:
+    import n
+except ImportError:
+    import o
+"""
+    tree = ast.parse(source)
+    assert [name for name, _ in imports(tree)] == ["a", "b.c", "f", "h", "j", "m", "n", "o"]
+    assert [name for name, _ in imports(tree, nested=False)] == ["a", "b.c", "f", "h", "n", "o"]

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from panda.cli.train import main
+from panda.refusals import REFUSALS
+from panda.run_options import RunOptions
+
+REFUSED = {
+    "max_steps: 0": ["--max_steps", "0"],
+    "ckpt_path": ["--ckpt_path", "pretrain/llama-7b"],
+    "use_lora": ["--use_lora"],
+    "lora_r, lora_alpha or lora_dropout": ["--lora_r", "8"],
+    "use_quant": ["--use_quant"],
+    "bit_training": ["--bit_training"],
+    "precision: fp16 with zero_stage: 0": ["--precision", "fp16"],
+}
+
+
+def test_every_refusal_is_tried_here() -> None:
+    assert [refusal.what for refusal in REFUSALS] == list(REFUSED)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refusal_gives_its_reason_and_what_to_use_instead(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--arch", "llama-7b", *REFUSED[what]]) == 2
+    captured = capsys.readouterr()
+    (refusal,) = (refusal for refusal in REFUSALS if refusal.what == what)
+    assert captured.err == f"error: {what}: refused, since {refusal.reason}. Instead: {refusal.instead}.\n"
+    assert captured.out == ""
+
+
+def test_several_refusals_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [word for words in REFUSED.values() for word in words]
+    assert main(["--arch", "llama-7b", *argv]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == len(REFUSALS)
+
+
+def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
+    for options in (
+        RunOptions(),
+        RunOptions(precision="fp16", zero_stage=1),
+        RunOptions(precision="bf16"),
+        RunOptions(lora_r=64, lora_alpha=16.0, lora_dropout=0.05),
+    ):
+        assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []
+
+
+def test_a_refusal_reads_as_a_sentence() -> None:
+    for refusal in REFUSALS:
+        for text in (refusal.reason, refusal.instead):
+            assert text and text.strip() == text and not text.endswith(".")
