@@ -4,6 +4,7 @@ What a package that adds components imports, and nothing that is slow to import.
 """
 
 from panda.registry import Meta as Meta
+from panda.registry import NoOptions as NoOptions
 from panda.registry import UserError as UserError
 from panda.registry import hookimpl as hookimpl
 from panda.registry import register_arch as register_arch

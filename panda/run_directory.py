@@ -1,7 +1,6 @@
 """The run directory: which one it is, and the files that say what ran.
 
-    config.yaml  provenance.json  deepspeed.json  metrics.jsonl  tensorboard/  loss.png
-    checkpoints/step-00000100/  checkpoints/latest  export/  answers.json
+docs/concepts.md lists what it holds.
 """
 
 from __future__ import annotations

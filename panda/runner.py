@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 
 from panda.data.batches import step_batches
 from panda.data.order import BatchPlan
+from panda.data.reading import Reader
 from panda.data.reading import resolve_path
 from panda.data.token_dataset import TokenDataset
+from panda.engine.checkpoints import START
 from panda.engine.checkpoints import Progress
 from panda.engine.checkpoints import load_checkpoint
 from panda.engine.checkpoints import read_progress
@@ -29,6 +32,7 @@ from panda.engine.processes import join_processes
 from panda.models.export import export
 from panda.models.generation import greedy
 from panda.optim.param_groups import param_groups
+from panda.optim.schedules import Schedule
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
@@ -85,6 +89,8 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
 
     Started by a launcher, every process calls this; process groups stay up for the caller to leave.
     """
+    for plugin in resolved.plugins:
+        catalog.add_hooks(plugin.build(PluginContext(), object), plugin.component.name, plugin.offer.describe())
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
     dataset = task.dataset()
@@ -121,20 +127,13 @@ def load_tokenizer(location: str) -> Any:
 
 def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
     """The task that ``resolved`` names, with its reader. Raises UserError where its data is not there."""
-    reader = resolved.components["reader"]
-    task = resolved.components["task"]
-    built: LanguageModelling = task.component.factory(
-        task.options,
-        TaskContext(
-            tokenizer=tokenizer,
-            reader=reader.component.factory(reader.options, ReaderContext()),
-            max_seq_length=resolved.core.max_seq_length,
-        ),
-    )
-    return built
+    reader = resolved.components["reader"].build(ReaderContext(), Reader)
+    context = TaskContext(tokenizer=tokenizer, reader=reader, max_seq_length=resolved.core.max_seq_length)
+    task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
+    return task
 
 
-def plan_batches(options: RunOptions, samples: int, ranks: int, progress: Progress = Progress()) -> BatchPlan:
+def plan_batches(options: RunOptions, samples: int, ranks: int, progress: Progress = START) -> BatchPlan:
     """How a run with these options goes through ``samples`` samples, from ``progress`` on."""
     return BatchPlan(
         samples=samples,
@@ -148,20 +147,15 @@ def plan_batches(options: RunOptions, samples: int, ranks: int, progress: Progre
     )
 
 
-def build_model(resolved: Resolved, tokenizer: Any) -> torch.nn.Module:
-    """The model that ``resolved`` names, with weights on torch's default device."""
-    chosen = resolved.components["model"]
-    model: torch.nn.Module = chosen.component.factory(
-        chosen.options,
-        ModelContext(
-            vocab_size=len(tokenizer),
-            max_seq_length=resolved.core.max_seq_length,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
+def model_context(resolved: Resolved, tokenizer: Any) -> ModelContext:
+    """What a model is told beside its options."""
+    return ModelContext(
+        vocab_size=len(tokenizer),
+        max_seq_length=resolved.core.max_seq_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    return model
 
 
 def _build(
@@ -176,24 +170,18 @@ def _build(
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
     directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
-    progress = read_progress(checkpoint, _shape(resolved, processes, dataset)) if checkpoint else Progress()
+    progress = read_progress(checkpoint, _shape(resolved, processes, dataset)) if checkpoint else START
     plan = plan_batches(options, len(dataset), processes.world_size, progress)
 
     _seed(options.seed)  # the same on every rank, for equal weights
     # ZeRO-3 spreads the weights when the engine is made; until then they are whole, in host memory.
     with torch.device("cpu" if options.zero_stage == 3 else processes.device):
-        model = build_model(resolved, tokenizer)
+        model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
     _seed(options.seed + processes.rank)  # different, for dropout
 
-    chosen = resolved.components["optimizer"]
-    optimizer = chosen.component.factory(
-        chosen.options,
-        OptimizerContext(
-            param_groups=param_groups(
-                model, learning_rate=options.learning_rate, weight_decay=options.weight_decay
-            ),
-            device=processes.device,
-        ),
+    groups = param_groups(model, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = resolved.components["optimizer"].build(
+        OptimizerContext(param_groups=groups, device=processes.device), torch.optim.Optimizer
     )
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -212,9 +200,6 @@ def _build(
             "resumed_from": str(checkpoint) if checkpoint else None,
         }
         write_description(directory, resolved, config, facts)
-    for plugin in resolved.plugins:
-        built = plugin.component.factory(plugin.options, PluginContext())
-        catalog.add_hooks(built, plugin.component.name, plugin.offer.describe())
     return Run(
         resolved, directory, processes, task, dataset, plan, engine, catalog.plugins.hook, checkpoint, progress.step
     )
@@ -223,11 +208,10 @@ def _build(
 def _train(run: Run) -> Progress:
     """The loop. Reads a value from the device only where it is logged or saved."""
     options, plan, engine = run.options, run.plan, run.engine
-    chosen = run.resolved.components["lr_scheduler"]
-    schedule = chosen.component.factory(
-        chosen.options, LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=options.learning_rate)
+    schedule: Schedule = run.resolved.components["lr_scheduler"].build(
+        LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=options.learning_rate), Callable
     )
-    start = read_progress(run.resumed_from, {}) if run.resumed_from else Progress()
+    start = read_progress(run.resumed_from, {}) if run.resumed_from else START
     counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64).to(run.processes.device)
     clock = _Clock(start)
     saved_step = start.step if run.resumed_from else -1
@@ -265,9 +249,7 @@ def _train(run: Run) -> Progress:
         run.step = step
         run.hook.panda_step_end(run=run, step=step)
         if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
-            run.hook.panda_log(
-                run=run, record=_record(result, progress(), factor * options.learning_rate, clock)
-            )
+            run.hook.panda_log(run=run, record=_record(result, progress(), factor * options.learning_rate, clock))
         epoch = plan.step_end(step) // plan.samples
         if epoch > plan.step_end(step - 1) // plan.samples:
             run.hook.panda_epoch_end(run=run, epoch=epoch - 1)
@@ -313,8 +295,8 @@ def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
     """Export the model and have it answer."""
     weights = run.engine.whole_weights()
     if run.processes.rank == 0:
-        model = run.resolved.components["model"]
-        export(run.engine.module, weights, run.directory / "export", tokenizer, model)
+        described = run.resolved.components["model"], model_context(run.resolved, tokenizer)
+        export(run.engine.module, weights, run.directory / "export", tokenizer, *described)
     run.processes.barrier()
     prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
     module = run.engine.evaluating()

@@ -58,9 +58,9 @@ def _print_settings(resolved: Resolved) -> None:
 
 def _check_data_and_model(resolved: Resolved) -> None:
     from panda.engine.deepspeed_config import deepspeed_config
-    from panda.runner import build_model
     from panda.runner import build_task
     from panda.runner import load_tokenizer
+    from panda.runner import model_context
     from panda.runner import plan_batches
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -80,5 +80,5 @@ def _check_data_and_model(resolved: Resolved) -> None:
     import torch
 
     with torch.device("meta"):
-        model = build_model(resolved, tokenizer)
+        model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
     print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")

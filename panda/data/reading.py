@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from typing import Protocol
+from typing import runtime_checkable
 
 from panda.registry import UserError
 
@@ -38,6 +39,7 @@ class BadRow:
         return f"{self.file}, row {self.number}: {self.problem}"
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Turns a file into rows. What ``register_reader`` factories return."""
 

@@ -41,6 +41,10 @@ class Progress:
     supervised_tokens: int = 0
 
 
+START = Progress()
+"""Where a new run is."""
+
+
 def save_checkpoint(
     engine: Engine, folder: Path, progress: Progress, shape: dict[str, Any], *, keep: int | None = None
 ) -> Path:
@@ -84,7 +88,7 @@ def save_checkpoint(
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The newest complete checkpoint at ``path``: itself, in it, or in its ``checkpoints``; None where there is none."""
+    """The newest complete checkpoint at ``path``: itself, in it, or in its ``checkpoints``; None if there is none."""
     if (path / MANIFEST).exists():
         return path if _is_complete(path) else None
     for folder in (path, path / "checkpoints"):

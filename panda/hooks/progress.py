@@ -113,5 +113,5 @@ _CONTENTS = {
     "loss.png": "the loss curve",
     "tensorboard": "for `tensorboard --logdir`",
     "checkpoints": "to resume from",
-    "export": "the trained model; loads in transformers",
+    "export": "the trained model and its tokenizer",
 }

@@ -9,7 +9,6 @@ from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
-from panda.run_directory import config_text
 
 if TYPE_CHECKING:
     from panda.runner import Run
@@ -29,7 +28,8 @@ class TensorBoard:
 
             # purge_step hides what an interrupted run wrote behind the checkpoint that this one continues.
             self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.step + 1)
-            self.writer.add_text("config", f"```yaml\n{config_text(run.resolved)}```", run.step)
+            config = (run.directory / "config.yaml").read_text(encoding="utf-8")
+            self.writer.add_text("config", f"```yaml\n{config}```", run.step)
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:

@@ -2,5 +2,6 @@
 
 A model is a ``torch.nn.Module`` that is causal and whose ``forward(input_ids)`` takes int64
 [rows, length] and returns logits [rows, length, vocabulary], or an object that has them as
-``logits`` (as transformers' models do).
+``logits`` (as transformers' models do). Where its layers are named with a number, ``layers.0``, each
+becomes a parameter group, and the optimizer's step needs less memory.
 """

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 
 
 def export(
-    module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any, model: Chosen
+    module: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    tokenizer: Any,
+    model: Chosen,
+    context: ModelContext,
 ) -> None:
     """Write ``weights`` (whole tensors on the CPU) of ``module`` and its tokenizer to ``folder``.
 
     A transformers model becomes a Hugging Face folder. Any other becomes ``model.safetensors`` and
-    a ``config.json`` that names the panda component and its options.
+    a ``config.json`` with all that the factory of ``model`` was given to make it.
     """
     from transformers import PreTrainedModel
 
@@ -42,7 +49,8 @@ def export(
     described = {
         "panda_model": model.offer.qualified,
         "panda_version": model.offer.version,
-        "options": {key: getattr(model.options, key) for key in model.options.__dataclass_fields__},
+        "options": asdict(model.options),
+        "context": asdict(context),
         "shared_tensors": {
             name: unshared[t.data_ptr()] for name, t in weights.items() if name not in unshared.values()
         },

@@ -114,14 +114,17 @@ def _register(
 def register_task(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, TaskContext) -> panda.tasks.Task``."""
+    """Register ``factory(options, TaskContext) -> panda.tasks.language_modelling.LanguageModelling``."""
     return _register("task", name, options, aliases)
 
 
 def register_model(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, ModelContext) -> torch.nn.Module``."""
+    """Register ``factory(options, ModelContext) -> torch.nn.Module``, causal; ``panda.models`` says what it is given.
+
+    Layers that are named with a number, ``layers.0``, are stepped one at a time, which saves memory.
+    """
     return _register("model", name, options, aliases)
 
 
@@ -133,7 +136,10 @@ def register_arch(name: str, *, model: str, aliases: tuple[str, ...] = ()) -> Ca
 def register_optimizer(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``."""
+    """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``.
+
+    Under ZeRO it is given flat slices of parameters, so it has to work element by element.
+    """
     return _register("optimizer", name, options, aliases)
 
 

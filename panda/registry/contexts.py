@@ -49,7 +49,11 @@ class OptimizerContext:
     """For an optimizer."""
 
     param_groups: list[dict[str, Any]]
-    """``params``, ``lr`` (the peak: the schedule scales it before each step) and ``weight_decay``."""
+    """``params``, ``lr`` (the peak: the schedule scales it before each step) and ``weight_decay``.
+
+    DeepSpeed may put flat fp32 tensors, each a rank's part of many parameters, in their place before
+    the first step. So make state lazily, in ``step``, of the shape of what is there.
+    """
     device: torch.device
     """Where the step runs."""
 

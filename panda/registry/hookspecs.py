@@ -6,6 +6,11 @@ nothing that matters. Unless a hook says otherwise it is called on every rank, i
 ignored, and an exception in it ends the run. A hook that is called on every rank may use
 collectives; one that is called on rank 0 alone must not.
 
+A plugin of ``panda.plugins`` runs where ``plugins:`` names it. Hooks in the module of any other
+component are live in the runs that chose any component of that module. Of several implementations
+the one registered last is called first, as pluggy has it; ``@hookimpl(tryfirst=True)`` and
+``trylast=True`` change that.
+
 ``run`` is the ``panda.runner.Run`` in progress.
 """
 

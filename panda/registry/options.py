@@ -8,7 +8,8 @@
         \"\"\"Optimizer steps over which the learning rate rises to its peak.\"\"\"
 
 A type is one of int, float, str, bool, Literal[...], tuple[...] of these, or any of them
-``| None``; ``Meta`` (msgspec's) gives bounds. The docstring under a field is its help.
+``| None``; ``Meta`` (msgspec's) gives bounds. The docstring under a field is its help. A
+``__post_init__`` that raises UserError refuses values that do not go together.
 """
 
 from __future__ import annotations
@@ -183,13 +184,25 @@ def _describe(type_: Any) -> str:
     else:
         text = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[base]
     if bounds:
-        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
         limits = [
-            f"{sign} {getattr(bounds, name)}" for name, sign in signs.items() if getattr(bounds, name) is not None
+            f"{words} {getattr(bounds, name)}" for name, words in _BOUNDS.items() if getattr(bounds, name) is not None
         ]
         if limits:
             text += " " + " and ".join(limits)
     return text + (", or none" if optional else "")
+
+
+_BOUNDS = {
+    "ge": ">=",
+    "gt": ">",
+    "le": "<=",
+    "lt": "<",
+    "multiple_of": "that is a multiple of",
+    "min_length": "of a length >=",
+    "max_length": "of a length <=",
+    "pattern": "that matches",
+}
+"""Fields of ``Meta``, in words."""
 
 
 def _as_text(value: Any) -> str:
@@ -233,10 +246,8 @@ def _convert(type_: Any, value: Any) -> Any:
         raise ValueError(_yaml_words(value) if base is str else "")
     if isinstance(value, (tuple, list)):
         raise ValueError("A single value was expected, not a list.")
-    if base is str:
-        if not isinstance(value, str):
-            raise ValueError("")
-        return value
+    if base is str and not isinstance(value, str):
+        raise ValueError("")
     if base is float and isinstance(value, str):  # msgspec reads JSON's numbers, and `.5` is none of them
         try:
             value = float(value)

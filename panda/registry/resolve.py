@@ -16,6 +16,7 @@ from panda.registry.catalog import OWN_DISTRIBUTION
 from panda.registry.catalog import Catalog
 from panda.registry.catalog import Offer
 from panda.registry.components import Component
+from panda.registry.components import NoOptions
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
@@ -26,7 +27,6 @@ from panda.registry.options import options_of
 
 CHOSEN_BY_NAME = ("task", "optimizer", "lr_scheduler", "reader")
 """Kinds of which the option of the same name chooses one. Model and arch choose each other."""
-
 
 NAMING = (*CHOSEN_BY_NAME, "arch", "model", "plugins")
 """Core options that hold names of components."""
@@ -65,6 +65,19 @@ class Chosen:
     @property
     def label(self) -> str:
         return f"{self.component.kind} {self.component.name}"
+
+    def build(self, context: Any, expected: Any) -> Any:
+        """What the component's factory makes of its options and ``context``.
+
+        Raises UserError where that is not of the type ``expected``.
+        """
+        built = self.component.factory(self.options, context)
+        if not isinstance(built, expected):
+            raise UserError(
+                f"{self.component.describe()} returned {_shortened(built)}, and not a {expected.__qualname__}."
+                f" This is a fault of {self.offer.describe()}."
+            )
+        return built
 
 
 @dataclass(frozen=True)
@@ -121,66 +134,51 @@ def resolve(
         problems.append(f"no model: name one with `arch` (or `--arch`). Installed: {names}.")
         raise UserError("\n".join(problems))
 
-    loaded: dict[str, Component] = {}
-    arch_values: dict[str, Any] = {}
-    arch_component = None
+    arch = None
     if arch_offer is not None:
-        arch_component = _load(catalog, arch_offer)
+        arch = Chosen(arch_offer, _load(catalog, arch_offer), NoOptions())
         model_offer = model_offer or model_of(catalog, arch_offer)
     assert model_offer is not None
     offers = {"task": offers["task"], "model": model_offer, **offers}
-    for kind, offer in offers.items():
-        loaded[kind] = _load(catalog, offer)
-    if arch_component is not None and arch_offer is not None:
-        arch_values = _arch_values(arch_component, loaded["model"], arch_offer)
-
+    owners = [(offer, _load(catalog, offer)) for offer in offers.values()]
+    arch_values = _arch_values(arch, owners[1][1]) if arch else {}
     plugins = [(offer, catalog.load(offer)) for offer in choice.plugins]
-    owners = [(loaded[kind], offer) for kind, offer in offers.items()]
-    owners += [(component, offer) for offer, component in plugins if component is not None]
+    owners += [(offer, component) for offer, component in plugins if component is not None]
+
     settings = dict(core_values)
-    options: list[Any] = []
+    chosen: list[Chosen] = []
     used = set(core_options)
-    shared = _shared_keys(core_options, [component for component, _ in owners])
-    for component, _ in owners:
-        own = options_of(component.options)
-        mine: dict[str, Given] = {}
-        for key in own:
-            qualified = f"{_prefix(component)}.{key}"
-            if key in shared and key in given:
-                others = " and ".join(f"`{_prefix(c)}.{key}` ({c.kind} {c.name})" for c in shared[key])
-                problems.append(f"{given[key].origin}: {key!r} is an option of more than one: write {others}.")
-            for spelling in (qualified, *(() if key in shared else (key,))):
-                if spelling in given:
-                    if key in mine:
-                        problems.append(f"{given[spelling].origin}: {key!r} is also given at {mine[key].origin}.")
-                    mine[key] = given[spelling]
-            used |= {key, qualified}
-        label = f"{component.kind} {component.name}"
-        overrides = arch_values if component.kind == "model" else {}
-        converted, found = convert_options(
-            own, mine, label, overrides, f"arch {arch_component.name}" if arch_component else ""
+    shared = _shared_keys(core_options, [component for _, component in owners])
+    for offer, component in owners:
+        mine, known, found = _given_to(component, given, shared)
+        used |= known
+        converted, more = convert_options(
+            options_of(component.options),
+            mine,
+            f"{component.kind} {component.name}",
+            arch_values if component.kind == "model" else {},
+            arch.label if arch else "",
         )
-        problems += found
-        for key, setting in converted.items():
-            settings[f"{_prefix(component)}.{key}" if key in shared else key] = setting
-        options.append(None if found else component.options(**{k: s.value for k, s in converted.items()}))
+        problems += found + more
+        settings |= {_written(component, key, shared): setting for key, setting in converted.items()}
+        if not more:
+            values = {key: setting.value for key, setting in converted.items()}
+            try:
+                chosen.append(Chosen(offer, component, component.options(**values)))
+            except UserError as problem:  # of __post_init__: values that do not go together
+                problems.append(str(problem))
+    known_keys = [*core_options, *settings]
+    components = [component for _, component in owners]
     problems += [
-        _unknown(
-            catalog, key, given[key], [*core_options, *settings], renamed or {}, [component for component, _ in owners]
-        )
-        for key in given
-        if key not in used
+        _unknown(catalog, key, given[key], known_keys, renamed or {}, components) for key in given if key not in used
     ]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
-    chosen = [Chosen(offer, component, values) for (component, offer), values in zip(owners, options, strict=True)]
-    components = {item.component.kind: item for item in chosen if item.component.kind != "plugin"}
-    if arch_component is not None and arch_offer is not None:
-        components["arch"] = Chosen(arch_offer, arch_component, arch_component.options())
+    by_kind = {item.component.kind: item for item in chosen if item.component.kind != "plugin"}
     return Resolved(
         core(**{key: core_values[key].value for key in core_options}),
-        components,
+        by_kind | ({"arch": arch} if arch else {}),
         tuple(item for item in chosen if item.component.kind == "plugin"),
         tuple(offer for offer, component in plugins if component is None),
         settings,
@@ -264,7 +262,9 @@ def _load(catalog: Catalog, offer: Offer) -> Component:
     return component
 
 
-def _arch_values(arch: Component, model: Component, offer: Offer) -> dict[str, Any]:
+def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
+    """What the arch ``chosen`` sets of ``model``, each value checked."""
+    arch = chosen.component
     of_model = (arch.model or "").rpartition(":")[2]
     if of_model.lower() not in {name.lower() for name in (model.name, *model.aliases)}:
         raise UserError(
@@ -311,6 +311,37 @@ def convert_options(
         else:
             settings[key] = Setting(key, option.default, "default", owner)
     return settings, problems
+
+
+def _given_to(
+    component: Component, given: Mapping[str, Given], shared: Mapping[str, list[Component]]
+) -> tuple[dict[str, Given], set[str], list[str]]:
+    """What was given for each option of ``component``, every key that it answers to, and what is wrong."""
+    mine: dict[str, Given] = {}
+    known: set[str] = set()
+    problems: list[str] = []
+    for key in options_of(component.options):
+        qualified = f"{_prefix(component)}.{key}"
+        known |= {key, qualified}
+        if key in shared and key in given:
+            others = " and ".join(f"`{_prefix(c)}.{key}` ({c.kind} {c.name})" for c in shared[key])
+            problems.append(f"{given[key].origin}: {key!r} is an option of more than one: write {others}.")
+        for spelling in (qualified,) if key in shared else (qualified, key):
+            if spelling in given:
+                if key in mine:
+                    problems.append(f"{given[spelling].origin}: {key!r} is also given at {mine[key].origin}.")
+                mine[key] = given[spelling]
+    return mine, known, problems
+
+
+def _written(component: Component, key: str, shared: Mapping[str, list[Component]]) -> str:
+    """How ``key`` of ``component`` is written in this run."""
+    return f"{_prefix(component)}.{key}" if key in shared else key
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__qualname__}"
 
 
 def _prefix(component: Component) -> str:

@@ -44,7 +44,7 @@ def arguments(data: Path, output: Path, split: tuple[int, int, int], *more: obje
         *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48),
         *("--num_heads", 2, "--instruction_tuning_data_dir", data, "--output_dir", output, "--seed", SEED),
         *("--per_gpu_train_batch_size", micro, "--gradient_accumulation_steps", accumulation, "--num_workers", 0),
-        *("--learning_rate", RATE, "--max_grad_norm", CLIP, "--adam_betas", "%s,%s" % BETAS),
+        *("--learning_rate", RATE, "--max_grad_norm", CLIP, "--adam_betas", ",".join(map(str, BETAS))),
         *("--adam_epsilon", EPSILON, "--weight_decay", DECAY, "--warmup_steps", 2, "-p", "no:tensorboard"),
         *more,
     ]

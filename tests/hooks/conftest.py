@@ -27,12 +27,12 @@ def make_run(tmp_path: Path) -> MakeRun:
             builder.add([1, 5, 6, 2], unsupervised=2)
         directory = tmp_path / "my-run"
         directory.mkdir(exist_ok=True)
+        (directory / "config.yaml").write_text("seed: 42\n")
         return SimpleNamespace(
             directory=directory,
             processes=SimpleNamespace(rank=rank, world_size=2, device=torch.device("cpu")),
             dataset=builder.finish(),
             plan=BatchPlan(samples=1234, micro_batch=2, accumulation=4, ranks=2, epochs=1, max_steps=10),
-            resolved=SimpleNamespace(settings={"seed": SimpleNamespace(value=42, owner="core", origin="default")}),
             resumed_from=resumed_from,
             step=step,
             answers=[],

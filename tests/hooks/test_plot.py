@@ -44,7 +44,7 @@ def test_the_picture_is_drawn_however_a_run_ends(make_run: Any, record: Any, end
 def test_a_run_that_logged_nothing_has_no_picture(make_run: Any) -> None:
     run = make_run()
     started(run).panda_exception(run)
-    assert list(run.directory.iterdir()) == []
+    assert [path.name for path in run.directory.iterdir()] == ["config.yaml"]
 
 
 def test_a_resumed_run_draws_what_came_before_its_checkpoint_too(make_run: Any, record: Any) -> None:

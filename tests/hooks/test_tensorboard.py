@@ -62,7 +62,7 @@ def test_a_resumed_run_hides_the_steps_that_it_takes_again(make_run: Any, record
 def test_only_rank_0_writes(make_run: Any) -> None:
     run = make_run(rank=1)
     started(run).panda_run_end()
-    assert list(run.directory.iterdir()) == []
+    assert [path.name for path in run.directory.iterdir()] == ["config.yaml"]
 
 
 def test_ending_twice_is_no_error(make_run: Any) -> None:

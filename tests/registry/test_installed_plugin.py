@@ -142,10 +142,19 @@ panda.models =
     half-promise = half_panda.promise
 panda.plugins =
     half-hook = half_panda.hook
+    half-token = half_panda.token
 """,
     ),
     "half_panda/__init__.py": "",
     "half_panda/promise.py": "",
+    "half_panda/token.py": """
+from panda.registry import UserError, register_plugin
+
+
+@register_plugin("half-token")
+def build(options, context):
+    raise UserError("half-token: log in first")
+""",
     "half_panda/hook.py": """
 from panda.registry import hookimpl
 
@@ -248,6 +257,7 @@ def test_listing_shows_the_broken_ones_and_imports_none(site: Path, tmp_path: Pa
             ["--arch", "llama-tiny", "--plugins", "half-hook"],
             ["half-panda 0.2", "'panda_step_ned' is no hook of panda's. Did you mean 'panda_step_end'"],
         ),
+        (["--arch", "llama-tiny", "--plugins", "half-token"], ["half-token: log in first"]),
         (["--arch", "llama-tiny", "--optimizer", "adamw"], ["broken-panda:adamw", "panda-train:adamw"]),
         (["--model", "broken-raising", "-p", "no:broken-panda"], ["broken-panda 0.1", "blocked by `-p no:`"]),
     ],

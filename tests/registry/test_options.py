@@ -48,6 +48,8 @@ class Sample(Base):
     betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.99)
     names: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(default_factory=lambda: (1, 2))
+    block: Annotated[int, Meta(multiple_of=8)] = 8
+    code: Annotated[str, Meta(min_length=2, pattern="^[a-z]+$")] = "ab"
 
 
 def convert(key: str, value: Any, text: str = "") -> Any:
@@ -68,6 +70,8 @@ def refusal(key: str, value: Any, text: str = "") -> str:
         ("rate", "2", 2.0),
         ("rate", ".5", 0.5),
         ("name", "no", "no"),
+        ("block", "16", 16),
+        ("code", "xyz", "xyz"),
         ("name", "1e-4", "1e-4"),
         ("name", "", ""),
         ("maybe", None, None),
@@ -128,6 +132,9 @@ def test_a_value_is_converted_by_the_type_of_its_option(key: str, value: Any, ex
         ("limit", "0", "'0' is not an integer >= 1, or none."),
         ("name", ("a", "b"), "'a, b' is not a text. A single value was expected, not a list."),
         ("sizes", "3, x", "'3, x' is not a list, each an integer."),
+        ("block", "12", "'12' is not an integer that is a multiple of 8."),
+        ("code", "x", "'x' is not a text of a length >= 2 and that matches ^[a-z]+$."),
+        ("code", "X1", "'X1' is not a text of a length >= 2 and that matches ^[a-z]+$."),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_what_was_expected(key: str, value: Any, expected: str) -> None:

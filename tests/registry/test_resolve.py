@@ -44,6 +44,20 @@ def tiny_list():
 def own_llama():
     return {"num_layers": 2}
 """
+NOT_TOGETHER = """
+@dataclass(frozen=True)
+class Options:
+    low: int = 1
+    high: int = 2
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise UserError("low must not be above high")
+
+@register_optimizer("between", options=Options)
+def build(options, context):
+    return "no optimizer"
+"""
 ARCHS = ("tiny-wide", "tiny-unknown", "tiny-bad", "tiny-list", "own-llama")
 
 OPTIMIZER = """
@@ -417,3 +431,21 @@ def test_a_value_of_a_fraction_survives_the_resolved_configuration(tmp_path: Pat
     run = resolved("--arch", "llama-tiny", "--learning_rate", "1e-5", "--separator", " : ", "--adam_betas", ".5", ".75")
     again = resolved("--config", yaml(tmp_path, config_text(run)))
     assert again.core == run.core and again.components == run.components
+
+
+# -- what factories check and return ----------------------------------------------------------
+
+
+def test_options_that_do_not_go_together_are_told_with_everything_else(distributions: Distributions) -> None:
+    distributions.install("acme", {"optimizers": {"between": "acme.b"}}, {"acme.b": NOT_TOGETHER})
+    message = refused("--arch", "llama-tiny", "--optimizer", "between", "--low", "3", "--sead", "1")
+    assert "low must not be above high" in message and "unknown key 'sead'" in message
+
+
+def test_a_factory_that_returns_something_else_is_named_with_its_distribution(distributions: Distributions) -> None:
+    distributions.install("acme", {"optimizers": {"between": "acme.b"}}, {"acme.b": NOT_TOGETHER})
+    chosen = resolved("--arch", "llama-tiny", "--optimizer", "between").components["optimizer"]
+    assert chosen.build(None, str) == "no optimizer"
+    with pytest.raises(UserError, match="optimizer 'between' at .* returned 'no optimizer', and not a int") as caught:
+        chosen.build(None, int)
+    assert "This is a fault of acme 1.0 (entry point panda.optimizers: between = acme.b)" in str(caught.value)

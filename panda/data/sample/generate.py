@@ -7,9 +7,9 @@ parameters learns it on two CPU cores within a minute.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from collections.abc import Callable
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,9 +78,7 @@ def write_tokenizer(directory: Path) -> None:
 
 def make_word(rng: random.Random) -> str:
     """Makes a word of two or three syllables up, one that can be said but seldom means anything."""
-    return "".join(
-        rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(2, 3))
-    )
+    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(2, 3)))
 
 
 def instruct_rows(rng: random.Random) -> list[dict[str, str]]:
@@ -140,4 +138,6 @@ def generate(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path(__file__).parent, help="default: beside this")
+    generate(parser.parse_args().directory)

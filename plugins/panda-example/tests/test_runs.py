@@ -74,13 +74,7 @@ def test_exported_weights_give_the_trained_models_logits(finished: tuple[Path, s
     described: dict[str, Any] = json.loads((export / "config.json").read_text())
     assert described["panda_model"] == "panda-example:gru"
     weights = load_file(export / "model.safetensors")
-    context = ModelContext(
-        vocab_size=len(weights["embedding.weight"]),
-        max_seq_length=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+    context = ModelContext(**described["context"])
     logits = []
     # What DeepSpeed saved of the model in training, by a way that the export has no part in.
     checkpoint = next((finished[0] / "checkpoints").rglob("*model_states.pt"))
