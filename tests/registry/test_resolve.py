@@ -446,6 +446,6 @@ def test_a_factory_that_returns_something_else_is_named_with_its_distribution(di
     distributions.install("acme", {"optimizers": {"between": "acme.b"}}, {"acme.b": NOT_TOGETHER})
     chosen = resolved("--arch", "llama-tiny", "--optimizer", "between").components["optimizer"]
     assert chosen.build(None, str) == "no optimizer"
-    with pytest.raises(UserError, match="optimizer 'between' at .* returned 'no optimizer', and not a int") as caught:
+    with pytest.raises(UserError, match=r"optimizer 'between' at .* returned 'no optimizer', and not a int") as caught:
         chosen.build(None, int)
     assert "This is a fault of acme 1.0 (entry point panda.optimizers: between = acme.b)" in str(caught.value)
