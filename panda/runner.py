@@ -174,8 +174,9 @@ def _build(
     plan = plan_batches(options, len(dataset), processes.world_size, progress)
 
     _seed(options.seed)  # the same on every rank, for equal weights
-    # ZeRO-3 spreads the weights when the engine is made; until then they are whole, in host memory.
-    with torch.device("cpu" if options.zero_stage == 3 else processes.device):
+    # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and
+    # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
+    with torch.device("cpu"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
     _seed(options.seed + processes.rank)  # different, for dropout
 
