@@ -6,6 +6,7 @@ printed in docs/refusals.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
@@ -69,8 +70,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "precision: fp16 with zero_stage: 0",
         lambda run: run.precision == "fp16" and run.zero_stage == 0,
-        "DeepSpeed's fp16 wrapper without ZeRO accumulates gradients in fp16, where they over- and underflow",
-        "`zero_stage: 1`, which is the same on one GPU, or `precision: bf16`",
+        "DeepSpeed without ZeRO sums the gradients of micro batches in fp16, where they over- and underflow",
+        "leave `zero_stage` out: it is 1 then, which is the same on one GPU and sums in fp32",
     ),
 )
 
@@ -78,9 +79,16 @@ REFUSALS: tuple[Refusal, ...] = (
 def refuse(resolved: Resolved) -> None:
     """Raise UserError for what of ``resolved`` cannot work."""
     found = [
-        f"{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
+        f"{_origins(resolved, refusal)}{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
         for refusal in REFUSALS
         if refusal.applies(resolved.core)
     ]
     if found:
         raise UserError("\n".join(found))
+
+
+def _origins(resolved: Resolved, refusal: Refusal) -> str:
+    """Where in a file the keys that ``refusal`` names were written; of flags it says enough itself."""
+    settings = (resolved.settings[word] for word in re.findall(r"\w+", refusal.what) if word in resolved.settings)
+    places = dict.fromkeys(setting.origin for setting in settings if ":" in setting.origin)
+    return f"{', '.join(places)}: " if places else ""

@@ -16,8 +16,12 @@ from typing import Any
 
 import yaml
 
+from panda.engine.checkpoint_folders import find_checkpoint
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
+
+DESCRIPTION = "provenance.json"
+"""The file that makes a folder a run directory."""
 
 _PLACE_KEYS = ("output_dir", "resume")
 """Keys that say where a run is and not what it does: left out of config.yaml, so that it runs again as it stands."""
@@ -28,35 +32,54 @@ def choose_directory(resolved: Resolved) -> tuple[Path, Path | None]:
 
     Raises UserError where that would mix two runs or the checkpoint is not there.
     """
-    from panda.engine.checkpoints import find_checkpoint
+    while True:
+        directory, checkpoint = find_directory(resolved)
+        if (directory / DESCRIPTION).exists():  # a run that is continued
+            return directory, checkpoint
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / DESCRIPTION).open("x").close()  # of several runs that start at once, one gets it
+        except FileExistsError:
+            continue  # the next number is free, or it is an error now
+        except OSError as problem:
+            raise UserError(f"output_dir: cannot make {str(directory)!r}: {problem.strerror}.") from None
+        return directory, checkpoint
 
+
+def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
+    """What ``choose_directory`` would choose; makes nothing."""
     options = resolved.core
+    given = Path(options.output_dir) if options.output_dir else None
     default = Path("runs") / run_name(resolved)
-    if options.resume not in (None, "auto"):
-        checkpoint = find_checkpoint(Path(options.resume))
-        if checkpoint is None:
-            raise UserError(
-                f"resume: no complete checkpoint at {options.resume!r}. Give a run directory, its `checkpoints`, or one"
-                " `step-...` folder; or `auto`."
-            )
-        beside = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else default
-        directory = Path(options.output_dir) if options.output_dir else beside
-    elif options.resume == "auto":
-        directory = Path(options.output_dir) if options.output_dir else _numbered(default, exists=True)
-        checkpoint = find_checkpoint(directory)
-    else:
-        directory = Path(options.output_dir) if options.output_dir else _numbered(default, exists=False)
-        checkpoint = None
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(
-                f"output_dir: {str(directory)!r} is not empty. `--resume auto` continues the run in it; for a new run"
-                " choose another directory, or move this one away."
-            )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"output_dir: cannot make {str(directory)!r}: {problem.strerror}.") from None
+    if options.resume == "auto":
+        directory = given or _numbered(default, exists=True)
+        if not (directory / DESCRIPTION).exists():  # where it is, a run is what the directory holds
+            _check_empty(directory)
+        return directory, find_checkpoint(directory)
+    if options.resume is None:
+        directory = given or _numbered(default, exists=False)
+        _check_empty(directory)
+        return directory, None
+    checkpoint = find_checkpoint(Path(options.resume).expanduser())
+    if checkpoint is None:
+        raise UserError(
+            f"resume: no complete checkpoint at {options.resume!r}. Give a run directory, its `checkpoints`, or one"
+            " `step-...` folder; or `auto`."
+        )
+    owner = checkpoint.absolute().parent.parent if checkpoint.absolute().parent.name == "checkpoints" else None
+    if owner is not None and (given is None or given.absolute() == owner):
+        return given or checkpoint.parent.parent, checkpoint
+    directory = given or _numbered(default, exists=False)
+    _check_empty(directory)
     return directory, checkpoint
+
+
+def _check_empty(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"output_dir: {str(directory)!r} is not empty. `--resume auto` continues the run in it; for a new run"
+            " choose another directory, or move this one away."
+        )
 
 
 def run_name(resolved: Resolved) -> str:
@@ -67,7 +90,15 @@ def run_name(resolved: Resolved) -> str:
 
 
 def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write config.yaml, provenance.json (with ``facts``) and deepspeed.json."""
+    """Write config.yaml, provenance.json (with ``facts``) and deepspeed.json.
+
+    What provenance.json said of earlier starts of the same run is kept in it.
+    """
+    try:
+        before = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    earlier = [*before.pop("earlier_starts", []), before] if before else []
     (directory / "config.yaml").write_text(config_text(resolved), encoding="utf-8")
     _write_json(directory / "deepspeed.json", deepspeed)
     packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "numpy", "pluggy")
@@ -84,7 +115,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
         for offer in resolved.hook_modules
     }
     _write_json(
-        directory / "provenance.json",
+        directory / DESCRIPTION,
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -94,6 +125,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
             "machine": platform.platform(),
             "packages": {name: metadata.version(name) for name in packages},
             **facts,
+            "earlier_starts": earlier,
         },
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from typing import Literal
 
 from panda.registry import Meta
+from panda.registry import UserError
 
 DEFAULT_PLUGINS = ("progress", "metrics", "tensorboard", "plot")
 """Lifecycle plugins of panda's own that every run has; ``-p no:NAME`` leaves one out."""
@@ -59,7 +60,7 @@ class RunOptions:
     reader: str = "json"
     """How data files become rows; `panda list readers`."""
     plugins: tuple[str, ...] = ()
-    """Lifecycle plugins to add; panda's own are on, and `-p no:NAME` leaves one out."""
+    """Lifecycle plugins to add; panda's own are on, and `no:NAME` (or the flag `-p no:NAME`) leaves one out."""
 
     # -- where things are
     output_dir: str | None = None
@@ -98,14 +99,15 @@ class RunOptions:
     """Decoupled weight decay, applied to all parameters."""
     max_grad_norm: Annotated[float, Meta(ge=0)] = 0.3
     """Global gradient norm above which gradients are scaled down to it; 0 for no clipping."""
-    seed: Annotated[int, Meta(ge=0)] = 42
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
     """Seed of weights, data order and dropout."""
 
     # -- numbers and memory
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward; master weights are fp32 in each."""
-    zero_stage: Annotated[int, Meta(ge=0, le=3)] = 0
-    """DeepSpeed ZeRO: what is spread over GPUs. 1 optimizer state, 2 and gradients, 3 and weights."""
+    zero_stage: Annotated[int, Meta(ge=0, le=3)] | None = None
+    """DeepSpeed ZeRO: what is spread over GPUs. 1 optimizer state, 2 and gradients, 3 and weights. By default 0 in
+    fp32, and 1 in 16 bits, where only ZeRO sums the gradients of micro batches in fp32."""
     deepspeed_config: str | None = None
     """JSON file of DeepSpeed keys that panda does not own, for what has no key here."""
 
@@ -132,3 +134,14 @@ class RunOptions:
     """Dropout on the adapters' input."""
     use_quant: bool = False
     """4-bit base weights under adapters (QLoRA). Not in this version."""
+
+    def __post_init__(self) -> None:
+        if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
+            raise UserError(f"run_name: {self.run_name!r} is not a name of one folder. A path goes into `output_dir`.")
+
+    @property
+    def zero(self) -> int:
+        """The ZeRO stage of the run."""
+        if self.zero_stage is None:
+            return 0 if self.precision == "fp32" else 1
+        return self.zero_stage

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from panda.data.batches import step_batches
 from panda.data.order import BatchPlan
 from panda.data.reading import Reader
-from panda.data.reading import resolve_path
+from panda.data.reading import tokenizer_folder
 from panda.data.token_dataset import TokenDataset
-from panda.engine.checkpoints import START
-from panda.engine.checkpoints import Progress
+from panda.engine.checkpoint_folders import START
+from panda.engine.checkpoint_folders import Progress
+from panda.engine.checkpoint_folders import damage
+from panda.engine.checkpoint_folders import read_progress
+from panda.engine.checkpoint_folders import set_aside_later
 from panda.engine.checkpoints import load_checkpoint
-from panda.engine.checkpoints import read_progress
 from panda.engine.checkpoints import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
@@ -43,12 +46,15 @@ from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
 from panda.registry.resolve import Resolved
 from panda.run_directory import choose_directory
+from panda.run_directory import find_directory
 from panda.run_directory import write_description
 from panda.run_options import RunOptions
 from panda.tasks.language_modelling import LanguageModelling
 
 ANSWERED_PROMPTS = 2
 ANSWER_TOKENS = 64
+HOPELESS = 50
+"""Steps in a row that change nothing before the run is given up; fp16 may need some twenty to find its scale."""
 
 
 @dataclass
@@ -65,6 +71,8 @@ class Run:
     dataset: TokenDataset
     plan: BatchPlan
     """How the data is cut into steps; ``plan.total_steps`` is the length of the run."""
+    schedule: Schedule
+    """Completed optimizer steps to a factor of the peak learning rate."""
     engine: Engine
     hook: Any
     """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
@@ -102,7 +110,10 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
         _finish(run, tokenizer, progress)
         run.hook.panda_run_end(run=run)
     except BaseException as error:
-        run.hook.panda_exception(run=run, error=error)
+        try:
+            run.hook.panda_exception(run=run, error=error)
+        except Exception as second:  # what went wrong first is what has to be seen
+            error.add_note(f"then a panda_exception hook failed: {second!r}")
         raise
     finally:
         run.engine.close()
@@ -111,12 +122,7 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
 
 def load_tokenizer(location: str) -> Any:
     """The Hugging Face tokenizer in the folder that ``location`` means. Raises UserError where there is none."""
-    folder = resolve_path(location)
-    if not folder.is_dir():
-        raise UserError(
-            f"tokenizer: {location!r} is not a folder (looked in {Path.cwd()}). Give one that holds a Hugging Face"
-            " tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."
-        )
+    folder = tokenizer_folder(location)
     from transformers import AutoTokenizer
 
     try:
@@ -147,6 +153,13 @@ def plan_batches(options: RunOptions, samples: int, ranks: int, progress: Progre
     )
 
 
+def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
+    """The learning-rate schedule that ``resolved`` names, over the steps of ``plan``."""
+    context = LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=resolved.core.learning_rate)
+    schedule: Schedule = resolved.components["lr_scheduler"].build(context, Callable)
+    return schedule
+
+
 def model_context(resolved: Resolved, tokenizer: Any) -> ModelContext:
     """What a model is told beside its options."""
     return ModelContext(
@@ -169,9 +182,11 @@ def _build(
     options: RunOptions = resolved.core
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
-    directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
+    checkpoint = processes.agree(lambda: find_directory(resolved)[1])
     progress = read_progress(checkpoint, _shape(resolved, processes, dataset)) if checkpoint else START
     plan = plan_batches(options, len(dataset), processes.world_size, progress)
+    schedule = build_schedule(resolved, plan)
+    config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
     _seed(options.seed)  # the same on every rank, for equal weights
     # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and
@@ -179,17 +194,21 @@ def _build(
     with torch.device("cpu"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
     _seed(options.seed + processes.rank)  # different, for dropout
-
     groups = param_groups(model, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
     optimizer = resolved.components["optimizer"].build(
         OptimizerContext(param_groups=groups, device=processes.device), torch.optim.Optimizer
     )
-    config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(model, optimizer, config, processes)
+    directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
     if checkpoint:
         load_checkpoint(engine, checkpoint)
     if processes.rank == 0:
+        if checkpoint and checkpoint.parent == directory / "checkpoints":
+            for path in set_aside_later(checkpoint):
+                problem = damage(path)
+                why = f"it is damaged: {problem}" if problem else "the run takes another way from here"
+                print(f"set aside: {path}, since {why}", flush=True)
         facts = {
             "ranks": processes.world_size,
             "device": str(processes.device),
@@ -201,27 +220,25 @@ def _build(
             "resumed_from": str(checkpoint) if checkpoint else None,
         }
         write_description(directory, resolved, config, facts)
-    return Run(
-        resolved, directory, processes, task, dataset, plan, engine, catalog.plugins.hook, checkpoint, progress.step
-    )
+    hook = catalog.plugins.hook
+    return Run(resolved, directory, processes, task, dataset, plan, schedule, engine, hook, checkpoint, progress.step)
 
 
 def _train(run: Run) -> Progress:
     """The loop. Reads a value from the device only where it is logged or saved."""
     options, plan, engine = run.options, run.plan, run.engine
-    schedule: Schedule = run.resolved.components["lr_scheduler"].build(
-        LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=options.learning_rate), Callable
-    )
     start = read_progress(run.resumed_from, {}) if run.resumed_from else START
     counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64).to(run.processes.device)
     clock = _Clock(start)
     saved_step = start.step if run.resumed_from else -1
+    skipped, skipped_in_a_row = start.skipped_steps, 0
 
     def progress() -> Progress:
         tokens, supervised = counts.tolist()
-        return Progress(run.step, plan.step_end(run.step), int(tokens), int(supervised))
+        return Progress(run.step, plan.step_end(run.step), int(tokens), int(supervised), skipped)
 
     def save() -> None:
+        begun = time.perf_counter()
         path = save_checkpoint(
             engine,
             run.directory / "checkpoints",
@@ -231,6 +248,7 @@ def _train(run: Run) -> Progress:
         )
         run.checkpoints.append(path)
         run.hook.panda_checkpoint_saved(run=run, path=path)
+        clock.leave_out(time.perf_counter() - begun)
 
     batches = step_batches(
         run.dataset,
@@ -243,17 +261,24 @@ def _train(run: Run) -> Progress:
         pin_memory=run.processes.device.type == "cuda",
     )
     for step, micro_batches in enumerate(batches, start.step + 1):
-        factor = schedule(step - 1)
+        factor = run.schedule(step - 1)
         engine.scale_learning_rate(factor)
         result = engine.step(micro_batches, run.task.loss)
         counts += result.counts
         run.step = step
+        skipped += not result.applied
+        skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
         run.hook.panda_step_end(run=run, step=step)
         if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
             run.hook.panda_log(run=run, record=_record(result, progress(), factor * options.learning_rate, clock))
-        epoch = plan.step_end(step) // plan.samples
-        if epoch > plan.step_end(step - 1) // plan.samples:
-            run.hook.panda_epoch_end(run=run, epoch=epoch - 1)
+        if skipped_in_a_row == HOPELESS:
+            raise UserError(
+                f"step {step}: the last {HOPELESS} steps had gradients that are not finite and changed nothing. Lower"
+                " `learning_rate`, look at the data, or write `precision: bf16` in place of fp16. `--resume` continues"
+                " from a checkpoint before."
+            )
+        for epoch in range(plan.step_end(step - 1) // plan.samples, plan.step_end(step) // plan.samples):
+            run.hook.panda_epoch_end(run=run, epoch=epoch)
         if options.save_steps and step % options.save_steps == 0:
             save()
             saved_step = step
@@ -276,6 +301,10 @@ class _Clock:
         self.last, self.time = progress, now
         return tokens / seconds, seconds / steps
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count ``seconds`` that went into something else."""
+        self.time += seconds
+
 
 def _record(result: StepResult, progress: Progress, learning_rate: float, clock: _Clock) -> dict[str, Any]:
     loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
@@ -287,6 +316,7 @@ def _record(result: StepResult, progress: Progress, learning_rate: float, clock:
         "grad_norm": grad_norm,
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
+        "skipped_steps": progress.skipped_steps,
         "tokens_per_second": round(tokens_per_second, 1),
         "step_seconds": round(step_seconds, 6),
     }
@@ -296,6 +326,11 @@ def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
     """Export the model and have it answer."""
     weights = run.engine.whole_weights()
     if run.processes.rank == 0:
+        broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise UserError(
+                f"nothing is exported: {len(broken)} tensors of the model are not finite, {broken[0]} first."
+            )
         described = run.resolved.components["model"], model_context(run.resolved, tokenizer)
         export(run.engine.module, weights, run.directory / "export", tokenizer, *described)
     run.processes.barrier()
@@ -325,13 +360,19 @@ def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> d
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
     return {
         **names,
-        "model_options": repr(resolved.components["model"].options),
+        **{
+            f"{kind}.{key}": value
+            for kind in ("model", "optimizer")
+            for key, value in asdict(resolved.components[kind].options).items()
+        },
+        "weight_decay": resolved.core.weight_decay,
         "ranks": processes.world_size,
-        "zero_stage": resolved.core.zero_stage,
+        "zero_stage": resolved.core.zero,
         "precision": resolved.core.precision,
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "tokens": dataset.tokens,
+        "data": dataset.fingerprint,
     }
 
 

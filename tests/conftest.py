@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from distributions import distributions as distributions
+
 # A machine that others share is slow now and then, and that is no failure.
 settings.register_profile("panda", deadline=None)
 settings.load_profile("panda")
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Any]:
+    """This process as the only one of a run. Once a session: DeepSpeed keeps groups that are gone."""
+    from panda.engine.processes import join_processes
+    from panda.engine.processes import leave_processes
+
+    yield join_processes()
+    leave_processes()

@@ -28,7 +28,7 @@ def run_panda(command: str, *argv: object, cwd: Path, **environment: str) -> sub
     )
 
 
-def train_many(configurations: list[list[object]], *, ranks: int = 1, cwd: Path) -> str:
+def train_many(configurations: list[list[object]], *, ranks: int = 1, cwd: Path, **environment: str) -> str:
     """Train each of ``configurations`` on ``ranks`` processes; what was printed. Fails with it."""
     script = [
         str(Path(__file__).parent / "train_many.py"),
@@ -37,7 +37,8 @@ def train_many(configurations: list[list[object]], *, ranks: int = 1, cwd: Path)
     command = [sys.executable, *script]
     if ranks > 1:
         command = [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={_free_port()}", *script]
-    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    env = ENVIRONMENT | environment
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

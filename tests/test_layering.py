@@ -16,6 +16,7 @@ MIDDLE = ("tasks", "models", "optim", "data", "hooks", "engine")
 
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"registry"},
+    "__main__": {"cli"},
     "registry": set(),
     "run_options": {"registry"},
     "refusals": {"registry", "run_options"},

@@ -13,7 +13,7 @@ REFUSED = {
     "lora_r, lora_alpha or lora_dropout": ["--lora_r", "8"],
     "use_quant": ["--use_quant"],
     "bit_training": ["--bit_training"],
-    "precision: fp16 with zero_stage: 0": ["--precision", "fp16"],
+    "precision: fp16 with zero_stage: 0": ["--precision", "fp16", "--zero_stage", "0"],
 }
 
 

@@ -48,8 +48,8 @@ def test_any_text_comes_back_from_the_tokenizer_as_it_went_in(tokenizer: Any, te
     assert tokenizer.decode(ids) == text
 
 
-def test_the_tokenizer_adds_no_special_tokens_and_has_each_of_them(tokenizer: Any) -> None:
-    assert tokenizer("a")["input_ids"] == [ord("a") + 3]
+def test_the_tokenizer_begins_a_text_as_the_tasks_do_and_has_each_special_token(tokenizer: Any) -> None:
+    assert tokenizer("a")["input_ids"] == [1, ord("a") + 3]
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert len(tokenizer) == 259
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from panda.registry import UserError
 from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.options import Given
+from panda.registry.resolve import BLOCK
 from panda.run_options import ACCEPTED_SPELLINGS
 
 IGNORED = ("local_rank",)
@@ -25,9 +26,12 @@ class Arguments:
 
     given: dict[str, Given]
     """Keys from the YAML file with the flags laid over them."""
-    blocked: tuple[str, ...]
-    """Names behind ``-p no:``."""
     help: bool
+
+    @property
+    def blocked(self) -> tuple[str, ...]:
+        """NAME of each ``no:NAME`` among the plugins."""
+        return tuple(blocked_name(text) for text in _texts(self.given.get("plugins")) if text.startswith(BLOCK))
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -67,18 +71,30 @@ def parse_arguments(argv: list[str]) -> Arguments:
     config = flags.pop("config", None)
     if config is not None:
         if not isinstance(config.value, str):
-            raise UserError("--config needs the path of a YAML file: --config configs/instruct-tiny.yaml")
+            more = f", and one alone: {config.text!r} is not" if isinstance(config.value, tuple) else ""
+            raise UserError(f"--config needs the path of a YAML file, as in --config configs/instruct-tiny.yaml{more}.")
         given = _with_accepted_spellings(load_flat_yaml(Path(config.value)))
         if "config" in given:
             raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
-    return Arguments(given | flags, tuple(blocked), help_wanted)
+    given |= flags
+    if blocked:  # `-p no:NAME` is short for one more item of `plugins`, beside those in the file
+        named = given.get("plugins")
+        items = (*_texts(named), *(BLOCK + name for name in blocked))
+        given["plugins"] = Given(items, named.origin if named else "-p", ", ".join(items))
+    return Arguments(given, help_wanted)
+
+
+def _texts(given: Given | None) -> tuple[str, ...]:
+    """The items of a list of texts, as far as they are texts."""
+    values = () if given is None else given.value if isinstance(given.value, tuple) else (given.value,)
+    return tuple(value for value in values if isinstance(value, str))
 
 
 def blocked_name(text: str) -> str:
     """NAME of ``-p no:NAME``. Raises UserError for anything else behind ``-p``."""
-    if not text.startswith("no:") or not text[3:]:
+    if not text.startswith(BLOCK) or text == BLOCK:
         raise UserError(f"-p {text}: expected `-p no:NAME`. To add a plugin, write `--plugins NAME`.")
-    return text[3:]
+    return text.removeprefix(BLOCK)
 
 
 def _is_flag(word: str) -> bool:

@@ -57,7 +57,11 @@ def _print_settings(resolved: Resolved) -> None:
 
 
 def _check_data_and_model(resolved: Resolved) -> None:
+    from panda.engine.checkpoint_folders import START
+    from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
+    from panda.run_directory import find_directory
+    from panda.runner import build_schedule
     from panda.runner import build_task
     from panda.runner import load_tokenizer
     from panda.runner import model_context
@@ -65,10 +69,13 @@ def _check_data_and_model(resolved: Resolved) -> None:
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)
+    directory, checkpoint = find_directory(resolved)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
     dataset = task.dataset()
-    plan = plan_batches(resolved.core, len(dataset), world_size)
+    progress = read_progress(checkpoint, {}) if checkpoint else START
+    plan = plan_batches(resolved.core, len(dataset), world_size, progress)
+    build_schedule(resolved, plan)
     print(f"\ndata: {dataset.report.files} files, {dataset.report.rows:,} rows")
     for line in dataset.report.lines():
         print(f"data: {line}")
@@ -76,6 +83,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
         f"data: {len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss\n"
         f"run: {plan.total_steps:,} optimizer steps of {plan.step_samples:,} samples on {world_size} rank(s)"
     )
+    print(f"run: in {directory}" + (f", on from {checkpoint}" if checkpoint else ""))
 
     import torch
 

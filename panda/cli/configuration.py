@@ -18,7 +18,10 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
     """Resolve ``arguments`` against what is installed. Raises UserError; imports no torch."""
     catalog = Catalog(arguments.blocked)
     for name in catalog.unused_blocks():
-        print(f"warning: -p no:{name}: nothing that is installed has that name.", file=sys.stderr)
+        print(
+            f"warning: -p no:{name}: no distribution, module or plugin that is installed has that name.",
+            file=sys.stderr,
+        )
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
     refuse(resolved)
     return resolved, catalog

@@ -76,6 +76,17 @@ def resolve_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def tokenizer_folder(location: str) -> Path:
+    """The folder that the option ``tokenizer`` means. Raises UserError where there is none."""
+    folder = resolve_path(location)
+    if not folder.is_dir():
+        raise UserError(
+            f"tokenizer: {location!r} is not a folder (looked in {Path.cwd()}). Give one that holds a Hugging Face"
+            " tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."
+        )
+    return folder
+
+
 def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Path]:
     """The files to read below ``location`` (a folder or one file), in sorted order of their paths.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from array import array
 from dataclasses import dataclass
 from dataclasses import field
@@ -63,6 +65,14 @@ class TokenDataset:
     @property
     def tokens(self) -> int:
         return len(self.token_ids)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the samples: a run that is resumed has to go on with the same."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.token_ids, self.supervised, self.offsets):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
 
     @property
     def supervised_tokens(self) -> int:

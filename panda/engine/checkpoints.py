@@ -1,48 +1,29 @@
-"""Checkpoints: complete or absent.
+"""Writing and loading checkpoints.
 
-A checkpoint is written under a temporary name, by all ranks; then rank 0 writes the manifest, which
-lists every file with its size, renames the folder, and moves the pointer ``latest``. Whatever
-moment the process dies at, each ``step-...`` folder is complete, and a damaged one is told by its
-manifest. DeepSpeed writes module and optimizer; beside them each rank writes its random state.
+DeepSpeed writes module and optimizer; beside them each rank writes its random state.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
-import re
 import shutil
+from contextlib import redirect_stdout
 from dataclasses import asdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from panda.engine.checkpoint_folders import LATEST
+from panda.engine.checkpoint_folders import MANIFEST
+from panda.engine.checkpoint_folders import Progress
+from panda.engine.checkpoint_folders import complete_checkpoints
 from panda.engine.engine import Engine
 from panda.registry import UserError
-
-MANIFEST = "manifest.json"
-LATEST = "latest"
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come: all that resuming needs beside weights, optimizer and random state."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    position: int = 0
-    """The data cursor: global position of the next sample."""
-    tokens: int = 0
-    supervised_tokens: int = 0
-
-
-START = Progress()
-"""Where a new run is."""
 
 
 def save_checkpoint(
@@ -57,7 +38,8 @@ def save_checkpoint(
     temporary, final = folder / f".tmp-{name}", folder / name
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted save left
+        for left in folder.glob(".tmp-*"):  # by interrupted saves
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     processes.barrier()
     engine.deepspeed.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
     torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
@@ -73,72 +55,26 @@ def save_checkpoint(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for file in (*files, temporary / MANIFEST, temporary):
             _sync(file)
-        if final.exists():  # the run was resumed from before it, and has come here again
-            shutil.rmtree(final)
         os.rename(temporary, final)
         pointer = folder / f".tmp-{LATEST}"
         pointer.write_text(name + "\n", encoding="utf-8")
         _sync(pointer)
         os.replace(pointer, folder / LATEST)
         _sync(folder)
-        for old in sorted(_complete(folder), reverse=True)[keep:] if keep else []:
-            shutil.rmtree(old)
+        for old in complete_checkpoints(folder)[:-keep] if keep else []:
+            os.rename(old, folder / f".tmp-{old.name}")  # at once: a folder that is half removed is no checkpoint
+            shutil.rmtree(folder / f".tmp-{old.name}")
     processes.barrier()
     return final
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """The newest complete checkpoint at ``path``: itself, in it, or in its ``checkpoints``; None if there is none."""
-    if (path / MANIFEST).exists():
-        return path if _is_complete(path) else None
-    for folder in (path, path / "checkpoints"):
-        complete = sorted(_complete(folder))
-        if complete:
-            return complete[-1]
-    return None
-
-
-def read_progress(checkpoint: Path, shape: dict[str, Any]) -> Progress:
-    """How far ``checkpoint`` had come. Raises UserError where it was made by a run of another ``shape``."""
-    manifest = _manifest(checkpoint)
-    differing = [
-        f"{key} was {manifest['shape'].get(key)!r} and is {value!r}"
-        for key, value in shape.items()
-        if manifest["shape"].get(key) != value
-    ]
-    if differing:
-        raise UserError(
-            f"{checkpoint}: this run cannot continue that one: {'; '.join(differing)}."
-            " Give the values that it had, or start a run of its own."
-        )
-    return Progress(**manifest["progress"])
-
-
 def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     """Put weights, optimizer and this rank's random state back as they were. Loads pickles: trust the path."""
-    loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    with redirect_stdout(io.StringIO()):  # DeepSpeed names its internal formats
+        loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
     _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
-
-
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and _is_complete(path)]
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        files = _manifest(checkpoint)["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _manifest(checkpoint: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
 
 
 def _sync(path: Path) -> None:

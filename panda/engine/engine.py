@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextlib import nullcontext
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from typing import TypeVar
 import torch
 
 from panda.engine.processes import Processes
+from panda.registry import UserError
 
 BatchType = TypeVar("BatchType", bound="CountedBatch")
 
@@ -48,6 +50,8 @@ class StepResult:
     """Norm of all gradients before clipping."""
     counts: torch.Tensor
     """float64 [2]: tokens, and supervised tokens, of the whole step on all ranks."""
+    applied: bool
+    """False where gradients were not finite: then weights and optimizer are as they were before."""
 
 
 class Engine:
@@ -57,13 +61,17 @@ class Engine:
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], processes: Processes
     ) -> None:
         import deepspeed
+        from pydantic import ValidationError
 
         self.processes = processes
         # DeepSpeed prints its memory at each group of parameters, whatever its logger is set to.
         with _without_effect(optimizer), redirect_stdout(io.StringIO()):
-            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
-            )
+            try:
+                self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                    model=module, optimizer=optimizer, config=config, dist_init_required=False
+                )
+            except ValidationError as problem:  # of keys that panda does not own
+                raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -83,7 +91,8 @@ class Engine:
         """One optimizer step over ``micro_batches`` of this rank; every rank has as many.
 
         ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its supervised
-        tokens. Never waits for the device.
+        tokens. A step whose gradients are not finite changes nothing, in every precision and ZeRO
+        stage; finding that out is what the host waits for, once a step.
         """
         device = self.processes.device
         counts = torch.tensor(
@@ -102,11 +111,8 @@ class Engine:
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if number < len(micro_batches):
                 self.deepspeed.step()
-        grad_norm = None if self._keeps_grad_norm else self._grad_norm()
-        self.deepspeed.step()
-        if grad_norm is None:
-            grad_norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts)
+        grad_norm, applied = self._apply()
+        return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts, applied)
 
     def evaluating(self) -> torch.nn.Module:
         """The module in evaluation mode. Under ZeRO-3 every rank has to run it together."""
@@ -134,9 +140,19 @@ class Engine:
         """Drop DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
 
-    def _grad_norm(self) -> torch.Tensor:
+    def _apply(self) -> tuple[torch.Tensor | float, bool]:
+        """Step the optimizer; the norm of all gradients before clipping, and whether the step was taken."""
+        if self._keeps_grad_norm:
+            self.deepspeed.step()
+            return self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
+        # DeepSpeed's wrappers leave a step out that is not finite. In fp32 without ZeRO there is none,
+        # and one bad batch would make every weight NaN.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(torch.isfinite(norm))
+        with nullcontext() if finite else _without_effect(self.optimizer):
+            self.deepspeed.step()
+        return norm, finite
 
 
 @contextmanager

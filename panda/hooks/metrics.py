@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -20,7 +21,10 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The records of the run in ``directory``, in order. A last line that was cut off is left out."""
+    """The records of the run in ``directory``, in order. A last line that was cut off is left out.
+
+    A value that was not a finite number is None.
+    """
     path = directory / FILE_NAME
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -70,4 +74,6 @@ class Metrics:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    """JSON has no NaN and no infinity: those become null."""
+    finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -56,7 +57,7 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     steps = [record["step"] for record in records]
-    losses = [record["loss"] for record in records]
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     rate_axes = axes.twinx()
@@ -91,6 +92,9 @@ def _smoothed(values: list[float]) -> list[float]:
     """Exponential moving average without the bias of its start."""
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
+        if math.isnan(value):  # a gap, and the average goes on behind it
+            smoothed.append(value)
+            continue
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         smoothed.append(mean / weight)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 2.0
 """Least time between two plain lines."""
+LOOKED_AT = 10_000
+"""Steps in which a learning rate that ever reaches its peak is thought to do so."""
 
 
 @register_plugin("progress")
@@ -40,6 +42,8 @@ class Progress:
             print(f"data: {line}", flush=True)
         if run.resumed_from:
             print(f"resumed from {run.resumed_from}, step {run.step}", flush=True)
+        elif run.options.resume == "auto":
+            print(f"resume: no checkpoint in {run.directory} yet, so the run begins at its start", flush=True)
         data, plan = run.dataset, run.plan
         print(
             f"{len(data):,} samples, {data.tokens:,} tokens, {data.supervised_tokens:,} with loss;"
@@ -47,6 +51,10 @@ class Progress:
             f" (micro batch x accumulation x ranks) on {run.processes.device.type}",
             flush=True,
         )
+        if plan.total_steps <= run.step:
+            print(f"nothing is left to train: {run.step} of {plan.total_steps} steps are done", flush=True)
+        elif max(map(run.schedule, range(min(plan.total_steps, LOOKED_AT)))) < 1:
+            print("note: the learning rate does not reach its peak: the run ends within the warm-up", flush=True)
         if sys.stdout.isatty():
             self._open_bar(run)
 
@@ -84,8 +92,12 @@ class Progress:
         sys.stdout.flush()
 
     @hookimpl
-    def panda_exception(self) -> None:
+    def panda_exception(self, run: Run) -> None:
         self._close_bar()
+        if run.processes.rank == 0:
+            kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
+            how = f"`--resume {kept[-1]}` continues" if kept else "no checkpoint was saved (`save_steps`)"
+            print(f"the run stopped behind step {run.step}, in {run.directory}; {how}", flush=True)
 
     def _open_bar(self, run: Run) -> None:
         from rich.progress import BarColumn
@@ -109,9 +121,11 @@ class Progress:
 _CONTENTS = {
     "config.yaml": "the whole configuration; runs again as it stands",
     "provenance.json": "versions, and where each component and value came from",
+    "deepspeed.json": "what DeepSpeed was given",
     "metrics.jsonl": "a record a line",
     "loss.png": "the loss curve",
     "tensorboard": "for `tensorboard --logdir`",
     "checkpoints": "to resume from",
     "export": "the trained model and its tokenizer",
+    "answers.json": "what it answers now",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,15 @@ def export(
         module.config.dtype = next(iter(weights.values())).dtype
         module.save_pretrained(folder, state_dict=weights)
         module.config.use_cache = use_cache
-        return
+    else:
+        _save_other(weights, folder, model, context)
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():  # safetensors lets nobody else read what it writes, whatever the umask
+        file.chmod(0o666 & ~mask)
+
+
+def _save_other(weights: dict[str, torch.Tensor], folder: Path, model: Chosen, context: ModelContext) -> None:
 
     from safetensors.torch import save_file
 

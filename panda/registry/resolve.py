@@ -28,6 +28,9 @@ from panda.registry.options import options_of
 CHOSEN_BY_NAME = ("task", "optimizer", "lr_scheduler", "reader")
 """Kinds of which the option of the same name chooses one. Model and arch choose each other."""
 
+BLOCK = "no:"
+"""``no:NAME`` among the plugins leaves one out, as ``-p no:NAME`` does."""
+
 NAMING = (*CHOSEN_BY_NAME, "arch", "model", "plugins")
 """Core options that hold names of components."""
 
@@ -132,6 +135,9 @@ def resolve(
     if arch_offer is None and model_offer is None:
         names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers("arch")))
         problems.append(f"no model: name one with `arch` (or `--arch`). Installed: {names}.")
+        # Perhaps it is misspelt. Keys of components that are not chosen yet are known, but not these.
+        suspects = [_unknown(catalog, key, given[key], [*core_options], renamed or {}, []) for key in given]
+        problems += [text for text in suspects if "unknown key" in text]
         raise UserError("\n".join(problems))
 
     arch = None
@@ -208,6 +214,9 @@ def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: t
         if not matches or not all(map(catalog.is_blocked, matches)):
             plugins.append(catalog.find("plugin", _own(name)))
     for name in settings["plugins"].value:
+        matches = catalog.matches("plugin", name)
+        if name.startswith(BLOCK) or (matches and all(map(catalog.is_blocked, matches))):
+            continue
         try:
             plugins.append(catalog.find("plugin", name, settings["plugins"].origin))
         except UserError as problem:

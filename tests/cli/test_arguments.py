@@ -57,7 +57,7 @@ def test_blocked_names_are_read_wherever_they_stand() -> None:
         ["-p", "no:plot", "--plugins", "a", "b", "-p", "no:acme", "-p=no:bolt", "--c", "x", "-p=no:d"]
     )
     assert arguments.blocked == ("plot", "acme", "bolt", "d")
-    assert arguments.given["plugins"].value == ("a", "b")
+    assert arguments.given["plugins"].value == ("a", "b", "no:plot", "no:acme", "no:bolt", "no:d")
     assert arguments.given["c"].value == "x"
 
 

@@ -31,11 +31,12 @@ def test_each_value_is_printed_with_its_origin_and_the_data_is_counted(tmp_path:
     assert ["seed", "7", f"{file}:6"] in lines
     assert ["learning_rate", "0.0002", "--learning_rate"] in lines
     assert ["hidden_size", "128", "arch", "llama-tiny"] in lines
-    assert ["zero_stage", "0", "default"] in lines
+    assert ["save_steps", "0", "default"] in lines
     assert ["adam_betas", "0.9,", "0.99", "default"] in lines
     assert "\noptimizer adamw: panda-train " in done.stdout
     assert "data: 1 files, 5,400 rows" in done.stdout
     assert "optimizer steps of 32 samples on 1 rank(s)" in done.stdout
+    assert "run: in runs/instruct-llama-tiny" in done.stdout
     assert "model: 722,816 parameters" in done.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"], "it writes nothing"
 

@@ -45,7 +45,10 @@ COMMANDS = {
     "use_quant": ("train", ["--arch", "llama-65b", "--use_quant"], 2),
     "bit_training": ("train", ["--arch", "llama-65b", "--bit_training"], 2),
     "ckpt_path": ("train", ["--arch", "llama-65b", "--ckpt_path", "x"], 2),
-    "fp16 without ZeRO": ("train", ["--arch", "llama-65b", "--precision", "fp16"], 2),
+    "tokenizer": ("train", ["--arch", "llama-tiny", "--tokenizer", "nowhere"], 2),
+    "resume": ("train", ["--arch", "llama-tiny", "--resume", "nowhere"], 2),
+    "deepspeed": ("train", ["--arch", "llama-tiny", "--deepspeed_config", "nowhere.json"], 2),
+    "fp16 without ZeRO": ("train", ["--arch", "llama-65b", "--precision", "fp16", "--zero_stage", "0"], 2),
 }
 
 

@@ -43,6 +43,25 @@ def test_unknown_unused_and_renamed_keys_are_three_messages_at_once(refused: Ref
     assert len(lines) == 3
 
 
+def test_a_misspelt_arch_is_told_beside_the_missing_one(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("task: instruct\narhc: llama-tiny\n")
+    message = refused("--config", str(tmp_path / "run.yaml"), "--num_layers", "2")
+    assert "no model: name one with `arch`" in message
+    assert f"{tmp_path / 'run.yaml'}:2: unknown key 'arhc'. Did you mean 'arch'?" in message
+    assert "num_layers" not in message
+
+
+def test_a_refusal_says_where_the_key_stands(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("arch: llama-tiny\nprecision: fp16\nzero_stage: 0\n")
+    message = refused("--config", str(tmp_path / "run.yaml"))
+    assert f"error: {tmp_path / 'run.yaml'}:2, {tmp_path / 'run.yaml'}:3: precision: fp16 with zero_stage: 0" in message
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "zz/../yy"])
+def test_a_run_name_is_one_folder(refused: Refused, name: str) -> None:
+    assert f"run_name: {name!r} is not a name of one folder" in refused("--arch", "llama-tiny", "--run_name", name)
+
+
 def test_an_unknown_component_is_told_the_nearest(refused: Refused) -> None:
     message = refused("--task", "instuct", "--arch", "lama-65b", "--optimizer", "adam")
     assert "error: --task: unknown task 'instuct'. Did you mean 'instruct'" in message
@@ -93,7 +112,8 @@ def test_the_traceback_is_there_for_who_asks(
 
 def test_a_misspelt_block_is_a_warning(refused: Refused) -> None:
     message = refused("--arch", "llama-tiny", "-p", "no:tensorbord", "-p", "no:plot", "--use_lora")
-    assert message.startswith("warning: -p no:tensorbord: nothing that is installed has that name.\nerror: use_lora")
+    warning = "warning: -p no:tensorbord: no distribution, module or plugin that is installed has that name.\n"
+    assert message.startswith(warning + "error: use_lora")
 
 
 def test_only_what_the_user_can_put_right_is_printed_without_a_traceback(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from panda.engine.checkpoints import Progress
-from panda.engine.checkpoints import find_checkpoint
+from panda.engine.checkpoint_folders import Progress
+from panda.engine.checkpoint_folders import find_checkpoint
+from panda.engine.checkpoint_folders import read_progress
 from panda.engine.checkpoints import load_checkpoint
-from panda.engine.checkpoints import read_progress
 from panda.engine.checkpoints import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
-from panda.engine.processes import join_processes
-from panda.engine.processes import leave_processes
 from panda.registry import UserError
 from panda.run_options import RunOptions
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    joined = join_processes()
-    yield joined
-    leave_processes()
 
 
 def make_engine(processes: Processes) -> Engine:
@@ -84,7 +75,8 @@ def test_the_newest_complete_checkpoint_is_found(processes: Processes, tmp_path:
     largest = max(second.iterdir(), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:  # a disk that was full
         file.truncate(10)
-    assert find_checkpoint(second) is None
+    with pytest.raises(UserError, match=r"the checkpoint is damaged: .* has 10 bytes and had"):
+        find_checkpoint(second)
     assert find_checkpoint(tmp_path) == first
     (first / "manifest.json").write_text("{")
     assert find_checkpoint(tmp_path) is None
@@ -120,3 +112,34 @@ def test_old_checkpoints_are_removed_behind_a_newer_complete_one(processes: Proc
     for step in range(1, 5):
         save_checkpoint(engine, tmp_path, Progress(step), {}, keep=2)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
+
+
+def test_everything_is_on_disk_before_it_gets_its_name(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    renamed: list[tuple[str, list[str]]] = []
+    fsync, rename = os.fsync, os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+        patch.setattr(os, "rename", lambda a, b: (renamed.append((str(a), list(synced))), rename(a, b)))
+        saved = save_checkpoint(make_engine(processes), tmp_path, Progress(1), {})
+    [(temporary, before)] = renamed
+    files = {str(Path(temporary) / path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert len(files) > 2 and files | {temporary} <= set(before)
+
+
+def test_what_interrupted_saves_left_is_removed_by_the_next(processes: Processes, tmp_path: Path) -> None:
+    (tmp_path / ".tmp-step-00000007").mkdir()
+    (tmp_path / ".tmp-step-00000007" / "half.pt").touch()
+    (tmp_path / ".tmp-latest").touch()
+    save_checkpoint(make_engine(processes), tmp_path, Progress(8), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000008"]
+
+
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    for step in (99999999, 100000000):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"files": {}}')
+    assert find_checkpoint(tmp_path) == tmp_path / "step-100000000"

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from panda.engine.deepspeed_config import _OWNERS
+from panda.engine.deepspeed_config import _REFUSED
+from panda.engine.deepspeed_config import _TAKEN
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.registry import UserError
 from panda.run_options import RunOptions
@@ -35,9 +41,15 @@ def test_keys_that_panda_does_not_own_are_added(tmp_path: Path) -> None:
         ({"gradient_clipping": 1.0}, ["gradient_clipping", "max_grad_norm"]),
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage", "zero_stage"]),
         ({"optimizer": {"type": "Adam"}}, ["optimizer"]),
+        ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", "would change the loss"]),
+        ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel", "data-parallel"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "precision"]),
+        ({"zero_optimization": True}, ["zero_optimization", "expected an object"]),
+        ({"zero_optimization": None}, ["zero_optimization", "expected an object"]),
+        ({"wall_clock_breakdwn": True}, ["no key 'wall_clock_breakdwn'", "'wall_clock_breakdown'"]),
     ],
 )
-def test_a_key_that_panda_owns_is_an_error_that_names_both(
+def test_a_key_that_panda_owns_or_nobody_knows_is_an_error(
     tmp_path: Path, content: dict[str, object], words: list[str]
 ) -> None:
     file = tmp_path / "more.json"
@@ -52,3 +64,31 @@ def test_a_file_that_is_missing_or_no_json_is_an_error(tmp_path: Path) -> None:
     for name in ("bad.json", "none.json"):
         with pytest.raises(UserError, match=name):
             deepspeed_config(RunOptions(deepspeed_config=str(tmp_path / name)), world_size=1, on_gpu=True)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("fp16", 1)])
+def test_gradients_of_16_bits_are_summed_in_fp32_unless_told_otherwise(precision: Any, stage: int) -> None:
+    config = deepspeed_config(RunOptions(precision=precision), world_size=1, on_gpu=True)
+    assert config["zero_optimization"]["stage"] == stage
+    assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage else None)
+
+
+def test_every_key_that_deepspeed_reads_is_taken_owned_or_refused(tmp_path: Path) -> None:
+    """DeepSpeed's own parser is given a dictionary that writes down what is looked up in it."""
+    code = """
+import json, os
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+from deepspeed.runtime.config import DeepSpeedConfig
+seen = set()
+class Recording(dict):
+    def get(self, key, default=None): seen.add(key); return super().get(key, default)
+    def __contains__(self, key): seen.add(key); return super().__contains__(key)
+    def __getitem__(self, key): seen.add(key); return super().__getitem__(key)
+    def __deepcopy__(self, memo): return self
+DeepSpeedConfig(Recording(train_batch_size=1))
+print(json.dumps(sorted(seen)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    read = set(json.loads(done.stdout.splitlines()[-1]))
+    assert len(read) > 40  # the parser was heard
+    assert read <= {*_TAKEN, *_OWNERS, *_REFUSED}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from launching import exported_weights
 from launching import losses
+from launching import metrics
 from launching import train_many
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
@@ -50,8 +52,15 @@ def arguments(data: Path, output: Path, split: tuple[int, int, int], *more: obje
     ]
 
 
-def plain_loop(*, mean_of_means: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same training without panda's engine, tasks or optimizer: losses and weights."""
+Reference = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
+
+
+def warmup(completed: int) -> float:
+    return min(1.0, (completed + 1) / 2)
+
+
+def plain_loop(*, mean_of_means: bool = False, schedule: Callable[[int], float] = warmup) -> Reference:
+    """The same training without panda's engine, tasks or optimizer: a record of each step, and the weights."""
     random.seed(SEED)
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
@@ -70,6 +79,7 @@ def plain_loop(*, mean_of_means: bool = False) -> tuple[list[float], dict[str, t
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, eps=EPSILON, weight_decay=DECAY)
     data = rows()
     history = []
+    tokens = supervised = 0
     for step, start in enumerate(range(0, SAMPLES, STEP_SAMPLES)):
         chosen = [data[sample_at(p, SAMPLES, SEED)] for p in range(start, min(start + STEP_SAMPLES, SAMPLES))]
         sums, counts = [], []
@@ -86,17 +96,30 @@ def plain_loop(*, mean_of_means: bool = False) -> tuple[list[float], dict[str, t
             loss = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 2)
+            group["lr"] = RATE * schedule(step)
         optimizer.step()
-        history.append(loss.item())
+        tokens += sum(len(row["input"] + row["target"]) + 3 for row in chosen)
+        supervised += sum(counts)
+        history.append(
+            {
+                "step": step + 1,
+                "loss": loss.item(),
+                "learning_rate": RATE * schedule(step),
+                "grad_norm": norm.item(),
+                "tokens": tokens,
+                "supervised_tokens": supervised,
+                "skipped_steps": 0,
+            }
+        )
     return history, {name: weight.detach() for name, weight in model.state_dict().items()}
 
 
-def difference(run: Path, reference: tuple[list[float], dict[str, torch.Tensor]]) -> tuple[float, float]:
+def difference(run: Path, reference: Reference) -> tuple[float, float]:
     """Largest relative difference of a loss, and largest absolute difference of a weight."""
-    history, weights = reference
+    records, weights = reference
+    history = [record["loss"] for record in records]
     trained = exported_weights(run)
     assert len(losses(run)) == len(history) and trained.keys() == weights.keys()
     loss = max(abs(a - b) / abs(b) for a, b in zip(losses(run), history, strict=True))
@@ -120,6 +143,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     together += [
         arguments(data, folder / f"zero{stage}", SPLITS["2x2x2"], "--zero_stage", stage) for stage in (1, 2, 3)
     ]
+    linear = ("--lr_scheduler", "linear", "--logging_steps", 4)
+    alone.append(arguments(data, folder / "logged", SPLITS["1x8"], *linear))
     train_many(alone, cwd=folder)
     train_many(together, ranks=2, cwd=folder)
     return folder
@@ -144,3 +169,19 @@ def test_tokens_are_counted_over_all_ranks(runs: Path) -> None:
         for name in ("8x1", "4x1x2", "zero3")
     ]
     assert counts == [sum(len(row["target"]) + 1 for row in rows())] * 3
+
+
+def test_every_number_of_a_record_is_that_of_the_plain_loop(runs: Path) -> None:
+    """Also where not every step is logged, and the last one is."""
+    records, _ = plain_loop(
+        schedule=lambda completed: (completed + 1) / 2 if completed < 2 else 1 - (completed - 2) / 4
+    )
+    logged = metrics(runs / "logged")
+    assert [record["step"] for record in logged] == [4, 6]
+    before = {"step": 0, "tokens": 0}
+    for record in logged:
+        expected = records[record["step"] - 1]
+        assert {key: record[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+        seconds = record["step_seconds"] * (record["step"] - before["step"])
+        assert record["tokens_per_second"] * seconds == pytest.approx(record["tokens"] - before["tokens"], rel=1e-3)
+        before = record

@@ -6,45 +6,85 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from distributions import Distributions
+from distributions import forget_installed
 from launching import BIN
 from launching import ENVIRONMENT
 from launching import exported_weights
 from launching import losses
+from launching import metrics
 from launching import run_panda
 from launching import train_many
 
-SMALL = (
-    *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2),
+from panda.cli.arguments import parse_arguments
+from panda.cli.configuration import configure
+from panda.engine.checkpoint_folders import find_checkpoint
+from panda.engine.processes import Processes
+from panda.registry import UserError
+from panda.run_directory import choose_directory
+from panda.run_directory import find_directory
+from panda.runner import train
+
+SHAPE = ("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2)
+COURSE = (
     *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 48, "--num_workers", 0),
     *("--per_gpu_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine"),
-    *("--warmup_steps", 2, "--max_steps", 6, "--save_steps", 3),
+    *("--warmup_steps", 2),
 )
-STAGES = {1: (0, 1), 2: (0, 1, 2, 3)}
-"""ZeRO stages to try, by number of ranks."""
+SMALL = (*SHAPE, *COURSE, "--max_steps", 6, "--save_steps", 3)
+WAYS = {
+    1: {"0": (), "1": ("--zero_stage", 1), "bf16": ("--precision", "bf16"), "dropping": ("--model", "dropping")},
+    2: {
+        **{str(stage): ("--zero_stage", stage) for stage in range(4)},
+        "bf16": ("--precision", "bf16", "--zero_stage", 2),
+        "dropping": ("--model", "dropping"),
+    },
+}
+"""Flags to try, by number of ranks and by name."""
+
+DROPPING = """
+@register_model("dropping")
+def dropping(options, context):
+    from torch import nn
+
+    size = context.vocab_size
+    return nn.Sequential(nn.Embedding(size, 16), nn.Dropout(0.3), nn.Linear(16, size))
+"""
+"""LLaMA draws no random numbers in training; this one does."""
+
+
+def flags(way: tuple[object, ...]) -> list[object]:
+    return [*(SMALL if "--model" not in way else SMALL[len(SHAPE) :]), *way]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For each ranks and stage, a run of 6 steps, and one that continues a copy of its third step."""
+    """For each way, a run of 6 steps, and one that continues its third step elsewhere."""
     folder = tmp_path_factory.mktemp("resume")
-    for ranks, stages in STAGES.items():
+    site = Distributions(folder / "site").install(
+        "dropping", {"models": {"dropping": "dropping_model"}}, {"dropping_model": DROPPING}
+    )
+    sys.path.remove(str(site))  # it is for the runs, and not for this process
+    forget_installed()
+    for ranks, ways in WAYS.items():
         runs = []
-        for stage in stages:
-            name = f"{ranks}-{stage}"
-            runs.append([*SMALL, "--zero_stage", stage, "--output_dir", folder / name])
+        for key, way in ways.items():
+            name = f"{ranks}-{key}"
+            runs.append([*flags(way), "--output_dir", folder / name])
             checkpoint = folder / name / "checkpoints" / "step-00000003"
-            resumed = folder / f"{name}-resumed"
-            runs.append([*SMALL, "--zero_stage", stage, "--output_dir", resumed, "--resume", checkpoint])
-        train_many(runs, ranks=ranks, cwd=folder)
+            runs.append([*flags(way), "--output_dir", folder / f"{name}-resumed", "--resume", checkpoint])
+        train_many(runs, ranks=ranks, cwd=folder, PYTHONPATH=str(site))
     return folder
 
 
-@pytest.mark.parametrize("name", [f"{ranks}-{stage}" for ranks, stages in STAGES.items() for stage in stages])
+@pytest.mark.parametrize("name", [f"{ranks}-{key}" for ranks, ways in WAYS.items() for key in ways])
 def test_a_resumed_run_ends_with_the_same_bits(folder: Path, name: str) -> None:
     whole, resumed = folder / name, folder / f"{name}-resumed"
     assert losses(whole)[3:] == losses(resumed)
@@ -65,7 +105,8 @@ def test_killed_at_any_moment_resume_auto_ends_with_the_same_bits(folder: Path) 
             [str(BIN / "panda-train"), *flags], cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 120
-        while not (folder / f"killed/checkpoints/step-{step:08d}").exists() and time.monotonic() < deadline:
+        while not (folder / f"killed/checkpoints/step-{step:08d}").exists():
+            assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -76,12 +117,42 @@ def test_killed_at_any_moment_resume_auto_ends_with_the_same_bits(folder: Path) 
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
-def test_a_run_of_another_shape_is_refused(folder: Path) -> None:
-    done = run_panda(
-        "panda-train", *SMALL, "--seed", 43, "--resume", folder / "1-0", "--output_dir", folder / "x", cwd=folder
-    )
-    assert done.returncode == 2
-    assert "seed was 42 and is 43" in done.stderr
+def test_each_rank_draws_random_numbers_of_its_own(folder: Path) -> None:
+    checkpoint = folder / "2-dropping/checkpoints/step-00000003"
+    states = [torch.load(checkpoint / f"random-{rank:05d}.pt", weights_only=False)["torch"] for rank in (0, 1)]
+    assert not torch.equal(*states)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--seed", 43), "seed was 42 and is 43"),
+        (("--adam_epsilon", 1e-3), "optimizer.adam_epsilon was 1e-06 and is 0.001"),
+        (("--weight_decay", 0.5), "weight_decay was 0.0 and is 0.5"),
+        (("--separator", "#"), "data was "),
+    ],
+)
+def test_a_run_that_would_be_another_is_refused(
+    processes: Processes, folder: Path, more: tuple[object, ...], message: str
+) -> None:
+    argv = [*map(str, SMALL), *map(str, more), "--resume", str(folder / "1-0")]
+    with pytest.raises(UserError, match=message):
+        train(*configure(parse_arguments(argv)))
+
+
+def test_a_run_that_goes_back_sets_the_way_it_took_aside(folder: Path) -> None:
+    run = folder / "back"
+    again = [*SHAPE, *COURSE, "--max_steps", 4, "--save_steps", 1, "--save_total_limit", 1]
+    train_many([[*SMALL, "--output_dir", run], [*again, "--resume", run / "checkpoints/step-00000003"]], cwd=folder)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "abandoned-1-step-00000006",
+        "latest",
+        "step-00000004",
+    ]
+    assert find_checkpoint(run) == run / "checkpoints/step-00000004"
+    assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["resumed_from"].endswith("step-00000003") and len(provenance["earlier_starts"]) == 1
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(folder: Path) -> None:
@@ -96,3 +167,65 @@ def test_nothing_to_resume_is_an_error(folder: Path) -> None:
     done = run_panda("panda-train", *SMALL, "--resume", folder / "nowhere", cwd=folder)
     assert done.returncode == 2
     assert "no complete checkpoint at" in done.stderr
+
+
+# -- which directory, without training --------------------------------------------------------
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders that look like two runs with a checkpoint each, one that lies alone, and one of somebody else's."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/instruct-llama-tiny/checkpoints", "other/checkpoints", "alone"):
+        checkpoint = tmp_path / place / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text('{"files": {}}')
+    for run in ("runs/instruct-llama-tiny", "other"):
+        (tmp_path / run / "provenance.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argv", "directory", "checkpoint"),
+    [
+        ("", "runs/instruct-llama-tiny-2", None),
+        ("--resume auto", "runs/instruct-llama-tiny", "runs/instruct-llama-tiny/checkpoints/step-00000001"),
+        ("--resume auto --output_dir new", "new", None),
+        ("--resume other", "other", "other/checkpoints/step-00000001"),
+        ("--resume other/checkpoints/step-00000001 --output_dir other", "other", "other/checkpoints/step-00000001"),
+        ("--resume other --output_dir new", "new", "other/checkpoints/step-00000001"),
+        ("--resume alone/step-00000001", "runs/instruct-llama-tiny-2", "alone/step-00000001"),
+    ],
+)
+def test_the_directory_of_a_run(two_runs: Path, argv: str, directory: str, checkpoint: str | None) -> None:
+    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()]))
+    expected = (Path(directory), Path(checkpoint) if checkpoint else None)
+    assert find_directory(resolved) == expected
+    assert choose_directory(resolved) == expected
+    assert Path(directory).is_dir()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--output_dir other",
+        "--output_dir mine",
+        "--output_dir mine/thesis.txt",
+        "--resume auto --output_dir mine",
+        "--resume other --output_dir runs/instruct-llama-tiny",
+        "--resume alone/step-00000001 --output_dir other",
+    ],
+)
+def test_a_directory_of_something_else_is_refused(two_runs: Path, argv: str) -> None:
+    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()]))
+    with pytest.raises(UserError, match="is not empty"):
+        choose_directory(resolved)
+
+
+def test_runs_that_start_at_once_get_a_directory_each(two_runs: Path) -> None:
+    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny"]))
+    with ThreadPoolExecutor(8) as pool:
+        chosen = list(pool.map(lambda _: choose_directory(resolved)[0], range(8)))
+    assert len(set(chosen)) == 8

@@ -36,6 +36,9 @@ def make_run(tmp_path: Path) -> MakeRun:
             resumed_from=resumed_from,
             step=step,
             answers=[],
+            checkpoints=[],
+            options=SimpleNamespace(resume=None),
+            schedule=lambda completed: 1.0,
         )
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_records_survive_a_death_while_a_run_resumes(
         plugin.panda_log(record(step))
     plugin.panda_exception()
 
-    def dumps(what: Any) -> str:
+    def dumps(what: Any, **options: Any) -> str:
         if what["step"] == 3:
             raise KeyboardInterrupt
         return json.JSONEncoder().encode(what)
@@ -104,11 +105,13 @@ def test_the_file_is_closed_however_a_run_ends(make_run: Any, end: str) -> None:
     getattr(plugin, end)()
 
 
-def test_a_loss_that_is_no_number_is_written_and_read_back(make_run: Any, record: Any) -> None:
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_finite_number_is_null(make_run: Any, record: Any, loss: float) -> None:
     run = make_run()
-    started(run).panda_log(record(1, loss=float("nan")))
+    started(run).panda_log(record(1, loss=loss))
     [read] = read_metrics(run.directory)
-    assert read["loss"] != read["loss"]
+    assert read == record(1) | {"loss": None}
+    assert '"loss": null' in (run.directory / "metrics.jsonl").read_text()
 
 
 def test_a_directory_without_metrics_has_no_records(make_run: Any) -> None:

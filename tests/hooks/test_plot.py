@@ -56,7 +56,9 @@ def test_a_resumed_run_draws_what_came_before_its_checkpoint_too(make_run: Any, 
     assert plugin.records == [record(step) for step in range(1, 5)]
 
 
-@pytest.mark.parametrize("losses", [[1.0], [2.0, 1.0], [0.0] * 5, [float("nan")] * 3, [1.0, float("inf"), 2.0]])
+@pytest.mark.parametrize(
+    "losses", [[1.0], [2.0, 1.0], [0.0] * 5, [float("nan")] * 3, [1.0, float("inf"), 2.0], [2.0, None] * 15]
+)
 @pytest.mark.parametrize("title", ["run", "pays $\\x$ now", "熊猫"])
 def test_odd_records_and_names_still_make_a_picture(
     tmp_path: Path, record: Any, losses: list[float], title: str

@@ -112,7 +112,7 @@ def test_only_rank_0_speaks(make_run: Any, capsys: pytest.CaptureFixture[str]) -
     run = make_run(rank=1)
     plugin = started(run)
     plugin.panda_run_end(run)
-    plugin.panda_exception()
+    plugin.panda_exception(run)
     assert capsys.readouterr().out == ""
 
 
@@ -140,6 +140,32 @@ def test_a_terminal_has_a_bar_that_is_taken_down_however_a_run_ends(
     assert "7/10" in terminal.getvalue()
     assert "grad norm 1.250" in terminal.getvalue()
     assert "step 7/10" not in terminal.getvalue()
-    plugin.panda_run_end(run) if end == "panda_run_end" else plugin.panda_exception()
+    plugin.panda_run_end(run) if end == "panda_run_end" else plugin.panda_exception(run)
     assert plugin.bar is None
     assert "\x1b[?25h" in terminal.getvalue(), "the cursor is shown again"
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(step=7)
+    started(run).panda_exception(run)
+    assert f"the run stopped behind step 7, in {run.directory}; no checkpoint was saved" in capsys.readouterr().out
+    run.checkpoints = [tmp_path / "step-00000005", tmp_path / "gone"]
+    run.checkpoints[0].mkdir()
+    started(run).panda_exception(run)
+    assert f"`--resume {tmp_path / 'step-00000005'}` continues" in capsys.readouterr().out
+
+
+def test_a_run_with_nothing_left_to_train_says_so(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    started(make_run(step=10))
+    assert "nothing is left to train: 10 of 10 steps are done" in capsys.readouterr().out
+
+
+def test_a_peak_that_is_never_reached_is_noted(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    started(run)
+    assert "peak" not in capsys.readouterr().out
+    run.schedule = lambda completed: (completed + 1) / 11
+    started(run)
+    assert "the learning rate does not reach its peak" in capsys.readouterr().out

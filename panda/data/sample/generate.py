@@ -50,6 +50,7 @@ def write_tokenizer(directory: Path) -> None:
     from tokenizers import decoders
     from tokenizers import models
     from tokenizers import pre_tokenizers
+    from tokenizers import processors
 
     # The alphabet stands for a byte by the character of that number, or, where it cannot be printed, by one past 255.
     # In the order of the bytes, the id of a byte is the byte plus the number of special tokens.
@@ -61,6 +62,10 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    # As LLaMA's: who loads an exported model and encodes a prompt gets what the model saw in training.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
+    )
 
     pad, bos, eos = SPECIAL_TOKENS
     config = {

@@ -1,0 +1,7 @@
+"""``python -m panda``."""
+
+import sys
+
+from panda.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,122 @@
+"""Folders of checkpoints, complete or absent: which there are, and what they say. Imports no torch.
+
+A checkpoint is written under a temporary name, by all ranks; then rank 0 writes the manifest, which
+lists every file with its size, renames the folder, and moves the pointer ``latest``. Whatever
+moment the process dies at, each ``step-...`` folder is complete, and one that lost a part of a file
+is told by its manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from panda.registry import UserError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: all that resuming needs beside weights, optimizer and random state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    position: int = 0
+    """The data cursor: global position of the next sample."""
+    tokens: int = 0
+    supervised_tokens: int = 0
+    skipped_steps: int = 0
+    """Of ``step``, those that changed nothing because gradients were not finite."""
+
+
+START = Progress()
+"""Where a new run is."""
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The newest complete checkpoint at ``path``: itself, in it, or in its ``checkpoints``; None if there is none.
+
+    Raises UserError where ``path`` is a checkpoint that is damaged.
+    """
+    if (path / MANIFEST).exists():
+        if problem := damage(path):
+            raise UserError(f"{path}: the checkpoint is damaged: {problem}. Give an older one, or the run directory.")
+        return path
+    for folder in (path, path / "checkpoints"):
+        if complete := complete_checkpoints(folder):
+            return complete[-1]
+    return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in ``folder``, by step."""
+    return [path for path in _checkpoints(folder) if damage(path) is None]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with ``checkpoint``, by its manifest."""
+    try:
+        for name, size in _manifest(checkpoint)["files"].items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes and had {size:,}"
+    except (OSError, ValueError, KeyError) as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return None
+
+
+def set_aside_later(checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints behind ``checkpoint`` in its folder to ``abandoned-...``, and return them.
+
+    The run goes another way from there, and the newest checkpoint has to be one of its own.
+    """
+    aside = []
+    for later in _checkpoints(checkpoint.parent):
+        if _step(later) > _step(checkpoint):
+            number = 1
+            while (target := later.with_name(f"abandoned-{number}-{later.name}")).exists():
+                number += 1
+            aside.append(later.rename(target))
+    return aside
+
+
+def read_progress(checkpoint: Path, shape: dict[str, Any]) -> Progress:
+    """How far ``checkpoint`` had come. Raises UserError where it was made by a run of another ``shape``.
+
+    What only one of the two shapes has is not compared: a newer component may have gained an option.
+    """
+    manifest = _manifest(checkpoint)
+    here = json.loads(json.dumps(shape))  # as what was written and read again: a tuple is a list
+    differing = [
+        f"{key} was {before!r} and is {here[key]!r}"
+        for key, before in manifest["shape"].items()
+        if key in here and here[key] != before
+    ]
+    if differing:
+        raise UserError(
+            f"{checkpoint}: this run cannot continue that one: {'; '.join(differing)}."
+            " Give the values that it had, or start a run of its own."
+        )
+    return Progress(**manifest["progress"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    name = _NAME.fullmatch(checkpoint.name)
+    return int(name[1]) if name else 0
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return manifest

@@ -1,0 +1,125 @@
+"""What a run calls, and when, seen by a plugin that writes it down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributions import Distributions
+
+from panda.cli.arguments import parse_arguments
+from panda.cli.configuration import configure
+from panda.registry import UserError
+from panda.runner import train
+
+RECORDER = """
+calls = []
+
+@register_plugin("recorder")
+class Recorder:
+    def __init__(self, options, context): pass
+
+    @hookimpl
+    def panda_run_start(self, run): calls.append(("start", run.step))
+
+    @hookimpl
+    def panda_step_end(self, run, step): calls.append(("step", step))
+
+    @hookimpl
+    def panda_log(self, run, record): calls.append(("log", record["step"]))
+
+    @hookimpl
+    def panda_epoch_end(self, run, epoch): calls.append(("epoch", epoch))
+
+    @hookimpl
+    def panda_checkpoint_saved(self, run, path): calls.append(("saved", path.name))
+
+    @hookimpl
+    def panda_run_end(self, run): calls.append(("end", len(run.answers)))
+
+    @hookimpl
+    def panda_exception(self, run, error):
+        calls.append(("exception", str(error)))
+        raise OSError("no space for a picture")
+"""
+FAILING = """
+@register_plugin("failing")
+class Failing:
+    def __init__(self, options, context): pass
+
+    @hookimpl(trylast=True)
+    def panda_step_end(self, run, step):
+        if step == 2:
+            raise RuntimeError("boom")
+"""
+
+
+@pytest.fixture
+def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``recorded(*flags)``: what was called in a run over five rows, two a step."""
+    distributions.install(
+        "recording",
+        {"plugins": {"recorder": "recording.recorder", "failing": "recording.failing"}},
+        {"recording.recorder": RECORDER, "recording.failing": FAILING},
+    )
+    monkeypatch.chdir(tmp_path)
+    rows = "\n".join(f'{{"input": "{letter}", "target": "{letter}"}}' for letter in "abcde")
+    (tmp_path / "rows.jsonl").write_text(rows)
+
+    def run(*flags: str) -> list[tuple[str, Any]]:
+        import recording.recorder
+
+        recording.recorder.calls.clear()
+        argv = (
+            "--arch llama-tiny --num_layers 1 --hidden_size 16 --intermediate_size 16 --num_heads 1 --num_workers 0"
+            " --instruction_tuning_data_dir rows.jsonl --gradient_accumulation_steps 1 -p no:tensorboard -p no:plot"
+        )
+        train(*configure(parse_arguments([*argv.split(), "--plugins", "recorder", *flags])))
+        found: list[tuple[str, Any]] = recording.recorder.calls
+        return found
+
+    return run
+
+
+def test_hooks_are_called_at_their_moments(processes: Any, recorded: Any) -> None:
+    flags = "--per_gpu_train_batch_size 2 --num_train_epochs 2 --logging_steps 2 --save_steps 2"
+    assert recorded(*flags.split()) == [
+        ("start", 0),
+        ("step", 1),
+        ("step", 2),
+        ("log", 2),
+        ("saved", "step-00000002"),
+        ("step", 3),  # with the last row of the first epoch
+        ("epoch", 0),
+        ("step", 4),
+        ("log", 4),
+        ("saved", "step-00000004"),
+        ("step", 5),
+        ("log", 5),
+        ("epoch", 1),
+        ("saved", "step-00000005"),
+        ("end", 2),
+    ]
+
+
+def test_a_step_that_ends_several_epochs_ends_each(processes: Any, recorded: Any) -> None:
+    calls = recorded("--per_gpu_train_batch_size", "20", "--num_train_epochs", "4")
+    assert [call for call in calls if call[0] in ("step", "epoch")] == [("step", 1), *(("epoch", e) for e in range(4))]
+
+
+def test_the_first_error_is_the_one_that_is_seen(processes: Any, recorded: Any) -> None:
+    with pytest.raises(RuntimeError, match="boom") as caught:
+        recorded("failing")
+    assert caught.value.__notes__ == ["then a panda_exception hook failed: OSError('no space for a picture')"]
+
+
+def test_a_run_that_never_takes_a_step_gives_up(processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("panda.runner.HOPELESS", 3)
+    monkeypatch.setattr("panda.tasks.instruct.Instruct.loss", _not_a_number)
+    with pytest.raises(UserError, match="step 3: the last 3 steps had gradients that are not finite"):
+        recorded("--per_gpu_train_batch_size", "1")
+
+
+def _not_a_number(task: Any, model: Any, batch: Any) -> Any:
+    return model(batch.input_ids).logits.sum() * float("nan")
