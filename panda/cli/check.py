@@ -14,7 +14,8 @@ USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
 
 Resolve a configuration as panda-train would, print each value with where it came from, load the
-tokenizer, read and tokenise all the data, count the model's parameters; train nothing, write nothing.
+tokenizer, read and tokenise all the data, count the model's parameters; train nothing, and write
+nothing but the token cache.
 
 example: panda check configs/instruct-tiny.yaml --learning_rate 2e-3"""
 
@@ -58,17 +59,19 @@ def _print_settings(resolved: Resolved) -> None:
 
 def _check_data_and_model(resolved: Resolved) -> None:
     from panda.engine.deepspeed_config import deepspeed_config
+    from panda.models.isolation import refuse_without_positions
     from panda.runner import build_task
+    from panda.runner import lay_out
     from panda.runner import load_tokenizer
     from panda.runner import model_context
-    from panda.runner import plan_batches
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
     dataset = task.dataset()
-    plan = plan_batches(resolved.core, len(dataset), world_size)
+    layout = lay_out(resolved.core, dataset, world_size)
+    plan = layout.plan
     print(f"\ndata: {dataset.report.files} files, {dataset.report.rows:,} rows")
     for line in dataset.report.lines():
         print(f"data: {line}")
@@ -81,4 +84,6 @@ def _check_data_and_model(resolved: Resolved) -> None:
 
     with torch.device("meta"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
+    if layout.packed:
+        refuse_without_positions(model, resolved.components["model"].component.name)
     print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
