@@ -152,7 +152,9 @@ def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
     return task
 
 
-def lay_out(options: RunOptions, dataset: SampleSet, ranks: int, progress: Progress = START) -> Layout:
+def lay_out(
+    options: RunOptions, dataset: SampleSet, ranks: int, progress: Progress = START, *, batching: str | None = None
+) -> Layout:
     """How a run with these options goes through ``dataset``, from ``progress`` on."""
     order = SampleOrder(dataset.sources, options.seed)
     plan = BatchPlan(
@@ -165,7 +167,7 @@ def lay_out(options: RunOptions, dataset: SampleSet, ranks: int, progress: Progr
         start_step=progress.step,
         start_position=progress.position,
     )
-    return Layout(dataset, order, plan, options.batching, options.max_seq_length)
+    return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
 
 
 def model_context(resolved: Resolved, tokenizer: Any) -> ModelContext:

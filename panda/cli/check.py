@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 
-from panda.cli.arguments import parse_arguments
 from panda.cli.command import run_command
-from panda.cli.configuration import configure
-from panda.registry import UserError
+from panda.cli.configuration import configured
 from panda.registry.resolve import Resolved
 
 USAGE = """\
@@ -26,15 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    arguments = parse_arguments(argv)
-    if arguments.help:
-        print(USAGE)
+    resolved = configured(argv, USAGE)
+    if resolved is None:
         return
-    if not argv:  # not a success: `panda check $CONFIG` with nothing in it has checked nothing
-        raise UserError(f"no configuration is given.\n{USAGE}")
-    resolved, _ = configure(arguments)
     _print_settings(resolved)
     _check_data_and_model(resolved)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -155,6 +157,36 @@ def test_two_ranks_share_the_steps_of_one(dataset: TokenDataset) -> None:
         for steps in zip(*ranks, strict=True)
     ]
     assert together == alone
+
+
+def sequence(job: tuple[TokenDataset, BatchPlan, int, int, str]) -> list[list[list[bytes]]]:
+    """What a rank is given, as ``[step][micro batch][row]``: ids, labels and positions without the padding."""
+    dataset, plan, rank, workers, batching = job
+    steps = prepare(dataset, plan, rank, workers, batching)
+    return [[_row_bytes(batch) for batch in step] for step in steps]
+
+
+def _row_bytes(batch: Batch) -> list[bytes]:
+    tensors = [*batch.inputs.values(), batch.labels]
+    filled = [int((row != PAD).sum()) for row in batch.input_ids]
+    rows = [b"".join(tensor[n, :end].numpy().tobytes() for tensor in tensors) for n, end in enumerate(filled)]
+    return [row for row in rows if row]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("batching", LAYOUTS)
+def test_two_processes_of_three_workers_see_the_bytes_of_one_process_alone(
+    dataset: TokenDataset, batching: str
+) -> None:
+    alone = sequence((dataset, plan_of(micro_batch=4, accumulation=1), 0, 0, batching))
+    plan = plan_of(micro_batch=1, accumulation=2, ranks=2)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        ranks = list(pool.map(sequence, [(dataset, plan, rank, 3, batching) for rank in range(2)]))
+    together = [
+        [row for micro in zip(*steps, strict=True) for of_rank in micro for row in of_rank]
+        for steps in zip(*ranks, strict=True)
+    ]
+    assert together == [[row for micro in step for row in micro] for step in alone]
 
 
 def test_a_rank_that_the_last_step_leaves_without_samples_has_batches_without_loss(dataset: TokenDataset) -> None:
