@@ -210,12 +210,8 @@ def measure_packing(data: Path, text: list[Path], seconds: float) -> None:
             f" {processes.device}, {SAMPLES_A_STEP} samples a step, max_seq_length {LENGTH}"
         )
         print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
-        cases = [
-            ("padded to max_seq_length", 2),
-            *(("grouped", m) for m in (1, 2, 4, 8, 16)),
-            ("packed", 1),
-            ("packed", 2),
-        ]
+        grouped = [("grouped", micro) for micro in (1, 2, 4, 8, 16)]
+        cases = [("padded to max_seq_length", 2), *grouped, ("packed", 1), ("packed", 2)]
         best: dict[str, float] = {}
         for batching, micro in cases:
             rate, wait, filled = _steps(task, dataset, resolved.core, model, processes.device, batching, micro, seconds)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -174,19 +174,27 @@ def _row_bytes(batch: Batch) -> list[bytes]:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("batching", LAYOUTS)
-def test_two_processes_of_three_workers_see_the_bytes_of_one_process_alone(
-    dataset: TokenDataset, batching: str
-) -> None:
-    alone = sequence((dataset, plan_of(micro_batch=4, accumulation=1), 0, 0, batching))
+def test_two_processes_of_three_workers_see_the_bytes_of_one_process_alone(dataset: TokenDataset) -> None:
     plan = plan_of(micro_batch=1, accumulation=2, ranks=2)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        ranks = list(pool.map(sequence, [(dataset, plan, rank, 3, batching) for rank in range(2)]))
-    together = [
-        [row for micro in zip(*steps, strict=True) for of_rank in micro for row in of_rank]
-        for steps in zip(*ranks, strict=True)
-    ]
-    assert together == [[row for micro in step for row in micro] for step in alone]
+    program = (
+        "import pickle, sys\nsys.path.insert(0, sys.argv[1])\nfrom test_batches import sequence\n"
+        "pickle.dump([sequence(job) for job in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(Path(__file__).parent)]
+    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for rank, process in enumerate(ranks):
+        assert process.stdin is not None
+        pickle.dump([(dataset, plan, rank, 3, batching) for batching in LAYOUTS], process.stdin)
+        process.stdin.close()
+        process.stdin = None
+    seen = [pickle.loads(process.communicate(timeout=300)[0]) for process in ranks]
+    for number, batching in enumerate(LAYOUTS):
+        alone = sequence((dataset, plan_of(micro_batch=4, accumulation=1), 0, 0, batching))
+        together = [
+            [row for micro in zip(*steps, strict=True) for of_rank in micro for row in of_rank]
+            for steps in zip(*(of_rank[number] for of_rank in seen), strict=True)
+        ]
+        assert together == [[row for micro in step for row in micro] for step in alone]
 
 
 def test_a_rank_that_the_last_step_leaves_without_samples_has_batches_without_loss(dataset: TokenDataset) -> None:
