@@ -40,11 +40,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             checkpoint = folder / name / "checkpoints" / "step-00000003"
             resumed = folder / f"{name}-resumed"
             runs.append([*SMALL, "--zero_stage", stage, "--output_dir", resumed, "--resume", checkpoint])
+        packed, whole = [*SMALL, "--batching", "packed"], folder / f"{ranks}-packed"
+        runs.append([*packed, "--output_dir", whole])
+        checkpoint = whole / "checkpoints" / "step-00000003"
+        runs.append([*packed, "--output_dir", folder / f"{ranks}-packed-resumed", "--resume", checkpoint])
         train_many(runs, ranks=ranks, cwd=folder)
     return folder
 
 
-@pytest.mark.parametrize("name", [f"{ranks}-{stage}" for ranks, stages in STAGES.items() for stage in stages])
+@pytest.mark.parametrize(
+    "name", [f"{ranks}-{what}" for ranks, stages in STAGES.items() for what in (*stages, "packed")]
+)
 def test_a_resumed_run_ends_with_the_same_bits(folder: Path, name: str) -> None:
     whole, resumed = folder / name, folder / f"{name}-resumed"
     assert losses(whole)[3:] == losses(resumed)
