@@ -27,7 +27,6 @@ from panda.registry.contexts import ReaderContext
 # pretraining format has them.
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
-_LINE_END = re.compile(r"[ \t\r]*(\n|\Z)")
 _NEXT_LINE = re.compile(r"\n")
 _NEXT_OBJECT = re.compile(r"\n[ \t]*(?=\{)")
 _NUMBER_GOES_ON = re.compile(r"[0-9.eE+-]*\Z")
@@ -212,6 +211,8 @@ def _sequence(window: _Window) -> Iterator[Any]:
 
 
 def _line_ends(window: _Window) -> bool:
-    while not (found := _LINE_END.match(window.text, window.position)) and window.more():
-        pass
-    return found is not None
+    """Whether nothing but space is left of the line."""
+    count = 1
+    while (rest := window.ahead(count)).isspace() and "\n" not in rest and len(rest) == count:
+        count += 1
+    return not rest.strip(" \t\r\n") or "\n" in rest

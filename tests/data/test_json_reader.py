@@ -313,6 +313,7 @@ NOT_QUITE = [
     f"[{json.dumps(A)},\n{json.dumps(B)[:-4]}",
     f"[{json.dumps(A)}]\n\n rest",
     '{"a": 1.25e+10, "b": [true, null, -Infinity], "c": "\\ud83d\\ude00"}\n' * 3,
+    '1 1\n1 \t\r\n"a"   ',
     f'{{"a"\n"b"\n\n\n{json.dumps(A)}\n-12.5e3\n\n{json.dumps(B)}',
 ]
 
