@@ -55,7 +55,7 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
 def test_a_histogram_counts_every_sample_once_and_its_bars_are_to_scale() -> None:
     lines = data.histogram(np.array([2] * 10 + [3] * 5 + [9]), bins=4)
     assert [line.split()[-1] for line in lines] == ["15", "0", "0", "1"]
-    assert [line.strip()[:6] for line in lines] == ["2 to 3", "4 to 5", "6 to 7", "8 to 9"]
+    assert [" ".join(line.split()[:3]) for line in lines] == ["2 to 3", "4 to 5", "6 to 7", "8 to 9"]
     assert lines[0].count("█") == data.BAR and lines[1].count("█") == 0
     [only] = data.histogram(np.array([5, 5]), bins=4)
     assert only.split()[-1] == "2"
