@@ -213,7 +213,7 @@ def measure_packing(data: Path, text: list[Path], seconds: float) -> None:
         )
         print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
         grouped = [("grouped", micro) for micro in (1, 2, 4, 8, 16)]
-        cases = [("padded to max_seq_length", 2), *grouped, ("packed", 1), ("packed", 2)]
+        cases = [("padded to max_seq_length", 2), *grouped, *(("packed", micro) for micro in (1, 2, 4, 8, 16))]
         best: dict[str, float] = {}
         for batching, micro in cases:
             rate, wait, filled = _steps(task, dataset, resolved.core, model, processes.device, batching, micro, seconds)

@@ -371,6 +371,7 @@ def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict
         "precision": resolved.core.precision,
         "seed": resolved.core.seed,
         "samples": len(dataset),
+        "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),
         "tokens": dataset.tokens,
     }
 

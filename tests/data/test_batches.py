@@ -189,7 +189,7 @@ def test_two_processes_of_three_workers_see_the_bytes_of_one_process_alone(datas
         process.stdin = None
     seen = [pickle.loads(process.communicate(timeout=300)[0]) for process in ranks]
     for number, batching in enumerate(LAYOUTS):
-        alone = sequence((dataset, plan_of(micro_batch=4, accumulation=1), 0, 0, batching))
+        alone = sequence((dataset, plan_of(micro_batch=2, accumulation=2), 0, 0, batching))
         together = [
             [row for micro in zip(*steps, strict=True) for of_rank in micro for row in of_rank]
             for steps in zip(*(of_rank[number] for of_rank in seen), strict=True)

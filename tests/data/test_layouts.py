@@ -16,6 +16,7 @@ from panda.data.layouts import Layout
 from panda.data.layouts import best_fit
 from panda.data.layouts import by_length
 from panda.data.layouts import in_order
+from panda.data.layouts import packed
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.token_dataset import SampleBlock
@@ -73,8 +74,8 @@ def test_packing_again_gives_the_same_rows(lengths: list[int]) -> None:
 @given(lengths_of_samples)
 def test_grouping_orders_by_length_and_the_plain_layout_does_not(lengths: list[int]) -> None:
     samples, measured = np.arange(len(lengths)), np.array(lengths)
-    assert in_order(samples, measured, CAPACITY) == [[sample] for sample in range(len(lengths))]
-    grouped = [lengths[sample] for [sample] in by_length(samples, measured, CAPACITY)]
+    assert in_order(samples, measured, CAPACITY, 1) == [[sample] for sample in range(len(lengths))]
+    grouped = [lengths[sample] for [sample] in by_length(samples, measured, CAPACITY, 1)]
     assert grouped == sorted(lengths, reverse=True)
 
 
@@ -101,8 +102,27 @@ def test_every_step_has_its_samples_in_any_layout_and_split(
         assert max(sizes) <= micro and max(sizes) - min(sizes) <= 1
 
 
-@given(lengths_of_samples, st.sampled_from([(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]))
-def test_a_packed_step_has_the_same_rows_on_any_split(lengths: list[int], split: tuple[int, int, int]) -> None:
+@given(lengths_of_samples, st.integers(1, 8))
+def test_packed_rows_are_shorter_where_that_costs_no_micro_batch(lengths: list[int], at_once: int) -> None:
+    samples, measured = np.arange(len(lengths)), np.array(lengths)
+    full, rows = best_fit(samples, measured, CAPACITY), packed(samples, measured, CAPACITY, at_once)
+    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
+    assert -(-len(rows) // at_once) == -(-len(full) // at_once)
+    assert all(sum(lengths[sample] for sample in row) <= CAPACITY for row in rows)
+
+
+def test_packed_rows_fill_the_places_of_a_micro_batch() -> None:
+    lengths = np.array([5] * 8)
+    assert len(best_fit(np.arange(8), lengths, CAPACITY)) == 2
+    assert packed(np.arange(8), lengths, CAPACITY, at_once=4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert packed(np.arange(8), lengths, CAPACITY, at_once=2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@given(lengths_of_samples, st.sampled_from([(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8)]))
+def test_a_packed_step_has_the_same_rows_on_any_number_of_ranks(
+    lengths: list[int], split: tuple[int, int, int]
+) -> None:
+    """Where they take as many rows at once."""
     micro, accumulation, ranks = split
     one = layout_of(lengths, "packed", micro_batch=8, accumulation=1)
     other = replace(one, plan=replace(one.plan, micro_batch=micro, accumulation=accumulation, ranks=ranks))

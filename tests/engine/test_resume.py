@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             checkpoint = folder / name / "checkpoints" / "step-00000003"
             resumed = folder / f"{name}-resumed"
             runs.append([*SMALL, "--zero_stage", stage, "--output_dir", resumed, "--resume", checkpoint])
-        packed, whole = [*SMALL, "--batching", "packed"], folder / f"{ranks}-packed"
+        packed, whole = [*SMALL, "--batching", "packed", "--zero_stage", stages[-1]], folder / f"{ranks}-packed"
         runs.append([*packed, "--output_dir", whole])
         checkpoint = whole / "checkpoints" / "step-00000003"
         runs.append([*packed, "--output_dir", folder / f"{ranks}-packed-resumed", "--resume", checkpoint])
