@@ -31,6 +31,9 @@ RENAMED = {
     "max_length": "write `max_seq_length`.",
     "cutoff_len": "write `max_seq_length`.",
     "gradient_clipping": "write `max_grad_norm`.",
+    "packing": "write `batching: packed`.",
+    "sample_packing": "write `batching: packed`.",
+    "group_by_length": "write `batching: grouped`.",
     "bf16": "write `precision: bf16`.",
     "fp16": "write `precision: fp16`.",
     "deepspeed": "write `zero_stage`, or `deepspeed_config: FILE` for keys that panda does not own.",
@@ -74,6 +77,9 @@ class RunOptions:
     ckpt_path: str | None = None
     """Weights to start from. Not in this version."""
 
+    token_cache: str | None = None
+    """Folder in which tokenised data is kept for the next run; by default `$PANDA_CACHE`, or `~/.cache/panda`."""
+
     # -- batches and length of the run
     per_gpu_train_batch_size: Annotated[int, Meta(ge=1)] = 1
     """Micro batch: rows that one GPU (or process) handles at once."""
@@ -81,6 +87,8 @@ class RunOptions:
     """Rows that one GPU handles at once where nothing is trained: the answers at the end."""
     gradient_accumulation_steps: Annotated[int, Meta(ge=1)] = 64
     """Micro batches of one optimizer step on each GPU."""
+    batching: Literal["padded", "grouped", "packed"] = "padded"
+    """Rows of a step: `padded`, a sample each; `grouped`, like lengths together; `packed`, several samples a row."""
     num_train_epochs: Annotated[float, Meta(gt=0)] = 1.0
     """Passes over the data."""
     max_steps: Annotated[int, Meta(ge=-1)] = -1

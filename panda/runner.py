@@ -6,6 +6,8 @@ import json
 import random
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
@@ -15,11 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from panda.data.batches import Batch
 from panda.data.batches import step_batches
+from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
+from panda.data.order import SampleOrder
 from panda.data.reading import Reader
 from panda.data.reading import tokenizer_folder
-from panda.data.token_dataset import TokenDataset
+from panda.data.token_cache import cache_folder
+from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoint_folders import START
 from panda.engine.checkpoint_folders import Progress
 from panda.engine.checkpoint_folders import damage
@@ -34,6 +40,8 @@ from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.models.export import export
 from panda.models.generation import greedy
+from panda.models.isolation import refuse_leaking
+from panda.models.isolation import refuse_without_positions
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
 from panda.registry import Catalog
@@ -68,9 +76,9 @@ class Run:
     processes: Processes
     """This rank, how many there are, and the device."""
     task: LanguageModelling
-    dataset: TokenDataset
-    plan: BatchPlan
-    """How the data is cut into steps; ``plan.total_steps`` is the length of the run."""
+    dataset: SampleSet
+    layout: Layout
+    """The rows of each step."""
     schedule: Schedule
     """Completed optimizer steps to a factor of the peak learning rate."""
     engine: Engine
@@ -84,6 +92,11 @@ class Run:
     """Checkpoints that this process has saved."""
     answers: list[dict[str, str]] = field(default_factory=list)
     """At the end: ``prompt`` and ``answer`` of each prompt."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How the data is cut into steps; ``plan.total_steps`` is the length of the run."""
+        return self.layout.plan
 
     @property
     def options(self) -> RunOptions:
@@ -133,16 +146,25 @@ def load_tokenizer(location: str) -> Any:
 
 def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
     """The task that ``resolved`` names, with its reader. Raises UserError where its data is not there."""
-    reader = resolved.components["reader"].build(ReaderContext(), Reader)
-    context = TaskContext(tokenizer=tokenizer, reader=reader, max_seq_length=resolved.core.max_seq_length)
+    reader = resolved.components["reader"]
+    context = TaskContext(
+        tokenizer=tokenizer,
+        reader=reader.build(ReaderContext(), Reader),
+        max_seq_length=resolved.core.max_seq_length,
+        reader_options=reader.options,
+        token_cache=cache_folder(resolved.core.token_cache),
+    )
     task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
     return task
 
 
-def plan_batches(options: RunOptions, samples: int, ranks: int, progress: Progress = START) -> BatchPlan:
-    """How a run with these options goes through ``samples`` samples, from ``progress`` on."""
-    return BatchPlan(
-        samples=samples,
+def lay_out(
+    options: RunOptions, dataset: SampleSet, ranks: int, progress: Progress = START, *, batching: str | None = None
+) -> Layout:
+    """How a run with these options goes through ``dataset``, from ``progress`` on."""
+    order = SampleOrder(dataset.sources, options.seed)
+    plan = BatchPlan(
+        samples=order.epoch_samples,
         micro_batch=options.per_gpu_train_batch_size,
         accumulation=options.gradient_accumulation_steps,
         ranks=ranks,
@@ -151,6 +173,7 @@ def plan_batches(options: RunOptions, samples: int, ranks: int, progress: Progre
         start_step=progress.step,
         start_position=progress.position,
     )
+    return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
 
 
 def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
@@ -176,7 +199,7 @@ def _build(
     catalog: Catalog,
     tokenizer: Any,
     task: LanguageModelling,
-    dataset: TokenDataset,
+    dataset: SampleSet,
     processes: Processes,
 ) -> Run:
     options: RunOptions = resolved.core
@@ -184,8 +207,8 @@ def _build(
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
     checkpoint = processes.agree(lambda: find_directory(resolved)[1])
     progress = read_progress(checkpoint, _shape(resolved, processes, dataset)) if checkpoint else START
-    plan = plan_batches(options, len(dataset), processes.world_size, progress)
-    schedule = build_schedule(resolved, plan)
+    layout = lay_out(options, dataset, processes.world_size, progress)
+    schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
     _seed(options.seed)  # the same on every rank, for equal weights
@@ -193,6 +216,9 @@ def _build(
     # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
     with torch.device("cpu"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
+    model_name = resolved.components["model"].component.name
+    if layout.packed:
+        refuse_without_positions(model, model_name)
     _seed(options.seed + processes.rank)  # different, for dropout
     groups = param_groups(model, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
     optimizer = resolved.components["optimizer"].build(
@@ -200,6 +226,8 @@ def _build(
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(model, optimizer, config, processes)
+    if layout.packed:
+        refuse_leaking(engine.evaluating(), model_name, len(tokenizer), processes.device)
     directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
     if checkpoint:
         load_checkpoint(engine, checkpoint)
@@ -221,7 +249,7 @@ def _build(
         }
         write_description(directory, resolved, config, facts)
     hook = catalog.plugins.hook
-    return Run(resolved, directory, processes, task, dataset, plan, schedule, engine, hook, checkpoint, progress.step)
+    return Run(resolved, directory, processes, task, dataset, layout, schedule, engine, hook, checkpoint, progress.step)
 
 
 def _train(run: Run) -> Progress:
@@ -251,16 +279,14 @@ def _train(run: Run) -> Progress:
         clock.leave_out(time.perf_counter() - begun)
 
     batches = step_batches(
-        run.dataset,
-        plan,
+        run.layout,
         rank=run.processes.rank,
-        seed=options.seed,
         pad_token_id=run.task.tokenizer.pad_token_id or 0,
         num_workers=options.num_workers,
         prefetch_factor=options.prefetch_factor,
         pin_memory=run.processes.device.type == "cuda",
     )
-    for step, micro_batches in enumerate(batches, start.step + 1):
+    for step, micro_batches in enumerate(clock.waiting_for(batches), start.step + 1):
         factor = run.schedule(step - 1)
         engine.scale_learning_rate(factor)
         result = engine.step(micro_batches, run.task.loss)
@@ -292,14 +318,30 @@ class _Clock:
 
     def __init__(self, progress: Progress) -> None:
         self.last, self.time = progress, time.perf_counter()
+        self.waited = 0.0
 
-    def rates(self, progress: Progress) -> tuple[float, float]:
-        """Tokens a second and seconds a step since the last call."""
+    def waiting_for(self, batches: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+        """``batches``, with the time measured that each takes to come."""
+        arriving = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(arriving, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def rates(self, progress: Progress) -> dict[str, float]:
+        """What a record says of speed, since the last call."""
         now = time.perf_counter()
-        seconds = now - self.time
+        seconds, waited = now - self.time, self.waited
         tokens, steps = progress.tokens - self.last.tokens, progress.step - self.last.step
-        self.last, self.time = progress, now
-        return tokens / seconds, seconds / steps
+        self.last, self.time, self.waited = progress, now, 0.0
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "step_seconds": round(seconds / steps, 6),
+            "data_wait": round(waited / seconds, 6),
+        }
 
     def leave_out(self, seconds: float) -> None:
         """Do not count ``seconds`` that went into something else."""
@@ -308,7 +350,6 @@ class _Clock:
 
 def _record(result: StepResult, progress: Progress, learning_rate: float, clock: _Clock) -> dict[str, Any]:
     loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
-    tokens_per_second, step_seconds = clock.rates(progress)
     return {
         "step": progress.step,
         "loss": loss,
@@ -317,8 +358,7 @@ def _record(result: StepResult, progress: Progress, learning_rate: float, clock:
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
         "skipped_steps": progress.skipped_steps,
-        "tokens_per_second": round(tokens_per_second, 1),
-        "step_seconds": round(step_seconds, 6),
+        **clock.rates(progress),
     }
 
 
@@ -344,7 +384,7 @@ def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
             [run.task.encode_prompt(prompt) for prompt in some],
             max_new_tokens=ANSWER_TOKENS,
             pad_token_id=tokenizer.pad_token_id or 0,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=run.task.last_token,
             device=run.processes.device,
         )
         run.answers += [
@@ -355,7 +395,7 @@ def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
         (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> dict[str, Any]:
+def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict[str, Any]:
     """What a checkpoint's run and one that continues it have to agree on."""
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
     return {
@@ -371,6 +411,7 @@ def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> d
         "precision": resolved.core.precision,
         "seed": resolved.core.seed,
         "samples": len(dataset),
+        "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),
         "tokens": dataset.tokens,
         "data": dataset.fingerprint,
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 
 from distributions import distributions as distributions
+
+# Tokenised data of the tests is kept apart from the user's, in the processes that tests start as well.
+os.environ["PANDA_CACHE"] = tempfile.mkdtemp(prefix="panda-test-cache-")
 
 # A machine that others share is slow now and then, and that is no failure.
 settings.register_profile("panda", deadline=None)
@@ -27,3 +33,9 @@ def processes() -> Iterator[Any]:
 
     yield join_processes()
     leave_processes()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_token_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["PANDA_CACHE"], ignore_errors=True)

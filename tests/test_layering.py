@@ -28,7 +28,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Beside itself."""
 
-HEAVY = {"torch", "transformers", "numpy", "deepspeed", "tokenizers", "safetensors", "matplotlib", "peft", "fairscale"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "deepspeed",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+    "peft",
+    "fairscale",
+    "pyarrow",
+}
 
 
 def modules() -> list[Path]:

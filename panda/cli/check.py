@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 
-from panda.cli.arguments import parse_arguments
 from panda.cli.command import run_command
-from panda.cli.configuration import configure
-from panda.registry import UserError
+from panda.cli.configuration import configured
 from panda.registry.resolve import Resolved
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
 
 Resolve a configuration as panda-train would, print each value with where it came from, load the
-tokenizer, read and tokenise all the data, count the model's parameters; train nothing, write nothing.
+tokenizer, read and tokenise all the data, count the model's parameters; train nothing, and write
+nothing but the token cache.
 
 example: panda check configs/instruct-tiny.yaml --learning_rate 2e-3"""
 
@@ -25,15 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    arguments = parse_arguments(argv)
-    if arguments.help:
-        print(USAGE)
+    resolved = configured(argv, USAGE)
+    if resolved is None:
         return
-    if not argv:  # not a success: `panda check $CONFIG` with nothing in it has checked nothing
-        raise UserError(f"no configuration is given.\n{USAGE}")
-    resolved, _ = configure(arguments)
     _print_settings(resolved)
     _check_data_and_model(resolved)
 
@@ -60,12 +53,13 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.engine.checkpoint_folders import START
     from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
+    from panda.models.isolation import refuse_without_positions
     from panda.run_directory import find_directory
     from panda.runner import build_schedule
     from panda.runner import build_task
+    from panda.runner import lay_out
     from panda.runner import load_tokenizer
     from panda.runner import model_context
-    from panda.runner import plan_batches
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)
@@ -74,7 +68,8 @@ def _check_data_and_model(resolved: Resolved) -> None:
     task = build_task(resolved, tokenizer)
     dataset = task.dataset()
     progress = read_progress(checkpoint, {}) if checkpoint else START
-    plan = plan_batches(resolved.core, len(dataset), world_size, progress)
+    layout = lay_out(resolved.core, dataset, world_size, progress)
+    plan = layout.plan
     build_schedule(resolved, plan)
     print(f"\ndata: {dataset.report.files} files, {dataset.report.rows:,} rows")
     for line in dataset.report.lines():
@@ -89,4 +84,6 @@ def _check_data_and_model(resolved: Resolved) -> None:
 
     with torch.device("meta"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
+    if layout.packed:
+        refuse_without_positions(model, resolved.components["model"].component.name)
     print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 from panda.cli.arguments import Arguments
+from panda.cli.arguments import parse_arguments
 from panda.refusals import refuse
 from panda.registry import Catalog
+from panda.registry import UserError
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import resolve
 from panda.run_options import DEFAULT_PLUGINS
@@ -25,3 +27,16 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
     refuse(resolved)
     return resolved, catalog
+
+
+def configured(argv: list[str], usage: str) -> Resolved | None:
+    """What a command that takes CONFIG and flags is about. None where it was asked for help, which is then printed."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    arguments = parse_arguments(argv)
+    if arguments.help:
+        print(usage)
+        return None
+    if not argv:  # not a success: `panda check $CONFIG` with nothing in it has checked nothing
+        raise UserError(f"no configuration is given.\n{usage}")
+    return configure(arguments)[0]

@@ -13,6 +13,8 @@ COMMANDS = {
     "list": "what is installed, by kind",
     "show": "one component: its options, and where it comes from",
     "check": "resolve a configuration, verify its data, train nothing",
+    "data": "what its data looks like: counts, lengths, what carries loss",
+    "prepare": "tokenise its data ahead of time",
     "train": "the same as panda-train",
 }
 """Each is a module of this package with ``main(argv)``."""

@@ -1,16 +1,23 @@
-"""The ``json`` reader: arrays, single objects, JSON Lines, and what people call those."""
+"""The ``json`` reader: arrays, single objects, JSON Lines, and what people call those.
+
+A file is decoded through a window that slides over it, so memory holds a megabyte or the largest row,
+and not the file.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from typing import BinaryIO
 
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import kind_of
+from panda.data.reading import open_binary
 from panda.registry import NoOptions
 from panda.registry import UserError
 from panda.registry import register_reader
@@ -19,17 +26,22 @@ from panda.registry.contexts import ReaderContext
 # strict=False allows raw newlines and tabs inside strings: PandaLLM's own example of the
 # pretraining format has them.
 _DECODER = json.JSONDecoder(strict=False)
-_SPACE = " \t\r\n"
-_LINE_END = re.compile(r"[ \t\r]*(\n|\Z)")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _NEXT_LINE = re.compile(r"\n")
 _NEXT_OBJECT = re.compile(r"\n[ \t]*(?=\{)")
+_NUMBER_GOES_ON = re.compile(r"[0-9.eE+-]*\Z")
+_LONGEST_WORD = len("-Infinity")
+"""An error this near to the end of what was read may be a word or an escape that goes on behind it."""
+
+WINDOW = 1 << 20
+"""Bytes that are read at once."""
 
 
 @register_reader("json")
 class JsonReader:
-    """JSON: an array of objects, one object, or objects one after another (JSON Lines)."""
+    """JSON: an array of objects, one object, or objects one after another (JSON Lines); also gzipped."""
 
-    suffixes = (".json", ".jsonl")
+    suffixes = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 
     def __init__(self, options: NoOptions, context: ReaderContext) -> None:
         pass
@@ -37,25 +49,21 @@ class JsonReader:
     def read(self, file: Path) -> Iterator[Row | BadRow]:
         """Rows in order. A syntax error inside an array ends the file and is an error; between the
         objects of a JSON Lines file it costs one row, which is reported."""
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as problem:
-            line = problem.object.count(b"\n", 0, problem.start) + 1
-            byte = problem.object[problem.start]
-            raise UserError(f"{file}:{line}: not UTF-8: byte {byte:#04x}. Convert the file to UTF-8.") from None
-        except OSError as problem:
-            raise UserError(f"{file}: cannot be read: {problem.strerror}") from None
-        start = _skip_space(text, 0)
-        if start == len(text):
-            raise UserError(f"{file}: the file is empty. Expected a JSON array of objects, an object, or JSON Lines.")
-        elements = _array(file, text, start + 1) if text[start] == "[" else _sequence(file, text, start)
-        for number, element in enumerate(elements, 1):
-            if isinstance(element, _Unreadable):
-                yield BadRow(file, number, element.problem)
-            elif isinstance(element, dict):
-                yield Row(element, file, number)
-            else:
-                yield BadRow(file, number, f"expected an object, {{...}}, found {kind_of(element)}")
+        with open_binary(file) as stream:
+            window = _Window(file, stream)
+            window.skip_space()
+            if window.at_end():
+                raise UserError(
+                    f"{file}: the file is empty. Expected a JSON array of objects, an object, or JSON Lines."
+                )
+            elements = _array(window) if window.character() == "[" else _sequence(window)
+            for number, element in enumerate(elements, 1):
+                if isinstance(element, _Unreadable):
+                    yield BadRow(file, number, element.problem)
+                elif isinstance(element, dict):
+                    yield Row(element, file, number)
+                else:
+                    yield BadRow(file, number, f"expected an object, {{...}}, found {kind_of(element)}")
 
 
 class _Unreadable:
@@ -63,57 +71,148 @@ class _Unreadable:
         self.problem = problem
 
 
-def _array(file: Path, text: str, position: int) -> Iterator[Any]:
-    position = _skip_space(text, position)
-    number = 1
-    while text[position : position + 1] != "]":
+class _Window:
+    """The text of a file around a position. What lies behind the position is forgotten."""
+
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self.file, self.stream = file, stream
+        self.text = ""
+        self.position = 0
+        self.complete = False
+        """Whether ``text`` reaches to the end of the file."""
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self._lines = 0
+        """Newlines before ``text``."""
+        self._columns = 0
+        """Characters of the line in which ``text`` begins, before it."""
+        self._newlines_read = 0
+
+    def more(self) -> bool:
+        """Read on, as much again as there is: a row that does not fit is decoded anew each time. False at the end."""
+        if self.complete:
+            return False
+        raw = self.stream.read(max(WINDOW, len(self.text) - self.position))
+        self.complete = not raw
         try:
-            element, position = _decode(text, position)
-            position = _skip_space(text, position)
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
+            text = self._utf8.decode(raw, final=self.complete)
+        except UnicodeDecodeError as problem:
+            line = self._newlines_read + problem.object.count(b"\n", 0, problem.start) + 1
+            byte = problem.object[problem.start]
+            raise UserError(f"{self.file}:{line}: not UTF-8: byte {byte:#04x}. Convert the file to UTF-8.") from None
+        self._newlines_read += raw.count(b"\n")
+        if self.complete:
+            return False
+        forgotten = self.text[: self.position]
+        newlines = forgotten.count("\n")
+        self._lines += newlines
+        self._columns = len(forgotten) - forgotten.rfind("\n") - 1 + (0 if newlines else self._columns)
+        self.text, self.position = self.text[self.position :] + text, 0
+        return True
+
+    def character(self) -> str:
+        """The character at the position; empty at the end of the file."""
+        return self.ahead(1)
+
+    def ahead(self, count: int) -> str:
+        """The next ``count`` characters, or as many as there are."""
+        while len(self.text) - self.position < count and self.more():
+            pass
+        return self.text[self.position : self.position + count]
+
+    def at_end(self) -> bool:
+        return not self.character()
+
+    def skip_space(self) -> None:
+        while True:
+            found = _SPACE.match(self.text, self.position)
+            assert found is not None
+            self.position = found.end()
+            if self.position < len(self.text) or not self.more():
+                return
+
+    def decode(self) -> Any:
+        """The JSON value at the position, which moves behind it. Raises JSONDecodeError, whatever is wrong."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.position)
+                # A number may go on behind the end of the window; what is in brackets or quotes does not.
+                goes_on = isinstance(value, (int, float)) and _NUMBER_GOES_ON.match(self.text, end)
+                if not (goes_on and self.more()):
+                    self.position = end
+                    return value
+            except json.JSONDecodeError as problem:
+                cut_off = problem.msg.startswith("Unterminated string") or (
+                    problem.pos > len(self.text) - _LONGEST_WORD
+                )
+                if not (cut_off and self.more()):
+                    raise
+            except (RecursionError, ValueError) as problem:  # nested too deeply; too many digits for Python
+                raise json.JSONDecodeError(str(problem), self.text, self.position) from None
+
+    def next_match(self, pattern: re.Pattern[str]) -> None:
+        """Move behind the next match of ``pattern``, or to the end of the file."""
+        while not (found := pattern.search(self.text, self.position)):
+            # A match may begin in the last line of what was read.
+            self.position = max(self.position, self.text.rfind("\n"))
+            if not self.more():
+                self.position = len(self.text)
+                return
+        self.position = found.end()
+
+    def place(self, problem: json.JSONDecodeError) -> tuple[int, int]:
+        """Line and column in the file of an error in ``text``, both counted from 1."""
+        column = problem.colno + (self._columns if problem.lineno == 1 else 0)
+        return self._lines + problem.lineno, column
+
+
+def _array(window: _Window) -> Iterator[Any]:
+    window.position += 1
+    window.skip_space()
+    number = 1
+    while window.character() != "]":
+        try:
+            element = window.decode()
+            window.skip_space()
+            if window.character() not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']' after a row", window.text, window.position)
         except json.JSONDecodeError as problem:
-            ended = problem.msg.startswith("Unterminated string") or not text[problem.pos :].strip()
+            line, column = window.place(problem)
+            ended = problem.msg.startswith("Unterminated string") or not window.text[problem.pos :].strip()
             raise UserError(
-                f"{file}:{problem.lineno}:{problem.colno}: not valid JSON, in row {number}: {problem.msg}."
+                f"{window.file}:{line}:{column}: not valid JSON, in row {number}: {problem.msg}."
                 f"{' The file ends there: is it cut short?' if ended else ''}"
             ) from None
         yield element
         number += 1
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
-    rest = _skip_space(text, position + 1)
-    if rest != len(text):
-        raise UserError(f"{file}: there is text after the array's closing ']': {text[rest : rest + 40]!r}.")
+        if window.character() == ",":
+            window.position += 1
+            window.skip_space()
+    window.position += 1
+    window.skip_space()
+    if not window.at_end():
+        raise UserError(f"{window.file}: there is text after the array's closing ']': {window.ahead(40)!r}.")
 
 
-def _sequence(file: Path, text: str, position: int) -> Iterator[Any]:
+def _sequence(window: _Window) -> Iterator[Any]:
     """Objects one after another. After a syntax error in one, reading goes on at the next line that opens one."""
-    while position < len(text):
+    while not window.at_end():
+        opens_object = window.character() == "{"
         try:
-            element, end = _decode(text, position)
-            if not isinstance(element, dict) and not _LINE_END.match(text, end):
-                raise json.JSONDecodeError("Expecting an object", text, position)
+            element = window.decode()
+            if not isinstance(element, dict) and not _line_ends(window):
+                raise json.JSONDecodeError("Expecting an object", window.text, window.position)
             yield element
         except json.JSONDecodeError as problem:
-            yield _Unreadable(f"not valid JSON at line {problem.lineno}, column {problem.colno}: {problem.msg}")
+            line, column = window.place(problem)
+            yield _Unreadable(f"not valid JSON at line {line}, column {column}: {problem.msg}")
             # An object may be spread over lines. What does not begin as one is taken line by line.
-            following = (_NEXT_OBJECT if text[position] == "{" else _NEXT_LINE).search(text, position)
-            end = following.end() if following else len(text)
-        position = _skip_space(text, end)
+            window.next_match(_NEXT_OBJECT if opens_object else _NEXT_LINE)
+        window.skip_space()
 
 
-def _decode(text: str, position: int) -> tuple[Any, int]:
-    """The JSON value at ``position``, and where it ends. Raises JSONDecodeError whatever is wrong with it."""
-    try:
-        return _DECODER.raw_decode(text, position)
-    except json.JSONDecodeError:
-        raise
-    except (RecursionError, ValueError) as problem:  # nested too deeply; a number of more digits than Python reads
-        raise json.JSONDecodeError(str(problem), text, position) from None
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _SPACE:
-        position += 1
-    return position
+def _line_ends(window: _Window) -> bool:
+    """Whether nothing but space is left of the line."""
+    count = 1
+    while (rest := window.ahead(count)).isspace() and "\n" not in rest and len(rest) == count:
+        count += 1
+    return not rest.strip(" \t\r\n") or "\n" in rest

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import BinaryIO
 from typing import Protocol
+from typing import cast
 from typing import runtime_checkable
 
 from panda.registry import UserError
@@ -67,6 +72,19 @@ _KINDS: dict[type, str] = {
 }
 
 
+@contextmanager
+def open_binary(file: Path) -> Iterator[BinaryIO]:
+    """The bytes of ``file``, unpacked where its name ends in ``.gz``. Raises UserError where they cannot be had."""
+    packed = file.name.lower().endswith(".gz")
+    try:
+        with cast(BinaryIO, gzip.open(file) if packed else file.open("rb")) as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        raise UserError(f"{file}: not a whole gzip file: {problem}. Is it cut short?") from None
+    except OSError as problem:
+        raise UserError(f"{file}: cannot be read: {problem.strerror or problem}.") from None
+
+
 def resolve_path(text: str) -> Path:
     """The path that an option means: ``panda:`` begins one inside the installed panda package."""
     if text.startswith("panda:"):
@@ -98,16 +116,21 @@ def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Pa
         return [path]
     if not path.exists():
         raise UserError(
-            f"{option}: {location!r} does not exist (looked in {Path.cwd()}). Give a folder of"
-            f" {' or '.join(suffixes)} files, or one such file."
+            f"{option}: {location!r} does not exist (looked in {Path.cwd()}). Give a folder of {_named(suffixes)}"
+            " files, or one such file."
         )
     files = sorted(_files_below(path))
     found = [file for file in files if file.name.lower().endswith(suffixes)]
     if not found:
         others = sorted({file.suffix or file.name for file in files})
+        hint = " `reader` says how files are read; `panda list readers`." if others else ""
         seen = f"it has {', '.join(others[:5])}" if others else "it is empty"
-        raise UserError(f"{option}: {location!r} has no file that ends in {' or '.join(suffixes)}; {seen}.")
+        raise UserError(f"{option}: {location!r} has no file that ends in {_named(suffixes)}; {seen}.{hint}")
     return found
+
+
+def _named(suffixes: tuple[str, ...]) -> str:
+    return " or ".join(suffix for suffix in suffixes if not suffix.endswith(".gz"))
 
 
 def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from array import array
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from typing import Protocol
 
 import numpy as np
 
+from panda.data.order import Source
 from panda.data.reading import BadRow
 
 SHOWN_BAD_ROWS = 10
-"""Bad rows that are kept with their place and reason; the others are counted."""
+"""Bad rows that are kept with their place and reason; the others are counted by reason."""
+KEPT_REASONS = 50
 
 
 @dataclass
@@ -24,11 +33,28 @@ class DataReport:
     rows: int = 0
     bad_rows: int = 0
     first_bad_rows: list[BadRow] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Bad rows by what is wrong with them, numbers left out."""
     truncated: int = 0
     """Samples that were longer than max_seq_length and lost tokens."""
 
     def add_bad(self, bad: BadRow) -> None:
         self.bad_rows += 1
+        self._keep(bad)
+        reason = re.sub(r"\d+", "…", bad.problem)
+        self.reasons[reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"] += 1
+
+    def add(self, other: DataReport) -> None:
+        """Count what ``other`` counted, too."""
+        self.files += other.files
+        self.rows += other.rows
+        self.bad_rows += other.bad_rows
+        self.truncated += other.truncated
+        self.reasons += other.reasons
+        for bad in other.first_bad_rows:
+            self._keep(bad)
+
+    def _keep(self, bad: BadRow) -> None:
         if len(self.first_bad_rows) < SHOWN_BAD_ROWS:
             self.first_bad_rows.append(bad)
 
@@ -41,26 +67,111 @@ class DataReport:
             lines.append(f"{self.truncated} samples are longer than max_seq_length and were cut.")
         return lines
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain objects, of which ``from_json`` makes an equal report."""
+        bad = [[str(row.file), row.number, row.problem] for row in self.first_bad_rows]
+        return {**vars(self), "first_bad_rows": bad, "reasons": dict(self.reasons)}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> DataReport:
+        bad = [BadRow(Path(file), number, problem) for file, number, problem in plain["first_bad_rows"]]
+        return cls(**plain | {"first_bad_rows": bad, "reasons": Counter(plain["reasons"])})
+
+
+class SampleBlock:
+    """Samples of a stretch of rows, and the report of those rows. What tokenising processes hand over."""
+
+    def __init__(self) -> None:
+        self.report = DataReport()
+        self.token_ids = array("i")
+        self.supervised = bytearray()
+        self.lengths = array("q")
+
+    def add(self, token_ids: Sequence[int], supervised: bytes) -> None:
+        """One sample. ``supervised`` has a byte a token, 1 for one to predict; the first has none before it and is 0.
+
+        A sample that cannot be learned from has no place here: it is a bad row of the report.
+        """
+        assert len(token_ids) == len(supervised) and supervised[0] == 0 and 1 in supervised
+        self.token_ids.extend(token_ids)
+        self.supervised += supervised
+        self.lengths.append(len(token_ids))
+
+
+class SampleSet(Protocol):
+    """What a run trains on: samples by number, and how many of which make an epoch."""
+
+    @property
+    def sources(self) -> Sequence[Source]: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def supervised_tokens(self) -> int: ...
+
+    @property
+    def report(self) -> DataReport: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the samples: a run that is resumed has to go on with the same."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and supervision of one sample, each [length]."""
+        ...
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """int64: tokens of each of the samples ``indices``."""
+        ...
+
 
 @dataclass(frozen=True)
 class TokenDataset:
     """Samples one behind another: sample i is ``[offsets[i], offsets[i + 1])`` of both flat arrays."""
 
     token_ids: np.ndarray
-    """int32 [tokens]"""
+    """uint16 or int32 [tokens]"""
     supervised: np.ndarray
     """bool [tokens]: whether this token is one to predict. The first token of a sample never is."""
     offsets: np.ndarray
     """int64 [samples + 1]"""
     report: DataReport
+    supervised_tokens: int
+    directory: Path | None = None
+    """Where the arrays lie, if they are mapped from files: then another process maps them too, and none is copied."""
+
+    @classmethod
+    def of(cls, block: SampleBlock) -> TokenDataset:
+        """The samples of ``block``, in memory."""
+        return cls(
+            np.array(block.token_ids, dtype=np.int32),
+            np.frombuffer(bytes(block.supervised), dtype=np.bool_),
+            np.concatenate([[0], np.cumsum(np.array(block.lengths, dtype=np.int64))]).astype(np.int64),
+            block.report,
+            sum(block.supervised),
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and supervision of one sample, each [length]."""
         where = slice(self.offsets[index], self.offsets[index + 1])
         return self.token_ids[where], self.supervised[where]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.directory is not None:
+            from panda.data.token_cache import open_cache
+
+            return open_cache, (self.directory,)
+        return TokenDataset, tuple(getattr(self, each.name) for each in fields(self))
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        lengths: np.ndarray = self.offsets[indices + 1] - self.offsets[indices]
+        return lengths
 
     @property
     def tokens(self) -> int:
@@ -68,37 +179,45 @@ class TokenDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the samples: a run that is resumed has to go on with the same."""
+        if self.directory is not None:  # whose name is a hash of all that the samples come from
+            return self.directory.name
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.token_ids, self.supervised, self.offsets):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
     @property
-    def supervised_tokens(self) -> int:
-        return int(self.supervised.sum())
+    def sources(self) -> Sequence[Source]:
+        return (Source(len(self), len(self)),)
 
 
-class TokenDatasetBuilder:
-    """Appends samples; ``finish`` makes the data set."""
+class MixedDataset:
+    """Several data sets, each with the number of passes over it that an epoch makes."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[tuple[str, TokenDataset, float]]) -> None:
+        """``parts``: a name, a data set, and the passes."""
+        self.parts = [dataset for _, dataset, _ in parts]
+        self.sources = tuple(Source(len(d), max(1, round(passes * len(d))), name) for name, d, passes in parts)
+        self._ends = np.cumsum([len(dataset) for dataset in self.parts])
+        self.tokens = sum(dataset.tokens for dataset in self.parts)
+        self.supervised_tokens = sum(dataset.supervised_tokens for dataset in self.parts)
+        self.fingerprint = " ".join(dataset.fingerprint for dataset in self.parts)
         self.report = DataReport()
-        self._token_ids = array("i")
-        self._supervised = array("B")
-        self._offsets = array("q", [0])
+        for dataset in self.parts:
+            self.report.add(dataset.report)
 
-    def add(self, token_ids: list[int], unsupervised: int) -> None:
-        """One sample, of whose tokens the first ``unsupervised`` carry no loss."""
-        assert 1 <= unsupervised < len(token_ids)
-        self._token_ids.extend(token_ids)
-        self._supervised.extend(bytes(unsupervised) + b"\1" * (len(token_ids) - unsupervised))
-        self._offsets.append(len(self._token_ids))
+    def __len__(self) -> int:
+        return int(self._ends[-1])
 
-    def finish(self) -> TokenDataset:
-        return TokenDataset(
-            np.frombuffer(self._token_ids, dtype=np.int32),
-            np.frombuffer(self._supervised, dtype=np.bool_),
-            np.frombuffer(self._offsets, dtype=np.int64),
-            self.report,
-        )
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        lengths = np.empty(len(indices), dtype=np.int64)
+        start = 0
+        for dataset, end in zip(self.parts, self._ends, strict=True):
+            mine = (indices >= start) & (indices < end)
+            lengths[mine] = dataset.lengths(indices[mine] - start)
+            start = end
+        return lengths

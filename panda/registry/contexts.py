@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from panda.data import Reader
@@ -29,6 +31,10 @@ class TaskContext:
     reader: Reader
     max_seq_length: int
     """Tokens that a sample may have at most."""
+    reader_options: Any = None
+    """The reader's options: the token cache is addressed by them, too."""
+    token_cache: Path | None = None
+    """Folder in which tokenised data is kept; without one it is tokenised in memory."""
 
 
 @dataclass(frozen=True)

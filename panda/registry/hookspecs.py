@@ -70,8 +70,9 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     Keys: ``step``; ``loss``, per supervised token, the mean over the whole step of the last step;
     ``learning_rate``; ``grad_norm``, before clipping; ``tokens`` and ``supervised_tokens``, since the
     run began and over all ranks; ``skipped_steps``, of all steps those that changed nothing because
-    their gradients were not finite; ``tokens_per_second`` and ``step_seconds``, the mean since the
-    last record, without the time that saving took.
+    their gradients were not finite; ``tokens_per_second``, ``step_seconds`` and ``data_wait``, the
+    share of the time that rank 0 waited for batches, each the mean since the last record, without the
+    time that saving took.
     """
 
 

@@ -2,62 +2,118 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Any
+from typing import Literal
 
 from panda.data.reading import Row
+from panda.registry import UserError
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.conversations import Turn
+from panda.tasks.conversations import conversation_of
+from panda.tasks.templates import Chat
+from panda.tasks.templates import Plain
+from panda.tasks.templates import Template
+from panda.tasks.text_task import TextTask
 
 if TYPE_CHECKING:
-    from panda.data.token_dataset import TokenDatasetBuilder
+    from panda.data.token_dataset import SampleBlock
 
 
 @dataclass(frozen=True)
-class InstructOptions:
+class InstructFormat:
+    """How rows become conversations, and those text."""
+
+    input_field: str | None = None
+    """Field of the prompt, with target_field. By default the common names: instruction/input/output, messages, ..."""
+    target_field: str | None = None
+    """Field of the answer, with input_field."""
+    template: Literal["plain", "chat"] = "plain"
+    """`plain` writes turns behind one another; `chat` uses the tokenizer's chat template."""
+    separator: str = "\n"
+    """Text between prompt and answer in the plain template; the last of the prompt."""
+
+    def __post_init__(self) -> None:
+        if (self.input_field is None) != (self.target_field is None):
+            raise UserError("input_field and target_field are given together, or neither is.")
+
+
+@dataclass(frozen=True)
+class InstructOptions(InstructFormat):
     """Options of the instruct task."""
 
     instruction_tuning_data_dir: str = "./dataset/instruction_tuning"
-    """Folder, read recursively, or file of rows with "input" and "target"."""
-    separator: str = "\n"
-    """Text between input and target; the last of the prompt."""
+    """Folder, read recursively, or file of rows with "input" and "target" (or other common names)."""
 
 
 @register_task("instruct", options=InstructOptions)
-class Instruct(LanguageModelling):
-    """Answers to instructions: rows of "input", which carries no loss, and "target", which does."""
+class Instruct(TextTask):
+    """Answers to instructions, of one turn or several: prompts carry no loss, answers and their ends do."""
 
     option = "instruction_tuning_data_dir"
-    text_fields = ("input", "target")
 
     def __init__(self, options: InstructOptions, context: TaskContext) -> None:
         super().__init__(options.instruction_tuning_data_dir, context)
-        self.separator = options.separator
+        self.options = options
+        self.template: Template = (
+            Chat(self.tokenizer) if options.template == "chat" else Plain(options.separator, self.tokenizer)
+        )
+        self.special_tokens_in_text = self.template.special
 
-    def check_row(self, row: Row) -> str | None:
-        problem = super().check_row(row)
-        if problem is None and not row.fields["target"]:
-            return "field 'target' is empty"
-        return problem
+    def describe(self) -> dict[str, Any]:
+        fields = asdict(self.options)
+        return {key: fields[key] for key in ("input_field", "target_field")} | self.template.describe()
 
-    def add_samples(self, rows: list[Row], builder: TokenDatasetBuilder) -> None:
-        prompts = self.encode([self.prompt_text(row.fields["input"]) for row in rows])
-        targets = self.encode([row.fields["target"] for row in rows])
+    def parse(self, row: Row) -> tuple[str, list[list[tuple[str, bool]]]]:
+        """What is asked first, and the segments of each sample."""
+        turns: list[Turn] = conversation_of(row.fields, self.options.input_field, self.options.target_field)
+        asked = next((turn.text for turn in turns if turn.role == "user"), "")
+        return asked, [list(segments) for segments in self.template.samples(turns)]
+
+    def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
+        samples = [segments for _, of_row in parsed for segments in of_row]
+        ids = iter(self.encode([text for segments in samples for text, _ in segments]))
+        for segments in samples:
+            exchanges = []
+            for _ in segments[::2]:
+                exchanges.append((next(ids), [*next(ids), *self.template.end]))
+            self._add(exchanges, block)
+
+    def _add(self, exchanges: list[tuple[list[int], list[int]]], block: SampleBlock) -> None:
+        """One sample of prompts and answers in turn.
+
+        Where it is too long, the last exchanges are left out; where not even the first one fits, its
+        prompt gives way, from the beginning, and then the end of its answer.
+        """
         limit = self.context.max_seq_length
-        for prompt, target in zip(prompts, targets, strict=True):
-            answer = [*target, self.tokenizer.eos_token_id]
-            # Prompt and target are tokenised apart, so the mask is exact. Where both are too long,
-            # the prompt gives way first, from its beginning, and at least one token precedes the answer.
-            room = limit - len(self.bos) - len(answer)
-            kept = prompt[max(0, len(prompt) - max(0, room)) :]
-            start = [*self.bos, *kept] or prompt[-1:] or answer[-1:]
-            sample = [*start, *answer][:limit]
-            builder.report.truncated += len(kept) < len(prompt) or len(start) + len(answer) > limit
-            builder.add(sample, unsupervised=len(start))
+        prompt, answer = exchanges[0]
+        prompt = self.without_bos(prompt)
+        whole = len(self.bos) + len(prompt) + len(answer)
+        room = limit - len(self.bos) - len(answer)
+        kept = prompt[max(0, len(prompt) - max(0, room)) :]
+        start = [*self.bos, *kept] or prompt[-1:] or [self.tokenizer.eos_token_id]
+        token_ids = [*start, *answer][:limit]
+        supervised = bytes(len(start)) + b"\1" * (len(token_ids) - len(start))
+        cut = len(kept) < len(prompt) or max(whole, len(start) + len(answer)) > limit
+        for prompt, answer in exchanges[1:]:
+            if cut or len(token_ids) + len(prompt) + len(answer) > limit:
+                cut = True
+                break
+            token_ids += prompt + answer
+            supervised += bytes(len(prompt)) + b"\1" * len(answer)
+        block.report.truncated += cut
+        block.add(token_ids, supervised)
+
+    @property
+    def last_token(self) -> int:
+        return self.template.last_token
 
     def prompt_text(self, prompt: str) -> str:
-        return prompt + self.separator
+        return self.template.prompt(prompt)
 
-    def example_prompt(self, row: Row) -> str:
-        return str(row.fields["input"])
+    def example_prompt(self, parsed: Any) -> str:
+        asked: str = parsed[0]
+        return asked

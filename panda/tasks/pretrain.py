@@ -4,58 +4,85 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Any
 
 from panda.data.reading import Row
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.conversations import UnusableRowError
+from panda.tasks.conversations import missing
+from panda.tasks.conversations import text_of
+from panda.tasks.text_task import TextTask
 
 if TYPE_CHECKING:
-    from panda.data.token_dataset import TokenDatasetBuilder
+    from panda.data.token_dataset import SampleBlock
 
 EXAMPLE_CHARACTERS = 40
 """Characters of a document that serve as a prompt."""
+CONTENT_FIELDS = ("content", "text")
 
 
 @dataclass(frozen=True)
-class PretrainOptions:
+class PretrainFormat:
+    """How rows become documents."""
+
+    title_field: str = "title"
+    """Field of a document's title, which stands on a line before its content. A row may have none."""
+    content_field: str | None = None
+    """Field of a document's content; by default "content" or "text"."""
+
+
+@dataclass(frozen=True)
+class PretrainOptions(PretrainFormat):
     """Options of the pretrain task."""
 
     pretraining_data_dir: str = "./dataset/pretraining"
-    """Folder, read recursively, or file of rows with "title" and "content"."""
+    """Folder, read recursively, or file of rows with "content" or "text", and perhaps "title"."""
 
 
 @register_task("pretrain", options=PretrainOptions)
-class Pretrain(LanguageModelling):
-    """Continuation of documents: rows of "title" and "content", joined, every token with loss."""
+class Pretrain(TextTask):
+    """Continuation of documents: rows of "title" and "content", or of "text", every token with loss."""
 
     option = "pretraining_data_dir"
-    text_fields = ("title", "content")
 
     def __init__(self, options: PretrainOptions, context: TaskContext) -> None:
         super().__init__(options.pretraining_data_dir, context)
+        self.title_field, self.content_field = options.title_field, options.content_field
 
-    def check_row(self, row: Row) -> str | None:
-        problem = super().check_row(row)
-        if problem is None and not (row.fields["title"] or row.fields["content"]):
-            return "fields 'title' and 'content' are empty"
-        return problem
+    def describe(self) -> dict[str, Any]:
+        return {"title_field": self.title_field, "content_field": self.content_field}
 
-    def add_samples(self, rows: list[Row], builder: TokenDatasetBuilder) -> None:
-        documents = self.encode([self._text(row) for row in rows])
-        for document in documents:
+    def parse(self, row: Row) -> str:
+        fields = row.fields
+        names = (self.content_field,) if self.content_field else CONTENT_FIELDS
+        content_field = next((name for name in names if name in fields), None)
+        if content_field is None:
+            instead = "" if self.content_field else " (content_field names another)"
+            raise missing(fields, list(names), instead)
+        content = text_of(fields, content_field)
+        if self.title_field not in fields:
+            if not content:
+                raise UnusableRowError(f"field {content_field!r} is empty")
+            return content
+        title = text_of(fields, self.title_field)
+        if not (title or content):
+            raise UnusableRowError(f"fields {self.title_field!r} and {content_field!r} are empty")
+        return f"{title}\n{content}"
+
+    def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
+        for document in self.encode(parsed):
             tokens = [*self.bos, *document, self.tokenizer.eos_token_id]
             # A window begins with the last token of the one before, so that every token but the
             # document's first is predicted exactly once.
             stride = self.context.max_seq_length - 1
             for start in range(0, len(tokens) - 1, stride):
-                builder.add(tokens[start : start + stride + 1], unsupervised=1)
+                window = tokens[start : start + stride + 1]
+                block.add(window, b"\0" + b"\1" * (len(window) - 1))
 
     def prompt_text(self, prompt: str) -> str:
         return prompt
 
-    def example_prompt(self, row: Row) -> str:
-        return self._text(row)[:EXAMPLE_CHARACTERS]
-
-    def _text(self, row: Row) -> str:
-        return f"{row.fields['title']}\n{row.fields['content']}"
+    def example_prompt(self, parsed: Any) -> str:
+        text: str = parsed
+        return text[:EXAMPLE_CHARACTERS]

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +20,14 @@ from panda.data.batches import IGNORED_LABEL
 from panda.data.batches import Batch
 from panda.data.batches import collate
 from panda.data.batches import step_batches
+from panda.data.layouts import LAYOUTS
+from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
-from panda.data.order import sample_at
+from panda.data.order import SampleOrder
+from panda.data.token_cache import _mapped
+from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
-from panda.data.token_dataset import TokenDatasetBuilder
+from panda.registry import UserError
 
 PAD = 0
 SAMPLES, SEED = 23, 5
@@ -29,38 +40,33 @@ def sample(token_ids: list[int], unsupervised: int) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def dataset() -> TokenDataset:
     """Sample i is i + 1 throughout, in lengths that differ."""
-    builder = TokenDatasetBuilder()
+    block = SampleBlock()
     for index in range(SAMPLES):
-        builder.add([index + 1] * (2 + index % 5), unsupervised=1 + index % 2 * (index % 5 > 0))
-    return builder.finish()
+        length, unsupervised = 2 + index % 5, 1 + index % 2 * (index % 5 > 0)
+        block.add([index + 1] * length, bytes(unsupervised) + b"\1" * (length - unsupervised))
+    return TokenDataset.of(block)
 
 
 def plan_of(**changes: Any) -> BatchPlan:
     return BatchPlan(**({"samples": SAMPLES, "micro_batch": 2, "accumulation": 2, "ranks": 1, "epochs": 1.5} | changes))
 
 
-def prepare(dataset: TokenDataset, plan: BatchPlan, rank: int = 0, workers: int = 0) -> list[list[Batch]]:
+def prepare(
+    dataset: TokenDataset, plan: BatchPlan, rank: int = 0, workers: int = 0, batching: str = "padded"
+) -> list[list[Batch]]:
+    layout = Layout(dataset, SampleOrder(dataset.sources, SEED), plan, batching, max_seq_length=9)
     return list(
-        step_batches(
-            dataset,
-            plan,
-            rank=rank,
-            seed=SEED,
-            pad_token_id=PAD,
-            num_workers=workers,
-            prefetch_factor=2,
-            pin_memory=False,
-        )
+        step_batches(layout, rank=rank, pad_token_id=PAD, num_workers=workers, prefetch_factor=2, pin_memory=False)
     )
 
 
 def who(batch: Batch) -> list[int]:
-    """The samples of a batch of ``dataset``."""
+    """The samples of a batch of ``dataset`` whose rows hold one each."""
     return [int(row[0]) - 1 for row in batch.input_ids if row[0] != PAD]
 
 
 def test_samples_are_padded_on_the_right_to_the_longest() -> None:
-    batch = collate([sample([5, 6, 7, 8], 2), sample([9, 3], 1)], pad_token_id=1)
+    batch = collate([[sample([5, 6, 7, 8], 2)], [sample([9, 3], 1)]], pad_token_id=1)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 1, 1]]
     assert batch.labels.tolist() == [[-100, -100, 7, 8], [-100, 3, -100, -100]]
     assert (batch.tokens, batch.supervised_tokens) == (6, 3)
@@ -69,7 +75,7 @@ def test_samples_are_padded_on_the_right_to_the_longest() -> None:
 
 def test_a_token_that_equals_the_padding_keeps_its_label_and_its_count() -> None:
     """Where padding is the end-of-sequence token, the end still has to be learned."""
-    batch = collate([sample([5, 2, 6, 2], 1), sample([7, 2], 1)], pad_token_id=2)
+    batch = collate([[sample([5, 2, 6, 2], 1)], [sample([7, 2], 1)]], pad_token_id=2)
     assert batch.labels.tolist() == [[-100, 2, 6, 2], [-100, 2, -100, -100]]
     assert (batch.tokens, batch.supervised_tokens) == (6, 4)
 
@@ -81,10 +87,30 @@ def test_no_samples_make_one_row_without_loss() -> None:
     assert (batch.tokens, batch.supervised_tokens) == (0, 0)
 
 
+def test_samples_of_a_row_lie_side_by_side_and_positions_begin_anew() -> None:
+    rows = [[sample([5, 6, 7], 2), sample([8, 9], 1)], [sample([3, 4], 1)]]
+    batch = collate(rows, pad_token_id=1, packed=True)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [3, 4, 1, 1, 1]]
+    assert batch.labels.tolist() == [[-100, -100, 7, -100, 9], [-100, 4, -100, -100, -100]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert (batch.tokens, batch.supervised_tokens) == (7, 3)
+
+
+@pytest.mark.parametrize("batching", LAYOUTS)
+def test_every_layout_carries_the_same_tokens_and_labels_in_a_step(dataset: TokenDataset, batching: str) -> None:
+    def pairs(steps: list[list[Batch]]) -> list[list[int]]:
+        return [
+            sorted(label for batch in step for label in batch.labels.flatten().tolist() if label > 0) for step in steps
+        ]
+
+    assert pairs(prepare(dataset, plan_of(), batching=batching)) == pairs(prepare(dataset, plan_of()))
+
+
 def test_a_batch_moves_with_its_counts() -> None:
-    batch = collate([sample([5, 6], 1)], PAD).to(torch.device("meta"))
-    assert batch.input_ids.device.type == batch.labels.device.type == "meta"
-    assert (batch.tokens, batch.supervised_tokens) == (2, 1)
+    batch = collate([[sample([5, 6], 1)], [sample([7, 8, 9], 1)]], PAD, packed=True).to(torch.device("meta"))
+    assert {tensor.device.type for tensor in (*batch.inputs.values(), batch.labels)} == {"meta"}
+    assert set(batch.inputs) == {"input_ids", "position_ids"}
+    assert (batch.tokens, batch.supervised_tokens) == (5, 3)
 
 
 def test_a_batch_does_not_share_memory_with_the_data_set(dataset: TokenDataset) -> None:
@@ -98,9 +124,8 @@ def test_a_run_sees_the_samples_of_its_plan_in_order(dataset: TokenDataset) -> N
     plan = plan_of()
     steps = prepare(dataset, plan)
     assert len(steps) == plan.total_steps
-    assert [len(step) for step in steps] == [plan.micro_batches(number) for number in range(1, plan.total_steps + 1)]
     seen = [index for step in steps for batch in step for index in who(batch)]
-    assert seen == [sample_at(position, SAMPLES, SEED) for position in range(plan.end_position)]
+    assert seen == SampleOrder(dataset.sources, SEED).samples(range(plan.end_position)).tolist()
     for step in steps:
         for batch in step:
             rows = [dataset[index] for index in who(batch)]
@@ -110,12 +135,14 @@ def test_a_run_sees_the_samples_of_its_plan_in_order(dataset: TokenDataset) -> N
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_workers_prepares_the_same_batches(dataset: TokenDataset, workers: int) -> None:
-    alone, helped = prepare(dataset, plan_of()), prepare(dataset, plan_of(), workers=workers)
+@pytest.mark.parametrize(("workers", "batching"), [(1, "padded"), (3, "grouped"), (3, "packed")])
+def test_any_number_of_workers_prepares_the_same_batches(dataset: TokenDataset, workers: int, batching: str) -> None:
+    alone = prepare(dataset, plan_of(), batching=batching)
+    helped = prepare(dataset, plan_of(), workers=workers, batching=batching)
     assert [len(step) for step in alone] == [len(step) for step in helped]
     for mine, others in zip(chain.from_iterable(alone), chain.from_iterable(helped), strict=True):
-        assert torch.equal(mine.input_ids, others.input_ids)
+        assert mine.inputs.keys() == others.inputs.keys()
+        assert all(torch.equal(mine.inputs[name], others.inputs[name]) for name in mine.inputs)
         assert torch.equal(mine.labels, others.labels)
         assert (mine.tokens, mine.supervised_tokens) == (others.tokens, others.supervised_tokens)
 
@@ -130,6 +157,44 @@ def test_two_ranks_share_the_steps_of_one(dataset: TokenDataset) -> None:
         for steps in zip(*ranks, strict=True)
     ]
     assert together == alone
+
+
+def sequence(job: tuple[TokenDataset, BatchPlan, int, int, str]) -> list[list[list[bytes]]]:
+    """What a rank is given, as ``[step][micro batch][row]``: ids, labels and positions without the padding."""
+    dataset, plan, rank, workers, batching = job
+    steps = prepare(dataset, plan, rank, workers, batching)
+    return [[_row_bytes(batch) for batch in step] for step in steps]
+
+
+def _row_bytes(batch: Batch) -> list[bytes]:
+    tensors = [*batch.inputs.values(), batch.labels]
+    filled = [int((row != PAD).sum()) for row in batch.input_ids]
+    rows = [b"".join(tensor[n, :end].numpy().tobytes() for tensor in tensors) for n, end in enumerate(filled)]
+    return [row for row in rows if row]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_two_processes_of_three_workers_see_the_bytes_of_one_process_alone(dataset: TokenDataset) -> None:
+    plan = plan_of(micro_batch=1, accumulation=2, ranks=2)
+    program = (
+        "import pickle, sys\nsys.path.insert(0, sys.argv[1])\nfrom test_batches import sequence\n"
+        "pickle.dump([sequence(job) for job in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(Path(__file__).parent)]
+    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for rank, process in enumerate(ranks):
+        assert process.stdin is not None
+        pickle.dump([(dataset, plan, rank, 3, batching) for batching in LAYOUTS], process.stdin)
+        process.stdin.close()
+        process.stdin = None
+    seen = [pickle.loads(process.communicate(timeout=300)[0]) for process in ranks]
+    for number, batching in enumerate(LAYOUTS):
+        alone = sequence((dataset, plan_of(micro_batch=2, accumulation=2), 0, 0, batching))
+        together = [
+            [row for micro in zip(*steps, strict=True) for of_rank in micro for row in of_rank]
+            for steps in zip(*(of_rank[number] for of_rank in seen), strict=True)
+        ]
+        assert together == [[row for micro in step for row in micro] for step in alone]
 
 
 def test_a_rank_that_the_last_step_leaves_without_samples_has_batches_without_loss(dataset: TokenDataset) -> None:
@@ -162,9 +227,28 @@ class _Rotten(TokenDataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_that_raises_surfaces_its_traceback(dataset: TokenDataset, workers: int) -> None:
-    rotten = _Rotten(dataset.token_ids, dataset.supervised, dataset.offsets, dataset.report)
+    rotten = _Rotten(**vars(dataset))
     with pytest.raises(ValueError, match="sample 7 is rotten") as error:
         prepare(rotten, plan_of(), workers=workers)
     if workers:
         assert "in __getitem__" in str(error.value)
         assert "test_batches.py" in str(error.value)
+
+
+class _Deadly(TokenDataset):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_is_killed_is_an_error_and_no_hang(dataset: TokenDataset) -> None:
+    with pytest.raises(UserError, match="a process that prepares batches was killed from outside"):
+        prepare(_Deadly(**vars(dataset)), plan_of(), workers=2)
+
+
+def test_a_mapped_data_set_is_sent_to_a_process_by_its_place(dataset: TokenDataset, tmp_path: Path) -> None:
+    """Pickling a million tokens for each worker would be a copy for each."""
+    (tmp_path / "a.bin").write_bytes(bytes(1 << 20))
+    mapped = replace(dataset, token_ids=_mapped(tmp_path / "a.bin", "int32"), directory=tmp_path)
+    assert len(pickle.dumps(mapped)) < 1000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from panda.data import json_reader
 from panda.data.json_reader import JsonReader
 from panda.data.reading import BadRow
 from panda.data.reading import Row
@@ -298,3 +301,92 @@ def test_deep_nesting_is_reported_and_never_crashes(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path / "missing.json")
+
+
+# -- files that do not fit in memory ----------------------------------------------------------
+
+
+NOT_QUITE = [
+    f"[\n{json.dumps(A)},\n {json.dumps(B, indent=1)}\n]\n",
+    f'{json.dumps(A)}\n12345\n{{"input": "a" "b"}}\nwords\n  {json.dumps(B, ensure_ascii=False)}\n[1,\n2]\n',
+    f'[{json.dumps(A)},\n\n{{"input": tru}}]',
+    f"[{json.dumps(A)},\n{json.dumps(B)[:-4]}",
+    f"[{json.dumps(A)}]\n\n rest",
+    '{"a": 1.25e+10, "b": [true, null, -Infinity], "c": "\\ud83d\\ude00"}\n' * 3,
+    '1 1\n1 \t\r\n"a"   ',
+    f'{{"a"\n"b"\n\n\n{json.dumps(A)}\n-12.5e3\n\n{json.dumps(B)}',
+]
+
+
+def everything(file: Path) -> Any:
+    """Rows and bad rows with their places, or the error."""
+    try:
+        return [(row.number, row.fields if isinstance(row, Row) else row.problem) for row in read(file)]
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("text", NOT_QUITE)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_what_is_read_does_not_depend_on_how_much_is_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, newline: str
+) -> None:
+    """A window of a few bytes ends inside words, numbers, escapes, characters and rows."""
+    file = write(tmp_path, text.replace("\n", newline))
+    at_once = everything(file)
+    for window in (1, 2, 3, 5, 16, 64):
+        monkeypatch.setattr(json_reader, "WINDOW", window)
+        assert everything(file) == at_once, window
+
+
+@given(st.text(alphabet='{}[]",:\\ \nan1é', min_size=1, max_size=40), st.integers(1, 9))
+def test_nearly_json_is_the_same_in_any_window(tmp_path_factory, text: str, window: int) -> None:
+    file = write(tmp_path_factory.mktemp("nearly"), text)
+    at_once = everything(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_reader, "WINDOW", window)
+        assert everything(file) == at_once
+
+
+def test_the_place_of_a_byte_that_is_not_utf_8_is_found_in_a_later_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, (json.dumps(A) + "\n").encode() * 20 + b"\xff")
+    monkeypatch.setattr(json_reader, "WINDOW", 7)
+    with pytest.raises(UserError, match=r"data\.json:21: not UTF-8: byte 0xff"):
+        read(file)
+
+
+@pytest.mark.parametrize("shape", ["lines", "array"])
+def test_a_large_file_is_read_with_little_memory(tmp_path: Path, shape: str) -> None:
+    rows = [json.dumps({"input": "x" * 500, "target": str(number)}) for number in range(40_000)]
+    file = write(tmp_path, "\n".join(rows) if shape == "lines" else "[" + ",\n".join(rows) + "]")
+    del rows
+    assert file.stat().st_size > 20_000_000
+    reader = JsonReader(NoOptions(), ReaderContext())
+    tracemalloc.start()
+    try:
+        count = sum(isinstance(row, Row) for row in reader.read(file))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 40_000
+    assert peak < 8_000_000
+
+
+def test_a_single_line_of_ten_megabytes_is_one_row(tmp_path: Path) -> None:
+    long = "word " * 2_000_000
+    file = write(tmp_path, lines({"input": "a", "target": long}, A), "data.jsonl")
+    assert fields(file) == [{"input": "a", "target": long}, A]
+
+
+def test_a_gzipped_file_is_read_as_what_is_in_it(tmp_path: Path) -> None:
+    for name, text in (("a.json.gz", json.dumps([A, B])), ("a.jsonl.gz", lines(A, B))):
+        assert fields(write(tmp_path, gzip.compress(text.encode()), name)) == [A, B]
+
+
+def test_a_gzipped_file_that_is_cut_short_or_is_none_is_an_error(tmp_path: Path) -> None:
+    whole = gzip.compress(lines(A, B).encode())
+    for content in (whole[:-20], b"{}", whole[:12] + b"\xff" * 9):
+        with pytest.raises(UserError, match=r"data\.jsonl\.gz: not a whole gzip file: .* Is it cut short"):
+            read(write(tmp_path, content, "data.jsonl.gz"))

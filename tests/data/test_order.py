@@ -6,12 +6,14 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from panda.data.order import BatchPlan
+from panda.data.order import SampleOrder
+from panda.data.order import Source
 from panda.data.order import permute
-from panda.data.order import sample_at
 
 keys = st.integers(0, 2**64 - 1)
 
@@ -28,14 +30,18 @@ def plans(draw: st.DrawFn) -> BatchPlan:
     )
 
 
+def permuted(size: int, key: int) -> list[int]:
+    return permute(np.arange(size), size, key).tolist()
+
+
+def ordered(positions: range, *sizes: int, seed: int) -> list[int]:
+    """The samples at ``positions``, of sources of these sizes or of these (samples, per_epoch)."""
+    sources = [Source(*size) if isinstance(size, tuple) else Source(size, size) for size in sizes]
+    return SampleOrder(sources, seed).samples(positions).tolist()
+
+
 def step_positions(plan: BatchPlan, step: int) -> list[int]:
-    """The positions of one step in their order: micro batch by micro batch, rank by rank."""
-    return [
-        position
-        for micro in range(plan.micro_batches(step))
-        for rank in range(plan.ranks)
-        for position in plan.positions(step, micro, rank)
-    ]
+    return list(plan.positions(step))
 
 
 def run_positions(plan: BatchPlan) -> list[int]:
@@ -44,13 +50,13 @@ def run_positions(plan: BatchPlan) -> list[int]:
 
 @given(st.integers(1, 3000), keys)
 def test_permute_is_a_permutation_for_any_size_and_key(size: int, key: int) -> None:
-    assert sorted(permute(index, size, key) for index in range(size)) == list(range(size))
+    assert sorted(permuted(size, key)) == list(range(size))
 
 
 @given(st.integers(1, 2**48), keys, st.data())
 def test_permute_stays_inside_sets_too_large_to_list(size: int, key: int, data: st.DataObject) -> None:
     indices = data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=20))
-    images = {permute(index, size, key) for index in indices}
+    images = set(permute(np.array(sorted(indices)), size, key).tolist())
     assert len(images) == len(indices)
     assert all(0 <= image < size for image in images)
 
@@ -58,13 +64,13 @@ def test_permute_stays_inside_sets_too_large_to_list(size: int, key: int, data: 
 @given(st.integers(30, 3000), keys, keys)
 def test_different_keys_give_different_orders(size: int, key: int, other: int) -> None:
     if key != other:
-        assert [permute(i, size, key) for i in range(size)] != [permute(i, size, other) for i in range(size)]
+        assert permuted(size, key) != permuted(size, other)
 
 
 def test_different_epochs_and_seeds_give_different_orders() -> None:
     samples = 50
     orders = {
-        tuple(sample_at(epoch * samples + index, samples, seed) for index in range(samples))
+        tuple(ordered(range(epoch * samples, (epoch + 1) * samples), samples, seed=seed))
         for seed in range(20)
         for epoch in range(20)
     }
@@ -77,7 +83,7 @@ def test_the_order_looks_random() -> None:
     counts = [[0] * size for _ in range(size)]
     follows = 0
     for epoch in range(epochs):
-        order = [sample_at(epoch * size + index, size, seed=3) for index in range(size)]
+        order = ordered(range(epoch * size, (epoch + 1) * size), size, seed=3)
         for place, sample in enumerate(order):
             counts[place][sample] += 1
         follows += sum(b == a + 1 for a, b in pairwise(order))
@@ -91,7 +97,7 @@ def test_the_order_looks_random() -> None:
 
 def test_the_order_of_a_seed_never_changes() -> None:
     """Resuming a run of an older panda depends on it."""
-    assert [sample_at(position, 10, seed=42) for position in range(20)] == GOLDEN_ORDER
+    assert ordered(range(20), 10, seed=42) == GOLDEN_ORDER
 
 
 GOLDEN_ORDER = [3, 2, 1, 7, 5, 4, 0, 6, 9, 8, 6, 2, 3, 9, 5, 7, 1, 8, 4, 0]
@@ -99,46 +105,54 @@ GOLDEN_ORDER = [3, 2, 1, 7, 5, 4, 0, 6, 9, 8, 6, 2, 3, 9, 5, 7, 1, 8, 4, 0]
 
 @given(st.integers(1, 200), st.integers(0, 5), st.integers(0, 2**32))
 def test_each_epoch_visits_every_sample_once(samples: int, epoch: int, seed: int) -> None:
-    visited = [sample_at(epoch * samples + index, samples, seed) for index in range(samples)]
+    visited = ordered(range(epoch * samples, (epoch + 1) * samples), samples, seed=seed)
     assert sorted(visited) == list(range(samples))
 
 
+@given(st.integers(1, 200), st.integers(0, 500), st.integers(0, 60), st.integers(0, 2**32))
+def test_any_stretch_of_positions_has_the_samples_of_each_alone(size: int, start: int, count: int, seed: int) -> None:
+    stretch = ordered(range(start, start + count), size, seed=seed)
+    assert stretch == [ordered(range(p, p + 1), size, seed=seed)[0] for p in range(start, start + count)]
+
+
+mixtures = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 70)), min_size=1, max_size=3)
+
+
+@given(mixtures, st.integers(0, 2**32), st.integers(2, 5))
+def test_a_mixed_epoch_has_so_many_of_each_and_none_again_before_all(
+    mixture: list[tuple[int, int]], seed: int, epochs: int
+) -> None:
+    length = sum(per_epoch for _, per_epoch in mixture)
+    seen: list[list[int]] = [[] for _ in mixture]
+    for epoch in range(epochs):
+        drawn = ordered(range(epoch * length, (epoch + 1) * length), *mixture, seed=seed)
+        first = 0
+        for number, (samples, per_epoch) in enumerate(mixture):
+            mine = [sample - first for sample in drawn if first <= sample < first + samples]
+            assert len(mine) == per_epoch
+            seen[number] += mine
+            first += samples
+    for visits, (samples, _) in zip(seen, mixture, strict=True):
+        counts = [visits.count(sample) for sample in range(samples)]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_sources_come_shuffled_together() -> None:
+    drawn = ordered(range(1000), 500, 500, seed=1)
+    switches = sum((a < 500) != (b < 500) for a, b in pairwise(drawn))
+    assert 400 < switches < 600
+
+
+def test_which_part_of_a_source_comes_first_depends_on_the_seed() -> None:
+    chosen = {
+        tuple(sorted(s for s in ordered(range(15), (100, 5), (10, 10), seed=seed) if s < 100)) for seed in range(9)
+    }
+    assert len(chosen) == 9
+
+
 @given(plans())
-def test_steps_micro_batches_and_ranks_cover_every_position_once_and_in_order(plan: BatchPlan) -> None:
+def test_steps_cover_every_position_once_and_in_order(plan: BatchPlan) -> None:
     assert run_positions(plan) == list(range(plan.end_position))
-
-
-@given(plans(), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
-def test_any_split_goes_through_the_same_positions(plan: BatchPlan, micro: int, accumulation: int, ranks: int) -> None:
-    other = replace(plan, micro_batch=micro, accumulation=accumulation, ranks=ranks)
-    mine, others = run_positions(plan), run_positions(other)
-    shorter = min(len(mine), len(others))
-    assert mine[:shorter] == others[:shorter]
-    if plan.max_steps < 0 or plan.step_samples == other.step_samples:
-        assert mine == others
-        if plan.step_samples == other.step_samples:
-            for step in range(1, plan.total_steps + 1):
-                assert step_positions(plan, step) == step_positions(other, step)
-
-
-@given(plans())
-def test_every_rank_has_as_many_micro_batches_and_none_has_more_than_it_should(plan: BatchPlan) -> None:
-    for step in range(1, plan.total_steps + 1):
-        micro_batches = plan.micro_batches(step)
-        assert 1 <= micro_batches <= plan.accumulation
-        if step < plan.total_steps:
-            assert micro_batches == plan.accumulation
-        for micro in range(micro_batches):
-            rows = [len(plan.positions(step, micro, rank)) for rank in range(plan.ranks)]
-            assert max(rows) <= plan.micro_batch
-            assert sum(rows) > 0
-
-
-def test_the_last_step_of_an_epoch_run_is_short_and_equal_on_all_ranks() -> None:
-    plan = BatchPlan(samples=13, micro_batch=2, accumulation=3, ranks=2, epochs=1)
-    assert plan.total_steps == 2
-    assert plan.micro_batches(2) == 1
-    assert [list(plan.positions(2, 0, rank)) for rank in range(2)] == [[12], []]
 
 
 @given(plans(), st.integers(1, 40))
@@ -170,7 +184,6 @@ def test_a_resumed_plan_goes_on_with_the_same_steps(plan: BatchPlan, data: st.Da
     for step in range(done + 1, plan.total_steps + 1):
         assert step_positions(resumed, step) == step_positions(plan, step)
         assert resumed.step_end(step) == plan.step_end(step)
-        assert resumed.micro_batches(step) == plan.micro_batches(step)
 
 
 @given(plans(), st.data())

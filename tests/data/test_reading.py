@@ -85,7 +85,7 @@ def test_a_folder_of_other_files_is_an_error_that_says_what_is_there(
     touch(*(tmp_path / name for name in names))
     with pytest.raises(UserError) as error:
         data_files(str(tmp_path), SUFFIXES, "option")
-    assert str(error.value).endswith(f"; {seen}.")
+    assert f"; {seen}. `reader` says how files are read" in str(error.value)
 
 
 def test_panda_begins_a_path_inside_the_package_and_a_tilde_one_at_home(monkeypatch: pytest.MonkeyPatch) -> None:

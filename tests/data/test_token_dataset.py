@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,24 @@ from hypothesis import strategies as st
 from panda.data.reading import BadRow
 from panda.data.token_dataset import SHOWN_BAD_ROWS
 from panda.data.token_dataset import DataReport
-from panda.data.token_dataset import TokenDatasetBuilder
+from panda.data.token_dataset import SampleBlock
+from panda.data.token_dataset import TokenDataset
 
 samples = st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=12).flatmap(
     lambda ids: st.tuples(st.just(ids), st.integers(1, len(ids) - 1))
 )
 
 
+def mask(token_ids: list[int], unsupervised: int) -> bytes:
+    return bytes(unsupervised) + b"\1" * (len(token_ids) - unsupervised)
+
+
 @given(st.lists(samples, max_size=8))
 def test_samples_come_out_as_they_were_added(added: list[tuple[list[int], int]]) -> None:
-    builder = TokenDatasetBuilder()
+    block = SampleBlock()
     for token_ids, unsupervised in added:
-        builder.add(token_ids, unsupervised)
-    dataset = builder.finish()
+        block.add(token_ids, mask(token_ids, unsupervised))
+    dataset = TokenDataset.of(block)
     assert len(dataset) == len(added)
     for index, (token_ids, unsupervised) in enumerate(added):
         ids, supervised = dataset[index]
@@ -35,22 +41,22 @@ def test_samples_come_out_as_they_were_added(added: list[tuple[list[int], int]])
 
 
 def test_the_arrays_have_the_promised_types() -> None:
-    builder = TokenDatasetBuilder()
-    builder.add([1, 2, 3], unsupervised=1)
-    dataset = builder.finish()
+    block = SampleBlock()
+    block.add([1, 2, 3], bytes([0, 1, 1]))
+    dataset = TokenDataset.of(block)
     assert (dataset.token_ids.dtype, dataset.supervised.dtype, dataset.offsets.dtype) == (np.int32, np.bool_, np.int64)
     assert dataset.offsets.tolist() == [0, 3]
 
 
-def test_a_builder_without_samples_finishes_with_none() -> None:
-    dataset = TokenDatasetBuilder().finish()
+def test_a_block_without_samples_makes_a_data_set_without() -> None:
+    dataset = TokenDataset.of(SampleBlock())
     assert (len(dataset), dataset.tokens, dataset.supervised_tokens) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("unsupervised", [0, 3, 4])
-def test_a_sample_has_a_token_to_start_from_and_one_to_learn(unsupervised: int) -> None:
+@pytest.mark.parametrize("supervised", [[1, 1, 1], [0, 0, 0], [0, 1], [0, 1, 1, 1]])
+def test_a_sample_has_a_token_to_start_from_and_one_to_learn(supervised: list[int]) -> None:
     with pytest.raises(AssertionError):
-        TokenDatasetBuilder().add([1, 2, 3], unsupervised)
+        SampleBlock().add([1, 2, 3], bytes(supervised))
 
 
 def test_every_bad_row_is_counted_and_the_first_are_shown() -> None:
@@ -63,6 +69,17 @@ def test_every_bad_row_is_counted_and_the_first_are_shown() -> None:
     assert lines[0] == "bad row: a.json, row 1: no target"
     assert lines[-1] == "30 of 40 rows cannot be used and are left out."
     assert len(lines) == SHOWN_BAD_ROWS + 1
+
+
+def test_bad_rows_are_counted_by_reason_without_their_numbers() -> None:
+    report, other = DataReport(rows=3), DataReport(rows=2)
+    report.add_bad(BadRow(Path("a.json"), 1, "not valid JSON at line 17"))
+    report.add_bad(BadRow(Path("a.json"), 2, "not valid JSON at line 18"))
+    other.add_bad(BadRow(Path("b.json"), 1, "empty"))
+    report.add(other)
+    assert report.reasons == {"not valid JSON at line …": 2, "empty": 1}
+    assert (report.rows, report.bad_rows, len(report.first_bad_rows)) == (5, 3, 3)
+    assert DataReport.from_json(json.loads(json.dumps(report.as_json()))) == report
 
 
 def test_the_report_of_faultless_data_is_empty() -> None:

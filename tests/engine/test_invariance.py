@@ -1,4 +1,4 @@
-"""One trajectory, however a step is split: micro batches, ranks, ZeRO stages.
+"""One trajectory, however a step is split: micro batches, ranks, packed rows, ZeRO stages.
 
 The reference is a plain loop over plain transformers, written here.
 """
@@ -19,12 +19,15 @@ from launching import train_many
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
-from panda.data.order import sample_at
+from panda.data.order import SampleOrder
+from panda.data.order import Source
 
 SAMPLES, STEP_SAMPLES, SEED = 43, 8, 7  # five full steps and one of three samples
 RATE, CLIP, BETAS, EPSILON, DECAY = 1e-3, 0.5, (0.9, 0.99), 1e-4, 0.1
-SPLITS = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "4x1x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
+SPLITS = {"2x4": (2, 4, 1), "8x1": (8, 1, 1), "1x8": (1, 8, 1), "4x1x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
 """Micro batch, accumulation, ranks."""
+LAID_OUT = {f"{batching} {name}": (batching, name) for batching in ("grouped", "packed") for name in ("2x4", "2x2x2")}
+"""How samples become rows, on one rank and on two."""
 
 
 def rows() -> list[dict[str, str]]:
@@ -40,12 +43,12 @@ def rows() -> list[dict[str, str]]:
     ]
 
 
-def arguments(data: Path, output: Path, split: tuple[int, int, int], *more: object) -> list[object]:
+def arguments(data: Path, output: Path, split: tuple[int, int, int], *more: object, workers: int = 0) -> list[object]:
     micro, accumulation, _ = split
     return [
         *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48),
         *("--num_heads", 2, "--instruction_tuning_data_dir", data, "--output_dir", output, "--seed", SEED),
-        *("--per_gpu_train_batch_size", micro, "--gradient_accumulation_steps", accumulation, "--num_workers", 0),
+        *("--per_gpu_train_batch_size", micro, "--gradient_accumulation_steps", accumulation, "--num_workers", workers),
         *("--learning_rate", RATE, "--max_grad_norm", CLIP, "--adam_betas", ",".join(map(str, BETAS))),
         *("--adam_epsilon", EPSILON, "--weight_decay", DECAY, "--warmup_steps", 2, "-p", "no:tensorboard"),
         *more,
@@ -78,10 +81,11 @@ def plain_loop(*, mean_of_means: bool = False, schedule: Callable[[int], float] 
     ).double()
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, eps=EPSILON, weight_decay=DECAY)
     data = rows()
+    order = SampleOrder([Source(SAMPLES, SAMPLES)], SEED)
     history = []
     tokens = supervised = 0
     for step, start in enumerate(range(0, SAMPLES, STEP_SAMPLES)):
-        chosen = [data[sample_at(p, SAMPLES, SEED)] for p in range(start, min(start + STEP_SAMPLES, SAMPLES))]
+        chosen = [data[sample] for sample in order.samples(range(start, min(start + STEP_SAMPLES, SAMPLES)))]
         sums, counts = [], []
         for row in chosen:
             prompt = [1, *(byte + 3 for byte in (row["input"] + "\n").encode())]
@@ -135,8 +139,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def reference() -> tuple[list[float], dict[str, torch.Tensor]]:
+    return plain_loop()
+
+
+@pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each split, and of each ZeRO stage on two ranks."""
+    """A run of each split, and of each layout and each ZeRO stage on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     alone = [arguments(data, folder / name, split) for name, split in SPLITS.items() if split[2] == 1]
     together = [arguments(data, folder / name, split) for name, split in SPLITS.items() if split[2] == 2]
@@ -145,14 +154,21 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     linear = ("--lr_scheduler", "linear", "--logging_steps", 4)
     alone.append(arguments(data, folder / "logged", SPLITS["1x8"], *linear))
+    for label, (batching, name) in LAID_OUT.items():
+        split = SPLITS[name]
+        # 96 tokens hold three samples or more, and the longest has 74.
+        more = ("--batching", batching, "--max_seq_length", 96)
+        (together if split[2] == 2 else alone).append(arguments(data, folder / label, split, *more, workers=3))
     train_many(alone, cwd=folder)
     train_many(together, ranks=2, cwd=folder)
     return folder
 
 
-@pytest.mark.parametrize("name", [*SPLITS, "zero1", "zero2", "zero3"])
-def test_every_split_follows_the_plain_loop(runs: Path, name: str) -> None:
-    loss, weight = difference(runs / name, plain_loop())
+@pytest.mark.parametrize("name", [*SPLITS, *LAID_OUT, "zero1", "zero2", "zero3"])
+def test_every_split_follows_the_plain_loop(
+    runs: Path, name: str, reference: tuple[list[float], dict[str, torch.Tensor]]
+) -> None:
+    loss, weight = difference(runs / name, reference)
     assert loss < 1e-6
     assert weight < 1e-6
 

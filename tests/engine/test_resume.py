@@ -40,10 +40,17 @@ COURSE = (
 )
 SMALL = (*SHAPE, *COURSE, "--max_steps", 6, "--save_steps", 3)
 WAYS = {
-    1: {"0": (), "1": ("--zero_stage", 1), "bf16": ("--precision", "bf16"), "dropping": ("--model", "dropping")},
+    1: {
+        "0": (),
+        "1": ("--zero_stage", 1),
+        "bf16": ("--precision", "bf16"),
+        "packed": ("--batching", "packed"),
+        "dropping": ("--model", "dropping"),
+    },
     2: {
         **{str(stage): ("--zero_stage", stage) for stage in range(4)},
         "bf16": ("--precision", "bf16", "--zero_stage", 2),
+        "packed": ("--batching", "packed", "--zero_stage", 3),
         "dropping": ("--model", "dropping"),
     },
 }

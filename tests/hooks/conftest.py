@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
-from panda.data.token_dataset import TokenDatasetBuilder
+from panda.data.order import SampleOrder
+from panda.data.token_dataset import SampleBlock
+from panda.data.token_dataset import TokenDataset
 
 MakeRun = Callable[..., Any]
 
@@ -22,17 +25,20 @@ def make_run(tmp_path: Path) -> MakeRun:
     """``make_run(step=3, rank=1)``: a run in one directory, whatever its step."""
 
     def make(step: int = 0, rank: int = 0, resumed_from: Path | None = None) -> Any:
-        builder = TokenDatasetBuilder()
+        block = SampleBlock()
         for _ in range(1234):
-            builder.add([1, 5, 6, 2], unsupervised=2)
+            block.add([1, 5, 6, 2], bytes([0, 0, 1, 1]))
+        dataset = TokenDataset.of(block)
+        plan = BatchPlan(samples=1234, micro_batch=2, accumulation=4, ranks=2, epochs=1, max_steps=10)
         directory = tmp_path / "my-run"
         directory.mkdir(exist_ok=True)
         (directory / "config.yaml").write_text("seed: 42\n")
         return SimpleNamespace(
             directory=directory,
             processes=SimpleNamespace(rank=rank, world_size=2, device=torch.device("cpu")),
-            dataset=builder.finish(),
-            plan=BatchPlan(samples=1234, micro_batch=2, accumulation=4, ranks=2, epochs=1, max_steps=10),
+            dataset=dataset,
+            plan=plan,
+            layout=Layout(dataset, SampleOrder(dataset.sources, seed=1), plan, "padded", 16),
             resumed_from=resumed_from,
             step=step,
             answers=[],
@@ -58,6 +64,7 @@ def record() -> Callable[..., dict[str, Any]]:
             "supervised_tokens": 40 * step,
             "tokens_per_second": 12345.6,
             "step_seconds": 0.25,
+            "data_wait": 0.01,
         }
 
     return make

@@ -42,7 +42,9 @@ def instruct(tmp_path: Path, tokenizer: Any) -> MakeTask:
 
     def make(rows: Any, max_seq_length: int = 100, **options: Any) -> LanguageModelling:
         location = str(_write(tmp_path, rows))
-        return Instruct(InstructOptions(location, **options), _context(tokenizer, max_seq_length))
+        return Instruct(
+            InstructOptions(instruction_tuning_data_dir=location, **options), _context(tokenizer, max_seq_length)
+        )
 
     return make
 
@@ -51,8 +53,9 @@ def instruct(tmp_path: Path, tokenizer: Any) -> MakeTask:
 def pretrain(tmp_path: Path, tokenizer: Any) -> MakeTask:
     """``pretrain(rows, max_seq_length=...)``: likewise."""
 
-    def make(rows: Any, max_seq_length: int = 100) -> LanguageModelling:
-        return Pretrain(PretrainOptions(str(_write(tmp_path, rows))), _context(tokenizer, max_seq_length))
+    def make(rows: Any, max_seq_length: int = 100, **options: Any) -> LanguageModelling:
+        location = str(_write(tmp_path, rows))
+        return Pretrain(PretrainOptions(pretraining_data_dir=location, **options), _context(tokenizer, max_seq_length))
 
     return make
 

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from panda.data.token_dataset import TokenDatasetBuilder
 from panda.registry import UserError
-from panda.tasks.instruct import Instruct
 
 BOS, EOS = 1, 2
 
@@ -145,12 +143,159 @@ def test_an_empty_input_is_a_prompt_and_an_empty_target_a_bad_row(instruct: Any)
     assert str(bad).endswith("rows.json, row 2: field 'target' is empty")
 
 
-def test_no_token_of_a_batch_is_lost_between_rows(instruct: Any) -> None:
-    """What the task adds to a builder twice is there twice."""
-    task = instruct([{"input": "a", "target": "b"}])
-    assert isinstance(task, Instruct)
-    builder = TokenDatasetBuilder()
-    rows = list(task._good_rows(builder))
-    task.add_samples(rows, builder)
-    task.add_samples(rows, builder)
-    assert len(builder.finish()) == 2
+def test_rows_that_are_tokenised_apart_make_the_same_samples(instruct: Any) -> None:
+    task = instruct([{"input": "a", "target": "b"}, {"input": "cd", "target": "ef"}])
+    [file] = task.files
+    rows = list(task.context.reader.read(file))
+    together = task.tokenise(rows)
+    apart = [task.tokenise([row]) for row in rows]
+    assert together.token_ids.tolist() == [token for block in apart for token in block.token_ids]
+    assert together.supervised == b"".join(block.supervised for block in apart)
+
+
+# -- fields -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Add.", "input": "1 1", "output": "2"}, "Add.\n1 1"),
+        ({"instruction": "Add.", "input": "1 1", "target": "2"}, "Add.\n1 1"),
+        ({"instruction": "Add 1 1.", "input": "", "output": "2"}, "Add 1 1."),
+        ({"instruction": "Add 1 1.", "input": None, "output": "2"}, "Add 1 1."),
+        ({"instruction": "Add 1 1.", "output": "2", "text": "Below is an instruction ..."}, "Add 1 1."),
+        ({"instruction": "Add.", "context": "1 1", "response": "2", "category": "qa"}, "Add.\n1 1"),
+        ({"prompt": "Add 1 1.", "completion": "2"}, "Add 1 1."),
+        ({"question": "1 + 1?", "answer": "2"}, "1 + 1?"),
+        ({"input": "1 1", "output": "2"}, "1 1"),
+        ({"system": "Be brief.", "instruction": "Add.", "input": "1 1", "output": "2"}, "Be brief.\nAdd.\n1 1"),
+        ({"messages": [{"role": "user", "content": "1 1"}, {"role": "assistant", "content": "2"}]}, "1 1"),
+        ({"conversations": [{"from": "human", "value": "1 1"}, {"from": "gpt", "value": "2"}]}, "1 1"),
+    ],
+)
+def test_the_fields_of_common_data_sets_are_recognised(instruct: Any, row: Any, prompt: str) -> None:
+    assert samples(instruct([row])) == [([BOS, *ids(f"{prompt}\n2"), EOS], [*ids("2"), EOS])]
+
+
+def test_fields_can_be_named_and_then_no_other_is_used(instruct: Any) -> None:
+    row = {"q": "why", "a": "so", "instruction": "not this", "output": "nor this"}
+    task = instruct([row], input_field="q", target_field="a")
+    assert samples(task) == [([BOS, *ids("why\nso"), EOS], [*ids("so"), EOS])]
+    task = instruct([row, {"q": "why"}], input_field="q", target_field="a")
+    [bad] = task.dataset().report.first_bad_rows
+    assert bad.problem == "no field 'a'; its fields are: 'q'"
+
+
+def test_one_field_name_alone_is_refused(instruct: Any) -> None:
+    with pytest.raises(UserError, match="input_field and target_field are given together"):
+        instruct([], input_field="q")
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ("hello", "field 'messages' is a string, not an array of turns"),
+        ([], "no turn of the assistant, so nothing to learn from"),
+        ([{"role": "user", "content": "a"}], "no turn of the assistant, so nothing to learn from"),
+        ([{"role": "user"}], "turn 1 of 'messages' is no object with 'role' and 'content'"),
+        (["a"], "turn 1 of 'messages' is no object with 'role' and 'content'"),
+        ([{"role": "tool", "content": "a"}], "turn 1 of 'messages' has the role 'tool'"),
+        ([{"role": ["user"], "content": "a"}], "turn 1 of 'messages' has the role ['user']"),
+        ([{"role": "user", "content": [{"text": "a"}]}], "turn 1 of 'messages': field 'content' is an array, not text"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], "turn 2, an answer, is empty"),
+    ],
+)
+def test_a_conversation_that_cannot_be_used_is_a_bad_row(instruct: Any, messages: Any, problem: str) -> None:
+    task = instruct([{"messages": messages}, {"input": "a", "target": "b"}])
+    [bad] = task.dataset().report.first_bad_rows
+    assert bad.problem.startswith(problem)
+
+
+# -- several turns ----------------------------------------------------------------------------
+
+TURNS = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "ask1"},
+    {"role": "assistant", "content": "say1"},
+    {"role": "user", "content": "ask2"},
+    {"role": "assistant", "content": "say2"},
+    {"role": "user", "content": "not answered"},
+]
+
+
+def test_each_answer_and_its_end_carries_loss(instruct: Any) -> None:
+    assert samples(instruct([{"messages": TURNS}])) == [
+        ([BOS, *ids("S\nask1\nsay1"), EOS, *ids("ask2\nsay2"), EOS], [*ids("say1"), EOS, *ids("say2"), EOS])
+    ]
+
+
+def test_a_conversation_that_is_too_long_loses_its_last_turns_and_then_its_first_prompt(instruct: Any) -> None:
+    first = [BOS, *ids("S\nask1\nsay1"), EOS]
+    for limit in (len(first), len(first) + 9):  # the second exchange takes 10
+        task = instruct([{"messages": TURNS}], max_seq_length=limit)
+        assert samples(task) == [(first, [*ids("say1"), EOS])]
+        assert task.dataset().report.truncated == 1
+    task = instruct([{"messages": TURNS}], max_seq_length=len(first) - 2)
+    assert samples(task) == [([BOS, *ids("ask1\nsay1"), EOS], [*ids("say1"), EOS])]
+
+
+# -- chat templates ---------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_a_chat_template_writes_prompts_and_answers(instruct: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML
+    [(tokens, supervised)] = samples(instruct([{"messages": TURNS}], template="chat", max_seq_length=200))
+    assert supervised == [*ids("say1"), EOS, *ids("say2"), EOS]
+    shown = tokenizer.apply_chat_template(TURNS[:-1], tokenize=False)
+    assert tokenizer.decode(tokens[1:]) == shown.rstrip("\n")
+    assert tokens[0] == BOS and tokens.count(BOS) == 1 and tokens.count(EOS) == 5
+
+
+@pytest.mark.parametrize("written", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
+def test_there_is_one_start_token_however_many_the_template_writes(instruct: Any, tokenizer: Any, written: str) -> None:
+    tokenizer.chat_template = written + CHATML
+    task = instruct([{"input": "a", "target": "b"}], template="chat")
+    [(tokens, supervised)] = samples(task)
+    assert tokens == [BOS, *ids("<|user|>\na"), EOS, *ids("\n<|assistant|>\nb"), EOS]
+    assert supervised == [*ids("b"), EOS]
+    assert task.encode_prompt("a") == tokens[: -len(supervised)]
+    assert task.last_token == EOS
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_a_sample_of_each_answer(instruct: Any, tokenizer: Any) -> None:
+    """As Qwen's does, which leaves the reasoning of earlier answers out."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}(...){% else %}"
+        "{{ m.content }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    [(_, first), (tokens, second)] = samples(instruct([{"messages": TURNS[1:]}], template="chat", max_seq_length=200))
+    assert (first, second) == ([*ids("say1"), EOS], [*ids("say2"), EOS])
+    assert tokenizer.decode(tokens[1:]) == "user: ask1</s>assistant: (...)</s>user: ask2</s>assistant: say2</s>"
+
+
+def test_what_a_chat_template_refuses_or_would_misread_is_a_bad_row(instruct: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    )
+    rows = [{"messages": TURNS}, {"input": "HTML's </s>", "target": "b"}, {"input": "a", "target": "b"}]
+    bad = instruct(rows, template="chat").dataset().report.first_bad_rows
+    assert [row.problem for row in bad] == [
+        "the chat template refuses it: no system turn",
+        "a turn spells the special token '</s>', which the chat template would make of it",
+    ]
+
+
+def test_a_tokenizer_without_a_template_or_whose_answers_have_no_end_is_refused(instruct: Any, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="template: chat needs a tokenizer with a chat template"):
+        instruct([], template="chat")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(UserError, match="could not learn where to stop"):
+        instruct([], template="chat")

@@ -26,9 +26,10 @@ VOCABULARY = 11
     [
         ("text", "expected an object, {...}, found a string"),
         ([GOOD], "expected an object, {...}, found an array"),
-        ({"input": "a", "output": "b"}, "no field 'target'; its fields are: 'input', 'output'"),
-        ({"text": "a"}, "no field 'input' and no 'target'; its fields are: 'text'"),
-        ({}, "no field 'input' and no 'target'; its fields are: none"),
+        ({"input": "a", "reply": "b"}, "no field 'target' (nor instruction/input/output, "),
+        ({"input": "a", "reply": "b"}, "; its fields are: 'input', 'reply'"),
+        ({"text": "a"}, "no field 'input' and no 'target' (nor "),
+        ({}, "; its fields are: none"),
         ({"input": "a", "target": 7}, "field 'target' is a number, not text"),
         ({"input": None, "target": "b"}, "field 'input' is null, not text"),
         ({"input": ["a"], "target": "b"}, "field 'input' is an array, not text"),
@@ -129,7 +130,7 @@ def cross_entropy(table: torch.Tensor, samples: list[tuple[list[int], list[bool]
 
 
 def batch_of(samples: list[tuple[list[int], list[bool]]], pad: int = 0) -> Batch:
-    return collate([(torch.tensor(ids).numpy(), torch.tensor(mask).numpy()) for ids, mask in samples], pad)
+    return collate([[(torch.tensor(ids).numpy(), torch.tensor(mask).numpy())] for ids, mask in samples], pad)
 
 
 rows = st.lists(

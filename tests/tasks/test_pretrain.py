@@ -78,6 +78,31 @@ def test_a_document_needs_a_title_or_content(pretrain: Any) -> None:
     assert str(bad).endswith("rows.json, row 3: fields 'title' and 'content' are empty")
 
 
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"text": "only text"}, "only text"),
+        ({"content": "no title"}, "no title"),
+        ({"title": "t", "text": "x"}, "t\nx"),
+        ({"title": "t", "content": "c", "text": "not this"}, "t\nc"),
+    ],
+)
+def test_common_fields_are_recognised(pretrain: Any, row: Any, text: str) -> None:
+    [(tokens, _)] = samples(pretrain([row]))
+    assert tokens == [BOS, *ids(text), EOS]
+
+
+def test_fields_can_be_named(pretrain: Any) -> None:
+    row = {"head": "h", "body": "b", "text": "not this"}
+    [(tokens, _)] = samples(pretrain([row], title_field="head", content_field="body"))
+    assert tokens == [BOS, *ids("h\nb"), EOS]
+
+
+def test_a_row_without_text_says_what_it_has(pretrain: Any) -> None:
+    [bad] = pretrain([{"body": "b"}, {"text": "x"}]).dataset().report.first_bad_rows
+    assert bad.problem == "no field 'content' and no 'text' (content_field names another); its fields are: 'body'"
+
+
 def test_the_prompt_of_generation_is_the_beginning_of_a_document(pretrain: Any) -> None:
     task = pretrain([{"title": "Pandas", "content": "They eat bamboo all day long, and then they sleep."}])
     [prompt] = task.example_prompts(2)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from panda import UserError
+from panda.models.isolation import refuse_without_positions
 from panda.registry.contexts import ModelContext
 from panda.registry.options import build
 
@@ -31,6 +32,11 @@ def test_a_later_token_does_not_change_earlier_logits(num_layers: int) -> None:
         difference = (model(changed) - logits).abs().amax(dim=(0, 2))
         assert difference[:position].eq(0).all()
         assert difference[position:].gt(0).all(), "and every later one sees it"
+
+
+def test_packed_rows_are_refused_since_a_state_is_carried_on() -> None:
+    with pytest.raises(UserError, match=r"cannot keep the samples of a row apart.*`batching: grouped`"):
+        refuse_without_positions(build_gru(GruOptions(hidden_size=16), CONTEXT), "gru")
 
 
 def test_rows_do_not_see_each_other() -> None:

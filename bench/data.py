@@ -1,0 +1,327 @@
+"""Measures the data room: tokenising into the cache, and rows packed against rows padded.
+
+    python bench/data.py prepare --text FILE... [--megabytes 1000]
+    python bench/data.py packing --data GSM8K [--seconds 60]
+
+``prepare`` writes a synthetic JSON Lines file of that size out of real text, trains a BPE tokenizer on
+it, and compares panda's tokenising with ``tokenizers`` alone on the same texts, in the same run.
+``packing`` runs optimizer steps of a small LLaMA over rows padded to max_seq_length, over dynamic
+padding with length grouping at several micro batches, and over packed rows, each over the same
+samples; then the loader alone, with a model that does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 8000
+SAMPLES_A_STEP = 32
+SMALL_MODEL = ("--arch", "llama-tiny", "--num_layers", "2", "--hidden_size", "64", "--intermediate_size", "128")
+"""A step of it over padded rows takes seconds on one core, not minutes."""
+LENGTH = 2048
+WARM_STEPS = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    preparing = commands.add_parser("prepare")
+    preparing.add_argument("--text", type=Path, nargs="+", required=True, help="JSON files of real text")
+    preparing.add_argument("--megabytes", type=int, default=1000)
+    preparing.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
+    packing = commands.add_parser("packing")
+    packing.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
+    packing.add_argument("--text", type=Path, nargs="+", help="to train the tokenizer on; by default the data")
+    packing.add_argument("--seconds", type=float, default=60, help="for each configuration")
+    arguments = parser.parse_args()
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores,", end=" ")
+    print(f"load {os.getloadavg()[0]:.1f}, {_versions()}\n", flush=True)
+    if arguments.command == "prepare":
+        folder = arguments.folder or Path(tempfile.mkdtemp(prefix="panda-bench-"))
+        try:
+            measure_preparing(arguments.text, arguments.megabytes, folder)
+        finally:
+            if arguments.folder is None:
+                shutil.rmtree(folder)
+    else:
+        measure_packing(arguments.data, arguments.text or [arguments.data], arguments.seconds)
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in ("panda-train", "tokenizers", "transformers", "torch"))
+
+
+def strings(files: list[Path]) -> list[str]:
+    """Every text in the rows of JSON files."""
+    return [value for file in files for row in json.loads(file.read_text()) for value in row.values()]
+
+
+def train_tokenizer(texts: list[str], folder: Path) -> Path:
+    """A byte-level BPE tokenizer of ``VOCABULARY`` entries, in a folder that transformers loads."""
+    from tokenizers import Tokenizer
+    from tokenizers import decoders
+    from tokenizers import models
+    from tokenizers import pre_tokenizers
+    from tokenizers import trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict(zip(("pad_token", "bos_token", "eos_token"), specials, strict=True)),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+# -- tokenising -------------------------------------------------------------------------------
+
+
+def synthetic(texts: list[str], size: int) -> Iterator[dict[str, str]]:
+    """Documents of about 2,000 characters, cut from ``texts`` at random and so different from each other."""
+    generator = random.Random(0)
+    text = "\n".join(texts)
+    written = 0
+    while written < size:
+        pieces = [text[at : at + 100] for at in (generator.randrange(len(text) - 100) for _ in range(20))]
+        row = {"title": f"Document {written}", "content": "".join(pieces)}
+        written += len(json.dumps(row)) + 1
+        yield row
+
+
+def measure_preparing(files: list[Path], megabytes: int, folder: Path) -> None:
+    texts = strings(files)
+    tokenizer = train_tokenizer(texts, folder / "tokenizer")
+    data = folder / "data.jsonl"
+    with data.open("w") as out:
+        out.writelines(json.dumps(row) + "\n" for row in synthetic(texts, megabytes * 1_000_000))
+    time.sleep(3)  # a file that was just written is hashed at each start
+    size = data.stat().st_size
+    program = [sys.executable, __file__]
+    alone = _run([*program, "_tokenizers", str(tokenizer), str(data)])
+    flags = ["--task", "pretrain", "--arch", "llama-tiny", "--pretraining_data_dir", str(data)]
+    flags += ["--tokenizer", str(tokenizer), "--token_cache", str(folder / "cache")]
+    first = _run([*program, "_prepare", *flags])
+    second = _run([*program, "_prepare", *flags])
+    cores = len(os.sched_getaffinity(0))
+    print(f"{size / 1e9:.2f} GB of JSON Lines, vocabulary {VOCABULARY}, {cores} cores")
+    print("| | tokens | seconds | tokens/s | peak memory of a process, MB |\n|---|---|---|---|---|")
+    for name, done in (("tokenizers alone", alone), ("panda prepare", first), ("second start", second)):
+        rate = f"{done['tokens'] / done['seconds']:,.0f}"
+        print(f"| {name} | {done['tokens']:,} | {done['seconds']:.2f} | {rate} | {done['peak'] / 1e6:,.0f} |")
+    ratio = (first["tokens"] / first["seconds"]) / (alone["tokens"] / alone["seconds"])
+    print(f"\npanda prepare at {ratio:.0%} of the rate of tokenizers alone, reading, checking and writing included")
+
+
+def _run(command: list[str]) -> dict[str, float]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _peak() -> int:
+    """Bytes of the largest process so far: this one or one that it waited for."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def _tokenizers(folder: str, data: str) -> None:
+    """``tokenizers`` on texts that are in memory already, with its own threads: nothing read, kept or written."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    tokens, seconds = 0, 0.0
+    with open(data) as lines:
+        while block := [json.loads(line) for line in itertools.islice(lines, 1000)]:
+            texts = [f"{row['title']}\n{row['content']}" for row in block]
+            started = time.perf_counter()
+            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            seconds += time.perf_counter() - started
+            tokens += sum(len(each) for each in encoded)
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "peak": _peak()}))
+
+
+def _prepare(flags: list[str]) -> None:
+    """The part of a start that has to do with data: from the loaded tokenizer to the data set."""
+    from panda.cli.arguments import parse_arguments
+    from panda.cli.configuration import configure
+    from panda.runner import build_task
+    from panda.runner import load_tokenizer
+
+    resolved, _ = configure(parse_arguments(flags))
+    tokenizer = load_tokenizer(resolved.core.tokenizer)
+    started = time.perf_counter()
+    dataset = build_task(resolved, tokenizer).dataset()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"tokens": dataset.tokens, "seconds": seconds, "peak": _peak()}))
+
+
+# -- packing ----------------------------------------------------------------------------------
+
+
+def measure_packing(data: Path, text: list[Path], seconds: float) -> None:
+    import torch
+
+    from panda.cli.arguments import parse_arguments
+    from panda.cli.configuration import configure
+    from panda.engine.processes import join_processes
+    from panda.runner import build_task
+    from panda.runner import load_tokenizer
+    from panda.runner import model_context
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(strings(text), Path(folder) / "tokenizer")
+        flags = [*SMALL_MODEL, "--instruction_tuning_data_dir", str(data), "--tokenizer", str(tokenizer)]
+        flags += ["--max_seq_length", str(LENGTH), "--token_cache", f"{folder}/cache", "--seed", "1"]
+        resolved, _ = configure(parse_arguments(flags))
+        loaded = load_tokenizer(resolved.core.tokenizer)
+        task = build_task(resolved, loaded)
+        dataset = task.dataset()
+        processes = join_processes()
+        torch.manual_seed(0)
+        model = resolved.components["model"].build(model_context(resolved, loaded), torch.nn.Module)
+        model = model.to(processes.device)
+        print(
+            f"{len(dataset):,} samples, {dataset.tokens / len(dataset):.0f} tokens each, a LLaMA of two layers of 64 on"
+            f" {processes.device}, {SAMPLES_A_STEP} samples a step, max_seq_length {LENGTH}"
+        )
+        print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
+        grouped = [("grouped", micro) for micro in (1, 2, 4, 8, 16)]
+        cases = [("padded to max_seq_length", 2), *grouped, *(("packed", micro) for micro in (1, 2, 4, 8, 16))]
+        best: dict[str, float] = {}
+        for batching, micro in cases:
+            rate, wait, filled = _steps(task, dataset, resolved.core, model, processes.device, batching, micro, seconds)
+            best[batching] = max(best.get(batching, 0.0), rate)
+            print(f"| {batching} | {micro} | {rate:,.0f} | {wait:.2%} | {filled:.1%} |", flush=True)
+        print(f"\npacked / padded to max_seq_length: {best['packed'] / best['padded to max_seq_length']:.2f}")
+        print(f"packed / grouped at its best micro batch: {best['packed'] / best['grouped']:.2f}")
+        for workers in (0, 2):
+            rate = _loader(dataset, resolved.core, workers)
+            print(f"loader alone, packed, {workers} workers: {rate:,.0f} tokens/s")
+
+
+def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
+    from dataclasses import replace
+
+    from panda.runner import lay_out
+
+    options = replace(
+        options,
+        per_gpu_train_batch_size=micro,
+        gradient_accumulation_steps=SAMPLES_A_STEP // micro,
+        batching="padded" if batching.startswith("padded") else batching,
+        num_train_epochs=100.0,
+    )
+    return lay_out(options, dataset, 1)
+
+
+def _steps(
+    task: Any, dataset: Any, options: Any, model: Any, device: Any, batching: str, micro: int, seconds: float
+) -> tuple[float, float, float]:
+    """Supervised tokens a second of forward, backward and optimizer; share of time waiting; share of data in rows."""
+    import torch
+
+    from panda.data.batches import step_batches
+
+    layout = _layout(dataset, options, batching, micro)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    batches = step_batches(
+        layout, rank=0, pad_token_id=0, num_workers=2, prefetch_factor=2, pin_memory=device.type == "cuda"
+    )
+    counted = tokens = cells = 0
+    waited = 0.0
+    begun = 0.0
+    for step in itertools.count():
+        if step == WARM_STEPS:
+            _settle(device)
+            begun, waited, counted, tokens, cells = time.perf_counter(), 0.0, 0, 0, 0
+        asked = time.perf_counter()
+        micro_batches = next(batches)
+        waited += time.perf_counter() - asked
+        supervised = sum(batch.supervised_tokens for batch in micro_batches)
+        for batch in micro_batches:
+            if batching == "padded to max_seq_length":
+                batch = _lengthened(batch)
+            (task.loss(model, batch.to(device)) / supervised).backward()
+            tokens += batch.tokens
+            cells += batch.input_ids.numel()
+        optimizer.step()
+        optimizer.zero_grad()
+        counted += supervised
+        if step > WARM_STEPS and time.perf_counter() - begun > seconds:
+            break
+    _settle(device)
+    elapsed = time.perf_counter() - begun
+    batches.close()
+    return counted / elapsed, waited / elapsed, tokens / cells
+
+
+def _lengthened(batch: Any) -> Any:
+    from dataclasses import replace
+
+    from torch.nn.functional import pad
+
+    more = LENGTH - batch.input_ids.shape[1]
+    return replace(batch, input_ids=pad(batch.input_ids, (0, more)), labels=pad(batch.labels, (0, more), value=-100))
+
+
+def _settle(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _loader(dataset: Any, options: Any, workers: int) -> float:
+    """Tokens a second that come out of the loader where nobody holds it up."""
+    from panda.data.batches import step_batches
+
+    batches = step_batches(
+        _layout(dataset, options, "packed", 1),
+        rank=0,
+        pad_token_id=0,
+        num_workers=workers,
+        prefetch_factor=2,
+        pin_memory=False,
+    )
+    next(batches)
+    started = time.perf_counter()
+    tokens = sum(batch.tokens for step in itertools.islice(batches, 100) for batch in step)
+    elapsed = time.perf_counter() - started
+    batches.close()
+    return tokens / elapsed
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["_tokenizers"]:
+        _tokenizers(*sys.argv[2:])
+    elif sys.argv[1:2] == ["_prepare"]:
+        _prepare(sys.argv[2:])
+    else:
+        main()

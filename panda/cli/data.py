@@ -1,0 +1,147 @@
+"""``panda data``: what a configuration's data looks like once it is tokenised."""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panda.cli.command import run_command
+from panda.cli.configuration import configured
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.text import Text
+
+    from panda.data.token_dataset import SampleSet
+    from panda.tasks.language_modelling import LanguageModelling
+
+USAGE = """\
+usage: panda data CONFIG [--KEY VALUE ...] [-p no:NAME]
+
+Show what the data of a configuration becomes: how many samples and tokens, how long they are, which
+rows are left out and why, how full rows are, and the first samples of the run, decoded, with the
+part that carries loss in colour (between » and « where there is no terminal). Writes lengths.png.
+
+example: panda data configs/instruct-tiny.yaml"""
+
+BINS = 12
+BAR = 40
+"""Characters of the longest bar."""
+SAMPLES = 3
+LONGEST_SHOWN = 600
+"""Tokens of a sample that are shown."""
+SUPERVISED = "bold green"
+EFFICIENCY_STEPS = 20
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda data``."""
+    return run_command(_data, argv)
+
+
+def _data(argv: list[str]) -> None:
+    resolved = configured(argv, USAGE)
+    if resolved is None:
+        return
+
+    import numpy as np
+    from rich.console import Console
+
+    from panda.runner import build_task
+    from panda.runner import lay_out
+    from panda.runner import load_tokenizer
+
+    console = Console(highlight=False, soft_wrap=True)
+    task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
+    dataset = task.dataset()
+    report = dataset.report
+    console.print(f"{report.files:,} files, {report.rows:,} rows, {len(dataset):,} samples")
+    if len(dataset.sources) > 1:
+        for source in dataset.sources:
+            console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")
+    share = dataset.supervised_tokens / dataset.tokens
+    console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
+    if report.truncated:
+        console.print(f"{report.truncated:,} samples are longer than max_seq_length and were cut")
+    if report.bad_rows:
+        console.print(f"{report.bad_rows:,} rows cannot be used and are left out:")
+        for reason, count in report.reasons.most_common():
+            console.print(f"  {count:>9,}  {reason}", markup=False)
+        console.print("the first of them:")
+        for bad in report.first_bad_rows:
+            console.print(f"  {bad}", markup=False)
+
+    lengths = dataset.lengths(np.arange(len(dataset)))
+    console.print("\ntokens of a sample")
+    for line in histogram(lengths, BINS):
+        console.print(line)
+    draw_lengths(lengths, Path("lengths.png"), title=f"{len(dataset):,} samples, {dataset.tokens:,} tokens")
+
+    console.print("\nshare of data in what the model is given, one rank")
+    for batching in ("padded", "grouped", "packed"):
+        layout = lay_out(resolved.core, dataset, 1, batching=batching)
+        steps = range(1, min(EFFICIENCY_STEPS, layout.plan.total_steps) + 1)
+        filled, samples = layout.efficiency(steps)
+        chosen = "  <- this run" if batching == resolved.core.batching else ""
+        console.print(f"  {batching:8} {filled:6.1%}, {samples:.1f} samples a row{chosen}")
+
+    positions = range(min(SAMPLES, layout.order.epoch_samples))
+    for position, index in zip(positions, layout.order.samples(positions), strict=True):
+        console.print(f"\n-- sample {position + 1} of the run, number {int(index):,} of the data")
+        console.print(shown(task, dataset, int(index), coloured=sys.stdout.isatty()))
+    console.print("\nlengths.png has the lengths as a picture")
+
+
+def histogram(lengths: np.ndarray, bins: int) -> list[str]:
+    """A bar for each stretch of lengths, as lines of text."""
+    import numpy as np
+
+    counts, edges = np.histogram(lengths, bins=_edges(lengths, bins))
+    width = len(f"{edges[-1]:,}")
+    bars = ["█" * round(BAR * count / counts.max()) for count in counts]
+    return [
+        f"  {start:>{width},} to {end - 1:>{width},}  {bar:{BAR}} {count:,}"
+        for (start, end), bar, count in zip(pairwise(edges), bars, counts, strict=True)
+    ]
+
+
+def draw_lengths(lengths: np.ndarray, path: Path, *, title: str) -> None:
+    """Draw the histogram of ``lengths`` into ``path``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(lengths, bins=_edges(lengths, 60), color="C0")
+    axes.set_xlabel("tokens of a sample")
+    axes.set_ylabel("samples")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
+def _edges(lengths: np.ndarray, bins: int) -> list[int]:
+    """Whole numbers, at equal distances, that begin each stretch and end the last."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // bins))
+    return list(range(low, high + width + 1, width))
+
+
+def shown(task: LanguageModelling, dataset: SampleSet, index: int, *, coloured: bool) -> Text:
+    """A sample, decoded, with the stretches that carry loss in colour or between marks."""
+    from rich.text import Text
+
+    token_ids, supervised = dataset[index]
+    text = Text()
+    pairs = zip(token_ids[:LONGEST_SHOWN].tolist(), supervised[:LONGEST_SHOWN].tolist(), strict=True)
+    for carries_loss, stretch in groupby(pairs, key=lambda pair: pair[1]):
+        decoded = task.tokenizer.decode([token for token, _ in stretch])
+        if carries_loss:
+            text.append(decoded if coloured else f"»{decoded}«", style=SUPERVISED)
+        else:
+            text.append(decoded)
+    if len(token_ids) > LONGEST_SHOWN:
+        text.append(f" ... and {len(token_ids) - LONGEST_SHOWN:,} tokens more")
+    return text

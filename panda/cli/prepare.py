@@ -1,0 +1,39 @@
+"""``panda prepare``: tokenise a configuration's data into the token cache, ahead of time and without a GPU."""
+
+from __future__ import annotations
+
+from panda.cli.command import run_command
+from panda.cli.configuration import configured
+
+USAGE = """\
+usage: panda prepare CONFIG [--KEY VALUE ...] [-p no:NAME]
+
+Read and tokenise the data of a configuration on all cores, as panda-train would at its start, into
+the token cache. Runs that use the same data, tokenizer and options then start at once. Needs no GPU
+and starts no process group; PANDA_CACHE or `token_cache` says where the cache is.
+
+example: panda prepare configs/instruct-tiny.yaml"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda prepare``."""
+    return run_command(_prepare, argv)
+
+
+def _prepare(argv: list[str]) -> None:
+    resolved = configured(argv, USAGE)
+    if resolved is None:
+        return
+
+    from panda.data.token_cache import cache_folder
+    from panda.runner import build_task
+    from panda.runner import load_tokenizer
+
+    dataset = build_task(resolved, load_tokenizer(resolved.core.tokenizer)).dataset()
+    for line in dataset.report.lines():
+        print(line)
+    print(
+        f"{dataset.report.files:,} files, {dataset.report.rows:,} rows: {len(dataset):,} samples,"
+        f" {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss\n"
+        f"in {cache_folder(resolved.core.token_cache)}"
+    )

@@ -1,0 +1,125 @@
+"""How the samples of an optimizer step become rows, and the rows micro batches of ranks.
+
+Which samples a step has is the order's business and not this one's. The loss of a step is a sum over
+its tokens, so any layout of the same samples follows the same trajectory, beyond rounding: packing
+and grouping change the speed of a run, and nothing else.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from bisect import insort
+from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from panda.data.order import BatchPlan
+from panda.data.order import SampleOrder
+from panda.data.token_dataset import SampleSet
+
+Row = list[int]
+"""Numbers of the samples that share a row."""
+
+
+def in_order(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
+    """A sample a row, as they come."""
+    return [[int(sample)] for sample in samples]
+
+
+def by_length(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
+    """A sample a row, those of like length together, so that a micro batch has little padding."""
+    return [[int(sample)] for sample in samples[np.argsort(-lengths, kind="stable")]]
+
+
+def best_fit(samples: np.ndarray, lengths: np.ndarray, capacity: int) -> list[Row]:
+    """Several samples a row of ``capacity`` tokens: the longest first, each into the fullest row that has room.
+
+    Best fit decreasing takes at most 11/9 of the fewest rows possible, and one more (Johnson 1973).
+    """
+    rows: list[Row] = []
+    room: list[tuple[int, int]] = []  # what is free, and the row; sorted
+    for place in np.argsort(-lengths, kind="stable"):
+        sample, length = int(samples[place]), int(lengths[place])
+        assert length <= capacity
+        fitting = bisect_left(room, (length, -1))
+        if fitting < len(room):
+            free, row = room.pop(fitting)
+        else:
+            free, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(sample)
+        insort(room, (free - length, row))
+    return rows
+
+
+def packed(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
+    """Rows of best fit, no longer than they have to be.
+
+    Where all ranks together take ``at_once`` rows in a micro batch, rows of full capacity leave some
+    places of the last one empty. Shorter rows fill those: as many micro batches, the same load on each
+    rank, and less attention, whose cost grows with a row's square.
+    """
+    rows = best_fit(samples, lengths, capacity)
+    places = -(-len(rows) // at_once) * at_once
+    shorter = max(int(lengths.max()), -(-int(lengths.sum()) // places))
+    while shorter < capacity:
+        tried = best_fit(samples, lengths, shorter)
+        if len(tried) <= places:
+            return tried
+        shorter += -(-shorter // 32)
+    return rows
+
+
+LAYOUTS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], list[Row]]] = {
+    "padded": in_order,
+    "grouped": by_length,
+    "packed": packed,
+}
+"""The values of the option ``batching``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of each step of a run."""
+
+    dataset: SampleSet
+    order: SampleOrder
+    plan: BatchPlan
+    batching: str
+    max_seq_length: int
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several samples."""
+        return self.batching == "packed"
+
+    def micro_batches(self, step: int) -> list[list[list[Row]]]:
+        """The rows of micro batch m of rank r of optimizer step ``step`` (counted from 1), as ``[m][r]``.
+
+        Every rank has as many micro batches; rows are dealt evenly, and where there are too few some have none.
+        """
+        samples = self.order.samples(self.plan.positions(step))
+        plan = self.plan
+        at_once = plan.micro_batch * plan.ranks
+        rows = LAYOUTS[self.batching](samples, self.dataset.lengths(samples), self.max_seq_length, at_once)
+        places = -(-len(rows) // at_once) * plan.ranks
+        share, more = divmod(len(rows), places)
+        starts = [place * share + min(place, more) for place in range(places + 1)]
+        dealt = [rows[start:end] for start, end in pairwise(starts)]
+        return [dealt[first : first + plan.ranks] for first in range(0, places, plan.ranks)]
+
+    def efficiency(self, steps: Iterable[int]) -> tuple[float, float]:
+        """Of what the model is given in ``steps``, the share of tokens that is not padding; and samples a row."""
+        tokens = cells = samples = rows = 0
+        for step in steps:
+            for micro_batch in self.micro_batches(step):
+                for of_rank in micro_batch:
+                    filled = [int(self.dataset.lengths(np.array(row)).sum()) for row in of_rank]
+                    tokens += sum(filled)
+                    cells += max(filled, default=0) * len(filled)
+                    samples += sum(map(len, of_rank))
+                    rows += len(of_rank)
+        return tokens / max(1, cells), samples / max(1, rows)

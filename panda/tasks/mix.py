@@ -1,0 +1,77 @@
+"""The ``mix`` task: instruct and pretrain data in one run, each as often as its weight says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import fields
+from typing import TYPE_CHECKING
+from typing import Annotated
+from typing import Any
+
+from panda.registry import Meta
+from panda.registry import UserError
+from panda.registry import register_task
+from panda.registry.contexts import TaskContext
+from panda.tasks.instruct import Instruct
+from panda.tasks.instruct import InstructFormat
+from panda.tasks.instruct import InstructOptions
+from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.pretrain import Pretrain
+from panda.tasks.pretrain import PretrainFormat
+from panda.tasks.pretrain import PretrainOptions
+
+if TYPE_CHECKING:
+    from panda.data.token_dataset import SampleSet
+
+
+@dataclass(frozen=True)
+class MixOptions(InstructFormat, PretrainFormat):
+    """Options of the mix task: those of instruct and of pretrain, and a weight for each."""
+
+    instruction_tuning_data_dir: str | None = None
+    """Folder or file of instruct data; left out, the mix is of pretrain data alone."""
+    pretraining_data_dir: str | None = None
+    """Folder or file of pretrain data; left out, the mix is of instruct data alone."""
+    instruct_weight: Annotated[float, Meta(gt=0)] = 1.0
+    """Passes over the instruct data that an epoch makes: 2 shows each sample twice, 0.1 another tenth each epoch."""
+    pretrain_weight: Annotated[float, Meta(gt=0)] = 1.0
+    """Passes over the pretrain data that an epoch makes."""
+
+
+@register_task("mix", options=MixOptions)
+class Mix(LanguageModelling):
+    """Instruct and pretrain data, shuffled together, each with the number of passes that an epoch makes over it."""
+
+    def __init__(self, options: MixOptions, context: TaskContext) -> None:
+        super().__init__(context)
+        self.parts: list[tuple[str, Instruct | Pretrain, float]] = []
+        if options.instruction_tuning_data_dir is not None:
+            asked = _part(InstructOptions, options)
+            self.parts.append(("instruct", Instruct(asked, context), options.instruct_weight))
+        if options.pretraining_data_dir is not None:
+            told = _part(PretrainOptions, options)
+            self.parts.append(("pretrain", Pretrain(told, context), options.pretrain_weight))
+        if not self.parts:
+            raise UserError("mix: give instruction_tuning_data_dir, pretraining_data_dir, or both.")
+        self.first = self.parts[0][1]
+        self.special_tokens_in_text = self.first.special_tokens_in_text
+
+    def dataset(self) -> SampleSet:
+        from panda.data.token_dataset import MixedDataset
+
+        return MixedDataset([(name, task.dataset(), weight) for name, task, weight in self.parts])
+
+    @property
+    def last_token(self) -> int:
+        return self.first.last_token
+
+    def prompt_text(self, prompt: str) -> str:
+        return self.first.prompt_text(prompt)
+
+    def example_prompts(self, count: int) -> list[str]:
+        return self.first.example_prompts(count)
+
+
+def _part(cls: type, options: MixOptions) -> Any:
+    """The options of one part of the mix."""
+    return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})

@@ -1,0 +1,127 @@
+"""A task whose samples come from rows of files: reads them once, through the token cache."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.data.reading import BadRow
+from panda.data.reading import Row
+from panda.data.reading import data_files
+from panda.registry.contexts import TaskContext
+from panda.tasks.conversations import UnusableRowError
+from panda.tasks.language_modelling import LanguageModelling
+
+if TYPE_CHECKING:
+    from panda.data.token_dataset import SampleBlock
+    from panda.data.token_dataset import TokenDataset
+
+
+class TextTask(LanguageModelling):
+    """Rows to samples: a subclass says what a row means and how it becomes tokens."""
+
+    option: str
+    """The key that says where the data is."""
+
+    def __init__(self, location: str, context: TaskContext) -> None:
+        super().__init__(context)
+        self.location = location
+        self.files = data_files(location, context.reader.suffixes, self.option)
+
+    @abstractmethod
+    def parse(self, row: Row) -> Any:
+        """What ``row`` means. Raises UnusableRowError where it cannot be trained on."""
+
+    @abstractmethod
+    def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
+        """Tokenise what ``parse`` returned for some rows into samples of ``block``."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The options that decide which tokens come out, as plain objects: the token cache is addressed by them."""
+
+    @abstractmethod
+    def example_prompt(self, parsed: Any) -> str:
+        """A prompt made of a row of the data."""
+
+    def dataset(self) -> TokenDataset:
+        from panda.data.token_cache import Recipe
+        from panda.data.token_cache import tokenised
+
+        recipe = Recipe(
+            option=self.option,
+            location=self.location,
+            files=self.files,
+            reader=self.context.reader,
+            tokenise=self.tokenise,
+            vocabulary=len(self.tokenizer),
+            ingredients={
+                "task": [_code(type(self)), self.describe()],
+                "reader": [_code(type(self.context.reader)), repr(self.context.reader_options)],
+                "max_seq_length": self.context.max_seq_length,
+                "tokenizer": _tokenizer_hash(self.tokenizer),
+            },
+        )
+        return tokenised(recipe, self.context.token_cache)
+
+    def tokenise(self, rows: list[Row | BadRow]) -> SampleBlock:
+        """The samples of ``rows``, and the report of those that make none."""
+        from panda.data.token_dataset import SampleBlock
+
+        block = SampleBlock()
+        block.report.rows = len(rows)
+        parsed = []
+        for row in rows:
+            try:
+                parsed.append(self.parse(_good(row)))
+            except UnusableRowError as problem:
+                block.report.add_bad(BadRow(row.file, row.number, str(problem)))
+        self.add_samples(parsed, block)
+        return block
+
+    def example_prompts(self, count: int) -> list[str]:
+        return [self.example_prompt(parsed) for parsed in islice(self._parsed(), count)]
+
+    def _parsed(self) -> Iterator[Any]:
+        for file in self.files:
+            for row in self.context.reader.read(file):
+                try:
+                    yield self.parse(_good(row))
+                except UnusableRowError:
+                    continue
+
+
+def _good(row: Row | BadRow) -> Row:
+    if isinstance(row, BadRow):
+        raise UnusableRowError(row.problem)
+    return row
+
+
+def _code(cls: type) -> list[str]:
+    """Which code a class is. panda's own raises the cache's VERSION when it changes; that of others is its source."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__module__.startswith("panda."):
+        return [name]
+    files = {inspect.getsourcefile(base) for base in cls.__mro__ if base.__module__ != "builtins"}
+    sources = [Path(file).read_bytes() for file in sorted(file for file in files if file)]
+    return [name, hashlib.sha256(b"\0".join(sources)).hexdigest()]
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of all of ``tokenizer`` that decides which ids it gives."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = backend.to_str()
+    else:
+        model = getattr(tokenizer, "vocab_file", None)
+        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest() if model else ""
+        content = json.dumps([sorted(tokenizer.get_vocab().items()), digest, repr(tokenizer)])
+    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(f"{type(tokenizer).__name__}\0{specials}\0{content}".encode(errors="replace")).hexdigest()

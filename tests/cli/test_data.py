@@ -1,0 +1,95 @@
+"""``panda data`` and ``panda prepare``: what they say is what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import run_panda
+
+from panda.cli import data
+from panda.cli import prepare
+
+ROWS = [
+    *({"input": "a" * length, "target": "xyz"} for length in (1, 5, 5, 30)),
+    {"input": "a"},
+    {"input": "a", "target": ""},
+    {"input": "b", "target": ""},
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A configuration file, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    (tmp_path / "run.yaml").write_text(
+        "arch: llama-tiny\ninstruction_tuning_data_dir: rows.json\nmax_seq_length: 24\ntoken_cache: cache\n"
+        "batching: packed\ngradient_accumulation_steps: 4\n"
+    )
+    return "run.yaml"
+
+
+def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert data.main([config]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 files, 7 rows, 4 samples"
+    # BOS, prompt, newline, three letters, EOS: 7, 11, 11, and 36 cut to 24
+    assert lines[1] == f"{7 + 11 + 11 + 24} tokens, 16 with loss (30.2%)"
+    assert lines[2] == "1 samples are longer than max_seq_length and were cut"
+    assert lines[3] == "3 rows cannot be used and are left out:"
+    assert lines[4] == "          2  field 'target' is empty"
+    assert "          1  no field 'target'" in lines[5]
+    assert "  rows.json, row 5: no field 'target'" in lines[7]
+    assert any(line.startswith("   7 to  8") and line.endswith(" 1") for line in lines)
+    assert any("packed" in line and "<- this run" in line for line in lines)
+    shown = [lines[n + 1] + "\n" + lines[n + 2] for n, line in enumerate(lines) if line.startswith("-- sample")]
+    assert len(shown) == 3 and all("\n»xyz</s>«" in text for text in shown)
+    assert Path("lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_histogram_counts_every_sample_once_and_its_bars_are_to_scale() -> None:
+    lines = data.histogram(np.array([2] * 10 + [3] * 5 + [9]), bins=4)
+    assert [line.split()[-1] for line in lines] == ["15", "0", "0", "1"]
+    assert [" ".join(line.split()[:3]) for line in lines] == ["2 to 3", "4 to 5", "6 to 7", "8 to 9"]
+    assert lines[0].count("█") == data.BAR and lines[1].count("█") == 0
+    [only] = data.histogram(np.array([5, 5]), bins=4)
+    assert only.split()[-1] == "2"
+
+
+def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main([config]) == 0
+    out = capsys.readouterr().out
+    assert "1 files, 7 rows: 4 samples, 53 tokens, 16 with loss\nin cache\n" in out
+    assert "bad row: rows.json, row 5: no field 'target'" in out
+    [made] = [path for path in Path("cache").iterdir() if (path / "manifest.json").exists()]
+    before = os.stat(made / "manifest.json").st_mtime_ns
+    flags = ["--max_steps", 1, "--output_dir", "run", "--num_layers", 1, "--hidden_size", 32, "-p", "no:tensorboard"]
+    done = run_panda("panda-train", "--config", config, *flags, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert "packed rows: " in done.stdout
+    assert [path for path in Path("cache").iterdir() if (path / "manifest.json").exists()] == [made]
+    assert os.stat(made / "manifest.json").st_mtime_ns == before
+
+
+@pytest.mark.parametrize("command", [data, prepare])
+def test_help_and_nothing_at_all(command: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--help"]) == 0  # type: ignore[attr-defined]
+    assert "example: panda " in capsys.readouterr().out
+    assert command.main([]) == 2  # type: ignore[attr-defined]
+    assert "no configuration is given" in capsys.readouterr().err
+
+
+def test_another_tokenizer_or_option_is_another_place(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def places() -> set[str]:
+        return {path.parent.name for path in Path("cache").glob("*/manifest.json")}
+
+    assert prepare.main([config]) == 0
+    assert len(places()) == 1
+    for number, change in enumerate([("--separator", "="), ("--max_seq_length", "23"), ("--num_workers", "0")], 2):
+        assert prepare.main([config, *change]) == 0
+        assert len(places()) == min(number, 3), "workers change no token"

@@ -1,0 +1,295 @@
+"""Tokenised once: what comes out of the cache is what was put in, or it is made again, or refused in clear words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from panda.data import content_hash
+from panda.data import token_cache
+from panda.data import tokenising
+from panda.data.json_reader import JsonReader
+from panda.data.reading import BadRow
+from panda.data.reading import Row
+from panda.data.token_cache import Recipe
+from panda.data.token_cache import tokenised
+from panda.data.token_dataset import SampleBlock
+from panda.data.token_dataset import TokenDataset
+from panda.registry import NoOptions
+from panda.registry import UserError
+from panda.registry.contexts import ReaderContext
+
+made: Counter[str] = Counter()
+"""Rows that were tokenised in this process, by the file they came from."""
+
+
+def tokenise(rows: list[Row | BadRow]) -> SampleBlock:
+    """A token a character."""
+    block = SampleBlock()
+    block.report.rows = len(rows)
+    for row in rows:
+        made[row.file.name] += 1
+        if isinstance(row, BadRow):
+            block.report.add_bad(row)
+        else:
+            text = row.fields["text"]
+            block.add([ord(character) for character in text], bytes(1) + b"\1" * (len(text) - 1))
+    return block
+
+
+def write(file: Path, texts: list[str]) -> Path:
+    """As if it had been there for a minute."""
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    os.utime(file, (time.time() - 60, time.time() - 60))
+    return file
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    made.clear()
+    file = write(tmp_path / "a.jsonl", ["hello", "there 🐼"[:5], "again"])
+    return Recipe("data_dir", "a.jsonl", [file], JsonReader(NoOptions(), ReaderContext()), tokenise, 300, {"task": 1})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def texts(dataset: TokenDataset) -> list[str]:
+    return ["".join(map(chr, dataset[index][0])) for index in range(len(dataset))]
+
+
+def folder_of(dataset: TokenDataset) -> Path:
+    assert dataset.directory is not None
+    return dataset.directory
+
+
+def test_what_is_cached_is_what_was_made(recipe: Recipe, cache: Path) -> None:
+    write(recipe.files[0], ["hello", "there"])
+    with recipe.files[0].open("a") as file:
+        file.write("7\n")
+    in_memory, first, second = (tokenised(recipe, place) for place in (None, cache, cache))
+    assert made["a.jsonl"] == 6, "the third time nothing is tokenised"
+    for dataset in (in_memory, first, second):
+        assert texts(dataset) == ["hello", "there"]
+        assert dataset[0][1].tolist() == [False, True, True, True, True]
+        assert (dataset.tokens, dataset.supervised_tokens) == (10, 8)
+        assert (dataset.report.files, dataset.report.rows, dataset.report.bad_rows) == (1, 3, 1)
+        assert str(dataset.report.first_bad_rows[0]).endswith("row 3: expected an object, {...}, found a number")
+    assert folder_of(first) == folder_of(second)
+    assert not list(cache.glob("*.tmp-*"))
+
+
+def test_the_arrays_are_mapped_and_cannot_be_written(recipe: Recipe, cache: Path) -> None:
+    dataset = tokenised(recipe, cache)
+    assert isinstance(dataset.token_ids.base, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.token_ids[0] = 1
+
+
+def test_tokens_of_a_large_vocabulary_keep_their_value(recipe: Recipe, cache: Path) -> None:
+    write(recipe.files[0], ["\N{PANDA FACE}" * 3])
+    dataset = tokenised(replace(recipe, vocabulary=200_000), cache)
+    assert dataset[0][0].tolist() == [ord("\N{PANDA FACE}")] * 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda recipe: replace(recipe, ingredients={"task": 2}),
+        lambda recipe: replace(recipe, files=[write(recipe.files[0], ["other"])]),
+        lambda recipe: replace(recipe, files=[*recipe.files, write(recipe.files[0].with_name("b.jsonl"), ["more"])]),
+    ],
+    ids=["options", "content", "a file more"],
+)
+def test_what_decides_the_tokens_decides_the_place(
+    recipe: Recipe, cache: Path, change: Callable[[Recipe], Recipe]
+) -> None:
+    before = folder_of(tokenised(recipe, cache))
+    assert folder_of(tokenised(change(recipe), cache)) != before
+
+
+def test_the_name_and_time_of_a_file_do_not(recipe: Recipe, cache: Path) -> None:
+    before = folder_of(tokenised(recipe, cache))
+    moved = recipe.files[0].rename(recipe.files[0].with_name("moved.jsonl"))
+    os.utime(moved)
+    assert folder_of(tokenised(replace(recipe, files=[moved]), cache)) == before
+    assert made["moved.jsonl"] == 0
+
+
+def test_a_change_that_keeps_size_and_nearly_the_time_is_seen(recipe: Recipe, cache: Path) -> None:
+    """A file that was just written is not remembered by its time stamp: it may change within the same one."""
+    file = recipe.files[0]
+    now = time.time_ns()
+    file.write_text('{"text": "one"}\n')
+    os.utime(file, ns=(now, now))
+    assert texts(tokenised(recipe, cache)) == ["one"]
+    file.write_text('{"text": "two"}\n')
+    os.utime(file, ns=(now, now))
+    assert texts(tokenised(recipe, cache)) == ["two"]
+
+
+def test_the_content_of_a_file_is_read_once(recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenised(recipe, cache)
+
+    def read_again(*arguments: Any) -> Any:
+        raise AssertionError("a file is hashed again")
+
+    monkeypatch.setattr(content_hash.hashlib, "file_digest", read_again)
+    assert len(tokenised(recipe, cache)) == 3
+
+
+@pytest.mark.parametrize("name", ["token_ids.bin", "supervised.bin", "offsets.bin", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_cache_is_made_again(
+    recipe: Recipe, cache: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    file = folder_of(tokenised(recipe, cache)) / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-2])
+    elif damage == "changed":
+        content = bytearray(file.read_bytes())
+        content[3] ^= 0xFF
+        file.write_bytes(content)
+        os.utime(file, (time.time() + 1, time.time() + 1))  # not within the same tick of a coarse clock
+    else:
+        file.unlink()
+    made.clear()
+    assert texts(tokenised(recipe, cache)) == ["hello", "there", "again"]
+    assert made["a.jsonl"] == 3
+    if damage != "missing":
+        assert "is damaged and is made again" in capsys.readouterr().err
+    made.clear()
+    assert len(tokenised(recipe, cache)) == 3 and not made
+
+
+def test_data_without_a_usable_row_is_an_error_the_second_time_too(recipe: Recipe, cache: Path) -> None:
+    write(recipe.files[0], [])
+    recipe.files[0].write_text("[1, 2]")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"data_dir: 'a\.jsonl' has no row that can be trained on"):
+            tokenised(recipe, cache)
+
+
+def test_a_failure_leaves_nothing_behind(recipe: Recipe, cache: Path) -> None:
+    recipe.files[0].write_text('[{"text": "cut sho')
+    with pytest.raises(UserError, match="is it cut short"):
+        tokenised(recipe, cache)
+    assert [path.name for path in cache.iterdir() if path.is_dir() and path.name != "hashes"] == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(recipe: Recipe, cache: Path) -> None:
+    def growing(rows: list[Row | BadRow]) -> SampleBlock:
+        with recipe.files[0].open("a") as file:
+            file.write('{"text": "late"}\n')
+        return tokenise(rows)
+
+    with pytest.raises(UserError, match=r"a\.jsonl: the file changed while it was read"):
+        tokenised(replace(recipe, tokenise=growing), cache)
+    assert [path.name for path in cache.iterdir() if path.is_dir() and path.name != "hashes"] == []
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(
+    recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full is a disk without room."""
+
+    class Full(token_cache._Writer):
+        def __init__(self, folder: Path, name: str) -> None:
+            super().__init__(folder, name)
+            self.file = open("/dev/full", "wb")  # noqa: SIM115
+
+    monkeypatch.setattr(token_cache, "_Writer", Full)
+    with pytest.raises(UserError, match=r"token_cache: cannot write to '.*cache': the disk is full\. Make room there"):
+        tokenised(recipe, cache)
+    assert [path.name for path in cache.iterdir() if path.is_dir() and path.name != "hashes"] == []
+
+
+def test_a_cache_that_cannot_be_made_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"token_cache: cannot make '.*file/cache'"):
+        tokenised(recipe, tmp_path / "file" / "cache")
+
+
+def test_what_a_killed_process_left_is_removed(recipe: Recipe, cache: Path) -> None:
+    folder = folder_of(tokenised(recipe, cache))
+    left = folder.with_name(f"{folder.name}.tmp-123")
+    folder.rename(left)
+    tokenised(recipe, cache)
+    assert folder.exists() and not left.exists()
+
+
+# -- several processes ------------------------------------------------------------------------
+
+
+def test_processes_tokenise_in_order_and_in_bounded_numbers(
+    recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenising, "ROWS_AT_ONCE", 7)
+    written = [f"text {number}" for number in range(500)]
+    write(recipe.files[0], written)
+    blocks = list(tokenising.tokenised_blocks(recipe.files, recipe.reader, tokenise, processes=3))
+    assert ["".join(map(chr, block.token_ids)) for block in blocks[1:3]] == [
+        "".join(written[:7]),
+        "".join(written[7:14]),
+    ]
+    assert sum(len(block.lengths) for block in blocks) == 500
+    assert not made, "nothing was tokenised here"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_exception_while_tokenising_surfaces_with_its_traceback(recipe: Recipe, processes: int) -> None:
+    def broken(rows: list[Row | BadRow]) -> SampleBlock:
+        raise ZeroDivisionError("in the tokenizer")
+
+    with pytest.raises(ZeroDivisionError, match="in the tokenizer"):
+        list(tokenising.tokenised_blocks(recipe.files, recipe.reader, broken, processes=processes))
+
+
+def test_a_tokenising_process_that_is_killed_is_an_error_and_no_hang(recipe: Recipe) -> None:
+    def killed(rows: list[Row | BadRow]) -> SampleBlock:
+        os.kill(os.getpid(), 9)
+        raise AssertionError
+
+    with pytest.raises(UserError, match="a process was killed from outside"):
+        list(tokenising.tokenised_blocks(recipe.files, recipe.reader, killed, processes=2))
+
+
+STARTING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import test_token_cache as t
+from panda.data.token_cache import Recipe, tokenised
+
+def slowly(rows):
+    print("tokenising", flush=True)
+    time.sleep(0.5)
+    return t.tokenise(rows)
+
+reader = t.JsonReader(t.NoOptions(), t.ReaderContext())
+recipe = Recipe("data_dir", "a.jsonl", [Path({file!r})], reader, slowly, 300, {{"task": 1}})
+print(t.texts(tokenised(recipe, Path({cache!r}))))
+"""
+
+
+def test_of_several_that_start_at_once_one_tokenises_and_the_others_wait(recipe: Recipe, cache: Path) -> None:
+    program = STARTING.format(here=str(Path(__file__).parent), file=str(recipe.files[0]), cache=str(cache))
+    processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all("['hello', 'there', 'again']" in output for output in outputs), outputs
+    assert sum(output.count("tokenising\n") for output in outputs) == 1
+    waiting = [output for output in outputs if "waiting for process " in output]
+    assert all("which tokenises the same data (rank 0)" in output for output in waiting)
