@@ -6,9 +6,12 @@ printed in docs/refusals.md.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
@@ -26,6 +29,24 @@ class Refusal:
     instead: str
 
 
+def _asks(run: RunOptions, *path: str) -> Any:
+    """What ``deepspeed_config`` has at ``path``; None where it has nothing, or cannot be read: that is told later."""
+    try:
+        value = json.loads(Path(run.deepspeed_config or "").read_text(encoding="utf-8"))
+        for key in path:
+            value = value[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value
+
+
+def _lamb_asks(run: RunOptions, *path: str) -> Any:
+    """The same where the optimizer needs the norm of whole layers."""
+    is_lamb = run.optimizer.rpartition(":")[2].lower() in ("nvlamb", "lamb")
+    return _asks(run, *path) if is_lamb else None
+
+
+_OFFLOAD = ("zero_optimization", "offload_optimizer")
 _LORA = ("lora_r", "lora_alpha", "lora_dropout")
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
@@ -71,6 +92,44 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda run: run.precision == "fp16" and run.zero_stage == 0,
         "DeepSpeed's fp16 wrapper without ZeRO accumulates gradients in fp16, where they over- and underflow",
         "`zero_stage: 1`, which is the same on one GPU, or `precision: bf16`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with offload_optimizer on NVMe",
+        lambda run: _lamb_asks(run, *_OFFLOAD, "device") == "nvme",
+        "the norm of a layer needs all of it, and DeepSpeed has most of it on the disk",
+        '`offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+    ),
+    Refusal(
+        "optimizer: nvlamb with offload_optimizer.ratio below 1",
+        lambda run: _lamb_asks(run, *_OFFLOAD, "ratio") not in (None, 1),
+        "DeepSpeed steps what is not offloaded with an AdamW of its own",
+        "leave `ratio` out, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with ZenFlow or SuperOffload",
+        lambda run: bool(
+            _lamb_asks(run, "zero_optimization", "zenflow") or _lamb_asks(run, *_OFFLOAD, "super_offload")
+        ),
+        "they step with a CPU Adam of DeepSpeed's own, part of the weights at a time",
+        'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+    ),
+    Refusal(
+        "optimizer: nvlamb with MiCS",
+        lambda run: (_lamb_asks(run, "zero_optimization", "mics_shard_size") or 0) > 0,
+        "weights are spread over a part of the ranks, and whose norms to sum is not known here",
+        "`zero_stage: 3` without `mics_shard_size`, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with tensor_parallel in deepspeed_config",
+        lambda run: _lamb_asks(run, "tensor_parallel") is not None,
+        "DeepSpeed cuts layers over ranks without saying which, and each part would be taken for a layer",
+        "`zero_stage: 3` to spread the weights, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with DeepCompile",
+        lambda run: bool(_lamb_asks(run, "compile", "deepcompile")),
+        "its passes move and free the tensors of Adam, and were not tried with another optimizer",
+        "leave it out, or `optimizer: adamw`",
     ),
 )
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 
+from panda.engine.layouts import layout_of
 from panda.engine.processes import Processes
 
 BatchType = TypeVar("BatchType", bound="CountedBatch")
@@ -64,6 +65,8 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
+        if hasattr(optimizer, "bind"):
+            optimizer.bind(layout_of(module, self.optimizer, processes))
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
