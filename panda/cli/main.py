@@ -13,6 +13,7 @@ COMMANDS = {
     "list": "what is installed, by kind",
     "show": "one component: its options, and where it comes from",
     "check": "resolve a configuration, verify its data, train nothing",
+    "plot": "draw the learning-rate schedule of a configuration",
     "train": "the same as panda-train",
 }
 """Each is a module of this package with ``main(argv)``."""
