@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 from typing import Literal
 
 from panda.registry import Meta
+from panda.registry import UserError
 
 DEFAULT_PLUGINS = ("progress", "metrics", "tensorboard", "plot")
 """Lifecycle plugins of panda's own that every run has; ``-p no:NAME`` leaves one out."""
@@ -95,7 +97,11 @@ class RunOptions:
     learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
     """Peak learning rate. The default suits small models and adapters; full training of a large one wants less."""
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    """Decoupled weight decay, applied to all parameters."""
+    """Decoupled weight decay, applied to all parameters unless weight_decay_on says otherwise."""
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """What weight_decay is applied to: all parameters, or matrices alone: not norms, biases and embeddings."""
+    lr_multipliers: tuple[str, ...] = ()
+    """`PATTERN=FACTOR`, each: scales the learning rate of parameters by name, `*embed*=0.1`. The first match counts."""
     max_grad_norm: Annotated[float, Meta(ge=0)] = 0.3
     """Global gradient norm above which gradients are scaled down to it; 0 for no clipping."""
     seed: Annotated[int, Meta(ge=0)] = 42
@@ -132,3 +138,23 @@ class RunOptions:
     """Dropout on the adapters' input."""
     use_quant: bool = False
     """4-bit base weights under adapters (QLoRA). Not in this version."""
+
+    def __post_init__(self) -> None:
+        rate_multipliers(self.lr_multipliers)
+
+
+def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:
+    """Factors by pattern, as ``lr_multipliers`` has them. Raises UserError for what is none."""
+    multipliers = {}
+    for text in written:
+        pattern, _, factor = text.rpartition("=")
+        try:
+            multipliers[pattern] = float(factor)
+        except ValueError:
+            multipliers[pattern] = math.nan
+        if not pattern or not 0 < multipliers[pattern] < math.inf:
+            raise UserError(
+                f"lr_multipliers: {text!r} is not PATTERN=FACTOR with a factor above 0: `*embed*=0.1`."
+                " To leave weights as they are, freeze them in the model."
+            )
+    return multipliers

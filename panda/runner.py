@@ -45,6 +45,7 @@ from panda.registry.resolve import Resolved
 from panda.run_directory import choose_directory
 from panda.run_directory import write_description
 from panda.run_options import RunOptions
+from panda.run_options import rate_multipliers
 from panda.tasks.language_modelling import LanguageModelling
 
 ANSWERED_PROMPTS = 2
@@ -180,7 +181,13 @@ def _build(
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
     _seed(options.seed + processes.rank)  # different, for dropout
 
-    groups = param_groups(model, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
+    groups = param_groups(
+        model,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        decay_on=options.weight_decay_on,
+        multipliers=rate_multipliers(options.lr_multipliers),
+    )
     optimizer = resolved.components["optimizer"].build(
         OptimizerContext(param_groups=groups, device=processes.device), torch.optim.Optimizer
     )
@@ -329,6 +336,8 @@ def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> d
         "ranks": processes.world_size,
         "zero_stage": resolved.core.zero_stage,
         "precision": resolved.core.precision,
+        "weight_decay_on": resolved.core.weight_decay_on,
+        "lr_multipliers": list(resolved.core.lr_multipliers),
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "tokens": dataset.tokens,
