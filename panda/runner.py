@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class Run:
     """Optimizer steps done."""
     checkpoints: list[Path] = field(default_factory=list)
     """Checkpoints that this process has saved."""
+    observations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """On rank 0, of the last log record: what the optimizer tells of each parameter, by quantity, by name."""
     answers: list[dict[str, str]] = field(default_factory=list)
     """At the end: ``prompt`` and ``answer`` of each prompt."""
 
@@ -257,7 +260,9 @@ def _train(run: Run) -> Progress:
         run.step = step
         run.hook.panda_step_end(run=run, step=step)
         if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
-            run.hook.panda_log(run=run, record=_record(result, progress(), factor * options.learning_rate, clock))
+            run.observations = engine.observations()
+            record = _record(result, progress(), factor * options.learning_rate, clock)
+            run.hook.panda_log(run=run, record=record | _summary(run.observations))
         epoch = plan.step_end(step) // plan.samples
         if epoch > plan.step_end(step - 1) // plan.samples:
             run.hook.panda_epoch_end(run=run, epoch=epoch - 1)
@@ -296,6 +301,16 @@ def _record(result: StepResult, progress: Progress, learning_rate: float, clock:
         "supervised_tokens": progress.supervised_tokens,
         "tokens_per_second": round(tokens_per_second, 1),
         "step_seconds": round(step_seconds, 6),
+    }
+
+
+def _summary(observations: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Least, middle and largest of each quantity, for the record."""
+    parts: dict[str, Callable[[Any], Any]] = {"min": min, "median": statistics.median, "max": max}
+    return {
+        f"{quantity}_{part}": take(values.values())
+        for quantity, values in observations.items()
+        for part, take in parts.items()
     }
 
 

@@ -67,6 +67,7 @@ class Engine:
             )
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
+        self._own_optimizer = optimizer
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -110,6 +111,13 @@ class Engine:
         if grad_norm is None:
             grad_norm = self.deepspeed.get_global_grad_norm()
         return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts)
+
+    def observations(self) -> dict[str, dict[str, float]]:
+        """What the optimizer tells of each parameter at its last step: by quantity, by name. Waits for the device."""
+        observe = getattr(self._own_optimizer, "observe", dict)
+        return {
+            quantity: dict(zip(names, values.tolist(), strict=True)) for quantity, (names, values) in observe().items()
+        }
 
     def evaluating(self) -> torch.nn.Module:
         """The module in evaluation mode. Under ZeRO-3 every rank has to run it together."""

@@ -60,14 +60,14 @@ class NVLamb(torch.optim.Optimizer):
         self._layouts = {described.tensor: described for described in layout.tensors}
         self._sum_over_shards = layout.sum_over_shards
 
-    def trust_ratios(self) -> tuple[list[str], torch.Tensor]:
-        """Names of the parameters and the ratio that each had in its last step, float64, on the device.
+    def observe(self) -> dict[str, tuple[list[str], torch.Tensor]]:
+        """``trust_ratio``: names of the parameters, and the ratio that each had in its last step, on the device.
 
         The same on every rank. Without those that have not been stepped or get no ratio.
         """
         names = [name for tensor in self._ratios for name in self._layouts[tensor].parameters]
         ratios = list(self._ratios.values())
-        return names, torch.cat(ratios) if ratios else torch.empty(0, dtype=torch.float64)
+        return {"trust_ratio": (names, torch.cat(ratios))} if ratios else {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

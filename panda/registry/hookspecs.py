@@ -70,7 +70,8 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     Keys: ``step``; ``loss``, per supervised token, the mean over the whole step of the last step;
     ``learning_rate``; ``grad_norm``, before clipping; ``tokens`` and ``supervised_tokens``, since the
     run began and over all ranks; ``tokens_per_second`` and ``step_seconds``, the mean since the last
-    record.
+    record. Beside them ``_min``, ``_median`` and ``_max`` of each quantity that the optimizer tells of
+    each parameter (``trust_ratio`` of nvlamb); all of them are in ``run.observations``.
     """
 
 

@@ -177,7 +177,7 @@ def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
         steps(engine, range(SAVED))
         checkpoint = save_checkpoint(engine, out / f"{name}-checkpoints", Progress(SAVED), {})
         steps(engine, range(SAVED, STEPS))
-        trained, ratios = trained_weights(engine), engine.deepspeed.basic_optimizer.trust_ratios()
+        trained, ratios = trained_weights(engine), engine.observations()["trust_ratio"]
         engine.close()
         resumed = make_engine(name, configuration)
         load_checkpoint(resumed, checkpoint)
@@ -188,7 +188,7 @@ def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
             result = {
                 "weights": trained,
                 "resumed": again,
-                "ratios": dict(zip(ratios[0], ratios[1].tolist(), strict=True)),
+                "ratios": ratios,
             }
             torch.save(result, out / f"{name}.pt")
     leave_processes()

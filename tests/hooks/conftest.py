@@ -36,6 +36,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             resumed_from=resumed_from,
             step=step,
             answers=[],
+            observations={},
         )
 
     return make

@@ -147,7 +147,7 @@ def test_a_tensor_may_hold_parts_of_parameters_and_padding_of_any_content() -> N
         optimizer.step()
     np.testing.assert_allclose(flat[1:7].detach(), reference.weights["a"], rtol=1e-12)
     np.testing.assert_allclose(flat[9:13].detach(), reference.weights["b"], rtol=1e-12)
-    names, ratios = optimizer.trust_ratios()
+    names, ratios = optimizer.observe()["trust_ratio"]
     assert names == ["a", "b"]
     np.testing.assert_allclose(ratios, [reference.ratios["a"], reference.ratios["b"]], rtol=1e-12)
 
@@ -160,7 +160,7 @@ def test_the_norm_of_a_large_tensor_is_exact_in_fp32() -> None:
     large.grad = torch.ones_like(large)
     optimizer = NVLamb([large], eps=1e-12)
     optimizer.step()
-    assert float(optimizer.trust_ratios()[1]) == pytest.approx(float(expected), rel=1e-6)
+    assert float(optimizer.observe()["trust_ratio"][1]) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_a_tensor_without_gradient_stays_and_keeps_no_count() -> None:
