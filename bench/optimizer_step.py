@@ -99,17 +99,17 @@ def measure(step: Callable[[], Any], steps: int, device: torch.device) -> tuple[
 
 def alone(shape: str, layout: str, kind: str, decay: float, steps: int, device: torch.device) -> tuple[float, float]:
     """The optimizer's own step. DeepSpeed steps flat tensors one call each; parameters are stepped in one."""
-    tensors, described = groups_of(shape, layout, device)
-    optimizer = build(kind, tensors, decay)
+    groups, described = groups_of(shape, layout, device)
+    optimizer = build(kind, groups, decay)
     if isinstance(optimizer, NVLamb):
         optimizer.bind(described)
-    groups = optimizer.param_groups
+    built = optimizer.param_groups
 
     def step() -> None:
         if layout == "whole":
             optimizer.step()
             return
-        for group in groups:
+        for group in built:
             optimizer.param_groups = [group]
             optimizer.step()
 
