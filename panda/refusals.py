@@ -42,8 +42,11 @@ def _asks(run: RunOptions, *path: str) -> Any:
 
 def _lamb_asks(run: RunOptions, *path: str) -> Any:
     """The same where the optimizer needs the norm of whole layers."""
-    is_lamb = run.optimizer.rpartition(":")[2].lower() in ("nvlamb", "lamb")
-    return _asks(run, *path) if is_lamb else None
+    return _asks(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
+
+
+def _optimizer(run: RunOptions) -> str:
+    return run.optimizer.rpartition(":")[2].lower()
 
 
 _OFFLOAD = ("zero_optimization", "offload_optimizer")
@@ -82,10 +85,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out; `precision: bf16` halves the memory of weights in forward and backward",
     ),
     Refusal(
-        "bit_training",
-        lambda run: run.bit_training,
-        "8-bit optimizer state is not in this version of panda",
-        "leave it out; `zero_stage: 1` spreads the optimizer state over GPUs",
+        "bit_training with an optimizer that is not AdamW",
+        lambda run: run.bit_training and _optimizer(run) not in ("adamw", "adamw8bit", "paged_adamw8bit"),
+        "it stands for AdamW with 8-bit state, and no other optimizer here has such state",
+        "`optimizer: adamw`, or leave it out; `zero_stage: 1` spreads the optimizer state over GPUs",
     ),
     Refusal(
         "precision: fp16 with zero_stage: 0",

@@ -104,6 +104,9 @@ class RunOptions:
     """`PATTERN=FACTOR`, each: scales the learning rate of parameters by name, `*embed*=0.1`. The first match counts."""
     max_grad_norm: Annotated[float, Meta(ge=0)] = 0.3
     """Global gradient norm above which gradients are scaled down to it; 0 for no clipping."""
+    bit_training: bool = False
+    """AdamW with 8-bit state, as `optimizer: adamw8bit`: what PandaLLM's documentation calls quantization-aware
+    training, which it is not."""
     seed: Annotated[int, Meta(ge=0)] = 42
     """Seed of weights, data order and dropout."""
 
@@ -126,8 +129,6 @@ class RunOptions:
     """Prompts that the trained model answers at the end; by default two from the data."""
 
     # -- promised, each refused until the issue that brings it
-    bit_training: bool = False
-    """8-bit optimizer state (PandaLLM's documentation calls it quantization-aware training). Not in this version."""
     use_lora: bool = False
     """Train low-rank adapters instead of the weights. Not in this version."""
     lora_r: Annotated[int, Meta(ge=1)] = 64

@@ -192,7 +192,8 @@ def _build(
         multipliers=rate_multipliers(options.lr_multipliers),
     )
     optimizer = resolved.components["optimizer"].build(
-        OptimizerContext(param_groups=groups, device=processes.device), torch.optim.Optimizer
+        OptimizerContext(param_groups=groups, device=processes.device, bit_training=options.bit_training),
+        torch.optim.Optimizer,
     )
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -351,6 +352,7 @@ def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> d
         "ranks": processes.world_size,
         "zero_stage": resolved.core.zero_stage,
         "precision": resolved.core.precision,
+        "bit_training": resolved.core.bit_training,
         "weight_decay_on": resolved.core.weight_decay_on,
         "lr_multipliers": list(resolved.core.lr_multipliers),
         "seed": resolved.core.seed,

@@ -16,7 +16,7 @@ REFUSED: dict[str, list[Any]] = {
     "use_lora": ["--use_lora"],
     "lora_r, lora_alpha or lora_dropout": ["--lora_r", "8"],
     "use_quant": ["--use_quant"],
-    "bit_training": ["--bit_training"],
+    "bit_training with an optimizer that is not AdamW": ["--optimizer", "NVLamb", "--bit_training"],
     "precision: fp16 with zero_stage: 0": ["--precision", "fp16"],
     **{
         f"optimizer: nvlamb with {what}": ["--optimizer", "NVLamb", deepspeed]
@@ -75,6 +75,8 @@ def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
         RunOptions(),
         RunOptions(precision="fp16", zero_stage=1),
         RunOptions(precision="bf16"),
+        RunOptions(bit_training=True),
+        RunOptions(bit_training=True, optimizer="adamw8bit"),
         RunOptions(lora_r=64, lora_alpha=16.0, lora_dropout=0.05),
     ):
         assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []

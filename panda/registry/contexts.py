@@ -61,6 +61,8 @@ class OptimizerContext:
     """
     device: torch.device
     """Where the step runs."""
+    bit_training: bool = False
+    """Whether 8-bit state is asked for: refused to all but ``adamw`` and those that have nothing else."""
 
 
 @dataclass(frozen=True)
