@@ -6,10 +6,13 @@ printed in docs/refusals.md.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
@@ -27,6 +30,27 @@ class Refusal:
     instead: str
 
 
+def _asks(run: RunOptions, *path: str) -> Any:
+    """What ``deepspeed_config`` has at ``path``; None where it has nothing, or cannot be read: that is told later."""
+    try:
+        value = json.loads(Path(run.deepspeed_config or "").read_text(encoding="utf-8"))
+        for key in path:
+            value = value[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value
+
+
+def _lamb_asks(run: RunOptions, *path: str) -> Any:
+    """The same where the optimizer needs the norm of whole layers."""
+    return _asks(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
+
+
+def _optimizer(run: RunOptions) -> str:
+    return run.optimizer.rpartition(":")[2].lower()
+
+
+_OFFLOAD = ("zero_optimization", "offload_optimizer")
 _LORA = ("lora_r", "lora_alpha", "lora_dropout")
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
@@ -62,16 +86,48 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out; `precision: bf16` halves the memory of weights in forward and backward",
     ),
     Refusal(
-        "bit_training",
-        lambda run: run.bit_training,
-        "8-bit optimizer state is not in this version of panda",
-        "leave it out; `zero_stage: 1` spreads the optimizer state over GPUs",
+        "bit_training with an optimizer that is not AdamW",
+        lambda run: run.bit_training and _optimizer(run) not in ("adamw", "adamw8bit", "paged_adamw8bit"),
+        "it stands for AdamW with 8-bit state, and no other optimizer here has such state",
+        "`optimizer: adamw`, or leave it out; `zero_stage: 1` spreads the optimizer state over GPUs",
     ),
     Refusal(
         "precision: fp16 with zero_stage: 0",
         lambda run: run.precision == "fp16" and run.zero_stage == 0,
         "DeepSpeed without ZeRO sums the gradients of micro batches in fp16, where they over- and underflow",
         "leave `zero_stage` out: it is 1 then, which is the same on one GPU and sums in fp32",
+    ),
+    Refusal(
+        "optimizer: nvlamb with offload_optimizer on NVMe",
+        lambda run: _lamb_asks(run, *_OFFLOAD, "device") == "nvme",
+        "the norm of a layer needs all of it, and DeepSpeed has most of it on the disk",
+        '`offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+    ),
+    Refusal(
+        "optimizer: nvlamb with offload_optimizer.ratio below 1",
+        lambda run: _lamb_asks(run, *_OFFLOAD, "ratio") not in (None, 1),
+        "DeepSpeed steps what is not offloaded with an AdamW of its own",
+        "leave `ratio` out, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with ZenFlow or SuperOffload",
+        lambda run: bool(
+            _lamb_asks(run, "zero_optimization", "zenflow") or _lamb_asks(run, *_OFFLOAD, "super_offload")
+        ),
+        "they step with a CPU Adam of DeepSpeed's own, part of the weights at a time",
+        'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+    ),
+    Refusal(
+        "optimizer: nvlamb with MiCS",
+        lambda run: (_lamb_asks(run, "zero_optimization", "mics_shard_size") or 0) > 0,
+        "weights are spread over a part of the ranks, and whose norms to sum is not known here",
+        "`zero_stage: 3` without `mics_shard_size`, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with DeepCompile",
+        lambda run: bool(_lamb_asks(run, "compile", "deepcompile")),
+        "its passes move and free the tensors of Adam, and were not tried with another optimizer",
+        "leave it out, or `optimizer: adamw`",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 from typing import Literal
@@ -104,9 +105,16 @@ class RunOptions:
     learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
     """Peak learning rate. The default suits small models and adapters; full training of a large one wants less."""
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    """Decoupled weight decay, applied to all parameters."""
+    """Decoupled weight decay, applied to all parameters unless weight_decay_on says otherwise."""
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """What weight_decay is applied to: all parameters, or matrices alone: not norms, biases and embeddings."""
+    lr_multipliers: tuple[str, ...] = ()
+    """`PATTERN=FACTOR`, each: scales the learning rate of parameters by name, `*embed*=0.1`. The first match counts."""
     max_grad_norm: Annotated[float, Meta(ge=0)] = 0.3
     """Global gradient norm above which gradients are scaled down to it; 0 for no clipping."""
+    bit_training: bool = False
+    """AdamW with 8-bit state, as `optimizer: adamw8bit`: what PandaLLM's documentation calls quantization-aware
+    training, which it is not."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
     """Seed of weights, data order and dropout."""
 
@@ -130,8 +138,6 @@ class RunOptions:
     """Prompts that the trained model answers at the end; by default two from the data."""
 
     # -- promised, each refused until the issue that brings it
-    bit_training: bool = False
-    """8-bit optimizer state (PandaLLM's documentation calls it quantization-aware training). Not in this version."""
     use_lora: bool = False
     """Train low-rank adapters instead of the weights. Not in this version."""
     lora_r: Annotated[int, Meta(ge=1)] = 64
@@ -144,6 +150,7 @@ class RunOptions:
     """4-bit base weights under adapters (QLoRA). Not in this version."""
 
     def __post_init__(self) -> None:
+        rate_multipliers(self.lr_multipliers)
         if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
             raise UserError(f"run_name: {self.run_name!r} is not a name of one folder. A path goes into `output_dir`.")
 
@@ -153,3 +160,20 @@ class RunOptions:
         if self.zero_stage is None:
             return 0 if self.precision == "fp32" else 1
         return self.zero_stage
+
+
+def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:
+    """Factors by pattern, as ``lr_multipliers`` has them. Raises UserError for what is none."""
+    multipliers = {}
+    for text in written:
+        pattern, _, factor = text.rpartition("=")
+        try:
+            multipliers[pattern] = float(factor)
+        except ValueError:
+            multipliers[pattern] = math.nan
+        if not pattern or not 0 < multipliers[pattern] < math.inf:
+            raise UserError(
+                f"lr_multipliers: {text!r} is not PATTERN=FACTOR with a factor above 0: `*embed*=0.1`."
+                " To leave weights as they are, freeze them in the model."
+            )
+    return multipliers

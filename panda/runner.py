@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import time
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -57,6 +58,7 @@ from panda.run_directory import choose_directory
 from panda.run_directory import find_directory
 from panda.run_directory import write_description
 from panda.run_options import RunOptions
+from panda.run_options import rate_multipliers
 from panda.tasks.language_modelling import LanguageModelling
 
 ANSWERED_PROMPTS = 2
@@ -90,6 +92,8 @@ class Run:
     """Optimizer steps done."""
     checkpoints: list[Path] = field(default_factory=list)
     """Checkpoints that this process has saved."""
+    observations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """On rank 0, of the last log record: what the optimizer tells of each parameter, by quantity, by name."""
     answers: list[dict[str, str]] = field(default_factory=list)
     """At the end: ``prompt`` and ``answer`` of each prompt."""
 
@@ -220,9 +224,16 @@ def _build(
     if layout.packed:
         refuse_without_positions(model, model_name)
     _seed(options.seed + processes.rank)  # different, for dropout
-    groups = param_groups(model, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
+    groups = param_groups(
+        model,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        decay_on=options.weight_decay_on,
+        multipliers=rate_multipliers(options.lr_multipliers),
+    )
     optimizer = resolved.components["optimizer"].build(
-        OptimizerContext(param_groups=groups, device=processes.device), torch.optim.Optimizer
+        OptimizerContext(param_groups=groups, device=processes.device, bit_training=options.bit_training),
+        torch.optim.Optimizer,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(model, optimizer, config, processes)
@@ -296,7 +307,9 @@ def _train(run: Run) -> Progress:
         skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
         run.hook.panda_step_end(run=run, step=step)
         if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
-            run.hook.panda_log(run=run, record=_record(result, progress(), factor * options.learning_rate, clock))
+            run.observations = engine.observations()
+            record = _record(result, progress(), factor * options.learning_rate, clock)
+            run.hook.panda_log(run=run, record=record | _summary(run.observations))
         if skipped_in_a_row == HOPELESS:
             raise UserError(
                 f"step {step}: the last {HOPELESS} steps had gradients that are not finite and changed nothing. Lower"
@@ -362,6 +375,16 @@ def _record(result: StepResult, progress: Progress, learning_rate: float, clock:
     }
 
 
+def _summary(observations: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Least, middle and largest of each quantity, for the record."""
+    parts: dict[str, Callable[[Any], Any]] = {"min": min, "median": statistics.median, "max": max}
+    return {
+        f"{quantity}_{part}": take(values.values())
+        for quantity, values in observations.items()
+        for part, take in parts.items()
+    }
+
+
 def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
     """Export the model and have it answer."""
     weights = run.engine.whole_weights()
@@ -409,6 +432,9 @@ def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict
         "ranks": processes.world_size,
         "zero_stage": resolved.core.zero,
         "precision": resolved.core.precision,
+        "bit_training": resolved.core.bit_training,
+        "weight_decay_on": resolved.core.weight_decay_on,
+        "lr_multipliers": list(resolved.core.lr_multipliers),
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),

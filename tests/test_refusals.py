@@ -1,20 +1,51 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from panda.cli.train import main
 from panda.refusals import REFUSALS
 from panda.run_options import RunOptions
 
-REFUSED = {
+REFUSED: dict[str, list[Any]] = {
     "max_steps: 0": ["--max_steps", "0"],
     "ckpt_path": ["--ckpt_path", "pretrain/llama-7b"],
     "use_lora": ["--use_lora"],
     "lora_r, lora_alpha or lora_dropout": ["--lora_r", "8"],
     "use_quant": ["--use_quant"],
-    "bit_training": ["--bit_training"],
-    "precision: fp16 with zero_stage: 0": ["--precision", "fp16", "--zero_stage", "0"],
+    "bit_training with an optimizer that is not AdamW": ["--optimizer", "NVLamb", "--bit_training"],
+    "precision: fp16 with zero_stage: 0": ["--precision=fp16", "--zero_stage=0"],
+    **{
+        f"optimizer: nvlamb with {what}": ["--optimizer", "NVLamb", deepspeed]
+        for what, deepspeed in {
+            "offload_optimizer on NVMe": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer.ratio below 1": {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+            "ZenFlow or SuperOffload": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
+            "MiCS": {"zero_optimization": {"mics_shard_size": 2}},
+            "DeepCompile": {"compile": {"deepcompile": True}},
+        }.items()
+    },
 }
+"""Flags; an object is what deepspeed_config holds."""
+
+
+def arguments(words: list[Any], folder: Path) -> list[str]:
+    """``words`` with all their objects together in a file."""
+    held: dict[str, Any] = {}
+    for word in words:
+        if isinstance(word, dict):
+            for key, value in word.items():
+                inner = held.setdefault(key, {})
+                for name, setting in value.items():
+                    inner[name] = inner.get(name, {}) | setting if isinstance(setting, dict) else setting
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps(held))
+    return [*dict.fromkeys(word for word in words if isinstance(word, str))] + (
+        ["--deepspeed_config", str(file)] if held else []
+    )
 
 
 def test_every_refusal_is_tried_here() -> None:
@@ -22,16 +53,18 @@ def test_every_refusal_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_refusal_gives_its_reason_and_what_to_use_instead(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--arch", "llama-7b", *REFUSED[what]]) == 2
+def test_a_refusal_gives_its_reason_and_what_to_use_instead(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--arch", "llama-7b", *arguments(REFUSED[what], tmp_path)]) == 2
     captured = capsys.readouterr()
     (refusal,) = (refusal for refusal in REFUSALS if refusal.what == what)
     assert captured.err == f"error: {what}: refused, since {refusal.reason}. Instead: {refusal.instead}.\n"
     assert captured.out == ""
 
 
-def test_several_refusals_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [word for words in REFUSED.values() for word in words]
+def test_several_refusals_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = arguments([word for words in REFUSED.values() for word in words], tmp_path)
     assert main(["--arch", "llama-7b", *argv]) == 2
     assert len(capsys.readouterr().err.splitlines()) == len(REFUSALS)
 
@@ -41,9 +74,21 @@ def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
         RunOptions(),
         RunOptions(precision="fp16", zero_stage=1),
         RunOptions(precision="bf16"),
+        RunOptions(bit_training=True),
+        RunOptions(bit_training=True, optimizer="adamw8bit"),
         RunOptions(lora_r=64, lora_alpha=16.0, lora_dropout=0.05),
     ):
         assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []
+
+
+def test_what_nvlamb_cannot_do_is_refused_to_it_alone(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}))
+    for optimizer, refused in {"nvlamb": 1, "LAMB": 1, "panda:lamb": 1, "adamw": 0, "acme:lambda": 0}.items():
+        options = RunOptions(optimizer=optimizer, deepspeed_config=str(file))
+        assert sum(refusal.applies(options) for refusal in REFUSALS) == refused
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    assert not any(refusal.applies(RunOptions(optimizer="nvlamb", deepspeed_config=str(file))) for refusal in REFUSALS)
 
 
 def test_a_refusal_reads_as_a_sentence() -> None:

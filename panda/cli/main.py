@@ -15,6 +15,7 @@ COMMANDS = {
     "check": "resolve a configuration, verify its data, train nothing",
     "data": "what its data looks like: counts, lengths, what carries loss",
     "prepare": "tokenise its data ahead of time",
+    "plot": "draw the learning-rate schedule of a configuration",
     "train": "the same as panda-train",
 }
 """Each is a module of this package with ``main(argv)``."""

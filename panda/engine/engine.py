@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import torch
 
+from panda.engine.layouts import layout_of
 from panda.engine.processes import Processes
 from panda.registry import UserError
 
@@ -72,6 +73,9 @@ class Engine:
                 )
             except ValidationError as problem:  # of keys that panda does not own
                 raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
+        if hasattr(optimizer, "bind"):
+            optimizer.bind(layout_of(module, self.optimizer, processes))
+        self._own_optimizer = optimizer
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -113,6 +117,13 @@ class Engine:
                 self.deepspeed.step()
         grad_norm, applied = self._apply()
         return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts, applied)
+
+    def observations(self) -> dict[str, dict[str, float]]:
+        """What the optimizer tells of each parameter at its last step: by quantity, by name. Waits for the device."""
+        observe = getattr(self._own_optimizer, "observe", dict)
+        return {
+            quantity: dict(zip(names, values.tolist(), strict=True)) for quantity, (names, values) in observe().items()
+        }
 
     def evaluating(self) -> torch.nn.Module:
         """The module in evaluation mode. Under ZeRO-3 every rank has to run it together."""

@@ -1,4 +1,4 @@
-"""The ``tensorboard`` plugin: every number of a log record as a scalar."""
+"""The ``tensorboard`` plugin: every number of a log record as a scalar, and histograms over parameters."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ class TensorBoard:
             self.writer.add_text("config", f"```yaml\n{config}```", run.step)
 
     @hookimpl
-    def panda_log(self, record: dict[str, Any]) -> None:
+    def panda_log(self, run: Run, record: dict[str, Any]) -> None:
+        import torch
+
         for key, value in record.items():
             if key != "step":
                 self.writer.add_scalar(f"train/{key}", value, record["step"])
+        for quantity, values in run.observations.items():
+            self.writer.add_histogram(f"train/{quantity}", torch.tensor(list(values.values())), record["step"])
 
     @hookimpl
     def panda_run_end(self) -> None:

@@ -27,6 +27,10 @@ class AdamWOptions:
 @register_optimizer("adamw", options=AdamWOptions)
 def build_adamw(options: AdamWOptions, context: OptimizerContext) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (arXiv 1711.05101); torch's, fused on a GPU."""
+    if context.bit_training:
+        from panda.optim.eight_bit import adamw8bit
+
+        return adamw8bit(context.param_groups, betas=options.adam_betas, eps=options.adam_epsilon)
     from torch.optim import AdamW
 
     return AdamW(

@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from panda.registry import UserError
 
-def param_groups(module: torch.nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """One group a layer, in the order of the module; every parameter is decayed, as `weight_decay` promises.
+
+def param_groups(
+    module: torch.nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    decay_on: str = "all",
+    multipliers: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """One group a layer, in the order of the module, and more where rate or decay differ within a layer.
 
     A layer is what shares a name up to its first number: ``model.layers.0``. ZeRO-1 and 2 make an
     fp32 copy of the gradients of one group at a time during the step; with one group for the whole
     model that copy is as large as the model (25 GiB at 7B, measured).
+
+    ``decay_on``: "all" parameters, or "matrices": not norms, biases and embeddings. ``multipliers``:
+    factors of the learning rate, by pattern of names (``*`` is any text); the first that matches
+    counts. Raises UserError for a pattern that matches nothing.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    multipliers = multipliers or {}
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
+    unused = set(multipliers)
+    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            layer = re.match(r"([^.]+\.)*?\d+(?=\.|$)", name)
-            key = layer.group() if layer else ""
-            group = groups.setdefault(key, {"params": [], "lr": learning_rate, "weight_decay": weight_decay})
-            group["params"].append(parameter)
+        matching = [pattern for pattern in multipliers if fnmatchcase(name, pattern)]
+        unused -= set(matching)
+        if not parameter.requires_grad:
+            continue
+        layer = re.match(r"([^.]+\.)*?\d+(?=\.|$)", name)
+        decayed = decay_on == "all" or (parameter.ndim > 1 and id(parameter) not in embeddings)
+        factor = multipliers[matching[0]] if matching else 1.0
+        group = groups.setdefault(
+            (layer.group() if layer else "", decayed, factor),
+            {"params": [], "lr": learning_rate * factor, "weight_decay": weight_decay if decayed else 0.0},
+        )
+        group["params"].append(parameter)
+    if unused:
+        names = ", ".join(name for name, _ in module.named_parameters())
+        raise UserError(f"lr_multipliers: {', '.join(sorted(unused))} matches no parameter. They are: {names}.")
     return list(groups.values())

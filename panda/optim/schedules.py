@@ -2,7 +2,7 @@
 
 With W warm-up steps of T, the step after s completed ones has the factor (s + 1) / W while s < W:
 transformers and DeepSpeed begin with s / W, which makes the first step of every run do nothing.
-What follows the warm-up is PandaLLM's, by name.
+What follows the warm-up is PandaLLM's, by name, and ``wsd``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
+from typing import Literal
 
 from panda.registry import Meta
 from panda.registry import UserError
@@ -29,6 +30,26 @@ class WarmupOptions:
     """Optimizer steps over which the learning rate rises to its peak."""
     warmup_proportion: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """The same as a part of all steps; where it is not 0 it counts, and warmup_steps does not."""
+
+
+@dataclass(frozen=True)
+class CosineOptions(WarmupOptions):
+    """Options of the cosine schedule."""
+
+    min_lr_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Learning rate at the end, as a part of the peak."""
+
+
+@dataclass(frozen=True)
+class WSDOptions(WarmupOptions):
+    """Options of warm-up, stable, decay."""
+
+    decay_proportion: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    """Part of all steps, the last, in which the learning rate falls."""
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
+    """How it falls over the part x of the decay: as 1 - sqrt(x) (arXiv 2405.18392), or as 1 - x."""
+    min_lr_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Learning rate at the end, as a part of the peak."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +80,34 @@ def linear(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
     return _after_warmup(options, context, lambda progress: 1.0 - progress)
 
 
-@register_lr_scheduler("cosine", options=WarmupOptions)
-def cosine(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
-    """Linear warm-up to the peak, then half a cosine down to 0 at the end of the run."""
-    return _after_warmup(options, context, lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)))
+@register_lr_scheduler("cosine", options=CosineOptions)
+def cosine(options: CosineOptions, context: LRSchedulerContext) -> Schedule:
+    """Linear warm-up to the peak, then half a cosine down to min_lr_ratio of it at the end of the run."""
+    end = options.min_lr_ratio
+
+    def decay(progress: float) -> float:
+        return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return _after_warmup(options, context, decay)
+
+
+@register_lr_scheduler("wsd", options=WSDOptions)
+def wsd(options: WSDOptions, context: LRSchedulerContext) -> Schedule:
+    """Linear warm-up to the peak, then the peak, and in the last steps down to min_lr_ratio (arXiv 2404.06395).
+
+    A run with max_steps S that resumes a checkpoint from before its decay goes on as one that was
+    planned for S steps: up to there the curve does not depend on the length of the run.
+    """
+    total, end = context.total_steps, options.min_lr_ratio
+    start = max(_warm_steps(options, context), total - round(total * options.decay_proportion))
+
+    def factor(completed: int) -> float:
+        part = min(1.0, max(0, completed - start) / max(1, total - start))
+        fallen = math.sqrt(part) if options.decay_shape == "sqrt" else part
+        return 1.0 - (1.0 - end) * fallen
+
+    stable = warmup(options, context)
+    return lambda completed: factor(completed) if completed > start else stable(completed)
 
 
 @register_lr_scheduler("poly", options=PolyOptions)
@@ -76,8 +121,7 @@ def poly(options: PolyOptions, context: LRSchedulerContext) -> Schedule:
 
 def _after_warmup(options: WarmupOptions, context: LRSchedulerContext, decay: Callable[[float], float]) -> Schedule:
     """``decay`` maps the part of the steps behind the warm-up that is completed, 0 to 1, to a factor."""
-    total = context.total_steps
-    warm = round(total * options.warmup_proportion) if options.warmup_proportion else options.warmup_steps
+    total, warm = context.total_steps, _warm_steps(options, context)
 
     def factor(completed: int) -> float:
         if completed < warm:
@@ -85,3 +129,8 @@ def _after_warmup(options: WarmupOptions, context: LRSchedulerContext, decay: Ca
         return decay(min(1.0, (completed - warm) / max(1, total - warm)))
 
     return factor
+
+
+def _warm_steps(options: WarmupOptions, context: LRSchedulerContext) -> int:
+    share = options.warmup_proportion
+    return round(context.total_steps * share) if share else options.warmup_steps

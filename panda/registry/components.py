@@ -138,7 +138,8 @@ def register_optimizer(
 ) -> Callable[[Factory], Factory]:
     """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``.
 
-    Under ZeRO it is given flat slices of parameters, so it has to work element by element.
+    Under ZeRO it is given flat slices of parameters, so it has to work element by element, or to have a
+    method ``bind`` (``OptimizerContext`` says when it is called) and to mind where each parameter lies.
     """
     return _register("optimizer", name, options, aliases)
 

@@ -5,6 +5,7 @@ A field may be added to these; a factory that takes what it needs from the conte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
@@ -58,10 +59,52 @@ class OptimizerContext:
     """``params``, ``lr`` (the peak: the schedule scales it before each step) and ``weight_decay``.
 
     DeepSpeed may put flat fp32 tensors, each a rank's part of many parameters, in their place before
-    the first step. So make state lazily, in ``step``, of the shape of what is there.
+    the first step. So make state lazily, in ``step``, of the shape of what is there. An optimizer to
+    which it matters where a parameter begins has a method ``bind(layout: Layout)``: it is called once,
+    before the first step, with what lies where. One that has something to tell of each parameter has a
+    method ``observe() -> dict[str, tuple[list[str], torch.Tensor]]``: by name of a quantity, the names of
+    parameters and their values. It is called where a record is logged, on rank 0 alone: no collectives.
     """
     device: torch.device
     """Where the step runs."""
+    bit_training: bool = False
+    """Whether 8-bit state is asked for: refused to all but ``adamw`` and those that have nothing else."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a tensor that one parameter's elements fill."""
+
+    parameter: int
+    """Which one: an index into ``TensorLayout.parameters``."""
+    start: int
+    """First element of the stretch, in the tensor."""
+    length: int
+    source: int
+    """First element of the stretch, in the flattened parameter."""
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """What lies where in one tensor that an optimizer steps: a whole parameter, or this rank's part of some.
+
+    What no segment covers is padding of any content.
+    """
+
+    tensor: torch.Tensor
+    parameters: tuple[str, ...]
+    """Names of the parameters that the ranks' tensors hold together: the same, in one order, on all ranks."""
+    segments: tuple[Segment, ...]
+    """Of this rank; none overlap."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parameters lie in all tensors that an optimizer steps."""
+
+    tensors: tuple[TensorLayout, ...]
+    sum_over_shards: Callable[[torch.Tensor], torch.Tensor]
+    """Sums a tensor over the ranks that hold parts of the same parameters, in place, and returns it. A collective."""
 
 
 @dataclass(frozen=True)

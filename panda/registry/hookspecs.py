@@ -72,7 +72,9 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     run began and over all ranks; ``skipped_steps``, of all steps those that changed nothing because
     their gradients were not finite; ``tokens_per_second``, ``step_seconds`` and ``data_wait``, the
     share of the time that rank 0 waited for batches, each the mean since the last record, without the
-    time that saving took.
+    time that saving took. Beside them ``_min``, ``_median`` and ``_max`` of each quantity that the
+    optimizer tells of each parameter (``trust_ratio`` of nvlamb); all of them are in
+    ``run.observations``.
     """
 
 

@@ -43,7 +43,7 @@ COMMANDS = {
     "misspelt name": ("train", ["--arch", "lama"], 2),
     "use_lora": ("train", ["--arch", "llama-65b", "--use_lora"], 2),
     "use_quant": ("train", ["--arch", "llama-65b", "--use_quant"], 2),
-    "bit_training": ("train", ["--arch", "llama-65b", "--bit_training"], 2),
+    "bit_training": ("train", ["--arch", "llama-65b", "--optimizer", "lamb", "--bit_training"], 2),
     "ckpt_path": ("train", ["--arch", "llama-65b", "--ckpt_path", "x"], 2),
     "tokenizer": ("train", ["--arch", "llama-tiny", "--tokenizer", "nowhere"], 2),
     "resume": ("train", ["--arch", "llama-tiny", "--resume", "nowhere"], 2),

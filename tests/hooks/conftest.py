@@ -45,6 +45,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             checkpoints=[],
             options=SimpleNamespace(resume=None),
             schedule=lambda completed: 1.0,
+            observations={},
         )
 
     return make

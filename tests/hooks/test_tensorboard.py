@@ -19,7 +19,7 @@ def started(run: Any) -> TensorBoard:
 
 
 def read(run: Any) -> EventAccumulator:
-    events = EventAccumulator(str(run.directory / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run.directory / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     return events
 
@@ -29,7 +29,7 @@ def test_every_number_of_a_record_is_a_scalar_at_its_step(make_run: Any, record:
     run = make_run()
     plugin = started(run)
     for step in (2, 4, 6):
-        plugin.panda_log(record(step))
+        plugin.panda_log(run, record(step))
     getattr(plugin, end)()
     events = read(run)
     assert set(events.Tags()["scalars"]) == {f"train/{key}" for key in record(1) if key != "step"}
@@ -49,11 +49,12 @@ def test_a_resumed_run_hides_the_steps_that_it_takes_again(make_run: Any, record
     run = make_run()
     plugin = started(run)
     for step in range(1, 8):
-        plugin.panda_log(record(step, loss=1.0))
+        plugin.panda_log(run, record(step, loss=1.0))
     plugin.panda_exception()
-    plugin = started(make_run(step=4))
+    run = make_run(step=4)
+    plugin = started(run)
     for step in range(5, 11):
-        plugin.panda_log(record(step, loss=2.0))
+        plugin.panda_log(run, record(step, loss=2.0))
     plugin.panda_run_end()
     scalars = [(event.step, event.value) for event in read(run).Scalars("train/loss")]
     assert scalars == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 11)]
@@ -69,3 +70,14 @@ def test_ending_twice_is_no_error(make_run: Any) -> None:
     plugin = started(make_run())
     plugin.panda_run_end()
     plugin.panda_exception()
+
+
+def test_what_the_optimizer_tells_of_each_parameter_is_a_histogram(make_run: Any, record: Any) -> None:
+    run = make_run()
+    plugin = started(run)
+    for step in (1, 2):
+        run.observations = {"trust_ratio": {"a": 1.0, "b": 3.0 * step}}
+        plugin.panda_log(run, record(step))
+    plugin.panda_run_end()
+    found = [(event.step, event.histogram_value) for event in read(run).Histograms("train/trust_ratio")]
+    assert [(step, value.num, value.sum, value.max) for step, value in found] == [(1, 2, 4, 3), (2, 2, 7, 6)]

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from panda.optim.param_groups import param_groups
+from panda.registry import UserError
+from panda.run_options import RunOptions
+from panda.run_options import rate_multipliers
 
 
 def build(**modules: nn.Module) -> nn.Module:
@@ -39,6 +42,59 @@ def test_a_layer_is_told_by_its_first_number() -> None:
 def test_a_number_inside_a_word_is_no_layer() -> None:
     module = build(fc1=nn.Linear(1, 1, bias=False), fc2=nn.Linear(1, 1, bias=False))
     assert grouped(module) == [["fc1.weight", "fc2.weight"]]
+
+
+def described(module: nn.Module, **options: Any) -> dict[str, tuple[float, float]]:
+    """Rate and decay of each parameter, for a rate of 1 and a decay of 0.5."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = param_groups(module, learning_rate=1, weight_decay=0.5, **options)
+    return {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_matrices_alone_can_be_decayed() -> None:
+    head, embed = nn.Linear(2, 3, bias=False), nn.Embedding(3, 2)
+    tied = nn.Linear(2, 3)
+    tied.weight = embed.weight
+    module = build(embed=embed, layers=nn.ModuleList([nn.Linear(2, 2)]), norm=nn.LayerNorm(2), head=head, tied=tied)
+    decays = {name: decay for name, (_, decay) in described(module, decay_on="matrices").items()}
+    assert decays == {
+        "embed.weight": 0,
+        "layers.0.weight": 0.5,
+        "layers.0.bias": 0,
+        "norm.weight": 0,
+        "norm.bias": 0,
+        "head.weight": 0.5,
+        "tied.bias": 0,
+    }
+
+
+def test_the_first_multiplier_whose_pattern_matches_scales_the_rate() -> None:
+    module = build(embed=nn.Embedding(3, 2), layers=nn.ModuleList(nn.Linear(2, 2) for _ in range(2)))
+    rates = described(module, multipliers={"layers.0.*": 0.1, "*.bias": 3.0, "embed.weight": 0.5})
+    assert {name: rate for name, (rate, _) in rates.items()} == {
+        "embed.weight": 0.5,
+        "layers.0.weight": 0.1,
+        "layers.0.bias": 0.1,
+        "layers.1.weight": 1,
+        "layers.1.bias": 3,
+    }
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_the_names() -> None:
+    with pytest.raises(UserError, match=r"\*wte\* matches no parameter. They are: embed.weight, head.weight"):
+        described(build(embed=nn.Embedding(3, 2), head=nn.Linear(2, 3)), multipliers={"*wte*": 0.1})
+
+
+@pytest.mark.parametrize(
+    "text", ["embed", "=0.1", "embed=", "embed=x", "embed=0", "embed=-1", "embed=inf", "embed=nan"]
+)
+def test_what_is_no_multiplier_is_told_at_once(text: str) -> None:
+    with pytest.raises(UserError, match="is not PATTERN=FACTOR"):
+        RunOptions(lr_multipliers=(text,))
+
+
+def test_a_pattern_may_hold_an_equals_sign() -> None:
+    assert rate_multipliers(("a=b*=0.5", "c=2")) == {"a=b*": 0.5, "c": 2.0}
 
 
 def test_every_group_has_the_rate_and_the_decay() -> None:

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panda.optim import schedules
+from panda.optim.schedules import CosineOptions
 from panda.optim.schedules import PolyOptions
 from panda.optim.schedules import WarmupOptions
+from panda.optim.schedules import WSDOptions
 from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
 
@@ -24,13 +26,18 @@ FORMULAE: dict[str, Callable[[int, int, int], float]] = {
     "constant": lambda s, w, t: 1.0,
     "linear": lambda s, w, t: max(0.0, (t - s) / max(1, t - w)),
     "cosine": lambda s, w, t: 0.5 * (1 + math.cos(math.pi * min(1, (s - w) / max(1, t - w)))),
+    "wsd": lambda s, w, t: (
+        1.0
+        if s <= max(w, t - round(t / 5))
+        else 1 - math.sqrt((s - max(w, t - round(t / 5))) / (t - max(w, t - round(t / 5))))
+    ),
     "poly": lambda s, w, t: ((PEAK - 1e-7) * (1 - min(1, (s - w) / max(1, t - w))) + 1e-7) / PEAK,
 }
 NAMES = sorted(FORMULAE)
 
 
 def build(name: str, total: int, **options: Any) -> Callable[[int], float]:
-    kind = PolyOptions if name == "poly" else WarmupOptions
+    kind = {"poly": PolyOptions, "cosine": CosineOptions, "wsd": WSDOptions}.get(name, WarmupOptions)
     schedule: Callable[[int], float] = getattr(schedules, name)(kind(**options), LRSchedulerContext(total, PEAK))
     return schedule
 
@@ -104,8 +111,8 @@ def test_a_warm_up_proportion_that_is_whole_steps_is_those_steps(part: int, tota
     assert build("warmup", total, warmup_proportion=part / 100)(0) == 1 / warm
 
 
-def test_linear_and_cosine_end_at_zero_where_the_run_ends_and_stay_there() -> None:
-    for name in ("linear", "cosine"):
+def test_linear_cosine_and_wsd_end_at_zero_where_the_run_ends_and_stay_there() -> None:
+    for name in ("linear", "cosine", "wsd"):
         schedule = build(name, 100, warmup_steps=10)
         assert [schedule(s) for s in (100, 101, 1000)] == pytest.approx([0, 0, 0], abs=1e-15)
         falling = [schedule(s) for s in range(10, 101)]
@@ -130,3 +137,38 @@ def test_poly_may_end_at_zero() -> None:
 def test_poly_refuses_an_end_that_is_not_below_the_peak(end: float) -> None:
     with pytest.raises(UserError, match=rf"lr_end.* {end} .*less than learning_rate.* {PEAK}"):
         build("poly", 100, lr_end=end)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_a_floor_is_where_the_run_ends_and_it_stays_there(name: str) -> None:
+    schedule = build(name, 100, warmup_steps=10, min_lr_ratio=0.1)
+    assert [schedule(s) for s in (100, 101, 1000)] == pytest.approx([0.1] * 3, rel=1e-12)
+    assert schedule(10) == 1
+    falling = [schedule(s) for s in range(10, 101)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_cosine_with_a_floor_is_in_the_middle_between_them() -> None:
+    assert build("cosine", 110, warmup_steps=10, min_lr_ratio=0.2)(60) == pytest.approx(0.6)
+
+
+def test_wsd_is_flat_until_its_decay_and_falls_by_its_shape() -> None:
+    by_shape = {
+        shape: build("wsd", 200, warmup_steps=10, decay_proportion=0.25, decay_shape=shape, min_lr_ratio=0.5)
+        for shape in ("sqrt", "linear")
+    }
+    for schedule in by_shape.values():
+        assert {schedule(s) for s in range(9, 151)} == {1.0}
+        assert schedule(151) < 1
+    assert by_shape["linear"](175) == pytest.approx(0.75)
+    assert by_shape["sqrt"](175) == pytest.approx(1 - 0.5 * math.sqrt(0.5))
+
+
+def test_wsd_of_a_longer_run_is_the_same_before_the_decay() -> None:
+    short, long = build("wsd", 100, warmup_steps=10), build("wsd", 1000, warmup_steps=10)
+    assert [short(s) for s in range(81)] == [long(s) for s in range(81)]
+
+
+def test_wsd_decays_behind_its_warm_up() -> None:
+    schedule = build("wsd", 10, warmup_steps=6, decay_proportion=1.0, decay_shape="linear")
+    assert [schedule(s) for s in range(11)] == pytest.approx([*[s / 6 for s in range(1, 7)], 1, 0.75, 0.5, 0.25, 0])

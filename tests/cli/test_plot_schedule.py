@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from panda.cli import plot
+from panda.cli.plot import main
+
+SMALL = """arch: llama-tiny
+instruction_tuning_data_dir: panda:data/sample/instruct
+max_seq_length: 128
+per_gpu_train_batch_size: 32
+gradient_accumulation_steps: 1
+learning_rate: 2e-3
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    return "run.yaml"
+
+
+@pytest.mark.parametrize("name", ["warmup", "linear", "cosine", "constant", "poly", "wsd"])
+def test_every_schedule_is_drawn(config: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", config, "--lr_scheduler", name, "--max_steps", "100", "--warmup_steps", "10"]) == 0
+    assert Path("schedule.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.startswith("schedule.png: 100 steps, peak 0.002, first 0.0002, last ")
+
+
+def test_what_is_drawn_is_what_the_run_does(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot, "draw_schedule", lambda rates, path, title: drawn.append((rates, path, title)))
+    flags = ["--lr_scheduler=wsd", "--max_steps=10", "--warmup_steps=2", "--decay_proportion=0.5"]
+    assert main(["schedule", config, "--out", "a.png", *flags, "--decay_shape", "linear"]) == 0
+    (rates, path, title), *_ = drawn
+    assert rates == pytest.approx([1e-3, *[2e-3] * 5, 1.6e-3, 1.2e-3, 0.8e-3, 0.4e-3])
+    assert path == Path("a.png") and title == "wsd: 10 steps"
+
+
+def test_without_max_steps_the_data_decides(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", config, "--out=steps.png"]) == 0
+    assert capsys.readouterr().out.startswith("steps.png: 169 steps, ")  # 5,400 rows by 32
+    assert Path("steps.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "expected `schedule`"),
+        (["loss"], "expected `schedule`"),
+        (["schedule"], "no configuration is given"),
+        (["schedule", "run.yaml", "--out", "nowhere/a.png"], "nowhere/a.png"),
+        (["schedule", "run.yaml", "--out", "a.pdf"], "a.pdf"),
+        (["schedule", "run.yaml", "--min_lr_ratio", "0.1"], "min_lr_ratio"),
+    ],
+)
+def test_mistakes_are_told(config: str, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
+    assert not Path("schedule.png").exists()
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "example: panda plot schedule" in capsys.readouterr().out
