@@ -6,9 +6,11 @@ from panda.cli.train import main
 from panda.refusals import REFUSALS
 from panda.run_options import RunOptions
 
+ARCH = ["--arch", "llama-7b"]
 REFUSED = {
     "max_steps: 0": ["--max_steps", "0"],
-    "ckpt_path": ["--ckpt_path", "pretrain/llama-7b"],
+    "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
+    "model: hf without ckpt_path": ["--model", "hf"],
     "use_lora": ["--use_lora"],
     "lora_r, lora_alpha or lora_dropout": ["--lora_r", "8"],
     "use_quant": ["--use_quant"],
@@ -23,7 +25,7 @@ def test_every_refusal_is_tried_here() -> None:
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refusal_gives_its_reason_and_what_to_use_instead(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--arch", "llama-7b", *REFUSED[what]]) == 2
+    assert main([*([] if "--model" in REFUSED[what] else ARCH), *REFUSED[what]]) == 2
     captured = capsys.readouterr()
     (refusal,) = (refusal for refusal in REFUSALS if refusal.what == what)
     assert captured.err == f"error: {what}: refused, since {refusal.reason}. Instead: {refusal.instead}.\n"
@@ -31,9 +33,9 @@ def test_a_refusal_gives_its_reason_and_what_to_use_instead(what: str, capsys: p
 
 
 def test_several_refusals_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [word for words in REFUSED.values() for word in words]
-    assert main(["--arch", "llama-7b", *argv]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == len(REFUSALS)
+    given = [words for words in REFUSED.values() if "--model" not in words]
+    assert main([*ARCH, *(word for words in given for word in words)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == len(given)
 
 
 def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:

@@ -91,7 +91,6 @@ class LlamaOptions:
                 f"model llama: the checkpoint scales RoPE by {scaling!r}; known are {', '.join(ROPE_SCALINGS)}."
                 " `--model hf` takes it as transformers does."
             )
-        positions = config.get("max_position_embeddings", 2048)
         found = {
             "vocab_size": config.get("vocab_size", 32000),
             "hidden_size": config["hidden_size"],
@@ -101,12 +100,14 @@ class LlamaOptions:
             "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
             "attention_bias": config.get("attention_bias", False),
-            "max_position_embeddings": positions,
             "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
             "rope_scaling": None if scaling == "default" else scaling,
             "rope_scaling_factor": None if scaling == "default" else rope["factor"],
             "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
         }
+        positions = config.get("max_position_embeddings")  # Meta's own format does not say
+        if positions is not None:
+            found["max_position_embeddings"] = positions
         if scaling == "llama3":
             found |= {
                 "rope_original_max_position_embeddings": rope.get("original_max_position_embeddings", positions),
@@ -120,32 +121,46 @@ class LlamaOptions:
 def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module:
     """LLaMA causal language model (arXiv 2302.13971), with what LLaMA 2 and 3 brought."""
     vocab_size = options.vocab_size or context.vocab_size
+    given: dict[str, Any] = {
+        "pad_token_id": context.pad_token_id,
+        "bos_token_id": context.bos_token_id,
+        "eos_token_id": context.eos_token_id,
+    }
+    if context.config is not None:
+        vocab_size = context.config["vocab_size"]
+        # All else that its config says is kept; rope_parameters below has what these two say.
+        given = {key: value for key, value in context.config.items() if key not in ("rope_theta", "rope_scaling")}
     if vocab_size < context.vocab_size:
         raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {context.vocab_size} entries.")
 
+    import torch
     from transformers import LlamaConfig
     from transformers import LlamaForCausalLM
 
+    from panda.models.creation import keep_computed_float32
+
     config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        num_hidden_layers=options.num_layers,
-        num_attention_heads=options.num_heads,
-        num_key_value_heads=options.num_key_value_heads or options.num_heads,
-        max_position_embeddings=max(options.max_position_embeddings, context.max_seq_length),
-        rope_parameters=_rope_parameters(options),
-        rms_norm_eps=options.rms_norm_eps,
-        initializer_range=options.initializer_range,
-        tie_word_embeddings=options.tie_word_embeddings,
-        attention_bias=options.attention_bias,
-        pad_token_id=context.pad_token_id,
-        bos_token_id=context.bos_token_id,
-        eos_token_id=context.eos_token_id,
-        use_cache=False,  # a cache of keys and values is of no use in training
+        **given
+        | {
+            "vocab_size": vocab_size,
+            "hidden_size": options.hidden_size,
+            "intermediate_size": options.intermediate_size,
+            "num_hidden_layers": options.num_layers,
+            "num_attention_heads": options.num_heads,
+            "num_key_value_heads": options.num_key_value_heads or options.num_heads,
+            "max_position_embeddings": max(options.max_position_embeddings, context.max_seq_length),
+            "rope_parameters": _rope_parameters(options),
+            "rms_norm_eps": options.rms_norm_eps,
+            "initializer_range": options.initializer_range,
+            "tie_word_embeddings": options.tie_word_embeddings,
+            "attention_bias": options.attention_bias,
+            "use_cache": False,  # a cache of keys and values is of no use in training
+        }
     )
-    model: torch.nn.Module = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
-    _keep_float32(model.get_submodule("model.rotary_emb"))
+    model: torch.nn.Module = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    keep_computed_float32(model)
     return model
 
 
@@ -161,22 +176,6 @@ def _rope_parameters(options: LlamaOptions) -> dict[str, Any]:
             "high_freq_factor": options.rope_high_freq_factor,
         }
     return parameters
-
-
-def _keep_float32(module: torch.nn.Module) -> None:
-    """Have ``module`` keep its buffers in float32 when the model around it is cast to 16 bits.
-
-    DeepSpeed casts whole models, and with them the frequencies of the rotary embedding: positions
-    past a few hundred then share angles, and the trained model is another one than the exported,
-    which transformers loads with its frequencies in float32.
-    """
-    apply: Any = module._apply
-
-    def move_only(convert: Any, recurse: bool = True) -> torch.nn.Module:
-        moved: torch.nn.Module = apply(lambda tensor: tensor.to(convert(tensor).device), recurse)
-        return moved
-
-    module._apply = move_only  # type: ignore[method-assign]
 
 
 def _llama(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int) -> dict[str, Any]:

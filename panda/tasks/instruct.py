@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,16 @@ class Instruct(LanguageModelling):
 
     def prompt_text(self, prompt: str) -> str:
         return prompt + self.separator
+
+    def chat_template(self) -> str:
+        after_input = json.dumps(self.separator)
+        return (
+            "{{ bos_token }}"
+            "{% for message in messages %}"
+            "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+            f"{{% else %}}{{{{ message['content'] + {after_input} }}}}{{% endif %}}"
+            "{% endfor %}"
+        )
 
     def example_prompt(self, row: Row) -> str:
         return str(row.fields["input"])

@@ -63,6 +63,10 @@ class LanguageModelling(ABC):
     def prompt_text(self, prompt: str) -> str:
         """The text that the model is given for ``prompt``, as it saw it in training."""
 
+    def chat_template(self) -> str | None:
+        """A Jinja template that renders a dialogue as training showed it; None where the tokenizer's own is kept."""
+        return None
+
     @abstractmethod
     def example_prompt(self, row: Row) -> str:
         """A prompt made of a row of the data."""
