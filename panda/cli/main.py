@@ -14,6 +14,7 @@ COMMANDS = {
     "show": "one component: its options, and where it comes from",
     "check": "resolve a configuration, verify its data, train nothing",
     "train": "the same as panda-train",
+    "delta": "make or apply the difference between a fine-tune and its base",
 }
 """Each is a module of this package with ``main(argv)``."""
 
