@@ -14,6 +14,9 @@ COMMANDS = {
     "show": "one component: its options, and where it comes from",
     "check": "resolve a configuration, verify its data, train nothing",
     "train": "the same as panda-train",
+    "export": "a run's checkpoint as a folder that plain transformers loads",
+    "generate": "what a trained model answers",
+    "chat": "talk with a trained model",
     "delta": "make or apply the difference between a fine-tune and its base",
 }
 """Each is a module of this package with ``main(argv)``."""

@@ -8,6 +8,7 @@ import torch
 
 from panda.engine.processes import Processes
 from panda.stored_tensor import Weights
+from panda.stored_tensor import put
 
 
 def place(module: torch.nn.Module, weights: Weights, config: dict[str, Any], processes: Processes) -> None:
@@ -32,12 +33,9 @@ def place(module: torch.nn.Module, weights: Weights, config: dict[str, Any], pro
             value = torch.empty(target.shape, dtype=kind, device=processes.device)  # rank 0 sends it
         else:
             value = stored.read().to(processes.device, kind, copy=True)
-        marks = dict(vars(target))
-        real = torch.nn.Parameter(value, requires_grad=target.requires_grad)
-        torch.utils.swap_tensors(target, real)  # type: ignore[no-untyped-call]
-        vars(target).update(marks)
-        del value, real
+        parameter = put(module, name, value)
+        del value
         if partitions:
-            deepspeed.zero.Init(module=torch.nn.ParameterList([target]), config_dict_or_path=config)
+            deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=config)
     empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     assert not empty, f"no weights for {empty}"

@@ -23,6 +23,7 @@ from launching import ENVIRONMENT
 from launching import losses
 from launching import train_many
 from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
 STEPS, RATE, BETAS, EPSILON, DECAY, CLIP = 10, 1e-3, (0.9, 0.99), 1e-5, 0.1, 0.5
 
@@ -84,6 +85,7 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "tied": ("tied", 1, (*LLAMA, "--ckpt_path", "tied", "--zero_stage", 1)),
     "meta": ("hf", 1, (*LLAMA, "--ckpt_path", "meta", "--allow_pickle", "--tokenizer", "hf")),
     "delta": ("target", 1, DELTA),
+    "no-pad": ("hf", 1, (*LLAMA, "--ckpt_path", "hf", "--tokenizer", "no-pad")),
     "auto": ("hf", 1, ("--model", "hf", "--ckpt_path", "hf")),
     **{f"zero{stage}": ("hf", 2, (*LLAMA, "--ckpt_path", "hf", "--zero_stage", stage)) for stage in (0, 1, 2, 3)},
     "zero3-tied": ("tied", 2, (*LLAMA, "--ckpt_path", "tied", "--zero_stage", 3)),
@@ -114,6 +116,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_hf(llama(3, **BIAS), folder / "tied")
     save_meta(base, folder / "meta")
     save_delta(target, base, folder / "fine-delta")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder / "no-pad")
+    assert AutoTokenizer.from_pretrained(folder / "no-pad").pad_token_id is None
     (folder / "rows.json").write_text(json.dumps(rows()))
     for ranks in (1, 2):
         train_many([arguments(name) for name in RUNS if RUNS[name][1] == ranks], ranks=ranks, cwd=folder)

@@ -24,6 +24,7 @@ from transformers import Qwen2Config
 
 from panda.cli.arguments import parse_arguments
 from panda.cli.configuration import configure
+from panda.cli.train import main
 from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.models.pretrained import find_pretrained
@@ -369,6 +370,14 @@ def test_a_folder_without_config_is_told_with_what_it_has(spoilt: Path, tmp_path
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="it has no 'model_type'"):
         configured("--ckpt_path", tmp_path / "empty")
+
+
+def test_a_tokenizer_without_an_end_is_told(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((spoilt / "tokenizer_config.json").read_text())
+    (spoilt / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    data = ("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "64")
+    assert main(["--model", "llama", "--ckpt_path", str(spoilt), *data]) == 2
+    assert "it has no end-of-sequence token" in capsys.readouterr().err
 
 
 def test_quantised_weights_are_refused(spoilt: Path) -> None:
