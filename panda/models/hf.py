@@ -17,6 +17,7 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
     """The causal language model of the checkpoint at `ckpt_path`, of whatever kind transformers knows."""
     from transformers import AutoConfig
     from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     from panda.models.creation import keep_computed_float32
 
@@ -35,5 +36,10 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
         raise UserError(
             f"model hf: transformers has no causal language model for the checkpoint's model_type {kind!r}: {problem}"
         ) from problem
+    if get_model_conversion_mapping(model, add_legacy=False):  # type: ignore[arg-type]
+        raise UserError(
+            f"model hf: transformers joins or renames tensors of {kind!r} checkpoints when it loads them (mixtures of"
+            " experts, mostly), and panda, which loads them one by one as they are named, does not yet."
+        )
     keep_computed_float32(model)
     return model

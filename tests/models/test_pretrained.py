@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
+from transformers import MixtralConfig
 from transformers import Qwen2Config
 
 from panda.cli.arguments import parse_arguments
@@ -208,6 +209,13 @@ def test_hf_takes_any_causal_language_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded("--model", "hf", "--ckpt_path", path)), logits(other))
     with pytest.raises(UserError, match=f"model_type is '{name}'. `--model hf` takes any"):
         configured("--ckpt_path", path)
+
+
+def test_hf_refuses_tensors_that_transformers_would_rearrange(tmp_path: Path) -> None:
+    mixtral = AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=2))
+    path = save_hf(mixtral, tmp_path / "mixtral", shards=False)
+    with pytest.raises(UserError, match="joins or renames tensors of 'mixtral' checkpoints"):
+        loaded("--model", "hf", "--ckpt_path", path)
 
 
 def test_hf_takes_weights_that_were_saved_without_the_head(tmp_path: Path) -> None:
