@@ -62,10 +62,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "`max_steps: -1` for no limit, or a number of steps",
     ),
     Refusal(
-        "ckpt_path",
-        lambda run: run.ckpt_path is not None,
-        "loading pretrained weights is not in this version of panda",
-        "leave it out: the model starts from random weights",
+        "base_path, allow_pickle or extend_vocab without ckpt_path",
+        lambda run: run.ckpt_path is None and bool(run.base_path or run.allow_pickle or run.extend_vocab),
+        "they say how the weights at ckpt_path are loaded",
+        "name those weights with `ckpt_path`, or leave them out",
+    ),
+    Refusal(
+        "model: hf without ckpt_path",
+        lambda run: run.ckpt_path is None and (run.model or "").lower().rpartition(":")[2] == "hf",
+        "it has the shape of a checkpoint, whatever that is",
+        "name the checkpoint with `ckpt_path`, or a shape with `arch`",
     ),
     Refusal(
         "use_lora",

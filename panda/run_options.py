@@ -76,7 +76,13 @@ class RunOptions:
     tokenizer: str = "panda:data/sample/tokenizer"
     """Folder of a Hugging Face tokenizer. `panda:` begins a path inside the panda package; the default reads bytes."""
     ckpt_path: str | None = None
-    """Weights to start from. Not in this version."""
+    """Weights to start from: a folder, one in `./pretrained-models`, or a name on the Hugging Face hub."""
+    base_path: str | None = None
+    """Where ckpt_path is a delta: the weights that it is added to, found in the same way."""
+    allow_pickle: bool = False
+    """Load weights from pickles (`.bin`, `.pth`) too, with torch's `weights_only`; a pickle can hold code."""
+    extend_vocab: bool = False
+    """Where the tokenizer has more entries than the checkpoint, add rows, each the mean of those that are there."""
 
     token_cache: str | None = None
     """Folder in which tokenised data is kept for the next run; by default `$PANDA_CACHE`, or `~/.cache/panda`."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
@@ -37,12 +38,20 @@ from panda.engine.checkpoints import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.engine import StepResult
+from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
+from panda.models.creation import without_weights
+from panda.models.export import DESCRIPTION
+from panda.models.export import describe_model
 from panda.models.export import export
 from panda.models.generation import greedy
 from panda.models.isolation import refuse_leaking
 from panda.models.isolation import refuse_without_positions
+from panda.models.pretrained import Pretrained
+from panda.models.pretrained import config_for
+from panda.models.pretrained import find_pretrained
+from panda.models.pretrained import fitted
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
 from panda.registry import Catalog
@@ -118,13 +127,17 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
         catalog.add_hooks(plugin.build(PluginContext(), object), plugin.component.name, plugin.offer.describe())
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
+    pretrained = find_pretrained(resolved.core)
+    context = model_context(resolved, tokenizer, pretrained)
+    if pretrained:  # before the data is read, which may take long
+        fitted(build_model(resolved, context), pretrained)
     dataset = task.dataset()
     processes = join_processes()
-    run = _build(resolved, catalog, tokenizer, task, dataset, processes)
+    run = _build(resolved, catalog, context, pretrained, task, dataset, processes)
     try:
         run.hook.panda_run_start(run=run)
-        progress = _train(run)
-        _finish(run, tokenizer, progress)
+        _train(run)
+        _finish(run)
         run.hook.panda_run_end(run=run)
     except BaseException as error:
         try:
@@ -187,21 +200,32 @@ def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
     return schedule
 
 
-def model_context(resolved: Resolved, tokenizer: Any) -> ModelContext:
-    """What a model is told beside its options."""
+def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
+    """What a model is told beside its options. Raises UserError where the tokenizer has more than ``pretrained``."""
     return ModelContext(
         vocab_size=len(tokenizer),
         max_seq_length=resolved.core.max_seq_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        config=config_for(pretrained, len(tokenizer), extend=resolved.core.extend_vocab) if pretrained else None,
     )
+
+
+def build_model(resolved: Resolved, context: ModelContext) -> torch.nn.Module:
+    """The module that ``resolved`` names, with random weights, or none where a checkpoint has them."""
+    # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and
+    # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
+    with torch.device("cpu"), without_weights() if context.config else nullcontext():
+        model: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
+    return model
 
 
 def _build(
     resolved: Resolved,
     catalog: Catalog,
-    tokenizer: Any,
+    context: ModelContext,
+    pretrained: Pretrained | None,
     task: LanguageModelling,
     dataset: SampleSet,
     processes: Processes,
@@ -216,13 +240,13 @@ def _build(
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
     _seed(options.seed)  # the same on every rank, for equal weights
-    # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and
-    # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
-    with torch.device("cpu"):
-        model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
+    model = build_model(resolved, context)
     model_name = resolved.components["model"].component.name
     if layout.packed:
         refuse_without_positions(model, model_name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if pretrained:
+        place(model, fitted(model, pretrained), config, processes)
     _seed(options.seed + processes.rank)  # different, for dropout
     groups = param_groups(
         model,
@@ -235,10 +259,9 @@ def _build(
         OptimizerContext(param_groups=groups, device=processes.device, bit_training=options.bit_training),
         torch.optim.Optimizer,
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
-        refuse_leaking(engine.evaluating(), model_name, len(tokenizer), processes.device)
+        refuse_leaking(engine.evaluating(), model_name, len(task.tokenizer), processes.device)
     directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
     if checkpoint:
         load_checkpoint(engine, checkpoint)
@@ -256,14 +279,20 @@ def _build(
             "tokens": dataset.tokens,
             "supervised_tokens": dataset.supervised_tokens,
             "bad_rows": dataset.report.bad_rows,
+            "checkpoint": pretrained.describe() if pretrained else None,
+            "vocabulary": (context.config or {}).get("vocab_size"),
             "resumed_from": str(checkpoint) if checkpoint else None,
         }
         write_description(directory, resolved, config, facts)
+        dtype = next(engine.module.parameters()).dtype
+        chosen = resolved.components["model"]
+        described = task.tokenizer, task.chat_template(), chosen, context, pretrained
+        describe_model(directory / DESCRIPTION, engine.module, dtype, *described)
     hook = catalog.plugins.hook
     return Run(resolved, directory, processes, task, dataset, layout, schedule, engine, hook, checkpoint, progress.step)
 
 
-def _train(run: Run) -> Progress:
+def _train(run: Run) -> None:
     """The loop. Reads a value from the device only where it is logged or saved."""
     options, plan, engine = run.options, run.plan, run.engine
     start = read_progress(run.resumed_from, {}) if run.resumed_from else START
@@ -323,7 +352,6 @@ def _train(run: Run) -> Progress:
             saved_step = step
     if saved_step != run.step:
         save()
-    return progress()
 
 
 class _Clock:
@@ -385,17 +413,14 @@ def _summary(observations: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
+def _finish(run: Run) -> None:
     """Export the model and have it answer."""
-    weights = run.engine.whole_weights()
+    weights, tokenizer = run.engine.weights(), run.task.tokenizer
     if run.processes.rank == 0:
-        broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-        if broken:
-            raise UserError(
-                f"nothing is exported: {len(broken)} tensors of the model are not finite, {broken[0]} first."
-            )
-        described = run.resolved.components["model"], model_context(run.resolved, tokenizer)
-        export(run.engine.module, weights, run.directory / "export", tokenizer, *described)
+        export(run.directory / DESCRIPTION, weights, run.directory / "export")
+    else:
+        for tensor in weights.values():  # with rank 0, which writes them
+            tensor.read()
     run.processes.barrier()
     prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
     module = run.engine.evaluating()

@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from checkpoint_files import llama
+from checkpoint_files import save_hf
 from launching import run_panda
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +49,8 @@ def test_a_documented_command_resolves(line: str, tmp_path: Path) -> None:
         flags = words[names.index("panda-train") + 1 :]
         (tmp_path / "run.yaml").write_text((ROOT / "configs" / "instruct-tiny.yaml").read_text())
         (tmp_path / "configs").symlink_to(ROOT / "configs")
+        if "DIR" in flags:
+            save_hf(llama(max_position_embeddings=2048), tmp_path / "DIR")
         flags = ["panda:data/sample/instruct" if flag == "DATA" else flag for flag in flags]
         if "--help" in flags:
             done = run_panda("panda-train", *flags, cwd=tmp_path)

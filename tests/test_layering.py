@@ -20,10 +20,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "run_options": {"registry"},
     "refusals": {"registry", "run_options"},
-    **{room: {"registry", "run_options"} for room in MIDDLE},
+    "stored_tensor": set(),
+    **{room: {"registry", "run_options", "stored_tensor"} for room in MIDDLE},
     "tasks": {"registry", "run_options", "data"},
     "run_directory": {"registry", "run_options", *MIDDLE},
-    "runner": {"registry", "run_options", "run_directory", *MIDDLE},
+    "runner": {"registry", "run_options", "run_directory", "stored_tensor", *MIDDLE},
     "cli": {"registry", "run_options", "refusals", "run_directory", "runner", *MIDDLE},
 }
 """Beside itself."""

@@ -10,9 +10,11 @@ from panda.cli.train import main
 from panda.refusals import REFUSALS
 from panda.run_options import RunOptions
 
+ARCH = ["--arch", "llama-7b"]
 REFUSED: dict[str, list[Any]] = {
     "max_steps: 0": ["--max_steps", "0"],
-    "ckpt_path": ["--ckpt_path", "pretrain/llama-7b"],
+    "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
+    "model: hf without ckpt_path": ["--model", "hf"],
     "use_lora": ["--use_lora"],
     "lora_r, lora_alpha or lora_dropout": ["--lora_r", "8"],
     "use_quant": ["--use_quant"],
@@ -56,7 +58,8 @@ def test_every_refusal_is_tried_here() -> None:
 def test_a_refusal_gives_its_reason_and_what_to_use_instead(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--arch", "llama-7b", *arguments(REFUSED[what], tmp_path)]) == 2
+    arch = [] if "--model" in REFUSED[what] else ARCH
+    assert main([*arch, *arguments(REFUSED[what], tmp_path)]) == 2
     captured = capsys.readouterr()
     (refusal,) = (refusal for refusal in REFUSALS if refusal.what == what)
     assert captured.err == f"error: {what}: refused, since {refusal.reason}. Instead: {refusal.instead}.\n"
@@ -64,9 +67,9 @@ def test_a_refusal_gives_its_reason_and_what_to_use_instead(
 
 
 def test_several_refusals_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = arguments([word for words in REFUSED.values() for word in words], tmp_path)
-    assert main(["--arch", "llama-7b", *argv]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == len(REFUSALS)
+    given = [words for words in REFUSED.values() if "--model" not in words]
+    assert main([*ARCH, *arguments([word for words in given for word in words], tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == len(given)
 
 
 def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:

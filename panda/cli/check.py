@@ -54,7 +54,10 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
     from panda.models.isolation import refuse_without_positions
+    from panda.models.pretrained import find_pretrained
+    from panda.models.pretrained import fitted
     from panda.run_directory import find_directory
+    from panda.runner import build_model
     from panda.runner import build_schedule
     from panda.runner import build_task
     from panda.runner import lay_out
@@ -66,6 +69,10 @@ def _check_data_and_model(resolved: Resolved) -> None:
     directory, checkpoint = find_directory(resolved)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
+    pretrained = find_pretrained(resolved.core)
+    context = model_context(resolved, tokenizer, pretrained)
+    if pretrained:
+        fitted(build_model(resolved, context), pretrained)
     dataset = task.dataset()
     progress = read_progress(checkpoint, {}) if checkpoint else START
     layout = lay_out(resolved.core, dataset, world_size, progress)
@@ -83,7 +90,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
     import torch
 
     with torch.device("meta"):
-        model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
+        model = resolved.components["model"].build(context, torch.nn.Module)
     if layout.packed:
         refuse_without_positions(model, resolved.components["model"].component.name)
     print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")

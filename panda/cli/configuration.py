@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from panda.cli.arguments import Arguments
@@ -26,6 +27,15 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
         )
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
     refuse(resolved)
+    if resolved.core.ckpt_path is not None:
+        from panda.models.pretrained import find_pretrained
+        from panda.models.pretrained import follow_checkpoint
+
+        resolved = follow_checkpoint(resolved)
+        pretrained = find_pretrained(resolved.core)
+        if pretrained and os.environ.get("RANK", "0") == "0":
+            print(f"weights: {pretrained.describe()}")
+            print(f"tokenizer: {resolved.core.tokenizer} ({resolved.settings['tokenizer'].origin})")
     return resolved, catalog
 
 

@@ -17,6 +17,10 @@ COMMANDS = {
     "prepare": "tokenise its data ahead of time",
     "plot": "draw the learning-rate schedule of a configuration",
     "train": "the same as panda-train",
+    "export": "a run's checkpoint as a folder that plain transformers loads",
+    "generate": "what a trained model answers",
+    "chat": "talk with a trained model",
+    "delta": "make or apply the difference between a fine-tune and its base",
 }
 """Each is a module of this package with ``main(argv)``."""
 

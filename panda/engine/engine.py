@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextlib import nullcontext
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from typing import Protocol
 from typing import TypeVar
@@ -25,6 +26,8 @@ import torch
 from panda.engine.layouts import layout_of
 from panda.engine.processes import Processes
 from panda.registry import UserError
+from panda.stored_tensor import StoredTensor
+from panda.stored_tensor import Weights
 
 BatchType = TypeVar("BatchType", bound="CountedBatch")
 
@@ -130,22 +133,30 @@ class Engine:
         self.deepspeed.eval()
         return self.module
 
-    def whole_weights(self) -> dict[str, torch.Tensor]:
-        """The module's state dict on the CPU of rank 0, empty elsewhere; gathered tensor by tensor under ZeRO-3.
+    def weights(self) -> Weights:
+        """The module's state, each tensor once and under its first name, in the type that it is computed with.
 
-        A tensor that has several names appears under each, once in memory.
+        Under ZeRO-3 a tensor is gathered when it is read: every rank has to read all of them, in
+        order. Only rank 0 is given them, on the CPU; other ranks get empty ones.
         """
+        state: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
+        names: dict[int, str] = {}
+        for name, tensor in state.items():
+            names.setdefault(id(tensor), name)
+        return {
+            name: StoredTensor(
+                tuple(getattr(state[name], "ds_shape", state[name].shape)),
+                state[name].dtype,
+                partial(self._whole, state[name]),
+            )
+            for name in names.values()
+        }
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         from deepspeed.runtime.zero import GatheredParameters
 
-        copies: dict[int, torch.Tensor] = {}
-        whole: dict[str, torch.Tensor] = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-                if self.processes.rank == 0:
-                    if id(tensor) not in copies:
-                        copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
-                    whole[name] = copies[id(tensor)]
-        return whole
+        with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            return tensor.detach().to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""

@@ -1,67 +1,99 @@
-"""Out of panda: a folder that plain transformers loads, or safetensors for a model of another kind."""
+"""Out of panda: a folder that plain transformers loads, or safetensors for a model of another kind.
+
+A run describes its model when it begins, in ``model/``: configuration, tokenizer, chat template,
+generation config. That and the weights, of whichever moment, are an export.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from panda.models.pretrained import Pretrained
+from panda.models.weight_files import write_weights
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
+from panda.stored_tensor import Weights
+
+DESCRIPTION = "model"
+"""In a run directory: the description of its model."""
 
 
-def export(
-    module: torch.nn.Module,
-    weights: dict[str, torch.Tensor],
+def describe_model(
     folder: Path,
+    module: torch.nn.Module,
+    dtype: torch.dtype,
     tokenizer: Any,
+    chat_template: str | None,
     model: Chosen,
     context: ModelContext,
+    pretrained: Pretrained | None,
 ) -> None:
-    """Write ``weights`` (whole tensors on the CPU) of ``module`` and its tokenizer to ``folder``.
+    """Write to ``folder`` all of an export but its weights, which will have ``dtype``.
 
-    A transformers model becomes a Hugging Face folder. Any other becomes ``model.safetensors`` and
-    a ``config.json`` with all that the factory of ``model`` was given to make it.
+    A transformers model is described as transformers does it; any other by all that the factory of
+    ``model`` was given to make it. ``chat_template``: what replaces the tokenizer's, if anything.
     """
     from transformers import PreTrainedModel
 
     folder.mkdir(parents=True, exist_ok=True)
+    if chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     if isinstance(module, PreTrainedModel):
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        use_cache, module.config.use_cache = module.config.use_cache, True
-        module.config.dtype = next(iter(weights.values())).dtype
-        module.save_pretrained(folder, state_dict=weights)
-        module.config.use_cache = use_cache
-    else:
-        _save_other(weights, folder, model, context)
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.iterdir():  # safetensors lets nobody else read what it writes, whatever the umask
-        file.chmod(0o666 & ~mask)
-
-
-def _save_other(weights: dict[str, torch.Tensor], folder: Path, model: Chosen, context: ModelContext) -> None:
-
-    from safetensors.torch import save_file
-
-    unshared: dict[int, str] = {}
-    for name, tensor in weights.items():
-        unshared.setdefault(tensor.data_ptr(), name)
-    save_file({name: weights[name].contiguous() for name in unshared.values()}, folder / "model.safetensors")
+        config = copy.deepcopy(module.config)
+        config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
+        config.save_pretrained(folder)
+        _write_json(folder / "generation_config.json", _generation_config(module, tokenizer, pretrained))
+        return
+    state = module.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
     described = {
         "panda_model": model.offer.qualified,
         "panda_version": model.offer.version,
         "options": asdict(model.options),
         "context": asdict(context),
-        "shared_tensors": {
-            name: unshared[t.data_ptr()] for name, t in weights.items() if name not in unshared.values()
-        },
+        "shared_tensors": {name: first[id(t)] for name, t in state.items() if first[id(t)] != name},
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "config.json", described)
+
+
+def export(description: Path, weights: Weights, folder: Path) -> None:
+    """Make ``folder`` of the model that ``description`` describes and its ``weights``, read one shard at a time.
+
+    What was there before is replaced once the new one is complete.
+    """
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(description, temporary)
+    write_weights(weights, temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _generation_config(module: Any, tokenizer: Any, pretrained: Pretrained | None) -> dict[str, Any]:
+    """The checkpoint's own, or the model's; generation ends at the token that training taught."""
+    file = pretrained.folder / "generation_config.json" if pretrained else None
+    # As it stands: some that are in use hold values that transformers refuses to write.
+    values: dict[str, Any] = (
+        json.loads(file.read_text()) if file and file.exists() else module.generation_config.to_diff_dict()
+    )
+    ends = values.get("eos_token_id") or []
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokenizer.eos_token_id not in ends:
+        ends = [*ends, tokenizer.eos_token_id]
+    return values | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,3 +42,36 @@ def greedy(
         if not running:
             break
     return [rows[row, len(prompt) : lengths[row]].tolist() for row, prompt in enumerate(prompts)]
+
+
+@torch.no_grad()
+def continuation(
+    model: Any,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int,
+    temperature: float,
+    top_p: float,
+    device: torch.device,
+) -> Iterator[int]:
+    """The tokens with which ``model`` continues ``prompt``, one by one, up to and without the end of sequence.
+
+    As ``greedy`` it asks nothing of the model but its forward. ``temperature`` 0 takes the likeliest.
+    """
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        output = model(torch.tensor([ids], device=device))
+        logits = getattr(output, "logits", output)[0, -1].float()
+        token = int(logits.argmax()) if temperature == 0 else _drawn(logits / temperature, top_p)
+        if token == eos_token_id:
+            return
+        yield token
+        ids.append(token)
+
+
+def _drawn(logits: torch.Tensor, top_p: float) -> int:
+    """A token from the likeliest that have the probability ``top_p`` together, the likeliest always among them."""
+    probabilities, tokens = logits.softmax(-1).sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    return int(tokens[torch.multinomial(probabilities * (before < top_p), 1)])

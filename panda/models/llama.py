@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
+from typing import Literal
 
 from panda.registry import Meta
 from panda.registry import UserError
@@ -17,9 +19,12 @@ if TYPE_CHECKING:
     import torch
 
 
+ROPE_SCALINGS = ("linear", "dynamic", "llama3")
+
+
 @dataclass(frozen=True)
 class LlamaOptions:
-    """Options of the LLaMA model. The defaults are those of LLaMA-7B."""
+    """Options of the LLaMA model. The defaults are those of LLaMA-7B, and give way to a checkpoint's own."""
 
     vocab_size: Annotated[int, Meta(ge=1)] | None = None
     """Rows of the embedding; by default as many as the tokenizer has entries."""
@@ -31,64 +36,146 @@ class LlamaOptions:
     """Transformer blocks."""
     num_heads: Annotated[int, Meta(ge=1)] = 32
     """Attention heads; divides hidden_size."""
+    num_key_value_heads: Annotated[int, Meta(ge=1)] | None = None
+    """Heads of keys and values, each shared by num_heads / num_key_value_heads queries; by default one a head."""
+    tie_word_embeddings: bool = False
+    """One matrix for the embedding and for the output."""
+    attention_bias: bool = False
+    """A bias in the four projections of attention."""
     max_position_embeddings: Annotated[int, Meta(ge=1)] = 2048
     """Positions that the model is declared to be good for, written to its config."""
     rope_theta: Annotated[float, Meta(gt=0)] = 10000.0
     """Base of the rotary position embedding."""
+    rope_scaling: Literal["linear", "dynamic", "llama3"] | None = None
+    """How the rotary embedding is stretched beyond the positions that the model first learned."""
+    rope_scaling_factor: Annotated[float, Meta(ge=1)] | None = None
+    """By how much rope_scaling stretches."""
+    rope_original_max_position_embeddings: Annotated[int, Meta(ge=1)] | None = None
+    """Positions before stretching; `rope_scaling: llama3` alone. By default max_position_embeddings."""
+    rope_low_freq_factor: Annotated[float, Meta(gt=0)] = 1.0
+    """Original positions over this: wavelengths above it are stretched whole; `rope_scaling: llama3` alone."""
+    rope_high_freq_factor: Annotated[float, Meta(gt=0)] = 4.0
+    """Original positions over this: wavelengths below it are not stretched; `rope_scaling: llama3` alone."""
     rms_norm_eps: Annotated[float, Meta(gt=0)] = 1e-6
     """Epsilon of the RMS normalisation."""
     initializer_range: Annotated[float, Meta(gt=0)] = 0.02
     """Standard deviation of the initial weights."""
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}.")
+        if self.num_key_value_heads and self.num_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_heads {self.num_heads} is not divisible by num_key_value_heads {self.num_key_value_heads}."
+            )
+        if (self.rope_scaling is None) != (self.rope_scaling_factor is None):
+            raise UserError(
+                f"rope_scaling is {self.rope_scaling} and rope_scaling_factor {self.rope_scaling_factor}:"
+                " they need each other."
+            )
+        if self.rope_original_max_position_embeddings and self.rope_scaling != "llama3":
+            raise UserError("rope_original_max_position_embeddings is used by `rope_scaling: llama3` alone.")
+
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a checkpoint's config.json, ``config``, has a say on."""
+        if config["model_type"] != "llama":
+            raise UserError(
+                f"model llama: the checkpoint's model_type is {config['model_type']!r}. `--model hf` takes any causal"
+                " language model that transformers knows."
+            )
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        if scaling not in ("default", *ROPE_SCALINGS):
+            raise UserError(
+                f"model llama: the checkpoint scales RoPE by {scaling!r}; known are {', '.join(ROPE_SCALINGS)}."
+                " `--model hf` takes it as transformers does."
+            )
+        found = {
+            "vocab_size": config.get("vocab_size", 32000),
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "num_layers": config["num_hidden_layers"],
+            "num_heads": config["num_attention_heads"],
+            "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "tie_word_embeddings": config.get("tie_word_embeddings", False),
+            "attention_bias": config.get("attention_bias", False),
+            "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
+            "rope_scaling": None if scaling == "default" else scaling,
+            "rope_scaling_factor": None if scaling == "default" else rope["factor"],
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        }
+        positions = config.get("max_position_embeddings")  # Meta's own format does not say
+        if positions is not None:
+            found["max_position_embeddings"] = positions
+        if scaling == "llama3":
+            found |= {
+                "rope_original_max_position_embeddings": rope.get("original_max_position_embeddings", positions),
+                "rope_low_freq_factor": rope["low_freq_factor"],
+                "rope_high_freq_factor": rope["high_freq_factor"],
+            }
+        return found
+
 
 @register_model("llama", options=LlamaOptions)
 def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module:
-    """LLaMA causal language model (arXiv 2302.13971)."""
-    if options.hidden_size % options.num_heads:
-        raise UserError(f"hidden_size {options.hidden_size} is not divisible by num_heads {options.num_heads}.")
+    """LLaMA causal language model (arXiv 2302.13971), with what LLaMA 2 and 3 brought."""
     vocab_size = options.vocab_size or context.vocab_size
+    given: dict[str, Any] = {
+        "pad_token_id": context.pad_token_id,
+        "bos_token_id": context.bos_token_id,
+        "eos_token_id": context.eos_token_id,
+    }
+    if context.config is not None:
+        vocab_size = context.config["vocab_size"]
+        # All else that its config says is kept; rope_parameters below has what these two say.
+        given = {key: value for key, value in context.config.items() if key not in ("rope_theta", "rope_scaling")}
     if vocab_size < context.vocab_size:
         raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {context.vocab_size} entries.")
 
+    import torch
     from transformers import LlamaConfig
     from transformers import LlamaForCausalLM
 
+    from panda.models.creation import keep_computed_float32
+
     config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        num_hidden_layers=options.num_layers,
-        num_attention_heads=options.num_heads,
-        num_key_value_heads=options.num_heads,
-        max_position_embeddings=max(options.max_position_embeddings, context.max_seq_length),
-        rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta},
-        rms_norm_eps=options.rms_norm_eps,
-        initializer_range=options.initializer_range,
-        tie_word_embeddings=False,
-        pad_token_id=context.pad_token_id,
-        bos_token_id=context.bos_token_id,
-        eos_token_id=context.eos_token_id,
-        use_cache=False,  # a cache of keys and values is of no use in training
+        **given
+        | {
+            "vocab_size": vocab_size,
+            "hidden_size": options.hidden_size,
+            "intermediate_size": options.intermediate_size,
+            "num_hidden_layers": options.num_layers,
+            "num_attention_heads": options.num_heads,
+            "num_key_value_heads": options.num_key_value_heads or options.num_heads,
+            "max_position_embeddings": max(options.max_position_embeddings, context.max_seq_length),
+            "rope_parameters": _rope_parameters(options),
+            "rms_norm_eps": options.rms_norm_eps,
+            "initializer_range": options.initializer_range,
+            "tie_word_embeddings": options.tie_word_embeddings,
+            "attention_bias": options.attention_bias,
+            "use_cache": False,  # a cache of keys and values is of no use in training
+        }
     )
-    model: torch.nn.Module = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
-    _keep_float32(model.get_submodule("model.rotary_emb"))
+    model: torch.nn.Module = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    keep_computed_float32(model)
     return model
 
 
-def _keep_float32(module: torch.nn.Module) -> None:
-    """Have ``module`` keep its buffers in float32 when the model around it is cast to 16 bits.
-
-    DeepSpeed casts whole models, and with them the frequencies of the rotary embedding: positions
-    past a few hundred then share angles, and the trained model is another one than the exported,
-    which transformers loads with its frequencies in float32.
-    """
-    apply: Any = module._apply
-
-    def move_only(convert: Any, recurse: bool = True) -> torch.nn.Module:
-        moved: torch.nn.Module = apply(lambda tensor: tensor.to(convert(tensor).device), recurse)
-        return moved
-
-    module._apply = move_only  # type: ignore[method-assign]
+def _rope_parameters(options: LlamaOptions) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_type": options.rope_scaling or "default", "rope_theta": options.rope_theta}
+    if options.rope_scaling is not None:
+        parameters["factor"] = options.rope_scaling_factor
+    if options.rope_scaling == "llama3":
+        original = options.rope_original_max_position_embeddings or options.max_position_embeddings
+        parameters |= {
+            "original_max_position_embeddings": original,
+            "low_freq_factor": options.rope_low_freq_factor,
+            "high_freq_factor": options.rope_high_freq_factor,
+        }
+    return parameters
 
 
 def _llama(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int) -> dict[str, Any]:
@@ -105,6 +192,18 @@ def _llama(hidden_size: int, num_layers: int, num_heads: int, intermediate_size:
 def llama_tiny() -> dict[str, Any]:
     """Learns on two CPU cores in a minute; its vocabulary is the tokenizer's."""
     return {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 256}
+
+
+@register_arch("llama-125m", model="llama")
+def llama_125m() -> dict[str, Any]:
+    """The shape of GPT-2 small and OPT-125M, as a LLaMA: 134 million parameters."""
+    return _llama(768, 12, 12, 2048)
+
+
+@register_arch("llama-1.3b", model="llama")
+def llama_1_3b() -> dict[str, Any]:
+    """The shape of Sheared-LLaMA-1.3B (arXiv 2310.06694)."""
+    return _llama(2048, 24, 16, 5504)
 
 
 @register_arch("llama-7b", model="llama")
@@ -129,3 +228,43 @@ def llama_33b() -> dict[str, Any]:
 def llama_65b() -> dict[str, Any]:
     """LLaMA-65B."""
     return _llama(8192, 80, 64, 22016)
+
+
+_LLAMA2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_LLAMA3 = {
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@register_arch("llama2-7b", model="llama")
+def llama2_7b() -> dict[str, Any]:
+    """Llama 2 7B (arXiv 2307.09288)."""
+    return _llama(4096, 32, 32, 11008) | _LLAMA2
+
+
+@register_arch("llama2-13b", model="llama")
+def llama2_13b() -> dict[str, Any]:
+    """Llama 2 13B."""
+    return _llama(5120, 40, 40, 13824) | _LLAMA2
+
+
+@register_arch("llama2-70b", model="llama")
+def llama2_70b() -> dict[str, Any]:
+    """Llama 2 70B, with eight heads of keys and values."""
+    return _llama(8192, 80, 64, 28672) | _LLAMA2 | {"num_key_value_heads": 8}
+
+
+@register_arch("llama3-8b", model="llama")
+def llama3_8b() -> dict[str, Any]:
+    """Llama 3 8B (arXiv 2407.21783)."""
+    return _llama(4096, 32, 32, 14336) | _LLAMA3
+
+
+@register_arch("llama3-70b", model="llama")
+def llama3_70b() -> dict[str, Any]:
+    """Llama 3 70B."""
+    return _llama(8192, 80, 64, 28672) | _LLAMA3

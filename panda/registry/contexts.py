@@ -6,6 +6,7 @@ A field may be added to these; a factory that takes what it needs from the conte
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
@@ -49,6 +50,12 @@ class ModelContext:
     pad_token_id: int | None
     bos_token_id: int | None
     eos_token_id: int | None
+    config: Mapping[str, Any] | None = None
+    """The config.json of the checkpoint that the model's weights will come from; None for random ones.
+
+    Its ``vocab_size`` is what the embedding has to have. The module is made without weights then, on
+    the meta device: a factory must not read them.
+    """
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,6 +114,18 @@ class Instruct(TextTask):
 
     def prompt_text(self, prompt: str) -> str:
         return self.template.prompt(prompt)
+
+    def chat_template(self) -> str | None:
+        if self.options.template == "chat":
+            return None
+        after_input = json.dumps(self.options.separator)
+        return (
+            "{{ bos_token }}"
+            "{% for message in messages %}"
+            "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+            f"{{% else %}}{{{{ message['content'] + {after_input} }}}}{{% endif %}}"
+            "{% endfor %}"
+        )
 
     def example_prompt(self, parsed: Any) -> str:
         asked: str = parsed[0]

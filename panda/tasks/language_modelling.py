@@ -48,6 +48,10 @@ class LanguageModelling(ABC):
     special_tokens_in_text = False
     """Whether special tokens that a text spells are tokens, as in a chat template's text, or characters."""
 
+    def chat_template(self) -> str | None:
+        """A Jinja template that renders a dialogue as training showed it; None where the tokenizer's own is kept."""
+        return None
+
     @property
     def last_token(self) -> int:
         """The token at which an answer ends."""

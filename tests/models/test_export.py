@@ -12,6 +12,7 @@ import torch
 from launching import ENVIRONMENT
 from launching import train_many
 
+from panda.cli.main import main
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
@@ -33,7 +34,7 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module", params=[(1, 0, "fp32"), (2, 3, "fp32"), (1, 1, "bf16")], ids=str)
+@pytest.fixture(scope="module", params=[(1, 0, "fp32"), (2, 3, "fp32"), (1, 1, "bf16"), (2, 3, "bf16")], ids=str)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks, stage, precision = request.param
     folder = tmp_path_factory.mktemp("export")
@@ -78,6 +79,13 @@ def test_plain_transformers_gives_the_logits_of_the_trained_weights(run: Path) -
     torch.manual_seed(42)
     untrained = build_llama(LlamaOptions(**SHAPE), ModelContext(259, 2048, 0, 1, 2)).eval()
     assert not torch.allclose(untrained(torch.tensor(plain["ids"])).logits, torch.tensor(plain["logits"]), atol=1e-6)
+
+
+def test_panda_export_writes_the_same_from_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    """In one process, without the model: the same bits and types as training had in memory."""
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    at_the_end = {file.name: file.read_bytes() for file in (run / "export").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == at_the_end
 
 
 def test_greedy_answers_are_those_of_transformers(run: Path) -> None:

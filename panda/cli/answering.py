@@ -1,0 +1,67 @@
+"""What ``panda generate`` and ``panda chat`` share: where the model is, and how it answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panda.registry import UserError
+
+if TYPE_CHECKING:
+    from panda.models.inference import Assistant
+    from panda.models.inference import Sampling
+
+RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of how an answer is chosen."""
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="at most; default 256")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help="probability of what is drawn from")
+    parser.add_argument("--seed", type=int, help="of what is drawn")
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """What was asked for. Raises UserError for values out of bounds."""
+    import torch
+
+    from panda.models.inference import Sampling
+
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+
+
+def load_assistant(location: str) -> Assistant:
+    """The model in ``location``; of a run its newest checkpoint, and its export where there is none."""
+    import torch
+    from transformers.utils import logging
+
+    from panda.engine.checkpoint_folders import find_checkpoint
+    from panda.engine.checkpoint_weights import checkpoint_weights
+    from panda.models.export import DESCRIPTION
+    from panda.models.inference import Assistant
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(location)
+    if not folder.is_dir():
+        raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
+    checkpoint = find_checkpoint(folder)
+    if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
+        print(f"{checkpoint}", file=sys.stderr)
+        return Assistant(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device)
+    folder = folder / "export" if (folder / "export" / "config.json").exists() else folder
+    if not (folder / "config.json").exists():
+        raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
+    return Assistant(folder, None, device)
+
+
+def write(text: str) -> None:
+    """Print a piece of an answer at once."""
+    print(text, end="", flush=True)

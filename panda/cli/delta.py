@@ -1,0 +1,57 @@
+"""``panda delta``: make and apply the difference between a fine-tune and its base."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from panda.cli.command import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda delta``."""
+    return run_command(_delta, argv)
+
+
+def _delta(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="panda delta",
+        description="Make a delta, or apply one. Every tensor is subtracted or added, in float32 and one at a time; the"
+        " embedding and the output are in a delta whole, so that vocabularies may differ.",
+        epilog="examples:\n  panda delta make --target my-llama --base llama-7b --output my-llama-delta\n"
+        "  panda delta apply --delta my-llama-delta --base llama-7b --output my-llama",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make", help="target - base")
+    apply = commands.add_parser("apply", help="base + delta: a whole model, which plain transformers loads")
+    # The other spellings are those of PandaLLM's documentation and of its scripts.
+    make.add_argument("--target", "--target_model", "--target-model-path", required=True, help="the fine-tuned model")
+    apply.add_argument("--delta", "--delta_model", "--delta-path", required=True, help="the delta")
+    for command in (make, apply):
+        command.add_argument(
+            "--base", "--base_model", "--base-model-path", required=True, help="what it was tuned from"
+        )
+        command.add_argument("--output", required=True, type=Path, help="a folder to make")
+        command.add_argument("--allow_pickle", action="store_true", help="read weights from pickles too")
+    arguments = parser.parse_args(argv)
+
+    from dataclasses import replace
+
+    from panda.models.delta import write_applied
+    from panda.models.delta import write_delta
+    from panda.models.pretrained import pretrained_at
+
+    allow_pickle = arguments.allow_pickle
+    base = pretrained_at(arguments.base, option="--base", allow_pickle=allow_pickle)
+    if arguments.command == "make":
+        target = pretrained_at(arguments.target, option="--target", allow_pickle=allow_pickle)
+        print(f"target: {target.describe()}\nbase: {base.describe()}")
+        differs = write_delta(target, base, arguments.output)
+        print(f"{arguments.output}: a delta. Applied again, no weight differs by more than {differs:.3g}.")
+    else:
+        delta = pretrained_at(arguments.delta, option="--delta", allow_pickle=allow_pickle)
+        merged = replace(delta, base=base)
+        print(f"delta: {merged.describe()}")
+        write_applied(merged, arguments.output)
+        print(f"{arguments.output}: the whole model.")

@@ -1,0 +1,37 @@
+"""``panda generate``: what a trained model answers, printed as it comes."""
+
+from __future__ import annotations
+
+import argparse
+
+from panda.cli.answering import RUN_HELP
+from panda.cli.answering import add_sampling
+from panda.cli.answering import load_assistant
+from panda.cli.answering import sampling_of
+from panda.cli.answering import write
+from panda.cli.command import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda generate``."""
+    return run_command(_generate, argv)
+
+
+def _generate(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="panda generate",
+        description="Answer prompts, as the model saw them in training: in its chat template where it has one, as the"
+        " beginning of a text where it has none.",
+        epilog='example: panda generate runs/instruct-llama-tiny --prompt "Write panda in capitals."',
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--prompt", nargs="+", required=True, help="one or several")
+    add_sampling(parser)
+    arguments = parser.parse_args(argv)
+    assistant = load_assistant(arguments.run)
+    sampling = sampling_of(arguments)
+    for prompt in arguments.prompt:
+        if len(arguments.prompt) > 1:
+            print(f"> {prompt}")
+        assistant.answer(assistant.encode([{"role": "user", "content": prompt}]), sampling, write)
+        print()

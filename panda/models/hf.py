@@ -1,0 +1,45 @@
+"""Any causal language model that transformers knows, in the shape of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from panda.registry import UserError
+from panda.registry import register_model
+from panda.registry.contexts import ModelContext
+
+if TYPE_CHECKING:
+    import torch
+
+
+@register_model("hf")
+def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
+    """The causal language model of the checkpoint at `ckpt_path`, of whatever kind transformers knows."""
+    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from panda.models.creation import keep_computed_float32
+
+    assert context.config is not None, "refused without ckpt_path"
+    import torch
+
+    values = dict(context.config)
+    kind = values.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **values)
+        config.use_cache = False  # a cache of keys and values is of no use in training
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32
+        )
+    except (ValueError, KeyError) as problem:
+        raise UserError(
+            f"model hf: transformers has no causal language model for the checkpoint's model_type {kind!r}: {problem}"
+        ) from problem
+    if get_model_conversion_mapping(model, add_legacy=False):  # type: ignore[arg-type]
+        raise UserError(
+            f"model hf: transformers joins or renames tensors of {kind!r} checkpoints when it loads them (mixtures of"
+            " experts, mostly), and panda, which loads them one by one as they are named, does not yet."
+        )
+    keep_computed_float32(model)
+    return model

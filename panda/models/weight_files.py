@@ -1,0 +1,168 @@
+"""Weights in files: read tensor by tensor, so that a process holds one, and written shard by shard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from panda.registry import UserError
+from panda.stored_tensor import StoredTensor
+from panda.stored_tensor import Weights
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SHARD_BYTES = 5 * 10**9
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of types in the headers of safetensors."""
+
+
+def safetensors_weights(folder: Path) -> Weights:
+    """The tensors of the safetensors files in ``folder``; reads their headers alone.
+
+    Raises UserError for a file that is missing or damaged.
+    """
+    files, indexed = _files(folder, SAFETENSORS, SAFETENSORS_INDEX, "*.safetensors")
+    weights: dict[str, StoredTensor] = {}
+    for file in files:
+        with _opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                part = handle.get_slice(name)
+                weights[name] = StoredTensor(
+                    tuple(part.get_shape()), _DTYPES[part.get_dtype()], partial(_read, file, name)
+                )
+    _check_index(weights, indexed, folder / SAFETENSORS_INDEX)
+    return weights
+
+
+def pickled_weights(folder: Path) -> Weights:
+    """The tensors of the pickles in ``folder``, mapped and not read. No code of theirs runs: ``weights_only``."""
+    files, indexed = _files(folder, PICKLE, PICKLE_INDEX, "*.bin")
+    weights: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in load_pickle(file).items():
+            weights[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+    _check_index(weights, indexed, folder / PICKLE_INDEX)
+    return weights
+
+
+def load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in ``file``, mapped into memory where its format allows that."""
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of torch before 1.6 cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises what its parsers raise
+        raise UserError(f"{file}: no weights could be loaded from it: {_first_line(problem)}") from problem
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file}: expected a dictionary of tensors by name.")
+    return state
+
+
+def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write ``weights`` to ``folder`` as transformers does, one file or several and an index; holds one at a time."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, stored in weights.items():
+        bytes_ = stored.dtype.itemsize * torch.Size(stored.shape).numel()
+        if shards[-1] and size + bytes_ > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+        total += bytes_
+    mask = os.umask(0)
+    os.umask(mask)
+    names = [SAFETENSORS]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {key: weights[key].read().to(weights[key].dtype).contiguous() for key in shard}
+        broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise UserError(f"nothing is written: {len(broken)} tensors are not finite, {broken[0]} first.")
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes, whatever the umask
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    """One tensor. The file is opened for it alone: what stays mapped counts as the process's memory."""
+    with _opened(file) as handle:
+        tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as problem:
+        raise UserError(
+            f"{file}: damaged, or not safetensors: {_first_line(problem)}. It has {file.stat().st_size:,} bytes; was"
+            " the copy or the download cut off? Fetch it again."
+        ) from problem
+
+
+def _files(folder: Path, single: str, index: str, pattern: str) -> tuple[list[Path], dict[str, str]]:
+    """The files of ``folder`` that hold weights, and the index's map of tensors to them."""
+    if not (folder / index).exists():
+        return ([folder / single] if (folder / single).exists() else sorted(folder.glob(pattern))), {}
+    try:
+        indexed: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as problem:
+        raise UserError(f"{folder / index}: not an index of weights: {problem!r}.") from None
+    names = sorted(set(indexed.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(names)} files of weights are missing, which {index} lists:"
+            f" {', '.join(missing)}. Fetch them again."
+        )
+    return [folder / name for name in names], indexed
+
+
+def _check_index(weights: Weights, indexed: dict[str, str], index: Path) -> None:
+    absent = [f"{name} ({file})" for name, file in indexed.items() if name not in weights]
+    if absent:
+        raise UserError(f"{index}: tensors that it lists are in no file: {', '.join(absent)}.")
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).partition("\n")[0].rstrip(".")

@@ -1,0 +1,35 @@
+"""Tensors by name that are somewhere on disk: what readers of weights return, and placing and writing take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is read when it is wanted, and not kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    """The tensor, on the CPU. It may be a view of a file: copy before changing it."""
+
+
+def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> torch.nn.Parameter:
+    """Have ``module`` hold ``value`` as its parameter ``name``, and wherever else it has that; the new parameter."""
+    old = module.get_parameter(name)
+    new = torch.nn.Parameter(value, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    for holder in module.modules():
+        for attribute, parameter in list(holder._parameters.items()):
+            if parameter is old:
+                setattr(holder, attribute, new)  # and not in _parameters: an RNN keeps lists of its own
+    return new
+
+
+Weights = Mapping[str, StoredTensor]
+"""Every tensor of a model, by name, in the order of the file or the module."""

@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+from distributions import distributions as distributions
