@@ -36,7 +36,7 @@ def train_many(configurations: list[list[object]], *, ranks: int = 1, cwd: Path,
     ]
     command = [sys.executable, *script]
     if ranks > 1:
-        command = [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={_free_port()}", *script]
+        command = [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={free_port()}", *script]
     env = ENVIRONMENT | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,7 +58,8 @@ def exported_weights(run: Path) -> dict[str, Any]:
     return load_file(run / "export" / "model.safetensors")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -53,6 +53,8 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     from transformers import LlamaConfig
     from transformers import LlamaForCausalLM
 
+    from panda.models.cross_entropy import offer_loss_sum
+
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=options.hidden_size,
@@ -72,6 +74,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     )
     model: torch.nn.Module = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
     _keep_float32(model.get_submodule("model.rotary_emb"))
+    offer_loss_sum(model)
     return model
 
 
