@@ -73,6 +73,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "DeepSpeed without ZeRO sums the gradients of micro batches in fp16, where they over- and underflow",
         "leave `zero_stage` out: it is 1 then, which is the same on one GPU and sums in fp32",
     ),
+    Refusal(
+        "compile with zero_stage: 3",
+        lambda run: run.compile and run.zero_stage == 3,
+        "ZeRO-3 gathers weights in hooks around every module, and a compiled layer is one piece without them",
+        "`zero_stage: 2`, or leave `compile` out",
+    ),
 )
 
 

@@ -108,6 +108,11 @@ class RunOptions:
     zero_stage: Annotated[int, Meta(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO: what is spread over GPUs. 1 optimizer state, 2 and gradients, 3 and weights. By default 0 in
     fp32, and 1 in 16 bits, where only ZeRO sums the gradients of micro batches in fp32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping. full: each layer, from its input. selective: what is cheap in
+    it; attention and large matrix products are kept. Slower and smaller, and nothing else changes."""
+    compile: bool = False
+    """Compile each layer with torch: faster after some minutes at the start. Draws other dropout than without."""
     deepspeed_config: str | None = None
     """JSON file of DeepSpeed keys that panda does not own, for what has no key here."""
 

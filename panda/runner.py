@@ -34,6 +34,8 @@ from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.models.export import export
 from panda.models.generation import greedy
+from panda.models.layers import compile_layers
+from panda.models.layers import recompute_activations
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
 from panda.registry import Catalog
@@ -193,6 +195,10 @@ def _build(
     # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
     with torch.device("cpu"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
+    if options.activation_checkpointing != "none":
+        recompute_activations(model, selective=options.activation_checkpointing == "selective")
+    if options.compile:
+        compile_layers(model, processes.device)
     _seed(options.seed + processes.rank)  # different, for dropout
     groups = param_groups(model, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
     optimizer = resolved.components["optimizer"].build(
@@ -213,6 +219,7 @@ def _build(
             "ranks": processes.world_size,
             "device": str(processes.device),
             "parameters": parameters,
+            "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
             "samples": len(dataset),
             "tokens": dataset.tokens,
             "supervised_tokens": dataset.supervised_tokens,

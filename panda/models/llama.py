@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
+from typing import Literal
 
 from panda.registry import Meta
 from panda.registry import UserError
@@ -39,6 +40,9 @@ class LlamaOptions:
     """Epsilon of the RMS normalisation."""
     initializer_range: Annotated[float, Meta(gt=0)] = 0.02
     """Standard deviation of the initial weights."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """How attention is computed. sdpa: torch's kernels, on a GPU FlashAttention where it applies; auto chooses it.
+    eager: matrix products and a softmax, slow and large, to compare with."""
 
 
 @register_model("llama", options=LlamaOptions)
@@ -72,7 +76,8 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
         eos_token_id=context.eos_token_id,
         use_cache=False,  # a cache of keys and values is of no use in training
     )
-    model: torch.nn.Module = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+    attention = "sdpa" if options.attention == "auto" else options.attention
+    model: torch.nn.Module = LlamaForCausalLM._from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
     _keep_float32(model.get_submodule("model.rotary_emb"))
     offer_loss_sum(model)
     return model
