@@ -13,6 +13,7 @@ from dataclasses import fields
 
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
+from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
 
 
@@ -27,7 +28,6 @@ class Refusal:
     instead: str
 
 
-_LORA = ("lora_r", "lora_alpha", "lora_dropout")
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -44,16 +44,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out: the model starts from random weights",
     ),
     Refusal(
-        "use_lora",
-        lambda run: run.use_lora,
-        "low-rank adapters are not in this version of panda",
-        "leave it out: all weights are trained",
-    ),
-    Refusal(
-        "lora_r, lora_alpha or lora_dropout",
-        lambda run: any(getattr(run, key) != _DEFAULTS[key] for key in _LORA),
-        "low-rank adapters are not in this version of panda",
-        "leave them out",
+        "lora_*, use_dora or use_rslora without use_lora",
+        lambda run: not run.use_lora and any(getattr(run, key) != _DEFAULTS[key] for key in LORA_KEYS),
+        "they say how adapters are, and without `use_lora` there are none",
+        "`use_lora`, or leave them out",
     ),
     Refusal(
         "use_quant",

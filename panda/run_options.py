@@ -41,6 +41,9 @@ RENAMED = {
 }
 """Keys of other programs and older documents, and what panda calls them. Refused: a value may not mean the same."""
 
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora")
+"""What adapters are like, where `use_lora` asks for them."""
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -116,6 +119,22 @@ class RunOptions:
     deepspeed_config: str | None = None
     """JSON file of DeepSpeed keys that panda does not own, for what has no key here."""
 
+    # -- adapters on a frozen base
+    use_lora: bool = False
+    """Train low-rank adapters (LoRA) and leave the weights as they are."""
+    lora_r: Annotated[int, Meta(ge=1)] = 64
+    """Rank of the adapters."""
+    lora_alpha: Annotated[float, Meta(gt=0)] = 16.0
+    """Scale of the adapters, over their rank."""
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.05
+    """Dropout on the adapters' input."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the layers to adapt, `q_proj, v_proj`; by default all linear layers but the output head."""
+    use_dora: bool = False
+    """Adapt the direction of weights and learn their magnitude beside it (DoRA, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha over the root of the rank (rsLoRA, arXiv 2312.03732), for high ranks."""
+
     # -- what is written
     logging_steps: Annotated[int, Meta(ge=1)] = 1
     """Optimizer steps between log records."""
@@ -129,14 +148,6 @@ class RunOptions:
     # -- promised, each refused until the issue that brings it
     bit_training: bool = False
     """8-bit optimizer state (PandaLLM's documentation calls it quantization-aware training). Not in this version."""
-    use_lora: bool = False
-    """Train low-rank adapters instead of the weights. Not in this version."""
-    lora_r: Annotated[int, Meta(ge=1)] = 64
-    """Rank of the adapters."""
-    lora_alpha: Annotated[float, Meta(gt=0)] = 16.0
-    """Scale of the adapters, over their rank."""
-    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.05
-    """Dropout on the adapters' input."""
     use_quant: bool = False
     """4-bit base weights under adapters (QLoRA). Not in this version."""
 

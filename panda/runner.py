@@ -10,7 +10,9 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,6 +34,8 @@ from panda.engine.engine import Engine
 from panda.engine.engine import StepResult
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
+from panda.models.adapters import add_adapters
+from panda.models.adapters import export_adapters
 from panda.models.export import export
 from panda.models.generation import greedy
 from panda.models.layers import compile_layers
@@ -50,8 +54,12 @@ from panda.registry.resolve import Resolved
 from panda.run_directory import choose_directory
 from panda.run_directory import find_directory
 from panda.run_directory import write_description
+from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
 from panda.tasks.language_modelling import LanguageModelling
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ANSWERED_PROMPTS = 2
 ANSWER_TOKENS = 64
@@ -195,6 +203,10 @@ def _build(
     # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
     with torch.device("cpu"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if options.use_lora:
+        _seed(options.seed)  # adapters begin alike, however the base came to be
+        model = add_adapters(model, options)
     if options.activation_checkpointing != "none":
         recompute_activations(model, selective=options.activation_checkpointing == "selective")
     if options.compile:
@@ -204,7 +216,7 @@ def _build(
     optimizer = resolved.components["optimizer"].build(
         OptimizerContext(param_groups=groups, device=processes.device), torch.optim.Optimizer
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
     engine = Engine(model, optimizer, config, processes)
     directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
     if checkpoint:
@@ -219,6 +231,7 @@ def _build(
             "ranks": processes.world_size,
             "device": str(processes.device),
             "parameters": parameters,
+            "trained_parameters": trained,
             "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
             "samples": len(dataset),
             "tokens": dataset.tokens,
@@ -331,13 +344,16 @@ def _record(result: StepResult, progress: Progress, learning_rate: float, clock:
 
 def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
     """Export the model and have it answer."""
-    weights = run.engine.whole_weights()
+    weights = run.engine.whole_weights(trained_only=run.options.use_lora)
     if run.processes.rank == 0:
         broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise UserError(
                 f"nothing is exported: {len(broken)} tensors of the model are not finite, {broken[0]} first."
             )
+    if run.processes.rank == 0 and run.options.use_lora:
+        export_adapters(cast("PeftModel", run.engine.module), weights, run.directory / "export", tokenizer)
+    elif run.processes.rank == 0:
         described = run.resolved.components["model"], model_context(run.resolved, tokenizer)
         export(run.engine.module, weights, run.directory / "export", tokenizer, *described)
     run.processes.barrier()
@@ -364,6 +380,7 @@ def _finish(run: Run, tokenizer: Any, progress: Progress) -> None:
 
 def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> dict[str, Any]:
     """What a checkpoint's run and one that continues it have to agree on."""
+    adapters = ", ".join(f"{key} {getattr(resolved.core, key)}" for key in LORA_KEYS)
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
     return {
         **names,
@@ -376,6 +393,7 @@ def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> d
         "ranks": processes.world_size,
         "zero_stage": resolved.core.zero,
         "precision": resolved.core.precision,
+        "adapters": adapters if resolved.core.use_lora else "none",
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "tokens": dataset.tokens,

@@ -9,8 +9,7 @@ from panda.run_options import RunOptions
 REFUSED = {
     "max_steps: 0": ["--max_steps", "0"],
     "ckpt_path": ["--ckpt_path", "pretrain/llama-7b"],
-    "use_lora": ["--use_lora"],
-    "lora_r, lora_alpha or lora_dropout": ["--lora_r", "8"],
+    "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],
     "use_quant": ["--use_quant"],
     "bit_training": ["--bit_training"],
     "precision: fp16 with zero_stage: 0": ["--precision", "fp16", "--zero_stage", "0"],
@@ -32,7 +31,7 @@ def test_a_refusal_gives_its_reason_and_what_to_use_instead(what: str, capsys: p
 
 
 def test_several_refusals_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--arch", "llama-7b", "--max_steps", "0", "--precision", "fp16"]) == 2
+    assert main(["--arch", "llama-7b", "--max_steps", "0", "--precision", "fp16", "--zero_stage", "0"]) == 2
     assert [line.count("refused") for line in capsys.readouterr().err.splitlines()] == [1, 1]
 
 
@@ -42,6 +41,7 @@ def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
         RunOptions(precision="fp16", zero_stage=1),
         RunOptions(precision="bf16"),
         RunOptions(lora_r=64, lora_alpha=16.0, lora_dropout=0.05),
+        RunOptions(use_lora=True, lora_r=8, lora_target_modules=("q_proj",), use_dora=True),
     ):
         assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []
 

@@ -60,6 +60,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.engine.checkpoint_folders import START
     from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
+    from panda.models.adapters import add_adapters
     from panda.run_directory import find_directory
     from panda.runner import build_schedule
     from panda.runner import build_task
@@ -89,4 +90,8 @@ def _check_data_and_model(resolved: Resolved) -> None:
 
     with torch.device("meta"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
-    print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if resolved.core.use_lora:
+            model = add_adapters(model, resolved.core)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"model: {parameters:,} parameters" + (f"; {trained:,} of adapters are trained" * resolved.core.use_lora))

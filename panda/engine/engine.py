@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextlib import nullcontext
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from typing import Protocol
 from typing import TypeVar
@@ -72,6 +73,10 @@ class Engine:
                 )
             except ValidationError as problem:  # of keys that panda does not own
                 raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
+        # What DeepSpeed writes of the module. Left to itself it would keep the scales of frozen quantised weights.
+        self.deepspeed.module_state_dict = lambda **_: {
+            name: tensor.detach() for name, tensor in _trained_state(self.module).items()
+        }
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -119,22 +124,34 @@ class Engine:
         self.deepspeed.eval()
         return self.module
 
-    def whole_weights(self) -> dict[str, torch.Tensor]:
+    def whole_weights(self, *, trained_only: bool = False) -> dict[str, torch.Tensor]:
         """The module's state dict on the CPU of rank 0, empty elsewhere; gathered tensor by tensor under ZeRO-3.
 
-        A tensor that has several names appears under each, once in memory.
+        A tensor that has several names appears under each, once in memory. ``trained_only`` leaves out
+        what is frozen.
         """
         from deepspeed.runtime.zero import GatheredParameters
 
         copies: dict[int, torch.Tensor] = {}
         whole: dict[str, torch.Tensor] = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        tensors = _trained_state(self.module) if trained_only else self.module.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
             with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 if self.processes.rank == 0:
                     if id(tensor) not in copies:
                         copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
                     whole[name] = copies[id(tensor)]
         return whole
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write what is trained, and the optimizer, to ``folder/tag``. Every rank has to call it."""
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, tag: str) -> bool:
+        """Put back what ``save`` wrote; False where nothing was."""
+        with redirect_stdout(io.StringIO()):  # DeepSpeed names its internal formats
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained_state)
+        return loaded is not None
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
@@ -153,6 +170,29 @@ class Engine:
         with nullcontext() if finite else _without_effect(self.optimizer):
             self.deepspeed.step()
         return norm, finite
+
+
+def _trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What of the state dict of ``module`` training changes: parameters that are not frozen, and buffers."""
+    state: dict[str, torch.Tensor] = {
+        name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = buffer
+    return state
+
+
+@torch.no_grad()
+def _load_trained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Copy ``src`` to the tensors of ``dst`` that it came from. The parameter names are those DeepSpeed calls with."""
+    state = _trained_state(dst)
+    if src.keys() != state.keys():
+        differing = ", ".join(sorted(src.keys() ^ state.keys())[:5])
+        raise UserError(f"the checkpoint is of another model: one of them has not {differing}.")
+    for name, tensor in state.items():
+        tensor.copy_(src[name])
 
 
 @contextmanager

@@ -41,7 +41,7 @@ COMMANDS = {
     "show": ("main", ["show", "model", "llama"], 0),
     "misspelt key": ("train", ["--arch", "llama-65b", "--learning_rat", "1"], 2),
     "misspelt name": ("train", ["--arch", "lama"], 2),
-    "use_lora": ("train", ["--arch", "llama-65b", "--use_lora"], 2),
+    "lora_r alone": ("train", ["--arch", "llama-65b", "--lora_r", "8"], 2),
     "use_quant": ("train", ["--arch", "llama-65b", "--use_quant"], 2),
     "bit_training": ("train", ["--arch", "llama-65b", "--bit_training"], 2),
     "ckpt_path": ("train", ["--arch", "llama-65b", "--ckpt_path", "x"], 2),

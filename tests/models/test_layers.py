@@ -12,6 +12,7 @@ import torch
 from launching import exported_weights
 from launching import losses
 from launching import train_many
+from launching import zero3_at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
@@ -135,7 +136,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*COMMON, *more, "--per_gpu_train_batch_size", 4, "--output_dir", folder / name]
         for name, more in VARIANTS.items()
     ]
-    split = ("--per_gpu_train_batch_size", 2, "--zero_stage", 3)
+    split = ("--per_gpu_train_batch_size", 2, *zero3_at_once(folder))
     together = [
         [*COMMON, *split, "--output_dir", folder / name, "--activation_checkpointing", mode]
         for name, mode in PARTITIONED.items()

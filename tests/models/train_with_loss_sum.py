@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
 from panda.models.cross_entropy import offer_loss_sum
 from panda.run_options import RunOptions
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from launching import ZERO3_AT_ONCE
 
 VOCABULARY, ROWS = 53, 4
 
@@ -69,7 +73,7 @@ for tied in (True, False):
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02, eps=1e-3)
         options = RunOptions(zero_stage=3 if processes.world_size > 1 else 0, gradient_accumulation_steps=2)
         config = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # everything is partitioned
+        config["zero_optimization"] |= ZERO3_AT_ONCE
         engine = Engine(model, optimizer, config, processes)
         mine = range(processes.rank, ROWS, processes.world_size)
         micro_batches = [Rows(input_ids[[row]], labels[[row]]) for row in mine]
