@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
+from importlib.util import find_spec
 
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
@@ -50,10 +51,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "`use_lora`, or leave them out",
     ),
     Refusal(
-        "use_quant",
-        lambda run: run.use_quant,
-        "4-bit base weights need adapters, which are not in this version of panda",
-        "leave it out; `precision: bf16` halves the memory of weights in forward and backward",
+        "use_quant with use_lora: false",
+        lambda run: run.use_quant and not run.use_lora,
+        "quantised weights cannot be trained, and there would be nothing else",
+        "leave `use_lora` out, which `use_quant` implies, or `use_quant`",
+    ),
+    Refusal(
+        "use_quant without bitsandbytes",
+        lambda run: run.use_quant and find_spec("bitsandbytes") is None,
+        "it is bitsandbytes that quantises, and that is not installed",
+        "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; it has CPU kernels too",
+    ),
+    Refusal(
+        "quant_bits without use_quant",
+        lambda run: run.quant_bits != _DEFAULTS["quant_bits"] and not run.use_quant,
+        "nothing is quantised",
+        "`use_quant`, or leave it out",
+    ),
+    Refusal(
+        "quant_bits: 8 with zero_stage: 3",
+        lambda run: run.use_quant and run.quant_bits == 8 and run.zero_stage == 3,
+        "bitsandbytes holds on to each whole 8-bit weight, so that ZeRO-3 would spread nothing",
+        "4 bits, or `zero_stage: 2`",
     ),
     Refusal(
         "bit_training",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
+from typing import Any
 from typing import Literal
 
 from panda.registry import Meta
@@ -40,6 +41,14 @@ RENAMED = {
     "use_nvlamb": "write `optimizer: nvlamb`.",
 }
 """Keys of other programs and older documents, and what panda calls them. Refused: a value may not mean the same."""
+
+IMPLIED: dict[str, tuple[dict[str, Any], str]] = {
+    "use_quant": (
+        {"use_lora": True, "precision": "bf16"},
+        "quantised weights cannot be trained, adapters on them can, and are computed with in bf16",
+    ),
+}
+"""Defaults that a switch changes, with the reason. What was given stays as it was given."""
 
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora")
 """What adapters are like, where `use_lora` asks for them."""
@@ -135,6 +144,11 @@ class RunOptions:
     use_rslora: bool = False
     """Scale by lora_alpha over the root of the rank (rsLoRA, arXiv 2312.03732), for high ranks."""
 
+    use_quant: bool = False
+    """Keep the base in few bits under adapters (QLoRA): 4-bit NormalFloat with quantised scales. Implies use_lora."""
+    quant_bits: Literal[4, 8] = 4
+    """Bits of a weight of the base: 4, or 8 (LLM.int8), which is nearer to the base and twice as large."""
+
     # -- what is written
     logging_steps: Annotated[int, Meta(ge=1)] = 1
     """Optimizer steps between log records."""
@@ -148,8 +162,6 @@ class RunOptions:
     # -- promised, each refused until the issue that brings it
     bit_training: bool = False
     """8-bit optimizer state (PandaLLM's documentation calls it quantization-aware training). Not in this version."""
-    use_quant: bool = False
-    """4-bit base weights under adapters (QLoRA). Not in this version."""
 
     def __post_init__(self) -> None:
         if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):

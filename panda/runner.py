@@ -40,6 +40,7 @@ from panda.models.export import export
 from panda.models.generation import greedy
 from panda.models.layers import compile_layers
 from panda.models.layers import recompute_activations
+from panda.models.quantisation import quantise
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
 from panda.registry import Catalog
@@ -204,6 +205,8 @@ def _build(
     with torch.device("cpu"):
         model = resolved.components["model"].build(model_context(resolved, tokenizer), torch.nn.Module)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    if options.use_quant:
+        quantise(model, options, processes.device)
     if options.use_lora:
         _seed(options.seed)  # adapters begin alike, however the base came to be
         model = add_adapters(model, options)
@@ -394,6 +397,7 @@ def _shape(resolved: Resolved, processes: Processes, dataset: TokenDataset) -> d
         "zero_stage": resolved.core.zero,
         "precision": resolved.core.precision,
         "adapters": adapters if resolved.core.use_lora else "none",
+        "base": f"quantised to {resolved.core.quant_bits} bits" if resolved.core.use_quant else "whole",
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "tokens": dataset.tokens,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from panda.models.quantisation import dequantise
+from panda.models.quantisation import quantised_bits
 from panda.registry import UserError
 from panda.run_options import RunOptions
 
@@ -83,10 +85,27 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
 
 
 def merge_adapters(model: PeftModel) -> tuple[torch.nn.Module, str]:
-    """The base of ``model`` with its adapters' product added to its weights, and a sentence that says what was done."""
+    """The base of ``model`` with its adapters' product added to its weights, and a sentence that says what was done.
+
+    A quantised base is dequantised first: the sum rounded to few bits again would lose most of what was
+    learned. Adapters were trained on what dequantising gives, and so belong to it more than to the base
+    that was quantised.
+    """
+    from peft import get_peft_model
+    from peft import get_peft_model_state_dict
+    from peft import set_peft_model_state_dict
+
     config: Any = model.peft_config["default"]
-    done = f"adapters of rank {config.r} merged into the base."
-    return model.merge_and_unload(safe_merge=True), done
+    done = f"adapters of rank {config.r} merged into the base"
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if bits := quantised_bits(model.get_base_model()):
+        base: Any = model.unload()
+        dequantise(base)
+        dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        done += f", which was dequantised from {bits} bits to {dtype}, and differs from the original by their rounding"
+        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, weights)
+    return model.merge_and_unload(safe_merge=True), f"{done}."
 
 
 def _linear_names(model: torch.nn.Module) -> str:

@@ -42,7 +42,7 @@ COMMANDS = {
     "misspelt key": ("train", ["--arch", "llama-65b", "--learning_rat", "1"], 2),
     "misspelt name": ("train", ["--arch", "lama"], 2),
     "lora_r alone": ("train", ["--arch", "llama-65b", "--lora_r", "8"], 2),
-    "use_quant": ("train", ["--arch", "llama-65b", "--use_quant"], 2),
+    "use_quant without LoRA": ("train", ["--arch", "llama-65b", "--use_quant", "--use_lora", "false"], 2),
     "bit_training": ("train", ["--arch", "llama-65b", "--bit_training"], 2),
     "ckpt_path": ("train", ["--arch", "llama-65b", "--ckpt_path", "x"], 2),
     "tokenizer": ("train", ["--arch", "llama-tiny", "--tokenizer", "nowhere"], 2),
