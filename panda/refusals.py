@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
+from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
 
 
@@ -51,7 +53,6 @@ def _optimizer(run: RunOptions) -> str:
 
 
 _OFFLOAD = ("zero_optimization", "offload_optimizer")
-_LORA = ("lora_r", "lora_alpha", "lora_dropout")
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -74,22 +75,34 @@ REFUSALS: tuple[Refusal, ...] = (
         "name the checkpoint with `ckpt_path`, or a shape with `arch`",
     ),
     Refusal(
-        "use_lora",
-        lambda run: run.use_lora,
-        "low-rank adapters are not in this version of panda",
-        "leave it out: all weights are trained",
+        "lora_*, use_dora or use_rslora without use_lora",
+        lambda run: not run.use_lora and any(getattr(run, key) != _DEFAULTS[key] for key in LORA_KEYS),
+        "they say how adapters are, and without `use_lora` there are none",
+        "`use_lora`, or leave them out",
     ),
     Refusal(
-        "lora_r, lora_alpha or lora_dropout",
-        lambda run: any(getattr(run, key) != _DEFAULTS[key] for key in _LORA),
-        "low-rank adapters are not in this version of panda",
-        "leave them out",
+        "use_quant with use_lora: false",
+        lambda run: run.use_quant and not run.use_lora,
+        "quantised weights cannot be trained, and there would be nothing else",
+        "leave `use_lora` out, which `use_quant` implies, or `use_quant`",
     ),
     Refusal(
-        "use_quant",
-        lambda run: run.use_quant,
-        "4-bit base weights need adapters, which are not in this version of panda",
-        "leave it out; `precision: bf16` halves the memory of weights in forward and backward",
+        "use_quant without bitsandbytes",
+        lambda run: run.use_quant and find_spec("bitsandbytes") is None,
+        "it is bitsandbytes that quantises, and that is not installed",
+        "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; it has CPU kernels too",
+    ),
+    Refusal(
+        "quant_bits without use_quant",
+        lambda run: run.quant_bits != _DEFAULTS["quant_bits"] and not run.use_quant,
+        "nothing is quantised",
+        "`use_quant`, or leave it out",
+    ),
+    Refusal(
+        "quant_bits: 8 with zero_stage: 3",
+        lambda run: run.use_quant and run.quant_bits == 8 and run.zero_stage == 3,
+        "bitsandbytes holds on to each whole 8-bit weight, so that ZeRO-3 would spread nothing",
+        "4 bits, or `zero_stage: 2`",
     ),
     Refusal(
         "bit_training with an optimizer that is not AdamW",
@@ -134,6 +147,18 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda run: bool(_lamb_asks(run, "compile", "deepcompile")),
         "its passes move and free the tensors of Adam, and were not tried with another optimizer",
         "leave it out, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "compile with zero_stage: 3",
+        lambda run: run.compile and run.zero_stage == 3,
+        "ZeRO-3 gathers weights in hooks around every module, and a compiled layer is one piece without them",
+        "`zero_stage: 2`, or leave `compile` out",
+    ),
+    Refusal(
+        "use_quant with ckpt_path and zero_stage: 3",
+        lambda run: run.use_quant and run.ckpt_path is not None and run.zero_stage == 3,
+        "quantising while weights are spread was not tried",
+        "`zero_stage: 2`: 4 bits a weight are small already",
     ),
 )
 

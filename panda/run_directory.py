@@ -101,7 +101,8 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     earlier = [*before.pop("earlier_starts", []), before] if before else []
     (directory / "config.yaml").write_text(config_text(resolved), encoding="utf-8")
     _write_json(directory / "deepspeed.json", deepspeed)
-    packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "numpy", "pluggy")
+    packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
+    packages += ["bitsandbytes"] * resolved.core.use_quant
     components = {
         chosen.label: {
             "distribution": chosen.offer.distribution,

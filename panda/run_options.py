@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Annotated
+from typing import Any
 from typing import Literal
 
 from panda.registry import Meta
@@ -44,6 +45,17 @@ RENAMED = {
     "use_nvlamb": "write `optimizer: nvlamb`.",
 }
 """Keys of other programs and older documents, and what panda calls them. Refused: a value may not mean the same."""
+
+IMPLIED: dict[str, tuple[dict[str, Any], str]] = {
+    "use_quant": (
+        {"use_lora": True, "precision": "bf16"},
+        "quantised weights cannot be trained, adapters on them can, and are computed with in bf16",
+    ),
+}
+"""Defaults that a switch changes, with the reason. What was given stays as it was given."""
+
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora")
+"""What adapters are like, where `use_lora` asks for them."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +142,34 @@ class RunOptions:
     zero_stage: Annotated[int, Meta(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO: what is spread over GPUs. 1 optimizer state, 2 and gradients, 3 and weights. By default 0 in
     fp32, and 1 in 16 bits, where only ZeRO sums the gradients of micro batches in fp32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping. full: each layer, from its input. selective: what is cheap in
+    it; attention and large matrix products are kept. Slower and smaller, and nothing else changes."""
+    compile: bool = False
+    """Compile each layer with torch: faster after some minutes at the start. Draws other dropout than without."""
     deepspeed_config: str | None = None
     """JSON file of DeepSpeed keys that panda does not own, for what has no key here."""
+
+    # -- adapters on a frozen base
+    use_lora: bool = False
+    """Train low-rank adapters (LoRA) and leave the weights as they are."""
+    lora_r: Annotated[int, Meta(ge=1)] = 64
+    """Rank of the adapters."""
+    lora_alpha: Annotated[float, Meta(gt=0)] = 16.0
+    """Scale of the adapters, over their rank."""
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.05
+    """Dropout on the adapters' input."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the layers to adapt, `q_proj, v_proj`; by default all linear layers but the output head."""
+    use_dora: bool = False
+    """Adapt the direction of weights and learn their magnitude beside it (DoRA, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha over the root of the rank (rsLoRA, arXiv 2312.03732), for high ranks."""
+
+    use_quant: bool = False
+    """Keep the base in few bits under adapters (QLoRA): 4-bit NormalFloat with quantised scales. Implies use_lora."""
+    quant_bits: Literal[4, 8] = 4
+    """Bits of a weight of the base: 4, or 8 (LLM.int8), which is nearer to the base and twice as large."""
 
     # -- what is written
     logging_steps: Annotated[int, Meta(ge=1)] = 1
@@ -142,18 +180,6 @@ class RunOptions:
     """Checkpoints to keep; older ones are removed once a newer one is complete. By default all."""
     prompts: tuple[str, ...] = ()
     """Prompts that the trained model answers at the end; by default two from the data."""
-
-    # -- promised, each refused until the issue that brings it
-    use_lora: bool = False
-    """Train low-rank adapters instead of the weights. Not in this version."""
-    lora_r: Annotated[int, Meta(ge=1)] = 64
-    """Rank of the adapters."""
-    lora_alpha: Annotated[float, Meta(gt=0)] = 16.0
-    """Scale of the adapters, over their rank."""
-    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.05
-    """Dropout on the adapters' input."""
-    use_quant: bool = False
-    """4-bit base weights under adapters (QLoRA). Not in this version."""
 
     def __post_init__(self) -> None:
         rate_multipliers(self.lr_multipliers)

@@ -13,8 +13,11 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -41,6 +44,8 @@ from panda.engine.engine import StepResult
 from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
+from panda.models.adapters import add_adapters
+from panda.models.adapters import export_adapters
 from panda.models.creation import without_weights
 from panda.models.export import DESCRIPTION
 from panda.models.export import describe_model
@@ -48,10 +53,13 @@ from panda.models.export import export
 from panda.models.generation import greedy
 from panda.models.isolation import refuse_leaking
 from panda.models.isolation import refuse_without_positions
+from panda.models.layers import compile_layers
+from panda.models.layers import recompute_activations
 from panda.models.pretrained import Pretrained
 from panda.models.pretrained import config_for
 from panda.models.pretrained import find_pretrained
 from panda.models.pretrained import fitted
+from panda.models.quantisation import quantise
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
 from panda.registry import Catalog
@@ -66,9 +74,15 @@ from panda.registry.resolve import Resolved
 from panda.run_directory import choose_directory
 from panda.run_directory import find_directory
 from panda.run_directory import write_description
+from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
 from panda.run_options import rate_multipliers
+from panda.stored_tensor import StoredTensor
+from panda.stored_tensor import put
 from panda.tasks.language_modelling import LanguageModelling
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ANSWERED_PROMPTS = 2
 ANSWER_TOKENS = 64
@@ -245,8 +259,18 @@ def _build(
     if layout.packed:
         refuse_without_positions(model, model_name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights = dict(fitted(model, pretrained)) if pretrained else {}
+    if options.use_quant:
+        quantise(model, options, processes.device, partial(_fill, model, weights) if pretrained else None)
     if pretrained:
-        place(model, fitted(model, pretrained), config, processes)
+        place(model, weights, config, processes)
+    if options.use_lora:
+        _seed(options.seed)  # adapters begin alike, however the base came to be
+        model = add_adapters(model, options)
+    if options.activation_checkpointing != "none":
+        recompute_activations(model, selective=options.activation_checkpointing == "selective")
+    if options.compile:
+        compile_layers(model, processes.device)
     _seed(options.seed + processes.rank)  # different, for dropout
     groups = param_groups(
         model,
@@ -259,6 +283,7 @@ def _build(
         OptimizerContext(param_groups=groups, device=processes.device, bit_training=options.bit_training),
         torch.optim.Optimizer,
     )
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), model_name, len(task.tokenizer), processes.device)
@@ -275,6 +300,8 @@ def _build(
             "ranks": processes.world_size,
             "device": str(processes.device),
             "parameters": parameters,
+            "trained_parameters": trained,
+            "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
             "samples": len(dataset),
             "tokens": dataset.tokens,
             "supervised_tokens": dataset.supervised_tokens,
@@ -284,12 +311,19 @@ def _build(
             "resumed_from": str(checkpoint) if checkpoint else None,
         }
         write_description(directory, resolved, config, facts)
-        dtype = next(engine.module.parameters()).dtype
-        chosen = resolved.components["model"]
-        described = task.tokenizer, task.chat_template(), chosen, context, pretrained
-        describe_model(directory / DESCRIPTION, engine.module, dtype, *described)
+        if not options.use_lora:
+            dtype = next(engine.module.parameters()).dtype
+            chosen = resolved.components["model"]
+            described = task.tokenizer, task.chat_template(), chosen, context, pretrained
+            describe_model(directory / DESCRIPTION, model, dtype, *described)
     hook = catalog.plugins.hook
     return Run(resolved, directory, processes, task, dataset, layout, schedule, engine, hook, checkpoint, progress.step)
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
+    """Give ``layer`` of ``model``, by its ``name``, what is its own of ``weights``, and take that out of them."""
+    for key, _ in layer.named_parameters():
+        put(model, f"{name}.{key}", weights.pop(f"{name}.{key}").read())
 
 
 def _train(run: Run) -> None:
@@ -415,12 +449,15 @@ def _summary(observations: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def _finish(run: Run) -> None:
     """Export the model and have it answer."""
-    weights, tokenizer = run.engine.weights(), run.task.tokenizer
-    if run.processes.rank == 0:
-        export(run.directory / DESCRIPTION, weights, run.directory / "export")
-    else:
+    weights, tokenizer = run.engine.weights(trained_only=run.options.use_lora), run.task.tokenizer
+    if run.processes.rank > 0:
         for tensor in weights.values():  # with rank 0, which writes them
             tensor.read()
+    elif run.options.use_lora:
+        adapters = {name: tensor.read() for name, tensor in weights.items()}
+        export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / "export", tokenizer)
+    else:
+        export(run.directory / DESCRIPTION, weights, run.directory / "export")
     run.processes.barrier()
     prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
     module = run.engine.evaluating()
@@ -445,6 +482,7 @@ def _finish(run: Run) -> None:
 
 def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict[str, Any]:
     """What a checkpoint's run and one that continues it have to agree on."""
+    adapters = ", ".join(f"{key} {getattr(resolved.core, key)}" for key in LORA_KEYS)
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
     return {
         **names,
@@ -460,6 +498,8 @@ def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict
         "bit_training": resolved.core.bit_training,
         "weight_decay_on": resolved.core.weight_decay_on,
         "lr_multipliers": list(resolved.core.lr_multipliers),
+        "adapters": adapters if resolved.core.use_lora else "none",
+        "base": f"quantised to {resolved.core.quant_bits} bits" if resolved.core.use_quant else "whole",
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),

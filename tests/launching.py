@@ -16,6 +16,22 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+ZERO3_AT_ONCE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+"""ZeRO-3 that spreads every weight, and again as soon as it has been used. By default it keeps the weights of a
+model as small as a test's whole, and what needs them gathered is not tried."""
+
+
+def zero3_at_once(folder: Path) -> list[object]:
+    """Flags of a run under such a ZeRO-3; writes a file to ``folder``."""
+    file = folder / "zero3_at_once.json"
+    file.write_text(json.dumps({"zero_optimization": ZERO3_AT_ONCE}))
+    return ["--zero_stage", 3, "--deepspeed_config", file]
+
+
 def run_panda(command: str, *argv: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """``panda-train ...`` or ``panda ...`` in ``cwd``; whatever its exit code."""
     return subprocess.run(

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import sys
 
+import panda.runner
 from panda.cli.arguments import parse_arguments
 from panda.cli.configuration import configure
 from panda.engine.processes import leave_processes
 from panda.runner import train
+
+panda.runner.ANSWER_TOKENS = 2  # under ZeRO-3 answers take longer than the training
 
 for argv in json.loads(sys.argv[1]):
     train(*configure(parse_arguments(argv)))

@@ -45,6 +45,7 @@ def load_assistant(location: str) -> Assistant:
     from panda.engine.checkpoint_folders import find_checkpoint
     from panda.engine.checkpoint_weights import checkpoint_weights
     from panda.models.export import DESCRIPTION
+    from panda.models.export import refuse_adapters
     from panda.models.inference import Assistant
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -53,6 +54,7 @@ def load_assistant(location: str) -> Assistant:
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     checkpoint = find_checkpoint(folder)
+    refuse_adapters(checkpoint.parent.parent if checkpoint else folder)
     if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
         return Assistant(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device)

@@ -53,6 +53,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.engine.checkpoint_folders import START
     from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
+    from panda.models.adapters import add_adapters
     from panda.models.isolation import refuse_without_positions
     from panda.models.pretrained import find_pretrained
     from panda.models.pretrained import fitted
@@ -91,6 +92,10 @@ def _check_data_and_model(resolved: Resolved) -> None:
 
     with torch.device("meta"):
         model = resolved.components["model"].build(context, torch.nn.Module)
-    if layout.packed:
-        refuse_without_positions(model, resolved.components["model"].component.name)
-    print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+        if layout.packed:
+            refuse_without_positions(model, resolved.components["model"].component.name)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if resolved.core.use_lora:
+            model = add_adapters(model, resolved.core)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"model: {parameters:,} parameters" + (f"; {trained:,} of adapters are trained" * resolved.core.use_lora))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 from panda.cli.arguments import Arguments
 from panda.cli.arguments import parse_arguments
@@ -11,8 +12,10 @@ from panda.refusals import refuse
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
+from panda.registry.resolve import Setting
 from panda.registry.resolve import resolve
 from panda.run_options import DEFAULT_PLUGINS
+from panda.run_options import IMPLIED
 from panda.run_options import RENAMED
 from panda.run_options import RunOptions
 
@@ -26,6 +29,7 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
             file=sys.stderr,
         )
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
+    resolved = _with_implied(resolved)
     refuse(resolved)
     if resolved.core.ckpt_path is not None:
         from panda.models.pretrained import find_pretrained
@@ -50,3 +54,21 @@ def configured(argv: list[str], usage: str) -> Resolved | None:
     if not argv:  # not a success: `panda check $CONFIG` with nothing in it has checked nothing
         raise UserError(f"no configuration is given.\n{usage}")
     return configure(arguments)[0]
+
+
+def _with_implied(resolved: Resolved) -> Resolved:
+    """``resolved`` with the defaults that its switches imply, each of which is told."""
+    changed: dict[str, Setting] = {}
+    for switch, (values, reason) in IMPLIED.items():
+        if not getattr(resolved.core, switch):
+            continue
+        unsaid = {key: value for key, value in values.items() if resolved.settings[key].origin == "default"}
+        changed |= {
+            key: replace(resolved.settings[key], value=value, origin=f"implied by {switch}")
+            for key, value in unsaid.items()
+        }
+        if unsaid and os.environ.get("RANK", "0") == "0":
+            told = " and ".join(f"{key} {value}" for key, value in unsaid.items())
+            print(f"note: {switch} implies {told}: {reason}.", file=sys.stderr)
+    core = replace(resolved.core, **{key: setting.value for key, setting in changed.items()})
+    return replace(resolved, core=core, settings=dict(resolved.settings) | changed)

@@ -29,11 +29,13 @@ def _export(argv: list[str]) -> None:
     from panda.engine.checkpoint_weights import checkpoint_weights
     from panda.models.export import DESCRIPTION
     from panda.models.export import export
+    from panda.models.export import refuse_adapters
 
     checkpoint = find_checkpoint(arguments.run)
     if checkpoint is None:
         raise UserError(f"{arguments.run}: no complete checkpoint there. Name a run directory, or a `step-...` folder.")
     run = checkpoint.parent.parent
+    refuse_adapters(run)
     if not (run / DESCRIPTION).is_dir():
         raise UserError(f"{run}: it has no folder {DESCRIPTION!r}, which says what the weights in {checkpoint} are of.")
     output = arguments.output or run / "export"

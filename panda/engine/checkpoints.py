@@ -1,16 +1,15 @@
 """Writing and loading checkpoints.
 
 DeepSpeed writes module and optimizer; beside them each rank writes its random state.
+Frozen weights are not written: whoever makes the engine again makes them again.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
 import shutil
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def save_checkpoint(
         for left in folder.glob(".tmp-*"):  # by interrupted saves
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     processes.barrier()
-    engine.deepspeed.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    engine.save(folder, temporary.name)
     torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
     processes.barrier()
     if processes.rank == 0:
@@ -70,9 +69,7 @@ def save_checkpoint(
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     """Put weights, optimizer and this rank's random state back as they were. Loads pickles: trust the path."""
-    with redirect_stdout(io.StringIO()):  # DeepSpeed names its internal formats
-        loaded, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
+    if not engine.load(checkpoint.parent, checkpoint.name):
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
     _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
 

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from typing import Protocol
 from typing import TypeVar
@@ -76,6 +77,10 @@ class Engine:
                 )
             except ValidationError as problem:  # of keys that panda does not own
                 raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
+        # What DeepSpeed writes of the module. Left to itself it would keep the scales of frozen quantised weights.
+        self.deepspeed.module_state_dict = lambda **_: {
+            name: tensor.detach() for name, tensor in _trained_state(self.module).items()
+        }
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self._own_optimizer = optimizer
@@ -133,13 +138,16 @@ class Engine:
         self.deepspeed.eval()
         return self.module
 
-    def weights(self) -> Weights:
+    def weights(self, *, trained_only: bool = False) -> Weights:
         """The module's state, each tensor once and under its first name, in the type that it is computed with.
 
         Under ZeRO-3 a tensor is gathered when it is read: every rank has to read all of them, in
-        order. Only rank 0 is given them, on the CPU; other ranks get empty ones.
+        order. Only rank 0 is given them, on the CPU; other ranks get empty ones. ``trained_only``
+        leaves out what is frozen.
         """
-        state: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
+        state: dict[str, torch.Tensor] = (
+            _trained_state(self.module) if trained_only else self.module.state_dict(keep_vars=True)
+        )
         names: dict[int, str] = {}
         for name, tensor in state.items():
             names.setdefault(id(tensor), name)
@@ -158,6 +166,16 @@ class Engine:
         with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             return tensor.detach().to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
 
+    def save(self, folder: Path, tag: str) -> None:
+        """Write what is trained, and the optimizer, to ``folder/tag``. Every rank has to call it."""
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, tag: str) -> bool:
+        """Put back what ``save`` wrote; False where nothing was."""
+        with redirect_stdout(io.StringIO()):  # DeepSpeed names its internal formats
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained_state)
+        return loaded is not None
+
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
@@ -175,6 +193,29 @@ class Engine:
         with nullcontext() if finite else _without_effect(self.optimizer):
             self.deepspeed.step()
         return norm, finite
+
+
+def _trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What of the state dict of ``module`` training changes: parameters that are not frozen, and buffers."""
+    state: dict[str, torch.Tensor] = {
+        name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = buffer
+    return state
+
+
+@torch.no_grad()
+def _load_trained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Copy ``src`` to the tensors of ``dst`` that it came from. The parameter names are those DeepSpeed calls with."""
+    state = _trained_state(dst)
+    if src.keys() != state.keys():
+        differing = ", ".join(sorted(src.keys() ^ state.keys())[:5])
+        raise UserError(f"the checkpoint is of another model: one of them has not {differing}.")
+    for name, tensor in state.items():
+        tensor.copy_(src[name])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 
 from panda.models.pretrained import Pretrained
 from panda.models.weight_files import write_weights
+from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 from panda.stored_tensor import Weights
@@ -65,6 +66,15 @@ def describe_model(
         "shared_tensors": {name: first[id(t)] for name, t in state.items() if first[id(t)] != name},
     }
     _write_json(folder / "config.json", described)
+
+
+def refuse_adapters(run: Path) -> None:
+    """Raise UserError where the run in ``run`` trained adapters: they are no model of their own."""
+    if (run / "export" / "adapter_config.json").exists():
+        raise UserError(
+            f"{run}: it trained adapters, which are in {run / 'export'} as peft has them:"
+            " `PeftModel.from_pretrained(base, folder)` puts them on their base. panda does not merge them yet."
+        )
 
 
 def export(description: Path, weights: Weights, folder: Path) -> None:

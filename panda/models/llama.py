@@ -60,6 +60,9 @@ class LlamaOptions:
     """Epsilon of the RMS normalisation."""
     initializer_range: Annotated[float, Meta(gt=0)] = 0.02
     """Standard deviation of the initial weights."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """How attention is computed. sdpa: torch's kernels, on a GPU FlashAttention where it applies; auto chooses it.
+    eager: matrix products and a softmax, slow and large, to compare with."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -138,6 +141,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     from transformers import LlamaForCausalLM
 
     from panda.models.creation import keep_computed_float32
+    from panda.models.cross_entropy import offer_loss_sum
 
     config = LlamaConfig(
         **given
@@ -157,10 +161,12 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "use_cache": False,  # a cache of keys and values is of no use in training
         }
     )
+    attention = "sdpa" if options.attention == "auto" else options.attention
     model: torch.nn.Module = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32, attn_implementation="sdpa"
+        config, dtype=torch.float32, attn_implementation=attention
     )
     keep_computed_float32(model)
+    offer_loss_sum(model)
     return model
 
 

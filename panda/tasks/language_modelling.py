@@ -67,8 +67,12 @@ class LanguageModelling(ABC):
         """Cross-entropy of the supervised tokens of ``batch``, **summed**, in float32; a scalar.
 
         The sum, and not a mean: the engine divides by the number of supervised tokens of the whole
-        step, so that it does not matter how the step is split.
+        step, so that it does not matter how the step is split. A model that computes the sum itself,
+        without logits, says so with ``sums_loss`` (see panda.models).
         """
+        if getattr(model, "sums_loss", False):
+            summed: torch.Tensor = model(**batch.inputs, labels=batch.labels, supervised_tokens=batch.supervised_tokens)
+            return summed
         import torch.nn.functional as F  # noqa: N812 - the customary name
 
         output = model(**batch.inputs)

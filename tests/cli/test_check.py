@@ -60,5 +60,5 @@ def test_a_mistake_in_the_file_is_told_with_its_line(tmp_path: Path, capsys: pyt
 
 
 def test_what_cannot_work_is_refused_as_when_training(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--arch", "llama-tiny", "--use_lora"]) == 2
-    assert capsys.readouterr().err.startswith("error: use_lora: refused, since")
+    assert main(["check", "--arch", "llama-tiny", "--max_steps", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: max_steps: 0: refused, since")

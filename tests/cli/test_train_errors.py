@@ -97,7 +97,7 @@ def test_a_broken_plugin_is_explained_where_it_is_named_and_nowhere_else(
     message = refused("--arch", "llama-tiny", "--optimizer", "bad")
     assert message.startswith("error: could not import bad.o, which bad 1.0 ")
     assert "\n  PANDA_TRACEBACK=1 shows the whole traceback.\n" in message
-    assert "refused, since" in refused("--arch", "llama-tiny", "--use_lora")
+    assert "refused, since" in refused("--arch", "llama-tiny", "--max_steps", "0")
 
 
 def test_the_traceback_is_there_for_who_asks(
@@ -111,9 +111,9 @@ def test_the_traceback_is_there_for_who_asks(
 
 
 def test_a_misspelt_block_is_a_warning(refused: Refused) -> None:
-    message = refused("--arch", "llama-tiny", "-p", "no:tensorbord", "-p", "no:plot", "--use_lora")
+    message = refused("--arch", "llama-tiny", "-p", "no:tensorbord", "-p", "no:plot", "--max_steps", "0")
     warning = "warning: -p no:tensorbord: no distribution, module or plugin that is installed has that name.\n"
-    assert message.startswith(warning + "error: use_lora")
+    assert message.startswith(warning + "error: max_steps: 0")
 
 
 def test_only_what_the_user_can_put_right_is_printed_without_a_traceback(

@@ -194,3 +194,16 @@ def test_a_model_may_return_bare_logits(loss: Any) -> None:
     model = Table()
     batch = batch_of([([1, 2, 3], [False, True, True])])
     assert loss(lambda input_ids: model(input_ids).logits, batch).item() == loss(model, batch).item()
+
+
+def test_a_model_that_sums_its_loss_is_given_labels_and_their_count(loss: Any) -> None:
+    class Summing(Table):
+        sums_loss = True
+
+        def forward(self, input_ids: Any, labels: Any = None, supervised_tokens: Any = None) -> Any:
+            assert labels is not None and supervised_tokens == int((labels != -100).sum())
+            return self.table[labels[labels != -100]].sum()
+
+    model = Summing()
+    batch = batch_of([([1, 2, 3], [False, True, True]), ([4, 5], [False, True])])
+    assert loss(model, batch).item() == pytest.approx(model.table[[2, 3, 5]].sum().item())

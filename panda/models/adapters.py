@@ -1,0 +1,114 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen base, through peft: on, out, and merged."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+
+from panda.models.quantisation import dequantise
+from panda.models.quantisation import quantised_bits
+from panda.registry import UserError
+from panda.run_options import RunOptions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def add_adapters(model: torch.nn.Module, options: RunOptions) -> PeftModel:
+    """``model`` with adapters on the linear layers that ``options`` chooses; all else of it is frozen.
+
+    By default on all of them but the output head. Their weights are drawn from torch's generator, in
+    float32; the engine casts them with the model, and the optimizer keeps its own in float32.
+    Raises UserError where there is nothing to put them on.
+    """
+    from peft import LoraConfig
+    from peft import get_peft_model
+    from transformers import PreTrainedModel
+
+    is_hugging_face = isinstance(model, PreTrainedModel)
+    linear = _linear_names(model)
+    targets = list(options.lora_target_modules)
+    if not targets and not is_hugging_face:
+        raise UserError(
+            f"use_lora: which linear layer of {type(model).__name__} is the output head is not known. Name those to"
+            f" adapt in `lora_target_modules`: it has {linear}."
+        )
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+            raise UserError(f"lora_target_modules: {type(model).__name__} has no {target!r}; it has {linear}.")
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # a scale, and as good with a fraction
+        lora_dropout=options.lora_dropout,
+        target_modules=targets or "all-linear",
+        use_dora=options.use_dora,
+        use_rslora=options.use_rslora,
+        task_type="CAUSAL_LM" if is_hugging_face else None,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that goes away
+            adapted = get_peft_model(model, config)
+    except ValueError as problem:  # of a layer that peft cannot adapt
+        raise UserError(f"lora_target_modules: {problem}") from problem
+    config.base_model_name_or_path = options.ckpt_path
+    config.target_modules = sorted(config.target_modules or ())  # a set, written in another order each time
+    return adapted
+
+
+def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any) -> None:
+    """Write the adapters among ``weights`` (of ``model``, by its names) so that plain peft loads them on the base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    # Embeddings are never trained here; asked to find out, peft looks for the base on the hub.
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # a form that nobody has filled in
+
+
+def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
+    """``model``, a base, with the adapters in ``folder``. Raises UserError where they are not of that base."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: no adapters there (no adapter_config.json).")
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as problem:  # shapes that differ, names that are not there
+        raise UserError(
+            f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
+            f" {problem}"
+        ) from problem
+
+
+def merge_adapters(model: PeftModel) -> tuple[torch.nn.Module, str]:
+    """The base of ``model`` with its adapters' product added to its weights, and a sentence that says what was done.
+
+    A quantised base is dequantised first: the sum rounded to few bits again would lose most of what was
+    learned. Adapters were trained on what dequantising gives, and so belong to it more than to the base
+    that was quantised.
+    """
+    from peft import get_peft_model
+    from peft import get_peft_model_state_dict
+    from peft import set_peft_model_state_dict
+
+    config: Any = model.peft_config["default"]
+    done = f"adapters of rank {config.r} merged into the base"
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if bits := quantised_bits(model.get_base_model()):
+        base: Any = model.unload()
+        dequantise(base)
+        dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        done += f", which was dequantised from {bits} bits to {dtype}, and differs from the original by their rounding"
+        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, weights)
+    return model.merge_and_unload(safe_merge=True), f"{done}."
+
+
+def _linear_names(model: torch.nn.Module) -> str:
+    """The last part of the name of each linear layer, for a message."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return ", ".join(sorted(names)) or "no linear layer"

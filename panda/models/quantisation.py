@@ -1,0 +1,121 @@
+"""Quantised base weights under adapters (QLoRA, arXiv 2305.14314), through bitsandbytes.
+
+4 bits are NormalFloat, with their scales quantised too; 8 bits are LLM.int8 (arXiv 2208.07339). Each
+linear layer but the output head is quantised on the device where it will run, one after another, so
+that never more than one is there in full precision.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from panda.registry import UserError
+from panda.run_options import RunOptions
+
+# It looks for kernels on the hub when it is imported on a CPU, and says that it has not found them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OUTLIER = 6.0
+"""Activations above it are multiplied in 16 bits by LLM.int8, as its authors have it."""
+
+
+def quantise(
+    model: Any, options: RunOptions, device: torch.device, fill: Callable[[str, torch.nn.Module], None] | None = None
+) -> None:
+    """Quantise the linear layers of ``model`` but its output head to ``options.quant_bits``, in place, on ``device``.
+
+    They compute in the dtype of ``options.precision``. A model on the meta device is filled on the
+    way: ``fill(name, layer)`` is called with each, to put weights in the place of ``layer``'s.
+    Raises UserError where the output head is not known.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"use_quant: which linear layer of {type(model).__name__} is the output head, and must stay as it is, is"
+            " not known. Use a model of transformers, or leave `use_quant` out."
+        )
+    quantised: Any = model
+    head = quantised.get_output_embeddings()
+    for name in _linear_names(model):
+        layer: Any = model.get_submodule(name)
+        if layer is head:
+            continue
+        if fill is not None:
+            fill(name, layer)
+        _replace(model, name, _quantised(layer, options, device))
+    # What peft asks to choose its layers by.
+    quantised.is_loaded_in_4bit, quantised.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
+
+
+def quantised_bits(model: Any) -> int | None:
+    """Bits of the weights of a quantised ``model``; None where they are whole."""
+    for bits in (4, 8):
+        if getattr(model, f"is_loaded_in_{bits}bit", False):
+            return bits
+    return None
+
+
+def dequantise(model: Any) -> None:
+    """Undo ``quantise``, but for what rounding lost."""
+    bnb = _bitsandbytes()
+    dtype = model.get_input_embeddings().weight.dtype
+    for name in _linear_names(model):
+        layer = model.get_submodule(name)
+        if isinstance(layer, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        elif isinstance(layer, bnb.nn.Linear8bitLt):
+            scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+            weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales)
+        else:
+            continue
+        whole = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        whole.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+        whole.bias = layer.bias
+        _replace(model, name, whole)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+
+
+def _quantised(layer: torch.nn.Linear, options: RunOptions, device: torch.device) -> torch.nn.Linear:
+    bnb = _bitsandbytes()
+    shape = (layer.in_features, layer.out_features, layer.bias is not None)
+    if options.quant_bits == 8:
+        quantised = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+        weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        dtype = DTYPES[options.precision]
+        kind = {
+            "compress_statistics": True,
+            "quant_type": "nf4",
+            # What ZeRO-3 spreads has to be of the dtype of the weights around it.
+            "quant_storage": dtype if options.zero_stage == 3 else torch.uint8,
+        }
+        quantised = bnb.nn.Linear4bit(*shape, compute_dtype=dtype, device="meta", **kind)
+        # On a CPU with AVX512-BF16, evaluation would repack the weights in place for a product that
+        # has no gradient: adapters below would stop learning, and ZeRO-3 would lose the repacked ones.
+        quantised.support_avx512bf16_for_cpu = False
+        weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=quantised, **kind)
+    quantised.weight = weight.to(device)
+    if layer.bias is not None:
+        quantised.bias = torch.nn.Parameter(layer.bias.data.to(device), requires_grad=False)
+    return quantised.train(layer.training)  # type: ignore[no-any-return]
+
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes, which is an extra, and has no types to speak of."""
+    return import_module("bitsandbytes")
+
+
+def _linear_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _replace(model: torch.nn.Module, name: str, other: torch.nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, other)

@@ -1,0 +1,278 @@
+"""A quantised base under adapters: bitsandbytes' and peft's own, on whatever engine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the customary name
+from launching import losses
+from launching import run_panda
+from launching import train_many
+from launching import zero3_at_once
+from peft import LoraConfig
+from peft import PeftModel
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+
+from panda.data.order import sample_at
+from panda.models.adapters import add_adapters
+from panda.models.adapters import load_adapters
+from panda.models.adapters import merge_adapters
+from panda.models.generation import greedy
+from panda.models.quantisation import quantise
+from panda.registry import UserError
+from panda.run_options import RunOptions
+
+STEPS, STEP_SAMPLES, SEED, RATE, EPSILON, RANK = 10, 8, 7, 1e-2, 1e-4, 4
+SAMPLES = STEPS * STEP_SAMPLES
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+ALONE = {
+    "nf4": ("--precision", "fp32"),
+    "int8": ("--precision", "fp32", "--quant_bits", 8),
+    "nf4-recomputed": ("--precision", "fp32", "--activation_checkpointing", "selective"),
+    "bf16": (),
+}
+TOGETHER = {
+    **{f"nf4-zero{stage}": ("--precision", "fp32", "--zero_stage", stage) for stage in (1, 2)},
+    "nf4-zero3": ("--precision", "fp32"),
+    "nf4-zero3-recomputed": ("--precision", "fp32", "--activation_checkpointing", "full"),
+    "int8-zero2": ("--precision", "fp32", "--quant_bits", 8, "--zero_stage", 2),
+    "bf16-zero3": (),
+}
+"""Runs on two ranks; under ZeRO-3 where they are called so."""
+RESUMED = {"nf4-zero2": ("--zero_stage", 2), "nf4-zero3": ()}
+
+
+def rows() -> list[dict[str, str]]:
+    generator = random.Random(1)
+    letters = "abcdefghij "
+    return [
+        {key: "".join(generator.choices(letters, k=generator.randint(1, 20))) for key in ("input", "target")}
+        for _ in range(SAMPLES)
+    ]
+
+
+def arguments(data: Path, output: Path, micro: int, accumulation: int, *more: object) -> list[object]:
+    return [
+        *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 64, "--intermediate_size", 128),
+        *("--num_heads", 2, "--instruction_tuning_data_dir", data, "--output_dir", output, "--seed", SEED),
+        *("--per_gpu_train_batch_size", micro, "--gradient_accumulation_steps", accumulation, "--num_workers", 0),
+        *("--learning_rate", RATE, "--max_grad_norm", 0, "--adam_betas", "0.9,0.99", "--adam_epsilon", EPSILON),
+        *("--lr_scheduler", "constant", "--warmup_steps", 0, "-p", "no:tensorboard", "-p", "no:plot"),
+        *("--use_quant", "--lora_r", RANK, "--lora_alpha", 8, *more),
+        *(() if "--lora_dropout" in more else ("--lora_dropout", 0)),
+    ]
+
+
+def plain_base() -> Any:
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=259, rms_norm_eps=1e-6, pad_token_id=0, use_cache=False, **SHAPE))
+
+
+@functools.cache
+def plain_loop(folder: Path, bits: int) -> tuple[list[float], PeftModel]:
+    """The same training by transformers, bitsandbytes and peft: losses, and the trained model.
+
+    The base goes through a folder: transformers quantises what it loads.
+    """
+    plain_base().save_pretrained(folder)
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    torch.manual_seed(SEED)
+    lora = LoraConfig(r=RANK, lora_alpha=8, lora_dropout=0.0, target_modules=LINEAR, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), eps=EPSILON, weight_decay=0.0)
+    data, history = rows(), []
+    for start in range(0, SAMPLES, STEP_SAMPLES):
+        ids, labels = [], []
+        for position in range(start, start + STEP_SAMPLES):
+            row = data[sample_at(position, SAMPLES, SEED)]
+            prompt = [1, *(byte + 3 for byte in (row["input"] + "\n").encode())]
+            answer = [*(byte + 3 for byte in row["target"].encode()), 2]
+            ids.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([-100] * len(prompt) + answer))
+        padded = [
+            torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+            for tensors, value in ((ids, 0), (labels, -100))
+        ]
+        logits = model(padded[0]).logits[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits, padded[1][:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    return history, model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantisation")
+    data = folder / "rows.json"
+    data.write_text(json.dumps(rows()))
+    spread = zero3_at_once(folder)
+
+    def zero(name: str) -> list[object]:
+        return spread if "zero3" in name else []
+
+    alone = [arguments(data, folder / name, 8, 1, *more) for name, more in ALONE.items()]
+    together = [arguments(data, folder / name, 2, 2, *more, *zero(name)) for name, more in TOGETHER.items()]
+    for name, more in RESUMED.items():
+        flags = (*more, *zero(name), "--precision", "fp32", "--lora_dropout", 0.3, "--max_steps", 4, "--save_steps", 2)
+        whole, resumed = folder / f"whole-{name}", folder / f"resumed-{name}"
+        together.append(arguments(data, whole, 2, 2, *flags))
+        together.append(arguments(data, resumed, 2, 2, *flags, "--resume", whole / "checkpoints" / "step-00000002"))
+    train_many(alone, cwd=folder)
+    train_many(together, ranks=2, cwd=folder)
+    return folder
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name in ALONE | TOGETHER if not name.startswith("bf16")])
+def test_ten_steps_follow_plain_peft_and_bitsandbytes(runs: Path, name: str) -> None:
+    bits = 8 if name.startswith("int8") else 4
+    expected, model = plain_loop(runs / f"base{bits}", bits)
+    assert losses(runs / name) == pytest.approx(expected, rel=1e-6)
+    found = exported(runs / name)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (found[key.replace(".default", "")] - parameter).abs().max() < 1e-6, key
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16-zero3"])
+def test_without_a_word_about_it_the_run_is_in_bf16_and_learns_as_much(runs: Path, name: str) -> None:
+    expected, _ = plain_loop(runs / "base4", 4)
+    found = losses(runs / name)
+    assert found == pytest.approx(expected, rel=1e-3) and found != pytest.approx(expected, rel=1e-6)
+    assert found[-1] < found[0] - 0.1
+    config = (runs / name / "config.yaml").read_text()
+    assert "\nprecision: bf16\n" in config and "\nuse_lora: true\n" in config
+    origins = json.loads((runs / name / "provenance.json").read_text())["origins"]
+    assert origins["use_lora"] == origins["precision"] == "implied by use_quant"
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_with_the_same_bits(runs: Path, name: str) -> None:
+    whole, resumed = runs / f"whole-{name}", runs / f"resumed-{name}"
+    assert losses(whole)[2:] == losses(resumed)
+    expected, found = exported(whole), exported(resumed)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_checkpoint_holds_nothing_of_the_base(runs: Path) -> None:
+    state = torch.load(runs / "nf4" / "checkpoints" / "step-00000010" / "mp_rank_00_model_states.pt")
+    assert all("lora_" in name for name in state["module"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merging_dequantises_and_says_so(runs: Path, bits: int) -> None:
+    ids = torch.tensor([[1, 100, 101, 102]])
+    base = plain_base()
+    quantise(base, options(bits), torch.device("cpu"))
+    adapted = load_adapters(base, runs / ("nf4" if bits == 4 else "int8") / "export").eval()
+    expected = adapted(ids).logits.detach()
+    merged, done = merge_adapters(adapted)
+    assert type(merged) is LlamaForCausalLM
+    assert all(type(m) is torch.nn.Linear for m in merged.modules() if isinstance(m, torch.nn.Linear))
+    # Outside training LLM.int8 rounds activations to 8 bits too; merged weights do not.
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-5 if bits == 4 else 1e-2, rtol=0)
+    assert (merged(ids).logits - plain_base()(ids).logits).abs().max() > 1e-2
+    assert f"dequantised from {bits} bits to float32" in done
+    merged.save_pretrained(runs / f"merged{bits}")
+    again = LlamaForCausalLM.from_pretrained(runs / f"merged{bits}", dtype=torch.float32)
+    assert torch.equal(again(ids).logits, merged(ids).logits)
+
+
+def options(bits: int, **more: Any) -> RunOptions:
+    return RunOptions(use_quant=True, use_lora=True, quant_bits=bits, lora_dropout=0.0, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_linear_layers_but_the_head_are_quantised_and_frozen(bits: int) -> None:
+    model = plain_base()
+    quantise(model, options(bits), torch.device("cpu"))
+    kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+    quantised = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    assert len(quantised) == 7 * SHAPE["num_hidden_layers"] and type(model.lm_head) is torch.nn.Linear
+    for name in quantised:
+        weight = model.get_submodule(name).weight
+        assert not weight.requires_grad and weight.element_size() == 1
+        assert (
+            weight.numel() == model.get_submodule(name).in_features * model.get_submodule(name).out_features * bits // 8
+        )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_gradients_are_the_same_after_an_evaluation(precision: str) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks weights in evaluation, and their product loses its gradient."""
+    ids = torch.arange(1, 13).reshape(1, 12)
+    gradients = []
+    for evaluated in (False, True):
+        model = plain_base()
+        quantise(model, options(4, precision=precision), torch.device("cpu"))
+        torch.manual_seed(0)
+        adapted = add_adapters(model, options(4))
+        if precision == "bf16":
+            adapted = adapted.bfloat16()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        if evaluated:
+            adapted.eval()
+            greedy(adapted, [[1, 2, 3]], max_new_tokens=3, pad_token_id=0, eos_token_id=2, device=torch.device("cpu"))
+            adapted.train()
+        adapted(ids).logits.float().logsumexp(-1).sum().backward()
+        gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
+    for name, expected in gradients[0].items():
+        assert expected is not None and torch.equal(expected, gradients[1][name]), name
+
+
+def test_a_model_without_weights_is_filled_one_layer_at_a_time() -> None:
+    reference = plain_base()
+    with torch.device("meta"):
+        model = plain_base()
+    weights, filled = reference.state_dict(), []
+
+    def fill(name: str, layer: torch.nn.Module) -> None:
+        filled.append(name)
+        assert sum(not p.is_meta and p.is_floating_point() for p in model.parameters()) == 0
+        layer.weight = torch.nn.Parameter(weights[f"{name}.weight"])
+
+    quantise(model, options(4), torch.device("cpu"), fill)
+    quantise(reference, options(4), torch.device("cpu"))
+    assert len(filled) == 7 * SHAPE["num_hidden_layers"] and "lm_head" not in filled
+    for name in filled:
+        assert torch.equal(model.get_submodule(name).weight, reference.get_submodule(name).weight)
+
+
+def test_a_model_whose_head_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="use_quant: which linear layer of Sequential is the output head"):
+        quantise(torch.nn.Sequential(torch.nn.Linear(1, 1)), options(4), torch.device("cpu"))
+
+
+def test_what_is_implied_is_told_and_65b_has_the_published_counts(tmp_path: Path) -> None:
+    flags = ("--arch", "llama-65b", "--instruction_tuning_data_dir", "panda:data/sample/instruct", "--use_quant")
+    done = run_panda("panda", "check", *flags, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("note: use_quant implies use_lora True and precision bf16: quantised weights cannot")
+    assert "implied by use_quant" in done.stdout and "model: 65,285,660,672 parameters; 799,539,200 of" in done.stdout
