@@ -199,8 +199,7 @@ def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     if next(engine.module.parameters()).dtype == torch.float32:
-        weights: dict[str, torch.Tensor] = engine.whole_weights()
-        return weights
+        return {name: stored.read() for name, stored in engine.weights().items()}
     if hasattr(engine.optimizer, "fp32_groups"):  # without ZeRO
         pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
         masters = {parameter: master for group in pairs for parameter, master in zip(*group, strict=True)}

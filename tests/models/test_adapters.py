@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
-from panda.data.order import sample_at
+from panda.data.order import SampleOrder
+from panda.data.order import Source
 from panda.models.adapters import add_adapters
 from panda.models.adapters import load_adapters
 from panda.models.adapters import merge_adapters
@@ -34,6 +35,7 @@ from panda.run_options import RunOptions
 
 STEPS, STEP_SAMPLES, SEED, RATE, EPSILON, RANK = 10, 8, 7, 1e-2, 1e-4, 4
 SAMPLES = STEPS * STEP_SAMPLES
+ORDER = SampleOrder([Source(SAMPLES, SAMPLES)], SEED)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
     "lora": ({}, ()),
@@ -104,7 +106,7 @@ def plain_loop(kind: str, *, dropout: float = 0.0) -> tuple[list[float], PeftMod
     for start in range(0, SAMPLES, STEP_SAMPLES):
         ids, labels = [], []
         for position in range(start, start + STEP_SAMPLES):
-            row = data[sample_at(position, SAMPLES, SEED)]
+            row = data[ORDER.samples(range(position, position + 1))[0]]
             prompt = [1, *(byte + 3 for byte in (row["input"] + "\n").encode())]
             answer = [*(byte + 3 for byte in row["target"].encode()), 2]
             ids.append(torch.tensor(prompt + answer))

@@ -78,7 +78,7 @@ for tied in (True, False):
         mine = range(processes.rank, ROWS, processes.world_size)
         micro_batches = [Rows(input_ids[[row]], labels[[row]]) for row in mine]
         losses = [float(engine.step(micro_batches, loss_sum).loss) for _ in range(5)]
-        weights = {name: weight.tolist() for name, weight in engine.whole_weights().items()}
+        weights = {name: stored.read().tolist() for name, stored in engine.weights().items()}
         results[("tied" if tied else "untied") + " adapters" * adapters] = {"losses": losses, "weights": weights}
         engine.close()
 if processes.rank == 0:
