@@ -34,7 +34,9 @@ def choose_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     """
     while True:
         directory, checkpoint = find_directory(resolved)
-        if (directory / DESCRIPTION).exists():  # a run that is continued
+        owner = checkpoint.absolute().parent.parent if checkpoint else None
+        is_run = (directory / DESCRIPTION).exists()
+        if is_run and (resolved.core.resume == "auto" or owner == directory.absolute()):  # it is continued
             return directory, checkpoint
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -57,9 +59,7 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
             _check_empty(directory)
         return directory, find_checkpoint(directory)
     if options.resume is None:
-        directory = given or _numbered(default, exists=False)
-        _check_empty(directory)
-        return directory, None
+        return _new(given, default), None
     checkpoint = find_checkpoint(Path(options.resume).expanduser())
     if checkpoint is None:
         raise UserError(
@@ -69,9 +69,15 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     owner = checkpoint.absolute().parent.parent if checkpoint.absolute().parent.name == "checkpoints" else None
     if owner is not None and (given is None or given.absolute() == owner):
         return given or checkpoint.parent.parent, checkpoint
-    directory = given or _numbered(default, exists=False)
-    _check_empty(directory)
-    return directory, checkpoint
+    return _new(given, default), checkpoint
+
+
+def _new(given: Path | None, default: Path) -> Path:
+    """The directory of a new run. Raises UserError where the one that was given is not empty."""
+    if given is None:
+        return _numbered(default, exists=False)
+    _check_empty(given)
+    return given
 
 
 def _check_empty(directory: Path) -> None:

@@ -22,12 +22,8 @@ REFUSED: dict[str, list[Any]] = {
     "quant_bits: 8 with zero_stage: 3": [
         *("--use_quant", "--use_lora", "--precision", "bf16", "--quant_bits", "8", "--zero_stage", "3"),
     ],
-    "use_quant with ckpt_path and zero_stage: 3": [
-        *("--use_quant", "--use_lora", "--precision", "bf16", "--ckpt_path", "pretrain/llama-7b", "--zero_stage", "3"),
-    ],
     "bit_training with an optimizer that is not AdamW": ["--optimizer", "NVLamb", "--bit_training"],
     "precision: fp16 with zero_stage: 0": ["--precision=fp16", "--zero_stage=0"],
-    "compile with zero_stage: 3": ["--compile", "--zero_stage", "3"],
     **{
         f"optimizer: nvlamb with {what}": ["--optimizer", "NVLamb", deepspeed]
         for what, deepspeed in {
@@ -38,6 +34,10 @@ REFUSED: dict[str, list[Any]] = {
             "DeepCompile": {"compile": {"deepcompile": True}},
         }.items()
     },
+    "compile with zero_stage: 3": ["--compile", "--zero_stage", "3"],
+    "use_quant with ckpt_path and zero_stage: 3": [
+        *("--use_quant", "--use_lora", "--precision", "bf16", "--ckpt_path", "pretrain/llama-7b", "--zero_stage", "3"),
+    ],
 }
 """Flags; an object is what deepspeed_config holds."""
 

@@ -23,7 +23,8 @@ usage: panda data CONFIG [--KEY VALUE ...] [-p no:NAME]
 
 Show what the data of a configuration becomes: how many samples and tokens, how long they are, which
 rows are left out and why, how full rows are, and the first samples of the run, decoded, with the
-part that carries loss in colour (between » and « where there is no terminal). Writes lengths.png.
+part that carries loss in colour (between » and « where there is no terminal). Draws the lengths into
+runs/NAME-lengths.png.
 
 example: panda data configs/instruct-tiny.yaml"""
 
@@ -50,6 +51,7 @@ def _data(argv: list[str]) -> None:
     import numpy as np
     from rich.console import Console
 
+    from panda.run_directory import run_name
     from panda.runner import build_task
     from panda.runner import lay_out
     from panda.runner import load_tokenizer
@@ -78,7 +80,9 @@ def _data(argv: list[str]) -> None:
     console.print("\ntokens of a sample")
     for line in histogram(lengths, BINS):
         console.print(line)
-    draw_lengths(lengths, Path("lengths.png"), title=f"{len(dataset):,} samples, {dataset.tokens:,} tokens")
+    picture = Path("runs") / f"{run_name(resolved)}-lengths.png"
+    picture.parent.mkdir(exist_ok=True)
+    draw_lengths(lengths, picture, title=f"{len(dataset):,} samples, {dataset.tokens:,} tokens")
 
     console.print("\nshare of data in what the model is given, one rank")
     for batching in ("padded", "grouped", "packed"):
@@ -92,7 +96,7 @@ def _data(argv: list[str]) -> None:
     for position, index in zip(positions, layout.order.samples(positions), strict=True):
         console.print(f"\n-- sample {position + 1} of the run, number {int(index):,} of the data")
         console.print(shown(task, dataset, int(index), coloured=sys.stdout.isatty()))
-    console.print("\nlengths.png has the lengths as a picture")
+    console.print(f"\n{picture} has the lengths as a picture", markup=False)
 
 
 def histogram(lengths: np.ndarray, bins: int) -> list[str]:

@@ -38,11 +38,9 @@ class Batch:
     """int64 [rows, length] where rows hold several samples: from 0 on in each, by which a model tells them apart."""
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model is called with."""
-        if self.position_ids is None:
-            return {"input_ids": self.input_ids}
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+    def positions(self) -> dict[str, torch.Tensor]:
+        """What the model is called with beside ``input_ids``."""
+        return {} if self.position_ids is None else {"position_ids": self.position_ids}
 
     def to(self, device: torch.device) -> Batch:
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})

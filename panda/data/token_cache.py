@@ -111,7 +111,8 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
                 raise ValueError(f"{name} has another content than was written")
         ids, mask, offsets = (_mapped(folder / f"{name}.bin", manifest["types"][name]) for name in ARRAYS)
         report = DataReport.from_json(manifest["report"])
-        return TokenDataset(ids, mask, offsets, report, manifest["supervised_tokens"], folder)
+        samples = hashlib.sha256(json.dumps(manifest["hashes"]).encode()).hexdigest()
+        return TokenDataset(ids, mask, offsets, report, manifest["supervised_tokens"], samples, folder)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, UserError) as problem:

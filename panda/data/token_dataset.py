@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from array import array
@@ -10,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from typing import Protocol
@@ -114,9 +112,7 @@ class SampleSet(Protocol):
     def report(self) -> DataReport: ...
 
     @property
-    def fingerprint(self) -> str:
-        """A hash of the samples: a run that is resumed has to go on with the same."""
-        ...
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -141,19 +137,19 @@ class TokenDataset:
     """int64 [samples + 1]"""
     report: DataReport
     supervised_tokens: int
+    fingerprint: str
+    """A hash of the samples: a run that is resumed has to go on with the same."""
     directory: Path | None = None
     """Where the arrays lie, if they are mapped from files: then another process maps them too, and none is copied."""
 
     @classmethod
     def of(cls, block: SampleBlock) -> TokenDataset:
         """The samples of ``block``, in memory."""
-        return cls(
-            np.array(block.token_ids, dtype=np.int32),
-            np.frombuffer(bytes(block.supervised), dtype=np.bool_),
-            np.concatenate([[0], np.cumsum(np.array(block.lengths, dtype=np.int64))]).astype(np.int64),
-            block.report,
-            sum(block.supervised),
-        )
+        token_ids = np.array(block.token_ids, dtype=np.int32)
+        supervised = np.frombuffer(bytes(block.supervised), dtype=np.bool_)
+        offsets = np.concatenate([[0], np.cumsum(np.array(block.lengths, dtype=np.int64))]).astype(np.int64)
+        digest = hashlib.sha256(b"".join(part.tobytes() for part in (token_ids, supervised, offsets))).hexdigest()
+        return cls(token_ids, supervised, offsets, block.report, sum(block.supervised), digest)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -167,7 +163,7 @@ class TokenDataset:
             from panda.data.token_cache import open_cache
 
             return open_cache, (self.directory,)
-        return TokenDataset, tuple(getattr(self, each.name) for each in fields(self))
+        return TokenDataset, tuple(vars(self).values())
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         lengths: np.ndarray = self.offsets[indices + 1] - self.offsets[indices]
@@ -176,15 +172,6 @@ class TokenDataset:
     @property
     def tokens(self) -> int:
         return len(self.token_ids)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        if self.directory is not None:  # whose name is a hash of all that the samples come from
-            return self.directory.name
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (self.token_ids, self.supervised, self.offsets):
-            digest.update(part.tobytes())
-        return digest.hexdigest()
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -201,7 +188,10 @@ class MixedDataset:
         self._ends = np.cumsum([len(dataset) for dataset in self.parts])
         self.tokens = sum(dataset.tokens for dataset in self.parts)
         self.supervised_tokens = sum(dataset.supervised_tokens for dataset in self.parts)
-        self.fingerprint = " ".join(dataset.fingerprint for dataset in self.parts)
+        described = [
+            (dataset.fingerprint, source.per_epoch) for dataset, source in zip(self.parts, self.sources, strict=True)
+        ]
+        self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()
         self.report = DataReport()
         for dataset in self.parts:
             self.report.add(dataset.report)

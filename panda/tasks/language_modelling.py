@@ -71,11 +71,12 @@ class LanguageModelling(ABC):
         without logits, says so with ``sums_loss`` (see panda.models).
         """
         if getattr(model, "sums_loss", False):
-            summed: torch.Tensor = model(**batch.inputs, labels=batch.labels, supervised_tokens=batch.supervised_tokens)
+            counted = {"labels": batch.labels, "supervised_tokens": batch.supervised_tokens}
+            summed: torch.Tensor = model(batch.input_ids, **batch.positions, **counted)
             return summed
         import torch.nn.functional as F  # noqa: N812 - the customary name
 
-        output = model(**batch.inputs)
+        output = model(batch.input_ids, **batch.positions)
         logits = getattr(output, "logits", output)  # [rows, length, vocabulary]
         return F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"

@@ -49,7 +49,7 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
     assert any("packed" in line and "<- this run" in line for line in lines)
     shown = [lines[n + 1] + "\n" + lines[n + 2] for n, line in enumerate(lines) if line.startswith("-- sample")]
     assert len(shown) == 3 and all("\n»xyz</s>«" in text for text in shown)
-    assert Path("lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("runs/instruct-llama-tiny-lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_histogram_counts_every_sample_once_and_its_bars_are_to_scale() -> None:

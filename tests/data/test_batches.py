@@ -92,7 +92,7 @@ def test_samples_of_a_row_lie_side_by_side_and_positions_begin_anew() -> None:
     batch = collate(rows, pad_token_id=1, packed=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [3, 4, 1, 1, 1]]
     assert batch.labels.tolist() == [[-100, -100, 7, -100, 9], [-100, 4, -100, -100, -100]]
-    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch.positions["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
     assert (batch.tokens, batch.supervised_tokens) == (7, 3)
 
 
@@ -108,8 +108,8 @@ def test_every_layout_carries_the_same_tokens_and_labels_in_a_step(dataset: Toke
 
 def test_a_batch_moves_with_its_counts() -> None:
     batch = collate([[sample([5, 6], 1)], [sample([7, 8, 9], 1)]], PAD, packed=True).to(torch.device("meta"))
-    assert {tensor.device.type for tensor in (*batch.inputs.values(), batch.labels)} == {"meta"}
-    assert set(batch.inputs) == {"input_ids", "position_ids"}
+    assert {tensor.device.type for tensor in (batch.input_ids, *batch.positions.values(), batch.labels)} == {"meta"}
+    assert set(batch.positions) == {"position_ids"}
     assert (batch.tokens, batch.supervised_tokens) == (5, 3)
 
 
@@ -141,8 +141,9 @@ def test_any_number_of_workers_prepares_the_same_batches(dataset: TokenDataset, 
     helped = prepare(dataset, plan_of(), workers=workers, batching=batching)
     assert [len(step) for step in alone] == [len(step) for step in helped]
     for mine, others in zip(chain.from_iterable(alone), chain.from_iterable(helped), strict=True):
-        assert mine.inputs.keys() == others.inputs.keys()
-        assert all(torch.equal(mine.inputs[name], others.inputs[name]) for name in mine.inputs)
+        assert torch.equal(mine.input_ids, others.input_ids)
+        assert mine.positions.keys() == others.positions.keys()
+        assert all(torch.equal(mine.positions[name], others.positions[name]) for name in mine.positions)
         assert torch.equal(mine.labels, others.labels)
         assert (mine.tokens, mine.supervised_tokens) == (others.tokens, others.supervised_tokens)
 
@@ -167,7 +168,7 @@ def sequence(job: tuple[TokenDataset, BatchPlan, int, int, str]) -> list[list[li
 
 
 def _row_bytes(batch: Batch) -> list[bytes]:
-    tensors = [*batch.inputs.values(), batch.labels]
+    tensors = [batch.input_ids, *batch.positions.values(), batch.labels]
     filled = [int((row != PAD).sum()) for row in batch.input_ids]
     rows = [b"".join(tensor[n, :end].numpy().tobytes() for tensor in tensors) for n, end in enumerate(filled)]
     return [row for row in rows if row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,17 +13,9 @@ from panda.engine.engine import Engine
 from panda.engine.layouts import _check_cover
 from panda.engine.layouts import layout_of
 from panda.engine.processes import Processes
-from panda.engine.processes import join_processes
-from panda.engine.processes import leave_processes
 from panda.optim.layerwise import NVLamb
 from panda.registry import UserError
 from panda.run_options import RunOptions
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    yield join_processes()
-    leave_processes()
 
 
 def make_engine(processes: Processes, stage: int) -> tuple[torch.nn.Module, Engine]:

@@ -83,6 +83,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_a_frozen_head_gets_no_gradient_and_evaluation_none_at_all() -> None:
+    torch.manual_seed(0)
     hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH)
     labels = torch.randint(VOCABULARY, (TOKENS,))

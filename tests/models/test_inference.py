@@ -30,6 +30,7 @@ from panda.registry.options import build
 from panda.registry.resolve import Chosen
 from panda.stored_tensor import StoredTensor
 
+SAMPLE = "panda:data/sample/instruct"
 CPU = torch.device("cpu")
 Captured = pytest.CaptureFixture[str]
 
@@ -86,7 +87,7 @@ def test_the_template_gives_the_tokens_that_training_gave(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     context = TaskContext(tokenizer, JsonReader(NoOptions(), ReaderContext()), 64)
-    task = Instruct(InstructOptions("panda:data/sample/instruct", separator=" =>\n"), context)
+    task = Instruct(InstructOptions(instruction_tuning_data_dir=SAMPLE, separator=" =>\n"), context)
     assistant = Assistant(folder / "instruct/export", None, CPU)
     for prompt in ("Say tomato.", "  two\n\nlines ", "{{ x }} 'quoted'", "🐼"):
         assert assistant.encode([{"role": "user", "content": prompt}]) == task.encode_prompt(prompt)
@@ -263,3 +264,16 @@ def test_weights_are_written_in_shards_that_plain_transformers_loads(tmp_path: P
     assert all(file.stat().st_size < max(biggest, 20_000) + 2_000 for file in files)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    from panda.models.weight_files import write_weights
+    from panda.registry import UserError
+
+    weights = {
+        name: StoredTensor((2,), torch.float32, lambda v=value: torch.tensor([0.0, v]))
+        for name, value in (("a", 1.0), ("b", float("nan")))
+    }
+    with pytest.raises(UserError, match="1 tensors are not finite, b first"):
+        write_weights(weights, tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -49,13 +49,13 @@ def test_packed_and_unpacked_give_the_same_logits_and_the_same_loss(llama: Any, 
     """The attention, the positions and the labels at once; alone, a sample has no neighbours to be told from."""
     packed = collate(rows, pad_token_id=0, packed=True)
     with torch.no_grad():
-        logits = llama(**packed.inputs).logits
+        logits = llama(packed.input_ids, **packed.positions).logits
         alone_loss = 0.0
         for number, row in enumerate(rows):
             start = 0
             for each in row:
                 batch = collate([[each]], pad_token_id=0)
-                alone = llama(**batch.inputs).logits[0]
+                alone = llama(batch.input_ids).logits[0]
                 torch.testing.assert_close(logits[number, start : start + len(alone)], alone, rtol=1e-5, atol=1e-5)
                 alone_loss += float(LanguageModelling.loss(None, llama, batch))  # type: ignore[arg-type]
                 start += len(alone)
