@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_files import llama
@@ -60,3 +61,15 @@ def test_a_documented_command_resolves(line: str, tmp_path: Path) -> None:
         assert names[0] in ("python3", "pytest", "python"), f"who runs {line!r}?"
         return
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reader_of_the_plugin_guide_reads(tmp_path: Path) -> None:
+    guide = (ROOT / "docs/plugins.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "register_reader" in block)
+    scope: dict[str, Any] = {"__name__": "guide"}
+    exec(block, scope)
+    file = tmp_path / "rows.tsv"
+    file.write_text("a\tb\nalone\n")
+    first, second = scope["TsvReader"](None, None).read(file)
+    assert (first.fields, first.number) == ({"input": "a", "target": "b"}, 1)
+    assert str(second).endswith("rows.tsv, row 2: expected 2 columns, found 1")
