@@ -90,7 +90,7 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_none_at_all() -> None:
     loss = linear_cross_entropy(hidden, weight, labels)
     (expected,) = torch.autograd.grad(with_logits(hidden, weight, labels), hidden)
     (found,) = torch.autograd.grad(loss, hidden)
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(found, expected, atol=1e-5)
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, labels).grad_fn is None
 
