@@ -85,7 +85,6 @@ def test_trains_by_name(site: Path, tmp_path: Path) -> None:
     [
         (("--arch", "gru-tiny"), "arch 'gru-tiny'"),
         (("--arch", "llama-tiny", "--optimizer", "lion"), "optimizer 'lion'"),
-        (("--arch", "llama-tiny", "--plugins", "report"), "plugin 'report'"),
     ],
 )
 def test_blocked_its_names_are_not_there(site: Path, tmp_path: Path, flags: tuple[str, ...], name: str) -> None:
