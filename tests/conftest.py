@@ -27,12 +27,15 @@ settings.load_profile("panda")
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Any]:
-    """This process as the only one of a run. Once a session: DeepSpeed keeps groups that are gone."""
-    from panda.engine.processes import join_processes
-    from panda.engine.processes import leave_processes
+    """This process as the only one of a run. Once a session, and commands that tests call do not leave it meanwhile:
+    DeepSpeed keeps groups that are gone."""
+    from panda.engine import processes as room
 
-    yield join_processes()
-    leave_processes()
+    joined, leave = room.join_processes(), room.leave_processes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "leave_processes", lambda: None)
+        yield joined
+    leave()
 
 
 @pytest.fixture(scope="session", autouse=True)
