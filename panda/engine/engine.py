@@ -126,6 +126,11 @@ class Engine:
         grad_norm, applied = self._apply()
         return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts, applied)
 
+    @property
+    def optimizer_observes(self) -> bool:
+        """Whether the optimizer has something to tell of each parameter."""
+        return hasattr(self._own_optimizer, "observe")
+
     def observations(self) -> dict[str, dict[str, float]]:
         """What the optimizer tells of each parameter at its last step: by quantity, by name. Waits for the device."""
         observe = getattr(self._own_optimizer, "observe", dict)

@@ -28,6 +28,11 @@ class Layers:
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
+        if not run.engine.optimizer_observes:
+            raise UserError(
+                f"plugins: layers: the optimizer {run.options.optimizer} tells nothing of single parameters;"
+                " nvlamb does."
+            )
         path = run.directory / FILE_NAME
         if run.processes.rank == 0 and path.exists():
             # Steps that the interrupted run logged behind its last checkpoint are taken again.
@@ -38,10 +43,5 @@ class Layers:
 
     @hookimpl
     def panda_log(self, run: Run, record: dict[str, Any]) -> None:
-        if not run.observations:
-            raise UserError(
-                f"plugins: layers: the optimizer {run.options.optimizer} tells nothing of single parameters;"
-                " nvlamb does."
-            )
         with (run.directory / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": record["step"], **run.observations}) + "\n")

@@ -46,6 +46,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             options=SimpleNamespace(resume=None),
             schedule=lambda completed: 1.0,
             observations={},
+            engine=SimpleNamespace(optimizer_observes=True),
         )
 
     return make

@@ -50,6 +50,15 @@ def test_a_resumed_run_goes_on_behind_its_checkpoint(make_run: Any) -> None:
     assert [(row["step"], row["trust_ratio"]["a"]) for row in rows] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
 
 
+def test_a_record_before_the_first_step_that_counted_is_no_error(make_run: Any) -> None:
+    """fp16 begins with steps that are skipped, until its loss scale fits; the optimizer has nothing to tell yet."""
+    run = make_run()
+    plugin = Layers(NoOptions(), PluginContext())
+    plugin.panda_run_start(run)
+    plugin.panda_log(run, {"step": 1})
+    assert json.loads((run.directory / "layers.jsonl").read_text()) == {"step": 1}
+
+
 def test_an_optimizer_that_tells_nothing_is_an_error(tmp_path: Path) -> None:
     done = run_panda("panda-train", *SMALL, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2
