@@ -169,10 +169,10 @@ def _tokenizers(folder: str, data: str) -> None:
 
 def _prepare(flags: list[str]) -> None:
     """The part of a start that has to do with data: from the loaded tokenizer to the data set."""
+    from panda.assembly import build_task
+    from panda.assembly import load_tokenizer
     from panda.cli.arguments import parse_arguments
     from panda.cli.configuration import configure
-    from panda.runner import build_task
-    from panda.runner import load_tokenizer
 
     resolved, _ = configure(parse_arguments(flags))
     tokenizer = load_tokenizer(resolved.core.tokenizer)
@@ -188,12 +188,12 @@ def _prepare(flags: list[str]) -> None:
 def measure_packing(data: Path, text: list[Path], seconds: float) -> None:
     import torch
 
+    from panda.assembly import build_task
+    from panda.assembly import load_tokenizer
+    from panda.assembly import model_context
     from panda.cli.arguments import parse_arguments
     from panda.cli.configuration import configure
     from panda.engine.processes import join_processes
-    from panda.runner import build_task
-    from panda.runner import load_tokenizer
-    from panda.runner import model_context
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(strings(text), Path(folder) / "tokenizer")
@@ -229,7 +229,7 @@ def measure_packing(data: Path, text: list[Path], seconds: float) -> None:
 def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
     from dataclasses import replace
 
-    from panda.runner import lay_out
+    from panda.assembly import lay_out
 
     options = replace(
         options,

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import json
-import random
-import statistics
 import time
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import cast
 
-import numpy as np
 import torch
 
-from panda.data.batches import Batch
+from panda.assembly import build_model
+from panda.assembly import build_optimizer
+from panda.assembly import build_schedule
+from panda.assembly import build_task
+from panda.assembly import lay_out
+from panda.assembly import load_tokenizer
+from panda.assembly import make_trainable
+from panda.assembly import model_context
+from panda.assembly import seed_random
 from panda.data.batches import step_batches
 from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
-from panda.data.order import SampleOrder
-from panda.data.reading import Reader
-from panda.data.reading import tokenizer_folder
-from panda.data.token_cache import cache_folder
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoint_folders import START
 from panda.engine.checkpoint_folders import Progress
@@ -40,45 +36,31 @@ from panda.engine.checkpoints import load_checkpoint
 from panda.engine.checkpoints import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
-from panda.engine.engine import StepResult
-from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
-from panda.models.adapters import add_adapters
 from panda.models.adapters import export_adapters
-from panda.models.creation import without_weights
 from panda.models.export import DESCRIPTION
 from panda.models.export import describe_model
 from panda.models.export import export
 from panda.models.generation import greedy
 from panda.models.isolation import refuse_leaking
 from panda.models.isolation import refuse_without_positions
-from panda.models.layers import compile_layers
-from panda.models.layers import recompute_activations
 from panda.models.pretrained import Pretrained
-from panda.models.pretrained import config_for
 from panda.models.pretrained import find_pretrained
 from panda.models.pretrained import fitted
-from panda.models.quantisation import quantise
-from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
+from panda.records import Clock
+from panda.records import log_record
 from panda.registry import Catalog
 from panda.registry import UserError
-from panda.registry.contexts import LRSchedulerContext
 from panda.registry.contexts import ModelContext
-from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import PluginContext
-from panda.registry.contexts import ReaderContext
-from panda.registry.contexts import TaskContext
 from panda.registry.resolve import Resolved
 from panda.run_directory import choose_directory
 from panda.run_directory import find_directory
 from panda.run_directory import write_description
 from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
-from panda.run_options import rate_multipliers
-from panda.stored_tensor import StoredTensor
-from panda.stored_tensor import put
 from panda.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
@@ -164,77 +146,6 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
     return run
 
 
-def load_tokenizer(location: str) -> Any:
-    """The Hugging Face tokenizer in the folder that ``location`` means. Raises UserError where there is none."""
-    folder = tokenizer_folder(location)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as problem:  # transformers raises what its parsers raise
-        raise UserError(f"tokenizer: no tokenizer could be loaded from {location!r}: {problem}") from problem
-
-
-def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
-    """The task that ``resolved`` names, with its reader. Raises UserError where its data is not there."""
-    reader = resolved.components["reader"]
-    context = TaskContext(
-        tokenizer=tokenizer,
-        reader=reader.build(ReaderContext(), Reader),
-        max_seq_length=resolved.core.max_seq_length,
-        reader_options=reader.options,
-        token_cache=cache_folder(resolved.core.token_cache),
-    )
-    task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
-    return task
-
-
-def lay_out(
-    options: RunOptions, dataset: SampleSet, ranks: int, progress: Progress = START, *, batching: str | None = None
-) -> Layout:
-    """How a run with these options goes through ``dataset``, from ``progress`` on."""
-    order = SampleOrder(dataset.sources, options.seed)
-    plan = BatchPlan(
-        samples=order.epoch_samples,
-        micro_batch=options.per_gpu_train_batch_size,
-        accumulation=options.gradient_accumulation_steps,
-        ranks=ranks,
-        epochs=options.num_train_epochs,
-        max_steps=options.max_steps,
-        start_step=progress.step,
-        start_position=progress.position,
-    )
-    return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
-
-
-def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
-    """The learning-rate schedule that ``resolved`` names, over the steps of ``plan``."""
-    context = LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=resolved.core.learning_rate)
-    schedule: Schedule = resolved.components["lr_scheduler"].build(context, Callable)
-    return schedule
-
-
-def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
-    """What a model is told beside its options. Raises UserError where the tokenizer has more than ``pretrained``."""
-    return ModelContext(
-        vocab_size=len(tokenizer),
-        max_seq_length=resolved.core.max_seq_length,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        config=config_for(pretrained, len(tokenizer), extend=resolved.core.extend_vocab) if pretrained else None,
-    )
-
-
-def build_model(resolved: Resolved, context: ModelContext) -> torch.nn.Module:
-    """The module that ``resolved`` names, with random weights, or none where a checkpoint has them."""
-    # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and
-    # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
-    with torch.device("cpu"), without_weights() if context.config else nullcontext():
-        model: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
-    return model
-
-
 def _build(
     resolved: Resolved,
     catalog: Catalog,
@@ -253,37 +164,16 @@ def _build(
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
-    _seed(options.seed)  # the same on every rank, for equal weights
+    seed_random(options.seed)  # the same on every rank, for equal weights
     model = build_model(resolved, context)
     model_name = resolved.components["model"].component.name
     if layout.packed:
         refuse_without_positions(model, model_name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    weights = dict(fitted(model, pretrained)) if pretrained else {}
-    if options.use_quant:
-        quantise(model, options, processes.device, partial(_fill, model, weights) if pretrained else None)
-    if pretrained:
-        place(model, weights, config, processes)
-    if options.use_lora:
-        _seed(options.seed)  # adapters begin alike, however the base came to be
-        model = add_adapters(model, options)
-    if options.activation_checkpointing != "none":
-        recompute_activations(model, selective=options.activation_checkpointing == "selective")
-    if options.compile:
-        compile_layers(model, processes.device)
-    _seed(options.seed + processes.rank)  # different, for dropout
-    groups = param_groups(
-        model,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        decay_on=options.weight_decay_on,
-        multipliers=rate_multipliers(options.lr_multipliers),
-    )
-    optimizer = resolved.components["optimizer"].build(
-        OptimizerContext(param_groups=groups, device=processes.device, bit_training=options.bit_training),
-        torch.optim.Optimizer,
-    )
-    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    model = make_trainable(model, options, pretrained, config, processes)
+    seed_random(options.seed + processes.rank)  # different, for dropout
+    optimizer = build_optimizer(resolved, model, processes.device)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), model_name, len(task.tokenizer), processes.device)
@@ -320,18 +210,12 @@ def _build(
     return Run(resolved, directory, processes, task, dataset, layout, schedule, engine, hook, checkpoint, progress.step)
 
 
-def _fill(model: torch.nn.Module, weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
-    """Give ``layer`` of ``model``, by its ``name``, what is its own of ``weights``, and take that out of them."""
-    for key, _ in layer.named_parameters():
-        put(model, f"{name}.{key}", weights.pop(f"{name}.{key}").read())
-
-
 def _train(run: Run) -> None:
-    """The loop. Reads a value from the device only where it is logged or saved."""
+    """The loop. Reads numbers from the device only where they are logged or saved."""
     options, plan, engine = run.options, run.plan, run.engine
     start = read_progress(run.resumed_from, {}) if run.resumed_from else START
     counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64).to(run.processes.device)
-    clock = _Clock(start)
+    clock = Clock(start)
     saved_step = start.step if run.resumed_from else -1
     skipped, skipped_in_a_row = start.skipped_steps, 0
 
@@ -371,8 +255,8 @@ def _train(run: Run) -> None:
         run.hook.panda_step_end(run=run, step=step)
         if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
             run.observations = engine.observations()
-            record = _record(result, progress(), factor * options.learning_rate, clock)
-            run.hook.panda_log(run=run, record=record | _summary(run.observations))
+            rate = factor * options.learning_rate
+            run.hook.panda_log(run=run, record=log_record(result, progress(), rate, clock, run.observations))
         if skipped_in_a_row == HOPELESS:
             raise UserError(
                 f"step {step}: the last {HOPELESS} steps had gradients that are not finite and changed nothing. Lower"
@@ -386,65 +270,6 @@ def _train(run: Run) -> None:
             saved_step = step
     if saved_step != run.step:
         save()
-
-
-class _Clock:
-    """Time and tokens since the last record."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.last, self.time = progress, time.perf_counter()
-        self.waited = 0.0
-
-    def waiting_for(self, batches: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-        """``batches``, with the time measured that each takes to come."""
-        arriving = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            batch = next(arriving, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def rates(self, progress: Progress) -> dict[str, float]:
-        """What a record says of speed, since the last call."""
-        now = time.perf_counter()
-        seconds, waited = now - self.time, self.waited
-        tokens, steps = progress.tokens - self.last.tokens, progress.step - self.last.step
-        self.last, self.time, self.waited = progress, now, 0.0
-        return {
-            "tokens_per_second": round(tokens / seconds, 1),
-            "step_seconds": round(seconds / steps, 6),
-            "data_wait": round(waited / seconds, 6),
-        }
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count ``seconds`` that went into something else."""
-        self.time += seconds
-
-
-def _record(result: StepResult, progress: Progress, learning_rate: float, clock: _Clock) -> dict[str, Any]:
-    loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
-    return {
-        "step": progress.step,
-        "loss": loss,
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
-        "tokens": progress.tokens,
-        "supervised_tokens": progress.supervised_tokens,
-        "skipped_steps": progress.skipped_steps,
-        **clock.rates(progress),
-    }
-
-
-def _summary(observations: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Least, middle and largest of each quantity, for the record."""
-    parts: dict[str, Callable[[Any], Any]] = {"min": min, "median": statistics.median, "max": max}
-    return {
-        f"{quantity}_{part}": take(values.values())
-        for quantity, values in observations.items()
-        for part, take in parts.items()
-    }
 
 
 def _finish(run: Run) -> None:
@@ -506,9 +331,3 @@ def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict
         "tokens": dataset.tokens,
         "data": dataset.fingerprint,
     }
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -24,8 +24,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{room: {"registry", "run_options", "stored_tensor"} for room in MIDDLE},
     "tasks": {"registry", "run_options", "data"},
     "run_directory": {"registry", "run_options", *MIDDLE},
-    "runner": {"registry", "run_options", "run_directory", "stored_tensor", *MIDDLE},
-    "cli": {"registry", "run_options", "refusals", "run_directory", "runner", *MIDDLE},
+    "assembly": {"registry", "run_options", "stored_tensor", *MIDDLE},
+    "records": {"data", "engine"},
+    "runner": {"registry", "run_options", "run_directory", "assembly", "records", *MIDDLE},
+    "cli": {"registry", "run_options", "refusals", "run_directory", "assembly", "runner", *MIDDLE},
 }
 """Beside itself."""
 

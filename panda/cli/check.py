@@ -50,6 +50,12 @@ def _print_settings(resolved: Resolved) -> None:
 
 
 def _check_data_and_model(resolved: Resolved) -> None:
+    from panda.assembly import build_model
+    from panda.assembly import build_schedule
+    from panda.assembly import build_task
+    from panda.assembly import lay_out
+    from panda.assembly import load_tokenizer
+    from panda.assembly import model_context
     from panda.engine.checkpoint_folders import START
     from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
@@ -58,12 +64,6 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.models.pretrained import find_pretrained
     from panda.models.pretrained import fitted
     from panda.run_directory import find_directory
-    from panda.runner import build_model
-    from panda.runner import build_schedule
-    from panda.runner import build_task
-    from panda.runner import lay_out
-    from panda.runner import load_tokenizer
-    from panda.runner import model_context
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)

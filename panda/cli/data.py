@@ -51,10 +51,10 @@ def _data(argv: list[str]) -> None:
     import numpy as np
     from rich.console import Console
 
+    from panda.assembly import build_task
+    from panda.assembly import lay_out
+    from panda.assembly import load_tokenizer
     from panda.run_directory import run_name
-    from panda.runner import build_task
-    from panda.runner import lay_out
-    from panda.runner import load_tokenizer
 
     console = Console(highlight=False, soft_wrap=True)
     task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from panda.cli.arguments import parse_arguments
 from panda.cli.command import run_command
-from panda.cli.configuration import configure
+from panda.cli.configuration import configured
 from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
 from panda.registry.resolve import Resolved
@@ -29,17 +28,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plot(argv: list[str]) -> None:
-    if "-h" in argv or "--help" in argv:
+    if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
     if argv[:1] != ["schedule"]:
         raise UserError(f"expected `schedule`, the one thing that it draws.\n{USAGE}")
     flags, out = _without_out(argv[1:])
-    if flags and not flags[0].startswith("-"):
-        flags = ["--config", *flags]
-    if not flags:
-        raise UserError(f"no configuration is given.\n{USAGE}")
-    resolved, _ = configure(parse_arguments(flags))
+    resolved = configured(flags, USAGE)
+    if resolved is None:
+        return
     total = _total_steps(resolved)
     peak = resolved.core.learning_rate
     chosen = resolved.components["lr_scheduler"]
@@ -65,9 +62,9 @@ def _total_steps(resolved: Resolved) -> int:
     options = resolved.core
     if options.max_steps > 0:
         return int(options.max_steps)
-    from panda.runner import build_task
-    from panda.runner import lay_out
-    from panda.runner import load_tokenizer
+    from panda.assembly import build_task
+    from panda.assembly import lay_out
+    from panda.assembly import load_tokenizer
 
     dataset = build_task(resolved, load_tokenizer(options.tokenizer)).dataset()
     return max(1, lay_out(options, dataset, int(os.environ.get("WORLD_SIZE", 1))).plan.total_steps)

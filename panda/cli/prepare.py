@@ -25,9 +25,9 @@ def _prepare(argv: list[str]) -> None:
     if resolved is None:
         return
 
+    from panda.assembly import build_task
+    from panda.assembly import load_tokenizer
     from panda.data.token_cache import cache_folder
-    from panda.runner import build_task
-    from panda.runner import load_tokenizer
 
     dataset = build_task(resolved, load_tokenizer(resolved.core.tokenizer)).dataset()
     for line in dataset.report.lines():

@@ -8,7 +8,16 @@ import sys
 import pytest
 
 HEAVY = ("torch", "transformers", "numpy", "deepspeed", "tokenizers", "matplotlib", "tensorboard", "fairscale", "rich")
-ROOMS = ("panda.data", "panda.engine", "panda.hooks", "panda.models", "panda.optim", "panda.tasks", "panda.runner")
+ROOMS = (
+    "panda.data",
+    "panda.engine",
+    "panda.hooks",
+    "panda.models",
+    "panda.optim",
+    "panda.tasks",
+    "panda.assembly",
+    "panda.runner",
+)
 
 PROGRAM = """
 import sys, time

@@ -23,6 +23,9 @@ from transformers import GPT2Config
 from transformers import MixtralConfig
 from transformers import Qwen2Config
 
+from panda.assembly import build_model
+from panda.assembly import load_tokenizer
+from panda.assembly import model_context
 from panda.cli.arguments import parse_arguments
 from panda.cli.configuration import configure
 from panda.cli.train import main
@@ -32,9 +35,6 @@ from panda.models.pretrained import find_pretrained
 from panda.models.pretrained import fitted
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
-from panda.runner import build_model
-from panda.runner import load_tokenizer
-from panda.runner import model_context
 
 FP32 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}, "fp16": {"enabled": False}}
 IDS = torch.arange(80).reshape(2, 40) * 11 % 259

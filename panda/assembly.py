@@ -1,0 +1,171 @@
+"""Names to objects: what a resolved configuration is made into, by a run and by the commands that only look."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from panda.data.layouts import Layout
+from panda.data.order import BatchPlan
+from panda.data.order import SampleOrder
+from panda.data.reading import Reader
+from panda.data.reading import tokenizer_folder
+from panda.data.token_cache import cache_folder
+from panda.data.token_dataset import SampleSet
+from panda.engine.checkpoint_folders import START
+from panda.engine.checkpoint_folders import Progress
+from panda.engine.placement import place
+from panda.engine.processes import Processes
+from panda.models.adapters import add_adapters
+from panda.models.creation import without_weights
+from panda.models.layers import compile_layers
+from panda.models.layers import recompute_activations
+from panda.models.pretrained import Pretrained
+from panda.models.pretrained import config_for
+from panda.models.pretrained import fitted
+from panda.models.quantisation import quantise
+from panda.optim.param_groups import param_groups
+from panda.optim.schedules import Schedule
+from panda.registry import UserError
+from panda.registry.contexts import LRSchedulerContext
+from panda.registry.contexts import ModelContext
+from panda.registry.contexts import OptimizerContext
+from panda.registry.contexts import ReaderContext
+from panda.registry.contexts import TaskContext
+from panda.registry.resolve import Resolved
+from panda.run_options import RunOptions
+from panda.run_options import rate_multipliers
+from panda.stored_tensor import StoredTensor
+from panda.stored_tensor import put
+from panda.tasks.language_modelling import LanguageModelling
+
+
+def load_tokenizer(location: str) -> Any:
+    """The Hugging Face tokenizer in the folder that ``location`` means. Raises UserError where there is none."""
+    folder = tokenizer_folder(location)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as problem:  # transformers raises what its parsers raise
+        raise UserError(f"tokenizer: no tokenizer could be loaded from {location!r}: {problem}") from problem
+
+
+def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
+    """The task that ``resolved`` names, with its reader. Raises UserError where its data is not there."""
+    reader = resolved.components["reader"]
+    context = TaskContext(
+        tokenizer=tokenizer,
+        reader=reader.build(ReaderContext(), Reader),
+        max_seq_length=resolved.core.max_seq_length,
+        reader_options=reader.options,
+        token_cache=cache_folder(resolved.core.token_cache),
+    )
+    task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
+    return task
+
+
+def lay_out(
+    options: RunOptions, dataset: SampleSet, ranks: int, progress: Progress = START, *, batching: str | None = None
+) -> Layout:
+    """How a run with these options goes through ``dataset``, from ``progress`` on."""
+    order = SampleOrder(dataset.sources, options.seed)
+    plan = BatchPlan(
+        samples=order.epoch_samples,
+        micro_batch=options.per_gpu_train_batch_size,
+        accumulation=options.gradient_accumulation_steps,
+        ranks=ranks,
+        epochs=options.num_train_epochs,
+        max_steps=options.max_steps,
+        start_step=progress.step,
+        start_position=progress.position,
+    )
+    return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
+
+
+def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
+    """The learning-rate schedule that ``resolved`` names, over the steps of ``plan``."""
+    context = LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=resolved.core.learning_rate)
+    schedule: Schedule = resolved.components["lr_scheduler"].build(context, Callable)
+    return schedule
+
+
+def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
+    """What a model is told beside its options. Raises UserError where the tokenizer has more than ``pretrained``."""
+    return ModelContext(
+        vocab_size=len(tokenizer),
+        max_seq_length=resolved.core.max_seq_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        config=config_for(pretrained, len(tokenizer), extend=resolved.core.extend_vocab) if pretrained else None,
+    )
+
+
+def build_model(resolved: Resolved, context: ModelContext) -> torch.nn.Module:
+    """The module that ``resolved`` names, with random weights, or none where a checkpoint has them."""
+    # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and
+    # how a run is spread must not decide where it begins. DeepSpeed moves or spreads the weights.
+    with torch.device("cpu"), without_weights() if context.config else nullcontext():
+        model: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
+    return model
+
+
+def make_trainable(
+    model: torch.nn.Module,
+    options: RunOptions,
+    pretrained: Pretrained | None,
+    deepspeed: dict[str, Any],
+    processes: Processes,
+) -> torch.nn.Module:
+    """``model`` as it is trained: with the weights of ``pretrained``, and quantised, adapted and compiled as asked.
+
+    The same object, but for adapters, which are around it. Every rank has to call it.
+    """
+    weights = dict(fitted(model, pretrained)) if pretrained else {}
+    if options.use_quant:
+        quantise(model, options, processes.device, partial(_fill, model, weights) if pretrained else None)
+    if pretrained:
+        place(model, weights, deepspeed, processes)
+    if options.use_lora:
+        seed_random(options.seed)  # adapters begin alike, however the base came to be
+        model = add_adapters(model, options)
+    if options.activation_checkpointing != "none":
+        recompute_activations(model, selective=options.activation_checkpointing == "selective")
+    if options.compile:
+        compile_layers(model, processes.device)
+    return model
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
+    """Give ``layer`` of ``model``, by its ``name``, what is its own of ``weights``, and take that out of them."""
+    for key, _ in layer.named_parameters():
+        put(model, f"{name}.{key}", weights.pop(f"{name}.{key}").read())
+
+
+def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that ``resolved`` names, over the parameters of ``model`` that are trained."""
+    options = resolved.core
+    groups = param_groups(
+        model,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        decay_on=options.weight_decay_on,
+        multipliers=rate_multipliers(options.lr_multipliers),
+    )
+    context = OptimizerContext(param_groups=groups, device=device, bit_training=options.bit_training)
+    optimizer: torch.optim.Optimizer = resolved.components["optimizer"].build(context, torch.optim.Optimizer)
+    return optimizer
+
+
+def seed_random(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
