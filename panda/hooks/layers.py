@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.hooks.record_file import RecordFile
 from panda.registry import NoOptions
 from panda.registry import UserError
 from panda.registry import hookimpl
@@ -15,7 +15,6 @@ from panda.registry.contexts import PluginContext
 if TYPE_CHECKING:
     from panda.runner import Run
 
-
 FILE_NAME = "layers.jsonl"
 
 
@@ -24,7 +23,7 @@ class Layers:
     """Writes layers.jsonl: at each log record, trust ratios and the like by parameter. `--plugins layers`."""
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
-        pass
+        self.file: RecordFile | None = None
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
@@ -33,15 +32,10 @@ class Layers:
                 f"plugins: layers: the optimizer {run.options.optimizer} tells nothing of single parameters;"
                 " nvlamb does."
             )
-        path = run.directory / FILE_NAME
-        if run.processes.rank == 0 and path.exists():
-            # Steps that the interrupted run logged behind its last checkpoint are taken again.
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= run.step]
-            path.write_text("".join(kept), encoding="utf-8")
+        if run.processes.rank == 0:
+            self.file = RecordFile(run.directory / FILE_NAME, run.step)
 
     @hookimpl
     def panda_log(self, run: Run, record: dict[str, Any]) -> None:
-        with (run.directory / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": record["step"], **run.observations}) + "\n")
+        if self.file is not None:
+            self.file.write({"step": record["step"], **run.observations})

@@ -1,14 +1,13 @@
-"""The ``metrics`` plugin: ``metrics.jsonl``, one JSON object a log record, on disk as soon as it is known."""
+"""The ``metrics`` plugin: ``metrics.jsonl``, the log records."""
 
 from __future__ import annotations
 
-import json
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
-from typing import TextIO
 
+from panda.hooks.record_file import RecordFile
+from panda.hooks.record_file import read_records
 from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
@@ -21,18 +20,8 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The records of the run in ``directory``, in order. A last line that was cut off is left out.
-
-    A value that was not a finite number is None.
-    """
-    path = directory / FILE_NAME
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """The log records of the run in ``directory``, in order. A value that was not a finite number is None."""
+    return read_records(directory / FILE_NAME)
 
 
 @register_plugin("metrics")
@@ -40,24 +29,17 @@ class Metrics:
     """Writes metrics.jsonl. A resumed run continues it from its checkpoint's step on."""
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
-        self.file: TextIO | None = None
+        self.file: RecordFile | None = None
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
         if run.processes.rank == 0:
-            # Steps that the interrupted run logged behind its last checkpoint are taken again.
-            kept = [record for record in read_metrics(run.directory) if record["step"] <= run.step]
-            path = run.directory / FILE_NAME
-            rewritten = path.with_suffix(".tmp")
-            rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
-            rewritten.replace(path)  # at once: no moment to die at has fewer records
-            self.file = path.open("a", encoding="utf-8")
+            self.file = RecordFile(run.directory / FILE_NAME, run.step)
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
         if self.file is not None:
-            self.file.write(_line(record))
-            self.file.flush()
+            self.file.write(record)
 
     @hookimpl
     def panda_run_end(self) -> None:
@@ -71,9 +53,3 @@ class Metrics:
         if self.file is not None:
             self.file.close()
             self.file = None
-
-
-def _line(record: dict[str, Any]) -> str:
-    """JSON has no NaN and no infinity: those become null."""
-    finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"

@@ -82,7 +82,7 @@ def test_records_survive_a_death_while_a_run_resumes(
 
     run = make_run(step=4)
     with monkeypatch.context() as patch:
-        patch.setattr("panda.hooks.metrics.json.dumps", dumps)
+        patch.setattr("panda.hooks.record_file.json.dumps", dumps)
         with pytest.raises(KeyboardInterrupt):
             started(run)
     assert steps(run) == [1, 2, 3, 4]
@@ -101,7 +101,7 @@ def test_the_file_is_closed_however_a_run_ends(make_run: Any, end: str) -> None:
     file = plugin.file
     getattr(plugin, end)()
     assert file is not None
-    assert file.closed
+    assert file.stream.closed
     getattr(plugin, end)()
 
 

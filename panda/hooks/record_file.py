@@ -1,0 +1,49 @@
+"""Files of one JSON object a line, each with its ``step``, on disk as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records in ``path``, in order; none where it is not there. A last line that was cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class RecordFile:
+    """A file of records that is being written."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Continue ``path`` behind ``step``: what an interrupted run wrote of later steps comes again."""
+        kept = [record for record in read_records(path) if record["step"] <= step]
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
+        rewritten.replace(path)  # at once: no moment to die at has fewer records
+        self.stream = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.stream.write(_line(record))
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: those become null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
