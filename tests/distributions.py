@@ -72,6 +72,7 @@ def forget_installed() -> None:
     importlib.invalidate_caches()
     catalog._offers.cache_clear()
     declarations.declarations.cache_clear()
+    declarations._parsed.cache_clear()
 
 
 @pytest.fixture

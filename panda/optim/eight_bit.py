@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from typing import Annotated
 from typing import Any
 
-from panda.registry import Meta
+from panda.optim.adam_options import AdamOptions
 from panda.registry import UserError
 from panda.registry import register_optimizer
 from panda.registry.contexts import OptimizerContext
@@ -16,24 +14,14 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class EightBitOptions:
-    """Options of AdamW with 8-bit state."""
-
-    adam_betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.99)
-    """Decay rates of the running means of gradients and of squared gradients."""
-    adam_epsilon: Annotated[float, Meta(gt=0)] = 1e-6
-    """Added to the root of the second moment."""
-
-
-@register_optimizer("adamw8bit", options=EightBitOptions)
-def build_adamw8bit(options: EightBitOptions, context: OptimizerContext) -> torch.optim.Optimizer:
+@register_optimizer("adamw8bit", options=AdamOptions)
+def build_adamw8bit(options: AdamOptions, context: OptimizerContext) -> torch.optim.Optimizer:
     """AdamW whose two means take a byte each, not four; bitsandbytes'. The same as adamw with bit_training."""
     return adamw8bit(context.param_groups, betas=options.adam_betas, eps=options.adam_epsilon)
 
 
-@register_optimizer("paged_adamw8bit", options=EightBitOptions)
-def build_paged_adamw8bit(options: EightBitOptions, context: OptimizerContext) -> torch.optim.Optimizer:
+@register_optimizer("paged_adamw8bit", options=AdamOptions)
+def build_paged_adamw8bit(options: AdamOptions, context: OptimizerContext) -> torch.optim.Optimizer:
     """adamw8bit whose state moves to host memory while a GPU has no room for it; on a CPU the same as adamw8bit."""
     return adamw8bit(context.param_groups, betas=options.adam_betas, eps=options.adam_epsilon, is_paged=True)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from typing import Annotated
 from typing import Literal
 
-from panda.registry import Meta
+from panda.optim.adam_options import AdamOptions
 from panda.registry import register_optimizer
 from panda.registry.contexts import OptimizerContext
 
@@ -16,13 +15,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NVLambOptions:
+class NVLambOptions(AdamOptions):
     """Options of NVLAMB."""
 
-    adam_betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.99)
-    """Decay rates of the running means of gradients and of squared gradients."""
-    adam_epsilon: Annotated[float, Meta(gt=0)] = 1e-6
-    """Added to the root of the second moment."""
     trust_ratio: Literal["all", "decayed"] = "all"
     """Tensors whose step is scaled to their norm: all, or those with weight decay, as apex's FusedLAMB has it."""
 

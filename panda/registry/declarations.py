@@ -23,24 +23,18 @@ class Declaration:
     names: tuple[str, ...]
     summary: str
     keys: frozenset[str]
-    """Fields of its options class, as far as that class and its bases stand in the same file."""
+    """Fields of its options class and of that class's bases, where their sources can be found."""
     line: int
 
 
 @functools.cache
 def declarations(module: str) -> tuple[Declaration, ...]:
     """The components that ``module`` declares; none where its source cannot be found or read."""
-    path = _source_file(module)
-    try:
-        tree = ast.parse(path.read_bytes()) if path else ast.Module([], [])
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return ()
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     found = []
-    for node in tree.body:
+    for node in _parsed(module).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             for decorator in node.decorator_list:
-                declared = _read(decorator, node, classes)
+                declared = _read(decorator, node, module)
                 if declared:
                     found.append(declared)
     return tuple(found)
@@ -48,17 +42,20 @@ def declarations(module: str) -> tuple[Declaration, ...]:
 
 def module_summary(module: str) -> str:
     """First line of the docstring of ``module``, unimported."""
+    return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
+    """The syntax tree of ``module``; an empty one where its source cannot be found or read."""
     path = _source_file(module)
     try:
-        doc = ast.get_docstring(ast.parse(path.read_bytes())) if path else None
+        return ast.parse(path.read_bytes()) if path else ast.Module([], [])
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return ""
-    return (doc or "").partition("\n")[0]
+        return ast.Module([], [])
 
 
-def _read(
-    decorator: ast.expr, node: ast.FunctionDef | ast.ClassDef, classes: dict[str, ast.ClassDef]
-) -> Declaration | None:
+def _read(decorator: ast.expr, node: ast.FunctionDef | ast.ClassDef, module: str) -> Declaration | None:
     if not (isinstance(decorator, ast.Call) and decorator.args and isinstance(decorator.args[0], ast.Constant)):
         return None
     function = decorator.func
@@ -71,20 +68,31 @@ def _read(
     if isinstance(aliases, (ast.Tuple, ast.List)):
         names += [str(item.value) for item in aliases.elts if isinstance(item, ast.Constant)]
     options = arguments.get("options")
-    keys = _field_names(options.id, classes) if isinstance(options, ast.Name) else frozenset()
+    keys = _field_names(module, options.id) if isinstance(options, ast.Name) else frozenset()
     summary = (ast.get_docstring(node) or "").partition("\n")[0]
     return Declaration(called.removeprefix("register_"), tuple(names), summary, keys, node.lineno)
 
 
-def _field_names(name: str, classes: dict[str, ast.ClassDef]) -> frozenset[str]:
-    if name not in classes:
+def _field_names(module: str, name: str, above: frozenset[tuple[str, str]] = frozenset()) -> frozenset[str]:
+    """Fields of the class ``name`` of ``module``, its own or imported, and of its bases; ``above`` is being read."""
+    if (module, name) in above:  # modules that import a name from each other
         return frozenset()
-    node = classes[name]
-    own = {
-        item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    }
-    inherited = (_field_names(base.id, classes) for base in node.bases if isinstance(base, ast.Name))
-    return frozenset(own).union(*inherited)
+    above |= {(module, name)}
+    found: set[str] = set()
+    for node in _parsed(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            fields = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
+            found |= {target.id for target in fields if isinstance(target, ast.Name)}
+            for base in node.bases:
+                if isinstance(base, ast.Name):
+                    found |= _field_names(module, base.id, above)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            source = ".".join([*package, *([node.module] if node.module else [])])
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    found |= _field_names(source, alias.name, above)
+    return frozenset(found)
 
 
 def _source_file(module: str) -> Path | None:

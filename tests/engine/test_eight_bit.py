@@ -11,9 +11,8 @@ from launching import exported_weights
 from launching import losses
 from launching import train_many
 
-from panda.optim.adamw import AdamWOptions
+from panda.optim.adam_options import AdamOptions
 from panda.optim.adamw import build_adamw
-from panda.optim.eight_bit import EightBitOptions
 from panda.optim.eight_bit import build_adamw8bit
 from panda.optim.eight_bit import build_paged_adamw8bit
 from panda.registry import UserError
@@ -59,7 +58,7 @@ def test_bit_training_is_adamw8bit(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_its_means_take_a_byte_and_its_steps_are_near_those_of_adamw(build: object) -> None:
     moved = []
-    for make, options in ((build, EightBitOptions()), (build_adamw, AdamWOptions())):
+    for make, options in ((build, AdamOptions()), (build_adamw, AdamOptions())):
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(64, 128))
         start = parameter.detach().clone()
@@ -69,7 +68,7 @@ def test_its_means_take_a_byte_and_its_steps_are_near_those_of_adamw(build: obje
             parameter.grad = torch.randn(64, 128) + 0.5 * parameter.detach()
             optimizer.step()
         moved.append(parameter.detach() - start)
-        if options == EightBitOptions():
+        if options == AdamOptions():
             sizes = {key: value.dtype for key, value in optimizer.state[parameter].items() if key.startswith("state")}
             assert sizes == {"state1": torch.uint8, "state2": torch.uint8}
     assert float((moved[0] - moved[1]).norm() / moved[1].norm()) < 0.03
@@ -80,6 +79,6 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.Monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     context = OptimizerContext([{"params": [torch.nn.Parameter(torch.ones(1))]}], torch.device("cpu"), True)
-    for build, options in ((build_adamw8bit, EightBitOptions()), (build_adamw, AdamWOptions())):
+    for build, options in ((build_adamw8bit, AdamOptions()), (build_adamw, AdamOptions())):
         with pytest.raises(UserError, match=r"pip install 'panda-train\[gpu\]'"):
             build(options, context)  # type: ignore[operator]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from panda.optim.adamw import AdamWOptions
+from panda.optim.adam_options import AdamOptions
 from panda.optim.adamw import build_adamw
 from panda.registry.contexts import OptimizerContext
 
@@ -30,7 +30,7 @@ def reference(
     return weights
 
 
-def run(options: AdamWOptions, decay: float, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+def run(options: AdamOptions, decay: float, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     """The weights after some steps with a varying rate: panda's, and the reference's."""
     generator = np.random.default_rng(0)
     start = generator.normal(size=(5, 7))
@@ -48,20 +48,20 @@ def run(options: AdamWOptions, decay: float, dtype: torch.dtype) -> tuple[np.nda
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-@pytest.mark.parametrize("options", [AdamWOptions(), AdamWOptions((0.8, 0.95), 1e-2), AdamWOptions((0.0, 0.0), 0.5)])
-def test_adamw_is_its_definition(options: AdamWOptions, decay: float) -> None:
+@pytest.mark.parametrize("options", [AdamOptions(), AdamOptions((0.8, 0.95), 1e-2), AdamOptions((0.0, 0.0), 0.5)])
+def test_adamw_is_its_definition(options: AdamOptions, decay: float) -> None:
     found, expected = run(options, decay, torch.float64)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_adamw_in_float32_is_its_definition_to_rounding() -> None:
-    found, expected = run(AdamWOptions(), 0.3, torch.float32)
+    found, expected = run(AdamOptions(), 0.3, torch.float32)
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-6)
 
 
 def test_the_defaults_are_those_that_pandallm_documents() -> None:
-    assert AdamWOptions().adam_betas == (0.9, 0.99)
-    assert AdamWOptions().adam_epsilon == 1e-6
+    assert AdamOptions().adam_betas == (0.9, 0.99)
+    assert AdamOptions().adam_epsilon == 1e-6
 
 
 def test_each_group_keeps_its_own_rate_and_decay() -> None:
@@ -70,7 +70,7 @@ def test_each_group_keeps_its_own_rate_and_decay() -> None:
         {"params": [parameters[0]], "lr": 0.1, "weight_decay": 0.5},
         {"params": [parameters[1]], "lr": 0.2, "weight_decay": 0.0},
     ]
-    optimizer = build_adamw(AdamWOptions(), OptimizerContext(groups, torch.device("cpu")))
+    optimizer = build_adamw(AdamOptions(), OptimizerContext(groups, torch.device("cpu")))
     for parameter in parameters:
         parameter.grad = torch.zeros(3)
     optimizer.step()
