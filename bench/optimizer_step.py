@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from panda.optim.layerwise import NVLamb
-from panda.registry.contexts import Layout
+from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
 
@@ -55,7 +55,7 @@ def layers_of(shape: str) -> list[list[tuple[int, ...]]]:
     return [[(vocabulary, hidden), (hidden,), (vocabulary, hidden)], *[block] * layers]
 
 
-def groups_of(shape: str, layout: str, device: torch.device) -> tuple[list[dict[str, Any]], Layout]:
+def groups_of(shape: str, layout: str, device: torch.device) -> tuple[list[dict[str, Any]], ParameterLayout]:
     """A group a layer of fp32 tensors with gradients, each parameter or one flat tensor; and what lies where."""
     groups, described = [], []
     for number, layer in enumerate(layers_of(shape)):
@@ -70,7 +70,7 @@ def groups_of(shape: str, layout: str, device: torch.device) -> tuple[list[dict[
             tensors.append(tensor)
             described.append(TensorLayout(tensor, names, tuple(segments)))
         groups.append({"params": tensors})
-    return groups, Layout(tuple(described), lambda squares: squares)
+    return groups, ParameterLayout(tuple(described), lambda squares: squares)
 
 
 def build(kind: str, groups: list[dict[str, Any]], decay: float) -> torch.optim.Optimizer:

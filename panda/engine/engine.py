@@ -24,7 +24,7 @@ from typing import TypeVar
 
 import torch
 
-from panda.engine.layouts import layout_of
+from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.stored_tensor import StoredTensor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from panda.registry.contexts import Layout
+from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
 
@@ -55,7 +55,7 @@ class NVLamb(torch.optim.Optimizer):
         self._row_indices: dict[tuple[torch.Tensor, ...], torch.Tensor] = {}
         self._ratios: dict[torch.Tensor, torch.Tensor] = {}
 
-    def bind(self, layout: Layout) -> None:
+    def bind(self, layout: ParameterLayout) -> None:
         """Learn what lies where in the tensors that it will step."""
         self._layouts = {described.tensor: described for described in layout.tensors}
         self._sum_over_shards = layout.sum_over_shards
@@ -163,9 +163,9 @@ def _gradients(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.grad for tensor in tensors if tensor.grad is not None]
 
 
-def _whole_parameters(groups: list[dict[str, Any]]) -> Layout:
+def _whole_parameters(groups: list[dict[str, Any]]) -> ParameterLayout:
     tensors = [tensor for group in groups for tensor in group["params"]]
-    return Layout(
+    return ParameterLayout(
         tuple(
             TensorLayout(tensor, (str(number),), (Segment(0, 0, tensor.numel(), 0),))
             for number, tensor in enumerate(tensors)

@@ -67,7 +67,7 @@ class OptimizerContext:
 
     DeepSpeed may put flat fp32 tensors, each a rank's part of many parameters, in their place before
     the first step. So make state lazily, in ``step``, of the shape of what is there. An optimizer to
-    which it matters where a parameter begins has a method ``bind(layout: Layout)``: it is called once,
+    which it matters where a parameter begins has a method ``bind(layout: ParameterLayout)``: it is called once,
     before the first step, with what lies where. One that has something to tell of each parameter has a
     method ``observe() -> dict[str, tuple[list[str], torch.Tensor]]``: by name of a quantity, the names of
     parameters and their values. It is called where a record is logged, on rank 0 alone: no collectives.
@@ -106,7 +106,7 @@ class TensorLayout:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParameterLayout:
     """Where the parameters lie in all tensors that an optimizer steps."""
 
     tensors: tuple[TensorLayout, ...]

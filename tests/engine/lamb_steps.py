@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from panda.registry.contexts import Layout
+from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 
 RATE, BETAS, EPSILON, DECAY = 0.01, (0.9, 0.99), 1e-4, 0.1
@@ -127,13 +127,13 @@ def loss_sum(module: nn.Module, batch: Rows) -> torch.Tensor:
     return loss
 
 
-def one_parameter_each(layout: Layout) -> Layout:
+def one_parameter_each(layout: ParameterLayout) -> ParameterLayout:
     """What LAMB takes for true that nobody tells: each tensor that it is given is a layer."""
     described = [
         replace(tensor, parameters=("",), segments=(Segment(0, 0, tensor.tensor.numel(), 0),))
         for tensor in layout.tensors
     ]
-    return Layout(tuple(described), lambda squares: squares)
+    return ParameterLayout(tuple(described), lambda squares: squares)
 
 
 def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
-from panda.engine.layouts import _check_cover
-from panda.engine.layouts import layout_of
+from panda.engine.parameter_layouts import _check_cover
+from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.optim.layerwise import NVLamb
 from panda.registry import UserError

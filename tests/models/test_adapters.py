@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import adapter_training
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 - the customary name
+from adapter_training import LINEAR
+from adapter_training import RANK
+from adapter_training import SEED
+from adapter_training import exported
+from adapter_training import plain_base
+from adapter_training import rows
+from adapter_training import train_plainly
 from launching import ENVIRONMENT
 from launching import losses
 from launching import run_panda
@@ -21,22 +27,16 @@ from launching import zero3_at_once
 from peft import LoraConfig
 from peft import PeftModel
 from peft import get_peft_model
-from safetensors.torch import load_file
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
-from panda.data.order import SampleOrder
-from panda.data.order import Source
 from panda.models.adapters import add_adapters
 from panda.models.adapters import load_adapters
 from panda.models.adapters import merge_adapters
 from panda.registry import UserError
 from panda.run_options import RunOptions
 
-STEPS, STEP_SAMPLES, SEED, RATE, EPSILON, RANK = 10, 8, 7, 1e-2, 1e-4, 4
-SAMPLES = STEPS * STEP_SAMPLES
-ORDER = SampleOrder([Source(SAMPLES, SAMPLES)], SEED)
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
     "lora": ({}, ()),
     "dora": ({"use_dora": True}, ("--use_dora",)),
@@ -62,30 +62,8 @@ RESUMED = (0, 2, 3)
 """ZeRO stages under which a run is resumed."""
 
 
-def rows() -> list[dict[str, str]]:
-    generator = random.Random(1)
-    letters = "abcdefghij "
-    return [
-        {key: "".join(generator.choices(letters, k=generator.randint(1, 20))) for key in ("input", "target")}
-        for _ in range(SAMPLES)
-    ]
-
-
 def arguments(data: Path, output: Path, micro: int, accumulation: int, *more: object) -> list[object]:
-    return [
-        *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48),
-        *("--num_heads", 2, "--instruction_tuning_data_dir", data, "--output_dir", output, "--seed", SEED),
-        *("--per_gpu_train_batch_size", micro, "--gradient_accumulation_steps", accumulation, "--num_workers", 0),
-        *("--learning_rate", RATE, "--max_grad_norm", 0, "--adam_betas", "0.9,0.99", "--adam_epsilon", EPSILON),
-        *("--lr_scheduler", "constant", "--warmup_steps", 0, "-p", "no:tensorboard", "-p", "no:plot"),
-        *("--use_lora", "--lora_r", RANK, "--lora_alpha", 8, *more),
-    ]
-
-
-def plain_base() -> Any:
-    torch.manual_seed(SEED)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=259, rms_norm_eps=1e-6, pad_token_id=0, use_cache=False, **shape))
+    return adapter_training.arguments(SHAPE, data, output, micro, accumulation, "--use_lora", *more)
 
 
 @functools.cache
@@ -95,33 +73,11 @@ def plain_loop(kind: str, *, dropout: float = 0.0) -> tuple[list[float], PeftMod
     In float64; with dropout in float32, since it draws other numbers in float64.
     """
     dtype = torch.float32 if dropout else torch.float64
-    base = plain_base()
+    base = plain_base(SHAPE)
     torch.manual_seed(SEED)
     config = {"target_modules": LINEAR, "lora_dropout": dropout} | KINDS[kind][0]
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=8, task_type="CAUSAL_LM", **config)).to(dtype).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), eps=EPSILON, weight_decay=0.0)
-    torch.manual_seed(SEED)
-    data, history = rows(), []
-    for start in range(0, SAMPLES, STEP_SAMPLES):
-        ids, labels = [], []
-        for position in range(start, start + STEP_SAMPLES):
-            row = data[ORDER.samples(range(position, position + 1))[0]]
-            prompt = [1, *(byte + 3 for byte in (row["input"] + "\n").encode())]
-            answer = [*(byte + 3 for byte in row["target"].encode()), 2]
-            ids.append(torch.tensor(prompt + answer))
-            labels.append(torch.tensor([-100] * len(prompt) + answer))
-        padded = [
-            torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-            for tensors, value in ((ids, 0), (labels, -100))
-        ]
-        logits = model(padded[0]).logits[:, :-1].flatten(0, 1)
-        loss = F.cross_entropy(logits.to(dtype), padded[1][:, 1:].flatten(), ignore_index=-100)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    return history, model
+    return train_plainly(model, dtype), model
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +100,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_many(alone, cwd=folder)
     train_many(together, ranks=2, cwd=folder)
     return folder
-
-
-def exported(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "export" / "adapter_model.safetensors")
 
 
 def named_as_exported(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -193,7 +145,7 @@ print(json.dumps({"ids": ids.tolist(), "logits": logits}))
 
 
 def test_plain_peft_loads_what_a_run_leaves_on_the_base(runs: Path, tmp_path: Path) -> None:
-    plain_base().save_pretrained(tmp_path / "base")
+    plain_base(SHAPE).save_pretrained(tmp_path / "base")
     names = ("lora", "zero3", "dora", "rslora")
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, tmp_path / "base", *(runs / name / "export" for name in names)],
@@ -209,13 +161,13 @@ def test_plain_peft_loads_what_a_run_leaves_on_the_base(runs: Path, tmp_path: Pa
         _, model = plain_loop((ALONE | TOGETHER)[name][0])
         expected = model.eval()(ids).logits
         assert torch.allclose(torch.tensor(logits, dtype=torch.float64), expected, atol=1e-5, rtol=0)
-        assert (expected - plain_base().double()(ids).logits).abs().max() > 1e-2  # the adapters do something
+        assert (expected - plain_base(SHAPE).double()(ids).logits).abs().max() > 1e-2  # the adapters do something
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "rslora"])
 def test_merged_weights_give_the_logits_of_base_and_adapters(runs: Path, name: str) -> None:
     ids = torch.tensor([[1, 100, 101, 102]])
-    adapted = load_adapters(plain_base(), runs / name / "export").eval()
+    adapted = load_adapters(plain_base(SHAPE), runs / name / "export").eval()
     expected = adapted(ids).logits.detach()
     merged, done = merge_adapters(adapted)
     assert type(merged) is LlamaForCausalLM and not any("lora" in key for key in merged.state_dict())
@@ -234,7 +186,7 @@ def test_a_resumed_run_ends_with_the_same_bits(runs: Path, stage: int) -> None:
 def test_checkpoints_and_optimizer_hold_adapters_alone(runs: Path) -> None:
     facts = json.loads((runs / "lora" / "provenance.json").read_text())
     assert facts["trained_parameters"] == sum(tensor.numel() for tensor in exported(runs / "lora").values())
-    assert facts["parameters"] == sum(parameter.numel() for parameter in plain_base().parameters())
+    assert facts["parameters"] == sum(parameter.numel() for parameter in plain_base(SHAPE).parameters())
     state = torch.load(runs / "lora" / "checkpoints" / "step-00000010" / "mp_rank_00_model_states.pt")
     assert all("lora_" in name for name in state["module"])
     assert len(state["optimizer"]["state"]) == len(state["module"]) == len(exported(runs / "lora"))
@@ -253,12 +205,12 @@ def test_adapters_of_another_base_are_an_error_that_says_so(runs: Path, tmp_path
     with pytest.raises(UserError, match="were trained on another base"):
         load_adapters(other, runs / "lora" / "export")
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
-        load_adapters(plain_base(), tmp_path)
+        load_adapters(plain_base(SHAPE), tmp_path)
 
 
 def test_a_layer_that_is_not_there_is_an_error_that_names_those_that_are() -> None:
     with pytest.raises(UserError, match="has no 'query_key_value'; it has down_proj, gate_proj, k_proj, lm_head"):
-        add_adapters(plain_base(), RunOptions(use_lora=True, lora_target_modules=("query_key_value",)))
+        add_adapters(plain_base(SHAPE), RunOptions(use_lora=True, lora_target_modules=("query_key_value",)))
     with pytest.raises(UserError, match=r"output head is not known.*`lora_target_modules`: it has 0, 1\."):
         add_adapters(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)), RunOptions(use_lora=True))
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 from pathlib import Path
 from typing import Any
 
+import adapter_training
 import bitsandbytes
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 - the customary name
+from adapter_training import LINEAR
+from adapter_training import RANK
+from adapter_training import SEED
+from adapter_training import exported
+from adapter_training import plain_base
+from adapter_training import rows
+from adapter_training import train_plainly
 from launching import losses
 from launching import run_panda
 from launching import train_many
@@ -19,13 +25,9 @@ from launching import zero3_at_once
 from peft import LoraConfig
 from peft import PeftModel
 from peft import get_peft_model
-from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
-from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
-from panda.data.order import SampleOrder
-from panda.data.order import Source
 from panda.models.adapters import add_adapters
 from panda.models.adapters import load_adapters
 from panda.models.adapters import merge_adapters
@@ -34,10 +36,6 @@ from panda.models.quantisation import quantise
 from panda.registry import UserError
 from panda.run_options import RunOptions
 
-STEPS, STEP_SAMPLES, SEED, RATE, EPSILON, RANK = 10, 8, 7, 1e-2, 1e-4, 4
-SAMPLES = STEPS * STEP_SAMPLES
-ORDER = SampleOrder([Source(SAMPLES, SAMPLES)], SEED)
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 ALONE = {
     "nf4": ("--precision", "fp32"),
@@ -56,30 +54,9 @@ TOGETHER = {
 RESUMED = {"nf4-zero2": ("--zero_stage", 2), "nf4-zero3": ()}
 
 
-def rows() -> list[dict[str, str]]:
-    generator = random.Random(1)
-    letters = "abcdefghij "
-    return [
-        {key: "".join(generator.choices(letters, k=generator.randint(1, 20))) for key in ("input", "target")}
-        for _ in range(SAMPLES)
-    ]
-
-
 def arguments(data: Path, output: Path, micro: int, accumulation: int, *more: object) -> list[object]:
-    return [
-        *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 64, "--intermediate_size", 128),
-        *("--num_heads", 2, "--instruction_tuning_data_dir", data, "--output_dir", output, "--seed", SEED),
-        *("--per_gpu_train_batch_size", micro, "--gradient_accumulation_steps", accumulation, "--num_workers", 0),
-        *("--learning_rate", RATE, "--max_grad_norm", 0, "--adam_betas", "0.9,0.99", "--adam_epsilon", EPSILON),
-        *("--lr_scheduler", "constant", "--warmup_steps", 0, "-p", "no:tensorboard", "-p", "no:plot"),
-        *("--use_quant", "--lora_r", RANK, "--lora_alpha", 8, *more),
-        *(() if "--lora_dropout" in more else ("--lora_dropout", 0)),
-    ]
-
-
-def plain_base() -> Any:
-    torch.manual_seed(SEED)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=259, rms_norm_eps=1e-6, pad_token_id=0, use_cache=False, **SHAPE))
+    flags = (*more, *(() if "--lora_dropout" in more else ("--lora_dropout", 0)))
+    return adapter_training.arguments(SHAPE, data, output, micro, accumulation, "--use_quant", *flags)
 
 
 @functools.cache
@@ -88,7 +65,7 @@ def plain_loop(folder: Path, bits: int) -> tuple[list[float], PeftModel]:
 
     The base goes through a folder: transformers quantises what it loads.
     """
-    plain_base().save_pretrained(folder)
+    plain_base(SHAPE).save_pretrained(folder)
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,
@@ -100,28 +77,7 @@ def plain_loop(folder: Path, bits: int) -> tuple[list[float], PeftModel]:
     torch.manual_seed(SEED)
     lora = LoraConfig(r=RANK, lora_alpha=8, lora_dropout=0.0, target_modules=LINEAR, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), eps=EPSILON, weight_decay=0.0)
-    data, history = rows(), []
-    for start in range(0, SAMPLES, STEP_SAMPLES):
-        ids, labels = [], []
-        for position in range(start, start + STEP_SAMPLES):
-            row = data[ORDER.samples(range(position, position + 1))[0]]
-            prompt = [1, *(byte + 3 for byte in (row["input"] + "\n").encode())]
-            answer = [*(byte + 3 for byte in row["target"].encode()), 2]
-            ids.append(torch.tensor(prompt + answer))
-            labels.append(torch.tensor([-100] * len(prompt) + answer))
-        padded = [
-            torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-            for tensors, value in ((ids, 0), (labels, -100))
-        ]
-        logits = model(padded[0]).logits[:, :-1].flatten(0, 1)
-        loss = F.cross_entropy(logits, padded[1][:, 1:].flatten(), ignore_index=-100)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    return history, model
+    return train_plainly(model, torch.float32), model
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +100,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_many(alone, cwd=folder)
     train_many(together, ranks=2, cwd=folder)
     return folder
-
-
-def exported(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "export" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("name", [name for name in ALONE | TOGETHER if not name.startswith("bf16")])
@@ -189,7 +141,7 @@ def test_a_checkpoint_holds_nothing_of_the_base(runs: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_merging_dequantises_and_says_so(runs: Path, bits: int) -> None:
     ids = torch.tensor([[1, 100, 101, 102]])
-    base = plain_base()
+    base = plain_base(SHAPE)
     quantise(base, options(bits), torch.device("cpu"))
     adapted = load_adapters(base, runs / ("nf4" if bits == 4 else "int8") / "export").eval()
     expected = adapted(ids).logits.detach()
@@ -198,7 +150,7 @@ def test_merging_dequantises_and_says_so(runs: Path, bits: int) -> None:
     assert all(type(m) is torch.nn.Linear for m in merged.modules() if isinstance(m, torch.nn.Linear))
     # Outside training LLM.int8 rounds activations to 8 bits too; merged weights do not.
     assert torch.allclose(merged(ids).logits, expected, atol=1e-5 if bits == 4 else 1e-2, rtol=0)
-    assert (merged(ids).logits - plain_base()(ids).logits).abs().max() > 1e-2
+    assert (merged(ids).logits - plain_base(SHAPE)(ids).logits).abs().max() > 1e-2
     assert f"dequantised from {bits} bits to float32" in done
     merged.save_pretrained(runs / f"merged{bits}")
     again = LlamaForCausalLM.from_pretrained(runs / f"merged{bits}", dtype=torch.float32)
@@ -211,7 +163,7 @@ def options(bits: int, **more: Any) -> RunOptions:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_all_linear_layers_but_the_head_are_quantised_and_frozen(bits: int) -> None:
-    model = plain_base()
+    model = plain_base(SHAPE)
     quantise(model, options(bits), torch.device("cpu"))
     kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
     quantised = [name for name, module in model.named_modules() if isinstance(module, kind)]
@@ -230,7 +182,7 @@ def test_gradients_are_the_same_after_an_evaluation(precision: str) -> None:
     ids = torch.arange(1, 13).reshape(1, 12)
     gradients = []
     for evaluated in (False, True):
-        model = plain_base()
+        model = plain_base(SHAPE)
         quantise(model, options(4, precision=precision), torch.device("cpu"))
         torch.manual_seed(0)
         adapted = add_adapters(model, options(4))
@@ -250,9 +202,9 @@ def test_gradients_are_the_same_after_an_evaluation(precision: str) -> None:
 
 
 def test_a_model_without_weights_is_filled_one_layer_at_a_time() -> None:
-    reference = plain_base()
+    reference = plain_base(SHAPE)
     with torch.device("meta"):
-        model = plain_base()
+        model = plain_base(SHAPE)
     weights, filled = reference.state_dict(), []
 
     def fill(name: str, layer: torch.nn.Module) -> None:

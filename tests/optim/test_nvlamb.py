@@ -13,8 +13,8 @@ from lamb_reference import ReferenceLamb
 from panda.optim.layerwise import NVLamb
 from panda.optim.nvlamb import NVLambOptions
 from panda.optim.nvlamb import build_nvlamb
-from panda.registry.contexts import Layout
 from panda.registry.contexts import OptimizerContext
+from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
 
@@ -138,7 +138,7 @@ def test_a_tensor_may_hold_parts_of_parameters_and_padding_of_any_content() -> N
     flat = torch.nn.Parameter(torch.tensor(content))
     optimizer = NVLamb([flat], betas=BETAS, eps=EPSILON, weight_decay=0.1)
     segments = (Segment(0, 1, 6, 0), Segment(1, 9, 4, 0))
-    optimizer.bind(Layout((TensorLayout(flat, ("a", "b"), segments),), lambda squares: squares))
+    optimizer.bind(ParameterLayout((TensorLayout(flat, ("a", "b"), segments),), lambda squares: squares))
     for rate in RATES:
         gradients = {name: generator.normal(size=weight.shape) for name, weight in start.items()}
         reference.step(gradients, rate)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from panda.engine.processes import Processes
 from panda.registry import UserError
-from panda.registry.contexts import Layout
+from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
 
@@ -27,7 +27,7 @@ Read = Iterator[tuple[torch.Tensor, Parameters, list[Segment]]]
 """Of each tensor: the parameters that the ranks' tensors hold together, and the segments of this rank."""
 
 
-def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> Layout:
+def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> ParameterLayout:
     """The layout of ``optimizer``, as ``deepspeed.initialize`` returned it for ``module``.
 
     Every rank has to call it, before the first step. Raises UserError where the optimizer is wrapped
@@ -58,7 +58,7 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
         # Under optimizer offload the step runs on the CPU, and the collective still on the GPU.
         return processes.sum_(tensor.to(processes.device)).to(tensor.device) if is_sharded else tensor
 
-    return Layout(tuple(tensors), sum_over_shards)
+    return ParameterLayout(tuple(tensors), sum_over_shards)
 
 
 def _whole(optimizer: Any) -> Read:
