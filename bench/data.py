@@ -42,6 +42,7 @@ def main() -> None:
     preparing = commands.add_parser("prepare")
     preparing.add_argument("--text", type=Path, nargs="+", required=True, help="JSON files of real text")
     preparing.add_argument("--megabytes", type=int, default=1000)
+    preparing.add_argument("--alone", type=int, default=100, help="MB of them that tokenizers alone is timed on")
     preparing.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
     packing = commands.add_parser("packing")
     packing.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
@@ -53,7 +54,7 @@ def main() -> None:
     if arguments.command == "prepare":
         folder = arguments.folder or Path(tempfile.mkdtemp(prefix="panda-bench-"))
         try:
-            measure_preparing(arguments.text, arguments.megabytes, folder)
+            measure_preparing(arguments.text, arguments.megabytes, arguments.alone, folder)
         finally:
             if arguments.folder is None:
                 shutil.rmtree(folder)
@@ -114,7 +115,7 @@ def synthetic(texts: list[str], size: int) -> Iterator[dict[str, str]]:
         yield row
 
 
-def measure_preparing(files: list[Path], megabytes: int, folder: Path) -> None:
+def measure_preparing(files: list[Path], megabytes: int, alone_on: int, folder: Path) -> None:
     texts = strings(files)
     tokenizer = train_tokenizer(texts, folder / "tokenizer")
     data = folder / "data.jsonl"
@@ -123,7 +124,7 @@ def measure_preparing(files: list[Path], megabytes: int, folder: Path) -> None:
     time.sleep(3)  # a file that was just written is hashed at each start
     size = data.stat().st_size
     program = [sys.executable, __file__]
-    alone = _run([*program, "_tokenizers", str(tokenizer), str(data)])
+    alone = _run([*program, "_tokenizers", str(tokenizer), str(data), str(alone_on * 1_000_000)])
     flags = ["--task", "pretrain", "--arch", "llama-tiny", "--pretraining_data_dir", str(data)]
     flags += ["--tokenizer", str(tokenizer), "--token_cache", str(folder / "cache")]
     first = _run([*program, "_prepare", *flags])
@@ -151,14 +152,19 @@ def _peak() -> int:
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def _tokenizers(folder: str, data: str) -> None:
-    """``tokenizers`` on texts that are in memory already, with its own threads: nothing read, kept or written."""
+def _tokenizers(folder: str, data: str, size: str) -> None:
+    """``tokenizers`` on texts that are in memory already, with its own threads: nothing read, kept or written.
+
+    It stops after ``size`` bytes of ``data``: a rate needs no more.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
-    tokens, seconds = 0, 0.0
+    tokens, seconds, read = 0, 0.0, 0
     with open(data) as lines:
-        while block := [json.loads(line) for line in itertools.islice(lines, 1000)]:
+        while read < int(size) and (block := list(itertools.islice(lines, 1000))):
+            read += sum(map(len, block))
+            block = [json.loads(line) for line in block]
             texts = [f"{row['title']}\n{row['content']}" for row in block]
             started = time.perf_counter()
             encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
