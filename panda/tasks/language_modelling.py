@@ -90,6 +90,13 @@ class LanguageModelling(ABC):
         """
         if not texts:
             return []
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # What transformers would do, but for each token's place in the text: that costs a fifth of the time.
+            backend.no_padding()
+            backend.no_truncation()
+            backend.encode_special_tokens = not self.special_tokens_in_text
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = self.tokenizer(
             texts,
             add_special_tokens=False,

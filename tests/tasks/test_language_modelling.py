@@ -98,6 +98,19 @@ def test_special_tokens_spelt_out_in_a_text_are_text(instruct: Any) -> None:
     assert task.encode_prompt(text) == [1, *written, ord("\n") + 3]
 
 
+@pytest.mark.parametrize("template_text", [False, True])
+def test_ids_are_those_that_transformers_gives_whatever_lengths_the_tokenizer_was_saved_with(
+    instruct: Any, tokenizer: Any, template_text: bool
+) -> None:
+    texts = ["<s>no</s> é", "a much longer text", ""]
+    expected = tokenizer(texts, add_special_tokens=False, split_special_tokens=not template_text)["input_ids"]
+    task = instruct([GOOD])
+    task.special_tokens_in_text = template_text
+    task.tokenizer.backend_tokenizer.enable_padding(length=50)
+    task.tokenizer.backend_tokenizer.enable_truncation(5)
+    assert task.encode(texts) == expected
+
+
 def test_a_long_prompt_keeps_its_end_and_leaves_room_for_an_answer(instruct: Any) -> None:
     task = instruct([GOOD], max_seq_length=10)
     encoded = task.encode_prompt("0123456789")
