@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
+from panda.optim import layerwise_torch
 from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
-
-NORM_ROW = 4096
-"""Elements that are summed in fp32 before the sums are summed in float64, on the CPU."""
 
 
 class NVLamb(torch.optim.Optimizer):
@@ -52,7 +50,7 @@ class NVLamb(torch.optim.Optimizer):
         self.adapt = adapt
         self._layouts: dict[torch.Tensor, TensorLayout] = {}
         self._sum_over_shards: Callable[[torch.Tensor], torch.Tensor]
-        self._row_indices: dict[tuple[torch.Tensor, ...], torch.Tensor] = {}
+        self._row_indices: dict[tuple[tuple[torch.Tensor, bool], ...], torch.Tensor] = {}
         self._ratios: dict[torch.Tensor, torch.Tensor] = {}
 
     def bind(self, layout: ParameterLayout) -> None:
@@ -78,89 +76,83 @@ class NVLamb(torch.optim.Optimizer):
                 loss = closure()
         if not self._layouts:
             self.bind(_whole_parameters(self.param_groups))
-        adapting = []
+        adapting, squares = [], []
         for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
-            if tensors:
-                self._replace_gradients_by_updates(tensors, group)
-            if self.adapt == "all" or group["weight_decay"] != 0:
-                adapting += [(tensor, group["lr"]) for tensor in group["params"]]
-            elif tensors:
-                torch._foreach_add_(tensors, _gradients(tensors), alpha=-group["lr"])
+            stepped = [self._layouts[tensor] for tensor in group["params"] if tensor.grad is not None]
+            adapts = self.adapt == "all" or group["weight_decay"] != 0
+            if adapts:
+                adapting += [(self._layouts[tensor], group["lr"]) for tensor in group["params"]]
+            if not stepped:
+                continue
+            states = [self._state_of(layout.tensor) for layout in stepped]
+            arithmetic = _arithmetic(stepped)
+            found = arithmetic.replace_gradients(stepped, states, group)
+            for state in states:
+                state["step"] += 1
+            if adapts:
+                squares.append(found)
+            else:
+                arithmetic.move(stepped, group["lr"], torch.ones_like(found[:, 0]))
         if adapting:
-            self._move_by_trust_ratios(adapting)
+            self._move_by_trust_ratios(adapting, squares)
         return loss
 
-    def _replace_gradients_by_updates(self, tensors: list[torch.Tensor], group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        for tensor in tensors:
-            state = self.state[tensor]
-            if not state:
-                state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(tensor)
-                state["exp_avg_sq"] = torch.zeros_like(tensor)
-        states = [self.state[tensor] for tensor in tensors]
-        gradients = _gradients(tensors)
-        # torch's fused kernel, with the gradient in the place of the weight too. A rate and a decay of
-        # -1 make of it g - (-1)(-1) g + m / (sqrt(v) + eps), and the first two are 0, exactly: one pass
-        # over memory, and none of it new.
-        adamw(
-            gradients,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [torch.full((), float(state["step"]), device=state["exp_avg"].device) for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=-1.0,
-            weight_decay=-1.0,
-            eps=group["eps"],
-            maximize=False,
-        )
-        for state in states:
-            state["step"] += 1
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(gradients, tensors, alpha=group["weight_decay"])
+    def _state_of(self, tensor: torch.Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[tensor]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(tensor)
+            state["exp_avg_sq"] = torch.zeros_like(tensor)
+        return state
 
-    def _move_by_trust_ratios(self, adapting: list[tuple[torch.Tensor, float]]) -> None:
+    def _move_by_trust_ratios(
+        self, adapting: list[tuple[TensorLayout, float]], squares_of_segments: list[torch.Tensor]
+    ) -> None:
         """Move each tensor, given with its rate, by its update times the ratio of each parameter in it."""
-        described = [self._layouts[tensor] for tensor, _ in adapting]
-        counts = [len(layout.parameters) for layout in described]
-        stretches = [_stretches(layout) for layout in described]
-        weights = [weight for pairs in stretches for weight, _ in pairs]
-        updates = [update for pairs in stretches for _, update in pairs]
-        squares = torch.zeros(sum(counts), 2, dtype=torch.float64, device=adapting[0][0].device)
-        if weights:
-            rows = self._rows(described)
-            squares.index_add_(0, rows, torch.stack([_squared_norms(weights), _squared_norms(updates)], dim=1))
+        counts = [len(layout.parameters) for layout, _ in adapting]
+        rows = self._rows([layout for layout, _ in adapting])
+        squares = torch.zeros(sum(counts), 2, dtype=torch.float64, device=rows.device)
+        if squares_of_segments:
+            squares.index_add_(0, rows, torch.cat(squares_of_segments))
         weight_norm, update_norm = self._sum_over_shards(squares).sqrt().unbind(1)
         ratios = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
-        if weights:
-            factors = list(ratios[rows].to(weights[0].dtype).unbind())
-            for (_, rate), pairs in zip(adapting, stretches, strict=True):
-                for weight, update in pairs:
-                    weight.addcmul_(update, factors.pop(0), value=-rate)
+        stepped = [(layout, rate) for layout, rate in adapting if layout.tensor.grad is not None]
+        factors = torch.split_with_sizes(ratios[rows], [len(layout.segments) for layout, _ in stepped])
+        for (layout, rate), own in zip(stepped, factors, strict=True):
+            _arithmetic([layout]).move([layout], rate, own)
         parts = torch.split_with_sizes(ratios, counts)
-        self._ratios |= {tensor: part for (tensor, _), part in zip(adapting, parts, strict=True)}
+        self._ratios |= {layout.tensor: part for (layout, _), part in zip(adapting, parts, strict=True)}
 
     def _rows(self, layouts: list[TensorLayout]) -> torch.Tensor:
         """For each segment that has a gradient, the row of its parameter among all that ``layouts`` name."""
-        key = tuple(layout.tensor for layout in layouts if layout.tensor.grad is not None)
+        key = tuple((layout.tensor, layout.tensor.grad is None) for layout in layouts)
         if key not in self._row_indices:
             rows, before = [], 0
             for layout in layouts:
                 if layout.tensor.grad is not None:
                     rows += [before + segment.parameter for segment in layout.segments]
                 before += len(layout.parameters)
-            self._row_indices[key] = torch.tensor(rows, device=key[0].device)  # once: it waits for the device
+            device = layouts[0].tensor.device
+            self._row_indices[key] = torch.tensor(rows, dtype=torch.long, device=device)  # once: it waits for it
         return self._row_indices[key]
 
 
-def _gradients(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+def _arithmetic(layouts: list[TensorLayout]) -> Any:
+    """The module that has the arithmetic for such tensors."""
+    fits = all(
+        layout.tensor.is_cuda and layout.tensor.dtype == torch.float32 and layout.tensor.is_contiguous()
+        for layout in layouts
+    )
+    return _kernels() if fits else layerwise_torch
+
+
+@cache
+def _kernels() -> Any:
+    try:
+        from panda.optim import layerwise_triton
+    except ImportError:  # a torch without triton
+        return layerwise_torch
+    return layerwise_triton
 
 
 def _whole_parameters(groups: list[dict[str, Any]]) -> ParameterLayout:
@@ -172,31 +164,3 @@ def _whole_parameters(groups: list[dict[str, Any]]) -> ParameterLayout:
         ),
         lambda squares: squares,
     )
-
-
-def _stretches(layout: TensorLayout) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The weights and the updates of each segment, if there are any."""
-    tensor, gradient = layout.tensor, layout.tensor.grad
-    if gradient is None:
-        return []
-    return [
-        (tensor, gradient)  # of any shape and strides
-        if segment.length == tensor.numel()
-        else (tensor.narrow(0, segment.start, segment.length), gradient.narrow(0, segment.start, segment.length))
-        for segment in layout.segments
-    ]
-
-
-def _squared_norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """float64 [len(tensors)]."""
-    if not tensors[0].is_cpu:
-        return torch.stack(torch._foreach_norm(tensors, dtype=torch.float64)).square()
-    # On the CPU torch sums one fp32 after another: off by 3e-3 at the size of a LLaMA-7B matrix. Asked
-    # for float64 it is right, and twenty times slower than rows of fp32 sums, summed in float64.
-    return torch.stack([_squared_norm(tensor.reshape(-1)) for tensor in tensors])
-
-
-def _squared_norm(flat: torch.Tensor) -> torch.Tensor:
-    whole = flat.numel() // NORM_ROW * NORM_ROW
-    rows: torch.Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1)
-    return rows.double().square().sum() + flat[whole:].double().square().sum()

@@ -91,7 +91,7 @@ class Segment:
     """First element of the stretch, in the flattened parameter."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorLayout:
     """What lies where in one tensor that an optimizer steps: a whole parameter, or this rank's part of some.
 
