@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 8000
-SAMPLES_A_STEP = 32
 SMALL_MODEL = ("--arch", "llama-tiny", "--num_layers", "2", "--hidden_size", "64", "--intermediate_size", "128")
 """A step of it over padded rows takes seconds on one core, not minutes."""
+GPU_MODEL = ("--arch", "llama-125m")
 LENGTH = 2048
 WARM_STEPS = 1
 
@@ -48,6 +48,8 @@ def main() -> None:
     packing.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
     packing.add_argument("--text", type=Path, nargs="+", help="to train the tokenizer on; by default the data")
     packing.add_argument("--seconds", type=float, default=60, help="for each configuration")
+    packing.add_argument("--samples", type=int, default=32, help="in an optimizer step, a multiple of --micro's")
+    packing.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="micro batches to try")
     arguments = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores,", end=" ")
     print(f"load {os.getloadavg()[0]:.1f}, {_versions()}\n", flush=True)
@@ -59,7 +61,7 @@ def main() -> None:
             if arguments.folder is None:
                 shutil.rmtree(folder)
     else:
-        measure_packing(arguments.data, arguments.text or [arguments.data], arguments.seconds)
+        measure_packing(arguments)
 
 
 def _versions() -> str:
@@ -191,7 +193,7 @@ def _prepare(flags: list[str]) -> None:
 # -- packing ----------------------------------------------------------------------------------
 
 
-def measure_packing(data: Path, text: list[Path], seconds: float) -> None:
+def measure_packing(arguments: argparse.Namespace) -> None:
     import torch
 
     from panda.assembly import build_task
@@ -201,38 +203,43 @@ def measure_packing(data: Path, text: list[Path], seconds: float) -> None:
     from panda.cli.configuration import configure
     from panda.engine.processes import join_processes
 
+    processes = join_processes()
+    on_gpu = processes.device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer(strings(text), Path(folder) / "tokenizer")
-        flags = [*SMALL_MODEL, "--instruction_tuning_data_dir", str(data), "--tokenizer", str(tokenizer)]
-        flags += ["--max_seq_length", str(LENGTH), "--token_cache", f"{folder}/cache", "--seed", "1"]
+        tokenizer = train_tokenizer(strings(arguments.text or [arguments.data]), Path(folder) / "tokenizer")
+        flags = [*(GPU_MODEL if on_gpu else SMALL_MODEL), "--instruction_tuning_data_dir", str(arguments.data)]
+        flags += ["--tokenizer", str(tokenizer), "--token_cache", f"{folder}/cache"]
+        flags += ["--max_seq_length", str(LENGTH), "--seed", "1"]
         resolved, _ = configure(parse_arguments(flags))
         loaded = load_tokenizer(resolved.core.tokenizer)
         task = build_task(resolved, loaded)
         dataset = task.dataset()
-        processes = join_processes()
         torch.manual_seed(0)
         model = resolved.components["model"].build(model_context(resolved, loaded), torch.nn.Module)
-        model = model.to(processes.device)
+        model = model.to(processes.device, torch.bfloat16 if on_gpu else torch.float32)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        device = torch.cuda.get_device_name() if on_gpu else "the CPU"
         print(
-            f"{len(dataset):,} samples, {dataset.tokens / len(dataset):.0f} tokens each, a LLaMA of two layers of 64 on"
-            f" {processes.device}, {SAMPLES_A_STEP} samples a step, max_seq_length {LENGTH}"
+            f"{len(dataset):,} samples, {dataset.tokens / len(dataset):.0f} tokens each, a LLaMA of {parameters:,}"
+            f" parameters on {device}, {arguments.samples} samples a step, max_seq_length {LENGTH}"
         )
         print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
-        grouped = [("grouped", micro) for micro in (1, 2, 4, 8, 16)]
-        cases = [("padded to max_seq_length", 2), *grouped, *(("packed", micro) for micro in (1, 2, 4, 8, 16))]
+        cases = [("padded to max_seq_length", 2 if not on_gpu else 16)]
+        cases += [(batching, micro) for batching in ("grouped", "packed") for micro in arguments.micro]
         best: dict[str, float] = {}
         for batching, micro in cases:
-            rate, wait, filled = _steps(task, dataset, resolved.core, model, processes.device, batching, micro, seconds)
+            layout = _layout(dataset, resolved.core, batching, micro, arguments.samples)
+            rate, wait, filled = _steps(task, layout, model, processes.device, batching, arguments.seconds)
             best[batching] = max(best.get(batching, 0.0), rate)
             print(f"| {batching} | {micro} | {rate:,.0f} | {wait:.2%} | {filled:.1%} |", flush=True)
         print(f"\npacked / padded to max_seq_length: {best['packed'] / best['padded to max_seq_length']:.2f}")
         print(f"packed / grouped at its best micro batch: {best['packed'] / best['grouped']:.2f}")
         for workers in (0, 2):
-            rate = _loader(dataset, resolved.core, workers)
+            rate = _loader(_layout(dataset, resolved.core, "packed", 1, arguments.samples), workers)
             print(f"loader alone, packed, {workers} workers: {rate:,.0f} tokens/s")
 
 
-def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
+def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int) -> Any:
     from dataclasses import replace
 
     from panda.assembly import lay_out
@@ -240,7 +247,7 @@ def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
     options = replace(
         options,
         per_gpu_train_batch_size=micro,
-        gradient_accumulation_steps=SAMPLES_A_STEP // micro,
+        gradient_accumulation_steps=samples // micro,
         batching="padded" if batching.startswith("padded") else batching,
         num_train_epochs=100.0,
     )
@@ -248,14 +255,13 @@ def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
 
 
 def _steps(
-    task: Any, dataset: Any, options: Any, model: Any, device: Any, batching: str, micro: int, seconds: float
+    task: Any, layout: Any, model: Any, device: Any, batching: str, seconds: float
 ) -> tuple[float, float, float]:
     """Supervised tokens a second of forward, backward and optimizer; share of time waiting; share of data in rows."""
     import torch
 
     from panda.data.batches import step_batches
 
-    layout = _layout(dataset, options, batching, micro)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = step_batches(
         layout, rank=0, pad_token_id=0, num_workers=2, prefetch_factor=2, pin_memory=device.type == "cuda"
@@ -304,12 +310,12 @@ def _settle(device: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _loader(dataset: Any, options: Any, workers: int) -> float:
+def _loader(layout: Any, workers: int) -> float:
     """Tokens a second that come out of the loader where nobody holds it up."""
     from panda.data.batches import step_batches
 
     batches = step_batches(
-        _layout(dataset, options, "packed", 1),
+        layout,
         rank=0,
         pad_token_id=0,
         num_workers=workers,
