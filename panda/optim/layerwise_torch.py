@@ -19,8 +19,17 @@ def replace_gradients(layouts: list[TensorLayout], states: list[dict[str, Any]],
     ``states`` have ``step`` as it was before. Returns float64 [segments of all, 2]: the squared norms
     of the weights and of the updates.
     """
-    tensors = [layout.tensor for layout in layouts]
-    gradients = [_gradient(tensor) for tensor in tensors]
+    weights, gradients, means, squares = ([] for _ in range(4))
+    steps = []
+    for layout, state in zip(layouts, states, strict=True):
+        weights += _stretches(layout, layout.tensor)
+        gradients += _stretches(layout, _gradient(layout.tensor))
+        means += _stretches(layout, state["exp_avg"])
+        squares += _stretches(layout, state["exp_avg_sq"])
+        steps += [float(state["step"])] * len(layout.segments)
+    device = layouts[0].tensor.device
+    if not weights:
+        return torch.zeros(0, 2, dtype=torch.float64, device=device)
     beta1, beta2 = group["betas"]
     # torch's fused kernel, with the gradient in the place of the weight too. A rate and a decay of
     # -1 make of it g - (-1)(-1) g + m / (sqrt(v) + eps), and the first two are 0, exactly: one pass
@@ -28,10 +37,10 @@ def replace_gradients(layouts: list[TensorLayout], states: list[dict[str, Any]],
     adamw(
         gradients,
         gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        means,
+        squares,
         [],
-        [torch.full((), float(state["step"]), device=state["exp_avg"].device) for state in states],
+        [torch.full((), step, device=device) for step in steps],
         fused=True,
         amsgrad=False,
         beta1=beta1,
@@ -42,18 +51,15 @@ def replace_gradients(layouts: list[TensorLayout], states: list[dict[str, Any]],
         maximize=False,
     )
     if group["weight_decay"] != 0:
-        torch._foreach_add_(gradients, tensors, alpha=group["weight_decay"])
-    stretches = [pair for layout in layouts for pair in _stretches(layout)]
-    if not stretches:
-        return torch.zeros(0, 2, dtype=torch.float64, device=tensors[0].device)
-    weights, updates = ([pair[side] for pair in stretches] for side in (0, 1))
-    return torch.stack([_squared_norms(weights), _squared_norms(updates)], dim=1)
+        torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
+    return torch.stack([_squared_norms(weights), _squared_norms(gradients)], dim=1)
 
 
 def move(layouts: list[TensorLayout], rate: float, factors: torch.Tensor) -> None:
     """Move each segment's weights by its update, times ``-rate`` and its one of ``factors`` [segments of all]."""
-    stretches = [pair for layout in layouts for pair in _stretches(layout)]
-    for (weight, update), factor in zip(stretches, factors.to(layouts[0].tensor.dtype), strict=True):
+    weights = [stretch for layout in layouts for stretch in _stretches(layout, layout.tensor)]
+    updates = [stretch for layout in layouts for stretch in _stretches(layout, _gradient(layout.tensor))]
+    for weight, update, factor in zip(weights, updates, factors.to(layouts[0].tensor.dtype), strict=True):
         weight.addcmul_(update, factor, value=-rate)
 
 
@@ -62,13 +68,13 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.grad
 
 
-def _stretches(layout: TensorLayout) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The weights and the updates of each segment."""
-    tensor, gradient = layout.tensor, _gradient(layout.tensor)
+def _stretches(layout: TensorLayout, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The segments of ``tensor``, which is laid out so. What lies between them is DeepSpeed's, and is not touched:
+    with one parameter in a sub-group, the gradient of ZeRO-3 is the buffer whose norm it takes, padding included."""
     return [
-        (tensor, gradient)  # of any shape and strides
+        tensor  # of any shape and strides
         if segment.length == tensor.numel()
-        else (tensor.narrow(0, segment.start, segment.length), gradient.narrow(0, segment.start, segment.length))
+        else tensor.narrow(0, segment.start, segment.length)
         for segment in layout.segments
     ]
 
