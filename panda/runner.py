@@ -159,7 +159,7 @@ def _build(
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
     checkpoint = processes.agree(lambda: find_directory(resolved)[1])
-    progress = read_progress(checkpoint, _shape(resolved, processes, dataset)) if checkpoint else START
+    progress = read_progress(checkpoint, _shape(resolved, dataset)) if checkpoint else START
     layout = lay_out(options, dataset, processes.world_size, progress)
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
@@ -178,8 +178,11 @@ def _build(
     if layout.packed:
         refuse_leaking(engine.evaluating(), model_name, len(task.tokenizer), processes.device)
     directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
-    if checkpoint:
-        load_checkpoint(engine, checkpoint)
+    if checkpoint and not load_checkpoint(engine, checkpoint):
+        # The random numbers of ranks that are no more, or were not yet, are nobody's: a stretch of new ones.
+        seed_random(options.seed + processes.rank + progress.step * processes.world_size)
+        if processes.rank == 0:
+            print(f"{checkpoint}: spread anew, since ranks or ZeRO stage are others: exact to rounding", flush=True)
     if processes.rank == 0:
         if checkpoint and checkpoint.parent == directory / "checkpoints":
             for path in set_aside_later(checkpoint):
@@ -229,7 +232,7 @@ def _train(run: Run) -> None:
             engine,
             run.directory / "checkpoints",
             progress(),
-            _shape(run.resolved, run.processes, run.dataset),
+            _shape(run.resolved, run.dataset),
             keep=options.save_total_limit,
         )
         run.checkpoints.append(path)
@@ -305,7 +308,7 @@ def _finish(run: Run) -> None:
         (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict[str, Any]:
+def _shape(resolved: Resolved, dataset: SampleSet) -> dict[str, Any]:
     """What a checkpoint's run and one that continues it have to agree on."""
     adapters = ", ".join(f"{key} {getattr(resolved.core, key)}" for key in LORA_KEYS)
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
@@ -317,8 +320,6 @@ def _shape(resolved: Resolved, processes: Processes, dataset: SampleSet) -> dict
             for key, value in asdict(resolved.components[kind].options).items()
         },
         "weight_decay": resolved.core.weight_decay,
-        "ranks": processes.world_size,
-        "zero_stage": resolved.core.zero,
         "precision": resolved.core.precision,
         "bit_training": resolved.core.bit_training,
         "weight_decay_on": resolved.core.weight_decay_on,

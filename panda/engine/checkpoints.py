@@ -22,6 +22,9 @@ from panda.engine.checkpoint_folders import MANIFEST
 from panda.engine.checkpoint_folders import Progress
 from panda.engine.checkpoint_folders import complete_checkpoints
 from panda.engine.engine import Engine
+from panda.engine.redistribution import describe_layout
+from panda.engine.redistribution import layout_file
+from panda.engine.redistribution import redistribute
 from panda.registry import UserError
 
 
@@ -42,6 +45,8 @@ def save_checkpoint(
     processes.barrier()
     engine.save(folder, temporary.name)
     torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
+    if layout := describe_layout(engine):
+        layout_file(temporary, processes.rank).write_text(json.dumps(layout) + "\n", encoding="utf-8")
     processes.barrier()
     if processes.rank == 0:
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
@@ -67,11 +72,28 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
-    """Put weights, optimizer and this rank's random state back as they were. Loads pickles: trust the path."""
+def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
+    """Put weights, optimizer and this rank's random state back. Loads pickles: trust the path.
+
+    Where ranks, ZeRO stage and the like are what they were, it is to the bit. Where they are not, each
+    rank gets what is its own now; random state is left as it is then, and the result is False.
+    """
+    if not _is_as_saved(engine, checkpoint):
+        redistribute(engine, checkpoint)
+        return False
     if not engine.load(checkpoint.parent, checkpoint.name):
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
     _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
+    return True
+
+
+def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
+    """Whether every rank holds what the rank of its number held."""
+    ranks = len(list(checkpoint.glob("random-*.pt")))
+    file = layout_file(checkpoint, engine.processes.rank)
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    same = ranks == engine.processes.world_size and saved == describe_layout(engine)
+    return engine.processes.all_(same)
 
 
 def _sync(path: Path) -> None:

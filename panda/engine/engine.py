@@ -27,6 +27,7 @@ import torch
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.registry import UserError
+from panda.registry.contexts import TensorLayout
 from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
 
@@ -79,11 +80,11 @@ class Engine:
                 raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
         # What DeepSpeed writes of the module. Left to itself it would keep the scales of frozen quantised weights.
         self.deepspeed.module_state_dict = lambda **_: {
-            name: tensor.detach() for name, tensor in _trained_state(self.module).items()
+            name: tensor.detach() for name, tensor in trained_state(self.module).items()
         }
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
-        self._own_optimizer = optimizer
+        self.own_optimizer = optimizer  # what ``self.optimizer`` may be wrapped around
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -129,11 +130,11 @@ class Engine:
     @property
     def optimizer_observes(self) -> bool:
         """Whether the optimizer has something to tell of each parameter."""
-        return hasattr(self._own_optimizer, "observe")
+        return hasattr(self.own_optimizer, "observe")
 
     def observations(self) -> dict[str, dict[str, float]]:
         """What the optimizer tells of each parameter at its last step: by quantity, by name. Waits for the device."""
-        observe = getattr(self._own_optimizer, "observe", dict)
+        observe = getattr(self.own_optimizer, "observe", dict)
         return {
             quantity: dict(zip(names, values.tolist(), strict=True)) for quantity, (names, values) in observe().items()
         }
@@ -151,7 +152,7 @@ class Engine:
         leaves out what is frozen.
         """
         state: dict[str, torch.Tensor] = (
-            _trained_state(self.module) if trained_only else self.module.state_dict(keep_vars=True)
+            trained_state(self.module) if trained_only else self.module.state_dict(keep_vars=True)
         )
         names: dict[int, str] = {}
         for name, tensor in state.items():
@@ -178,8 +179,21 @@ class Engine:
     def load(self, folder: Path, tag: str) -> bool:
         """Put back what ``save`` wrote; False where nothing was."""
         with redirect_stdout(io.StringIO()):  # DeepSpeed names its internal formats
-            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained_state)
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_loadtrained_state)
         return loaded is not None
+
+    @torch.no_grad()
+    def take_partitions_from(self, masters: list[TensorLayout]) -> None:
+        """Under ZeRO-3, make each rank's part of each weight again from its ``masters``. Every rank has to call it."""
+        if not hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
+            return
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        self.optimizer.checkpoint_event_prologue()  # small weights are whole on each rank: spread them for now
+        for layout in masters:
+            for segment in layout.segments:
+                part = parameters[layout.parameters[segment.parameter]].ds_tensor
+                part[: segment.length] = layout.tensor[segment.start : segment.start + segment.length].to(part)
+        self.optimizer.checkpoint_event_epilogue()
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
@@ -200,7 +214,7 @@ class Engine:
         return norm, finite
 
 
-def _trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What of the state dict of ``module`` training changes: parameters that are not frozen, and buffers."""
     state: dict[str, torch.Tensor] = {
         name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
@@ -213,9 +227,9 @@ def _trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _load_trained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+def _loadtrained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     """Copy ``src`` to the tensors of ``dst`` that it came from. The parameter names are those DeepSpeed calls with."""
-    state = _trained_state(dst)
+    state = trained_state(dst)
     if src.keys() != state.keys():
         differing = ", ".join(sorted(src.keys() ^ state.keys())[:5])
         raise UserError(f"the checkpoint is of another model: one of them has not {differing}.")

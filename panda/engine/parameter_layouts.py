@@ -33,25 +33,17 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
     Every rank has to call it, before the first step. Raises UserError where the optimizer is wrapped
     in a way that is not known here, and RuntimeError where DeepSpeed does not do what it did.
     """
-    name = "none" if isinstance(optimizer, torch.optim.Optimizer) else type(optimizer).__name__
-    if name not in _READERS:
-        raise UserError(
-            f"optimizer: it needs to know where each parameter lies, and DeepSpeed has put them into a {name}, which"
-            " is not known to panda. Take what asks for it out of `deepspeed_config`, or use `optimizer: adamw`."
-        )
+    wrapper, tensors = read_layout(module, optimizer)
     if getattr(optimizer, "has_moe_layers", False):
         raise UserError("optimizer: the experts of a mixture are spread over other ranks each; use `optimizer: adamw`.")
-    read, is_sharded = _READERS[name]
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    tensors = []
-    for tensor, parameters, segments in read(optimizer):
-        if tensor.dtype not in (torch.float32, torch.float64):
+    for layout in tensors:
+        if layout.tensor.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                f"optimizer: norms of layers need master weights in fp32, and DeepSpeed keeps them in {tensor.dtype}."
-                " Take what asks for it out of `deepspeed_config`, or use `optimizer: adamw`."
+                "optimizer: norms of layers need master weights in fp32, and DeepSpeed keeps them in"
+                f" {layout.tensor.dtype}. Take what asks for it out of `deepspeed_config`, or use `optimizer: adamw`."
             )
-        tensors.append(TensorLayout(tensor, tuple(names[parameter] for parameter in parameters), tuple(segments)))
-    _check_values(module, tensors)
+    _, is_sharded = _READERS[wrapper]
+    check_values(module, tensors)
     _check_cover(module, _gather(tensors, processes) if is_sharded else [_described(tensors)])
 
     def sum_over_shards(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,6 +51,25 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
         return processes.sum_(tensor.to(processes.device)).to(tensor.device) if is_sharded else tensor
 
     return ParameterLayout(tuple(tensors), sum_over_shards)
+
+
+def read_layout(module: torch.nn.Module, optimizer: Any) -> tuple[str, list[TensorLayout]]:
+    """The name of the wrapper around ``optimizer`` ("none" without one), and what lies where in this rank's tensors.
+
+    Nothing is checked. Raises UserError where the wrapper is not known.
+    """
+    wrapper = "none" if isinstance(optimizer, torch.optim.Optimizer) else type(optimizer).__name__
+    if wrapper not in _READERS:
+        raise UserError(
+            f"optimizer: it needs to know where each parameter lies, and DeepSpeed has put them into a {wrapper}, which"
+            " is not known to panda. Take what asks for it out of `deepspeed_config`, or use `optimizer: adamw`."
+        )
+    read, _ = _READERS[wrapper]
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return wrapper, [
+        TensorLayout(tensor, tuple(names[parameter] for parameter in parameters), tuple(segments))
+        for tensor, parameters, segments in read(optimizer)
+    ]
 
 
 def _whole(optimizer: Any) -> Read:
@@ -180,8 +191,8 @@ def _check_cover(module: torch.nn.Module, everyone: list[Described]) -> None:
             )
 
 
-def _check_values(module: torch.nn.Module, tensors: list[TensorLayout]) -> None:
-    """Raise RuntimeError unless each segment holds the values of the parameter that it is said to be of."""
+def check_values(module: torch.nn.Module, tensors: list[TensorLayout]) -> None:
+    """Raise RuntimeError unless each segment holds the parameter that it is said to be of, or its master weights."""
     parameters = dict(module.named_parameters())
     for layout in tensors:
         flat = layout.tensor.detach().reshape(-1)
@@ -193,7 +204,8 @@ def _check_values(module: torch.nn.Module, tensors: list[TensorLayout]) -> None:
                 held = parameter.ds_tensor
                 first = segment.source
             expected = held[segment.source - first : segment.source - first + segment.length]
-            if not torch.equal(flat[segment.start : segment.start + segment.length], expected.to(flat)):
+            found = flat[segment.start : segment.start + segment.length]
+            if not torch.equal(found.to(expected), expected):
                 raise RuntimeError(
                     f"{name}: elements {segment.source} to {segment.source + segment.length} are not where panda looks"
                     " for them in DeepSpeed's optimizer. Its layout is not the one that panda knows."

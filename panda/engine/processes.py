@@ -42,6 +42,12 @@ class Processes:
         result: Result = held[0]
         return result
 
+    def all_(self, here: bool) -> bool:
+        """Whether ``here`` is true on every rank. Waits for all of them."""
+        everywhere: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everywhere, here)
+        return all(everywhere)
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over all ranks, in place. Does not wait for a GPU."""
         if self.world_size > 1:
