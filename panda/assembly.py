@@ -14,6 +14,7 @@ import torch
 from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
+from panda.data.order import Source
 from panda.data.reading import Reader
 from panda.data.reading import tokenizer_folder
 from panda.data.token_cache import cache_folder
@@ -45,6 +46,9 @@ from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import put
 from panda.tasks.language_modelling import LanguageModelling
 
+EVALUATED_TOGETHER = 16
+"""Micro batches of an evaluation, on each rank, whose samples are laid out in rows together and held in memory."""
+
 
 def load_tokenizer(location: str) -> Any:
     """The Hugging Face tokenizer in the folder that ``location`` means. Raises UserError where there is none."""
@@ -71,6 +75,15 @@ def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
     return task
 
 
+def build_evaluation_task(resolved: Resolved, task: LanguageModelling) -> LanguageModelling | None:
+    """``task`` over the data that ``resolved`` is evaluated on; None where it names none.
+
+    Raises UserError where that is not there.
+    """
+    location = resolved.core.eval_data_dir
+    return None if location is None else task.reading(location, "eval_data_dir")
+
+
 def lay_out(
     options: RunOptions, dataset: SampleSet, ranks: int, progress: Progress = START, *, batching: str | None = None
 ) -> Layout:
@@ -87,6 +100,23 @@ def lay_out(
         start_position=progress.position,
     )
     return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
+
+
+def lay_out_evaluation(options: RunOptions, dataset: SampleSet, ranks: int) -> Layout:
+    """How an evaluation goes through ``dataset``: each sample once, and each rank through as many micro batches.
+
+    Rows are packed where those of the run are, and otherwise grouped by length, which loses nothing here.
+    """
+    order = SampleOrder([Source(len(dataset), len(dataset))], seed=0)
+    plan = BatchPlan(
+        samples=len(dataset),
+        micro_batch=options.per_gpu_eval_batch_size,
+        accumulation=EVALUATED_TOGETHER,
+        ranks=ranks,
+        epochs=1,
+    )
+    batching = "packed" if options.batching == "packed" else "grouped"
+    return Layout(dataset, order, plan, batching, options.max_seq_length)
 
 
 def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:

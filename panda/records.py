@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.data.batches import Batch
 from panda.engine.checkpoint_folders import Progress
 from panda.engine.engine import StepResult
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Clock:
@@ -68,6 +72,18 @@ def log_record(
         "skipped_steps": progress.skipped_steps,
         **clock.rates(progress),
         **_summary(observations),
+    }
+
+
+def evaluation_record(step: int, loss: torch.Tensor, counts: torch.Tensor, begun: float) -> dict[str, Any]:
+    """What ``panda_evaluation`` is given, of an evaluation that began at ``begun``."""
+    tokens, supervised = counts.tolist()  # waits for the device
+    return {
+        "step": step,
+        "eval_loss": float(loss),
+        "eval_tokens": int(tokens),
+        "eval_supervised_tokens": int(supervised),
+        "eval_seconds": round(time.perf_counter() - begun, 3),
     }
 
 

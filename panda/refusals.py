@@ -63,6 +63,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "`max_steps: -1` for no limit, or a number of steps",
     ),
     Refusal(
+        "eval_steps without eval_data_dir",
+        lambda run: run.eval_steps > 0 and run.eval_data_dir is None,
+        "there is nothing to evaluate on",
+        "name data that is not trained on with `eval_data_dir`, or leave it out",
+    ),
+    Refusal(
         "base_path, allow_pickle or extend_vocab without ckpt_path",
         lambda run: run.ckpt_path is None and bool(run.base_path or run.allow_pickle or run.extend_vocab),
         "they say how the weights at ckpt_path are loaded",

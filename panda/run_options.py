@@ -43,6 +43,12 @@ RENAMED = {
     "model_name_or_path": "write `ckpt_path` for weights and `arch` for the shape.",
     "dataloader_num_workers": "write `num_workers`.",
     "use_nvlamb": "write `optimizer: nvlamb`.",
+    "dev_file": "write `eval_data_dir`.",
+    "eval_dataset": "write `eval_data_dir`.",
+    "do_eval": "write `eval_data_dir`: where there is data to evaluate on, it is evaluated on.",
+    "evaluate_during_training": "write `eval_steps`, with `eval_data_dir`.",
+    "eval_strategy": "write `eval_steps`, with `eval_data_dir`.",
+    "evaluation_strategy": "write `eval_steps`, with `eval_data_dir`.",
 }
 """Keys of other programs and older documents, and what panda calls them. Refused: a value may not mean the same."""
 
@@ -103,7 +109,7 @@ class RunOptions:
     per_gpu_train_batch_size: Annotated[int, Meta(ge=1)] = 1
     """Micro batch: rows that one GPU (or process) handles at once."""
     per_gpu_eval_batch_size: Annotated[int, Meta(ge=1)] = 2
-    """Rows that one GPU handles at once where nothing is trained: the answers at the end."""
+    """Rows that one GPU handles at once where nothing is trained: in evaluation, and for the answers at the end."""
     gradient_accumulation_steps: Annotated[int, Meta(ge=1)] = 64
     """Micro batches of one optimizer step on each GPU."""
     batching: Literal["padded", "grouped", "packed"] = "padded"
@@ -118,6 +124,12 @@ class RunOptions:
     """Processes that prepare batches; 0 prepares them in the training process."""
     prefetch_factor: Annotated[int, Meta(ge=1)] = 2
     """Batches that each worker prepares ahead."""
+
+    # -- evaluation
+    eval_data_dir: str | None = None
+    """Folder or file of data that is not trained on, read as the task's own is: its loss is in `metrics.jsonl`."""
+    eval_steps: Annotated[int, Meta(ge=0)] = 0
+    """Optimizer steps between evaluations; 0 for one at the end alone."""
 
     # -- optimization
     learning_rate: Annotated[float, Meta(gt=0)] = 1e-3

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -14,15 +16,18 @@ from typing import cast
 
 import torch
 
+from panda.assembly import build_evaluation_task
 from panda.assembly import build_model
 from panda.assembly import build_optimizer
 from panda.assembly import build_schedule
 from panda.assembly import build_task
 from panda.assembly import lay_out
+from panda.assembly import lay_out_evaluation
 from panda.assembly import load_tokenizer
 from panda.assembly import make_trainable
 from panda.assembly import model_context
 from panda.assembly import seed_random
+from panda.data.batches import Batch
 from panda.data.batches import step_batches
 from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
@@ -50,6 +55,7 @@ from panda.models.pretrained import find_pretrained
 from panda.models.pretrained import fitted
 from panda.optim.schedules import Schedule
 from panda.records import Clock
+from panda.records import evaluation_record
 from panda.records import log_record
 from panda.registry import Catalog
 from panda.registry import UserError
@@ -86,6 +92,8 @@ class Run:
     dataset: SampleSet
     layout: Layout
     """The rows of each step."""
+    evaluation: Layout | None
+    """The rows of the data that the run is evaluated on; None where there is none."""
     schedule: Schedule
     """Completed optimizer steps to a factor of the peak learning rate."""
     engine: Engine
@@ -127,9 +135,11 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
     context = model_context(resolved, tokenizer, pretrained)
     if pretrained:  # before the data is read, which may take long
         fitted(build_model(resolved, context), pretrained)
+    evaluated = build_evaluation_task(resolved, task)
     dataset = task.dataset()
+    held_out = evaluated.dataset() if evaluated else None
     processes = join_processes()
-    run = _build(resolved, catalog, context, pretrained, task, dataset, processes)
+    run = _build(resolved, catalog, context, pretrained, task, dataset, held_out, processes)
     try:
         run.hook.panda_run_start(run=run)
         _train(run)
@@ -153,6 +163,7 @@ def _build(
     pretrained: Pretrained | None,
     task: LanguageModelling,
     dataset: SampleSet,
+    held_out: SampleSet | None,
     processes: Processes,
 ) -> Run:
     options: RunOptions = resolved.core
@@ -161,6 +172,7 @@ def _build(
     checkpoint = processes.agree(lambda: find_directory(resolved)[1])
     progress = read_progress(checkpoint, _shape(resolved, dataset)) if checkpoint else START
     layout = lay_out(options, dataset, processes.world_size, progress)
+    evaluation = lay_out_evaluation(options, held_out, processes.world_size) if held_out is not None else None
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
@@ -199,6 +211,7 @@ def _build(
             "tokens": dataset.tokens,
             "supervised_tokens": dataset.supervised_tokens,
             "bad_rows": dataset.report.bad_rows,
+            "eval_samples": len(evaluation.dataset) if evaluation else None,
             "checkpoint": pretrained.describe() if pretrained else None,
             "vocabulary": (context.config or {}).get("vocab_size"),
             "resumed_from": str(checkpoint) if checkpoint else None,
@@ -210,7 +223,8 @@ def _build(
             described = task.tokenizer, task.chat_template(), chosen, context, pretrained
             describe_model(directory / DESCRIPTION, model, dtype, *described)
     hook = catalog.plugins.hook
-    return Run(resolved, directory, processes, task, dataset, layout, schedule, engine, hook, checkpoint, progress.step)
+    parts = task, dataset, layout, evaluation, schedule, engine, hook
+    return Run(resolved, directory, processes, *parts, resumed_from=checkpoint, step=progress.step)
 
 
 def _train(run: Run) -> None:
@@ -239,15 +253,12 @@ def _train(run: Run) -> None:
         run.hook.panda_checkpoint_saved(run=run, path=path)
         clock.leave_out(time.perf_counter() - begun)
 
-    batches = step_batches(
-        run.layout,
-        rank=run.processes.rank,
-        pad_token_id=run.task.tokenizer.pad_token_id or 0,
-        num_workers=options.num_workers,
-        prefetch_factor=options.prefetch_factor,
-        pin_memory=run.processes.device.type == "cuda",
-    )
-    for step, micro_batches in enumerate(clock.waiting_for(batches), start.step + 1):
+    def evaluate() -> None:
+        begun = time.perf_counter()
+        _evaluate(run)
+        clock.leave_out(time.perf_counter() - begun)
+
+    for step, micro_batches in enumerate(clock.waiting_for(_batches(run, run.layout)), start.step + 1):
         factor = run.schedule(step - 1)
         engine.scale_learning_rate(factor)
         result = engine.step(micro_batches, run.task.loss)
@@ -266,13 +277,42 @@ def _train(run: Run) -> None:
                 " `learning_rate`, look at the data, or write `precision: bf16` in place of fp16. `--resume` continues"
                 " from a checkpoint before."
             )
+        # Before it is saved: a run that goes on from this checkpoint has the record.
+        if step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0):
+            evaluate()
         for epoch in range(plan.step_end(step - 1) // plan.samples, plan.step_end(step) // plan.samples):
             run.hook.panda_epoch_end(run=run, epoch=epoch)
         if options.save_steps and step % options.save_steps == 0:
             save()
             saved_step = step
+    if run.step == start.step:  # nothing was left to train
+        evaluate()
     if saved_step != run.step:
         save()
+
+
+def _evaluate(run: Run) -> None:
+    """The loss on data that is not trained on, if there is any. Draws no random numbers, and leaves no trace."""
+    if run.evaluation is None:
+        return
+    begun = time.perf_counter()
+    micro_batches = chain.from_iterable(_batches(run, run.evaluation))
+    loss, counts = run.engine.evaluate(micro_batches, run.task.loss)
+    if run.processes.rank == 0:
+        record = evaluation_record(run.step, loss, counts, begun)
+        run.hook.panda_evaluation(run=run, record=record)
+
+
+def _batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
+    """The micro batches of this rank in each step of ``layout``."""
+    return step_batches(
+        layout,
+        rank=run.processes.rank,
+        pad_token_id=run.task.tokenizer.pad_token_id or 0,
+        num_workers=run.options.num_workers,
+        prefetch_factor=run.options.prefetch_factor,
+        pin_memory=run.processes.device.type == "cuda",
+    )
 
 
 def _finish(run: Run) -> None:

@@ -30,6 +30,9 @@ class Recorder:
     def panda_log(self, run, record): calls.append(("log", record["step"]))
 
     @hookimpl
+    def panda_evaluation(self, run, record): calls.append(("evaluated", record["step"]))
+
+    @hookimpl
     def panda_epoch_end(self, run, epoch): calls.append(("epoch", epoch))
 
     @hookimpl
@@ -101,6 +104,39 @@ def test_hooks_are_called_at_their_moments(processes: Any, recorded: Any) -> Non
         ("saved", "step-00000005"),
         ("end", 2),
     ]
+
+
+def test_evaluations_come_before_the_checkpoint_of_their_step(processes: Any, recorded: Any) -> None:
+    flags = "--per_gpu_train_batch_size 2 --max_steps 5 --eval_steps 2 --save_steps 2 --eval_data_dir rows.jsonl"
+    moments = [call for call in recorded(*flags.split()) if call[0] in ("log", "evaluated", "saved", "end")]
+    assert moments == [
+        ("log", 1),
+        ("log", 2),
+        ("evaluated", 2),
+        ("saved", "step-00000002"),
+        ("log", 3),
+        ("log", 4),
+        ("evaluated", 4),
+        ("saved", "step-00000004"),
+        ("log", 5),
+        ("evaluated", 5),
+        ("saved", "step-00000005"),
+        ("end", 2),
+    ]
+
+
+def test_a_run_that_is_done_can_be_evaluated(processes: Any, recorded: Any) -> None:
+    recorded("--max_steps", "1", "--output_dir", "out")
+    calls = recorded("--max_steps", "1", "--output_dir", "out", "--resume", "auto", "--eval_data_dir", "rows.jsonl")
+    assert [call for call in calls if call[0] in ("step", "evaluated", "saved")] == [("evaluated", 1)]
+
+
+def test_missing_data_to_evaluate_on_is_told_before_anything_is_built(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.runner.build_model", lambda *_: pytest.fail("it built a model"))
+    with pytest.raises(UserError, match=r"eval_data_dir.*nowhere"):
+        recorded("--eval_data_dir", "nowhere")
 
 
 def test_a_step_that_ends_several_epochs_ends_each(processes: Any, recorded: Any) -> None:

@@ -50,6 +50,7 @@ def _print_settings(resolved: Resolved) -> None:
 
 
 def _check_data_and_model(resolved: Resolved) -> None:
+    from panda.assembly import build_evaluation_task
     from panda.assembly import build_model
     from panda.assembly import build_schedule
     from panda.assembly import build_task
@@ -70,6 +71,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
     directory, checkpoint = find_directory(resolved)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
+    evaluated = build_evaluation_task(resolved, task)
     pretrained = find_pretrained(resolved.core)
     context = model_context(resolved, tokenizer, pretrained)
     if pretrained:
@@ -86,6 +88,11 @@ def _check_data_and_model(resolved: Resolved) -> None:
         f"data: {len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss\n"
         f"run: {plan.total_steps:,} optimizer steps of {plan.step_samples:,} samples on {world_size} rank(s)"
     )
+    if evaluated:
+        held_out = evaluated.dataset()
+        for line in held_out.report.lines():
+            print(f"evaluation data: {line}")
+        print(f"evaluation data: {len(held_out):,} samples, {held_out.supervised_tokens:,} tokens with loss")
     print(f"run: in {directory}" + (f", on from {checkpoint}" if checkpoint else ""))
 
     import torch

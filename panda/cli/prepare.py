@@ -25,15 +25,21 @@ def _prepare(argv: list[str]) -> None:
     if resolved is None:
         return
 
+    from panda.assembly import build_evaluation_task
     from panda.assembly import build_task
     from panda.assembly import load_tokenizer
     from panda.data.token_cache import cache_folder
 
-    dataset = build_task(resolved, load_tokenizer(resolved.core.tokenizer)).dataset()
-    for line in dataset.report.lines():
-        print(line)
-    print(
-        f"{dataset.report.files:,} files, {dataset.report.rows:,} rows: {len(dataset):,} samples,"
-        f" {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss\n"
-        f"in {cache_folder(resolved.core.token_cache)}"
-    )
+    task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
+    evaluated = build_evaluation_task(resolved, task)
+    for name, each in (("", task), ("evaluation data: ", evaluated)):
+        if each is None:
+            continue
+        dataset = each.dataset()
+        for line in dataset.report.lines():
+            print(f"{name}{line}")
+        print(
+            f"{name}{dataset.report.files:,} files, {dataset.report.rows:,} rows: {len(dataset):,} samples,"
+            f" {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss"
+        )
+    print(f"in {cache_folder(resolved.core.token_cache)}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import nullcontext
@@ -126,6 +127,27 @@ class Engine:
                 self.deepspeed.step()
         grad_norm, applied = self._apply()
         return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts, applied)
+
+    @torch.no_grad()
+    def evaluate(
+        self, micro_batches: Iterable[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss per supervised token over ``micro_batches`` of all ranks, and ``counts`` as in a step.
+
+        Every rank has to give as many micro batches, if need be some without tokens: under ZeRO-3 they
+        gather weights together. Sums are float64, and nothing is waited for.
+        """
+        module, device = self.evaluating(), self.processes.device
+        loss = torch.zeros(1, dtype=torch.float64, device=device)
+        tokens = supervised_tokens = 0
+        for batch in micro_batches:
+            loss += loss_sum(module, batch.to(device))
+            tokens += batch.tokens
+            supervised_tokens += batch.supervised_tokens
+        counts = torch.tensor([tokens, supervised_tokens], dtype=torch.float64).to(device)
+        self.processes.sum_(loss)
+        self.processes.sum_(counts)
+        return loss[0] / counts[1], counts
 
     @property
     def optimizer_observes(self) -> bool:

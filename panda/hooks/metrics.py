@@ -1,4 +1,4 @@
-"""The ``metrics`` plugin: ``metrics.jsonl``, the log records."""
+"""The ``metrics`` plugin: ``metrics.jsonl``, the log records and those of evaluations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ FILE_NAME = "metrics.jsonl"
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The log records of the run in ``directory``, in order. A value that was not a finite number is None."""
-    return read_records(directory / FILE_NAME)
+    return [record for record in read_records(directory / FILE_NAME) if "loss" in record]
+
+
+def read_evaluations(directory: Path) -> list[dict[str, Any]]:
+    """The records of the evaluations of the run in ``directory``, in order."""
+    return [record for record in read_records(directory / FILE_NAME) if "eval_loss" in record]
 
 
 @register_plugin("metrics")
@@ -40,6 +45,10 @@ class Metrics:
     def panda_log(self, record: dict[str, Any]) -> None:
         if self.file is not None:
             self.file.write(record)
+
+    @hookimpl
+    def panda_evaluation(self, record: dict[str, Any]) -> None:
+        self.panda_log(record)
 
     @hookimpl
     def panda_run_end(self) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
 from panda.registry import NoOptions
 from panda.registry import hookimpl
@@ -28,15 +30,23 @@ class Plot:
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.records: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
         if run.processes.rank == 0:
-            self.records = [record for record in read_metrics(run.directory) if record["step"] <= run.step]
+            self.records, self.evaluations = (
+                [record for record in read(run.directory) if record["step"] <= run.step]
+                for read in (read_metrics, read_evaluations)
+            )
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+
+    @hookimpl
+    def panda_evaluation(self, record: dict[str, Any]) -> None:
+        self.evaluations.append(record)
 
     @hookimpl
     def panda_run_end(self, run: Run) -> None:
@@ -48,16 +58,19 @@ class Plot:
 
     def _draw(self, run: Run) -> None:
         if self.records:
-            draw_loss(self.records, run.directory / "loss.png", title=run.directory.name)
+            draw_loss(self.records, run.directory / "loss.png", title=run.directory.name, evaluations=self.evaluations)
 
 
-def draw_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draw loss, its moving average and the learning rate of ``records`` over steps into ``path``."""
+def draw_loss(
+    records: list[dict[str, Any]], path: Path, *, title: str, evaluations: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Draw loss, its moving average and the learning rate of ``records``, and the loss of ``evaluations``, over steps
+    into ``path``."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     steps = [record["step"] for record in records]
-    losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
+    losses = _values(records, "loss")
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     rate_axes = axes.twinx()
@@ -69,6 +82,10 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
             *axes.plot(steps, losses, color="C0", alpha=0.35, linewidth=1, label="loss"),
             *axes.plot(steps, _smoothed(losses), color="C0", label="moving average"),
         ]
+    if evaluations:
+        evaluated = [record["step"] for record in evaluations]
+        losses_there = _values(evaluations, "eval_loss")
+        curves += axes.plot(evaluated, losses_there, color="C1", marker="o", markersize=4, label="evaluation")
     rate.set_label("learning rate")
     rate_axes.set_ylabel("learning rate", color="0.5")
     rate_axes.tick_params(colors="0.5")
@@ -86,6 +103,10 @@ def draw_loss(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
     axes.set_zorder(rate_axes.get_zorder() + 1)  # the loss is drawn over the learning rate
     axes.patch.set_visible(False)
     figure.savefig(path, format="png")
+
+
+def _values(records: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [math.nan if record[key] is None else record[key] for record in records]
 
 
 def _smoothed(values: list[float]) -> list[float]:

@@ -35,6 +35,7 @@ class Progress:
         self.last_line = 0.0
         self.first: dict[str, Any] | None = None
         self.last: dict[str, Any] = {}
+        self.evaluated: dict[str, Any] | None = None
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
@@ -63,6 +64,16 @@ class Progress:
             f" (micro batch x accumulation x ranks) on {run.processes.device.type}",
             flush=True,
         )
+        if run.evaluation is not None:
+            held_out = run.evaluation.dataset
+            for line in held_out.report.lines():
+                print(f"evaluation data: {line}", flush=True)
+            when = f"every {run.options.eval_steps:,} steps and " * (run.options.eval_steps > 0)
+            print(
+                f"evaluated {when}at the end on {len(held_out):,} samples, {held_out.tokens:,} tokens,"
+                f" {held_out.supervised_tokens:,} with loss",
+                flush=True,
+            )
         if plan.total_steps <= run.step:
             print(f"nothing is left to train: {run.step} of {plan.total_steps} steps are done", flush=True)
         elif max(map(run.schedule, range(min(plan.total_steps, LOOKED_AT)))) < 1:
@@ -87,6 +98,18 @@ class Progress:
             self.last_line = now
             print(f"step {record['step']}/{total}  {text}", flush=True)
 
+    @hookimpl
+    def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
+        self.evaluated = record
+        line = (
+            f"step {record['step']}/{run.plan.total_steps}  evaluation loss {record['eval_loss']:.4f}"
+            f"  {record['eval_seconds']:.1f} s"
+        )
+        if self.bar is not None:
+            self.bar.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+
     @hookimpl(trylast=True)
     def panda_run_end(self, run: Run) -> None:
         if run.processes.rank != 0:
@@ -95,6 +118,8 @@ class Progress:
         if self.first is not None:
             first, last = (f"{record['loss']:.4f} at step {record['step']}" for record in (self.first, self.last))
             print(f"loss {first}, {last}")
+        if self.evaluated is not None:
+            print(f"evaluation loss {self.evaluated['eval_loss']:.4f} at step {self.evaluated['step']}")
         print(f"\n{run.directory}/")
         for name, what in _CONTENTS.items():
             if (run.directory / name).exists():

@@ -42,6 +42,12 @@ class TensorBoard:
             self.writer.add_histogram(f"train/{quantity}", torch.tensor(list(values.values())), record["step"])
 
     @hookimpl
+    def panda_evaluation(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step":
+                self.writer.add_scalar(f"eval/{key.removeprefix('eval_')}", value, record["step"])
+
+    @hookimpl
     def panda_run_end(self) -> None:
         self._close()
 

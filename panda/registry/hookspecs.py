@@ -78,6 +78,15 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     """
 
 
+@hookspec
+def panda_evaluation(run: Run, record: dict[str, Any]) -> None:
+    """The run was evaluated on ``eval_data_dir``, every ``eval_steps`` steps and at the end. **Rank 0 only.**
+
+    ``record`` has ``step``; ``eval_loss``, per supervised token, each sample counted once over all
+    ranks; ``eval_tokens`` and ``eval_supervised_tokens``; ``eval_seconds``.
+    """
+
+
 # -- files ------------------------------------------------------------------------------------
 
 

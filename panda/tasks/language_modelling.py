@@ -37,6 +37,13 @@ class LanguageModelling(ABC):
     def dataset(self) -> SampleSet:
         """The samples, tokenised. Raises UserError where no row can be used."""
 
+    def reading(self, location: str, option: str) -> LanguageModelling:
+        """This task over the data at ``location``, which the key ``option`` names, in place of its own.
+
+        Raises UserError where there is none, or the task cannot read other data.
+        """
+        raise UserError(f"{option}: the task {type(self).__name__} reads no data but its own. Leave `{option}` out.")
+
     @abstractmethod
     def example_prompts(self, count: int) -> list[str]:
         """Prompts made of the first ``count`` good rows."""

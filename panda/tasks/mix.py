@@ -61,6 +61,9 @@ class Mix(LanguageModelling):
 
         return MixedDataset([(name, task.dataset(), weight) for name, task, weight in self.parts])
 
+    def reading(self, location: str, option: str) -> LanguageModelling:
+        return self.first.reading(location, option)
+
     @property
     def last_token(self) -> int:
         return self.first.last_token

@@ -7,6 +7,7 @@ import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,12 @@ class TextTask(LanguageModelling):
     @abstractmethod
     def example_prompt(self, parsed: Any) -> str:
         """A prompt made of a row of the data."""
+
+    def reading(self, location: str, option: str) -> TextTask:
+        other = copy(self)
+        other.option, other.location = option, location
+        other.files = data_files(location, self.context.reader.suffixes, option)
+        return other
 
     def dataset(self) -> TokenDataset:
         from panda.data.token_cache import Recipe

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from launching import run_panda
 
+from panda.cli import check
 from panda.cli import data
 from panda.cli import prepare
 
@@ -74,6 +75,17 @@ def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, caps
     assert "packed rows: " in done.stdout
     assert [path for path in Path("cache").iterdir() if (path / "manifest.json").exists()] == [made]
     assert os.stat(made / "manifest.json").st_mtime_ns == before
+
+
+def test_prepare_and_check_read_what_is_evaluated_on(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("held_out.jsonl").write_text('{"input": "a", "target": "b"}\n{"input": "a"}\n')
+    assert prepare.main([config, "--eval_data_dir", "held_out.jsonl"]) == 0
+    out = capsys.readouterr().out
+    assert "evaluation data: bad row: held_out.jsonl, row 2: no field 'target'" in out
+    assert "evaluation data: 1 files, 2 rows: 1 samples, 5 tokens, 2 with loss\n" in out
+    assert len(list(Path("cache").glob("*/manifest.json"))) == 2
+    assert check.main([config, "--eval_data_dir", "held_out.jsonl"]) == 0
+    assert "evaluation data: 1 samples, 2 tokens with loss\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [data, prepare])

@@ -39,11 +39,12 @@ def make_run(tmp_path: Path) -> MakeRun:
             dataset=dataset,
             plan=plan,
             layout=Layout(dataset, SampleOrder(dataset.sources, seed=1), plan, "padded", 16),
+            evaluation=None,
             resumed_from=resumed_from,
             step=step,
             answers=[],
             checkpoints=[],
-            options=SimpleNamespace(resume=None),
+            options=SimpleNamespace(resume=None, eval_steps=0),
             schedule=lambda completed: 1.0,
             observations={},
             engine=SimpleNamespace(optimizer_observes=True),
@@ -68,5 +69,15 @@ def record() -> Callable[..., dict[str, Any]]:
             "step_seconds": 0.25,
             "data_wait": 0.01,
         }
+
+    return make
+
+
+@pytest.fixture
+def evaluation() -> Callable[..., dict[str, Any]]:
+    """``evaluation(step)``: the record of an evaluation."""
+
+    def make(step: int, loss: float = 1.5) -> dict[str, Any]:
+        return {"step": step, "eval_loss": loss, "eval_tokens": 9, "eval_supervised_tokens": 4, "eval_seconds": 0.25}
 
     return make

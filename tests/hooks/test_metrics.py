@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from panda.hooks.metrics import Metrics
+from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
 from panda.registry import NoOptions
 from panda.registry.contexts import PluginContext
@@ -116,3 +117,15 @@ def test_a_loss_that_is_no_finite_number_is_null(make_run: Any, record: Any, los
 
 def test_a_directory_without_metrics_has_no_records(make_run: Any) -> None:
     assert read_metrics(make_run().directory) == []
+
+
+def test_evaluations_are_lines_between_the_records(make_run: Any, record: Any, evaluation: Any) -> None:
+    run = make_run()
+    plugin = started(run)
+    for step in range(1, 4):
+        plugin.panda_log(record(step))
+        plugin.panda_evaluation(evaluation(step))
+    assert steps(run) == [1, 1, 2, 2, 3, 3]
+    started(make_run(step=2))  # resumed
+    assert read_metrics(run.directory) == [record(1), record(2)]
+    assert read_evaluations(run.directory) == [evaluation(1), evaluation(2)]

@@ -170,3 +170,33 @@ def test_a_peak_that_is_never_reached_is_noted(make_run: Any, capsys: pytest.Cap
     run.schedule = lambda completed: (completed + 1) / 11
     started(run)
     assert "the learning rate does not reach its peak" in capsys.readouterr().out
+
+
+def test_evaluations_are_announced_shown_and_the_last_is_in_the_summary(
+    make_run: Any, record: Any, evaluation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    run.evaluation, run.options.eval_steps = run.layout, 5
+    run.dataset.report.rows = 1235
+    run.dataset.report.add_bad(BadRow(Path("a.json"), 7, "no field 'target'"))
+    plugin = started(run)
+    out = capsys.readouterr().out
+    assert "evaluation data: bad row: a.json, row 7: no field 'target'\n" in out
+    assert "\nevaluated every 5 steps and at the end on 1,234 samples, 4,936 tokens, 2,468 with loss\n" in out
+    for step, loss in ((5, 2.0), (10, 1.5)):
+        plugin.panda_evaluation(run, evaluation(step, loss))
+        assert capsys.readouterr().out == f"step {step}/10  evaluation loss {loss:.4f}  0.2 s\n"
+    plugin.panda_log(run, record(10))
+    plugin.panda_run_end(run)
+    assert "\nevaluation loss 1.5000 at step 10\n" in capsys.readouterr().out
+
+
+def test_an_evaluation_stands_above_the_bar(make_run: Any, evaluation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run = make_run()
+    plugin = started(run)
+    plugin.panda_evaluation(run, evaluation(5))
+    plugin.panda_run_end(run)
+    assert "step 5/10  evaluation loss 1.5000" in terminal.getvalue()

@@ -81,3 +81,15 @@ def test_what_the_optimizer_tells_of_each_parameter_is_a_histogram(make_run: Any
     plugin.panda_run_end()
     found = [(event.step, event.histogram_value) for event in read(run).Histograms("train/trust_ratio")]
     assert [(step, value.num, value.sum, value.max) for step, value in found] == [(1, 2, 4, 3), (2, 2, 7, 6)]
+
+
+def test_evaluations_are_scalars_of_their_own(make_run: Any, evaluation: Any) -> None:
+    run = make_run()
+    plugin = started(run)
+    plugin.panda_evaluation(evaluation(4, loss=2.5))
+    plugin.panda_run_end()
+    events = read(run)
+    assert set(events.Tags()["scalars"]) == {
+        f"eval/{key}" for key in ("loss", "tokens", "supervised_tokens", "seconds")
+    }
+    assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(4, 2.5)]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from panda.data.batches import Batch
 from panda.data.batches import collate
 from panda.registry import UserError
+from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
 
 GOOD = {"input": "a", "target": "b"}
@@ -220,3 +221,13 @@ def test_a_model_that_sums_its_loss_is_given_labels_and_their_count(loss: Any) -
     model = Summing()
     batch = batch_of([([1, 2, 3], [False, True, True]), ([4, 5], [False, True])])
     assert loss(model, batch).item() == pytest.approx(model.table[[2, 3, 5]].sum().item())
+
+
+def test_a_task_that_reads_no_other_data_says_so(tokenizer: Any) -> None:
+    class Fixed(LanguageModelling):
+        def dataset(self) -> Any: ...
+        def example_prompts(self, count: int) -> list[str]: ...
+        def prompt_text(self, prompt: str) -> str: ...
+
+    with pytest.raises(UserError, match="eval_data_dir: the task Fixed reads no data but its own"):
+        Fixed(TaskContext(tokenizer, None, 10)).reading("anywhere", "eval_data_dir")

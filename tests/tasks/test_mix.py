@@ -90,3 +90,14 @@ def test_neither_is_refused(mix: Any) -> None:
 
 def test_it_is_asked_as_in_instruct(mix: Any) -> None:
     assert mix().encode_prompt("ask 1") == [1, *(byte + 3 for byte in b"ask 1\n")]
+
+
+@pytest.mark.parametrize("instruct", [True, False])
+def test_other_data_is_read_as_the_first_of_its_parts_is(mix: Any, tmp_path: Path, instruct: bool) -> None:
+    task = mix(instruct=instruct)
+    row = INSTRUCT[2] if instruct else PRETRAIN[2]
+    (tmp_path / "other.jsonl").write_text(json.dumps(row))
+    other = task.reading(str(tmp_path / "other.jsonl"), "eval_data_dir").dataset()
+    assert [other[n][0].tolist() for n in range(len(other))] == [task.dataset()[2][0].tolist()]
+    with pytest.raises(UserError, match="eval_data_dir"):
+        task.reading(str(tmp_path / "nowhere"), "eval_data_dir")
