@@ -20,6 +20,7 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from panda.models.creation import keep_computed_float32
+    from panda.models.packing import tell_packing
 
     assert context.config is not None, "refused without ckpt_path"
     import torch
@@ -42,4 +43,5 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
             " experts, mostly), and panda, which loads them one by one as they are named, does not yet."
         )
     keep_computed_float32(model)
+    tell_packing(model)
     return model

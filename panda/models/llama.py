@@ -142,6 +142,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
 
     from panda.models.creation import keep_computed_float32
     from panda.models.cross_entropy import offer_loss_sum
+    from panda.models.packing import tell_packing
 
     config = LlamaConfig(
         **given
@@ -166,6 +167,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
         config, dtype=torch.float32, attn_implementation=attention
     )
     keep_computed_float32(model)
+    tell_packing(model)
     offer_loss_sum(model)
     return model
 

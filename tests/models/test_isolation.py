@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 from panda.data.batches import collate
 from panda.models.isolation import refuse_leaking
@@ -61,6 +63,32 @@ def test_packed_and_unpacked_give_the_same_logits_and_the_same_loss(llama: Any, 
                 start += len(alone)
         loss = float(LanguageModelling.loss(None, llama, packed))  # type: ignore[arg-type]
     assert loss == pytest.approx(alone_loss, rel=1e-5, abs=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """What torch runs that needs values on the host: on a GPU, it waits for all that is queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
+            self.found.append(function.name())
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_nothing_waits_for_the_device(llama: Any, packed: bool) -> None:
+    row = [sample([5, 6, 7, 8]), sample([9, 10, 11])]
+    batch = collate([row, row] if packed else [[each] for each in row], 0, packed=packed)
+    with Reads() as reads:
+        LanguageModelling.loss(None, llama, batch).backward()  # type: ignore[arg-type]
+    assert reads.found == []
+    plain = LlamaForCausalLM(llama.config)
+    with Reads() as reads:
+        plain(batch.input_ids, **batch.positions)
+    assert reads.found, "transformers alone asks: else this test sees nothing, or panda need not tell it"
 
 
 def test_without_position_ids_they_would_not(llama: Any) -> None:
