@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,44 +22,62 @@ SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads
 PLAIN = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-ids = tokenizer("Say panda twice.", return_tensors="pt", add_special_tokens=False)["input_ids"]
-answer = model.generate(ids, max_new_tokens=5, do_sample=False)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Say panda twice.", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    answer = model.generate(ids, max_new_tokens=5, do_sample=False)
+    print(json.dumps({
+        "ids": ids.tolist(), "logits": model(ids).logits.tolist(), "class": type(model).__name__,
+        "use_cache": model.config.use_cache, "answer": answer[0, ids.shape[1]:].tolist(), "eos": tokenizer.eos_token_id,
+        "dtype": str(model.dtype),
+    }))
 assert not any(name.split(".")[0] == "panda" for name in sys.modules)
-print(json.dumps({
-    "ids": ids.tolist(), "logits": model(ids).logits.tolist(), "class": type(model).__name__,
-    "use_cache": model.config.use_cache, "answer": answer[0, ids.shape[1]:].tolist(), "eos": tokenizer.eos_token_id,
-    "dtype": str(model.dtype),
-}))
 """
 
 
-@pytest.fixture(scope="module", params=[(1, 0, "fp32"), (2, 3, "fp32"), (1, 1, "bf16"), (2, 3, "bf16")], ids=str)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    ranks, stage, precision = request.param
+RUNS = [(1, 0, "fp32"), (2, 3, "fp32"), (1, 1, "bf16"), (2, 3, "bf16")]
+"""Ranks, ZeRO stage, precision."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     flags = [word for key, value in SHAPE.items() for word in (f"--{key}", value)]
-    train_many(
-        [
+    for together in (1, 2):
+        configurations: list[list[object]] = [
             [
                 *("--arch", "llama-tiny", *flags, "--max_steps", 2, "--gradient_accumulation_steps", 1),
                 *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--num_workers", 0),
-                *("--zero_stage", stage, "--precision", precision, "--output_dir", folder / "run"),
+                *("--zero_stage", stage, "--precision", precision, "--output_dir", folder / f"{ranks}-{precision}"),
             ]
-        ],
-        ranks=ranks,
-        cwd=folder,
-    )
-    return folder / "run"
+            for ranks, stage, precision in RUNS
+            if ranks == together
+        ]
+        train_many(configurations, ranks=together, cwd=folder)
+    return folder
 
 
-def test_plain_transformers_gives_the_logits_of_the_trained_weights(run: Path) -> None:
+@pytest.fixture(params=RUNS, ids=str)
+def run(request: pytest.FixtureRequest, runs: Path) -> Path:
+    ranks, _, precision = request.param
+    return runs / f"{ranks}-{precision}"
+
+
+@pytest.fixture(scope="module")
+def plainly(runs: Path) -> dict[Path, Any]:
+    """What plain transformers says of each run's export."""
+    folders = [runs / f"{ranks}-{precision}" for ranks, _, precision in RUNS]
+    exports = [str(folder / "export") for folder in folders]
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(run / "export")], env=ENVIRONMENT, capture_output=True, text=True, cwd=run
+        [sys.executable, "-c", PLAIN, *exports], env=ENVIRONMENT, capture_output=True, text=True, cwd=runs
     )
     assert done.returncode == 0, done.stderr
-    plain = json.loads(done.stdout)
+    return dict(zip(folders, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_plain_transformers_gives_the_logits_of_the_trained_weights(run: Path, plainly: dict[Path, Any]) -> None:
+    plain = plainly[run]
     assert plain["class"] == "LlamaForCausalLM" and plain["use_cache"] is True and plain["eos"] == 2
 
     # The weights as training left them: DeepSpeed's own file, or its own script's for a partitioned one.
