@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from contextlib import contextmanager
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,11 +22,18 @@ _SETTLED_SECONDS = 2.0
 def content_hash(file: Path, memory: Path) -> str:
     """SHA-256 of the content of ``file``, in hex; remembered in the folder ``memory``.
 
-    The remembered value holds while device, inode, size and modification time stay as they are.
+    The remembered value holds while device, inode, size and modification time stay as they are. Of
+    the ranks of a run, which all ask when it starts, one reads the file; the others wait at a lock,
+    before there is a process group, and find what it remembered.
     """
     known = _recall(file, memory)
     if known is not None:
         return known
+    with _alone(memory):
+        return _recall(file, memory) or _read(file, memory)
+
+
+def _read(file: Path, memory: Path) -> str:
     try:
         before = file.stat()
         with file.open("rb") as stream:
@@ -49,6 +60,17 @@ def remember(file: Path, digest: str, memory: Path) -> None:
 def stamp(status: os.stat_result) -> list[int]:
     """What changes when a file changes."""
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+@contextmanager
+def _alone(memory: Path) -> Iterator[None]:
+    """Hold the lock of the folder ``memory``, if it can have one. The system frees that of a process that dies."""
+    with ExitStack() as held:
+        with suppress(OSError):  # a read-only folder: what cannot be remembered each reads for itself
+            memory.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((memory / "lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _recall(file: Path, memory: Path) -> str | None:

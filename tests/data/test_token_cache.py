@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -293,3 +296,35 @@ def test_of_several_that_start_at_once_one_tokenises_and_the_others_wait(recipe:
     assert sum(output.count("tokenising\n") for output in outputs) == 1
     waiting = [output for output in outputs if "waiting for process " in output]
     assert all("which tokenises the same data (rank 0)" in output for output in waiting)
+
+
+def test_of_several_that_start_at_once_one_hashes_and_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads: each opens the lock anew, which is what the system tells apart, as it does processes."""
+    file = tmp_path / "rows.json"
+    file.write_text("[]")
+    os.utime(file, (1, 1))
+    read: list[str] = []
+    together, digest = threading.Barrier(4), hashlib.file_digest
+
+    def slowly(stream: Any, name: str) -> Any:
+        read.append(name)
+        time.sleep(0.2)
+        return digest(stream, name)
+
+    def start(_: int) -> str:
+        together.wait()
+        return content_hash.content_hash(file, tmp_path / "hashes")
+
+    monkeypatch.setattr(content_hash.hashlib, "file_digest", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(start, range(4))) == {hashlib.sha256(b"[]").hexdigest()}
+    assert read == ["sha256"]
+
+
+def test_where_nothing_can_be_remembered_it_is_hashed_all_the_same(tmp_path: Path) -> None:
+    file, memory = tmp_path / "rows.json", tmp_path / "a file"
+    file.write_text("[]")
+    memory.touch()
+    assert content_hash.content_hash(file, memory) == hashlib.sha256(b"[]").hexdigest()
