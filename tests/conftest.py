@@ -25,6 +25,24 @@ settings.register_profile("panda", deadline=None)
 settings.load_profile("panda")
 
 
+LONGEST = (
+    "test_example_plugin.py",
+    "test_adapters.py",
+    "test_model_layers.py",
+    "test_sharded_lamb.py",
+    "test_quantisation.py",
+    "test_evaluation.py",
+    "test_resume.py",
+    "test_invariance.py",
+)
+"""Files that take longest, which begin first: last, one would keep one process busy while the other has nothing."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    begins = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: begins.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Any]:
     """This process as the only one of a run. Once a session, and commands that tests call do not leave it meanwhile:
@@ -38,7 +56,5 @@ def processes() -> Iterator[Any]:
     leave()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _remove_token_cache() -> Iterator[None]:
-    yield
+def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["PANDA_CACHE"], ignore_errors=True)
