@@ -2,12 +2,14 @@
 
     python bench/data.py prepare --text FILE... [--megabytes 1000]
     python bench/data.py packing --data GSM8K [--seconds 60]
+    python bench/data.py loader --data GSM8K [--seconds 10]
 
 ``prepare`` writes a synthetic JSON Lines file of that size out of real text, trains a BPE tokenizer on
 it, and compares panda's tokenising with ``tokenizers`` alone on the same texts, in the same run.
 ``packing`` runs optimizer steps of a small LLaMA over rows padded to max_seq_length, over dynamic
 padding with length grouping at several micro batches, and over packed rows, each over the same
-samples; then the loader alone, with a model that does nothing.
+samples. ``loader`` is the loader alone, with a model that does nothing; and how long a model waits for
+it that does nothing on the host, and takes as long as a GPU would.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 8000
+SAMPLES_A_STEP = 32
 SMALL_MODEL = ("--arch", "llama-tiny", "--num_layers", "2", "--hidden_size", "64", "--intermediate_size", "128")
 """A step of it over padded rows takes seconds on one core, not minutes."""
-GPU_MODEL = ("--arch", "llama-125m")
 LENGTH = 2048
 WARM_STEPS = 1
+GPU_RATES = {"7B": 12_000, "1.3B": 60_000, "125M": 300_000}
+"""Tokens a second that an H100 may train: by arithmetic, 989 TFLOP/s over 6 x parameters, at a half of that, and for
+the smallest at a quarter. Not measured here."""
 
 
 def main() -> None:
@@ -44,12 +49,11 @@ def main() -> None:
     preparing.add_argument("--megabytes", type=int, default=1000)
     preparing.add_argument("--alone", type=int, default=100, help="MB of them that tokenizers alone is timed on")
     preparing.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
-    packing = commands.add_parser("packing")
-    packing.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
-    packing.add_argument("--text", type=Path, nargs="+", help="to train the tokenizer on; by default the data")
-    packing.add_argument("--seconds", type=float, default=60, help="for each configuration")
-    packing.add_argument("--samples", type=int, default=32, help="in an optimizer step, a multiple of --micro's")
-    packing.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="micro batches to try")
+    for name, seconds in (("packing", 60), ("loader", 10)):
+        command = commands.add_parser(name)
+        command.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
+        command.add_argument("--text", type=Path, nargs="+", help="to train the tokenizer on; by default the data")
+        command.add_argument("--seconds", type=float, default=seconds, help="for each configuration")
     arguments = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores,", end=" ")
     print(f"load {os.getloadavg()[0]:.1f}, {_versions()}\n", flush=True)
@@ -61,7 +65,12 @@ def main() -> None:
             if arguments.folder is None:
                 shutil.rmtree(folder)
     else:
-        measure_packing(arguments)
+        measure = measure_packing if arguments.command == "packing" else measure_loader
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = train_tokenizer(strings(arguments.text or [arguments.data]), Path(folder) / "tokenizer")
+            flags = [*SMALL_MODEL, "--instruction_tuning_data_dir", str(arguments.data), "--tokenizer", str(tokenizer)]
+            flags += ["--max_seq_length", str(LENGTH), "--token_cache", f"{folder}/cache", "--seed", "1"]
+            measure(flags, arguments.seconds)
 
 
 def _versions() -> str:
@@ -193,53 +202,60 @@ def _prepare(flags: list[str]) -> None:
 # -- packing ----------------------------------------------------------------------------------
 
 
-def measure_packing(arguments: argparse.Namespace) -> None:
-    import torch
-
+def _tokenised(flags: list[str]) -> tuple[Any, Any, Any]:
+    """The resolved configuration that ``flags`` are, its task and its data set."""
     from panda.assembly import build_task
     from panda.assembly import load_tokenizer
-    from panda.assembly import model_context
     from panda.cli.arguments import parse_arguments
     from panda.cli.configuration import configure
+
+    resolved, _ = configure(parse_arguments(flags))
+    task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
+    dataset = task.dataset()
+    print(
+        f"{len(dataset):,} samples, {dataset.tokens / len(dataset):.0f} tokens each, {SAMPLES_A_STEP} samples a step,"
+        f" max_seq_length {LENGTH}"
+    )
+    return resolved, task, dataset
+
+
+def measure_packing(flags: list[str], seconds: float) -> None:
+    import torch
+
+    from panda.assembly import model_context
     from panda.engine.processes import join_processes
 
+    resolved, task, dataset = _tokenised(flags)
     processes = join_processes()
-    on_gpu = processes.device.type == "cuda"
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer(strings(arguments.text or [arguments.data]), Path(folder) / "tokenizer")
-        flags = [*(GPU_MODEL if on_gpu else SMALL_MODEL), "--instruction_tuning_data_dir", str(arguments.data)]
-        flags += ["--tokenizer", str(tokenizer), "--token_cache", f"{folder}/cache"]
-        flags += ["--max_seq_length", str(LENGTH), "--seed", "1"]
-        resolved, _ = configure(parse_arguments(flags))
-        loaded = load_tokenizer(resolved.core.tokenizer)
-        task = build_task(resolved, loaded)
-        dataset = task.dataset()
-        torch.manual_seed(0)
-        model = resolved.components["model"].build(model_context(resolved, loaded), torch.nn.Module)
-        model = model.to(processes.device, torch.bfloat16 if on_gpu else torch.float32)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        device = torch.cuda.get_device_name() if on_gpu else "the CPU"
-        print(
-            f"{len(dataset):,} samples, {dataset.tokens / len(dataset):.0f} tokens each, a LLaMA of {parameters:,}"
-            f" parameters on {device}, {arguments.samples} samples a step, max_seq_length {LENGTH}"
-        )
-        print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
-        cases = [("padded to max_seq_length", 2 if not on_gpu else 16)]
-        cases += [(batching, micro) for batching in ("grouped", "packed") for micro in arguments.micro]
-        best: dict[str, float] = {}
-        for batching, micro in cases:
-            layout = _layout(dataset, resolved.core, batching, micro, arguments.samples)
-            rate, wait, filled = _steps(task, layout, model, processes.device, batching, arguments.seconds)
-            best[batching] = max(best.get(batching, 0.0), rate)
-            print(f"| {batching} | {micro} | {rate:,.0f} | {wait:.2%} | {filled:.1%} |", flush=True)
-        print(f"\npacked / padded to max_seq_length: {best['packed'] / best['padded to max_seq_length']:.2f}")
-        print(f"packed / grouped at its best micro batch: {best['packed'] / best['grouped']:.2f}")
-        for workers in (0, 2):
-            rate = _loader(_layout(dataset, resolved.core, "packed", 1, arguments.samples), workers)
-            print(f"loader alone, packed, {workers} workers: {rate:,.0f} tokens/s")
+    torch.manual_seed(0)
+    model = resolved.components["model"].build(model_context(resolved, task.tokenizer), torch.nn.Module)
+    model = model.to(processes.device)
+    print(f"a LLaMA of two layers of 64 on {processes.device}")
+    print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
+    grouped = [("grouped", micro) for micro in (1, 2, 4, 8, 16)]
+    cases = [("padded to max_seq_length", 2), *grouped, *(("packed", micro) for micro in (1, 2, 4, 8, 16))]
+    best: dict[str, float] = {}
+    for batching, micro in cases:
+        rate, wait, filled = _steps(task, dataset, resolved.core, model, processes.device, batching, micro, seconds)
+        best[batching] = max(best.get(batching, 0.0), rate)
+        print(f"| {batching} | {micro} | {rate:,.0f} | {wait:.2%} | {filled:.1%} |", flush=True)
+    print(f"\npacked / padded to max_seq_length: {best['packed'] / best['padded to max_seq_length']:.2f}")
+    print(f"packed / grouped at its best micro batch: {best['packed'] / best['grouped']:.2f}")
 
 
-def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int) -> Any:
+def measure_loader(flags: list[str], seconds: float) -> None:
+    resolved, _, dataset = _tokenised(flags)
+    taken = ", ".join(f"{name} {rate:,}" for name, rate in GPU_RATES.items())
+    print(f"packed rows; a model that does nothing takes, in tokens a second: {taken}")
+    print("| workers | alone, tokens/s |", *(f"data wait of a {name} |" for name in GPU_RATES))
+    print("|---|---|" + "---|" * len(GPU_RATES))
+    for workers in (0, 1, 2):
+        alone, _ = _loader(dataset, resolved.core, workers, None, seconds)
+        waits = [_loader(dataset, resolved.core, workers, rate, seconds)[1] for rate in GPU_RATES.values()]
+        print(f"| {workers} | {alone:,.0f} |", *(f"{wait:.2%} |" for wait in waits), flush=True)
+
+
+def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
     from dataclasses import replace
 
     from panda.assembly import lay_out
@@ -247,7 +263,7 @@ def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int)
     options = replace(
         options,
         per_gpu_train_batch_size=micro,
-        gradient_accumulation_steps=samples // micro,
+        gradient_accumulation_steps=SAMPLES_A_STEP // micro,
         batching="padded" if batching.startswith("padded") else batching,
         num_train_epochs=100.0,
     )
@@ -255,13 +271,14 @@ def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int)
 
 
 def _steps(
-    task: Any, layout: Any, model: Any, device: Any, batching: str, seconds: float
+    task: Any, dataset: Any, options: Any, model: Any, device: Any, batching: str, micro: int, seconds: float
 ) -> tuple[float, float, float]:
     """Supervised tokens a second of forward, backward and optimizer; share of time waiting; share of data in rows."""
     import torch
 
     from panda.data.batches import step_batches
 
+    layout = _layout(dataset, options, batching, micro)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = step_batches(
         layout, rank=0, pad_token_id=0, num_workers=2, prefetch_factor=2, pin_memory=device.type == "cuda"
@@ -310,12 +327,15 @@ def _settle(device: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _loader(layout: Any, workers: int) -> float:
-    """Tokens a second that come out of the loader where nobody holds it up."""
+def _loader(dataset: Any, options: Any, workers: int, pace: float | None, seconds: float) -> tuple[float, float]:
+    """Tokens a second that come out of the loader, and the share of time that a model waits which takes ``pace``.
+
+    Without a pace nobody holds the loader up, and all of the time is waiting.
+    """
     from panda.data.batches import step_batches
 
     batches = step_batches(
-        layout,
+        _layout(dataset, options, "packed", 1),
         rank=0,
         pad_token_id=0,
         num_workers=workers,
@@ -324,10 +344,18 @@ def _loader(layout: Any, workers: int) -> float:
     )
     next(batches)
     started = time.perf_counter()
-    tokens = sum(batch.tokens for step in itertools.islice(batches, 100) for batch in step)
-    elapsed = time.perf_counter() - started
+    tokens, waited, elapsed = 0, 0.0, 0.0
+    while elapsed < seconds:
+        asked = time.perf_counter()
+        step = next(batches)
+        waited += time.perf_counter() - asked
+        tokens_of_step = sum(batch.tokens for batch in step)
+        tokens += tokens_of_step
+        if pace is not None:
+            time.sleep(tokens_of_step / pace)
+        elapsed = time.perf_counter() - started
     batches.close()
-    return tokens / elapsed
+    return tokens / elapsed, waited / elapsed
 
 
 if __name__ == "__main__":
