@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_a_batch_does_not_share_memory_with_the_data_set(dataset: TokenDataset) 
     before = dataset.token_ids.copy()
     first.input_ids.fill_(-1)
     assert np.array_equal(dataset.token_ids, before)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_comes_from_a_worker_as_it_was_and_without_shared_memory(packed: bool) -> None:
+    batch = collate([[sample([5, 6, 7, 8], 2), sample([9, 3], 1)]], pad_token_id=1, packed=packed)
+    came = pickle.loads(bytes(ForkingPickler.dumps(batch)))
+    assert (came.tokens, came.supervised_tokens) == (6, 3)
+    assert came.input_ids.equal(batch.input_ids) and came.labels.equal(batch.labels)
+    assert came.position_ids.equal(batch.position_ids) if packed else came.position_ids is None
+    assert not came.input_ids.is_shared() and not batch.input_ids.is_shared()
+    came.input_ids.zero_()  # it can be written to
 
 
 def test_a_run_sees_the_samples_of_its_plan_in_order(dataset: TokenDataset) -> None:
