@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 8000
-SAMPLES_A_STEP = 32
 SMALL_MODEL = ("--arch", "llama-tiny", "--num_layers", "2", "--hidden_size", "64", "--intermediate_size", "128")
 """A step of it over padded rows takes seconds on one core, not minutes."""
+GPU_MODEL = ("--arch", "llama-125m")
 LENGTH = 2048
 WARM_STEPS = 1
 GPU_RATES = {"7B": 12_000, "1.3B": 60_000, "125M": 300_000}
@@ -54,6 +54,9 @@ def main() -> None:
         command.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
         command.add_argument("--text", type=Path, nargs="+", help="to train the tokenizer on; by default the data")
         command.add_argument("--seconds", type=float, default=seconds, help="for each configuration")
+        command.add_argument("--samples", type=int, default=32, help="in an optimizer step, a multiple of --micro's")
+        if name == "packing":
+            command.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="micro batches to try")
     arguments = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores,", end=" ")
     print(f"load {os.getloadavg()[0]:.1f}, {_versions()}\n", flush=True)
@@ -68,9 +71,9 @@ def main() -> None:
         measure = measure_packing if arguments.command == "packing" else measure_loader
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = train_tokenizer(strings(arguments.text or [arguments.data]), Path(folder) / "tokenizer")
-            flags = [*SMALL_MODEL, "--instruction_tuning_data_dir", str(arguments.data), "--tokenizer", str(tokenizer)]
+            flags = ["--instruction_tuning_data_dir", str(arguments.data), "--tokenizer", str(tokenizer)]
             flags += ["--max_seq_length", str(LENGTH), "--token_cache", f"{folder}/cache", "--seed", "1"]
-            measure(flags, arguments.seconds)
+            measure(flags, arguments)
 
 
 def _versions() -> str:
@@ -202,7 +205,7 @@ def _prepare(flags: list[str]) -> None:
 # -- packing ----------------------------------------------------------------------------------
 
 
-def _tokenised(flags: list[str]) -> tuple[Any, Any, Any]:
+def _tokenised(flags: list[str], samples: int) -> tuple[Any, Any, Any]:
     """The resolved configuration that ``flags`` are, its task and its data set."""
     from panda.assembly import build_task
     from panda.assembly import load_tokenizer
@@ -213,49 +216,53 @@ def _tokenised(flags: list[str]) -> tuple[Any, Any, Any]:
     task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
     dataset = task.dataset()
     print(
-        f"{len(dataset):,} samples, {dataset.tokens / len(dataset):.0f} tokens each, {SAMPLES_A_STEP} samples a step,"
+        f"{len(dataset):,} samples, {dataset.tokens / len(dataset):.0f} tokens each, {samples} samples a step,"
         f" max_seq_length {LENGTH}"
     )
     return resolved, task, dataset
 
 
-def measure_packing(flags: list[str], seconds: float) -> None:
+def measure_packing(flags: list[str], arguments: argparse.Namespace) -> None:
     import torch
 
     from panda.assembly import model_context
     from panda.engine.processes import join_processes
 
-    resolved, task, dataset = _tokenised(flags)
     processes = join_processes()
+    on_gpu = processes.device.type == "cuda"
+    resolved, task, dataset = _tokenised([*(GPU_MODEL if on_gpu else SMALL_MODEL), *flags], arguments.samples)
     torch.manual_seed(0)
     model = resolved.components["model"].build(model_context(resolved, task.tokenizer), torch.nn.Module)
-    model = model.to(processes.device)
-    print(f"a LLaMA of two layers of 64 on {processes.device}")
+    model = model.to(processes.device, torch.bfloat16 if on_gpu else torch.float32)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"a LLaMA of {parameters:,} parameters on {torch.cuda.get_device_name() if on_gpu else 'the CPU'}")
     print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
-    grouped = [("grouped", micro) for micro in (1, 2, 4, 8, 16)]
-    cases = [("padded to max_seq_length", 2), *grouped, *(("packed", micro) for micro in (1, 2, 4, 8, 16))]
+    cases = [("padded to max_seq_length", 16 if on_gpu else 2)]
+    cases += [(batching, micro) for batching in ("grouped", "packed") for micro in arguments.micro]
     best: dict[str, float] = {}
     for batching, micro in cases:
-        rate, wait, filled = _steps(task, dataset, resolved.core, model, processes.device, batching, micro, seconds)
+        layout = _layout(dataset, resolved.core, batching, micro, arguments.samples)
+        rate, wait, filled = _steps(task, layout, model, processes.device, batching, arguments.seconds)
         best[batching] = max(best.get(batching, 0.0), rate)
         print(f"| {batching} | {micro} | {rate:,.0f} | {wait:.2%} | {filled:.1%} |", flush=True)
     print(f"\npacked / padded to max_seq_length: {best['packed'] / best['padded to max_seq_length']:.2f}")
     print(f"packed / grouped at its best micro batch: {best['packed'] / best['grouped']:.2f}")
 
 
-def measure_loader(flags: list[str], seconds: float) -> None:
-    resolved, _, dataset = _tokenised(flags)
+def measure_loader(flags: list[str], arguments: argparse.Namespace) -> None:
+    resolved, _, dataset = _tokenised([*SMALL_MODEL, *flags], arguments.samples)
+    layout = _layout(dataset, resolved.core, "packed", 1, arguments.samples)
     taken = ", ".join(f"{name} {rate:,}" for name, rate in GPU_RATES.items())
     print(f"packed rows; a model that does nothing takes, in tokens a second: {taken}")
     print("| workers | alone, tokens/s |", *(f"data wait of a {name} |" for name in GPU_RATES))
     print("|---|---|" + "---|" * len(GPU_RATES))
     for workers in (0, 1, 2):
-        alone, _ = _loader(dataset, resolved.core, workers, None, seconds)
-        waits = [_loader(dataset, resolved.core, workers, rate, seconds)[1] for rate in GPU_RATES.values()]
+        alone, _ = _loader(layout, workers, None, arguments.seconds)
+        waits = [_loader(layout, workers, rate, arguments.seconds)[1] for rate in GPU_RATES.values()]
         print(f"| {workers} | {alone:,.0f} |", *(f"{wait:.2%} |" for wait in waits), flush=True)
 
 
-def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
+def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int) -> Any:
     from dataclasses import replace
 
     from panda.assembly import lay_out
@@ -263,7 +270,7 @@ def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
     options = replace(
         options,
         per_gpu_train_batch_size=micro,
-        gradient_accumulation_steps=SAMPLES_A_STEP // micro,
+        gradient_accumulation_steps=samples // micro,
         batching="padded" if batching.startswith("padded") else batching,
         num_train_epochs=100.0,
     )
@@ -271,14 +278,13 @@ def _layout(dataset: Any, options: Any, batching: str, micro: int) -> Any:
 
 
 def _steps(
-    task: Any, dataset: Any, options: Any, model: Any, device: Any, batching: str, micro: int, seconds: float
+    task: Any, layout: Any, model: Any, device: Any, batching: str, seconds: float
 ) -> tuple[float, float, float]:
     """Supervised tokens a second of forward, backward and optimizer; share of time waiting; share of data in rows."""
     import torch
 
     from panda.data.batches import step_batches
 
-    layout = _layout(dataset, options, batching, micro)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = step_batches(
         layout, rank=0, pad_token_id=0, num_workers=2, prefetch_factor=2, pin_memory=device.type == "cuda"
@@ -327,7 +333,7 @@ def _settle(device: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _loader(dataset: Any, options: Any, workers: int, pace: float | None, seconds: float) -> tuple[float, float]:
+def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tuple[float, float]:
     """Tokens a second that come out of the loader, and the share of time that a model waits which takes ``pace``.
 
     Without a pace nobody holds the loader up, and all of the time is waiting.
@@ -335,7 +341,7 @@ def _loader(dataset: Any, options: Any, workers: int, pace: float | None, second
     from panda.data.batches import step_batches
 
     batches = step_batches(
-        _layout(dataset, options, "packed", 1),
+        layout,
         rank=0,
         pad_token_id=0,
         num_workers=workers,
