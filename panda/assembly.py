@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,13 @@ from panda.data.token_cache import cache_folder
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoint_folders import START
 from panda.engine.checkpoint_folders import Progress
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.placement import gathering
 from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.models.adapters import add_adapters
 from panda.models.creation import without_weights
+from panda.models.drawing import drawn_later
 from panda.models.layers import compile_layers
 from panda.models.layers import recompute_activations
 from panda.models.pretrained import Pretrained
@@ -43,6 +47,7 @@ from panda.registry.resolve import Resolved
 from panda.run_options import RunOptions
 from panda.run_options import rate_multipliers
 from panda.stored_tensor import StoredTensor
+from panda.stored_tensor import Weights
 from panda.stored_tensor import put
 from panda.tasks.language_modelling import LanguageModelling
 
@@ -147,30 +152,61 @@ def build_model(resolved: Resolved, context: ModelContext) -> torch.nn.Module:
     return model
 
 
+def build_weights(
+    resolved: Resolved, context: ModelContext, pretrained: Pretrained | None, *, later: bool
+) -> tuple[torch.nn.Module, Weights | None]:
+    """The module that ``resolved`` names, and weights for it: those of ``pretrained``, or random ones.
+
+    With ``later`` random ones, too, are drawn one by one when they are read, to the same numbers; None
+    are returned where the module has them already. Draws by the seed of ``resolved``, which it sets.
+    """
+    seed_random(resolved.core.seed)  # the same on every rank, for equal weights
+    if pretrained:
+        model = build_model(resolved, context)
+        return model, fitted(model, pretrained)
+    if later:
+        return drawn_later(partial(build_model, resolved, context))
+    return build_model(resolved, context), None
+
+
 def make_trainable(
     model: torch.nn.Module,
     options: RunOptions,
-    pretrained: Pretrained | None,
+    weights: Weights | None,
     deepspeed: dict[str, Any],
     processes: Processes,
 ) -> torch.nn.Module:
-    """``model`` as it is trained: with the weights of ``pretrained``, and quantised, adapted and compiled as asked.
+    """``model`` as it is trained: with ``weights``, where it has none, and quantised, adapted and compiled as asked.
 
     The same object, but for adapters, which are around it. Every rank has to call it.
     """
-    weights = dict(fitted(model, pretrained)) if pretrained else {}
+    left = dict(weights or {})
     if options.use_quant:
-        quantise(model, options, processes.device, partial(_fill, model, weights) if pretrained else None)
-    if pretrained:
-        place(model, weights, deepspeed, processes)
+        quantise(model, options, processes.device, partial(_fill, model, left) if left else None)
+    if left:
+        place(model, left, deepspeed, processes)
     if options.use_lora:
         seed_random(options.seed)  # adapters begin alike, however the base came to be
-        model = add_adapters(model, options)
+        with gathering(deepspeed):
+            model = add_adapters(model, options)
     if options.activation_checkpointing != "none":
         recompute_activations(model, selective=options.activation_checkpointing == "selective")
     if options.compile:
         compile_layers(model, processes.device)
     return model
+
+
+def load_base(
+    model: torch.nn.Module, options: RunOptions, weights: Weights | None, device: torch.device
+) -> torch.nn.Module:
+    """``model`` as adapters of a run with ``options`` were trained on it, whole, on ``device``, to answer."""
+    plain = replace(options, use_lora=False, zero_stage=0, activation_checkpointing="none", compile=False)
+    config = deepspeed_config(plain, world_size=1, on_gpu=device.type == "cuda")
+    base: Any = make_trainable(model, plain, weights, config, Processes(0, 1, device)).to(device)
+    if hasattr(base, "config"):
+        base.config.use_cache = True
+    loaded: torch.nn.Module = base.requires_grad_(False).eval()
+    return loaded
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:

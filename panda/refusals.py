@@ -160,12 +160,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "ZeRO-3 gathers weights in hooks around every module, and a compiled layer is one piece without them",
         "`zero_stage: 2`, or leave `compile` out",
     ),
-    Refusal(
-        "use_quant with ckpt_path and zero_stage: 3",
-        lambda run: run.use_quant and run.ckpt_path is not None and run.zero_stage == 3,
-        "quantising while weights are spread was not tried",
-        "`zero_stage: 2`: 4 bits a weight are small already",
-    ),
 )
 
 

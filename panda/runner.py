@@ -21,6 +21,7 @@ from panda.assembly import build_model
 from panda.assembly import build_optimizer
 from panda.assembly import build_schedule
 from panda.assembly import build_task
+from panda.assembly import build_weights
 from panda.assembly import lay_out
 from panda.assembly import lay_out_evaluation
 from panda.assembly import load_tokenizer
@@ -51,6 +52,7 @@ from panda.models.generation import greedy
 from panda.models.isolation import refuse_leaking
 from panda.models.isolation import refuse_without_positions
 from panda.models.pretrained import Pretrained
+from panda.models.pretrained import base_weights
 from panda.models.pretrained import find_pretrained
 from panda.models.pretrained import fitted
 from panda.optim.schedules import Schedule
@@ -99,6 +101,8 @@ class Run:
     engine: Engine
     hook: Any
     """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
+    shape: dict[str, Any]
+    """What a run that continues this one has to agree on."""
     resumed_from: Path | None = None
     """The checkpoint that the run continues from."""
     step: int = 0
@@ -170,19 +174,23 @@ def _build(
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
     checkpoint = processes.agree(lambda: find_directory(resolved)[1])
-    progress = read_progress(checkpoint, _shape(resolved, dataset)) if checkpoint else START
+    shape = _shape(resolved, pretrained, dataset)
+    progress = read_progress(checkpoint, shape) if checkpoint else START
     layout = lay_out(options, dataset, processes.world_size, progress)
     evaluation = lay_out_evaluation(options, held_out, processes.world_size) if held_out is not None else None
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
-    seed_random(options.seed)  # the same on every rank, for equal weights
-    model = build_model(resolved, context)
+    # Where each rank is to hold a part, or few bits of each weight, none has to hold all of them to begin with.
+    # DoRA looks at weights before they are rounded to 16 bits, and so at all of them.
+    later = options.use_quant or (options.zero == 3 and not options.use_dora)
+    model, weights = build_weights(resolved, context, pretrained, later=later)
     model_name = resolved.components["model"].component.name
     if layout.packed:
         refuse_without_positions(model, model_name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = make_trainable(model, options, pretrained, config, processes)
+    base = model
+    model = make_trainable(model, options, weights, config, processes)
     seed_random(options.seed + processes.rank)  # different, for dropout
     optimizer = build_optimizer(resolved, model, processes.device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -213,18 +221,18 @@ def _build(
             "bad_rows": dataset.report.bad_rows,
             "eval_samples": len(evaluation.dataset) if evaluation else None,
             "checkpoint": pretrained.describe() if pretrained else None,
+            **({"base_weights": base_weights(pretrained)} if options.use_lora else {}),
             "vocabulary": (context.config or {}).get("vocab_size"),
             "resumed_from": str(checkpoint) if checkpoint else None,
         }
         write_description(directory, resolved, config, facts)
-        if not options.use_lora:
-            dtype = next(engine.module.parameters()).dtype
-            chosen = resolved.components["model"]
-            described = task.tokenizer, task.chat_template(), chosen, context, pretrained
-            describe_model(directory / DESCRIPTION, model, dtype, *described)
+        dtype = next(engine.module.parameters()).dtype
+        chosen = resolved.components["model"]
+        described = task.tokenizer, task.chat_template(), chosen, context, pretrained
+        describe_model(directory / DESCRIPTION, base, dtype, *described)
     hook = catalog.plugins.hook
     parts = task, dataset, layout, evaluation, schedule, engine, hook
-    return Run(resolved, directory, processes, *parts, resumed_from=checkpoint, step=progress.step)
+    return Run(resolved, directory, processes, *parts, shape, resumed_from=checkpoint, step=progress.step)
 
 
 def _train(run: Run) -> None:
@@ -246,7 +254,7 @@ def _train(run: Run) -> None:
             engine,
             run.directory / "checkpoints",
             progress(),
-            _shape(run.resolved, run.dataset),
+            run.shape,
             keep=options.save_total_limit,
         )
         run.checkpoints.append(path)
@@ -323,7 +331,8 @@ def _finish(run: Run) -> None:
             tensor.read()
     elif run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
-        export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / "export", tokenizer)
+        described = load_tokenizer(str(run.directory / DESCRIPTION))
+        export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / "export", described)
     else:
         export(run.directory / DESCRIPTION, weights, run.directory / "export")
     run.processes.barrier()
@@ -348,7 +357,7 @@ def _finish(run: Run) -> None:
         (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _shape(resolved: Resolved, dataset: SampleSet) -> dict[str, Any]:
+def _shape(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:
     """What a checkpoint's run and one that continues it have to agree on."""
     adapters = ", ".join(f"{key} {getattr(resolved.core, key)}" for key in LORA_KEYS)
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
@@ -366,6 +375,7 @@ def _shape(resolved: Resolved, dataset: SampleSet) -> dict[str, Any]:
         "lr_multipliers": list(resolved.core.lr_multipliers),
         "adapters": adapters if resolved.core.use_lora else "none",
         "base": f"quantised to {resolved.core.quant_bits} bits" if resolved.core.use_quant else "whole",
+        **({"base_weights": base_weights(pretrained)} if resolved.core.use_lora else {}),
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),

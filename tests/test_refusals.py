@@ -36,9 +36,6 @@ REFUSED: dict[str, list[Any]] = {
         }.items()
     },
     "compile with zero_stage: 3": ["--compile", "--zero_stage", "3"],
-    "use_quant with ckpt_path and zero_stage: 3": [
-        *("--use_quant", "--use_lora", "--precision", "bf16", "--ckpt_path", "pretrain/llama-7b", "--zero_stage", "3"),
-    ],
 }
 """Flags; an object is what deepspeed_config holds."""
 

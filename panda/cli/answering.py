@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from panda.cli.adapter_run import CKPT_PATH_HELP
+from panda.cli.adapter_run import AdapterRun
+from panda.cli.adapter_run import adapter_run
 from panda.registry import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from panda.models.inference import Assistant
     from panda.models.inference import Sampling
+    from panda.stored_tensor import Weights
 
 RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
 
@@ -22,6 +28,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help="probability of what is drawn from")
     parser.add_argument("--seed", type=int, help="of what is drawn")
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The option of where a base is."""
+    parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -37,15 +48,17 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
     return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
 
 
-def load_assistant(location: str) -> Assistant:
-    """The model in ``location``; of a run its newest checkpoint, and its export where there is none."""
+def load_assistant(location: str, ckpt_path: str | None) -> Assistant:
+    """The model in ``location``; of a run its newest checkpoint, and its export where there is none.
+
+    Adapters answer on the base that they were trained on, which is at ``ckpt_path`` if not where it was.
+    """
     import torch
     from transformers.utils import logging
 
     from panda.engine.checkpoint_folders import find_checkpoint
     from panda.engine.checkpoint_weights import checkpoint_weights
     from panda.models.export import DESCRIPTION
-    from panda.models.export import refuse_adapters
     from panda.models.inference import Assistant
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -54,7 +67,18 @@ def load_assistant(location: str) -> Assistant:
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     checkpoint = find_checkpoint(folder)
-    refuse_adapters(checkpoint.parent.parent if checkpoint else folder)
+    are_exported = (folder / "adapter_config.json").exists()
+    run = checkpoint.parent.parent if checkpoint else folder.parent if are_exported else folder
+    adapted = adapter_run(run, ckpt_path)
+    if adapted and (checkpoint or are_exported):
+        print(f"{checkpoint or folder}", file=sys.stderr)
+        module = _adapted_module(adapted, checkpoint_weights(checkpoint) if checkpoint else folder, device)
+        return Assistant(run / DESCRIPTION, None, device, module)
+    if are_exported:
+        raise UserError(
+            f"{location!r} holds adapters, and not the run that trained them, which says on what. Name the run; or put"
+            " them on their base with `PeftModel.from_pretrained(base, folder)`."
+        )
     if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
         return Assistant(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device)
@@ -62,6 +86,24 @@ def load_assistant(location: str) -> Assistant:
     if not (folder / "config.json").exists():
         raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
     return Assistant(folder, None, device)
+
+
+def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch.device) -> torch.nn.Module:
+    """The base of ``adapted`` with ``adapters``, by name, or in the folder of an export."""
+    from panda.assembly import load_base
+    from panda.models.adapters import add_adapters
+    from panda.models.adapters import load_adapters
+    from panda.models.adapters import put_adapters
+
+    model, weights = adapted.base()
+    base = load_base(model, adapted.options, weights, device)
+    if isinstance(adapters, Path):
+        peft_model = load_adapters(base, adapters)
+    else:
+        peft_model = add_adapters(base, adapted.options)
+        put_adapters(peft_model, adapters, device)
+    module: torch.nn.Module = peft_model.eval().get_base_model()
+    return module
 
 
 def write(text: str) -> None:

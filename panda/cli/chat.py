@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from panda.cli.answering import RUN_HELP
+from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
 from panda.cli.answering import load_assistant
 from panda.cli.answering import sampling_of
@@ -34,9 +35,10 @@ def _chat(argv: list[str]) -> None:
         epilog="example: panda chat runs/instruct-llama-tiny",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
-    assistant = load_assistant(arguments.run)
+    assistant = load_assistant(arguments.run, arguments.ckpt_path)
     if not assistant.has_template:
         raise UserError(
             f"{arguments.run}: its tokenizer has no chat template, so the model does not know dialogues."

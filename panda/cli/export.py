@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from panda.cli.adapter_run import CKPT_PATH_HELP
+from panda.cli.adapter_run import AdapterRun
+from panda.cli.adapter_run import adapter_run
 from panda.cli.command import run_command
 from panda.registry import UserError
+
+if TYPE_CHECKING:
+    from panda.stored_tensor import Weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,23 +30,61 @@ def _export(argv: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("--output", type=Path, help="a folder to make; by default RUN/export, which is replaced")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a run of adapters: the whole model, with them added to its base, to RUN/merged by default. Without,"
+        " the adapters alone are written, as peft has them",
+    )
+    parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     arguments = parser.parse_args(argv)
 
     from panda.engine.checkpoint_folders import find_checkpoint
     from panda.engine.checkpoint_weights import checkpoint_weights
     from panda.models.export import DESCRIPTION
     from panda.models.export import export
-    from panda.models.export import refuse_adapters
 
     checkpoint = find_checkpoint(arguments.run)
     if checkpoint is None:
         raise UserError(f"{arguments.run}: no complete checkpoint there. Name a run directory, or a `step-...` folder.")
     run = checkpoint.parent.parent
-    refuse_adapters(run)
     if not (run / DESCRIPTION).is_dir():
         raise UserError(f"{run}: it has no folder {DESCRIPTION!r}, which says what the weights in {checkpoint} are of.")
-    output = arguments.output or run / "export"
+    adapted = adapter_run(run, arguments.ckpt_path)
+    if arguments.merge and adapted is None:
+        raise UserError(f"--merge: {run} trained a whole model, so there is nothing to merge. Leave --merge out.")
+    output = arguments.output or run / ("merged" if arguments.merge else "export")
     if arguments.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {str(output)!r} is not empty. Name a folder that does not exist.")
-    export(run / DESCRIPTION, checkpoint_weights(checkpoint), output)
-    print(f"{output}: {checkpoint.name} of {run}")
+    weights, done = checkpoint_weights(checkpoint), ""
+    if adapted and not arguments.merge:
+        _export_adapters(adapted, weights, output)
+    else:
+        if adapted:
+            weights, done = _merged(adapted, weights)
+        export(run / DESCRIPTION, weights, output)
+    print(f"{output}: {checkpoint.name} of {run}{done}")
+
+
+def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
+    import torch
+
+    from panda.models.adapters import adapter_config
+    from panda.models.merging import merged_weights
+
+    # bitsandbytes rounds on a GPU where there is one, as training did.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, base = adapted.base()
+    merged, done = merged_weights(model, base, weights, adapter_config(adapted.options), adapted.options, device)
+    return merged, f"; {done}"
+
+
+def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> None:
+    from panda.assembly import load_tokenizer
+    from panda.models.adapters import add_adapters
+    from panda.models.adapters import export_adapters
+    from panda.models.export import DESCRIPTION
+
+    model = add_adapters(adapted.base()[0], adapted.options)
+    tokenizer = load_tokenizer(str(adapted.directory / DESCRIPTION))
+    export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from panda.cli.answering import RUN_HELP
+from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
 from panda.cli.answering import load_assistant
 from panda.cli.answering import sampling_of
@@ -26,9 +27,10 @@ def _generate(argv: list[str]) -> None:
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--prompt", nargs="+", required=True, help="one or several")
+    add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
-    assistant = load_assistant(arguments.run)
+    assistant = load_assistant(arguments.run, arguments.ckpt_path)
     sampling = sampling_of(arguments)
     for prompt in arguments.prompt:
         if len(arguments.prompt) > 1:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen base, through peft: on, out, and merged."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen base, through peft: on, and out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from panda.models.quantisation import dequantise
-from panda.models.quantisation import quantised_bits
 from panda.registry import UserError
 from panda.run_options import RunOptions
+from panda.stored_tensor import Weights
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from peft import PeftModel
 
 
@@ -25,7 +25,6 @@ def add_adapters(model: torch.nn.Module, options: RunOptions) -> PeftModel:
     float32; the engine casts them with the model, and the optimizer keeps its own in float32.
     Raises UserError where there is nothing to put them on.
     """
-    from peft import LoraConfig
     from peft import get_peft_model
     from transformers import PreTrainedModel
 
@@ -40,15 +39,8 @@ def add_adapters(model: torch.nn.Module, options: RunOptions) -> PeftModel:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
             raise UserError(f"lora_target_modules: {type(model).__name__} has no {target!r}; it has {linear}.")
-    config = LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # a scale, and as good with a fraction
-        lora_dropout=options.lora_dropout,
-        target_modules=targets or "all-linear",
-        use_dora=options.use_dora,
-        use_rslora=options.use_rslora,
-        task_type="CAUSAL_LM" if is_hugging_face else None,
-    )
+    config = adapter_config(options)
+    config.target_modules, config.task_type = targets or "all-linear", "CAUSAL_LM" if is_hugging_face else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that goes away
@@ -58,6 +50,33 @@ def add_adapters(model: torch.nn.Module, options: RunOptions) -> PeftModel:
     config.base_model_name_or_path = options.ckpt_path
     config.target_modules = sorted(config.target_modules or ())  # a set, written in another order each time
     return adapted
+
+
+def adapter_config(options: RunOptions) -> LoraConfig:
+    """What adapters are like by ``options``, on whichever layers."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # a scale, and as good with a fraction
+        lora_dropout=options.lora_dropout,
+        use_dora=options.use_dora,
+        use_rslora=options.use_rslora,
+    )
+
+
+def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> None:
+    """Give ``model``, on ``device``, what training changed: ``weights``, by its own names, in the type that they have.
+
+    Raises UserError where they are not of such adapters.
+    """
+    state = model.state_dict(keep_vars=True)
+    absent = [name for name in weights if name not in state]
+    untold = [name for name, p in model.named_parameters() if p.requires_grad and name not in weights]
+    if absent or untold:
+        raise UserError(f"these adapters are of another model: one of them has no {(absent + untold)[0]}.")
+    for name, stored in weights.items():
+        state[name].data = stored.read().to(device, copy=True)
 
 
 def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any) -> None:
@@ -82,30 +101,6 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
             f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
             f" {problem}"
         ) from problem
-
-
-def merge_adapters(model: PeftModel) -> tuple[torch.nn.Module, str]:
-    """The base of ``model`` with its adapters' product added to its weights, and a sentence that says what was done.
-
-    A quantised base is dequantised first: the sum rounded to few bits again would lose most of what was
-    learned. Adapters were trained on what dequantising gives, and so belong to it more than to the base
-    that was quantised.
-    """
-    from peft import get_peft_model
-    from peft import get_peft_model_state_dict
-    from peft import set_peft_model_state_dict
-
-    config: Any = model.peft_config["default"]
-    done = f"adapters of rank {config.r} merged into the base"
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if bits := quantised_bits(model.get_base_model()):
-        base: Any = model.unload()
-        dequantise(base)
-        dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
-        done += f", which was dequantised from {bits} bits to {dtype}, and differs from the original by their rounding"
-        model = get_peft_model(base, config)
-        set_peft_model_state_dict(model, weights)
-    return model.merge_and_unload(safe_merge=True), f"{done}."
 
 
 def _linear_names(model: torch.nn.Module) -> str:

@@ -17,7 +17,6 @@ import torch
 
 from panda.models.pretrained import Pretrained
 from panda.models.weight_files import write_weights
-from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 from panda.stored_tensor import Weights
@@ -54,7 +53,12 @@ def describe_model(
         config.save_pretrained(folder)
         _write_json(folder / "generation_config.json", _generation_config(module, tokenizer, pretrained))
         return
-    state = module.state_dict(keep_vars=True)
+    # Of a base under adapters, by the names that it has without them.
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if ".lora_" not in name
+    }
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
@@ -66,15 +70,6 @@ def describe_model(
         "shared_tensors": {name: first[id(t)] for name, t in state.items() if first[id(t)] != name},
     }
     _write_json(folder / "config.json", described)
-
-
-def refuse_adapters(run: Path) -> None:
-    """Raise UserError where the run in ``run`` trained adapters: they are no model of their own."""
-    if (run / "export" / "adapter_config.json").exists():
-        raise UserError(
-            f"{run}: it trained adapters, which are in {run / 'export'} as peft has them:"
-            " `PeftModel.from_pretrained(base, folder)` puts them on their base. panda does not merge them yet."
-        )
 
 
 def export(description: Path, weights: Weights, folder: Path) -> None:

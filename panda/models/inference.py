@@ -23,6 +23,7 @@ from panda.registry.options import build
 from panda.stored_tensor import Weights
 from panda.stored_tensor import put
 
+_GENERATION = "generation_config.json"
 Message = dict[str, str]
 """``role`` (``user`` or ``assistant``) and ``content``."""
 
@@ -41,18 +42,24 @@ class Sampling:
 class Assistant:
     """A model and its tokenizer."""
 
-    def __init__(self, folder: Path, weights: Weights | None, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, weights: Weights | None, device: torch.device, module: torch.nn.Module | None = None
+    ) -> None:
         """Load the model that ``folder`` describes, with ``weights``, or those in the folder where None are given.
 
-        Raises UserError where the folder holds no model that can be loaded.
+        Or take ``module``, which is on ``device``. Raises UserError where the folder holds no model that can be loaded.
         """
         from transformers import AutoTokenizer
+        from transformers import GenerationConfig
 
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as problem:  # transformers raises what its parsers raise
             raise UserError(f"{folder}: no tokenizer could be loaded from it: {problem}") from problem
-        self.model: Any = _module(folder, weights).to(device).eval()
+        self.model: Any = module or _module(folder, weights).to(device).eval()
+        model: Any = self.model
+        if (folder / _GENERATION).exists() and hasattr(model, "generation_config"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         self.device = device
 
     @property

@@ -41,45 +41,32 @@ def quantise(
             f"use_quant: which linear layer of {type(model).__name__} is the output head, and must stay as it is, is"
             " not known. Use a model of transformers, or leave `use_quant` out."
         )
-    quantised: Any = model
-    head = quantised.get_output_embeddings()
-    for name in _linear_names(model):
+    for name in quantised_names(model):
         layer: Any = model.get_submodule(name)
-        if layer is head:
-            continue
         if fill is not None:
             fill(name, layer)
         _replace(model, name, _quantised(layer, options, device))
-    # What peft asks to choose its layers by.
-    quantised.is_loaded_in_4bit, quantised.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
+    told: Any = model  # what peft asks to choose its layers by
+    told.is_loaded_in_4bit, told.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
 
 
-def quantised_bits(model: Any) -> int | None:
-    """Bits of the weights of a quantised ``model``; None where they are whole."""
-    for bits in (4, 8):
-        if getattr(model, f"is_loaded_in_{bits}bit", False):
-            return bits
-    return None
+def quantised_names(model: Any) -> list[str]:
+    """Names of the layers of ``model``, of transformers, that ``quantise`` quantises."""
+    head = model.get_output_embeddings()
+    return [name for name in _linear_names(model) if model.get_submodule(name) is not head]
 
 
-def dequantise(model: Any) -> None:
-    """Undo ``quantise``, but for what rounding lost."""
+def rounded(layer: torch.nn.Linear, options: RunOptions, device: torch.device) -> torch.Tensor:
+    """The weight of ``layer``, on the CPU in float32, as it is once quantised and dequantised."""
     bnb = _bitsandbytes()
-    dtype = model.get_input_embeddings().weight.dtype
-    for name in _linear_names(model):
-        layer = model.get_submodule(name)
-        if isinstance(layer, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        elif isinstance(layer, bnb.nn.Linear8bitLt):
-            scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
-            weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales)
-        else:
-            continue
-        whole = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        whole.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-        whole.bias = layer.bias
-        _replace(model, name, whole)
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    quantised: Any = _quantised(layer, options, device)
+    weight = quantised.weight
+    if options.quant_bits == 8:
+        whole = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+    else:
+        whole = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    result: torch.Tensor = whole.float().cpu()
+    return result
 
 
 def _quantised(layer: torch.nn.Linear, options: RunOptions, device: torch.device) -> torch.nn.Linear:

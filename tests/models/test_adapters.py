@@ -32,7 +32,6 @@ from transformers import LlamaForCausalLM
 
 from panda.models.adapters import add_adapters
 from panda.models.adapters import load_adapters
-from panda.models.adapters import merge_adapters
 from panda.registry import UserError
 from panda.run_options import RunOptions
 
@@ -162,17 +161,6 @@ def test_plain_peft_loads_what_a_run_leaves_on_the_base(runs: Path, tmp_path: Pa
         expected = model.eval()(ids).logits
         assert torch.allclose(torch.tensor(logits, dtype=torch.float64), expected, atol=1e-5, rtol=0)
         assert (expected - plain_base(SHAPE).double()(ids).logits).abs().max() > 1e-2  # the adapters do something
-
-
-@pytest.mark.parametrize("name", ["lora", "dora", "rslora"])
-def test_merged_weights_give_the_logits_of_base_and_adapters(runs: Path, name: str) -> None:
-    ids = torch.tensor([[1, 100, 101, 102]])
-    adapted = load_adapters(plain_base(SHAPE), runs / name / "export").eval()
-    expected = adapted(ids).logits.detach()
-    merged, done = merge_adapters(adapted)
-    assert type(merged) is LlamaForCausalLM and not any("lora" in key for key in merged.state_dict())
-    assert torch.allclose(merged(ids).logits, expected, atol=1e-5, rtol=0)
-    assert done == "adapters of rank 4 merged into the base."
 
 
 @pytest.mark.parametrize("stage", RESUMED)

@@ -29,8 +29,6 @@ from transformers import BitsAndBytesConfig
 from transformers import LlamaForCausalLM
 
 from panda.models.adapters import add_adapters
-from panda.models.adapters import load_adapters
-from panda.models.adapters import merge_adapters
 from panda.models.generation import greedy
 from panda.models.quantisation import quantise
 from panda.registry import UserError
@@ -136,25 +134,6 @@ def test_a_resumed_run_ends_with_the_same_bits(runs: Path, name: str) -> None:
 def test_a_checkpoint_holds_nothing_of_the_base(runs: Path) -> None:
     state = torch.load(runs / "nf4" / "checkpoints" / "step-00000010" / "mp_rank_00_model_states.pt")
     assert all("lora_" in name for name in state["module"])
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_merging_dequantises_and_says_so(runs: Path, bits: int) -> None:
-    ids = torch.tensor([[1, 100, 101, 102]])
-    base = plain_base(SHAPE)
-    quantise(base, options(bits), torch.device("cpu"))
-    adapted = load_adapters(base, runs / ("nf4" if bits == 4 else "int8") / "export").eval()
-    expected = adapted(ids).logits.detach()
-    merged, done = merge_adapters(adapted)
-    assert type(merged) is LlamaForCausalLM
-    assert all(type(m) is torch.nn.Linear for m in merged.modules() if isinstance(m, torch.nn.Linear))
-    # Outside training LLM.int8 rounds activations to 8 bits too; merged weights do not.
-    assert torch.allclose(merged(ids).logits, expected, atol=1e-5 if bits == 4 else 1e-2, rtol=0)
-    assert (merged(ids).logits - plain_base(SHAPE)(ids).logits).abs().max() > 1e-2
-    assert f"dequantised from {bits} bits to float32" in done
-    merged.save_pretrained(runs / f"merged{bits}")
-    again = LlamaForCausalLM.from_pretrained(runs / f"merged{bits}", dtype=torch.float32)
-    assert torch.equal(again(ids).logits, merged(ids).logits)
 
 
 def options(bits: int, **more: Any) -> RunOptions:

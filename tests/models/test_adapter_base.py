@@ -1,0 +1,341 @@
+"""Adapters and the base they were trained on: merged, answering, and told from any other base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import llama
+from checkpoint_files import save_hf
+from launching import ENVIRONMENT
+from launching import losses
+from launching import run_panda
+from launching import train_many
+from launching import zero3_at_once
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from transformers import BitsAndBytesConfig
+
+from panda.cli.main import main
+from panda.models import quantisation
+
+Captured = pytest.CaptureFixture[str]
+QUANTISED = ("--use_quant", "--precision", "fp32")
+ALONE: dict[str, tuple[object, ...]] = {
+    "lora": (),
+    "dora": ("--use_dora",),
+    "rslora": ("--use_rslora",),
+    "bf16": ("--precision", "bf16"),
+    "nf4": QUANTISED,
+    "int8": (*QUANTISED, "--quant_bits", 8),
+    "random": (),
+    "random-nf4": QUANTISED,
+    "whole": (),
+}
+"""Runs on one rank, from a checkpoint unless they are called random; adapters but for one."""
+TOGETHER: dict[str, tuple[object, ...]] = {
+    "lora-zero2": ("--zero_stage", 2),
+    "dora-zero3": ("--use_dora",),
+    "nf4-zero3": QUANTISED,
+}
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+found = {}
+for folder in sys.argv[1:]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[1, 83, 100, 124, 35]])
+    found[folder] = {"logits": model(ids).logits.tolist(), "dtype": str(model.dtype), "chat": tokenizer.chat_template}
+assert not any(name.split(".")[0] in ("panda", "peft") for name in sys.modules)
+print(json.dumps(found))
+"""
+IDS = torch.tensor([[1, 83, 100, 124, 35]])
+
+
+def flags(folder: Path, name: str, more: tuple[object, ...], accumulation: int) -> list[object]:
+    start = ["--arch", "llama-tiny", "--num_layers", 2] if "random" in name else ["--ckpt_path", folder / "base"]
+    return [
+        *(start if "random" in name else ["--model", "llama", *start]),
+        *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 64, "--num_workers", 0),
+        *("--max_steps", 4, "--save_steps", 2, "--per_gpu_train_batch_size", 2, "--separator", " =>\n", "--seed", 3),
+        *("--gradient_accumulation_steps", accumulation, "--learning_rate", 2e-2, "--warmup_steps", 0),
+        *("--adam_epsilon", 1e-4),  # or rounding in gradients that are nearly zero becomes whole steps
+        *("-p", "no:tensorboard", "-p", "no:plot", "--output_dir", folder / name),
+        *(() if name == "whole" else ("--use_lora", "--lora_r", 4, "--lora_alpha", 8, "--lora_dropout", 0)),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter_base")
+    save_hf(llama(4, hidden_size=64, intermediate_size=128), folder / "base")
+    train_many([flags(folder, name, more, 2) for name, more in ALONE.items()], cwd=folder)
+    spread = zero3_at_once(folder)
+    train_many(
+        [flags(folder, name, (*more, *(spread if "zero3" in name else ())), 1) for name, more in TOGETHER.items()],
+        ranks=2,
+        cwd=folder,
+    )
+    return folder
+
+
+def plain_base(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The base of a run, without panda: from its folder, quantised by transformers where the run quantised it."""
+    if "random" in name:
+        torch.manual_seed(3)
+        config = AutoModelForCausalLM.from_pretrained(folder / "merged" / name).config
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / f"drawn-{name}")
+        source = folder / f"drawn-{name}"
+    else:
+        source = folder / "base"
+    quantised = {}
+    if "nf4" in name or "int8" in name:
+        config = BitsAndBytesConfig(
+            load_in_4bit="nf4" in name,
+            load_in_8bit="int8" in name,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        quantised = {"quantization_config": config}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **quantised).eval()
+    for module in model.modules():  # or bitsandbytes computes in bf16 in evaluation, on CPUs that have it
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_ranks_learn_on_a_checkpoint_what_one_does(folder: Path, name: str) -> None:
+    alone = folder / name.partition("-")[0]
+    assert losses(folder / name) == pytest.approx(losses(alone), rel=1e-6)
+    expected, found = (load_file(run / "export" / "adapter_model.safetensors") for run in (alone, folder / name))
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert (found[key] - weight).abs().max() < 1e-6, key
+
+
+@pytest.fixture(scope="module")
+def merged(folder: Path) -> dict[str, dict[str, Any]]:
+    """What plain transformers finds in the merged models: logits, type, chat template."""
+    names = [name for name in ALONE | TOGETHER if name != "whole"]
+    for name in names:
+        assert main(["export", str(folder / name), "--merge", "--output", str(folder / "merged" / name)]) == 0
+    command = [sys.executable, "-c", PLAIN, *(f"merged/{name}" for name in names)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return {name.removeprefix("merged/"): found for name, found in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("name", [name for name in ALONE | TOGETHER if name != "whole"])
+def test_merged_weights_give_the_logits_of_base_and_adapters(
+    folder: Path, merged: dict[str, dict[str, Any]], name: str
+) -> None:
+    found = torch.tensor(merged[name]["logits"])
+    base = plain_base(folder, name)
+    without = base(IDS).logits
+    adapted = PeftModel.from_pretrained(base, folder / name / "export").eval()
+    expected = adapted(IDS).logits
+    # In training LLM.int8 rounds activations to 8 bits too, and bf16 all; merged weights do not.
+    tolerance = {"int8": 5e-2, "bf16": 5e-2}.get(name, 1e-5) * float(expected.abs().max())
+    assert (found - expected).abs().max() <= tolerance
+    assert (expected - without).abs().max() > 4 * tolerance
+    assert merged[name]["dtype"] == ("torch.bfloat16" if name == "bf16" else "torch.float32")
+    assert " =>" in merged[name]["chat"]
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "bf16", "dora-zero3", "random"])
+def test_merged_weights_are_those_of_plain_peft(folder: Path, merged: dict[str, Any], name: str) -> None:
+    base = plain_base(folder, name, torch.bfloat16 if name == "bf16" else torch.float32)
+    expected = PeftModel.from_pretrained(base, folder / name / "export").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(folder / "merged" / name).state_dict()
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        # peft adds to a base in bf16 what was rounded to bf16 itself; here the sum alone is rounded.
+        tolerance = 2**-7 * float(weight.abs().max()) if name == "bf16" else 1e-6
+        assert (found[key].float() - weight.float()).abs().max() <= tolerance, key
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "random-nf4"])
+def test_a_quantised_base_is_dequantised_and_the_adapters_added(
+    folder: Path, merged: dict[str, Any], name: str, capsys: Captured
+) -> None:
+    import bitsandbytes as bnb
+
+    base = plain_base(folder, name)
+    found = load_file(folder / "merged" / name / "model.safetensors")
+    adapters = load_file(folder / name / "export" / "adapter_model.safetensors")
+    for key, module in base.named_modules():
+        if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            continue
+        a, b = (adapters[f"base_model.model.{key}.lora_{letter}.weight"] for letter in "AB")
+        weight: Any = module.weight
+        whole = (
+            bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            if "nf4" in name
+            else weight.data.float() * (weight.SCB if weight.SCB is not None else module.state.SCB)[:, None] / 127
+        )
+        assert (found[f"{key}.weight"] - (whole + 2 * b @ a)).abs().max() < 1e-6, key
+    assert main(["export", str(folder / name), "--merge"]) == 0
+    bits = 8 if name == "int8" else 4
+    assert f"dequantised from {bits} bits to float32, and differs from the original" in capsys.readouterr().out
+    assert (folder / name / "merged" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_on_the_way_is_exported_and_merged_too(folder: Path, tmp_path: Path) -> None:
+    checkpoint = folder / "lora" / "checkpoints" / "step-00000002"
+    assert main(["export", str(checkpoint), "--output", str(tmp_path / "adapters")]) == 0
+    assert main(["export", str(checkpoint), "--merge", "--output", str(tmp_path / "merged")]) == 0
+    adapted = PeftModel.from_pretrained(plain_base(folder, "lora"), tmp_path / "adapters")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(model(IDS).logits, adapted.eval()(IDS).logits, atol=1e-4, rtol=0)
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    final = load_file(folder / "lora" / "export" / "adapter_model.safetensors")
+    there = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    assert there.keys() == final.keys() and last
+    assert not all(torch.equal(there[key], final[key]) for key in final)
+    for what in ("adapter_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "adapters" / what).read_text() == (folder / "lora" / "export" / what).read_text()
+
+
+@pytest.mark.parametrize("what", ["lora", "dora-zero3", "bf16", "nf4", "lora/export", "nf4/export"])
+def test_adapters_answer_as_plain_peft(folder: Path, merged: dict[str, Any], what: str, capsys: Captured) -> None:
+    name = what.partition("/")[0]
+    capsys.readouterr()
+    assert main(["generate", str(folder / what), "--prompt", "Say tomato.", "--max_new_tokens", "12"]) == 0
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    model = PeftModel.from_pretrained(
+        plain_base(folder, name, dtype), folder / name / "export", autocast_adapter_dtype=False
+    )
+    ids = torch.tensor([[1, *(byte + 3 for byte in b"Say tomato. =>\n")]])
+    answer = model.eval().generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    text = AutoTokenizer.from_pretrained(folder / name / "export").decode(
+        answer[0, ids.shape[1] :], skip_special_tokens=True
+    )
+    assert capsys.readouterr().out == text + "\n" and len(text) > 2
+
+
+def test_a_run_of_adapters_is_talked_with(folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    answers = []
+    for what in (folder / "nf4", folder / "merged" / "nf4"):
+        if not what.exists():
+            assert main(["export", str(folder / "nf4"), "--merge", "--output", str(what)]) == 0
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.StringIO("abc\nde\n"))
+        assert main(["chat", str(what), "--max_new_tokens", "6"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and len(answers[0]) > 6
+
+
+# -- another base -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(folder: Path) -> Path:
+    """A fine-tune of the base: the same names and shapes, one weight another."""
+    model = llama(4, hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    return save_hf(model, folder / "other")
+
+
+@pytest.mark.parametrize("command", [["export", "--merge"], ["generate", "--prompt", "x"], ["chat"]])
+def test_another_base_is_an_error_with_both_named(
+    folder: Path, other: Path, command: list[str], capsys: Captured
+) -> None:
+    assert main([command[0], str(folder / "lora"), *command[1:], "--ckpt_path", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert f"trained on another base: {folder}/base" in error and f"Now there is {other}" in error
+
+
+def test_a_base_that_was_replaced_where_it_was_is_told_and_one_that_was_moved_is_taken(
+    folder: Path, other: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    shutil.copytree(folder / "base", tmp_path / "moved")
+    (folder / "base").rename(folder / "aside")
+    try:
+        shutil.copytree(other, folder / "base")
+        assert main(["export", str(folder / "lora"), "--merge", "--output", str(tmp_path / "a")]) == 2
+        assert "trained on another base" in capsys.readouterr().err
+        flags_ = ["--merge", "--ckpt_path", str(tmp_path / "moved"), "--output", str(tmp_path / "b")]
+        assert main(["export", str(folder / "lora"), *flags_]) == 0
+        shutil.rmtree(folder / "base")
+        assert main(["export", str(folder / "lora"), "--merge", "--output", str(tmp_path / "c")]) == 2
+        assert "is nowhere" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(folder / "base", ignore_errors=True)
+        (folder / "aside").rename(folder / "base")
+    assert (tmp_path / "b" / "model.safetensors").exists()
+
+
+def test_a_run_of_adapters_does_not_continue_on_another_base(folder: Path, other: Path, tmp_path: Path) -> None:
+    words = [word for word in flags(folder, "lora", (), 2) if word != folder / "lora"]
+    words[words.index(folder / "base")] = other
+    words.remove("--output_dir")
+    done = run_panda("panda-train", *words, "--resume", folder / "lora", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "this run cannot continue that one: base_weights was 'sha256:" in done.stderr
+    words[words.index(other)] = folder / "base"
+    resumed = ["--resume", folder / "lora" / "checkpoints" / "step-00000002", "--output_dir", tmp_path / "again"]
+    train_many([[*words, *resumed]], cwd=tmp_path)
+    assert losses(tmp_path / "again") == losses(folder / "lora")[2:]
+
+
+def test_what_cannot_be_merged_or_answered_is_told(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["export", str(folder / "whole"), "--merge"]) == 2
+    assert "trained a whole model, so there is nothing to merge" in capsys.readouterr().err
+    assert main(["generate", str(folder / "whole"), "--prompt", "x", "--ckpt_path", "base"]) == 2
+    assert "is no run of adapters" in capsys.readouterr().err
+    assert main(["generate", str(folder / "random"), "--prompt", "x", "--ckpt_path", str(folder / "base")]) == 2
+    assert "trained on random weights" in capsys.readouterr().err
+    shutil.copytree(folder / "lora" / "export", tmp_path / "adapters")
+    assert main(["generate", str(tmp_path / "adapters"), "--prompt", "x"]) == 2
+    assert "holds adapters, and not the run that trained them" in capsys.readouterr().err
+
+
+def test_the_identity_tells_every_weight_of_a_small_file_and_not_the_folder(folder: Path, tmp_path: Path) -> None:
+    from panda.models.pretrained import pretrained_at
+
+    def identity(model: Any, name: str) -> str:
+        return pretrained_at(str(save_hf(model, tmp_path / name)), option="ckpt_path").identity()
+
+    model = llama(4, hidden_size=64, intermediate_size=128)
+    first = identity(model, "a")
+    assert first == identity(model, "b") == pretrained_at(str(folder / "base"), option="ckpt_path").identity()
+    for number, parameter in enumerate(model.parameters()):
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1
+        assert identity(model, str(number)) != first
+        with torch.no_grad():
+            parameter.view(-1)[-1] -= 1
+
+
+def test_a_merged_layer_is_made_when_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory merging takes is one layer at a time beside the file that is being written."""
+    from panda.cli.adapter_run import adapter_run
+    from panda.engine.checkpoint_weights import checkpoint_weights
+    from panda.models.adapters import adapter_config
+    from panda.models.merging import merged_weights
+
+    run = adapter_run(folder / "nf4")
+    assert run is not None
+    rounded: list[Any] = []
+    plain = quantisation.rounded
+    monkeypatch.setattr("panda.models.merging.rounded", lambda *a, **k: rounded.append(1) or plain(*a, **k))
+    model, base = run.base()
+    adapters = checkpoint_weights(folder / "nf4" / "checkpoints" / "step-00000004")
+    weights, _ = merged_weights(model, base, adapters, adapter_config(run.options), run.options, torch.device("cpu"))
+    assert rounded == []
+    weights["model.layers.0.self_attn.q_proj.weight"].read()
+    assert len(rounded) == 1 and all(p.is_meta for p in model.parameters() if p.dim() > 1)
