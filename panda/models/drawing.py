@@ -89,6 +89,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._untouched: dict[int, Any] = {}  # storages that nothing was written to yet
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._noted: dict[int, tuple[Any, list[_Note]]] = {}
 
     def notes_on(self, tensor: torch.Tensor) -> list[_Note] | None:
@@ -139,13 +140,21 @@ class _Recorder(TorchDispatchMode):
         state = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             state = torch.get_rng_state()
-            func(torch.empty_strided(target.shape, target.stride(), dtype=target.dtype), *more, **keywords)
+            func(self._scratch_like(target), *more, **keywords)
         storage, notes = self._noted[_key(target)]
         if func in _OVERWRITES and target.numel() * target.element_size() == storage.nbytes():
             notes.clear()
         more = tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in more)
         layout = tuple(target.shape), target.stride(), int(target.storage_offset())
         notes.append(_Note(func, *layout, more, keywords, state))
+
+    def _scratch_like(self, target: torch.Tensor) -> torch.Tensor:
+        """A tensor like ``target``, of any content: one memory for all, or what is freed piles up between the rest."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(target.shape, target.stride(), strict=True))
+        if self._scratch.numel() < span * target.element_size():
+            self._scratch = torch.empty(span * target.element_size(), dtype=torch.uint8)
+        whole = self._scratch[: span * target.element_size()].view(target.dtype)
+        return whole.as_strided(target.shape, target.stride())
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -82,8 +81,6 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write ``weights`` to ``folder`` as transformers does, one file or several and an index; holds one at a time."""
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = [[]]
     size = total = 0
     for name, stored in weights.items():
@@ -94,24 +91,48 @@ def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES
         shards[-1].append(name)
         size += bytes_
         total += bytes_
-    mask = os.umask(0)
-    os.umask(mask)
     names = [SAFETENSORS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        tensors = {key: weights[key].read().to(weights[key].dtype).contiguous() for key in shard}
-        broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        broken = _write_safetensors({key: weights[key] for key in shard}, folder / name)
         if broken:
+            (folder / name).unlink()
             raise UserError(f"nothing is written: {len(broken)} tensors are not finite, {broken[0]} first.")
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes, whatever the umask
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_safetensors(weights: Weights, file: Path) -> list[str]:
+    """Write ``weights`` to ``file``, in safetensors' format; holds one at a time. The names of those not finite.
+
+    The library's own function wants all of them at once, and copies them.
+    """
+    order = sorted(weights, key=lambda name: -weights[name].dtype.itemsize)  # the library's, which keeps all aligned
+    types = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        stored, begin = weights[name], end
+        end += stored.dtype.itemsize * torch.Size(stored.shape).numel()
+        header[name] = {"dtype": types[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    written += b" " * (-len(written) % 8)
+    broken = []
+    with file.open("wb") as stream:
+        stream.write(len(written).to_bytes(8, "little") + written)
+        for name in order:
+            stored = weights[name]
+            tensor = stored.read().detach().to("cpu", stored.dtype).contiguous()
+            assert tensor.shape == torch.Size(stored.shape), name
+            if not bool(torch.isfinite(tensor).all()):
+                broken.append(name)
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return broken
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
