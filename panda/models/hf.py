@@ -20,7 +20,9 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from panda.models.creation import keep_computed_float32
+    from panda.models.cross_entropy import offer_loss_sum
     from panda.models.packing import tell_packing
+    from panda.models.plain_head import has_plain_head
 
     assert context.config is not None, "refused without ckpt_path"
     import torch
@@ -42,6 +44,8 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
             f"model hf: transformers joins or renames tensors of {kind!r} checkpoints when it loads them (mixtures of"
             " experts, mostly), and panda, which loads them one by one as they are named, does not yet."
         )
+    if has_plain_head(model):
+        offer_loss_sum(model)
     keep_computed_float32(model)
     tell_packing(model)
     return model
