@@ -26,6 +26,9 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.placement import gathering
 from panda.engine.placement import place
 from panda.engine.processes import Processes
+from panda.engine.tensor_parallel import plan_of
+from panda.engine.tensor_parallel import shards_of
+from panda.engine.tensor_parallel import split
 from panda.models.adapters import add_adapters
 from panda.models.creation import without_weights
 from panda.models.drawing import drawn_later
@@ -169,6 +172,14 @@ def build_weights(
     return build_model(resolved, context), None
 
 
+def refuse_splitting(resolved: Resolved, context: ModelContext) -> None:
+    """Raise UserError where the model cannot be split over tensor-parallel ranks as asked. Makes no weights."""
+    chosen, size = resolved.components["model"], resolved.core.tensor_parallel_size
+    if size > 1:
+        with torch.device("meta"):
+            plan_of(chosen.build(context, torch.nn.Module), chosen.component.name, size)
+
+
 def make_trainable(
     model: torch.nn.Module,
     options: RunOptions,
@@ -176,10 +187,13 @@ def make_trainable(
     deepspeed: dict[str, Any],
     processes: Processes,
 ) -> torch.nn.Module:
-    """``model`` as it is trained: with ``weights``, where it has none, and quantised, adapted and compiled as asked.
+    """``model`` as it is trained: with ``weights``, where it has none, split, quantised, adapted, compiled as asked.
 
     The same object, but for adapters, which are around it. Every rank has to call it.
     """
+    if processes.tensor_ranks > 1:
+        split(model, plan_of(model, type(model).__name__, processes.tensor_ranks), processes)
+        weights = shards_of(weights, model, processes) if weights else None
     left = dict(weights or {})
     if options.use_quant:
         quantise(model, options, processes.device, partial(_fill, model, left) if left else None)

@@ -160,6 +160,36 @@ REFUSALS: tuple[Refusal, ...] = (
         "ZeRO-3 gathers weights in hooks around every module, and a compiled layer is one piece without them",
         "`zero_stage: 2`, or leave `compile` out",
     ),
+    Refusal(
+        "tensor_parallel_size with zero_stage: 3",
+        lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 3,
+        "both spread the weights, and a checkpoint of the two together cannot be read back whole",
+        "`zero_stage: 2`, or `zero_stage: 3` alone",
+    ),
+    Refusal(
+        "tensor_parallel_size with use_lora or use_quant",
+        lambda run: run.tensor_parallel_size > 1 and (run.use_lora or run.use_quant),
+        "adapters and few bits are made for layers that are whole",
+        "leave `tensor_parallel_size` out: `zero_stage: 3` spreads the base",
+    ),
+    Refusal(
+        "tensor_parallel_size with zero_stage: 0 in 16 bits",
+        lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 0 and run.precision != "fp32",
+        "DeepSpeed without ZeRO takes the norm of gradients, by which they are clipped, from one rank's part alone",
+        "leave `zero_stage` out: it is 1 then",
+    ),
+    Refusal(
+        "tensor_parallel_size with activation_checkpointing: selective",
+        lambda run: run.tensor_parallel_size > 1 and run.activation_checkpointing == "selective",
+        "FairScale sums a product over ranks in its place, and one that is kept would be summed again",
+        "`activation_checkpointing: full`",
+    ),
+    Refusal(
+        "tensor_parallel_size with compile",
+        lambda run: run.tensor_parallel_size > 1 and run.compile,
+        "compiled layers that talk with other ranks were not tried on a GPU",
+        "leave one of them out",
+    ),
 )
 
 

@@ -109,6 +109,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     _write_json(directory / "deepspeed.json", deepspeed)
     packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
     packages += ["bitsandbytes"] * resolved.core.use_quant
+    packages += ["fairscale"] * (resolved.core.tensor_parallel_size > 1)
     components = {
         chosen.label: {
             "distribution": chosen.offer.distribution,

@@ -154,6 +154,9 @@ class RunOptions:
     zero_stage: Annotated[int, Meta(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO: what is spread over GPUs. 1 optimizer state, 2 and gradients, 3 and weights. By default 0 in
     fp32, and 1 in 16 bits, where only ZeRO sums the gradients of micro batches in fp32."""
+    tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
+    """Neighbouring GPUs that hold one copy of the model together, each a part of every large matrix. It divides the
+    number of processes; data parallelism is what is left of it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping. full: each layer, from its input. selective: what is cheap in
     it; attention and large matrix products are kept. Slower and smaller, and nothing else changes."""

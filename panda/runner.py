@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from panda.assembly import lay_out_evaluation
 from panda.assembly import load_tokenizer
 from panda.assembly import make_trainable
 from panda.assembly import model_context
+from panda.assembly import refuse_splitting
 from panda.assembly import seed_random
 from panda.data.batches import Batch
 from panda.data.batches import step_batches
@@ -44,6 +46,7 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
+from panda.engine.tensor_parallel import whole_shape
 from panda.models.adapters import export_adapters
 from panda.models.export import DESCRIPTION
 from panda.models.export import describe_model
@@ -137,12 +140,13 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
     task = build_task(resolved, tokenizer)
     pretrained = find_pretrained(resolved.core)
     context = model_context(resolved, tokenizer, pretrained)
+    refuse_splitting(resolved, context)
     if pretrained:  # before the data is read, which may take long
         fitted(build_model(resolved, context), pretrained)
     evaluated = build_evaluation_task(resolved, task)
     dataset = task.dataset()
     held_out = evaluated.dataset() if evaluated else None
-    processes = join_processes()
+    processes = join_processes(resolved.core.tensor_parallel_size)
     run = _build(resolved, catalog, context, pretrained, task, dataset, held_out, processes)
     try:
         run.hook.panda_run_start(run=run)
@@ -176,8 +180,8 @@ def _build(
     checkpoint = processes.agree(lambda: find_directory(resolved)[1])
     shape = _shape(resolved, pretrained, dataset)
     progress = read_progress(checkpoint, shape) if checkpoint else START
-    layout = lay_out(options, dataset, processes.world_size, progress)
-    evaluation = lay_out_evaluation(options, held_out, processes.world_size) if held_out is not None else None
+    layout = lay_out(options, dataset, processes.data_ranks, progress)
+    evaluation = lay_out_evaluation(options, held_out, processes.data_ranks) if held_out is not None else None
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
@@ -191,9 +195,9 @@ def _build(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     base = model
     model = make_trainable(model, options, weights, config, processes)
-    seed_random(options.seed + processes.rank)  # different, for dropout
+    seed_random(options.seed + processes.data_rank)  # different where data is, for dropout
     optimizer = build_optimizer(resolved, model, processes.device)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(math.prod(whole_shape(p, processes)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), model_name, len(task.tokenizer), processes.device)
@@ -315,7 +319,7 @@ def _batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
     """The micro batches of this rank in each step of ``layout``."""
     return step_batches(
         layout,
-        rank=run.processes.rank,
+        rank=run.processes.data_rank,
         pad_token_id=run.task.tokenizer.pad_token_id or 0,
         num_workers=run.options.num_workers,
         prefetch_factor=run.options.prefetch_factor,
@@ -369,6 +373,7 @@ def _shape(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet
             for key, value in asdict(resolved.components[kind].options).items()
         },
         "weight_decay": resolved.core.weight_decay,
+        "tensor_parallel_size": resolved.core.tensor_parallel_size,
         "precision": resolved.core.precision,
         "bit_training": resolved.core.bit_training,
         "weight_decay_on": resolved.core.weight_decay_on,

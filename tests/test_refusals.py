@@ -36,6 +36,16 @@ REFUSED: dict[str, list[Any]] = {
         }.items()
     },
     "compile with zero_stage: 3": ["--compile", "--zero_stage", "3"],
+    **{
+        f"tensor_parallel_size with {what}": ["--tensor_parallel_size", "2", *flags]
+        for what, flags in {
+            "zero_stage: 3": ["--zero_stage", "3"],
+            "use_lora or use_quant": ["--use_lora"],
+            "zero_stage: 0 in 16 bits": ["--precision", "bf16", "--zero_stage", "0"],
+            "activation_checkpointing: selective": ["--activation_checkpointing", "selective"],
+            "compile": ["--compile"],
+        }.items()
+    },
 }
 """Flags; an object is what deepspeed_config holds."""
 
@@ -89,6 +99,9 @@ def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
         RunOptions(use_quant=True, use_lora=True, zero_stage=3),
         RunOptions(use_quant=True, use_lora=True, quant_bits=8, zero_stage=2),
         RunOptions(lora_r=64, lora_alpha=16.0, lora_dropout=0.05),
+        RunOptions(tensor_parallel_size=2, zero_stage=0, activation_checkpointing="full"),
+        RunOptions(tensor_parallel_size=2, zero_stage=2, precision="bf16"),
+        RunOptions(zero_stage=3, compile=False, use_lora=True, activation_checkpointing="selective"),
         RunOptions(use_lora=True, lora_r=8, lora_target_modules=("q_proj",), use_dora=True),
     ):
         assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []

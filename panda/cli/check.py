@@ -57,6 +57,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.assembly import lay_out
     from panda.assembly import load_tokenizer
     from panda.assembly import model_context
+    from panda.assembly import refuse_splitting
     from panda.engine.checkpoint_folders import START
     from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
@@ -66,7 +67,8 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.models.pretrained import fitted
     from panda.run_directory import find_directory
 
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    tensor_ranks = resolved.core.tensor_parallel_size
+    world_size = int(os.environ.get("WORLD_SIZE", tensor_ranks))
     deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)
     directory, checkpoint = find_directory(resolved)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
@@ -74,11 +76,12 @@ def _check_data_and_model(resolved: Resolved) -> None:
     evaluated = build_evaluation_task(resolved, task)
     pretrained = find_pretrained(resolved.core)
     context = model_context(resolved, tokenizer, pretrained)
+    refuse_splitting(resolved, context)
     if pretrained:
         fitted(build_model(resolved, context), pretrained)
     dataset = task.dataset()
     progress = read_progress(checkpoint, {}) if checkpoint else START
-    layout = lay_out(resolved.core, dataset, world_size, progress)
+    layout = lay_out(resolved.core, dataset, world_size // tensor_ranks, progress)
     plan = layout.plan
     build_schedule(resolved, plan)
     print(f"\ndata: {dataset.report.files} files, {dataset.report.rows:,} rows")

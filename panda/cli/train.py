@@ -48,7 +48,7 @@ def _look_first(resolved: Resolved) -> None:
     from panda.engine.deepspeed_config import deepspeed_config
     from panda.run_directory import find_directory
 
-    deepspeed_config(resolved.core, world_size=1, on_gpu=False)
+    deepspeed_config(resolved.core, world_size=int(os.environ.get("WORLD_SIZE", 1)), on_gpu=False)
     tokenizer_folder(resolved.core.tokenizer)
     find_directory(resolved)
 

@@ -14,7 +14,10 @@ import torch
 from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
 
-_WHOLE = "mp_rank_00_model_states.pt"
+SPLIT_DIMENSIONS = "panda_split_dimensions"
+"""In DeepSpeed's files: along which dimension tensor-parallel ranks split each parameter, by name; those that are."""
+
+_WHOLE = "mp_rank_*_model_states.pt"
 _PARTITIONED = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
@@ -22,17 +25,22 @@ def checkpoint_weights(checkpoint: Path) -> Weights:
     """The module's tensors in ``checkpoint``, each under its first name, in the type that it is computed with.
 
     Files are mapped, and a tensor that is partitioned is joined when it is read: under ZeRO-3 from
-    the fp32 master weights of all ranks, and rounded as DeepSpeed rounds them to compute. Loads
-    pickles: trust the path.
+    the fp32 master weights of all ranks, and rounded as DeepSpeed rounds them to compute; under tensor
+    parallelism from the ranks' shards. Loads pickles: trust the path.
     """
     is_partitioned = (checkpoint / _PARTITIONED).exists()
-    file = checkpoint / (_PARTITIONED if is_partitioned else _WHOLE)
-    state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-    module: dict[str, torch.Tensor] = state["module"]
-    values: dict[str, Any] = _master_weights(checkpoint) if is_partitioned else module
-    repeated = state["shared_params"] if is_partitioned else _names_after_the_first(module)
+    files = [checkpoint / _PARTITIONED] if is_partitioned else sorted(checkpoint.glob(_WHOLE))
+    states = [torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in files]
+    module: dict[str, torch.Tensor] = states[0]["module"]
+    if is_partitioned:
+        parts = {name: [tensor] for name, tensor in _master_weights(checkpoint).items()}
+        repeated = states[0]["shared_params"]
+    else:
+        parts = {name: [state["module"][name] for state in states] for name in module}
+        repeated = _names_after_the_first(module)
+    split: dict[str, int] = states[0].get(SPLIT_DIMENSIONS, {})
     return {
-        name: StoredTensor(tuple(values[name].shape), tensor.dtype, partial(_read, values[name], tensor.dtype))
+        name: _stored(parts[name] if name in split else parts[name][:1], split.get(name, 0), tensor.dtype)
         for name, tensor in module.items()
         if name not in repeated
     }
@@ -58,6 +66,13 @@ def _master_weights(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def _read(tensor: Any, dtype: torch.dtype) -> torch.Tensor:
-    whole: torch.Tensor = tensor.contiguous().to(dtype)
-    return whole
+def _stored(parts: list[Any], dimension: int, dtype: torch.dtype) -> StoredTensor:
+    shape = list(parts[0].shape)
+    if len(parts) > 1:
+        shape[dimension] *= len(parts)
+    return StoredTensor(tuple(shape), dtype, partial(_read, parts, dimension, dtype))
+
+
+def _read(parts: list[Any], dimension: int, dtype: torch.dtype) -> torch.Tensor:
+    whole: torch.Tensor = torch.cat(parts, dimension) if len(parts) > 1 else parts[0].contiguous()
+    return whole.to(dtype)

@@ -21,8 +21,15 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
     """The dictionary that ``deepspeed.initialize`` is given and that the run directory records.
 
     ``options.deepspeed_config`` names a JSON file of keys to add. Raises UserError for a key in it
-    that panda owns.
+    that panda owns, and where ``world_size`` processes cannot hold whole copies of the model.
     """
+    copies, left = divmod(world_size, options.tensor_parallel_size)
+    if left:
+        raise UserError(
+            f"tensor_parallel_size: {options.tensor_parallel_size} processes hold a copy of the model together, and"
+            f" there are {world_size}. Start a multiple (`torchrun --nproc_per_node`),"
+            f" or give a size that divides {world_size}."
+        )
     zero: dict[str, Any] = {"stage": options.zero}
     if options.zero and not on_gpu:
         zero |= {"reduce_bucket_size": CPU_BUCKET_ELEMENTS, "allgather_bucket_size": CPU_BUCKET_ELEMENTS}
@@ -31,7 +38,7 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.per_gpu_train_batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "train_batch_size": options.per_gpu_train_batch_size * options.gradient_accumulation_steps * world_size,
+        "train_batch_size": options.per_gpu_train_batch_size * options.gradient_accumulation_steps * copies,
         # Always written: DeepSpeed's default was 0 until 0.19.3 and is 1.0 since.
         "gradient_clipping": options.max_grad_norm,
         "bf16": {"enabled": options.precision == "bf16"},
@@ -71,7 +78,7 @@ _OWNERS = {
 """Keys of DeepSpeed's that follow from one of panda's."""
 
 _LOSS = "it would change the loss, which panda divides by the supervised tokens of all ranks"
-_RANKS = "every rank of panda's is a data-parallel one"
+_RANKS = "panda's ranks are data-parallel, and tensor-parallel by `tensor_parallel_size`"
 _BATCHES = "panda makes the batches, so it would do nothing"
 _REFUSED = {
     "gradient_allreduce_op": _LOSS,

@@ -4,7 +4,8 @@ The loss of a step is the **sum over its supervised tokens, divided by how many 
 micro batches of all data-parallel ranks. DeepSpeed averages: over micro batches (``scale_wrt_gas``)
 and over ranks. So the count is taken before the first backward, every micro batch's loss *sum* is
 multiplied by ``ranks / count``, and the average over ranks makes of it the sum over ranks. How the
-step is split no longer matters, beyond rounding.
+step is split no longer matters, beyond rounding. Tensor-parallel ranks hold one copy of the model
+together: they have the same batches, and count once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ from typing import TypeVar
 
 import torch
 
+from panda.engine.checkpoint_weights import SPLIT_DIMENSIONS
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
+from panda.engine.tensor_parallel import counts_here
+from panda.engine.tensor_parallel import joined
+from panda.engine.tensor_parallel import split_dimensions
+from panda.engine.tensor_parallel import whole_shape
 from panda.registry import UserError
 from panda.registry.contexts import TensorLayout
 from panda.stored_tensor import StoredTensor
@@ -62,20 +68,22 @@ class StepResult:
 
 
 class Engine:
-    """A module and its optimizer, trained in data-parallel processes."""
+    """A module and its optimizer, trained in data-parallel processes, each of them one or more tensor-parallel."""
 
     def __init__(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], processes: Processes
     ) -> None:
         import deepspeed
+        from deepspeed.utils import groups
         from pydantic import ValidationError
 
         self.processes = processes
+        groups.mpu = processes.mpu  # DeepSpeed would keep that of an engine before
         # DeepSpeed prints its memory at each group of parameters, whatever its logger is set to.
         with _without_effect(optimizer), redirect_stdout(io.StringIO()):
             try:
                 self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                    model=module, optimizer=optimizer, config=config, dist_init_required=False
+                    model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
                 )
             except ValidationError as problem:  # of keys that panda does not own
                 raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
@@ -115,7 +123,7 @@ class Engine:
         ).to(device, non_blocking=True)
         self.processes.sum_(counts)
         supervised = counts[1].clamp(min=1.0).float()
-        scale = self.processes.world_size / supervised
+        scale = self.processes.data_ranks / supervised
         total = torch.zeros((), device=device)
         self.deepspeed.train()
         for number, batch in enumerate(micro_batches, 1):
@@ -169,8 +177,8 @@ class Engine:
     def weights(self, *, trained_only: bool = False) -> Weights:
         """The module's state, each tensor once and under its first name, in the type that it is computed with.
 
-        Under ZeRO-3 a tensor is gathered when it is read: every rank has to read all of them, in
-        order. Only rank 0 is given them, on the CPU; other ranks get empty ones. ``trained_only``
+        Under ZeRO-3, and where it is split, a tensor is gathered when it is read: every rank has to read
+        all of them, in order. Only rank 0 is given them, on the CPU; other ranks get empty ones. ``trained_only``
         leaves out what is frozen.
         """
         state: dict[str, torch.Tensor] = (
@@ -181,7 +189,7 @@ class Engine:
             names.setdefault(id(tensor), name)
         return {
             name: StoredTensor(
-                tuple(getattr(state[name], "ds_shape", state[name].shape)),
+                tuple(getattr(state[name], "ds_shape", None) or whole_shape(state[name], self.processes)),
                 state[name].dtype,
                 partial(self._whole, state[name]),
             )
@@ -192,11 +200,18 @@ class Engine:
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            return tensor.detach().to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
+            whole = joined(tensor, self.processes)
+            return whole.to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
 
     def save(self, folder: Path, tag: str) -> None:
         """Write what is trained, and the optimizer, to ``folder/tag``. Every rank has to call it."""
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        self.deepspeed.save_checkpoint(
+            str(folder),
+            tag=tag,
+            client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
 
     def load(self, folder: Path, tag: str) -> bool:
         """Put back what ``save`` wrote; False where nothing was."""
@@ -228,8 +243,10 @@ class Engine:
             return self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
         # DeepSpeed's wrappers leave a step out that is not finite. In fp32 without ZeRO there is none,
         # and one bad batch would make every weight NaN.
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        parameters = [p for p in self.module.parameters() if counts_here(p, self.processes)]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.processes.tensor_ranks > 1:
+            norm = self.processes.sum_(norm.square(), "tensor").sqrt()
         finite = bool(torch.isfinite(norm))
         with nullcontext() if finite else _without_effect(self.optimizer):
             self.deepspeed.step()

@@ -47,8 +47,10 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
     _check_cover(module, _gather(tensors, processes) if is_sharded else [_described(tensors)])
 
     def sum_over_shards(tensor: torch.Tensor) -> torch.Tensor:
+        if not is_sharded and processes.tensor_ranks == 1:
+            return tensor
         # Under optimizer offload the step runs on the CPU, and the collective still on the GPU.
-        return processes.sum_(tensor.to(processes.device)).to(tensor.device) if is_sharded else tensor
+        return processes.sum_(tensor.to(processes.device), "all" if is_sharded else "tensor").to(tensor.device)
 
     return ParameterLayout(tuple(tensors), sum_over_shards)
 
@@ -165,9 +167,10 @@ def _described(tensors: list[TensorLayout]) -> Described:
 
 
 def _gather(tensors: list[TensorLayout], processes: Processes) -> list[Described]:
+    """What the ranks hold that have the same part of the model."""
     everyone: list[Any] = [None] * processes.world_size
     dist.all_gather_object(everyone, _described(tensors))
-    return everyone
+    return everyone[processes.tensor_rank :: processes.tensor_ranks]
 
 
 def _check_cover(module: torch.nn.Module, everyone: list[Described]) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from typing import Literal
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,25 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    tensor_ranks: int = 1
+    """Neighbouring ranks that hold one copy of the model together."""
+    mpu: Any = None
+    """The groups of those ranks, and of the ranks that hold the same part, as DeepSpeed asks for them; None for 1."""
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which part of the model this rank holds."""
+        return self.rank % self.tensor_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which copy of the model this rank holds, and so which data it is given."""
+        return self.rank // self.tensor_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """Copies of the model."""
+        return self.world_size // self.tensor_ranks
 
     def barrier(self) -> None:
         dist.barrier()
@@ -48,15 +68,22 @@ class Processes:
         dist.all_gather_object(everywhere, here)
         return all(everywhere)
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum ``tensor`` over all ranks, in place. Does not wait for a GPU."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
+    def sum_(self, tensor: torch.Tensor, over: Literal["data", "tensor", "all"] = "data") -> torch.Tensor:
+        """Sum ``tensor`` over data-parallel ranks, tensor-parallel ones, or all, in place. Does not wait for a GPU."""
+        if self.mpu is None or over == "all":
+            if self.world_size > 1 and over != "tensor":
+                dist.all_reduce(tensor)
+            return tensor
+        group = self.mpu.get_data_parallel_group() if over == "data" else self.mpu.get_model_parallel_group()
+        dist.all_reduce(tensor, group=group)
         return tensor
 
 
-def join_processes() -> Processes:
-    """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one."""
+def join_processes(tensor_ranks: int = 1) -> Processes:
+    """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one.
+
+    ``tensor_ranks`` divides their number.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -77,7 +104,11 @@ def join_processes() -> Processes:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     _join_deepspeed()
-    return Processes(rank, world_size, device)
+    if tensor_ranks == 1:
+        return Processes(rank, world_size, device)
+    from panda.engine.tensor_parallel import make_groups
+
+    return Processes(rank, world_size, device, tensor_ranks, make_groups(tensor_ranks))
 
 
 def leave_processes() -> None:

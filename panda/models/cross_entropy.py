@@ -12,6 +12,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the customary name
 from torch.autograd.function import once_differentiable
 
@@ -20,21 +21,32 @@ LOGITS_AT_ONCE = 2**26
 """Logits that exist at a time, at most (256 MiB in float32)."""
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """Cross-entropy of ``labels`` [tokens] under logits ``hidden @ weight.T``, summed, in float32; a scalar.
 
     ``hidden`` is [tokens, width] and ``weight`` [vocabulary, width], of one dtype. Logits are of that
     dtype too, as the head would compute them; softmax and sums are in float32 (float64 for float64).
     The gradient is the true one: of ``weight`` it is summed in float32 and rounded once.
+
+    With ``group``, ``weight`` is this rank's part of the vocabulary, each rank of the group has one of as
+    many rows, in order, and all call this with the same ``hidden`` and ``labels``. Each gets the whole loss,
+    the gradient of ``hidden``, and that of its own part of the weight.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled(), group)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, is_training: bool
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        is_training: bool,
+        group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=exact)
@@ -45,18 +57,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight).to(exact)
             label = labels[part].unsqueeze(1)
+            one = logits.new_ones(label.shape)
+            if group:
+                label = label - len(weight) * dist.get_rank(group)
+                one = ((label >= 0) & (label < len(weight))).to(
+                    exact
+                )  # where the label is of this part, and 0 elsewhere
+                label = label.clamp(0, len(weight) - 1)
             normaliser = logits.logsumexp(1, keepdim=True)
-            loss += (normaliser - logits.gather(1, label)).sum()
+            labelled = logits.gather(1, label)
+            if group:
+                normaliser, labelled = _over_vocabulary(normaliser, labelled.masked_fill(one == 0, 0), group)
+            loss += (normaliser - labelled).sum()
             if hidden_grad is None and weight_grad is None:
                 continue
             # Softmax minus one at the label, in the place of the logits.
             grad = logits.sub_(normaliser).exp_()
-            grad.scatter_add_(1, label, grad.new_full(label.shape, -1.0))
+            grad.scatter_add_(1, label, -one)
             rounded = grad.to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(rounded, weight, out=hidden_grad[part])
             if weight_grad is not None:
                 weight_grad += rounded.t() @ hidden[part]
+        if group and hidden_grad is not None:
+            dist.all_reduce(hidden_grad, group=group)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtype = weight.dtype
         return loss
@@ -67,7 +91,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         if weight_grad is not None:
             weight_grad = torch.mul(weight_grad, loss_grad, out=torch.empty_like(weight_grad, dtype=ctx.dtype))
-        return None if hidden_grad is None else hidden_grad * loss_grad, weight_grad, None, None
+        return None if hidden_grad is None else hidden_grad * loss_grad, weight_grad, None, None, None
+
+
+def _over_vocabulary(
+    normaliser: torch.Tensor, labelled: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normaliser and the label's logit over all parts of the vocabulary, from those of this rank's part."""
+    largest = normaliser.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    sums = torch.cat([(normaliser - largest).exp(), labelled], dim=1)
+    dist.all_reduce(sums, group=group)
+    return largest + sums[:, :1].log(), sums[:, 1:]
 
 
 def offer_loss_sum(model: Any) -> None:
@@ -100,12 +135,13 @@ def offer_loss_sum(model: Any) -> None:
         else:
             where = counts.nonzero_static(size=supervised_tokens).squeeze(1)
         head = self.get_output_embeddings()
-        if type(head) is not torch.nn.Linear or head.bias is not None:
+        group = getattr(head, "vocabulary_group", None)  # of tensor-parallel ranks, a part of the rows on each
+        if (type(head) is not torch.nn.Linear and group is None) or head.bias is not None:
             logits = plain_forward(input_ids, *arguments, **keywords).logits.flatten(0, 1)
             return F.cross_entropy(logits[where].float(), following[where], reduction="sum")
         hidden = self.base_model(input_ids, *arguments, **keywords).last_hidden_state.flatten(0, 1)
         # Taken from the head within this forward, which is where ZeRO-3 gathers it.
-        return linear_cross_entropy(hidden[where], head.weight, following[where])
+        return linear_cross_entropy(hidden[where], head.weight, following[where], group)
 
     model.forward = MethodType(forward, model)
     model.sums_loss = True

@@ -14,6 +14,7 @@ from panda.registry import UserError
 from panda.registry import register_arch
 from panda.registry import register_model
 from panda.registry.contexts import ModelContext
+from panda.registry.contexts import TensorParallelPlan
 
 if TYPE_CHECKING:
     import torch
@@ -163,13 +164,25 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
         }
     )
     attention = "sdpa" if options.attention == "auto" else options.attention
-    model: torch.nn.Module = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
+    model: Any = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
         config, dtype=torch.float32, attn_implementation=attention
     )
     keep_computed_float32(model)
     tell_packing(model)
     offer_loss_sum(model)
-    return model
+    model.tensor_parallel_plan = TensorParallelPlan(
+        column=("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"),
+        row=("*.o_proj", "*.down_proj"),
+        vocabulary=("model.embed_tokens", "lm_head"),
+        sizes={
+            "num_heads": options.num_heads,
+            "num_key_value_heads": options.num_key_value_heads or options.num_heads,
+            "intermediate_size": options.intermediate_size,
+            "vocab_size": vocab_size,
+        },
+    )
+    built: torch.nn.Module = model
+    return built
 
 
 def _rope_parameters(options: LlamaOptions) -> dict[str, Any]:

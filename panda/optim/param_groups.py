@@ -31,7 +31,8 @@ def param_groups(
     counts. Raises UserError for a pattern that matches nothing.
     """
     multipliers = multipliers or {}
-    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
+    # By what they have: those of tensor parallelism and of quantisation are classes of other libraries.
+    embeddings = {id(part.weight) for part in module.modules() if hasattr(part, "num_embeddings")}
     unused = set(multipliers)
     groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():

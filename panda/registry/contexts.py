@@ -59,6 +59,23 @@ class ModelContext:
 
 
 @dataclass(frozen=True)
+class TensorParallelPlan:
+    """How a model is split over tensor-parallel ranks: what a module that can be has as ``tensor_parallel_plan``.
+
+    Layers are patterns of names of modules (``*`` is any text).
+    """
+
+    column: tuple[str, ...]
+    """Linear layers of which each rank computes a part of the outputs; what stands behind works on such parts."""
+    row: tuple[str, ...]
+    """Linear layers that are given a part of their inputs on each rank; outputs are summed, and whole."""
+    vocabulary: tuple[str, ...]
+    """Embeddings, and the linear output head: each rank has a part of the vocabulary's rows; outputs are whole."""
+    sizes: Mapping[str, int]
+    """What the number of ranks has to divide, as the model's options call it: heads, widths inside, vocabulary."""
+
+
+@dataclass(frozen=True)
 class OptimizerContext:
     """For an optimizer."""
 
@@ -111,7 +128,10 @@ class ParameterLayout:
 
     tensors: tuple[TensorLayout, ...]
     sum_over_shards: Callable[[torch.Tensor], torch.Tensor]
-    """Sums a tensor over the ranks that hold parts of the same parameters, in place, and returns it. A collective."""
+    """Sums a tensor over the ranks that hold parts of the same parameters, in place, and returns it. A collective.
+
+    For ratios of such sums: what tensor-parallel ranks hold whole, norms and the like, is counted by each of them.
+    """
 
 
 @dataclass(frozen=True)

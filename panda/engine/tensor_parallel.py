@@ -1,0 +1,166 @@
+"""Tensor parallelism: one model held by several neighbouring ranks together, in FairScale's layers.
+
+A model says which of its layers can be split (``TensorParallelPlan``); here they are. The one module
+that imports fairscale.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from panda.engine.processes import Processes
+from panda.registry import UserError
+from panda.registry.contexts import TensorParallelPlan
+from panda.stored_tensor import Weights
+
+
+def make_groups(size: int) -> Any:
+    """Join groups of ``size`` neighbouring ranks, and groups of those that have the same place in them.
+
+    Returns what DeepSpeed takes as ``mpu``. Every rank has to call it.
+    """
+    from fairscale.nn.model_parallel import initialize
+
+    initialize.destroy_model_parallel()  # of a run before in the same processes
+    with redirect_stdout(io.StringIO()):  # it prints its arguments
+        initialize.initialize_model_parallel(size)
+    return initialize
+
+
+def plan_of(module: Any, name: str, size: int) -> TensorParallelPlan:
+    """How model ``name`` is split over ``size`` ranks. Raises UserError where it cannot be."""
+    plan: TensorParallelPlan | None = getattr(module, "tensor_parallel_plan", None)
+    if plan is None:
+        raise UserError(
+            f"tensor_parallel_size: model {name!r} does not say how it is split over ranks (it has no"
+            " `tensor_parallel_plan`). Leave it out; `zero_stage: 3` spreads the weights of any model."
+        )
+    indivisible = {key: value for key, value in plan.sizes.items() if value % size}
+    if indivisible:
+        rows = indivisible.get("vocab_size")
+        more = f" `vocab_size: {-(-rows // size) * size}` has rows that no token uses." if rows else ""
+        raise UserError(
+            f"tensor_parallel_size: {size} ranks cannot share model {name!r} evenly: it has"
+            f" {', '.join(f'{key} {value}' for key, value in indivisible.items())}. Give a size that divides"
+            f" {'them' if len(indivisible) > 1 else 'it'}, or a model of other sizes.{more}"
+        )
+    return plan
+
+
+def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processes) -> None:
+    """Leave of each layer in ``plan`` this rank's shard, in a layer of FairScale's that works with the other ranks.
+
+    A parameter that is split says so, to DeepSpeed (``model_parallel``) and to panda (``split_dimension``).
+    One that several layers share stays one.
+    """
+    from fairscale.nn.model_parallel.layers import ColumnParallelLinear
+    from fairscale.nn.model_parallel.layers import RowParallelLinear
+    from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
+
+    shards: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+
+    def shard(parameter: torch.nn.Parameter | None, dimension: int) -> torch.nn.Parameter | None:
+        if parameter is not None and parameter not in shards:
+            part = _part(parameter.detach(), dimension, processes).clone()
+            new: Any = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
+            new.model_parallel, new.split_dimension = True, dimension
+            shards[parameter] = new
+        return None if parameter is None else shards[parameter]
+
+    # FairScale initialises a whole weight on every rank, in host memory, and keeps a shard of it. Here the
+    # weights are there already, and its own are dropped layer by layer.
+    keywords: dict[str, Any] = {"init_method": lambda weight: weight}
+    for name, layer in _layers(module, plan.column):
+        column = ColumnParallelLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, gather_output=False, **keywords
+        )
+        column.weight, column.bias = shard(layer.weight, 0), shard(layer.bias, 0)
+        _replace(module, name, column)
+    for name, layer in _layers(module, plan.row):
+        row = RowParallelLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, input_is_parallel=True, **keywords
+        )
+        row.weight, row.bias = shard(layer.weight, 1), layer.bias
+        _replace(module, name, row)
+    for name, layer in _layers(module, plan.vocabulary):
+        if isinstance(layer, torch.nn.Embedding):
+            rows: Any = VocabParallelEmbedding(layer.num_embeddings, layer.embedding_dim, **keywords)
+            if layer.padding_idx is not None and rows.vocab_start_index <= layer.padding_idx < rows.vocab_end_index:
+                rows.padding_idx = layer.padding_idx - rows.vocab_start_index  # FairScale looks for it in the shard
+        else:
+            rows = ColumnParallelLinear(layer.in_features, layer.out_features, layer.bias is not None, **keywords)
+            rows.bias = shard(layer.bias, 0)
+            rows.vocabulary_group = processes.mpu.get_model_parallel_group()
+        rows.weight = shard(layer.weight, 0)
+        _replace(module, name, rows)
+
+
+def shards_of(weights: Weights, module: torch.nn.Module, processes: Processes) -> Weights:
+    """Of ``weights``, which are whole, what the split ``module`` has of them on this rank."""
+    parameters = dict(module.named_parameters())
+    parts = dict(weights)
+    for name, stored in weights.items():
+        dimension = getattr(parameters.get(name), "split_dimension", None)
+        if dimension is not None:
+            read = partial(_read_part, stored.read, dimension, processes)
+            parts[name] = replace(stored, shape=tuple(parameters[name].shape), read=read)
+    return parts
+
+
+def split_dimensions(module: torch.nn.Module) -> dict[str, int]:
+    """Along which dimension each parameter of ``module`` is split, by each of its names; those that are."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: parameter.split_dimension for name, parameter in named if hasattr(parameter, "split_dimension")}
+
+
+def whole_shape(tensor: torch.Tensor, processes: Processes) -> tuple[int, ...]:
+    """The shape of ``tensor`` on all ranks together."""
+    shape = list(tensor.shape)
+    dimension = getattr(tensor, "split_dimension", None)
+    if dimension is not None:
+        shape[dimension] *= processes.tensor_ranks
+    return tuple(shape)
+
+
+def joined(tensor: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """``tensor`` with the shards of all ranks, if it is split. Every rank has to call it."""
+    dimension = getattr(tensor, "split_dimension", None)
+    if dimension is None:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(processes.tensor_ranks)]
+    dist.all_gather(parts, tensor.detach().contiguous(), group=processes.mpu.get_model_parallel_group())
+    return torch.cat(parts, dimension)
+
+
+def counts_here(parameter: torch.Tensor, processes: Processes) -> bool:
+    """Whether this rank adds ``parameter`` to a sum over the model: what is not split is added by one rank alone."""
+    return processes.tensor_rank == 0 or hasattr(parameter, "split_dimension")
+
+
+def _layers(module: torch.nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    for pattern in patterns:
+        matching = [(name, layer) for name, layer in module.named_modules() if fnmatchcase(name, pattern)]
+        assert matching, f"the plan of {type(module).__name__} has a pattern that matches no layer: {pattern}"
+        yield from matching
+
+
+def _replace(module: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, layer)
+
+
+def _part(whole: torch.Tensor, dimension: int, processes: Processes) -> torch.Tensor:
+    return whole.chunk(processes.tensor_ranks, dimension)[processes.tensor_rank]
+
+
+def _read_part(read: Any, dimension: int, processes: Processes) -> torch.Tensor:
+    return _part(read(), dimension, processes).contiguous()
