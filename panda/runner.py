@@ -204,7 +204,7 @@ def _build(
     directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
     if checkpoint and not load_checkpoint(engine, checkpoint):
         # The random numbers of ranks that are no more, or were not yet, are nobody's: a stretch of new ones.
-        seed_random(options.seed + processes.rank + progress.step * processes.world_size)
+        seed_random(options.seed + processes.data_rank + progress.step * processes.data_ranks)
         if processes.rank == 0:
             print(f"{checkpoint}: spread anew, since ranks or ZeRO stage are others: exact to rounding", flush=True)
     if processes.rank == 0:

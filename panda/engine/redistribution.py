@@ -55,6 +55,11 @@ def layout_file(checkpoint: Path, rank: int) -> Path:
 @torch.no_grad()
 def redistribute(engine: Engine, checkpoint: Path) -> None:
     """Put weights, and master weights and moments of this rank, back. Every rank has to call it; trust the path."""
+    if engine.processes.tensor_ranks > 1:
+        raise UserError(
+            f"{checkpoint}: with tensor_parallel_size a run is continued by as many processes and under the same"
+            " `zero_stage` as before. Give those that it had."
+        )
     _, tensors = read_layout(engine.module, engine.optimizer)
     stretches = _Stretches(checkpoint)
     for layout in tensors:
