@@ -189,7 +189,7 @@ class Engine:
             names.setdefault(id(tensor), name)
         return {
             name: StoredTensor(
-                tuple(getattr(state[name], "ds_shape", None) or whole_shape(state[name], self.processes)),
+                tuple(getattr(state[name], "ds_shape", whole_shape(state[name], self.processes))),
                 state[name].dtype,
                 partial(self._whole, state[name]),
             )
