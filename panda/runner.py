@@ -46,7 +46,6 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
-from panda.engine.tensor_parallel import whole_shape
 from panda.models.adapters import export_adapters
 from panda.models.export import DESCRIPTION
 from panda.models.export import describe_model
@@ -72,6 +71,7 @@ from panda.run_directory import find_directory
 from panda.run_directory import write_description
 from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
+from panda.stored_tensor import whole_shape
 from panda.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _build(
     model = make_trainable(model, options, weights, config, processes)
     seed_random(options.seed + processes.data_rank)  # different where data is, for dropout
     optimizer = build_optimizer(resolved, model, processes.device)
-    trained = sum(math.prod(whole_shape(p, processes)) for p in model.parameters() if p.requires_grad)
+    trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), model_name, len(task.tokenizer), processes.device)

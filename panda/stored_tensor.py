@@ -19,6 +19,12 @@ class StoredTensor:
     """The tensor, on the CPU. It may be a view of a file: copy before changing it."""
 
 
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of ``tensor`` on all ranks together: under ZeRO-3 and tensor parallelism a rank has a part of it."""
+    found: tuple[int, ...] = tuple(getattr(tensor, "whole_shape", getattr(tensor, "ds_shape", tensor.shape)))
+    return found
+
+
 def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> torch.nn.Parameter:
     """Have ``module`` hold ``value`` as its parameter ``name``, and wherever else it has that; the new parameter."""
     old = module.get_parameter(name)

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_directory": {"registry", "run_options", *MIDDLE},
     "assembly": {"registry", "run_options", "stored_tensor", *MIDDLE},
     "records": {"data", "engine"},
-    "runner": {"registry", "run_options", "run_directory", "assembly", "records", *MIDDLE},
+    "runner": {"registry", "run_options", "stored_tensor", "run_directory", "assembly", "records", *MIDDLE},
     "cli": {"registry", "run_options", "refusals", "run_directory", "assembly", "runner", *MIDDLE},
 }
 """Beside itself."""

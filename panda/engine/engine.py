@@ -32,11 +32,11 @@ from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import counts_here
 from panda.engine.tensor_parallel import joined
 from panda.engine.tensor_parallel import split_dimensions
-from panda.engine.tensor_parallel import whole_shape
 from panda.registry import UserError
 from panda.registry.contexts import TensorLayout
 from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
+from panda.stored_tensor import whole_shape
 
 BatchType = TypeVar("BatchType", bound="CountedBatch")
 
@@ -189,7 +189,7 @@ class Engine:
             names.setdefault(id(tensor), name)
         return {
             name: StoredTensor(
-                tuple(getattr(state[name], "ds_shape", whole_shape(state[name], self.processes))),
+                whole_shape(state[name]),
                 state[name].dtype,
                 partial(self._whole, state[name]),
             )

@@ -72,7 +72,7 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
         if parameter is not None and parameter not in shards:
             part = _part(parameter.detach(), dimension, processes).clone()
             new: Any = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
-            new.model_parallel, new.split_dimension = True, dimension
+            new.model_parallel, new.split_dimension, new.whole_shape = True, dimension, tuple(parameter.shape)
             shards[parameter] = new
         return None if parameter is None else shards[parameter]
 
@@ -120,15 +120,6 @@ def split_dimensions(module: torch.nn.Module) -> dict[str, int]:
     """Along which dimension each parameter of ``module`` is split, by each of its names; those that are."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: parameter.split_dimension for name, parameter in named if hasattr(parameter, "split_dimension")}
-
-
-def whole_shape(tensor: torch.Tensor, processes: Processes) -> tuple[int, ...]:
-    """The shape of ``tensor`` on all ranks together."""
-    shape = list(tensor.shape)
-    dimension = getattr(tensor, "split_dimension", None)
-    if dimension is not None:
-        shape[dimension] *= processes.tensor_ranks
-    return tuple(shape)
 
 
 def joined(tensor: torch.Tensor, processes: Processes) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from panda.registry import UserError
+from panda.stored_tensor import whole_shape
 
 
 def param_groups(
@@ -41,7 +42,7 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         layer = re.match(r"([^.]+\.)*?\d+(?=\.|$)", name)
-        decayed = decay_on == "all" or (parameter.ndim > 1 and id(parameter) not in embeddings)
+        decayed = decay_on == "all" or (len(whole_shape(parameter)) > 1 and id(parameter) not in embeddings)
         factor = multipliers[matching[0]] if matching else 1.0
         group = groups.setdefault(
             (layer.group() if layer else "", decayed, factor),

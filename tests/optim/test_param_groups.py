@@ -117,6 +117,16 @@ def test_a_shared_parameter_is_in_one_group_once() -> None:
     assert grouped(build(embed=embed, layers=nn.ModuleList([head]))) == [["embed.weight"]]
 
 
+def test_a_matrix_whose_weights_are_spread_is_a_matrix() -> None:
+    """Under ZeRO-3 a parameter that has been spread is an empty vector, and says what shape it has."""
+    module: Any = nn.Linear(2, 3)
+    module.weight.ds_shape, module.weight.data = module.weight.shape, torch.empty(0)
+    decays = [
+        each["weight_decay"] for each in param_groups(module, learning_rate=0.3, weight_decay=0.1, decay_on="matrices")
+    ]
+    assert decays == [0.1, 0.0]
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_the_groups_suit_torch_optimizers(optimizer: Any) -> None:
     module = build(layers=nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
