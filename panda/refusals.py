@@ -111,6 +111,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "4 bits, or `zero_stage: 2`",
     ),
     Refusal(
+        "8-bit optimizer state without bitsandbytes",
+        lambda run: (run.bit_training or _optimizer(run) in ("adamw8bit", "paged_adamw8bit"))
+        and find_spec("bitsandbytes") is None,
+        "it is bitsandbytes that keeps it, and that is not installed",
+        "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; or `optimizer: adamw`",
+    ),
+    Refusal(
         "bit_training with an optimizer that is not AdamW",
         lambda run: run.bit_training and _optimizer(run) not in ("adamw", "adamw8bit", "paged_adamw8bit"),
         "it stands for AdamW with 8-bit state, and no other optimizer here has such state",
