@@ -112,8 +112,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "8-bit optimizer state without bitsandbytes",
-        lambda run: (run.bit_training or _optimizer(run) in ("adamw8bit", "paged_adamw8bit"))
-        and find_spec("bitsandbytes") is None,
+        lambda run: (
+            (run.bit_training or _optimizer(run) in ("adamw8bit", "paged_adamw8bit"))
+            and find_spec("bitsandbytes") is None
+        ),
         "it is bitsandbytes that keeps it, and that is not installed",
         "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; or `optimizer: adamw`",
     ),

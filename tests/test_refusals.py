@@ -19,11 +19,11 @@ REFUSED: dict[str, list[Any]] = {
     "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],
     "use_quant with use_lora: false": ["--use_quant", "--use_lora", "false", "--precision", "bf16"],
     "use_quant without bitsandbytes": ["--use_quant", "--use_lora", "--precision", "bf16"],
-    "8-bit optimizer state without bitsandbytes": ["--optimizer", "paged_adamw8bit"],
     "quant_bits without use_quant": ["--quant_bits", "8"],
     "quant_bits: 8 with zero_stage: 3": [
         *("--use_quant", "--use_lora", "--precision", "bf16", "--quant_bits", "8", "--zero_stage", "3"),
     ],
+    "8-bit optimizer state without bitsandbytes": ["--optimizer", "paged_adamw8bit"],
     "bit_training with an optimizer that is not AdamW": ["--optimizer", "NVLamb", "--bit_training"],
     "precision: fp16 with zero_stage: 0": ["--precision=fp16", "--zero_stage=0"],
     **{
