@@ -201,12 +201,12 @@ def _build(
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), model_name, len(task.tokenizer), processes.device)
-    directory, checkpoint = processes.agree(lambda: choose_directory(resolved))
     if checkpoint and not load_checkpoint(engine, checkpoint):
         # The random numbers of ranks that are no more, or were not yet, are nobody's: a stretch of new ones.
         seed_random(options.seed + processes.data_rank + progress.step * processes.data_ranks)
         if processes.rank == 0:
             print(f"{checkpoint}: spread anew, since ranks or ZeRO stage are others: exact to rounding", flush=True)
+    directory, _ = processes.agree(lambda: choose_directory(resolved))
     if processes.rank == 0:
         if checkpoint and checkpoint.parent == directory / "checkpoints":
             for path in set_aside_later(checkpoint):

@@ -98,8 +98,21 @@ class _Stretches:
         for rank, file in enumerate(layouts[:1] if is_whole else layouts):
             described = json.loads(file.read_text(encoding="utf-8"))
             for saved, tensor in zip(read(checkpoint, rank, described["tensors"]), described["tensors"], strict=True):
+                self._check(saved)
                 for parameter, start, length, source in tensor["segments"]:
                     self._of[tensor["parameters"][parameter]].append((source, length, start, saved))
+
+    def _check(self, saved: _Saved) -> None:
+        # Every rank looks at the files of all, so that all stop. DeepSpeed takes padding at the end off
+        # the masters of ZeRO-1 and 2, and leaves it on the moments.
+        for key, value in saved.state.items():
+            is_scalar = isinstance(value, (int, float)) or (torch.is_tensor(value) and value.dim() == 0)
+            fits = torch.is_tensor(value) and value.is_floating_point() and value.numel() >= saved.master.numel()
+            if not (is_scalar or fits):
+                raise UserError(
+                    f"{self.checkpoint}: {key} of this optimizer is not a number an element, and cannot be spread anew."
+                    " Continue with the same number of ranks and the same ZeRO stage."
+                )
 
     def overlapping(self, name: str, source: int, length: int) -> Iterator[tuple[int, int, int, _Saved]]:
         """What holds ``length`` elements of ``name`` from ``source`` on, piece by piece: first one, how many, where."""
@@ -126,11 +139,6 @@ def _fill(layout: TensorLayout, stretches: _Stretches, optimizer: torch.optim.Op
                 if not torch.is_tensor(value) or value.dim() == 0:
                     state[key] = value.clone() if torch.is_tensor(value) else value
                     continue
-                if value.shape != saved.master.shape or not value.is_floating_point():
-                    raise UserError(
-                        f"{stretches.checkpoint}: {key} of this optimizer is not a number an element, and cannot be"
-                        " spread anew. Continue with the same number of ranks and the same ZeRO stage."
-                    )
                 into = state.setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))
                 _flat(into)[at : at + length] = _flat(value)[start : start + length].to(into)
     if state:

@@ -30,8 +30,8 @@ class NVLamb(torch.optim.Optimizer):
     whose part it is: the squared norms of all segments of a call are summed over ranks in one
     all-reduce, in float64. Unbound, each tensor is a parameter.
 
-    Gradients have to be averaged and clipped before; they are **overwritten**, by u: with it the peak
-    of memory is that of AdamW. Nothing waits for the device. State of a tensor: ``step`` (an int, of
+    Gradients have to be averaged and clipped before; they are **overwritten**, by u and then by zeros:
+    with it the peak of memory is that of AdamW. Nothing waits for the device. State of a tensor: ``step`` (an int, of
     that tensor alone, since DeepSpeed's calls are of one group or sub-group), ``exp_avg``, ``exp_avg_sq``.
     """
 

@@ -56,11 +56,17 @@ def replace_gradients(layouts: list[TensorLayout], states: list[dict[str, Any]],
 
 
 def move(layouts: list[TensorLayout], rate: float, factors: torch.Tensor) -> None:
-    """Move each segment's weights by its update, times ``-rate`` and its one of ``factors`` [segments of all]."""
+    """Move each segment's weights by its update, times ``-rate`` and its one of ``factors`` [segments of all].
+
+    Updates are zero afterwards: the gradient of a parameter that a step does not use stays what it was
+    where DeepSpeed keeps it in a buffer, and must not be the update of the step before.
+    """
     weights = [stretch for layout in layouts for stretch in _stretches(layout, layout.tensor)]
     updates = [stretch for layout in layouts for stretch in _stretches(layout, _gradient(layout.tensor))]
     for weight, update, factor in zip(weights, updates, factors.to(layouts[0].tensor.dtype), strict=True):
         weight.addcmul_(update, factor, value=-rate)
+    if updates:
+        torch._foreach_zero_(updates)
 
 
 def _gradient(tensor: torch.Tensor) -> torch.Tensor:

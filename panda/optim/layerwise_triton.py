@@ -200,3 +200,4 @@ def _move(
         at = start + offset
         w = tl.load(weights + at, inside, 0.0)
         tl.store(weights + at, w - factor * tl.load(updates + at, inside, 0.0), inside)
+        tl.store(updates + at, tl.zeros((block,), tl.float32), inside)

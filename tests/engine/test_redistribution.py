@@ -44,6 +44,8 @@ MOVES = [  # ranks and ZeRO stage, before and after; the folder of the run befor
     ((2, 3), (1, 1)),
     ((2, 3), (3, 3)),
     ((2, 3), (2, 2)),
+    ((3, 2), (2, 1)),  # three ranks share nothing evenly: the last one's part ends in padding
+    ((3, 3), (1, 2)),
 ]
 
 
@@ -60,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("redistribution")
     zero = {**ZERO3_AT_ONCE, "sub_group_size": 5000}  # several sub-groups: each has a step of its own
     (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
-    runs: dict[int, list[list[object]]] = {1: [], 2: []}
+    runs: dict[int, list[list[object]]] = {1: [], 2: [], 3: []}
     for optimizer in OPTIMIZERS:
         runs[1].append([*flags(optimizer, (1, 0)), "--output_dir", folder / f"{optimizer}-whole"])
         for before in dict.fromkeys(before for before, _ in MOVES):
@@ -196,8 +198,11 @@ def test_another_model_and_state_that_cannot_be_cut_are_told(processes: Processe
 
     engine = make_engine(processes, 0, "fp32", "adamw")
     engine.step([Batch()], loss_sum)
-    for state in engine.own_optimizer.state.values():
-        state["blocks"] = torch.zeros(2)
-    saved = save_checkpoint(engine, tmp_path / "blocks", Progress(1), {})
-    with pytest.raises(UserError, match="blocks of this optimizer is not a number an element"):
-        load_checkpoint(make_engine(processes, 1, "fp32", "adamw"), saved)
+    for kind, value in {"blocks": torch.zeros(2), "bytes": torch.zeros(35, dtype=torch.uint8), "more": {}}.items():
+        for state in engine.own_optimizer.state.values():
+            state[kind] = value
+        saved = save_checkpoint(engine, tmp_path / kind, Progress(1), {})
+        with pytest.raises(UserError, match=f"{kind} of this optimizer is not a number an element"):
+            load_checkpoint(make_engine(processes, 1, "fp32", "adamw"), saved)
+        for state in engine.own_optimizer.state.values():
+            del state[kind]

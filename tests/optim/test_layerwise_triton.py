@@ -65,6 +65,7 @@ def test_the_kernels_compute_the_definition(gaps: list[int], decay: float, adapt
         )
         flat.grad = torch.tensor(gradient, dtype=torch.float32, device="cuda")
         optimizer.step()
+        assert all(not flat.grad[each.start : each.start + each.length].any() for each in segments)
     found = flat.detach().cpu().double().numpy()
     for name, segment in zip(lengths, segments, strict=True):
         expected = reference.weights[name]
