@@ -33,6 +33,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def add_base(parser: argparse.ArgumentParser) -> None:
     """The option of where a base is."""
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    parser.add_argument("--base_path", "--base-path", help="of a delta: the whole model that it is added to")
+    parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="read weights from pickles too")
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -48,10 +50,10 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
     return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
 
 
-def load_assistant(location: str, ckpt_path: str | None) -> Assistant:
-    """The model in ``location``; of a run its newest checkpoint, and its export where there is none.
+def load_assistant(arguments: argparse.Namespace) -> Assistant:
+    """The model that ``arguments`` name; of a run its newest checkpoint, and its export where there is none.
 
-    Adapters answer on the base that they were trained on, which is at ``ckpt_path`` if not where it was.
+    Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if not where it was.
     """
     import torch
     from transformers.utils import logging
@@ -60,7 +62,9 @@ def load_assistant(location: str, ckpt_path: str | None) -> Assistant:
     from panda.engine.checkpoint_weights import checkpoint_weights
     from panda.models.export import DESCRIPTION
     from panda.models.inference import Assistant
+    from panda.models.inference import assistant_in
 
+    location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(location)
@@ -68,6 +72,8 @@ def load_assistant(location: str, ckpt_path: str | None) -> Assistant:
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     checkpoint = find_checkpoint(folder)
     are_exported = (folder / "adapter_config.json").exists()
+    if base_path is not None and checkpoint:
+        raise UserError(f"--base_path: {location!r} is a run and no delta, so nothing is added to it. Leave it out.")
     run = checkpoint.parent.parent if checkpoint else folder.parent if are_exported else folder
     adapted = adapter_run(run, ckpt_path)
     if adapted and (checkpoint or are_exported):
@@ -85,7 +91,7 @@ def load_assistant(location: str, ckpt_path: str | None) -> Assistant:
     folder = folder / "export" if (folder / "export" / "config.json").exists() else folder
     if not (folder / "config.json").exists():
         raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
-    return Assistant(folder, None, device)
+    return assistant_in(folder, base_path, device, allow_pickle=arguments.allow_pickle)
 
 
 def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch.device) -> torch.nn.Module:

@@ -38,7 +38,7 @@ def _chat(argv: list[str]) -> None:
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
-    assistant = load_assistant(arguments.run, arguments.ckpt_path)
+    assistant = load_assistant(arguments)
     if not assistant.has_template:
         raise UserError(
             f"{arguments.run}: its tokenizer has no chat template, so the model does not know dialogues."

@@ -30,7 +30,7 @@ def _generate(argv: list[str]) -> None:
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
-    assistant = load_assistant(arguments.run, arguments.ckpt_path)
+    assistant = load_assistant(arguments)
     sampling = sampling_of(arguments)
     for prompt in arguments.prompt:
         if len(arguments.prompt) > 1:

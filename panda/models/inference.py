@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ from panda.models.creation import keep_computed_float32
 from panda.models.creation import without_weights
 from panda.models.generation import continuation
 from panda.models.matching import matched
+from panda.models.matching import refuse_unlike
+from panda.models.pretrained import CONFIG
+from panda.models.pretrained import TOKENIZER
+from panda.models.pretrained import Pretrained
+from panda.models.pretrained import fitted
+from panda.models.pretrained import pretrained_at
+from panda.models.pretrained import whole_at
 from panda.models.weight_files import safetensors_weights
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.options import build
+from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
 from panda.stored_tensor import put
 
@@ -43,19 +52,21 @@ class Assistant:
     """A model and its tokenizer."""
 
     def __init__(
-        self, folder: Path, weights: Weights | None, device: torch.device, module: torch.nn.Module | None = None
+        self,
+        folder: Path,
+        weights: Weights | None,
+        device: torch.device,
+        module: torch.nn.Module | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Load the model that ``folder`` describes, with ``weights``, or those in the folder where None are given.
 
-        Or take ``module``, which is on ``device``. Raises UserError where the folder holds no model that can be loaded.
+        Or take ``module``, which is on ``device``, and ``tokenizer``, where they are loaded already. Raises
+        UserError where the folder holds no model that can be loaded.
         """
-        from transformers import AutoTokenizer
         from transformers import GenerationConfig
 
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as problem:  # transformers raises what its parsers raise
-            raise UserError(f"{folder}: no tokenizer could be loaded from it: {problem}") from problem
+        self.tokenizer: Any = _tokenizer(folder) if tokenizer is None else tokenizer
         self.model: Any = module or _module(folder, weights).to(device).eval()
         model: Any = self.model
         if (folder / _GENERATION).exists() and hasattr(model, "generation_config"):
@@ -132,15 +143,92 @@ class Assistant:
         )
 
 
-def _module(folder: Path, weights: Weights | None) -> torch.nn.Module:
+def assistant_in(folder: Path, base_path: str | None, device: torch.device, *, allow_pickle: bool) -> Assistant:
+    """What answers from ``folder``: an export, or any model in Hugging Face's format, added to its base if a delta.
+
+    Raises UserError as a run that starts from it would.
+    """
+    if base_path is None and "panda_model" in _config(folder):
+        return Assistant(folder, None, device)
+    pretrained = whole_at(str(folder), base_path, option="RUN", allow_pickle=allow_pickle, quantised=True)
+    tokenizer = pretrained_tokenizer(pretrained)
+    return Assistant(folder, None, device, pretrained_module(pretrained).to(device), tokenizer)
+
+
+def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
+    """The tokenizer of ``pretrained``, or the one in ``folder``, which comes before it.
+
+    Raises UserError where there is none, or one with more entries than the weights have rows for.
+    """
+    folder = folder or pretrained.tokenizer()
+    if folder is None:
+        raise UserError(
+            f"{pretrained.folder}: it has no tokenizer that transformers loads (none of {', '.join(TOKENIZER)}). Put"
+            " the files of the tokenizer that the model was trained with beside its weights."
+        )
+    tokenizer = _tokenizer(folder)
+    rows = pretrained.config.get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"{folder}: its tokenizer has {len(tokenizer):,} entries, and the checkpoint in {pretrained.folder}"
+            f" {rows:,} rows for them (vocab_size). Is it the tokenizer of these weights? Put theirs in its place."
+        )
+    return tokenizer
+
+
+def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
+    """The causal language model of ``pretrained``, on the CPU, in the type that its configuration states.
+
+    Raises UserError where its tensors are not those of the model, with their names.
+    """
+    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if "quantization_config" in pretrained.config:
+        return _transformers_module(pretrained)
+    # All headers are read here, also for transformers, whose own errors do not say which file is cut off.
+    types = [stored.dtype for stored in pretrained.weights().values() if stored.dtype.is_floating_point]
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described = AutoConfig.from_pretrained(pretrained.folder, local_files_only=True)
+        dtype = described.dtype or (types[0] if types else torch.float32)
+        with without_weights():
+            module: Any = AutoModelForCausalLM.from_config(described, dtype=dtype)  # type: ignore[no-untyped-call]
+    except Exception as problem:  # transformers raises what its parsers raise
+        raise UserError(
+            f"{pretrained.folder}: transformers makes no causal language model of its {CONFIG}: {problem}"
+        ) from problem
+    if get_model_conversion_mapping(module, add_legacy=False):  # tensors are joined or renamed while they are loaded
+        return _transformers_module(pretrained)
+    found = fitted(module, pretrained)
+    return _filled(module, {name: _cast(stored, dtype) for name, stored in found.items()})
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as problem:  # transformers raises what its parsers raise
+        raise UserError(f"{folder}: no tokenizer could be loaded from it: {problem}") from problem
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise UserError(f"{folder}: no model is described there: {problem}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG}: expected a JSON object, the configuration of a model.")
+    return config
+
+
+def _module(folder: Path, weights: Weights | None) -> torch.nn.Module:
+    config = _config(folder)
     if "panda_model" in config:
         module = _panda_module(config)
     elif weights is None:
-        return _transformers_module(folder)
+        return pretrained_module(pretrained_at(str(folder), option="folder", quantised=True))
     else:
         from transformers import AutoConfig
         from transformers import AutoModelForCausalLM
@@ -148,8 +236,14 @@ def _module(folder: Path, weights: Weights | None) -> torch.nn.Module:
         described = AutoConfig.from_pretrained(folder)
         with without_weights():
             module = AutoModelForCausalLM.from_config(described, dtype=described.dtype)  # type: ignore[no-untyped-call]
+    return _filled(
+        module, matched(module, safetensors_weights(folder) if weights is None else weights, source=str(folder))
+    )
+
+
+def _filled(module: torch.nn.Module, found: Weights) -> torch.nn.Module:
+    """``module`` with what was ``found`` for it, to answer and not to be trained."""
     module.requires_grad_(False)
-    found = matched(module, safetensors_weights(folder) if weights is None else weights, source=str(folder))
     keep_computed_float32(module)
     state: dict[str, Any] = module.state_dict(keep_vars=True)
     for name, stored in found.items():
@@ -160,14 +254,33 @@ def _module(folder: Path, weights: Weights | None) -> torch.nn.Module:
     return module
 
 
-def _transformers_module(folder: Path) -> torch.nn.Module:
+def _cast(stored: StoredTensor, dtype: torch.dtype) -> StoredTensor:
+    if not stored.dtype.is_floating_point or stored.dtype == dtype:
+        return stored
+    return replace(stored, dtype=dtype, read=lambda: stored.read().to(dtype))
+
+
+def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
+    """By transformers' own loading, for weights that it converts; what it would draw or leave out is an error."""
     from transformers import AutoModelForCausalLM
 
+    folder = pretrained.folder
+    loading: Any = AutoModelForCausalLM
+    if pretrained.base is not None:
+        raise UserError(
+            f"{folder}: transformers joins or renames the tensors of such models while it loads them, so this delta"
+            " cannot be added meanwhile. Write the whole model with `panda delta apply`, and name that."
+        )
     try:
-        module: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        module, info = loading.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
     except Exception as problem:  # transformers raises what its parsers raise
         raise UserError(f"{folder}: transformers loads no model from it: {problem}") from problem
-    return module
+    misshaped = [
+        f"{name} is {list(found)} and should be {list(right)}" for name, found, right in info["mismatched_keys"]
+    ]
+    refuse_unlike(str(folder), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), misshaped)
+    loaded: torch.nn.Module = module
+    return loaded
 
 
 def _panda_module(config: dict[str, Any]) -> torch.nn.Module:

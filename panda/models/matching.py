@@ -54,6 +54,12 @@ def matched(
         for name in stored
         if name not in wanted and not is_computed(name) and not any(re.search(pattern, name) for pattern in ignored)
     ]
+    refuse_unlike(source, missing, unexpected, misshaped)
+    return found
+
+
+def refuse_unlike(source: str, missing: list[str], unexpected: list[str], misshaped: list[str]) -> None:
+    """Raise UserError with these names of tensors, where there are any. ``source``: what it calls the checkpoint."""
     problems = [
         f"{what}: {_listed(which)}"
         for what, which in (
@@ -69,7 +75,6 @@ def matched(
             + "\n".join(problems)
             + "\nIs it a checkpoint of another architecture or size? Nothing was loaded."
         )
-    return found
 
 
 def _with_prefix(module: torch.nn.Module, wanted: dict[str, torch.Tensor], weights: Weights) -> Weights:

@@ -41,7 +41,7 @@ SHELF = Path("pretrained-models")
 _READ_WHOLE, _BLOCKS, _BLOCK_BYTES = 2**20, 256, 4096
 """Of each file of weights: what ``identity`` reads."""
 
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder that has one of these has a tokenizer."""
 
 _BESIDE = (
@@ -90,7 +90,7 @@ class Pretrained:
 
     def tokenizer(self) -> Path | None:
         """The folder with its tokenizer, its own or its base's."""
-        if any((self.folder / name).exists() for name in _TOKENIZER):
+        if any((self.folder / name).exists() for name in TOKENIZER):
             return self.folder
         return self.base.tokenizer() if self.base else None
 
@@ -131,24 +131,44 @@ def find_pretrained(run: RunOptions) -> Pretrained | None:
     """The checkpoint that ``run`` names, with its base where it is a delta; None where there is none."""
     if run.ckpt_path is None:
         return None
-    pretrained = pretrained_at(run.ckpt_path, option="ckpt_path", allow_pickle=run.allow_pickle)
-    if not is_delta(pretrained.folder, run.ckpt_path):
-        if run.base_path is not None:
+    return whole_at(run.ckpt_path, run.base_path, allow_pickle=run.allow_pickle)
+
+
+def whole_at(
+    location: str,
+    base_path: str | None,
+    *,
+    option: str = "ckpt_path",
+    allow_pickle: bool = False,
+    quantised: bool = False,
+) -> Pretrained:
+    """The checkpoint at ``location``, of which ``option`` told, with its base where it is a delta.
+
+    Raises UserError for a delta without ``base_path``, and for anything else with it.
+    """
+    pretrained = pretrained_at(location, option=option, allow_pickle=allow_pickle, quantised=quantised)
+    if not is_delta(pretrained.folder, location):
+        if base_path is not None:
             raise UserError(
-                f"base_path: {run.ckpt_path!r} is no delta, so nothing is added to it. Leave base_path out; a delta's"
+                f"base_path: {location!r} is no delta, so nothing is added to it. Leave base_path out; a delta's"
                 " name ends in `-delta`."
             )
         return pretrained
-    if run.base_path is None:
+    if base_path is None:
         raise UserError(
-            f"ckpt_path: {run.ckpt_path!r} is a delta: the difference to the weights that it was trained from, and no"
+            f"{option}: {location!r} is a delta: the difference to the weights that it was trained from, and no"
             " model by itself. Name those with `base_path`, and panda adds the two while it loads; `panda delta apply`"
             " writes the sum to a folder."
         )
-    base = pretrained_at(run.base_path, option="base_path", allow_pickle=run.allow_pickle)
-    if is_delta(base.folder, run.base_path):
-        raise UserError(f"base_path: {run.base_path!r} is a delta itself. Name the whole model.")
-    return replace(pretrained, base=base)
+    return added_to(pretrained, base_path, option="base_path", allow_pickle=allow_pickle)
+
+
+def added_to(delta: Pretrained, base_path: str, *, option: str, allow_pickle: bool) -> Pretrained:
+    """``delta`` with the base at ``base_path``, of which ``option`` told. Raises UserError where it cannot be that."""
+    base = pretrained_at(base_path, option=option, allow_pickle=allow_pickle)
+    if is_delta(base.folder, base_path):
+        raise UserError(f"{option}: {base_path!r} is a delta itself. Name the whole model.")
+    return replace(delta, base=base)
 
 
 def base_weights(pretrained: Pretrained | None) -> str:
@@ -156,8 +176,11 @@ def base_weights(pretrained: Pretrained | None) -> str:
     return pretrained.identity() if pretrained else "random"
 
 
-def pretrained_at(location: str, *, option: str, allow_pickle: bool = False) -> Pretrained:
-    """The checkpoint at ``location``: a folder, one in ``pretrained-models``, or a name on the hub, in that order."""
+def pretrained_at(location: str, *, option: str, allow_pickle: bool = False, quantised: bool = False) -> Pretrained:
+    """The checkpoint at ``location``: a folder, one in ``pretrained-models``, or a name on the hub, in that order.
+
+    One whose weights are ``quantised`` answers, and cannot be trained. Raises UserError where there is none.
+    """
     folder, found = _locate(location, option, allow_pickle)
     format_ = _format_of(folder, option)
     if format_.is_pickle and not allow_pickle:
@@ -167,7 +190,7 @@ def pretrained_at(location: str, *, option: str, allow_pickle: bool = False) -> 
             " `weights_only`, which takes tensors alone."
         )
     config = format_.config(folder)
-    if "quantization_config" in config:
+    if "quantization_config" in config and not quantised:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UserError(
             f"{option}: the weights in {folder} are quantised ({method}), and cannot be trained. Give the checkpoint"
@@ -201,7 +224,7 @@ def follow_checkpoint(resolved: Resolved) -> Resolved:
         if folder is None:
             raise UserError(
                 f"ckpt_path: {pretrained.folder} has no tokenizer that transformers loads (none of"
-                f" {', '.join(_TOKENIZER)}), and panda's own is for other weights. Name the folder of one with"
+                f" {', '.join(TOKENIZER)}), and panda's own is for other weights. Name the folder of one with"
                 " `tokenizer`."
             )
         if pretrained.format is META and not (folder / "tokenizer.json").exists():

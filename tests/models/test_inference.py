@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import llama
+from checkpoint_files import save_delta
 from checkpoint_files import save_hf
+from checkpoint_files import save_pickle
 from distributions import Distributions
 from launching import train_many
+from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -141,7 +144,105 @@ def test_what_holds_no_model_or_no_template_is_told(
     assert "0 < --top_p <= 1" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
-    assert "no tokenizer could be loaded" in capsys.readouterr().err
+    assert "has no weights: none of *.safetensors" in capsys.readouterr().err
+
+
+# -- folders in Hugging Face's format ---------------------------------------------------------
+
+
+def refused(capsys: Captured, *argv: object) -> str:
+    """What ``panda generate`` says; nothing may be answered."""
+    assert main(["generate", *map(str, argv), "--prompt", "Mei", "--max_new_tokens", "6"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_answers_as_plain_transformers(
+    tmp_path: Path, capsys: Captured, dtype: torch.dtype, tied: bool
+) -> None:
+    save_hf(llama(4, tie_word_embeddings=tied).to(dtype), tmp_path / "model")
+    assert main(["generate", str(tmp_path / "model"), "--prompt", "Mei", "--max_new_tokens", "9"]) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "model", "Mei", 9) + "\n"
+
+
+def test_a_folder_that_states_another_type_than_its_weights_have_answers_in_that_type(tmp_path: Path) -> None:
+    config = save_hf(llama(4), tmp_path / "model") / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    found = Assistant(tmp_path / "model", None, CPU).model.state_dict()
+    assert found.keys() == plain.keys()
+    assert all(found[name].dtype == plain[name].dtype and torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_a_mixture_of_experts_is_converted_by_transformers_and_checked(tmp_path: Path, capsys: Captured) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 259}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **heads))
+    save_hf(model, tmp_path / "model", shards=False)
+    assert main(["generate", str(tmp_path / "model"), "--prompt", "Mei", "--max_new_tokens", "9"]) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "model", "Mei", 9) + "\n"
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    assert "missing from it: model.layers.2." in refused(capsys, tmp_path / "model")
+
+
+def test_a_delta_is_refused_without_its_base_and_answers_with_it(tmp_path: Path, capsys: Captured) -> None:
+    base, target = llama(1), llama(2)
+    save_hf(base, tmp_path / "base")
+    save_hf(target, tmp_path / "target")
+    save_delta(target, base, tmp_path / "my-delta")
+    error = refused(capsys, tmp_path / "my-delta")
+    assert "is a delta: the difference" in error and "`base_path`" in error
+    argv = ["generate", str(tmp_path / "my-delta"), "--base_path", str(tmp_path / "base"), "--prompt", "Mei"]
+    assert main([*argv, "--max_new_tokens", "9"]) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "target", "Mei", 9) + "\n"
+    assert "is no delta" in refused(capsys, tmp_path / "target", "--base_path", tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "told"),
+    [
+        ('"num_hidden_layers": 2', '"num_hidden_layers": 3', "missing from it: model.layers.2.self_attn.q_proj.weight"),
+        ('"num_hidden_layers": 2', '"num_hidden_layers": 1', "and not in the model: model.layers.1."),
+        ('"intermediate_size": 48', '"intermediate_size": 40', "mlp.gate_proj.weight is [48, 32] and should be [40"),
+        ('"vocab_size": 259', '"vocab_size": 300', "model.embed_tokens.weight is [259, 32] and should be [300, 32]"),
+        ('"vocab_size": 259', '"vocab_size": 200', "its tokenizer has 259 entries"),
+        ('"model_type": "llama"', '"model_type": "lama"', "transformers makes no causal language model"),
+        ('"model_type": "llama"', '"x": 1', "it has no 'model_type'"),
+    ],
+)
+def test_a_configuration_of_other_weights_is_told_by_the_names_of_tensors(
+    tmp_path: Path, capsys: Captured, was: str, becomes: str, told: str
+) -> None:
+    config = save_hf(llama(4), tmp_path / "model") / "config.json"
+    assert was in config.read_text()
+    config.write_text(config.read_text().replace(was, becomes))
+    assert told in refused(capsys, tmp_path / "model")
+
+
+def test_a_folder_that_lacks_something_is_told_as_in_training(tmp_path: Path, capsys: Captured) -> None:
+    model = save_hf(llama(4), tmp_path / "model")
+    shard = sorted(model.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    error = refused(capsys, model)
+    assert f"{shard}: damaged, or not safetensors" in error and "Fetch it again" in error
+    shard.unlink()
+    assert f"files of weights are missing, which model.safetensors.index.json lists: {shard.name}" in refused(
+        capsys, model
+    )
+    shard.write_bytes(whole)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer that transformers loads (none of tokenizer.json" in refused(capsys, model)
+    save_pickle(llama(4), tmp_path / "pickled")
+    assert "`--allow_pickle`" in refused(capsys, tmp_path / "pickled")
+    argv = ["generate", str(tmp_path / "pickled"), "--prompt", "Mei", "--max_new_tokens", "9", "--allow_pickle"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "pickled", "Mei", 9) + "\n"
 
 
 # -- export -----------------------------------------------------------------------------------
