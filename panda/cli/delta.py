@@ -36,22 +36,28 @@ def _delta(argv: list[str]) -> None:
         command.add_argument("--allow_pickle", action="store_true", help="read weights from pickles too")
     arguments = parser.parse_args(argv)
 
-    from dataclasses import replace
-
+    from panda.models.delta import is_delta
     from panda.models.delta import write_applied
     from panda.models.delta import write_delta
+    from panda.models.pretrained import added_to
     from panda.models.pretrained import pretrained_at
+    from panda.registry import UserError
 
     allow_pickle = arguments.allow_pickle
-    base = pretrained_at(arguments.base, option="--base", allow_pickle=allow_pickle)
     if arguments.command == "make":
+        base = pretrained_at(arguments.base, option="--base", allow_pickle=allow_pickle)
         target = pretrained_at(arguments.target, option="--target", allow_pickle=allow_pickle)
         print(f"target: {target.describe()}\nbase: {base.describe()}")
         differs = write_delta(target, base, arguments.output)
         print(f"{arguments.output}: a delta. Applied again, no weight differs by more than {differs:.3g}.")
     else:
         delta = pretrained_at(arguments.delta, option="--delta", allow_pickle=allow_pickle)
-        merged = replace(delta, base=base)
+        if not is_delta(delta.folder, arguments.delta):
+            raise UserError(
+                f"--delta: {arguments.delta!r} is no delta, and added to a base it would be a model of neither. A delta"
+                " has panda's delta.json, or a name in `-delta`: if this one came without, rename its folder."
+            )
+        merged = added_to(delta, arguments.base, option="--base", allow_pickle=allow_pickle)
         print(f"delta: {merged.describe()}")
         write_applied(merged, arguments.output)
         print(f"{arguments.output}: the whole model.")

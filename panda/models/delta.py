@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MARK = "delta.json"
 """A file beside the weights that says that they are a delta; one without it is told by a name in ``-delta``."""
 
+IDENTITY = "base_weights"
+"""In it: the identity of the base's weights. Deltas that other programs made are without."""
+
 WHOLE = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of tensors that a delta has whole."""
 
@@ -32,6 +35,25 @@ def is_delta(folder: Path, name: str) -> bool:
     """Whether ``folder``, which the user called ``name``, holds a delta."""
     names = (name.rstrip("/").rpartition("/")[2], folder.resolve().name)
     return (folder / MARK).exists() or any(given.lower().endswith("-delta") for given in names)
+
+
+def check_base(delta: Pretrained, base: Pretrained) -> None:
+    """Raise UserError where ``delta`` records another base: of equal shapes the sum would be a model of neither."""
+    file = delta.folder / MARK
+    try:
+        mark = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as problem:
+        raise UserError(f"{file}: not valid JSON: {problem}.") from None
+    made_from = mark.get(IDENTITY) if isinstance(mark, dict) else None
+    if made_from is None:
+        return
+    found = base.identity()
+    if found != made_from:
+        raise UserError(
+            f"{delta.folder}: a delta to another base: {mark.get('base')}, {made_from}. Now there is {base.folder},"
+            f" {found}. Name the folder of the first. The same weights in other files count as others, too: where you"
+            f" are sure that these are the same, take {IDENTITY!r} out of {file}."
+        )
 
 
 def applied(delta: Weights, base: Weights, *, source: str, base_source: str) -> Weights:
@@ -67,7 +89,8 @@ def write_delta(target: Pretrained, base: Pretrained, output: Path) -> float:
     delta = made(theirs, bases, **sources)
     _prepare(output, target)
     write_weights(delta, output)
-    (output / MARK).write_text(json.dumps({"base": str(base.folder), "whole": WHOLE}, indent=2) + "\n")
+    mark = {"base": str(base.folder), IDENTITY: base.identity(), "whole": WHOLE}
+    (output / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
     back = applied(safetensors_weights(output), bases, **sources)
     return max(float((back[name].read().float() - theirs[name].read().float()).abs().max()) for name in back)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.models.delta import applied
+from panda.models.delta import check_base
 from panda.models.delta import is_delta
 from panda.models.meta_format import PARAMS
 from panda.models.meta_format import SHARDS
@@ -168,6 +169,7 @@ def added_to(delta: Pretrained, base_path: str, *, option: str, allow_pickle: bo
     base = pretrained_at(base_path, option=option, allow_pickle=allow_pickle)
     if is_delta(base.folder, base_path):
         raise UserError(f"{option}: {base_path!r} is a delta itself. Name the whole model.")
+    check_base(delta, base)
     return replace(delta, base=base)
 
 

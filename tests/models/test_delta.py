@@ -64,3 +64,49 @@ def test_nothing_is_written_over_and_the_wrong_base_is_told(tmp_path: Path, caps
     argv[-1] = str(tmp_path / "target")
     assert main([*argv, "--output", str(tmp_path / "base")]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_whole_model_is_not_applied(tmp_path: Path, capsys: Captured) -> None:
+    save_hf(llama(1), tmp_path / "base")
+    save_hf(llama(2), tmp_path / "plain")
+    argv = ["delta", "apply", "--delta", tmp_path / "plain", "--base", tmp_path / "base", "--output", tmp_path / "out"]
+    assert main([*map(str, argv)]) == 2
+    assert "plain' is no delta" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_delta_is_applied_to_its_own_base_alone_wherever_that_is(tmp_path: Path, capsys: Captured) -> None:
+    save_hf(llama(1), tmp_path / "base")
+    save_hf(llama(2), tmp_path / "target")
+    save_hf(llama(3), tmp_path / "other")
+    words = ["delta", "make", "--target", tmp_path / "target", "--base", tmp_path / "base"]
+    assert main([*map(str, words), "--output", str(tmp_path / "made")]) == 0
+    (tmp_path / "base").rename(tmp_path / "moved")
+
+    def apply(base: str, output: str) -> int:
+        capsys.readouterr()
+        argv = ["delta", "apply", "--delta", tmp_path / "made", "--base", tmp_path / base, "--output"]
+        return main([*map(str, argv), str(tmp_path / output)])
+
+    assert apply("other", "out") == 2
+    error = capsys.readouterr().err
+    assert f"a delta to another base: {tmp_path}/base, sha256:" in error
+    assert f"Now there is {tmp_path}/other, sha256:" in error
+    assert not (tmp_path / "out").exists()
+    generate = ["generate", tmp_path / "made", "--prompt", "x", "--base_path", tmp_path / "other"]
+    assert main([*map(str, generate)]) == 2
+    assert "a delta to another base" in capsys.readouterr().err
+    assert apply("made", "out") == 2
+    assert "--base: " in (error := capsys.readouterr().err) and "is a delta itself" in error
+    assert apply("moved", "out") == 0
+
+
+@pytest.mark.parametrize("mark", [None, '{"base": "elsewhere", "whole": []}'])
+def test_a_delta_that_does_not_record_its_base_is_accepted(tmp_path: Path, mark: str | None) -> None:
+    base, target = llama(1), llama(2)
+    save_hf(base, tmp_path / "base")
+    save_delta(target, base, tmp_path / "their-delta")
+    if mark is not None:
+        (tmp_path / "their-delta" / "delta.json").write_text(mark)
+    argv = ["delta", "apply", "--delta", tmp_path / "their-delta", "--base", tmp_path / "base"]
+    assert main([*map(str, argv), "--output", str(tmp_path / "out")]) == 0
