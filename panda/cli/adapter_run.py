@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from panda.models.pretrained import Pretrained
     from panda.stored_tensor import Weights
 
-CKPT_PATH_HELP = "of a run of adapters: the weights that they were trained on, where these have been moved"
+CKPT_PATH_HELP = "of adapters: the weights that they were trained on, where these have been moved"
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,26 @@ class AdapterRun:
         return model, weights
 
 
+def trained_adapters(run: Path) -> bool:
+    """Whether ``run`` is a run directory, of adapters."""
+    return "base_weights" in _facts(run)
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts
+
+
 def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
     """The run of adapters in ``run``; None where it is no run, or trained a whole model.
 
     ``ckpt_path`` says where its base is now. Raises UserError where that is not the base that the
     adapters were trained on.
     """
-    try:
-        facts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        facts = {}
+    facts = _facts(run)
     if "base_weights" not in facts:
         if ckpt_path is not None:
             raise UserError(f"--ckpt_path: {run} is no run of adapters, so there is no base to name.")

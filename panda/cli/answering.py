@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from panda.cli.adapter_run import CKPT_PATH_HELP
 from panda.cli.adapter_run import AdapterRun
 from panda.cli.adapter_run import adapter_run
+from panda.cli.adapter_run import trained_adapters
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     from panda.models.export import DESCRIPTION
     from panda.models.inference import Assistant
     from panda.models.inference import assistant_in
+    from panda.models.inference import assistant_with_adapters
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -74,17 +76,15 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     are_exported = (folder / "adapter_config.json").exists()
     if base_path is not None and checkpoint:
         raise UserError(f"--base_path: {location!r} is a run and no delta, so nothing is added to it. Leave it out.")
+    if are_exported and not trained_adapters(folder.parent):
+        options = ckpt_path, base_path, device
+        return assistant_with_adapters(folder, *options, allow_pickle=arguments.allow_pickle)
     run = checkpoint.parent.parent if checkpoint else folder.parent if are_exported else folder
     adapted = adapter_run(run, ckpt_path)
     if adapted and (checkpoint or are_exported):
         print(f"{checkpoint or folder}", file=sys.stderr)
         module = _adapted_module(adapted, checkpoint_weights(checkpoint) if checkpoint else folder, device)
         return Assistant(run / DESCRIPTION, None, device, module)
-    if are_exported:
-        raise UserError(
-            f"{location!r} holds adapters, and not the run that trained them, which says on what. Name the run; or put"
-            " them on their base with `PeftModel.from_pretrained(base, folder)`."
-        )
     if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
         return Assistant(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device)

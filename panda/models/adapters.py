@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from panda.models.weight_files import safetensors_weights
 from panda.registry import UserError
 from panda.run_options import RunOptions
 from panda.stored_tensor import Weights
@@ -94,9 +95,18 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
 
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: no adapters there (no adapter_config.json).")
+    layers = {name for name, _ in model.named_modules()}
+    adapted = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in safetensors_weights(folder))
+    if absent := [layer for layer in adapted if layer not in layers]:  # peft leaves these out without a word
+        raise UserError(
+            f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base. It"
+            f" has no {absent[0]}."
+        )
     try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError) as problem:  # shapes that differ, names that are not there
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # of layers that would stay bare
+            return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, UserWarning) as problem:  # shapes that differ, names that are not there
         raise UserError(
             f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
             f" {problem}"

@@ -20,7 +20,9 @@ from panda.models.matching import refuse_unlike
 from panda.models.pretrained import CONFIG
 from panda.models.pretrained import TOKENIZER
 from panda.models.pretrained import Pretrained
+from panda.models.pretrained import find_here
 from panda.models.pretrained import fitted
+from panda.models.pretrained import has_tokenizer
 from panda.models.pretrained import pretrained_at
 from panda.models.pretrained import whole_at
 from panda.models.weight_files import safetensors_weights
@@ -155,6 +157,33 @@ def assistant_in(folder: Path, base_path: str | None, device: torch.device, *, a
     return Assistant(folder, None, device, pretrained_module(pretrained).to(device), tokenizer)
 
 
+def assistant_with_adapters(
+    folder: Path, ckpt_path: str | None, base_path: str | None, device: torch.device, *, allow_pickle: bool
+) -> Assistant:
+    """What answers with the adapters that peft keeps in ``folder``, on the base at ``ckpt_path``, or the one they name.
+
+    As plain peft does, on the base as it is stored: no run says how training had it. Raises UserError
+    where there is no such base, or they are not of it.
+    """
+    from panda.models.adapters import load_adapters
+
+    named = _config(folder, "adapter_config.json").get("base_model_name_or_path")
+    location, option = ckpt_path, "--ckpt_path"
+    if location is None:
+        if not named or find_here(named) is None:
+            said = f"says that it is {named!r}, which is no folder here" if named else "does not say which it is"
+            raise UserError(
+                f"{folder}: adapters, and a base that is not found: their adapter_config.json {said}. Name the folder"
+                " of the weights that they were trained on with `--ckpt_path`; of adapters on random weights, name"
+                " the run."
+            )
+        location, option = named, f"{folder / 'adapter_config.json'}: base_model_name_or_path"
+    base = whole_at(location, base_path, option=option, allow_pickle=allow_pickle, quantised=True)
+    tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
+    adapted: Any = load_adapters(pretrained_module(base), folder)
+    return Assistant(base.folder, None, device, adapted.get_base_model().to(device).eval(), tokenizer)
+
+
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
     """The tokenizer of ``pretrained``, or the one in ``folder``, which comes before it.
 
@@ -213,13 +242,13 @@ def _tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no tokenizer could be loaded from it: {problem}") from problem
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise UserError(f"{folder}: no model is described there: {problem}.") from None
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG}: expected a JSON object, the configuration of a model.")
+        raise UserError(f"{folder / name}: expected a JSON object.")
     return config
 
 

@@ -91,7 +91,7 @@ class Pretrained:
 
     def tokenizer(self) -> Path | None:
         """The folder with its tokenizer, its own or its base's."""
-        if any((self.folder / name).exists() for name in TOKENIZER):
+        if has_tokenizer(self.folder):
             return self.folder
         return self.base.tokenizer() if self.base else None
 
@@ -126,6 +126,20 @@ class Pretrained:
         kind = "a delta, " if self.base else ""
         line = f"{self.folder} ({self.found}): {kind}{self.format.name}, {self.config['model_type']}"
         return f"{line}; added to {self.base.describe()}" if self.base else line
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` has a tokenizer that transformers loads."""
+    return any((folder / name).exists() for name in TOKENIZER)
+
+
+def find_here(location: str) -> Path | None:
+    """The folder that ``location`` means, itself or in ``pretrained-models``; the hub is not asked."""
+    path = Path(location).expanduser()
+    shelved = SHELF / location
+    if path.is_dir():
+        return path
+    return shelved if len(path.parts) == 1 and shelved.is_dir() else None
 
 
 def find_pretrained(run: RunOptions) -> Pretrained | None:
@@ -294,10 +308,8 @@ def _follow_options(model: Chosen, settings: dict[str, Setting], config: Mapping
 def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str]:
     path = Path(location).expanduser()
     shelved = SHELF / location
-    if path.is_dir():
-        return path, "a folder"
-    if len(path.parts) == 1 and shelved.is_dir():
-        return shelved, f"in ./{SHELF}"
+    if here := find_here(location):
+        return here, "a folder" if here == path else f"in ./{SHELF}"
     looked = [f"the folder {path.absolute()}"]
     if len(path.parts) == 1:
         looked.append(f"the folder {shelved.absolute()}")

@@ -299,9 +299,36 @@ def test_what_cannot_be_merged_or_answered_is_told(folder: Path, tmp_path: Path,
     assert "is no run of adapters" in capsys.readouterr().err
     assert main(["generate", str(folder / "random"), "--prompt", "x", "--ckpt_path", str(folder / "base")]) == 2
     assert "trained on random weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lora", "dora-zero3"])
+def test_adapters_away_from_their_run_answer_on_the_base_that_they_name_or_on_the_one_that_is_given(
+    folder: Path, tmp_path: Path, capsys: Captured, name: str
+) -> None:
+    shutil.copytree(folder / name / "export", tmp_path / "adapters")
+    question = ["--prompt", "Say tomato.", "--max_new_tokens", "12"]
+    assert main(["generate", str(folder / name), *question]) == 0
+    expected = capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "adapters"), *question]) == 0
+    assert capsys.readouterr().out == expected
+    config = tmp_path / "adapters" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "base"), "org/elsewhere"))
+    assert main(["generate", str(tmp_path / "adapters"), *question]) == 2
+    error = capsys.readouterr().err
+    assert "says that it is 'org/elsewhere', which is no folder here" in error and "`--ckpt_path`" in error
+    assert main(["generate", str(tmp_path / "adapters"), *question, "--ckpt_path", str(folder / "base")]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("changed", [{"num_hidden_layers": 1}, {"hidden_size": 32}])
+def test_adapters_away_from_their_run_are_not_put_on_a_base_of_another_shape(
+    folder: Path, tmp_path: Path, capsys: Captured, changed: dict[str, int]
+) -> None:
     shutil.copytree(folder / "lora" / "export", tmp_path / "adapters")
-    assert main(["generate", str(tmp_path / "adapters"), "--prompt", "x"]) == 2
-    assert "holds adapters, and not the run that trained them" in capsys.readouterr().err
+    save_hf(llama(4, **{"hidden_size": 64, "intermediate_size": 128} | changed), tmp_path / "base")
+    argv = ["generate", str(tmp_path / "adapters"), "--prompt", "x", "--ckpt_path", str(tmp_path / "base")]
+    assert main(argv) == 2
+    assert "these adapters do not fit this LlamaForCausalLM" in capsys.readouterr().err
 
 
 def test_the_identity_tells_every_weight_of_a_small_file_and_not_the_folder(folder: Path, tmp_path: Path) -> None:
