@@ -17,6 +17,7 @@ from panda.models.creation import without_weights
 from panda.models.generation import continuation
 from panda.models.matching import matched
 from panda.models.matching import refuse_unlike
+from panda.models.pretrained import ADAPTERS
 from panda.models.pretrained import CONFIG
 from panda.models.pretrained import TOKENIZER
 from panda.models.pretrained import Pretrained
@@ -167,17 +168,17 @@ def assistant_with_adapters(
     """
     from panda.models.adapters import load_adapters
 
-    named = _config(folder, "adapter_config.json").get("base_model_name_or_path")
+    named = _config(folder, ADAPTERS).get("base_model_name_or_path")
     location, option = ckpt_path, "--ckpt_path"
     if location is None:
         if not named or find_here(named) is None:
             said = f"says that it is {named!r}, which is no folder here" if named else "does not say which it is"
             raise UserError(
-                f"{folder}: adapters, and a base that is not found: their adapter_config.json {said}. Name the folder"
+                f"{folder}: adapters, and a base that is not found: their {ADAPTERS} {said}. Name the folder"
                 " of the weights that they were trained on with `--ckpt_path`; of adapters on random weights, name"
                 " the run."
             )
-        location, option = named, f"{folder / 'adapter_config.json'}: base_model_name_or_path"
+        location, option = named, f"{folder / ADAPTERS}: base_model_name_or_path"
     base = whole_at(location, base_path, option=option, allow_pickle=allow_pickle, quantised=True)
     tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
     adapted: Any = load_adapters(pretrained_module(base), folder)

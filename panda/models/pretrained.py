@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from panda.stored_tensor import Weights
 
 CONFIG = "config.json"
+ADAPTERS = "adapter_config.json"
+"""What a folder of peft's has in its place."""
+
 SHELF = Path("pretrained-models")
 """Where PandaLLM's documentation has users put their checkpoints."""
 
@@ -357,8 +360,26 @@ def _format_of(folder: Path, option: str) -> Format:
     if not (folder / needed).exists():
         names = sorted(file.name for file in folder.iterdir())
         seen = f"it has {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
-        raise UserError(f"{option}: {folder} has no {needed}, so it is no checkpoint of a model; {seen}.")
+        raise UserError(
+            f"{option}: {folder} has no {needed}, so it is no checkpoint of a model; {seen}.{_instead(folder)}"
+        )
     return format_
+
+
+def _instead(folder: Path) -> str:
+    """What to name in place of ``folder``, where a run wrote it."""
+    export = folder / "export"
+    if (folder / ADAPTERS).exists() or (export / ADAPTERS).exists():
+        run = folder if (export / ADAPTERS).exists() else "RUN"
+        return (
+            f" It holds adapters, which are no model without their base: `panda export {run} --merge` writes the two"
+            " as one, to RUN/merged; name that."
+        )
+    if (export / CONFIG).exists():
+        return f" It is a run; name its export, {export}."
+    if (folder / "provenance.json").exists():
+        return f" It is a run without an export: `panda export {folder}` writes one, to RUN/export; name that."
+    return ""
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

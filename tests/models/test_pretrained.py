@@ -366,6 +366,22 @@ def test_missing_unexpected_and_misshaped_tensors_are_told_at_once(model: Any, t
 
 def test_a_folder_without_config_is_told_with_what_it_has(spoilt: Path, tmp_path: Path) -> None:
     (spoilt / "config.json").unlink()
+    run = tmp_path / "run"
+    for adds, hint in (
+        ("provenance.json", r"a run without an export: `panda export .*/run` writes one"),
+        ("export/config.json", r"It is a run; name its export, .*/run/export\."),
+        ("export/adapter_config.json", r"holds adapters.* `panda export .*/run --merge`"),
+        ("adapter_config.json", r"holds adapters.* `panda export .*/run --merge`"),
+    ):
+        (run / adds).parent.mkdir(parents=True, exist_ok=True)
+        (run / adds).write_text("{}")
+        with pytest.raises(UserError, match=f"has no config.json, so it is no checkpoint of a model; .*{hint}"):
+            configured("--ckpt_path", run)
+    with pytest.raises(UserError, match=r"holds adapters.* `panda export RUN --merge`"):
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        (alone / "adapter_config.json").write_text("{}")
+        configured("--ckpt_path", alone)
     with pytest.raises(UserError, match=r"has no config.json, so it is no checkpoint of a model; it has .*model-00001"):
         configured("--ckpt_path", spoilt)
     (tmp_path / "empty").mkdir()
