@@ -11,6 +11,7 @@ from panda.cli.adapter_run import CKPT_PATH_HELP
 from panda.cli.adapter_run import AdapterRun
 from panda.cli.adapter_run import adapter_run
 from panda.cli.adapter_run import trained_adapters
+from panda.cli.passed_over import tell_passed_over
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     checkpoint = find_checkpoint(folder)
+    tell_passed_over(folder)
     are_exported = (folder / "adapter_config.json").exists()
     if base_path is not None and checkpoint:
         raise UserError(f"--base_path: {location!r} is a run and no delta, so nothing is added to it. Leave it out.")

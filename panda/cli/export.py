@@ -10,6 +10,7 @@ from panda.cli.adapter_run import CKPT_PATH_HELP
 from panda.cli.adapter_run import AdapterRun
 from panda.cli.adapter_run import adapter_run
 from panda.cli.command import run_command
+from panda.cli.passed_over import tell_passed_over
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def _export(argv: list[str]) -> None:
     from panda.models.export import export
 
     checkpoint = find_checkpoint(arguments.run)
+    tell_passed_over(arguments.run)
     if checkpoint is None:
         raise UserError(f"{arguments.run}: no complete checkpoint there. Name a run directory, or a `step-...` folder.")
     run = checkpoint.parent.parent

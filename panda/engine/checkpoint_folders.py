@@ -54,6 +54,24 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
+def passed_over(path: Path) -> dict[Path, str]:
+    """Damaged checkpoints at ``path`` that are newer than what ``find_checkpoint`` finds, and what is wrong with each.
+
+    Newest first.
+    """
+    found = find_checkpoint(path)
+    if found == path:  # it was named
+        return {}
+    damaged: dict[Path, str] = {}
+    for folder in (path, path / "checkpoints"):
+        for checkpoint in reversed(_checkpoints(folder)):
+            if checkpoint == found:
+                return damaged
+            if problem := damage(checkpoint):
+                damaged[checkpoint] = problem
+    return damaged
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in ``folder``, by step."""
     return [path for path in _checkpoints(folder) if damage(path) is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,30 @@ def test_a_folder_that_lacks_something_is_told_as_in_training(tmp_path: Path, ca
     argv = ["generate", str(tmp_path / "pickled"), "--prompt", "Mei", "--max_new_tokens", "9", "--allow_pickle"]
     assert main(argv) == 0
     assert capsys.readouterr().out == plain_answer(tmp_path / "pickled", "Mei", 9) + "\n"
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_is_told(folder: Path, capsys: Captured, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "instruct", run)
+    first, later = run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002"
+    shutil.copytree(first, later)
+    cut = next(file for file in later.rglob("*") if file.is_file() and file.name != "manifest.json")
+    size = cut.stat().st_size
+    cut.write_bytes(cut.read_bytes()[:-1])
+    told = (
+        f"{later}: passed over, since it is damaged: {cut.relative_to(later)} has {size - 1:,} bytes and had {size:,}"
+    )
+    assert main(["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"]) == 0
+    assert capsys.readouterr().err.startswith(f"{told}\n{first}\n")
+    assert main(["export", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert told in captured.err and "step-00000001" in captured.out
+    assert main(["export", str(first), "--output", str(tmp_path / "named")]) == 0
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(first)
+    assert main(["export", str(run), "--output", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "no complete checkpoint there" in error
 
 
 # -- export -----------------------------------------------------------------------------------
