@@ -7,11 +7,14 @@ order, on any rank, and its numbers depend on none of that.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from typing import NoReturn
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,17 +38,16 @@ _OVERWRITES = {
 def drawn_later(build: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, Weights]:
     """The module that ``build`` builds, its large parameters on the meta device, and all of its tensors by name.
 
-    They are, bit for bit, what ``build`` alone would have put there, and torch's generator is left as it
-    would have left it. Each draw is made twice: once to leave the generator where it has to be. Where a
-    parameter comes to be in a way that cannot be noted it is there at once, and takes its memory.
+    They are, bit for bit, what ``build`` alone would have put there, and the generators of torch, numpy and
+    Python are left as it would have left them. Each draw is made twice: once to leave the generator where
+    it has to be. Where something was done that cannot be noted ``build`` is called again, and all
+    parameters are there at once, and take their memory.
     """
-    before = torch.get_rng_state()
+    rewind = _rewinding()
     recorder = _Recorder()
-    try:
-        with recorder.registering(), recorder, _NotOnMeta():
-            module = build()
-    except _NotNotedError:
-        torch.set_rng_state(before)
+    module = recorder.noting(build)
+    if module is None:
+        rewind()
         recorder, module = _Recorder(), build()
     weights: dict[str, StoredTensor] = {}
     seen: set[int] = set()
@@ -72,13 +74,6 @@ class _Note:
     random_state: torch.Tensor | None
 
 
-class _NotOnMeta(TorchFunctionMode):
-    """Has no parameter say that it is on the meta device: torch does nothing then in some initialisations."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return False if func == _IS_META else func(*args, **(kwargs or {}))
-
-
 class _NotNotedError(Exception):
     """A parameter was used in a way that cannot be repeated later."""
 
@@ -91,19 +86,38 @@ class _Recorder(TorchDispatchMode):
         self._untouched: dict[int, Any] = {}  # storages that nothing was written to yet
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._noted: dict[int, tuple[Any, list[_Note]]] = {}
+        self.failed = False
+        """Whether something could not be noted; remembered, as a model may catch the exception that says so."""
+
+    def noting(self, build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
+        """What ``build`` builds; None where that cannot be drawn later."""
+        try:
+            with self._registering(), self, _Watch(self):
+                module = build()
+        except Exception:  # of whatever kind: where it is the model's own, building it plainly raises it again
+            return None
+        return None if self.failed else module
+
+    def noted(self, values: Any) -> list[torch.Tensor]:
+        """The parameters, and parts of them, in ``values`` that are drawn later."""
+        return [tensor for tensor in _tensors(values) if _key(tensor) in self._noted]
+
+    def touch(self, tensor: torch.Tensor) -> bool:
+        """Note that ``tensor`` may hold something; whether nothing was written to it before."""
+        return self._untouched.pop(_key(tensor), None) is not None
 
     def notes_on(self, tensor: torch.Tensor) -> list[_Note] | None:
         found = self._noted.get(_key(tensor))
         return found[1] if found else None
 
-    def registering(self) -> Any:
+    def _registering(self) -> Any:
         """A context in which parameters that nothing was written to go to the meta device when they are registered."""
         from unittest.mock import patch
 
         register = torch.nn.Module.register_parameter
 
         def register_noted(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-            if parameter is not None and self._untouched.pop(_key(parameter), None) is not None:
+            if parameter is not None and self.touch(parameter):
                 layout = parameter.shape, parameter.stride()
                 with _disable_current_modes():
                     empty = torch.empty_strided(*layout, dtype=parameter.dtype, device="meta")
@@ -115,26 +129,28 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        noted = [tensor for tensor in tensors if _key(tensor) in self._noted]
+        noted = self.noted((args, kwargs))
         is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
         if not noted or is_view:
             result = func(*args, **kwargs)
-            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            if any(_is_meta(tensor) and _key(tensor) not in self._noted for tensor in made):
-                raise _NotNotedError(func)  # a tensor like a parameter, whose values are not there
+            if any(_is_meta(tensor) and _key(tensor) not in self._noted for tensor in _tensors(result)):
+                self._fail(func)  # a tensor like a parameter, whose values are not there
             if func in _EMPTY:
                 self._untouched[_key(result)] = result.untyped_storage()
             elif not is_view:
-                for tensor in tensors:
-                    self._untouched.pop(_key(tensor), None)
+                for tensor in _tensors((args, kwargs)):
+                    self.touch(tensor)
             return result
         target = args[0]
         writes = func._schema.arguments[0].alias_info is not None
         if not writes or len(noted) > 1 or noted[0] is not target or kwargs.get("generator") is not None:
-            raise _NotNotedError(func)
+            self._fail(func)
         self._note(func, target, args[1:], kwargs)
         return target
+
+    def _fail(self, operation: Any) -> NoReturn:
+        self.failed = True
+        raise _NotNotedError(operation)
 
     def _note(self, func: Any, target: torch.Tensor, more: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         state = None
@@ -157,9 +173,45 @@ class _Recorder(TorchDispatchMode):
         return whole.as_strided(target.shape, target.stride())
 
 
+class _Watch(TorchFunctionMode):
+    """Sees what is no operation, and what goes wrong."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _IS_META:
+            return False  # or torch does nothing in some initialisations
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            # Perhaps only because it is on the meta device, and the model may catch it and go another way.
+            if self._recorder.noted((args, kwargs)):
+                self._recorder.failed = True
+            raise
+
+
 def _key(tensor: torch.Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
+    with torch._C.DisableTorchFunction():
+        key: int = tensor.untyped_storage()._cdata
     return key
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _rewinding() -> Callable[[], None]:
+    """A function that brings the generators that a model may draw from back to where they are now."""
+    python, numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def rewind() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(of_torch)
+
+    return rewind
 
 
 def _is_meta(tensor: torch.Tensor) -> bool:

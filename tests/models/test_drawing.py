@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from transformers import OPTConfig
 
+from panda.assembly import seed_random
 from panda.models.drawing import drawn_later
 
 SHAPE: dict[str, Any] = {
@@ -54,6 +57,48 @@ def truncated() -> torch.nn.Module:
     return layer
 
 
+def by_chance() -> torch.nn.Module:
+    """Draws from numpy and Python, too, and then does what cannot be done later."""
+    layer = torch.nn.Linear(5, 5)
+    with torch.no_grad():
+        layer.weight.fill_(random.random())
+        layer.bias.fill_(np.random.rand())
+        layer.weight.add_(float(layer.weight.sum()))
+    return layer
+
+
+def given_data() -> torch.nn.Module:
+    layer = torch.nn.Linear(5, 5)
+    layer.weight.data = torch.randn(5, 5)
+    return layer
+
+
+def through_numpy() -> torch.nn.Module:
+    layer = torch.nn.Linear(5, 5)
+    layer.weight.detach().numpy()[:] = np.eye(5)
+    return layer
+
+
+def goes_on_from_notes() -> torch.nn.Module:
+    """Catches what says that something cannot be noted."""
+    layer = torch.nn.Linear(5, 5)
+    try:
+        torch.nn.init.orthogonal_(layer.weight)
+    except Exception:
+        torch.nn.init.zeros_(layer.weight)
+    return layer
+
+
+def goes_on_from_torch() -> torch.nn.Module:
+    """Catches what torch says of the meta device."""
+    layer = torch.nn.Linear(5, 5)
+    try:
+        layer.weight.data = torch.randn(5, 5)
+    except Exception:
+        torch.nn.init.zeros_(layer.weight)
+    return layer
+
+
 def copied() -> torch.nn.Module:
     return torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 2)
 
@@ -73,6 +118,11 @@ BUILDERS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
     "truncated": (truncated, False),
     "orthogonal": (orthogonal, False),
     "copied": (copied, False),
+    "by chance": (by_chance, False),
+    "given data": (given_data, False),
+    "through numpy": (through_numpy, False),
+    "goes on from notes": (goes_on_from_notes, False),
+    "goes on from torch": (goes_on_from_torch, False),
 }
 """What builds a module, and whether its weights can be left for later."""
 
@@ -80,12 +130,13 @@ BUILDERS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
 @pytest.mark.parametrize("name", BUILDERS)
 def test_in_any_order_each_tensor_is_the_same_bits(name: str) -> None:
     build, is_later = BUILDERS[name]
-    torch.manual_seed(3)
+    seed_random(3)
     expected = build()
-    generator_after = torch.get_rng_state()
-    torch.manual_seed(3)
+    generator_after, others_after = torch.get_rng_state(), (random.random(), np.random.rand())
+    seed_random(3)
     module, weights = drawn_later(build)
     assert torch.equal(torch.get_rng_state(), generator_after)
+    assert (random.random(), np.random.rand()) == others_after
     state = expected.state_dict()
     assert len(weights) == len({id(tensor) for tensor in expected.state_dict(keep_vars=True).values()})
     for key in reversed(weights):
@@ -102,6 +153,16 @@ def test_reading_leaves_the_generator_alone() -> None:
     for stored in weights.values():
         stored.read()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_error_of_the_model_is_the_one_that_building_it_raises() -> None:
+    def build() -> torch.nn.Module:
+        torch.nn.Linear(2, 2)
+        raise ValueError("hidden_size")
+
+    with pytest.raises(ValueError, match=r"^hidden_size$") as caught:
+        drawn_later(build)
+    assert caught.value.__context__ is None
 
 
 def test_modules_and_tensors_built_afterwards_are_as_ever() -> None:
