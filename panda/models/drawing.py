@@ -8,6 +8,7 @@ order, on any rank, and its numbers depend on none of that.
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,15 @@ _OVERWRITES = {
     torch.ops.aten.fill_.Scalar,
 }
 """What they are applied to may be forgotten."""
+_OPENINGS = {
+    torch.Tensor.__array__,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.data_ptr,
+    torch.Tensor.numpy,
+    torch.Tensor.storage,
+    torch.Tensor.untyped_storage,
+}
+"""What gives a tensor's memory away, to be written to where no operation tells it."""
 
 
 def drawn_later(build: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, Weights]:
@@ -40,8 +50,8 @@ def drawn_later(build: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, 
 
     They are, bit for bit, what ``build`` alone would have put there, and the generators of torch, numpy and
     Python are left as it would have left them. Each draw is made twice: once to leave the generator where
-    it has to be. Where something was done that cannot be noted ``build`` is called again, and all
-    parameters are there at once, and take their memory.
+    it has to be. A parameter whose memory is in other hands, too, is there at once, and takes it. All
+    are where something was done that cannot be noted: ``build`` is called again then.
     """
     rewind = _rewinding()
     recorder = _Recorder()
@@ -111,13 +121,13 @@ class _Recorder(TorchDispatchMode):
         return found[1] if found else None
 
     def _registering(self) -> Any:
-        """A context in which parameters that nothing was written to go to the meta device when they are registered."""
+        """A context in which parameters that nothing wrote to, or can, go to the meta device when registered."""
         from unittest.mock import patch
 
         register = torch.nn.Module.register_parameter
 
         def register_noted(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-            if parameter is not None and self.touch(parameter):
+            if parameter is not None and self.touch(parameter) and _is_alone(parameter):
                 layout = parameter.shape, parameter.stride()
                 with _disable_current_modes():
                     empty = torch.empty_strided(*layout, dtype=parameter.dtype, device="meta")
@@ -183,6 +193,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _IS_META:
             return False  # or torch does nothing in some initialisations
+        if func in _OPENINGS:
+            self._recorder.touch(args[0])
         try:
             return func(*args, **(kwargs or {}))
         except Exception:
@@ -200,6 +212,15 @@ def _key(tensor: torch.Tensor) -> int:
 
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _is_alone(parameter: torch.nn.Parameter) -> bool:
+    """Whether no other tensor has the memory of ``parameter``, by which it could be written to unseen."""
+    with torch._C.DisableTorchFunction():
+        storage = parameter.untyped_storage()
+    users: int = torch._C._storage_Use_Count(storage._cdata)
+    # Its own and that of `storage`. A weak reference would go on to see the memory that is given up.
+    return users == 2 and not weakref.getweakrefs(parameter)
 
 
 def _rewinding() -> Callable[[], None]:

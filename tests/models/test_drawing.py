@@ -99,6 +99,31 @@ def goes_on_from_torch() -> torch.nn.Module:
     return layer
 
 
+def written_by_another_name() -> torch.nn.Module:
+    layer, weight = torch.nn.Module(), torch.empty(4, 4)
+    layer.weight = torch.nn.Parameter(weight)
+    weight.fill_(2)
+    return layer
+
+
+def written_by_another_name_in_numpy() -> torch.nn.Module:
+    layer, weight = torch.nn.Module(), torch.empty(4, 4)
+    array = weight.numpy()
+    layer.weight = torch.nn.Parameter(weight)
+    del weight
+    array[:] = 2
+    return layer
+
+
+def written_before_in_numpy() -> torch.nn.Module:
+    layer, weight = torch.nn.Module(), torch.empty(4, 4)
+    np.asarray(weight)[:] = 2
+    weights = [weight]
+    del weight
+    layer.weight = torch.nn.Parameter(weights.pop())
+    return layer
+
+
 def copied() -> torch.nn.Module:
     return torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 2)
 
@@ -123,6 +148,9 @@ BUILDERS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
     "through numpy": (through_numpy, False),
     "goes on from notes": (goes_on_from_notes, False),
     "goes on from torch": (goes_on_from_torch, False),
+    "written by another name": (written_by_another_name, False),
+    "written by another name in numpy": (written_by_another_name_in_numpy, False),
+    "written before in numpy": (written_before_in_numpy, False),
 }
 """What builds a module, and whether its weights can be left for later."""
 
