@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -39,7 +40,12 @@ def merged_weights(
             of_layer.setdefault(layer, {})[f"lora_{rest}"] = stored
         else:  # a buffer, which training may change
             base = {**base, layer.replace(".base_layer.", "."): stored}
-    shared = [layer for layer in of_layer if f"{layer}.weight" not in base]
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = [
+        layer
+        for layer in of_layer
+        if f"{layer}.weight" not in base or holders[id(model.get_submodule(layer).weight)] > 1
+    ]
     if shared:
         raise UserError(
             f"--merge: the weight of {', '.join(shared)} is that of another layer too (tied embeddings), which has no"

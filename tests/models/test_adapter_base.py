@@ -331,6 +331,16 @@ def test_adapters_away_from_their_run_are_not_put_on_a_base_of_another_shape(
     assert "these adapters do not fit this LlamaForCausalLM" in capsys.readouterr().err
 
 
+def test_adapters_of_a_weight_that_another_layer_has_too_are_not_merged(tmp_path: Path, capsys: Captured) -> None:
+    save_hf(llama(4, tie_word_embeddings=True), tmp_path / "base")
+    layers = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+    train_many([flags(tmp_path, name, ("--lora_target_modules", name), 1) for name in layers], cwd=tmp_path)
+    for name, layer in layers.items():
+        assert main(["export", str(tmp_path / name), "--merge"]) == 2
+        assert f"the weight of {layer} is that of another layer too" in capsys.readouterr().err
+        assert not list((tmp_path / name).glob("*merged"))
+
+
 def test_the_identity_tells_every_weight_of_a_small_file_and_not_the_folder(folder: Path, tmp_path: Path) -> None:
     from panda.models.pretrained import pretrained_at
 
