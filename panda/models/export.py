@@ -75,12 +75,16 @@ def describe_model(
 def export(description: Path, weights: Weights, folder: Path) -> None:
     """Make ``folder`` of the model that ``description`` describes and its ``weights``, read one shard at a time.
 
-    What was there before is replaced once the new one is complete.
+    What was there before is replaced once the new one is complete; where that fails nothing else is left.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(description, temporary)
-    write_weights(weights, temporary)
+    try:
+        shutil.copytree(description, temporary)
+        write_weights(weights, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # what is half written may be large, and of no use
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)

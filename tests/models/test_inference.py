@@ -403,3 +403,16 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 tensors are not finite, b first"):
         write_weights(weights, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    from panda.registry import UserError
+
+    for name in ("model", "export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    broken = StoredTensor((1,), torch.float32, lambda: torch.tensor([float("nan")]))
+    with pytest.raises(UserError, match="not finite"):
+        export(tmp_path / "model", {"a": broken}, tmp_path / "export")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "export"}
+    assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["export"]
