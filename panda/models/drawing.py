@@ -58,7 +58,8 @@ def drawn_later(build: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, 
     module = recorder.noting(build)
     if module is None:
         rewind()
-        recorder, module = _Recorder(), build()
+        recorder = _Recorder()  # before: the other one has memory that is wanted now
+        module = build()
     weights: dict[str, StoredTensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -95,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._untouched: dict[int, Any] = {}  # storages that nothing was written to yet
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._noted: dict[int, tuple[Any, list[_Note]]] = {}
+        self._noted: dict[int, tuple[Any, torch.dtype, list[_Note]]] = {}
         self.failed = False
         """Whether something could not be noted; remembered, as a model may catch the exception that says so."""
 
@@ -104,9 +105,18 @@ class _Recorder(TorchDispatchMode):
         try:
             with self._registering(), self, _Watch(self):
                 module = build()
+            fits = all(self._fits(tensor) for tensor in module.state_dict(keep_vars=True).values())
         except Exception:  # of whatever kind: where it is the model's own, building it plainly raises it again
             return None
-        return None if self.failed else module
+        return module if fits and not self.failed else None
+
+    def _fits(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor``, if it is drawn later, is all of what was registered, as it was then."""
+        if _key(tensor) not in self._noted:
+            return True
+        storage, dtype, _ = self._noted[_key(tensor)]
+        is_whole = tensor.storage_offset() == 0 and _span(tensor) * tensor.element_size() == storage.nbytes()
+        return is_whole and tensor.dtype == dtype
 
     def noted(self, values: Any) -> list[torch.Tensor]:
         """The parameters, and parts of them, in ``values`` that are drawn later."""
@@ -118,7 +128,7 @@ class _Recorder(TorchDispatchMode):
 
     def notes_on(self, tensor: torch.Tensor) -> list[_Note] | None:
         found = self._noted.get(_key(tensor))
-        return found[1] if found else None
+        return found[2] if found else None
 
     def _registering(self) -> Any:
         """A context in which parameters that nothing wrote to, or can, go to the meta device when registered."""
@@ -132,7 +142,7 @@ class _Recorder(TorchDispatchMode):
                 with _disable_current_modes():
                     empty = torch.empty_strided(*layout, dtype=parameter.dtype, device="meta")
                     torch.utils.swap_tensors(parameter, torch.nn.Parameter(empty, parameter.requires_grad))  # type: ignore[no-untyped-call]
-                self._noted[_key(parameter)] = parameter.untyped_storage(), []
+                self._noted[_key(parameter)] = parameter.untyped_storage(), parameter.dtype, []
             register(module, name, parameter)
 
         return patch.object(torch.nn.Module, "register_parameter", register_noted)
@@ -155,6 +165,9 @@ class _Recorder(TorchDispatchMode):
         writes = func._schema.arguments[0].alias_info is not None
         if not writes or len(noted) > 1 or noted[0] is not target or kwargs.get("generator") is not None:
             self._fail(func)
+        # A note says neither another layout nor another type.
+        if torch.Tag.inplace_view in func.tags or target.dtype != self._noted[_key(target)][1]:
+            self._fail(func)
         self._note(func, target, args[1:], kwargs)
         return target
 
@@ -167,7 +180,7 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             state = torch.get_rng_state()
             func(self._scratch_like(target), *more, **keywords)
-        storage, notes = self._noted[_key(target)]
+        storage, _, notes = self._noted[_key(target)]
         if func in _OVERWRITES and target.numel() * target.element_size() == storage.nbytes():
             notes.clear()
         more = tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in more)
@@ -176,10 +189,10 @@ class _Recorder(TorchDispatchMode):
 
     def _scratch_like(self, target: torch.Tensor) -> torch.Tensor:
         """A tensor like ``target``, of any content: one memory for all, or what is freed piles up between the rest."""
-        span = 1 + sum((size - 1) * stride for size, stride in zip(target.shape, target.stride(), strict=True))
-        if self._scratch.numel() < span * target.element_size():
-            self._scratch = torch.empty(span * target.element_size(), dtype=torch.uint8)
-        whole = self._scratch[: span * target.element_size()].view(target.dtype)
+        bytes_ = _span(target) * target.element_size()
+        if self._scratch.numel() < bytes_:
+            self._scratch = torch.empty(bytes_, dtype=torch.uint8)
+        whole = self._scratch[:bytes_].view(target.dtype)
         return whole.as_strided(target.shape, target.stride())
 
 
@@ -208,6 +221,13 @@ def _key(tensor: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():
         key: int = tensor.untyped_storage()._cdata
     return key
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """How many elements of memory ``tensor`` reaches over."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

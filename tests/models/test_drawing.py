@@ -124,6 +124,27 @@ def written_before_in_numpy() -> torch.nn.Module:
     return layer
 
 
+def part_of_another() -> torch.nn.Module:
+    layer = torch.nn.Linear(5, 5)
+    layer.part = torch.nn.Parameter(layer.weight.detach()[2:])
+    return layer
+
+
+def written_as_another_type() -> torch.nn.Module:
+    layer = torch.nn.Linear(4, 4)
+    layer.weight.detach().view(torch.int32).fill_(7)
+    return layer
+
+
+def turned() -> torch.nn.Module:
+    """Written to through a view that is transposed in place."""
+    layer = torch.nn.Linear(4, 4)
+    view = layer.weight.detach()
+    view.t_()
+    view[0].fill_(3)
+    return layer
+
+
 def copied() -> torch.nn.Module:
     return torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 2)
 
@@ -151,6 +172,10 @@ BUILDERS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
     "written by another name": (written_by_another_name, False),
     "written by another name in numpy": (written_by_another_name_in_numpy, False),
     "written before in numpy": (written_before_in_numpy, False),
+    "part of another": (part_of_another, False),
+    "written as another type": (written_as_another_type, False),
+    "turned": (turned, False),
+    "empty": (lambda: torch.nn.Linear(0, 4), True),
 }
 """What builds a module, and whether its weights can be left for later."""
 
