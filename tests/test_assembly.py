@@ -1,0 +1,39 @@
+"""Names and options become objects, and every option reaches the object that it is for."""
+
+from __future__ import annotations
+
+import torch
+
+from panda.assembly import build_model
+from panda.assembly import build_optimizer
+from panda.assembly import load_tokenizer
+from panda.assembly import model_context
+from panda.cli.arguments import parse_arguments
+from panda.cli.configuration import configure
+
+
+def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
+    flags = ["--arch", "llama-tiny", "--num_layers", "1", "--learning_rate", "0.01", "--weight_decay", "0.2"]
+    flags += [
+        "--weight_decay_on",
+        "matrices",
+        "--lr_multipliers",
+        "*embed*=0.5",
+        "lm_head.weight=3",
+        "--optimizer",
+        "lamb",
+    ]
+    resolved, _ = configure(parse_arguments(flags))
+    model = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
+    optimizer = build_optimizer(resolved, model, torch.device("cpu"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[parameter]: (round(group["lr"], 9), group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found.keys() == set(names.values())
+    assert found["model.embed_tokens.weight"] == (0.005, 0.0)
+    assert found["lm_head.weight"] == (0.03, 0.2)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == (0.01, 0.2)
+    assert found["model.layers.0.input_layernorm.weight"] == found["model.norm.weight"] == (0.01, 0.0)
