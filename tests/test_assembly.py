@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from panda.assembly import build_model
 from panda.assembly import build_optimizer
 from panda.assembly import load_tokenizer
+from panda.assembly import make_trainable
 from panda.assembly import model_context
 from panda.cli.arguments import parse_arguments
 from panda.cli.configuration import configure
+from panda.engine.processes import Processes
+from panda.runner import _shape
 
 
 def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
@@ -37,3 +43,26 @@ def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
     assert found["lm_head.weight"] == (0.03, 0.2)
     assert found["model.layers.0.self_attn.q_proj.weight"] == (0.01, 0.2)
     assert found["model.layers.0.input_layernorm.weight"] == found["model.norm.weight"] == (0.01, 0.0)
+
+
+def test_what_is_asked_of_the_layers_is_done_to_them() -> None:
+    flags = ["--arch", "llama-tiny", "--num_layers", "2", "--compile", "--activation_checkpointing", "full"]
+    resolved, _ = configure(parse_arguments(flags))
+    model: Any = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
+    processes = Processes(0, 1, torch.device("cpu"))
+    assert make_trainable(model, resolved.core, None, {}, processes) is model
+    for layer in model.model.layers:
+        assert layer._compiled_call_impl is not None
+        assert layer.forward.__name__ == "recomputing" or hasattr(layer.forward, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--bit_training"], ["--weight_decay_on", "matrices"], ["--use_lora"], ["--seed", "7"], ["--precision", "bf16"]],
+)
+def test_a_run_that_differs_so_does_not_continue_another(flags: list[str]) -> None:
+    dataset: Any = type("Samples", (), {"__len__": lambda self: 1, "sources": (), "tokens": 1, "fingerprint": ""})()
+    shapes = [
+        _shape(configure(parse_arguments(["--arch", "llama-tiny", *more]))[0], None, dataset) for more in ([], flags)
+    ]
+    assert shapes[0] != shapes[1]
