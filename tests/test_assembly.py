@@ -53,7 +53,7 @@ def test_what_is_asked_of_the_layers_is_done_to_them() -> None:
     assert make_trainable(model, resolved.core, None, {}, processes) is model
     for layer in model.model.layers:
         assert layer._compiled_call_impl is not None
-        assert layer.forward.__name__ == "recomputing" or hasattr(layer.forward, "__wrapped__")
+        assert "forward" in vars(layer)  # one that computes the layer again, around its own
 
 
 @pytest.mark.parametrize(
