@@ -136,7 +136,11 @@ def resolve(
         names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers("arch")))
         problems.append(f"no model: name one with `arch` (or `--arch`). Installed: {names}.")
         # Perhaps it is misspelt. Keys of components that are not chosen yet are known, but not these.
-        suspects = [_unknown(catalog, key, given[key], [*core_options], renamed or {}, []) for key in given]
+        suspects = [
+            _unknown(catalog, key, given[key], [*core_options], renamed or {}, [])
+            for key in given
+            if key not in core_values
+        ]
         problems += [text for text in suspects if "unknown key" in text]
         raise UserError("\n".join(problems))
 

@@ -180,6 +180,12 @@ def test_a_run_without_a_model_is_told_what_there_is() -> None:
     assert message.count("llama-7b") == 1
 
 
+def test_without_a_model_only_what_is_unknown_is_said_to_be() -> None:
+    message = refused("--seed", "3", "--learning_rat", "1e-3")
+    assert "unknown key 'learning_rat'. Did you mean 'learning_rate'?" in message
+    assert "seed" not in message
+
+
 def test_an_unknown_model_is_told_archs_and_models() -> None:
     message = refused("--model", "lama")
     assert message.startswith("--model: unknown model or arch 'lama'. Did you mean 'llama'")
