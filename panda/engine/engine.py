@@ -216,7 +216,7 @@ class Engine:
     def load(self, folder: Path, tag: str) -> bool:
         """Put back what ``save`` wrote; False where nothing was."""
         with redirect_stdout(io.StringIO()):  # DeepSpeed names its internal formats
-            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_loadtrained_state)
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained_state)
         return loaded is not None
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _loadtrained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+def _load_trained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     """Copy ``src`` to the tensors of ``dst`` that it came from. The parameter names are those DeepSpeed calls with."""
     state = trained_state(dst)
     if src.keys() != state.keys():

@@ -42,15 +42,15 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
                 "optimizer: norms of layers need master weights in fp32, and DeepSpeed keeps them in"
                 f" {layout.tensor.dtype}. Take what asks for it out of `deepspeed_config`, or use `optimizer: adamw`."
             )
-    _, is_sharded = _READERS[wrapper]
+    sharded = is_sharded(wrapper)
     check_values(module, tensors)
-    _check_cover(module, _gather(tensors, processes) if is_sharded else [_described(tensors)])
+    _check_cover(module, _gather(tensors, processes) if sharded else [_described(tensors)])
 
     def sum_over_shards(tensor: torch.Tensor) -> torch.Tensor:
-        if not is_sharded and processes.tensor_ranks == 1:
+        if not sharded and processes.tensor_ranks == 1:
             return tensor
         # Under optimizer offload the step runs on the CPU, and the collective still on the GPU.
-        return processes.sum_(tensor.to(processes.device), "all" if is_sharded else "tensor").to(tensor.device)
+        return processes.sum_(tensor.to(processes.device), "all" if sharded else "tensor").to(tensor.device)
 
     return ParameterLayout(tuple(tensors), sum_over_shards)
 
@@ -72,6 +72,12 @@ def read_layout(module: torch.nn.Module, optimizer: Any) -> tuple[str, list[Tens
         TensorLayout(tensor, tuple(names[parameter] for parameter in parameters), tuple(segments))
         for tensor, parameters, segments in read(optimizer)
     ]
+
+
+def is_sharded(wrapper: str) -> bool:
+    """Whether ranks hold parts of parameters in such a wrapper, or each all of them."""
+    _, sharded = _READERS[wrapper]
+    return sharded
 
 
 def _whole(optimizer: Any) -> Read:

@@ -24,6 +24,7 @@ from panda.engine.checkpoint_weights import checkpoint_weights
 from panda.engine.engine import Engine
 from panda.engine.engine import trained_state
 from panda.engine.parameter_layouts import check_values
+from panda.engine.parameter_layouts import is_sharded
 from panda.engine.parameter_layouts import read_layout
 from panda.registry import UserError
 from panda.registry.contexts import TensorLayout
@@ -94,10 +95,11 @@ class _Stretches:
                 f"{checkpoint}: it does not say where the optimizer of that run held what, so it can be continued with"
                 " the same number of ranks, ZeRO stage and `deepspeed_config` alone."
             )
-        is_whole, read = _READERS[described["wrapper"]]
-        for rank, file in enumerate(layouts[:1] if is_whole else layouts):
+        wrapper = described["wrapper"]
+        for rank, file in enumerate(layouts if is_sharded(wrapper) else layouts[:1]):
             described = json.loads(file.read_text(encoding="utf-8"))
-            for saved, tensor in zip(read(checkpoint, rank, described["tensors"]), described["tensors"], strict=True):
+            tensors = _READERS[wrapper](checkpoint, rank, described["tensors"])
+            for saved, tensor in zip(tensors, described["tensors"], strict=True):
                 self._check(saved)
                 for parameter, start, length, source in tensor["segments"]:
                     self._of[tensor["parameters"][parameter]].append((source, length, start, saved))
@@ -142,7 +144,7 @@ def _fill(layout: TensorLayout, stretches: _Stretches, optimizer: torch.optim.Op
                 into = state.setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))
                 _flat(into)[at : at + length] = _flat(value)[start : start + length].to(into)
     if state:
-        group = next(group for group in optimizer.param_groups if "params" in group)
+        group = optimizer.param_groups[0]
         if torch.is_tensor(state.get("step")) and (group.get("fused") or group.get("capturable")):
             state["step"] = state["step"].to(tensor.device)
         optimizer.state[tensor] = state
@@ -188,11 +190,11 @@ def _parts(masters: str, base: str) -> Callable[[Path, int, Tensors], list[_Save
     return read
 
 
-_READERS: dict[str, tuple[bool, Callable[[Path, int, Tensors], list[_Saved]]]] = {
-    "none": (True, _whole),
-    "FP16_UnfusedOptimizer": (True, _whole_masters),
-    "DeepSpeedZeroOptimizer": (False, _parts("single_partition_of_fp32_groups", "base_optimizer_state")),
-    "BF16_Optimizer": (False, _parts("single_partition_of_fp32_groups", "base_optimizer_state")),
-    "DeepSpeedZeroOptimizer_Stage3": (False, _parts("fp32_flat_groups", "optimizer_state_dict")),
+_READERS: dict[str, Callable[[Path, int, Tensors], list[_Saved]]] = {
+    "none": _whole,
+    "FP16_UnfusedOptimizer": _whole_masters,
+    "DeepSpeedZeroOptimizer": _parts("single_partition_of_fp32_groups", "base_optimizer_state"),
+    "BF16_Optimizer": _parts("single_partition_of_fp32_groups", "base_optimizer_state"),
+    "DeepSpeedZeroOptimizer_Stage3": _parts("fp32_flat_groups", "optimizer_state_dict"),
 }
-"""By DeepSpeed's wrapper: whether each rank holds all of it, and the tensors of a rank with their state, in order."""
+"""By DeepSpeed's wrapper: the tensors of a rank's file with their state, in order."""

@@ -106,8 +106,8 @@ class Pretrained:
         """What tells its weights from others: a hash over each of its files of weights, in the order of their names.
 
         Of a file the size, the first MiB (a header, and what follows it) and 256 blocks of 4 KiB, evenly
-        spread, are read: enough to tell a fine-tune from its base, whose headers are the same, in
-        milliseconds a file. The same weights in other files are another identity.
+        spread, are read: enough to tell a fine-tune from its base, whose headers are the same, though not
+        two that differ in one small tensor. The same weights in other files are another identity.
         """
         digest = hashlib.sha256()
         for file in sorted(self.folder.glob(self.format.files)):
