@@ -21,10 +21,10 @@ ROOMS = (
 
 PROGRAM = """
 import sys, time
-started = time.perf_counter()
+started = time.process_time()
 from panda.cli.{module} import main
 code = main({argv!r})
-print("seconds", time.perf_counter() - started)
+print("seconds", time.process_time() - started)
 print("code", code)
 print("modules", *sys.modules)
 """
@@ -67,7 +67,7 @@ def test_what_needs_no_torch_imports_none(name: str) -> None:
     code, modules, seconds = outcome(module, argv)
     assert code == expected
     assert not modules & set(HEAVY)
-    assert seconds < 5, "a second, on a machine that does nothing else"
+    assert seconds < 3, "of this processor: a second, where nothing else runs on it"
 
 
 def test_list_imports_no_component_of_panda() -> None:
