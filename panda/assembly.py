@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoint_folders import START
 from panda.engine.checkpoint_folders import Progress
 from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.memory import refuse_without_room
 from panda.engine.placement import gathering
 from panda.engine.placement import place
 from panda.engine.processes import Processes
@@ -170,6 +172,36 @@ def build_weights(
     if later:
         return drawn_later(partial(build_model, resolved, context))
     return build_model(resolved, context), None
+
+
+def drawn_one_by_one(options: RunOptions) -> bool:
+    """Whether random weights are drawn when they are read, since each rank holds a part, or few bits, of them.
+
+    DoRA looks at weights before they are rounded to 16 bits, and so at all of them.
+    """
+    return options.use_quant or (options.zero == 3 and not options.use_dora)
+
+
+def refuse_too_large(resolved: Resolved, context: ModelContext) -> None:
+    """Raise UserError where the model's weights are more than the memory that they are to be in. Makes no weights."""
+    options = resolved.core
+    try:
+        with torch.device("cpu"), without_weights():
+            model = resolved.components["model"].build(context, torch.nn.Module)
+    except UserError:
+        raise
+    except Exception:  # one that looks at its weights while it is made: then its size is not known
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    on_gpu = torch.cuda.is_available()
+    refuse_without_room(
+        sum(parameter.numel() for parameter in model.parameters()),
+        options,
+        deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu"),
+        world_size=world_size,
+        drawn=context.config is None and not drawn_one_by_one(options),
+    )
 
 
 def refuse_splitting(resolved: Resolved, context: ModelContext) -> None:

@@ -23,12 +23,14 @@ from panda.assembly import build_optimizer
 from panda.assembly import build_schedule
 from panda.assembly import build_task
 from panda.assembly import build_weights
+from panda.assembly import drawn_one_by_one
 from panda.assembly import lay_out
 from panda.assembly import lay_out_evaluation
 from panda.assembly import load_tokenizer
 from panda.assembly import make_trainable
 from panda.assembly import model_context
 from panda.assembly import refuse_splitting
+from panda.assembly import refuse_too_large
 from panda.assembly import seed_random
 from panda.data.batches import Batch
 from panda.data.batches import step_batches
@@ -44,6 +46,7 @@ from panda.engine.checkpoints import load_checkpoint
 from panda.engine.checkpoints import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
+from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.models.adapters import export_adapters
@@ -129,6 +132,7 @@ class Run:
         return options
 
 
+@explaining_lack_of_memory()
 def train(resolved: Resolved, catalog: Catalog) -> Run:
     """Train what ``resolved`` describes and return the finished run.
 
@@ -141,6 +145,7 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
     pretrained = find_pretrained(resolved.core)
     context = model_context(resolved, tokenizer, pretrained)
     refuse_splitting(resolved, context)
+    refuse_too_large(resolved, context)
     if pretrained:  # before the data is read, which may take long
         fitted(build_model(resolved, context), pretrained)
     evaluated = build_evaluation_task(resolved, task)
@@ -185,10 +190,7 @@ def _build(
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
-    # Where each rank is to hold a part, or few bits of each weight, none has to hold all of them to begin with.
-    # DoRA looks at weights before they are rounded to 16 bits, and so at all of them.
-    later = options.use_quant or (options.zero == 3 and not options.use_dora)
-    model, weights = build_weights(resolved, context, pretrained, later=later)
+    model, weights = build_weights(resolved, context, pretrained, later=drawn_one_by_one(options))
     model_name = resolved.components["model"].component.name
     if layout.packed:
         refuse_without_positions(model, model_name)
