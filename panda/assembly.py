@@ -18,7 +18,6 @@ from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.order import Source
 from panda.data.reading import Reader
-from panda.data.reading import tokenizer_folder
 from panda.data.token_cache import cache_folder
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoint_folders import START
@@ -40,6 +39,7 @@ from panda.models.pretrained import Pretrained
 from panda.models.pretrained import config_for
 from panda.models.pretrained import fitted
 from panda.models.quantisation import quantise
+from panda.models.tokenizers import tokenizer_folder
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
 from panda.registry import UserError
@@ -61,7 +61,7 @@ EVALUATED_TOGETHER = 16
 
 
 def load_tokenizer(location: str) -> Any:
-    """The Hugging Face tokenizer in the folder that ``location`` means. Raises UserError where there is none."""
+    """The Hugging Face tokenizer in the folder, or on the hub, that ``location`` means. Raises UserError if none is."""
     folder = tokenizer_folder(location)
     from transformers import AutoTokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -92,7 +93,8 @@ class RunOptions:
     resume: str | None = None
     """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
     tokenizer: str = "panda:data/sample/tokenizer"
-    """Folder of a Hugging Face tokenizer. `panda:` begins a path inside the panda package; the default reads bytes."""
+    """A Hugging Face tokenizer: a folder, or a name on the hub. `panda:` begins a path inside the panda package; the
+    default reads bytes."""
     ckpt_path: str | None = None
     """Weights to start from: a folder, one in `./pretrained-models`, or a name on the Hugging Face hub."""
     base_path: str | None = None
@@ -224,3 +226,12 @@ def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:
                 " To leave weights as they are, freeze them in the model."
             )
     return multipliers
+
+
+def resolve_path(text: str) -> Path:
+    """The path that an option means: ``panda:`` begins one inside the installed panda package."""
+    if text.startswith("panda:"):
+        import panda
+
+        return Path(panda.__file__).parent / text.removeprefix("panda:")
+    return Path(text).expanduser()

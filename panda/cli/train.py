@@ -44,8 +44,8 @@ def _train(argv: list[str]) -> None:
 
 def _look_first(resolved: Resolved) -> None:
     """Raise UserError for what is not there, as far as that can be seen without importing torch."""
-    from panda.data.reading import tokenizer_folder
     from panda.engine.deepspeed_config import deepspeed_config
+    from panda.models.tokenizers import tokenizer_folder
     from panda.run_directory import find_directory
 
     deepspeed_config(resolved.core, world_size=int(os.environ.get("WORLD_SIZE", 1)), on_gpu=False)

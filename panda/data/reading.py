@@ -16,6 +16,7 @@ from typing import cast
 from typing import runtime_checkable
 
 from panda.registry import UserError
+from panda.run_options import resolve_path
 
 
 @dataclass(frozen=True)
@@ -83,26 +84,6 @@ def open_binary(file: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{file}: not a whole gzip file: {problem}. Is it cut short?") from None
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror or problem}.") from None
-
-
-def resolve_path(text: str) -> Path:
-    """The path that an option means: ``panda:`` begins one inside the installed panda package."""
-    if text.startswith("panda:"):
-        import panda
-
-        return Path(panda.__file__).parent / text.removeprefix("panda:")
-    return Path(text).expanduser()
-
-
-def tokenizer_folder(location: str) -> Path:
-    """The folder that the option ``tokenizer`` means. Raises UserError where there is none."""
-    folder = resolve_path(location)
-    if not folder.is_dir():
-        raise UserError(
-            f"tokenizer: {location!r} is not a folder (looked in {Path.cwd()}). Give one that holds a Hugging Face"
-            " tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json)."
-        )
-    return folder
 
 
 def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Path]:

@@ -19,13 +19,13 @@ from panda.models.matching import matched
 from panda.models.matching import refuse_unlike
 from panda.models.pretrained import ADAPTERS
 from panda.models.pretrained import CONFIG
-from panda.models.pretrained import TOKENIZER
 from panda.models.pretrained import Pretrained
 from panda.models.pretrained import find_here
 from panda.models.pretrained import fitted
-from panda.models.pretrained import has_tokenizer
 from panda.models.pretrained import pretrained_at
 from panda.models.pretrained import whole_at
+from panda.models.tokenizers import TOKENIZER
+from panda.models.tokenizers import has_tokenizer
 from panda.models.weight_files import safetensors_weights
 from panda.registry import Catalog
 from panda.registry import UserError
@@ -190,7 +190,8 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
 
     Raises UserError where there is none, or one with more entries than the weights have rows for.
     """
-    folder = folder or pretrained.tokenizer()
+    holder = pretrained.with_tokenizer()
+    folder = folder or (holder.folder if holder else None)
     if folder is None:
         raise UserError(
             f"{pretrained.folder}: it has no tokenizer that transformers loads (none of {', '.join(TOKENIZER)}). Put"

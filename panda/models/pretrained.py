@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -19,10 +22,19 @@ from typing import Any
 from panda.models.delta import applied
 from panda.models.delta import check_base
 from panda.models.delta import is_delta
+from panda.models.hub import Repository
+from panda.models.hub import cached
+from panda.models.hub import described
+from panda.models.hub import is_name
 from panda.models.meta_format import PARAMS
 from panda.models.meta_format import SHARDS
 from panda.models.meta_format import meta_config
 from panda.models.meta_format import meta_weights
+from panda.models.shards import PICKLES
+from panda.models.shards import SAFETENSORS
+from panda.models.shards import shard_names
+from panda.models.tokenizers import TOKENIZER
+from panda.models.tokenizers import has_tokenizer
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Chosen
@@ -42,11 +54,10 @@ ADAPTERS = "adapter_config.json"
 SHELF = Path("pretrained-models")
 """Where PandaLLM's documentation has users put their checkpoints."""
 
+_FROM_CACHE = "Hugging Face hub, from its cache"
+
 _READ_WHOLE, _BLOCKS, _BLOCK_BYTES = 2**20, 256, 4096
 """Of each file of weights: what ``identity`` reads."""
-
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""A folder that has one of these has a tokenizer."""
 
 _BESIDE = (
     "tokenizer*",
@@ -66,7 +77,9 @@ class Format:
 
     name: str
     files: str
-    """Pattern of the names of its files of weights."""
+    """Pattern of the names of its files of weights, and of their index."""
+    shards: Callable[[Path, Collection[str]], list[str]]
+    """Of a folder, and the names of files that there are of it: those of its files of weights."""
     config: Callable[[Path], dict[str, Any]]
     weights: Callable[[Path], Weights]
     is_pickle: bool
@@ -84,19 +97,32 @@ class Pretrained:
     """Its config.json, or what that would say."""
     base: Pretrained | None = None
     """Where it is a delta: what it is added to."""
+    repository: Repository | None = None
+    """What its weights are fetched from, where the hub has them and its cache has not."""
+    name: str | None = None
+    """Its name on the hub, where it was found by that."""
+
+    def fetch(self) -> None:
+        """Have its files of weights here. Raises UserError where the hub does not give them."""
+        if self.repository:
+            self.repository.fetch(self.format.shards(self.folder, self.repository.files))
 
     def weights(self) -> Weights:
-        """Its tensors, by name; the headers of all files are read, and checked. Raises UserError for a damaged one."""
+        """Its tensors, by name; the headers of all files are read, and checked. Raises UserError for a damaged one.
+
+        Where they are on the hub they are fetched first.
+        """
+        self.fetch()
         weights = self.format.weights(self.folder)
         if self.base is None:
             return weights
         return applied(weights, self.base.weights(), source=str(self.folder), base_source=str(self.base.folder))
 
-    def tokenizer(self) -> Path | None:
-        """The folder with its tokenizer, its own or its base's."""
+    def with_tokenizer(self) -> Pretrained | None:
+        """Itself, or its base where that alone has a tokenizer; None where neither has."""
         if has_tokenizer(self.folder):
-            return self.folder
-        return self.base.tokenizer() if self.base else None
+            return self
+        return self.base.with_tokenizer() if self.base else None
 
     def files_beside(self) -> list[Path]:
         """Files of its tokenizer, chat template and generation config."""
@@ -109,6 +135,7 @@ class Pretrained:
         spread, are read: enough to tell a fine-tune from its base, whose headers are the same, though not
         two that differ in one small tensor. The same weights in other files are another identity.
         """
+        self.fetch()
         digest = hashlib.sha256()
         for file in sorted(self.folder.glob(self.format.files)):
             if file.suffix == ".json":
@@ -129,11 +156,6 @@ class Pretrained:
         kind = "a delta, " if self.base else ""
         line = f"{self.folder} ({self.found}): {kind}{self.format.name}, {self.config['model_type']}"
         return f"{line}; added to {self.base.describe()}" if self.base else line
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether ``folder`` has a tokenizer that transformers loads."""
-    return any((folder / name).exists() for name in TOKENIZER)
 
 
 def find_here(location: str) -> Path | None:
@@ -200,8 +222,9 @@ def pretrained_at(location: str, *, option: str, allow_pickle: bool = False, qua
 
     One whose weights are ``quantised`` answers, and cannot be trained. Raises UserError where there is none.
     """
-    folder, found = _locate(location, option, allow_pickle)
-    format_ = _format_of(folder, option)
+    folder, found, name, repository = _locate(location, option, allow_pickle)
+    names = repository.files if repository else tuple(file.name for file in folder.iterdir())
+    format_ = _format_of(folder, names, option)
     if format_.is_pickle and not allow_pickle:
         raise UserError(
             f"{option}: {folder} holds its weights in pickles ({format_.files}), and loading one can run code that is"
@@ -215,7 +238,7 @@ def pretrained_at(location: str, *, option: str, allow_pickle: bool = False, qua
             f"{option}: the weights in {folder} are quantised ({method}), and cannot be trained. Give the checkpoint"
             " that they were made from."
         )
-    return Pretrained(folder, found, format_, config)
+    return Pretrained(folder, found, format_, config, None, repository, name)
 
 
 def follow_checkpoint(resolved: Resolved) -> Resolved:
@@ -239,20 +262,21 @@ def follow_checkpoint(resolved: Resolved) -> Resolved:
             f" made for {positions} positions (max_position_embeddings in its {CONFIG}). Lower max_seq_length."
         )
     if settings["tokenizer"].origin == "default":
-        folder = pretrained.tokenizer()
-        if folder is None:
+        holder = pretrained.with_tokenizer()
+        if holder is None:
             raise UserError(
                 f"ckpt_path: {pretrained.folder} has no tokenizer that transformers loads (none of"
                 f" {', '.join(TOKENIZER)}), and panda's own is for other weights. Name the folder of one with"
                 " `tokenizer`."
             )
-        if pretrained.format is META and not (folder / "tokenizer.json").exists():
+        if pretrained.format is META and not (holder.folder / "tokenizer.json").exists():
             raise UserError(
-                f"ckpt_path: the tokenizer in {folder} is a SentencePiece model alone, as Meta gives it. Name the"
-                " folder of a Hugging Face tokenizer of this model with `tokenizer`."
+                f"ckpt_path: the tokenizer in {holder.folder} is a SentencePiece model alone, as Meta gives it. Name"
+                " the folder of a Hugging Face tokenizer of this model with `tokenizer`."
             )
-        settings["tokenizer"] = Setting("tokenizer", str(folder), says, settings["tokenizer"].owner)
-        core = replace(core, tokenizer=str(folder))
+        location = holder.name or str(holder.folder)
+        settings["tokenizer"] = Setting("tokenizer", location, says, settings["tokenizer"].owner)
+        core = replace(core, tokenizer=location)
     return replace(resolved, core=core, settings=settings, components={**resolved.components, "model": model})
 
 
@@ -308,58 +332,60 @@ def _follow_options(model: Chosen, settings: dict[str, Setting], config: Mapping
     return replace(model, options=options_class(**values))
 
 
-def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str]:
+def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, str | None, Repository | None]:
+    """The folder, where it was found, its name on the hub, and what its weights are to be fetched from."""
     path = Path(location).expanduser()
     shelved = SHELF / location
     if here := find_here(location):
-        return here, "a folder" if here == path else f"in ./{SHELF}"
+        return here, "a folder" if here == path else f"in ./{SHELF}", None, None
     looked = [f"the folder {path.absolute()}"]
     if len(path.parts) == 1:
         looked.append(f"the folder {shelved.absolute()}")
     if path.exists():
         raise UserError(f"{option}: {location!r} is a file. Name the folder that it is in.")
-    if 1 <= len(path.parts) <= 2 and not path.is_absolute() and ".." not in path.parts:
-        snapshot = _from_hub(location, allow_pickle, looked)
-        if snapshot:
-            return snapshot
+    name = location if is_name(location) else None
+    if name or len(path.parts) == 1:
+        snapshot = cached(location)
+        has_weights = snapshot is not None and _has_weights(snapshot, allow_pickle)
+        if snapshot and has_weights and has_tokenizer(snapshot):
+            return snapshot, _FROM_CACHE, name, None
+        looked.append(f"{location} in the cache of the Hugging Face hub{', which has a part of it' * bool(snapshot)}")
+    if name:  # those without an owner are of a few old models, and more often a misspelt folder
+        try:
+            repository = described(name)
+        except UserError as problem:
+            if snapshot and has_weights:
+                return snapshot, _FROM_CACHE, name, None
+            raise UserError(
+                f"{option}: {location!r} is not here: looked for {'; '.join(looked)}. And {problem}"
+            ) from None
+        return repository.folder, "Hugging Face hub", name, repository
     raise UserError(f"{option}: {location!r} is nowhere. Looked for " + "; ".join(looked) + ".")
 
 
-def _from_hub(name: str, allow_pickle: bool, looked: list[str]) -> tuple[Path, str] | None:
-    """The snapshot of ``name`` on the Hugging Face hub, from its cache or fetched; else None, and why in ``looked``."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True)), "Hugging Face hub, from its cache"
-    except HFValidationError:
-        return None
-    except LocalEntryNotFoundError:
-        looked.append(f"{name} in the cache of the Hugging Face hub")
-    if "/" not in name:  # names without an owner are of a few old models, and more often a misspelt folder
-        return None
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
-        patterns += ["*.bin", "*.pth"] if allow_pickle else []
-        return Path(snapshot_download(name, allow_patterns=patterns)), "Hugging Face hub"
-    except Exception as problem:  # the client raises what its transport raises
-        looked.append(f"{name} on the Hugging Face hub ({type(problem).__name__})")
-    return None
+def _has_weights(snapshot: Path, allow_pickle: bool) -> bool:
+    """Whether ``snapshot`` has all its files of weights, in a format that may be read."""
+    there = {file.name for file in snapshot.iterdir()}
+    format_ = _format_among(there)
+    if format_ is None or (format_.is_pickle and not allow_pickle):
+        return False
+    return there.issuperset(format_.shards(snapshot, there))
 
 
-def _format_of(folder: Path, option: str) -> Format:
-    for format_ in FORMATS:
-        if any(folder.glob(format_.files)):
-            break
-    else:
+def _format_among(names: Collection[str]) -> Format | None:
+    return next((format_ for format_ in FORMATS if any(fnmatch(name, format_.files) for name in names)), None)
+
+
+def _format_of(folder: Path, names: Collection[str], option: str) -> Format:
+    """The format of what is in ``folder``, or can be fetched to it: files of these ``names``."""
+    format_ = _format_among(names)
+    if format_ is None:
         if (folder / CONFIG).exists():
             raise UserError(f"{option}: {folder} has no weights: none of {', '.join(f.files for f in FORMATS)}.")
         format_ = FORMATS[0]
     needed = PARAMS if format_ is META else CONFIG
     if not (folder / needed).exists():
-        names = sorted(file.name for file in folder.iterdir())
-        seen = f"it has {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
+        seen = f"it has {', '.join(sorted(names)[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
         raise UserError(
             f"{option}: {folder} has no {needed}, so it is no checkpoint of a model; {seen}.{_instead(folder)}"
         )
@@ -405,10 +431,21 @@ def _pickles(folder: Path) -> Weights:
     return pickled_weights(folder)
 
 
-META = Format("Meta's original format", SHARDS, meta_config, meta_weights, is_pickle=True)
+def _meta_shards(folder: Path, there: Collection[str]) -> list[str]:
+    return sorted(name for name in there if fnmatch(name, SHARDS))
+
+
+META = Format("Meta's original format", SHARDS, _meta_shards, meta_config, meta_weights, is_pickle=True)
 FORMATS = (
-    Format("safetensors", "*.safetensors*", _read_config, _safetensors, is_pickle=False),
-    Format("pickles", "*.bin*", _read_config, _pickles, is_pickle=True),
+    Format(
+        "safetensors",
+        "*.safetensors*",
+        partial(shard_names, SAFETENSORS),
+        _read_config,
+        _safetensors,
+        is_pickle=False,
+    ),
+    Format("pickles", "*.bin*", partial(shard_names, PICKLES), _read_config, _pickles, is_pickle=True),
     META,
 )
 """In the order in which a folder that has several is taken."""

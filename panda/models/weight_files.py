@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from panda.models.shards import PICKLES
+from panda.models.shards import SAFETENSORS
+from panda.models.shards import Kind
+from panda.models.shards import index_of
+from panda.models.shards import shards
 from panda.registry import UserError
 from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
 
-SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD_BYTES = 5 * 10**9
 
 _DTYPES = {
@@ -41,27 +44,25 @@ def safetensors_weights(folder: Path) -> Weights:
 
     Raises UserError for a file that is missing or damaged.
     """
-    files, indexed = _files(folder, SAFETENSORS, SAFETENSORS_INDEX, "*.safetensors")
     weights: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in shards(folder, SAFETENSORS):
         with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 part = handle.get_slice(name)
                 weights[name] = StoredTensor(
                     tuple(part.get_shape()), _DTYPES[part.get_dtype()], partial(_read, file, name)
                 )
-    _check_index(weights, indexed, folder / SAFETENSORS_INDEX)
+    _check_index(weights, folder, SAFETENSORS)
     return weights
 
 
 def pickled_weights(folder: Path) -> Weights:
     """The tensors of the pickles in ``folder``, mapped and not read. No code of theirs runs: ``weights_only``."""
-    files, indexed = _files(folder, PICKLE, PICKLE_INDEX, "*.bin")
     weights: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in shards(folder, PICKLES):
         for name, tensor in load_pickle(file).items():
             weights[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
-    _check_index(weights, indexed, folder / PICKLE_INDEX)
+    _check_index(weights, folder, PICKLES)
     return weights
 
 
@@ -91,7 +92,7 @@ def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES
         shards[-1].append(name)
         size += bytes_
         total += bytes_
-    names = [SAFETENSORS]
+    names = [SAFETENSORS.single]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
@@ -104,7 +105,7 @@ def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES
             "metadata": {"total_size": total},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / SAFETENSORS.index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_safetensors(weights: Weights, file: Path) -> list[str]:
@@ -161,28 +162,10 @@ def _opened(file: Path) -> Iterator[Any]:
         ) from problem
 
 
-def _files(folder: Path, single: str, index: str, pattern: str) -> tuple[list[Path], dict[str, str]]:
-    """The files of ``folder`` that hold weights, and the index's map of tensors to them."""
-    if not (folder / index).exists():
-        return ([folder / single] if (folder / single).exists() else sorted(folder.glob(pattern))), {}
-    try:
-        indexed: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as problem:
-        raise UserError(f"{folder / index}: not an index of weights: {problem!r}.") from None
-    names = sorted(set(indexed.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(names)} files of weights are missing, which {index} lists:"
-            f" {', '.join(missing)}. Fetch them again."
-        )
-    return [folder / name for name in names], indexed
-
-
-def _check_index(weights: Weights, indexed: dict[str, str], index: Path) -> None:
-    absent = [f"{name} ({file})" for name, file in indexed.items() if name not in weights]
+def _check_index(weights: Weights, folder: Path, kind: Kind) -> None:
+    absent = [f"{name} ({file})" for name, file in index_of(folder, kind).items() if name not in weights]
     if absent:
-        raise UserError(f"{index}: tensors that it lists are in no file: {', '.join(absent)}.")
+        raise UserError(f"{folder / kind.index}: tensors that it lists are in no file: {', '.join(absent)}.")
 
 
 def _first_line(problem: Exception) -> str:

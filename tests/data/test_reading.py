@@ -8,8 +8,8 @@ import pytest
 
 import panda
 from panda.data.reading import data_files
-from panda.data.reading import resolve_path
 from panda.registry import UserError
+from panda.run_options import resolve_path
 
 SUFFIXES = (".json", ".jsonl")
 

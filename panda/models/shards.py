@@ -1,0 +1,60 @@
+"""Which files hold the weights of a folder: one, several that an index lists, or all of a kind. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from panda.registry import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Names that transformers gives to files of weights."""
+
+    single: str
+    index: str
+    pattern: str
+
+
+SAFETENSORS = Kind("model.safetensors", "model.safetensors.index.json", "*.safetensors")
+PICKLES = Kind("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin")
+
+
+def index_of(folder: Path, kind: Kind) -> dict[str, str]:
+    """By name of each tensor the file that the index of ``folder`` has it in; empty where there is no index.
+
+    Raises UserError where that cannot be read.
+    """
+    file = folder / kind.index
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{file}: not an index of weights: {problem!r}.") from None
+
+
+def shard_names(kind: Kind, folder: Path, there: Collection[str]) -> list[str]:
+    """Names of the files of weights of ``folder``, sorted: those of its index, or of ``there`` those that are such.
+
+    Files of weights beside these are the same again, for other programs.
+    """
+    if indexed := index_of(folder, kind):
+        return sorted(set(indexed.values()))
+    return [kind.single] if kind.single in there else sorted(name for name in there if fnmatch(name, kind.pattern))
+
+
+def shards(folder: Path, kind: Kind) -> list[Path]:
+    """The files of weights in ``folder``. Raises UserError where some that its index lists are not there."""
+    there = {file.name for file in folder.iterdir()}
+    names = shard_names(kind, folder, there)
+    if missing := [name for name in names if name not in there]:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(names)} files of weights are missing, which {kind.index} lists:"
+            f" {', '.join(missing)}. Fetch them again."
+        )
+    return [folder / name for name in names]

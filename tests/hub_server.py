@@ -1,0 +1,143 @@
+"""A Hugging Face hub on this machine: folders, served in the protocol that huggingface_hub speaks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+from urllib.parse import urlsplit
+
+LARGE = (".safetensors", ".bin", ".pth")
+"""Ends of the names of files that the hub has elsewhere, and sends its clients to."""
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the folders ``root/ORG/NAME``, each as a model with one commit."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.gated: set[str] = set()
+        """Models whose files are for others."""
+        self.cut: dict[str, int] = {}
+        """Names of files of which only so many bytes are sent before the connection breaks, however often asked."""
+        self.asked: list[str] = []
+        """``METHOD PATH`` of each request."""
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def cdn(self) -> str:
+        """Where large files are: to clients another host, which is given no token."""
+        return f"http://localhost:{self.server_address[1]}/cdn"
+
+    def fetched(self) -> list[str]:
+        """Names of the files whose bytes were asked for, sorted; as often as they were."""
+        gets = (asked.removeprefix("GET ") for asked in self.asked if asked.startswith("GET "))
+        return sorted(path.rpartition("/")[2] for path in gets if "/resolve/" in path or path.startswith("/cdn/"))
+
+
+@contextmanager
+def hub_of(root: Path) -> Iterator[Hub]:
+    """A hub with the folders in ``root``, while the context lasts."""
+    with Hub(root) as hub:
+        threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
+        yield hub
+        hub.shutdown()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, *args: Any) -> None: ...
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(f"{self.command} {path}")
+        parts = path.strip("/").split("/")
+        if parts[0] == "cdn":
+            self._send(self.server.root.joinpath(*parts[1:]), {})
+            return
+        in_api = parts[:2] == ["api", "models"]
+        owner, name, *rest = parts[2:] if in_api else parts
+        folder = self.server.root / owner / name
+        if not folder.is_dir():
+            self._refuse(404, "Repository not found", "RepoNotFound")
+            return
+        files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        commit = hashlib.sha1(f"{owner}/{name}".encode()).hexdigest()
+        if in_api and rest[:1] == ["tree"]:
+            self._json([_described(file, path) for path, file in files.items()])
+        elif in_api:
+            siblings = [{"rfilename": path} for path in files]
+            self._json({"id": f"{owner}/{name}", "sha": commit, "siblings": siblings})
+        elif f"{owner}/{name}" in self.server.gated:
+            told = f"Access to model {owner}/{name} is restricted. You must be authenticated to access it."
+            self._refuse(401, told, "GatedRepo")
+        elif (inner := "/".join(rest[2:])) not in files:
+            self._refuse(404, "Entry not found", "EntryNotFound")
+        else:
+            file, about = files[inner], {"X-Repo-Commit": commit}
+            if file.name.endswith(LARGE):
+                linked = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{_sha256(file)}"'}
+                linked |= {"Content-Length": "0"}
+                self._head(302, about | linked | {"Location": f"{self.server.cdn}/{owner}/{name}/{inner}"})
+            else:
+                self._send(file, about | {"ETag": f'"{_sha256(file)[:40]}"'})
+
+    def _send(self, file: Path, headers: dict[str, str]) -> None:
+        content = file.read_bytes()
+        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        length = {"Content-Length": str(len(content) - begin), "Accept-Ranges": "bytes"}
+        if begin:
+            length["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        self._head(206 if begin else 200, headers | length)
+        if self.command == "GET":
+            self.wfile.write(content[begin : self.server.cut.get(file.name)])
+            if file.name in self.server.cut:
+                self.close_connection = True
+
+    def _json(self, content: Any) -> None:
+        body = json.dumps(content).encode()
+        self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self.wfile.write(body)
+
+    def _refuse(self, status: int, message: str, code: str | None = None) -> None:
+        headers = {"X-Error-Message": message, "Content-Length": "0"}
+        self._head(status, headers | ({"X-Error-Code": code} if code else {}))
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _described(file: Path, path: str) -> dict[str, Any]:
+    size = file.stat().st_size
+    entry = {"type": "file", "path": path, "size": size, "oid": _sha256(file)[:40]}
+    if file.name.endswith(LARGE):
+        entry["lfs"] = {"oid": _sha256(file), "size": size, "pointerSize": 130}
+    return entry
