@@ -41,6 +41,7 @@ from panda.engine.checkpoint_folders import START
 from panda.engine.checkpoint_folders import Progress
 from panda.engine.checkpoint_folders import damage
 from panda.engine.checkpoint_folders import read_progress
+from panda.engine.checkpoint_folders import read_shape
 from panda.engine.checkpoint_folders import set_aside_later
 from panda.engine.checkpoints import load_checkpoint
 from panda.engine.checkpoints import save_checkpoint
@@ -183,7 +184,7 @@ def _build(
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
     checkpoint = processes.agree(lambda: find_directory(resolved)[1])
-    shape = _shape(resolved, pretrained, dataset)
+    shape = _shape(resolved, pretrained, dataset, checkpoint)
     progress = read_progress(checkpoint, shape) if checkpoint else START
     layout = lay_out(options, dataset, processes.data_ranks, progress)
     evaluation = lay_out_evaluation(options, held_out, processes.data_ranks) if held_out is not None else None
@@ -363,8 +364,11 @@ def _finish(run: Run) -> None:
         (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _shape(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:
-    """What a checkpoint's run and one that continues it have to agree on."""
+def _shape(
+    resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """What the run of ``checkpoint`` and one that continues it have to agree on."""
+    recorded = read_shape(checkpoint).get("base_weights") if checkpoint else None
     adapters = ", ".join(f"{key} {getattr(resolved.core, key)}" for key in LORA_KEYS)
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
     return {
@@ -382,7 +386,7 @@ def _shape(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet
         "lr_multipliers": list(resolved.core.lr_multipliers),
         "adapters": adapters if resolved.core.use_lora else "none",
         "base": f"quantised to {resolved.core.quant_bits} bits" if resolved.core.use_quant else "whole",
-        **({"base_weights": base_weights(pretrained)} if resolved.core.use_lora else {}),
+        **({"base_weights": base_weights(pretrained, recorded)} if resolved.core.use_lora else {}),
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),

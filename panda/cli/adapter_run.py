@@ -88,7 +88,7 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
     with redirect_stdout(sys.stderr):  # what is printed is an answer
         resolved, _ = configure(parse_arguments(["--config", str(run / "config.yaml"), *moved]))
     pretrained = find_pretrained(resolved.core)
-    found = base_weights(pretrained)
+    found = base_weights(pretrained, facts["base_weights"])
     if pretrained and found != facts["base_weights"]:
         raise UserError(
             f"{run}: its adapters were trained on another base: {facts['checkpoint']}, {facts['base_weights']}. Now"

@@ -47,12 +47,12 @@ def check_base(delta: Pretrained, base: Pretrained) -> None:
     made_from = mark.get(IDENTITY) if isinstance(mark, dict) else None
     if made_from is None:
         return
-    found = base.identity()
+    found = base.identity(made_from)
     if found != made_from:
         raise UserError(
             f"{delta.folder}: a delta to another base: {mark.get('base')}, {made_from}. Now there is {base.folder},"
-            f" {found}. Name the folder of the first. The same weights in other files count as others, too: where you"
-            f" are sure that these are the same, take {IDENTITY!r} out of {file}."
+            f" {found}. Name the folder of the first. The same weights in another format count as others, too: where"
+            f" you are sure that these are the same, take {IDENTITY!r} out of {file}."
         )
 
 

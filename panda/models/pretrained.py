@@ -6,7 +6,6 @@ wrong is told in under a second.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from collections.abc import Collection
@@ -14,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -26,13 +24,16 @@ from panda.models.hub import Repository
 from panda.models.hub import cached
 from panda.models.hub import described
 from panda.models.hub import is_name
+from panda.models.identity import identity
 from panda.models.meta_format import PARAMS
 from panda.models.meta_format import SHARDS
 from panda.models.meta_format import meta_config
 from panda.models.meta_format import meta_weights
 from panda.models.shards import PICKLES
 from panda.models.shards import SAFETENSORS
+from panda.models.shards import Kind
 from panda.models.shards import shard_names
+from panda.models.shards import shards
 from panda.models.tokenizers import TOKENIZER
 from panda.models.tokenizers import has_tokenizer
 from panda.registry import UserError
@@ -56,9 +57,6 @@ SHELF = Path("pretrained-models")
 
 _FROM_CACHE = "Hugging Face hub, from its cache"
 
-_READ_WHOLE, _BLOCKS, _BLOCK_BYTES = 2**20, 256, 4096
-"""Of each file of weights: what ``identity`` reads."""
-
 _BESIDE = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -78,8 +76,8 @@ class Format:
     name: str
     files: str
     """Pattern of the names of its files of weights, and of their index."""
-    shards: Callable[[Path, Collection[str]], list[str]]
-    """Of a folder, and the names of files that there are of it: those of its files of weights."""
+    kind: Kind
+    """The names of its files of weights."""
     config: Callable[[Path], dict[str, Any]]
     weights: Callable[[Path], Weights]
     is_pickle: bool
@@ -105,7 +103,7 @@ class Pretrained:
     def fetch(self) -> None:
         """Have its files of weights here. Raises UserError where the hub does not give them."""
         if self.repository:
-            self.repository.fetch(self.format.shards(self.folder, self.repository.files))
+            self.repository.fetch(shard_names(self.folder, self.format.kind, self.repository.files))
 
     def weights(self) -> Weights:
         """Its tensors, by name; the headers of all files are read, and checked. Raises UserError for a damaged one.
@@ -128,28 +126,11 @@ class Pretrained:
         """Files of its tokenizer, chat template and generation config."""
         return sorted(file for pattern in _BESIDE for file in self.folder.glob(pattern) if file.is_file())
 
-    def identity(self) -> str:
-        """What tells its weights from others: a hash over each of its files of weights, in the order of their names.
-
-        Of a file the size, the first MiB (a header, and what follows it) and 256 blocks of 4 KiB, evenly
-        spread, are read: enough to tell a fine-tune from its base, whose headers are the same, though not
-        two that differ in one small tensor. The same weights in other files are another identity.
-        """
+    def identity(self, like: str | None = None) -> str:
+        """What tells its weights from others; with ``like``, one that was recorded, in the form of that."""
         self.fetch()
-        digest = hashlib.sha256()
-        for file in sorted(self.folder.glob(self.format.files)):
-            if file.suffix == ".json":
-                continue
-            size = file.stat().st_size
-            digest.update(size.to_bytes(8, "little"))
-            with file.open("rb") as stream:
-                digest.update(stream.read(_READ_WHOLE))
-                for block in range(_BLOCKS):
-                    stream.seek(block * size // _BLOCKS)
-                    digest.update(stream.read(_BLOCK_BYTES))
-        if self.base is not None:
-            digest.update(self.base.identity().encode())
-        return f"sha256:{digest.hexdigest()[:16]}"
+        base = self.base.identity(like) if self.base else None
+        return identity(shards(self.folder, self.format.kind), base, like)
 
     def describe(self) -> str:
         """One line: what was found, where."""
@@ -212,9 +193,9 @@ def added_to(delta: Pretrained, base_path: str, *, option: str, allow_pickle: bo
     return replace(delta, base=base)
 
 
-def base_weights(pretrained: Pretrained | None) -> str:
-    """What adapters are trained on, in a word that tells it from other weights."""
-    return pretrained.identity() if pretrained else "random"
+def base_weights(pretrained: Pretrained | None, like: str | None = None) -> str:
+    """What adapters are trained on, in a word that tells it from other weights; in the form of ``like``, if that is."""
+    return pretrained.identity(like) if pretrained else "random"
 
 
 def pretrained_at(location: str, *, option: str, allow_pickle: bool = False, quantised: bool = False) -> Pretrained:
@@ -369,7 +350,7 @@ def _has_weights(snapshot: Path, allow_pickle: bool) -> bool:
     format_ = _format_among(there)
     if format_ is None or (format_.is_pickle and not allow_pickle):
         return False
-    return there.issuperset(format_.shards(snapshot, there))
+    return there.issuperset(shard_names(snapshot, format_.kind, there))
 
 
 def _format_among(names: Collection[str]) -> Format | None:
@@ -431,21 +412,10 @@ def _pickles(folder: Path) -> Weights:
     return pickled_weights(folder)
 
 
-def _meta_shards(folder: Path, there: Collection[str]) -> list[str]:
-    return sorted(name for name in there if fnmatch(name, SHARDS))
-
-
-META = Format("Meta's original format", SHARDS, _meta_shards, meta_config, meta_weights, is_pickle=True)
+META = Format("Meta's original format", SHARDS, Kind(SHARDS), meta_config, meta_weights, is_pickle=True)
 FORMATS = (
-    Format(
-        "safetensors",
-        "*.safetensors*",
-        partial(shard_names, SAFETENSORS),
-        _read_config,
-        _safetensors,
-        is_pickle=False,
-    ),
-    Format("pickles", "*.bin*", partial(shard_names, PICKLES), _read_config, _pickles, is_pickle=True),
+    Format("safetensors", "*.safetensors*", SAFETENSORS, _read_config, _safetensors, is_pickle=False),
+    Format("pickles", "*.bin*", PICKLES, _read_config, _pickles, is_pickle=True),
     META,
 )
 """In the order in which a folder that has several is taken."""

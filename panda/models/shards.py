@@ -13,15 +13,15 @@ from panda.registry import UserError
 
 @dataclass(frozen=True)
 class Kind:
-    """Names that transformers gives to files of weights."""
+    """Names of files of weights: a pattern of all, and what transformers calls the only one, and the index of many."""
 
-    single: str
-    index: str
     pattern: str
+    single: str = ""
+    index: str = ""
 
 
-SAFETENSORS = Kind("model.safetensors", "model.safetensors.index.json", "*.safetensors")
-PICKLES = Kind("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin")
+SAFETENSORS = Kind("*.safetensors", "model.safetensors", "model.safetensors.index.json")
+PICKLES = Kind("*.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def index_of(folder: Path, kind: Kind) -> dict[str, str]:
@@ -30,7 +30,7 @@ def index_of(folder: Path, kind: Kind) -> dict[str, str]:
     Raises UserError where that cannot be read.
     """
     file = folder / kind.index
-    if not file.exists():
+    if not kind.index or not file.exists():
         return {}
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
@@ -38,7 +38,7 @@ def index_of(folder: Path, kind: Kind) -> dict[str, str]:
         raise UserError(f"{file}: not an index of weights: {problem!r}.") from None
 
 
-def shard_names(kind: Kind, folder: Path, there: Collection[str]) -> list[str]:
+def shard_names(folder: Path, kind: Kind, there: Collection[str]) -> list[str]:
     """Names of the files of weights of ``folder``, sorted: those of its index, or of ``there`` those that are such.
 
     Files of weights beside these are the same again, for other programs.
@@ -51,10 +51,18 @@ def shard_names(kind: Kind, folder: Path, there: Collection[str]) -> list[str]:
 def shards(folder: Path, kind: Kind) -> list[Path]:
     """The files of weights in ``folder``. Raises UserError where some that its index lists are not there."""
     there = {file.name for file in folder.iterdir()}
-    names = shard_names(kind, folder, there)
+    names = shard_names(folder, kind, there)
     if missing := [name for name in names if name not in there]:
         raise UserError(
             f"{folder}: {len(missing)} of {len(names)} files of weights are missing, which {kind.index} lists:"
             f" {', '.join(missing)}. Fetch them again."
         )
     return [folder / name for name in names]
+
+
+def damaged(file: Path, problem: str) -> UserError:
+    """The error that ``file`` is no whole file of safetensors, with what to do."""
+    return UserError(
+        f"{file}: damaged, or not safetensors: {problem}. It has {file.stat().st_size:,} bytes; was the copy or the"
+        " download cut off? Fetch it again."
+    )

@@ -14,6 +14,7 @@ import torch
 from panda.models.shards import PICKLES
 from panda.models.shards import SAFETENSORS
 from panda.models.shards import Kind
+from panda.models.shards import damaged
 from panda.models.shards import index_of
 from panda.models.shards import shards
 from panda.registry import UserError
@@ -156,10 +157,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except SafetensorError as problem:
-        raise UserError(
-            f"{file}: damaged, or not safetensors: {_first_line(problem)}. It has {file.stat().st_size:,} bytes; was"
-            " the copy or the download cut off? Fetch it again."
-        ) from problem
+        raise damaged(file, _first_line(problem)) from problem
 
 
 def _check_index(weights: Weights, folder: Path, kind: Kind) -> None:

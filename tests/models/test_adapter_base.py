@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import llama
+from checkpoint_files import older_identity
 from checkpoint_files import save_hf
 from launching import ENVIRONMENT
 from launching import losses
@@ -285,11 +287,26 @@ def test_a_run_of_adapters_does_not_continue_on_another_base(folder: Path, other
     words.remove("--output_dir")
     done = run_panda("panda-train", *words, "--resume", folder / "lora", cwd=tmp_path)
     assert done.returncode == 2
-    assert "this run cannot continue that one: base_weights was 'sha256:" in done.stderr
+    assert "this run cannot continue that one: base_weights was 'tensors-sha256:" in done.stderr
     words[words.index(other)] = folder / "base"
-    resumed = ["--resume", folder / "lora" / "checkpoints" / "step-00000002", "--output_dir", tmp_path / "again"]
-    train_many([[*words, *resumed]], cwd=tmp_path)
-    assert losses(tmp_path / "again") == losses(folder / "lora")[2:]
+    older = shutil.copytree(folder / "lora", tmp_path / "older")
+    write_older_identity(folder, older / "checkpoints" / "step-00000002" / "manifest.json")
+    runs = {"again": folder / "lora", "again-older": older}
+    resumed = [
+        ("--resume", run / "checkpoints" / "step-00000002", "--output_dir", tmp_path / name)
+        for name, run in runs.items()
+    ]
+    train_many([[*words, *more] for more in resumed], cwd=tmp_path)
+    for name in runs:
+        assert losses(tmp_path / name) == losses(folder / "lora")[2:]
+
+
+def write_older_identity(folder: Path, file: Path) -> None:
+    """Have ``file`` say of the base what panda wrote when it knew files alone."""
+    text, base = file.read_text(), older_identity(folder / "base")
+    changed = re.sub(r'"base_weights": "tensors-sha256:\w+"', f'"base_weights": "{base}"', text)
+    assert changed != text
+    file.write_text(changed)
 
 
 def test_what_cannot_be_merged_or_answered_is_told(folder: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -341,21 +358,15 @@ def test_adapters_of_a_weight_that_another_layer_has_too_are_not_merged(tmp_path
         assert not list((tmp_path / name).glob("*merged"))
 
 
-def test_the_identity_tells_every_weight_of_a_small_file_and_not_the_folder(folder: Path, tmp_path: Path) -> None:
-    from panda.models.pretrained import pretrained_at
-
-    def identity(model: Any, name: str) -> str:
-        return pretrained_at(str(save_hf(model, tmp_path / name)), option="ckpt_path").identity()
-
-    model = llama(4, hidden_size=64, intermediate_size=128)
-    first = identity(model, "a")
-    assert first == identity(model, "b") == pretrained_at(str(folder / "base"), option="ckpt_path").identity()
-    for number, parameter in enumerate(model.parameters()):
-        with torch.no_grad():
-            parameter.view(-1)[-1] += 1
-        assert identity(model, str(number)) != first
-        with torch.no_grad():
-            parameter.view(-1)[-1] -= 1
+def test_what_an_older_version_recorded_of_the_base_is_still_checked(
+    folder: Path, other: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    run = shutil.copytree(folder / "lora", tmp_path / "run")
+    write_older_identity(folder, run / "provenance.json")
+    assert main(["export", str(run), "--merge"]) == 0
+    assert main(["export", str(run), "--merge", "--ckpt_path", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert f"trained on another base: {folder}/base" in error and ", tensors-sha256" not in error
 
 
 def test_a_merged_layer_is_made_when_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
