@@ -24,7 +24,6 @@ from panda.engine.checkpoint_folders import START
 from panda.engine.checkpoint_folders import Progress
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory import refuse_without_room
-from panda.engine.placement import gathering
 from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import plan_of
@@ -33,10 +32,10 @@ from panda.engine.tensor_parallel import split
 from panda.models.adapters import add_adapters
 from panda.models.creation import without_weights
 from panda.models.drawing import drawn_later
+from panda.models.following import config_for
 from panda.models.layers import compile_layers
 from panda.models.layers import recompute_activations
 from panda.models.pretrained import Pretrained
-from panda.models.pretrained import config_for
 from panda.models.pretrained import fitted
 from panda.models.quantisation import quantise
 from panda.models.tokenizers import tokenizer_folder
@@ -233,8 +232,8 @@ def make_trainable(
         place(model, left, deepspeed, processes)
     if options.use_lora:
         seed_random(options.seed)  # adapters begin alike, however the base came to be
-        with gathering(deepspeed):
-            model = add_adapters(model, options)
+        is_spread = deepspeed["zero_optimization"]["stage"] == 3
+        model = add_adapters(model, options, deepspeed if is_spread else None)
     if options.activation_checkpointing != "none":
         recompute_activations(model, selective=options.activation_checkpointing == "selective")
     if options.compile:

@@ -54,12 +54,12 @@ from panda.models.adapters import export_adapters
 from panda.models.export import DESCRIPTION
 from panda.models.export import describe_model
 from panda.models.export import export
+from panda.models.finding import find_pretrained
 from panda.models.generation import greedy
 from panda.models.isolation import refuse_leaking
 from panda.models.isolation import refuse_without_positions
 from panda.models.pretrained import Pretrained
 from panda.models.pretrained import base_weights
-from panda.models.pretrained import find_pretrained
 from panda.models.pretrained import fitted
 from panda.optim.schedules import Schedule
 from panda.records import Clock

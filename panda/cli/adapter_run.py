@@ -81,8 +81,8 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
     from panda.assembly import load_tokenizer
     from panda.assembly import model_context
     from panda.models.export import DESCRIPTION
+    from panda.models.finding import find_pretrained
     from panda.models.pretrained import base_weights
-    from panda.models.pretrained import find_pretrained
 
     moved = ["--ckpt_path", ckpt_path] if ckpt_path else []
     with redirect_stdout(sys.stderr):  # what is printed is an answer

@@ -17,8 +17,8 @@ from panda.registry import UserError
 if TYPE_CHECKING:
     import torch
 
-    from panda.models.inference import Assistant
-    from panda.models.inference import Sampling
+    from panda.models.assistant import Assistant
+    from panda.models.assistant import Sampling
     from panda.stored_tensor import Weights
 
 RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
@@ -43,7 +43,7 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
     """What was asked for. Raises UserError for values out of bounds."""
     import torch
 
-    from panda.models.inference import Sampling
+    from panda.models.assistant import Sampling
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
@@ -63,9 +63,9 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     from panda.engine.checkpoint_folders import find_checkpoint
     from panda.engine.checkpoint_weights import checkpoint_weights
     from panda.models.export import DESCRIPTION
-    from panda.models.inference import Assistant
-    from panda.models.inference import assistant_in
-    from panda.models.inference import assistant_with_adapters
+    from panda.models.loading import assistant_in
+    from panda.models.loading import assistant_of
+    from panda.models.loading import assistant_with_adapters
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -86,10 +86,10 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     if adapted and (checkpoint or are_exported):
         print(f"{checkpoint or folder}", file=sys.stderr)
         module = _adapted_module(adapted, checkpoint_weights(checkpoint) if checkpoint else folder, device)
-        return Assistant(run / DESCRIPTION, None, device, module)
+        return assistant_of(run / DESCRIPTION, None, device, module)
     if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
-        return Assistant(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device)
+        return assistant_of(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device)
     folder = folder / "export" if (folder / "export" / "config.json").exists() else folder
     if not (folder / "config.json").exists():
         raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")

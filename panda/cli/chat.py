@@ -16,7 +16,7 @@ from panda.cli.command import run_command
 from panda.registry import UserError
 
 if TYPE_CHECKING:
-    from panda.models.inference import Message
+    from panda.models.assistant import Message
 
 NEW = "/new"
 """What begins a new dialogue."""

@@ -62,8 +62,8 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.engine.checkpoint_folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
     from panda.models.adapters import add_adapters
+    from panda.models.finding import find_pretrained
     from panda.models.isolation import refuse_without_positions
-    from panda.models.pretrained import find_pretrained
     from panda.models.pretrained import fitted
     from panda.run_directory import find_directory
 

@@ -32,8 +32,8 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
     resolved = _with_implied(resolved)
     refuse(resolved)
     if resolved.core.ckpt_path is not None:
-        from panda.models.pretrained import find_pretrained
-        from panda.models.pretrained import follow_checkpoint
+        from panda.models.finding import find_pretrained
+        from panda.models.following import follow_checkpoint
 
         resolved = follow_checkpoint(resolved)
         pretrained = find_pretrained(resolved.core)

@@ -39,8 +39,8 @@ def _delta(argv: list[str]) -> None:
     from panda.models.delta import is_delta
     from panda.models.delta import write_applied
     from panda.models.delta import write_delta
-    from panda.models.pretrained import added_to
-    from panda.models.pretrained import pretrained_at
+    from panda.models.finding import added_to
+    from panda.models.finding import pretrained_at
     from panda.registry import UserError
 
     allow_pickle = arguments.allow_pickle

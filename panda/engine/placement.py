@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,16 +39,3 @@ def place(module: torch.nn.Module, weights: Weights, config: dict[str, Any], pro
             deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=config)
     empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     assert not empty, f"no weights for {empty}"
-
-
-@contextmanager
-def gathering(config: dict[str, Any]) -> Iterator[None]:
-    """Has peft gather what is partitioned, meanwhile, where it looks at weights: it asks transformers whether to."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    is_partitioned = config["zero_optimization"]["stage"] == 3
-    told = HfDeepSpeedConfig(config) if is_partitioned else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        del told  # transformers holds it weakly

@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def add_adapters(model: torch.nn.Module, options: RunOptions) -> PeftModel:
+def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[str, Any] | None = None) -> PeftModel:
     """``model`` with adapters on the linear layers that ``options`` chooses; all else of it is frozen.
 
     By default on all of them but the output head. Their weights are drawn from torch's generator, in
-    float32; the engine casts them with the model, and the optimizer keeps its own in float32.
+    float32; the engine casts them with the model, and the optimizer keeps its own in float32. ``spread_by``:
+    DeepSpeed's configuration, where that has spread the weights of ``model`` over ranks.
     Raises UserError where there is nothing to put them on.
     """
     from peft import get_peft_model
     from transformers import PreTrainedModel
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     is_hugging_face = isinstance(model, PreTrainedModel)
     linear = _linear_names(model)
@@ -42,12 +44,16 @@ def add_adapters(model: torch.nn.Module, options: RunOptions) -> PeftModel:
             raise UserError(f"lora_target_modules: {type(model).__name__} has no {target!r}; it has {linear}.")
     config = adapter_config(options)
     config.target_modules, config.task_type = targets or "all-linear", "CAUSAL_LM" if is_hugging_face else None
+    # Where it looks at weights peft gathers what is spread, if transformers, which it asks, has such a configuration.
+    told = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that goes away
             adapted = get_peft_model(model, config)
     except ValueError as problem:  # of a layer that peft cannot adapt
         raise UserError(f"lora_target_modules: {problem}") from problem
+    finally:
+        del told  # transformers holds it weakly
     config.base_model_name_or_path = options.ckpt_path
     config.target_modules = sorted(config.target_modules or ())  # a set, written in another order each time
     return adapted

@@ -13,6 +13,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from typing import BinaryIO
 
 from panda.models.shards import damaged
@@ -53,7 +54,7 @@ def _extents(file: Path, stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
     if file.suffix == ".safetensors":
         length = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(length)) if 8 + length <= end else None
+            header: Any = json.loads(stream.read(length)) if 8 + length <= end else None
             entries = {name: about for name, about in header.items() if name != "__metadata__"}
             extents = [
                 (f"{name} {about['dtype']} {about['shape']}", *about["data_offsets"]) for name, about in entries.items()

@@ -16,8 +16,8 @@ from checkpoint_files import save_pickle
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 
+from panda.models.finding import pretrained_at
 from panda.models.identity import identity
-from panda.models.pretrained import pretrained_at
 from panda.registry import UserError
 
 LARGE = 2**20

@@ -31,7 +31,7 @@ from panda.cli.configuration import configure
 from panda.cli.train import main
 from panda.engine.placement import place
 from panda.engine.processes import Processes
-from panda.models.pretrained import find_pretrained
+from panda.models.finding import find_pretrained
 from panda.models.pretrained import fitted
 from panda.registry import UserError
 from panda.registry.resolve import Resolved

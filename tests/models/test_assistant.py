@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 from panda.cli.main import main
+from panda.models.assistant import Sampling
 from panda.models.export import describe_model
 from panda.models.export import export
 from panda.models.generation import continuation
 from panda.models.generation import greedy
-from panda.models.inference import Assistant
-from panda.models.inference import Sampling
+from panda.models.loading import assistant_of
 from panda.registry import Catalog
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import ReaderContext
@@ -92,13 +92,13 @@ def test_the_template_gives_the_tokens_that_training_gave(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     context = TaskContext(tokenizer, JsonReader(NoOptions(), ReaderContext()), 64)
     task = Instruct(InstructOptions(instruction_tuning_data_dir=SAMPLE, separator=" =>\n"), context)
-    assistant = Assistant(folder / "instruct/export", None, CPU)
+    assistant = assistant_of(folder / "instruct/export", None, CPU)
     for prompt in ("Say tomato.", "  two\n\nlines ", "{{ x }} 'quoted'", "🐼"):
         assert assistant.encode([{"role": "user", "content": prompt}]) == task.encode_prompt(prompt)
 
 
 def test_text_comes_piece_by_piece_and_drawing_follows_the_seed(folder: Path) -> None:
-    assistant = Assistant(folder / "base", None, CPU)
+    assistant = assistant_of(folder / "base", None, CPU)
     ids = assistant.encode([{"role": "user", "content": "one two"}])
     texts = []
     for seed in (1, 1, 2):
@@ -122,7 +122,7 @@ def test_chat_remembers_the_dialogue_until_a_new_one(
     answers = capsys.readouterr().out
     export = folder / "instruct/export"
     first = plain_answer(export, "abc =>\n", 6)
-    assistant = Assistant(export, None, CPU)
+    assistant = assistant_of(export, None, CPU)
     dialogue = [("user", "abc"), ("assistant", first), ("user", "de")]
     ids = assistant.encode([{"role": role, "content": text} for role, text in dialogue])
     text = ("abc =>\n", first, "de =>\n")
@@ -173,7 +173,7 @@ def test_a_folder_that_states_another_type_than_its_weights_have_answers_in_that
     config = save_hf(llama(4), tmp_path / "model") / "config.json"
     config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    found = Assistant(tmp_path / "model", None, CPU).model.state_dict()
+    found = assistant_of(tmp_path / "model", None, CPU).model.state_dict()
     assert found.keys() == plain.keys()
     assert all(found[name].dtype == plain[name].dtype and torch.equal(found[name], plain[name]) for name in plain)
 
@@ -329,7 +329,7 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
         for name, tensor in module.named_parameters()
     }
     export(tmp_path / "model", weights, tmp_path / "export")
-    assistant = Assistant(tmp_path / "export", None, CPU)
+    assistant = assistant_of(tmp_path / "export", None, CPU)
     assert assistant.model.output.weight is assistant.model.embedding.weight
     ids = [1, 70, 80]
     pieces: list[str] = []

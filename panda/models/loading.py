@@ -1,29 +1,26 @@
-"""Answers of a trained model, as they come: what ``panda generate`` and ``panda chat`` do."""
+"""What answers, loaded whole and not to be trained: a run's or an export's model, any folder, adapters on a base."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from collections.abc import Iterator
-from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from panda.models.assistant import Assistant
 from panda.models.creation import keep_computed_float32
 from panda.models.creation import without_weights
-from panda.models.generation import continuation
+from panda.models.finding import find_here
+from panda.models.finding import pretrained_at
+from panda.models.finding import whole_at
+from panda.models.formats import ADAPTERS
+from panda.models.formats import CONFIG
 from panda.models.matching import matched
 from panda.models.matching import refuse_unlike
-from panda.models.pretrained import ADAPTERS
-from panda.models.pretrained import CONFIG
 from panda.models.pretrained import Pretrained
-from panda.models.pretrained import find_here
 from panda.models.pretrained import fitted
-from panda.models.pretrained import pretrained_at
-from panda.models.pretrained import whole_at
 from panda.models.tokenizers import TOKENIZER
 from panda.models.tokenizers import has_tokenizer
 from panda.models.weight_files import safetensors_weights
@@ -35,115 +32,16 @@ from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
 from panda.stored_tensor import put
 
-_GENERATION = "generation_config.json"
-Message = dict[str, str]
-"""``role`` (``user`` or ``assistant``) and ``content``."""
 
+def assistant_of(
+    folder: Path, weights: Weights | None, device: torch.device, module: torch.nn.Module | None = None
+) -> Assistant:
+    """What answers as ``folder`` describes it, an export or a run's description, with ``weights``, or the folder's own.
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws from the model's distribution."""
-    top_p: float = 1.0
-    """Of the likeliest tokens, as many as have this probability together."""
-
-
-class Assistant:
-    """A model and its tokenizer."""
-
-    def __init__(
-        self,
-        folder: Path,
-        weights: Weights | None,
-        device: torch.device,
-        module: torch.nn.Module | None = None,
-        tokenizer: Any = None,
-    ) -> None:
-        """Load the model that ``folder`` describes, with ``weights``, or those in the folder where None are given.
-
-        Or take ``module``, which is on ``device``, and ``tokenizer``, where they are loaded already. Raises
-        UserError where the folder holds no model that can be loaded.
-        """
-        from transformers import GenerationConfig
-
-        self.tokenizer: Any = _tokenizer(folder) if tokenizer is None else tokenizer
-        self.model: Any = module or _module(folder, weights).to(device).eval()
-        model: Any = self.model
-        if (folder / _GENERATION).exists() and hasattr(model, "generation_config"):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        self.device = device
-
-    @property
-    def has_template(self) -> bool:
-        """Whether a dialogue can be rendered for the model."""
-        return bool(self.tokenizer.chat_template)
-
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Token ids of a dialogue, up to where the assistant speaks. Without a template: of the text alone."""
-        if self.has_template:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return ids
-        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        text = "".join(message["content"] for message in messages)
-        return [*begin, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-    def answer(self, ids: list[int], sampling: Sampling, write: Callable[[str], None]) -> str:
-        """Continue ``ids``; ``write`` is given the text piece by piece. Returns the whole of it."""
-        from transformers import GenerationMixin
-        from transformers import TextStreamer
-
-        class Streamer(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                write(text)
-
-        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        prompt = torch.tensor([ids], device=self.device)
-        if isinstance(self.model, GenerationMixin):
-            answer = self._generate(prompt, sampling, streamer)
-        else:
-            streamer.put(prompt[0])  # type: ignore[no-untyped-call]
-            answer = []
-            for token in self._continue(ids, sampling):
-                streamer.put(torch.tensor([token]))  # type: ignore[no-untyped-call]
-                answer.append(token)
-            streamer.end()  # type: ignore[no-untyped-call]
-        text: str = self.tokenizer.decode(answer, skip_special_tokens=True)
-        return text
-
-    def _generate(self, prompt: torch.Tensor, sampling: Sampling, streamer: Any) -> list[int]:
-        model: Any = self.model
-        draws = sampling.temperature > 0
-        settings = model.generation_config
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        # What the checkpoint's own generation config says of drawing gives way to what was asked for.
-        settings.update(
-            do_sample=draws,
-            temperature=sampling.temperature if draws else None,
-            top_p=sampling.top_p if draws else None,
-            top_k=0 if draws else None,
-            max_new_tokens=sampling.max_new_tokens,
-            max_length=None,
-            pad_token_id=pad,
-        )
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=streamer)
-        answer: list[int] = output[0, prompt.shape[1] :].tolist()
-        return answer
-
-    def _continue(self, ids: list[int], sampling: Sampling) -> Iterator[int]:
-        return continuation(
-            self.model,
-            ids,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            device=self.device,
-        )
+    Or with ``module``, where that is loaded already. Raises UserError where no model can be loaded.
+    """
+    module = _module(folder, weights).to(device).eval() if module is None else module
+    return Assistant(module, _tokenizer(folder), device, folder)
 
 
 def assistant_in(folder: Path, base_path: str | None, device: torch.device, *, allow_pickle: bool) -> Assistant:
@@ -152,10 +50,10 @@ def assistant_in(folder: Path, base_path: str | None, device: torch.device, *, a
     Raises UserError as a run that starts from it would.
     """
     if base_path is None and "panda_model" in _config(folder):
-        return Assistant(folder, None, device)
+        return assistant_of(folder, None, device)
     pretrained = whole_at(str(folder), base_path, option="RUN", allow_pickle=allow_pickle, quantised=True)
     tokenizer = pretrained_tokenizer(pretrained)
-    return Assistant(folder, None, device, pretrained_module(pretrained).to(device), tokenizer)
+    return Assistant(pretrained_module(pretrained).to(device), tokenizer, device, folder)
 
 
 def assistant_with_adapters(
@@ -182,7 +80,7 @@ def assistant_with_adapters(
     base = whole_at(location, base_path, option=option, allow_pickle=allow_pickle, quantised=True)
     tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
     adapted: Any = load_adapters(pretrained_module(base), folder)
-    return Assistant(base.folder, None, device, adapted.get_base_model().to(device).eval(), tokenizer)
+    return Assistant(adapted.get_base_model().to(device).eval(), tokenizer, device, base.folder)
 
 
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
