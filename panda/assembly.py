@@ -38,6 +38,7 @@ from panda.models.layers import recompute_activations
 from panda.models.pretrained import Pretrained
 from panda.models.pretrained import fitted
 from panda.models.quantisation import quantise
+from panda.models.tokenizers import read_tokenizer
 from panda.models.tokenizers import tokenizer_folder
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
@@ -61,13 +62,7 @@ EVALUATED_TOGETHER = 16
 
 def load_tokenizer(location: str) -> Any:
     """The Hugging Face tokenizer in the folder, or on the hub, that ``location`` means. Raises UserError if none is."""
-    folder = tokenizer_folder(location)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as problem:  # transformers raises what its parsers raise
-        raise UserError(f"tokenizer: no tokenizer could be loaded from {location!r}: {problem}") from problem
+    return read_tokenizer(tokenizer_folder(location))
 
 
 def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:

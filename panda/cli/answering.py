@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,23 +40,25 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="read weights from pickles too")
 
 
-def sampling_of(arguments: argparse.Namespace) -> Sampling:
-    """What was asked for. Raises UserError for values out of bounds."""
+def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False) -> tuple[Assistant, Sampling]:
+    """What was asked for: the model that answers, and how. Raises UserError for values out of bounds."""
     import torch
 
     from panda.models.assistant import Sampling
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
+    assistant = _load_assistant(arguments, chats)
     if arguments.seed is not None:
-        torch.manual_seed(arguments.seed)
-    return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+        torch.manual_seed(arguments.seed)  # after a base has been drawn, by the seed of its run
+    return assistant, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
 
 
-def load_assistant(arguments: argparse.Namespace) -> Assistant:
+def _load_assistant(arguments: argparse.Namespace, chats: bool) -> Assistant:
     """The model that ``arguments`` name; of a run its newest checkpoint, and its export where there is none.
 
     Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if not where it was.
+    One that ``chats`` needs a chat template, and is not loaded without.
     """
     import torch
     from transformers.utils import logging
@@ -80,20 +83,21 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
         raise UserError(f"--base_path: {location!r} is a run and no delta, so nothing is added to it. Leave it out.")
     if are_exported and not trained_adapters(folder.parent):
         options = ckpt_path, base_path, device
-        return assistant_with_adapters(folder, *options, allow_pickle=arguments.allow_pickle)
+        return assistant_with_adapters(folder, *options, allow_pickle=arguments.allow_pickle, chats=chats)
     run = checkpoint.parent.parent if checkpoint else folder.parent if are_exported else folder
     adapted = adapter_run(run, ckpt_path)
     if adapted and (checkpoint or are_exported):
         print(f"{checkpoint or folder}", file=sys.stderr)
-        module = _adapted_module(adapted, checkpoint_weights(checkpoint) if checkpoint else folder, device)
-        return assistant_of(run / DESCRIPTION, None, device, module)
+        adapters = checkpoint_weights(checkpoint) if checkpoint else folder
+        load = partial(_adapted_module, adapted, adapters, device)
+        return assistant_of(run / DESCRIPTION, None, device, load, chats=chats)
     if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
-        return assistant_of(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device)
+        return assistant_of(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device, chats=chats)
     folder = folder / "export" if (folder / "export" / "config.json").exists() else folder
     if not (folder / "config.json").exists():
         raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
-    return assistant_in(folder, base_path, device, allow_pickle=arguments.allow_pickle)
+    return assistant_in(folder, base_path, device, allow_pickle=arguments.allow_pickle, chats=chats)
 
 
 def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch.device) -> torch.nn.Module:

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 from panda.cli.answering import RUN_HELP
 from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
-from panda.cli.answering import load_assistant
-from panda.cli.answering import sampling_of
+from panda.cli.answering import assistant_and_sampling
 from panda.cli.answering import write
 from panda.cli.command import run_command
-from panda.registry import UserError
 
 if TYPE_CHECKING:
     from panda.models.assistant import Message
@@ -38,13 +36,7 @@ def _chat(argv: list[str]) -> None:
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
-    assistant = load_assistant(arguments)
-    if not assistant.has_template:
-        raise UserError(
-            f"{arguments.run}: its tokenizer has no chat template, so the model does not know dialogues."
-            " `panda generate` has it continue a text."
-        )
-    sampling = sampling_of(arguments)
+    assistant, sampling = assistant_and_sampling(arguments, chats=True)
     messages: list[Message] = []
     while line := _read():
         if line == NEW:

@@ -7,8 +7,7 @@ import argparse
 from panda.cli.answering import RUN_HELP
 from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
-from panda.cli.answering import load_assistant
-from panda.cli.answering import sampling_of
+from panda.cli.answering import assistant_and_sampling
 from panda.cli.answering import write
 from panda.cli.command import run_command
 
@@ -30,8 +29,7 @@ def _generate(argv: list[str]) -> None:
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
-    assistant = load_assistant(arguments)
-    sampling = sampling_of(arguments)
+    assistant, sampling = assistant_and_sampling(arguments)
     for prompt in arguments.prompt:
         if len(arguments.prompt) > 1:
             print(f"> {prompt}")

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from panda.models.formats import ADAPTERS
 from panda.models.weight_files import safetensors_weights
 from panda.registry import UserError
+from panda.registry.errors import in_brief
 from panda.run_options import RunOptions
 from panda.stored_tensor import Weights
 
@@ -95,28 +97,43 @@ def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: 
     (folder / "README.md").unlink()  # a form that nobody has filled in
 
 
+def stored_adapters(folder: Path) -> Weights:
+    """The adapters that peft keeps in ``folder``; their headers are read. Raises UserError where it has none."""
+    from peft import PeftConfig
+
+    if not (folder / ADAPTERS).exists():
+        raise UserError(f"{folder}: no adapters there (no {ADAPTERS}).")
+    stored = safetensors_weights(folder)
+    if not stored:  # peft would look for them on the hub
+        raise UserError(f"{folder}: it has {ADAPTERS}, and no safetensors with adapters; none are read from pickles.")
+    try:
+        if PeftConfig.from_pretrained(str(folder)).peft_type is None:
+            raise KeyError("peft_type")
+    except Exception as problem:  # peft raises what its parsers raise
+        raise UserError(
+            f"{folder / ADAPTERS}: peft makes no adapters of it: {type(problem).__name__}: {in_brief(problem)}. Were"
+            " they made by a newer one? `pip install -U peft`."
+        ) from problem
+    return stored
+
+
 def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     """``model``, a base, with the adapters in ``folder``. Raises UserError where they are not of that base."""
     from peft import PeftModel
 
-    if not (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder}: no adapters there (no adapter_config.json).")
+    stored = stored_adapters(folder)
+    unfit = f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
     layers = {name for name, _ in model.named_modules()}
-    adapted = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in safetensors_weights(folder))
+    adapted = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in stored)
     if absent := [layer for layer in adapted if layer not in layers]:  # peft leaves these out without a word
-        raise UserError(
-            f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base. It"
-            f" has no {absent[0]}."
-        )
+        raise UserError(f"{unfit} It has no {absent[0]}.")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that goes away
             warnings.filterwarnings("error", message="Found missing adapter keys")  # of layers that would stay bare
             return PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, UserWarning) as problem:  # shapes that differ, names that are not there
-        raise UserError(
-            f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
-            f" {problem}"
-        ) from problem
+        raise UserError(f"{unfit} {in_brief(problem)}.") from problem
 
 
 def _linear_names(model: torch.nn.Module) -> str:

@@ -45,7 +45,7 @@ def check_base(delta: Pretrained, base: Pretrained) -> None:
     except ValueError as problem:
         raise UserError(f"{file}: not valid JSON: {problem}.") from None
     made_from = mark.get(IDENTITY) if isinstance(mark, dict) else None
-    if made_from is None:
+    if not isinstance(made_from, str):
         return
     found = base.identity(made_from)
     if found != made_from:

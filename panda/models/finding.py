@@ -79,7 +79,7 @@ def pretrained_at(location: str, *, option: str, allow_pickle: bool = False, qua
     One whose weights are ``quantised`` answers, and cannot be trained. Raises UserError where there is none.
     """
     folder, found, name, repository = _locate(location, option, allow_pickle)
-    names = repository.files if repository else tuple(file.name for file in folder.iterdir())
+    names = repository.files if repository else tuple(file.name for file in folder.iterdir() if file.is_file())
     format_ = format_of(folder, names, option)
     if format_.is_pickle and not allow_pickle:
         raise UserError(
@@ -89,7 +89,8 @@ def pretrained_at(location: str, *, option: str, allow_pickle: bool = False, qua
         )
     config = format_.config(folder)
     if "quantization_config" in config and not quantised:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        how = config["quantization_config"]
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
         raise UserError(
             f"{option}: the weights in {folder} are quantised ({method}), and cannot be trained. Give the checkpoint"
             " that they were made from."
@@ -139,7 +140,7 @@ def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, 
 
 def _has_weights(snapshot: Path, allow_pickle: bool) -> bool:
     """Whether ``snapshot`` has all its files of weights, in a format that may be read."""
-    there = {file.name for file in snapshot.iterdir()}
+    there = {file.name for file in snapshot.iterdir() if file.is_file()}
     format_ = format_among(there)
     if format_ is None or (format_.is_pickle and not allow_pickle):
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from panda.models.finding import find_pretrained
@@ -30,7 +31,9 @@ def follow_checkpoint(resolved: Resolved) -> Resolved:
     model = resolved.components["model"]
     says = f"checkpoint {pretrained.folder}"
     if hasattr(model.component.options, "of_checkpoint"):
-        model = _follow_options(model, settings, pretrained.config, says)
+        stated = _Stated(pretrained.config)
+        stated.file = pretrained.config_file
+        model = _follow_options(model, settings, stated, says)
     core = resolved.core
     positions = pretrained.config.get("max_position_embeddings")
     if positions is not None and core.max_seq_length > positions:
@@ -74,7 +77,16 @@ def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping
     return {**pretrained.config, "vocab_size": entries}
 
 
-def _follow_options(model: Chosen, settings: dict[str, Setting], config: Mapping[str, Any], says: str) -> Chosen:
+class _Stated(dict[str, Any]):
+    """A configuration of which a model asks what it needs to know: what is not in it is the user's to mend."""
+
+    file: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.file}: it does not state {key!r}. Is it the configuration of these weights, and whole?")
+
+
+def _follow_options(model: Chosen, settings: dict[str, Setting], config: _Stated, says: str) -> Chosen:
     """``model`` with the options that ``config`` gives; ``settings`` are brought to agree."""
     options_class: Any = model.component.options
     known = options_of(options_class)
@@ -83,7 +95,10 @@ def _follow_options(model: Chosen, settings: dict[str, Setting], config: Mapping
     for key, value in options_class.of_checkpoint(config).items():
         written = key if settings.get(key) and settings[key].owner == model.label else f"model.{key}"
         setting = settings[written]
-        value = known[key].check(value)
+        try:
+            value = known[key].check(value)
+        except ValueError:
+            raise UserError(f"{config.file}: {key}: {value!r} is not {known[key].expects}.") from None
         # A fine-tune may have more entries than the family's first tokenizer, which an arch states.
         is_given = setting.origin != "default" and not (key == "vocab_size" and setting.origin.startswith("arch "))
         if not is_given:
@@ -97,4 +112,7 @@ def _follow_options(model: Chosen, settings: dict[str, Setting], config: Mapping
             + "\n".join(contradictions)
             + f"\nLeave arch and these options out: `model: {model.component.name}` takes the checkpoint's own shape."
         )
-    return replace(model, options=options_class(**values))
+    try:
+        return replace(model, options=options_class(**values))
+    except UserError as problem:
+        raise UserError(f"{says}: {problem}") from None

@@ -37,6 +37,8 @@ class Format:
     """Pattern of the names of its files of weights, and of their index."""
     kind: Kind
     """The names of its files of weights."""
+    described_in: str
+    """The file with its configuration."""
     config: Callable[[Path], dict[str, Any]]
     weights: Callable[[Path], Weights]
     is_pickle: bool
@@ -57,7 +59,7 @@ def format_of(folder: Path, names: Collection[str], option: str) -> Format:
         if (folder / CONFIG).exists():
             raise UserError(f"{option}: {folder} has no weights: none of {', '.join(f.files for f in FORMATS)}.")
         format_ = FORMATS[0]
-    needed = PARAMS if format_ is META else CONFIG
+    needed = format_.described_in
     if not (folder / needed).exists():
         seen = f"it has {', '.join(sorted(names)[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
         raise UserError(
@@ -105,10 +107,10 @@ def _pickles(folder: Path) -> Weights:
     return pickled_weights(folder)
 
 
-META = Format("Meta's original format", SHARDS, Kind(SHARDS), meta_config, meta_weights, is_pickle=True)
+META = Format("Meta's original format", SHARDS, Kind(SHARDS), PARAMS, meta_config, meta_weights, is_pickle=True)
 FORMATS = (
-    Format("safetensors", "*.safetensors*", SAFETENSORS, _read_config, _safetensors, is_pickle=False),
-    Format("pickles", "*.bin*", PICKLES, _read_config, _pickles, is_pickle=True),
+    Format("safetensors", "*.safetensors*", SAFETENSORS, CONFIG, _read_config, _safetensors, is_pickle=False),
+    Format("pickles", "*.bin*", PICKLES, CONFIG, _read_config, _pickles, is_pickle=True),
     META,
 )
 """In the order in which a folder that has several is taken."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from panda.registry import UserError
 from panda.registry import register_model
 from panda.registry.contexts import ModelContext
+from panda.registry.errors import in_brief
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +36,11 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
         model: torch.nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32
         )
-    except (ValueError, KeyError) as problem:
+    except Exception as problem:  # transformers raises what its parsers raise
+        own = " Its code comes with it (auto_map), and panda runs none that does." if "auto_map" in values else ""
         raise UserError(
-            f"model hf: transformers has no causal language model for the checkpoint's model_type {kind!r}: {problem}"
+            f"model hf: transformers makes no causal language model of the checkpoint's config.json, of model_type"
+            f" {kind!r}: {in_brief(problem)}.{own}"
         ) from problem
     if get_model_conversion_mapping(model, add_legacy=False):  # type: ignore[arg-type]
         raise UserError(

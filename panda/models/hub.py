@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from panda.registry import UserError
+from panda.registry.errors import in_brief
 
 _DESCRIPTION = ("*.json", "*.model", "*.jinja", "merges.txt")
 _WITHIN = "*/*"
@@ -115,9 +116,8 @@ def _reason(name: str, problem: Exception) -> str:
         return f"{page} is not given: status {status}{f', {said}' if said else ''}. Try again later, or name a folder."
     if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
         return f"{page} does not fit on the disk of {HF_HUB_CACHE}. Make room, or set HF_HOME to a larger one."
-    lines = str(problem).splitlines()
     return (
-        f"{page} could not be fetched: {type(problem).__name__}{f': {lines[0]}' if lines else ''}. Is this machine"
+        f"{page} could not be fetched: {type(problem).__name__}: {in_brief(problem)}. Is this machine"
         " connected (HTTPS_PROXY, HF_ENDPOINT)? Files that came whole are kept: the same command again fetches the"
         f" rest. Or have `hf download {name}` do it elsewhere, and name the folder."
     )

@@ -95,6 +95,13 @@ class LlamaOptions:
                 f"model llama: the checkpoint scales RoPE by {scaling!r}; known are {', '.join(ROPE_SCALINGS)}."
                 " `--model hf` takes it as transformers does."
             )
+        needed = [] if scaling == "default" else ["factor"]
+        needed += ["low_freq_factor", "high_freq_factor"] * (scaling == "llama3")
+        if absent := [key for key in needed if key not in rope]:
+            raise UserError(
+                f"model llama: the checkpoint scales RoPE by {scaling!r}, and its config.json does not state"
+                f" {', '.join(absent)} for that."
+            )
         found = {
             "vocab_size": config.get("vocab_size", 32000),
             "hidden_size": config["hidden_size"],
@@ -131,7 +138,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
         "eos_token_id": context.eos_token_id,
     }
     if context.config is not None:
-        vocab_size = context.config["vocab_size"]
+        vocab_size = context.config.get("vocab_size", vocab_size)
         # All else that its config says is kept; rope_parameters below has what these two say.
         given = {key: value for key, value in context.config.items() if key not in ("rope_theta", "rope_scaling")}
     if vocab_size < context.vocab_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ from panda.models.finding import pretrained_at
 from panda.models.finding import whole_at
 from panda.models.formats import ADAPTERS
 from panda.models.formats import CONFIG
+from panda.models.hub import is_name
 from panda.models.matching import matched
 from panda.models.matching import refuse_unlike
 from panda.models.pretrained import Pretrained
 from panda.models.pretrained import fitted
 from panda.models.tokenizers import TOKENIZER
 from panda.models.tokenizers import has_tokenizer
+from panda.models.tokenizers import read_tokenizer
 from panda.models.weight_files import safetensors_weights
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
+from panda.registry.errors import in_brief
 from panda.registry.options import build
 from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
@@ -34,30 +38,45 @@ from panda.stored_tensor import put
 
 
 def assistant_of(
-    folder: Path, weights: Weights | None, device: torch.device, module: torch.nn.Module | None = None
+    folder: Path,
+    weights: Weights | None,
+    device: torch.device,
+    load: Callable[[], torch.nn.Module] | None = None,
+    *,
+    chats: bool = False,
 ) -> Assistant:
     """What answers as ``folder`` describes it, an export or a run's description, with ``weights``, or the folder's own.
 
-    Or with ``module``, where that is loaded already. Raises UserError where no model can be loaded.
+    Or with the module that ``load`` gives. Raises UserError where no model can be loaded; and, before one is,
+    where it ``chats`` and its tokenizer has no chat template.
     """
-    module = _module(folder, weights).to(device).eval() if module is None else module
-    return Assistant(module, _tokenizer(folder), device, folder)
+    tokenizer = _fit(read_tokenizer(folder), folder, chats)
+    module = load() if load else _module(folder, weights).to(device).eval()
+    return Assistant(module, tokenizer, device, folder)
 
 
-def assistant_in(folder: Path, base_path: str | None, device: torch.device, *, allow_pickle: bool) -> Assistant:
+def assistant_in(
+    folder: Path, base_path: str | None, device: torch.device, *, allow_pickle: bool, chats: bool = False
+) -> Assistant:
     """What answers from ``folder``: an export, or any model in Hugging Face's format, added to its base if a delta.
 
     Raises UserError as a run that starts from it would.
     """
     if base_path is None and "panda_model" in _config(folder):
-        return assistant_of(folder, None, device)
+        return assistant_of(folder, None, device, chats=chats)
     pretrained = whole_at(str(folder), base_path, option="RUN", allow_pickle=allow_pickle, quantised=True)
-    tokenizer = pretrained_tokenizer(pretrained)
+    tokenizer = _fit(pretrained_tokenizer(pretrained), folder, chats)
     return Assistant(pretrained_module(pretrained).to(device), tokenizer, device, folder)
 
 
 def assistant_with_adapters(
-    folder: Path, ckpt_path: str | None, base_path: str | None, device: torch.device, *, allow_pickle: bool
+    folder: Path,
+    ckpt_path: str | None,
+    base_path: str | None,
+    device: torch.device,
+    *,
+    allow_pickle: bool,
+    chats: bool = False,
 ) -> Assistant:
     """What answers with the adapters that peft keeps in ``folder``, on the base at ``ckpt_path``, or the one they name.
 
@@ -65,22 +84,32 @@ def assistant_with_adapters(
     where there is no such base, or they are not of it.
     """
     from panda.models.adapters import load_adapters
+    from panda.models.adapters import stored_adapters
 
-    named = _config(folder, ADAPTERS).get("base_model_name_or_path")
-    location, option = ckpt_path, "--ckpt_path"
-    if location is None:
-        if not named or find_here(named) is None:
-            said = f"says that it is {named!r}, which is no folder here" if named else "does not say which it is"
-            raise UserError(
-                f"{folder}: adapters, and a base that is not found: their {ADAPTERS} {said}. Name the folder"
-                " of the weights that they were trained on with `--ckpt_path`; of adapters on random weights, name"
-                " the run."
-            )
-        location, option = named, f"{folder / ADAPTERS}: base_model_name_or_path"
+    named: Any = _config(folder, ADAPTERS).get("base_model_name_or_path")
+    if ckpt_path is None and not (named and (find_here(named) or is_name(named))):
+        said = f"says that it is {named!r}, which is no folder here" if named else "does not say which it is"
+        raise UserError(
+            f"{folder}: adapters, and a base that is not found: their {ADAPTERS} {said}. Name the folder"
+            " of the weights that they were trained on with `--ckpt_path`; of adapters on random weights, name"
+            " the run."
+        )
+    location: str = ckpt_path or named
+    option = "--ckpt_path" if ckpt_path else f"{folder / ADAPTERS}, for which `--ckpt_path` names another place"
     base = whole_at(location, base_path, option=option, allow_pickle=allow_pickle, quantised=True)
-    tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
+    stored_adapters(folder)  # what is wrong with them is told before a base is loaded
+    tokenizer = _fit(pretrained_tokenizer(base, folder if has_tokenizer(folder) else None), folder, chats)
     adapted: Any = load_adapters(pretrained_module(base), folder)
     return Assistant(adapted.get_base_model().to(device).eval(), tokenizer, device, base.folder)
+
+
+def _fit(tokenizer: Any, folder: Path, chats: bool) -> Any:
+    if chats and not tokenizer.chat_template:
+        raise UserError(
+            f"{folder}: its tokenizer has no chat template, so the model does not know dialogues. `panda generate` has"
+            " it continue a text."
+        )
+    return tokenizer
 
 
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
@@ -95,7 +124,7 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
             f"{pretrained.folder}: it has no tokenizer that transformers loads (none of {', '.join(TOKENIZER)}). Put"
             " the files of the tokenizer that the model was trained with beside its weights."
         )
-    tokenizer = _tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     rows = pretrained.config.get("vocab_size")
     if rows is not None and len(tokenizer) > rows:
         raise UserError(
@@ -125,7 +154,7 @@ def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
             module: Any = AutoModelForCausalLM.from_config(described, dtype=dtype)  # type: ignore[no-untyped-call]
     except Exception as problem:  # transformers raises what its parsers raise
         raise UserError(
-            f"{pretrained.folder}: transformers makes no causal language model of its {CONFIG}: {problem}"
+            f"{pretrained.folder}: transformers makes no causal language model of its {CONFIG}: {in_brief(problem)}."
         ) from problem
     if get_model_conversion_mapping(module, add_legacy=False):  # tensors are joined or renamed while they are loaded
         return _transformers_module(pretrained)
@@ -133,20 +162,11 @@ def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
     return _filled(module, {name: _cast(stored, dtype) for name, stored in found.items()})
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as problem:  # transformers raises what its parsers raise
-        raise UserError(f"{folder}: no tokenizer could be loaded from it: {problem}") from problem
-
-
 def _config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     try:
         config = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise UserError(f"{folder}: no model is described there: {problem}.") from None
+        raise UserError(f"{folder / name}: no model is described there: {problem}.") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / name}: expected a JSON object.")
     return config
@@ -203,7 +223,7 @@ def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
     try:
         module, info = loading.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
     except Exception as problem:  # transformers raises what its parsers raise
-        raise UserError(f"{folder}: transformers loads no model from it: {problem}") from problem
+        raise UserError(f"{folder}: transformers loads no model from it: {in_brief(problem)}.") from problem
     misshaped = [
         f"{name} is {list(found)} and should be {list(right)}" for name, found, right in info["mismatched_keys"]
     ]

@@ -53,6 +53,10 @@ class Pretrained:
     name: str | None = None
     """Its name on the hub, where it was found by that."""
 
+    @property
+    def config_file(self) -> Path:
+        return self.folder / self.format.described_in
+
     def fetch(self) -> None:
         """Have its files of weights here. Raises UserError where the hub does not give them."""
         if self.repository:

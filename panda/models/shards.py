@@ -24,6 +24,9 @@ SAFETENSORS = Kind("*.safetensors", "model.safetensors", "model.safetensors.inde
 PICKLES = Kind("*.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+_POINTER = b"version https://git-lfs"
+
+
 def index_of(folder: Path, kind: Kind) -> dict[str, str]:
     """By name of each tensor the file that the index of ``folder`` has it in; empty where there is no index.
 
@@ -50,7 +53,7 @@ def shard_names(folder: Path, kind: Kind, there: Collection[str]) -> list[str]:
 
 def shards(folder: Path, kind: Kind) -> list[Path]:
     """The files of weights in ``folder``. Raises UserError where some that its index lists are not there."""
-    there = {file.name for file in folder.iterdir()}
+    there = {file.name for file in folder.iterdir() if file.is_file()}
     names = shard_names(folder, kind, there)
     if missing := [name for name in names if name not in there]:
         raise UserError(
@@ -60,9 +63,16 @@ def shards(folder: Path, kind: Kind) -> list[Path]:
     return [folder / name for name in names]
 
 
-def damaged(file: Path, problem: str) -> UserError:
-    """The error that ``file`` is no whole file of safetensors, with what to do."""
+def damaged(file: Path, problem: str, what: str = "safetensors") -> UserError:
+    """The error that ``file`` is no whole file of ``what``, with what to do."""
+    with file.open("rb") as stream:
+        is_pointer = stream.read(len(_POINTER)) == _POINTER
+    if is_pointer:
+        return UserError(
+            f"{file}: what git leaves in place of a large file where git-lfs is not set up. `git lfs install`, and `git"
+            " lfs pull` in that folder, fetch it."
+        )
     return UserError(
-        f"{file}: damaged, or not safetensors: {problem}. It has {file.stat().st_size:,} bytes; was the copy or the"
+        f"{file}: damaged, or not {what}: {problem}. It has {file.stat().st_size:,} bytes; was the copy or the"
         " download cut off? Fetch it again."
     )

@@ -1,13 +1,15 @@
-"""Where a tokenizer is: a folder, or a name on the Hugging Face hub. Imports no torch."""
+"""Where a tokenizer is, a folder or a name on the Hugging Face hub, and what is in it. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from panda.models.hub import cached
 from panda.models.hub import described
 from panda.models.hub import is_name
 from panda.registry import UserError
+from panda.registry.errors import in_brief
 from panda.run_options import resolve_path
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -48,3 +50,20 @@ def tokenizer_folder(location: str) -> Path:
                 f" {', '.join(TOKENIZER)})."
             )
     return snapshot
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer in ``folder``. Raises UserError where transformers makes none of what is there."""
+    from transformers import AutoConfig
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as problem:  # transformers raises what its parsers raise
+        what = f"{folder}: no tokenizer could be loaded from it"
+        try:
+            AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        except Exception as other:
+            if str(other) == str(problem):  # it reads the model's configuration first
+                what = f"{folder / 'config.json'}: transformers cannot read it"
+        raise UserError(f"{what}: {in_brief(problem)}.") from problem

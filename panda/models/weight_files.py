@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from panda.models.shards import damaged
 from panda.models.shards import index_of
 from panda.models.shards import shards
 from panda.registry import UserError
+from panda.registry.errors import in_brief
 from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
 
@@ -50,9 +52,13 @@ def safetensors_weights(folder: Path) -> Weights:
         with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 part = handle.get_slice(name)
-                weights[name] = StoredTensor(
-                    tuple(part.get_shape()), _DTYPES[part.get_dtype()], partial(_read, file, name)
-                )
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise UserError(
+                        f"{file}: {name} is of type {part.get_dtype()}, which panda does not read. Give the checkpoint"
+                        f" in one of {', '.join(_DTYPES)}."
+                    )
+                weights[name] = StoredTensor(tuple(part.get_shape()), dtype, partial(_read, file, name))
     _check_index(weights, folder, SAFETENSORS)
     return weights
 
@@ -74,8 +80,10 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of torch before 1.6 cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:  # torch's own words are how to load it nonetheless
+        raise damaged(file, "torch's `weights_only` refuses it", "a pickle of tensors alone") from problem
     except Exception as problem:  # torch raises what its parsers raise
-        raise UserError(f"{file}: no weights could be loaded from it: {_first_line(problem)}") from problem
+        raise damaged(file, in_brief(problem).partition(". ")[0], "a pickle") from problem
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file}: expected a dictionary of tensors by name.")
     return state
@@ -157,14 +165,10 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except SafetensorError as problem:
-        raise damaged(file, _first_line(problem)) from problem
+        raise damaged(file, in_brief(problem)) from problem
 
 
 def _check_index(weights: Weights, folder: Path, kind: Kind) -> None:
     absent = [f"{name} ({file})" for name, file in index_of(folder, kind).items() if name not in weights]
     if absent:
         raise UserError(f"{folder / kind.index}: tensors that it lists are in no file: {', '.join(absent)}.")
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).partition("\n")[0].rstrip(".")

@@ -14,6 +14,15 @@ class UserError(Exception):
     """
 
 
+def in_brief(problem: Exception, most: int = 300) -> str:
+    """What a library says, on one line, without the full stop; cut after ``most`` characters.
+
+    Some list all that they know.
+    """
+    text = " ".join(str(problem).split())
+    return text.rstrip(".") if len(text) <= most else f"{text[:most]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'a' or 'b'?` for the names nearest to ``name``; empty where none is near."""
     spelling = {known_name.lower(): known_name for known_name in known}

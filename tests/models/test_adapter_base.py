@@ -320,8 +320,9 @@ def test_what_cannot_be_merged_or_answered_is_told(folder: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["lora", "dora-zero3"])
 def test_adapters_away_from_their_run_answer_on_the_base_that_they_name_or_on_the_one_that_is_given(
-    folder: Path, tmp_path: Path, capsys: Captured, name: str
+    folder: Path, tmp_path: Path, capsys: Captured, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copytree(folder / name / "export", tmp_path / "adapters")
     question = ["--prompt", "Say tomato.", "--max_new_tokens", "12"]
     assert main(["generate", str(folder / name), *question]) == 0
@@ -332,7 +333,11 @@ def test_adapters_away_from_their_run_answer_on_the_base_that_they_name_or_on_th
     config.write_text(config.read_text().replace(str(folder / "base"), "org/elsewhere"))
     assert main(["generate", str(tmp_path / "adapters"), *question]) == 2
     error = capsys.readouterr().err
-    assert "says that it is 'org/elsewhere', which is no folder here" in error and "`--ckpt_path`" in error
+    assert "'org/elsewhere' is not here" in error and "HF_HUB_OFFLINE" in error and "`--ckpt_path`" in error
+    config.write_text(config.read_text().replace("org/elsewhere", "/else/where"))
+    assert main(["generate", str(tmp_path / "adapters"), *question]) == 2
+    error = capsys.readouterr().err
+    assert "says that it is '/else/where', which is no folder here" in error and "`--ckpt_path`" in error
     assert main(["generate", str(tmp_path / "adapters"), *question, "--ckpt_path", str(folder / "base")]) == 0
     assert capsys.readouterr().out == expected
 
@@ -346,6 +351,29 @@ def test_adapters_away_from_their_run_are_not_put_on_a_base_of_another_shape(
     argv = ["generate", str(tmp_path / "adapters"), "--prompt", "x", "--ckpt_path", str(tmp_path / "base")]
     assert main(argv) == 2
     assert "these adapters do not fit this LlamaForCausalLM" in capsys.readouterr().err
+
+
+def test_adapters_that_are_damaged_or_unknown_are_told_before_their_base_is_loaded(
+    folder: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.models.loading.pretrained_module", None)
+    adapters = shutil.copytree(folder / "lora" / "export", tmp_path / "adapters")
+    config, weights = adapters / "adapter_config.json", adapters / "adapter_model.safetensors"
+
+    def told() -> str:
+        assert main(["generate", str(adapters), "--prompt", "x"]) == 2
+        return capsys.readouterr().err
+
+    known = json.loads(config.read_text())
+    config.write_text(json.dumps(known | {"peft_type": "NEWER"}))
+    assert "peft makes no adapters of it: KeyError: 'NEWER'" in told()
+    config.write_text(json.dumps({key: value for key, value in known.items() if key != "peft_type"}))
+    assert "peft makes no adapters of it: KeyError: 'peft_type'" in told()
+    config.write_text(json.dumps(known))
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert "adapter_model.safetensors: damaged, or not safetensors" in told()
+    weights.unlink()
+    assert "no safetensors with adapters" in told()
 
 
 def test_adapters_of_a_weight_that_another_layer_has_too_are_not_merged(tmp_path: Path, capsys: Captured) -> None:

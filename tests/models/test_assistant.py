@@ -135,7 +135,9 @@ def test_chat_remembers_the_dialogue_until_a_new_one(
 def test_what_holds_no_model_or_no_template_is_told(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert chat(monkeypatch, folder / "pretrain", "abc\n") == 2
+    with monkeypatch.context() as patch:  # before a model is loaded
+        patch.setattr("panda.models.loading._module", None)
+        assert chat(patch, folder / "pretrain", "abc\n") == 2
     assert "has no chat template" in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "no complete checkpoint, no export, no config.json" in capsys.readouterr().err

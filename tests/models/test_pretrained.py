@@ -190,7 +190,7 @@ def test_a_pickle_that_runs_code_is_refused_even_then(
     monkeypatch.chdir(tmp_path)
     path = save_pickle(model, tmp_path / "old")
     torch.save({"model.norm.weight": Evil()}, path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: no weights could be loaded"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: damaged, or not a pickle of tensors alone"):
         loaded("--ckpt_path", path, "--allow_pickle")
     assert not (tmp_path / "was-run").exists()
 
@@ -436,3 +436,82 @@ def test_a_delta_of_another_base_is_told(folder: Path, tmp_path: Path) -> None:
         UserError, match=r"not the base of .*: model.layers.0.mlp.gate_proj.weight is \[48, 32\] and \["
     ):
         loaded("--ckpt_path", tmp_path / "a-delta", "--base_path", other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_size": None}, r"config\.json: it does not state 'hidden_size'"),
+        ({"num_attention_heads": None}, r"config\.json: it does not state 'num_attention_heads'"),
+        ({"hidden_size": "big"}, r"config\.json: hidden_size: 'big' is not an integer >= 1"),
+        ({"num_attention_heads": 5}, r"checkpoint .*spoilt: hidden_size 32 is not divisible by num_heads 5"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, r"does not state factor, low_freq_factor, high_freq_factor"),
+        ({"quantization_config": "odd"}, r"are quantised \(odd\), and cannot be trained"),
+        ({"vocab_size": None}, r"embed_tokens\.weight is \[259, 32\] and should be \[32000, 32\]"),
+    ],
+)
+def test_a_configuration_that_says_too_little_or_nonsense_is_told(
+    spoilt: Path, changes: dict[str, Any], told: str
+) -> None:
+    file = spoilt / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(UserError, match=told):
+        loaded("--ckpt_path", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_size": "big"}, r"config\.json: transformers cannot read it: .*expected int, got str"),
+        ({"model_type": "lama"}, r"of model_type 'lama': Unrecognized model identifier: lama\."),
+        ({"model_type": "own", "auto_map": {}}, r"Its code comes with it \(auto_map\), and panda runs none that does"),
+    ],
+)
+def test_what_transformers_cannot_make_of_a_configuration_is_told_in_brief(
+    spoilt: Path, changes: dict[str, Any], told: str
+) -> None:
+    file = spoilt / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=told) as caught:
+        loaded("--model", "hf", "--ckpt_path", spoilt)
+    assert len(str(caught.value)) < 700, "and not with all that it knows"
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_as_that(spoilt: Path) -> None:
+    (spoilt / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"spoilt: no tokenizer could be loaded from it: "):
+        loaded("--ckpt_path", spoilt)
+
+
+def test_what_git_leaves_in_place_of_a_large_file_is_told(model: Any, spoilt: Path, tmp_path: Path) -> None:
+    pickled = save_pickle(model, tmp_path / "old") / "pytorch_model.bin"
+    for file in (sorted(spoilt.glob("*.safetensors"))[1], pickled):
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(UserError, match=f"{file.name}: what git leaves .*`git lfs pull`"):
+            loaded("--ckpt_path", file.parent, "--allow_pickle")
+
+
+def test_a_link_that_leads_nowhere_is_a_file_that_is_missing(model: Any, spoilt: Path, tmp_path: Path) -> None:
+    """As in a snapshot of the hub's cache that was copied without its blobs."""
+    file = sorted(spoilt.glob("*.safetensors"))[1]
+    file.unlink()
+    file.symlink_to("../blobs/gone")
+    with pytest.raises(UserError, match=f"1 of .* files of weights are missing, .*: {file.name}"):
+        loaded("--ckpt_path", spoilt)
+    single = save_hf(model, tmp_path / "single", shards=False) / "model.safetensors"
+    single.unlink()
+    single.symlink_to("../blobs/gone")
+    with pytest.raises(UserError, match="has no weights: none of"):
+        loaded("--ckpt_path", single.parent)
+
+
+def test_a_truncated_pickle_and_a_type_that_is_not_read_are_told(model: Any, tmp_path: Path) -> None:
+    file = save_pickle(model, tmp_path / "old") / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: damaged, or not a pickle: .* Fetch it again"):
+        loaded("--ckpt_path", file.parent, "--allow_pickle")
+    file = save_hf(model, tmp_path / "new", shards=False) / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"U32"'))
+    with pytest.raises(UserError, match=r"model\.safetensors: \S+ is of type U32, which panda does not read"):
+        loaded("--ckpt_path", file.parent)
