@@ -15,6 +15,7 @@ from panda.models.hub import cached
 from panda.models.hub import described
 from panda.models.hub import is_name
 from panda.models.pretrained import Pretrained
+from panda.models.shards import index_of
 from panda.models.shards import shard_names
 from panda.models.tokenizers import has_tokenizer
 from panda.registry import UserError
@@ -121,7 +122,7 @@ def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, 
     name = location if is_name(location) else None
     if name or len(path.parts) == 1:
         snapshot = cached(location)
-        has_weights = snapshot is not None and _has_weights(snapshot, allow_pickle)
+        has_weights = snapshot is not None and _has_weights(location, snapshot, allow_pickle)
         if snapshot and has_weights and has_tokenizer(snapshot):
             return snapshot, _FROM_CACHE, name, None
         looked.append(f"{location} in the cache of the Hugging Face hub{', which has a part of it' * bool(snapshot)}")
@@ -138,10 +139,13 @@ def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, 
     raise UserError(f"{option}: {location!r} is nowhere. Looked for " + "; ".join(looked) + ".")
 
 
-def _has_weights(snapshot: Path, allow_pickle: bool) -> bool:
-    """Whether ``snapshot`` has all its files of weights, in a format that may be read."""
+def _has_weights(name: str, snapshot: Path, allow_pickle: bool) -> bool:
+    """Whether ``snapshot``, of the model ``name``, has all its files of weights, in a format that may be read."""
     there = {file.name for file in snapshot.iterdir() if file.is_file()}
     format_ = format_among(there)
     if format_ is None or (format_.is_pickle and not allow_pickle):
         return False
-    return there.issuperset(shard_names(snapshot, format_.kind, there))
+    kind = format_.kind
+    if index_of(snapshot, kind) or kind.single in there:
+        return there.issuperset(shard_names(snapshot, kind, there))
+    return cached(name, [kind.pattern]) is not None  # nothing in it says how many there are

@@ -51,14 +51,19 @@ def is_name(location: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) is not None
 
 
-def cached(name: str) -> Path | None:
-    """The snapshot of ``name`` in the hub's cache, of which files may be missing; None where there is none."""
+def cached(name: str, patterns: Iterable[str] = ()) -> Path | None:
+    """The snapshot of ``name`` in the hub's cache; None where there is none.
+
+    Files may be missing of it, but for those of these ``patterns``, as far as the cache knows what there is.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=[]))
+        return Path(
+            snapshot_download(name, local_files_only=True, allow_patterns=list(patterns), ignore_patterns=[_WITHIN])
+        )
     except (HFValidationError, LocalEntryNotFoundError):
         return None
 
