@@ -123,14 +123,14 @@ def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, 
     if name or len(path.parts) == 1:
         snapshot = cached(location)
         has_weights = snapshot is not None and _has_weights(location, snapshot, allow_pickle)
-        if snapshot and has_weights and has_tokenizer(snapshot):
+        if snapshot and (name is None or (has_weights and has_tokenizer(snapshot))):
             return snapshot, _FROM_CACHE, name, None
         looked.append(f"{location} in the cache of the Hugging Face hub{', which has a part of it' * bool(snapshot)}")
     if name:  # those without an owner are of a few old models, and more often a misspelt folder
         try:
             repository = described(name)
         except UserError as problem:
-            if snapshot and has_weights:
+            if snapshot and _has_weights(name, snapshot, allow_pickle=True):
                 return snapshot, _FROM_CACHE, name, None
             raise UserError(
                 f"{option}: {location!r} is not here: looked for {'; '.join(looked)}. And {problem}"

@@ -368,7 +368,7 @@ def test_adapters_that_are_damaged_or_unknown_are_told_before_their_base_is_load
     config.write_text(json.dumps(known | {"peft_type": "NEWER"}))
     assert "peft makes no adapters of it: KeyError: 'NEWER'" in told()
     config.write_text(json.dumps({key: value for key, value in known.items() if key != "peft_type"}))
-    assert "peft makes no adapters of it: KeyError: 'peft_type'" in told()
+    assert "peft makes no adapters of it: " in (error := told()) and "'peft_type'" in error
     config.write_text(json.dumps(known))
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "adapter_model.safetensors: damaged, or not safetensors" in told()

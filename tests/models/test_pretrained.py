@@ -248,6 +248,9 @@ def test_a_folder_comes_before_the_shelf_and_that_before_the_hub(
         return pretrained.describe()
 
     assert "snapshots/abc (Hugging Face hub, from its cache): safetensors, llama" in found()
+    (hub / "snapshots" / "abc" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"snapshots/abc has no tokenizer that transformers loads"):
+        found()
     shutil.copytree(folder, "pretrained-models/tiny")
     assert found() == "pretrained-models/tiny (in ./pretrained-models): safetensors, llama"
     shutil.copytree(folder, "tiny")
