@@ -3,6 +3,7 @@
 What a package that adds components imports, and nothing that is slow to import.
 """
 
+from panda.registry import Location as Location
 from panda.registry import Meta as Meta
 from panda.registry import NoOptions as NoOptions
 from panda.registry import UserError as UserError

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from dataclasses import replace
 from datetime import UTC
 from datetime import datetime
 from importlib import metadata
@@ -17,8 +18,12 @@ from typing import Any
 import yaml
 
 from panda.engine.checkpoint_folders import find_checkpoint
+from panda.models.finding import find_here
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
+from panda.registry.resolve import Setting
+from panda.run_lock import RunLock
+from panda.run_options import resolve_path
 
 DESCRIPTION = "provenance.json"
 """The file that makes a folder a run directory."""
@@ -27,29 +32,53 @@ _PLACE_KEYS = ("output_dir", "resume")
 """Keys that say where a run is and not what it does: left out of config.yaml, so that it runs again as it stands."""
 
 
-def choose_directory(resolved: Resolved) -> tuple[Path, Path | None]:
-    """The run directory, made, and the checkpoint to continue from if there is one.
+def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path | None]:
+    """The run directory that is continued, held by ``lock``, and the checkpoint to continue from; None for neither.
 
-    Raises UserError where that would mix two runs or the checkpoint is not there.
+    Raises UserError as ``find_directory`` does, and where another process is at work in the directory.
+    """
+    directory, checkpoint = find_directory(resolved)
+    if not goes_on(resolved, directory, checkpoint):
+        return None, checkpoint
+    lock.take(directory)
+    # As whoever held it before has left it.
+    return directory, find_checkpoint(directory) if resolved.core.resume == "auto" else find_directory(resolved)[1]
+
+
+def make_directory(resolved: Resolved, lock: RunLock) -> Path:
+    """The directory of a run that continues none in its own, made, and held by ``lock``.
+
+    Raises UserError where that would mix two runs.
     """
     while True:
-        directory, checkpoint = find_directory(resolved)
-        owner = checkpoint.absolute().parent.parent if checkpoint else None
-        is_run = (directory / DESCRIPTION).exists()
-        if is_run and (resolved.core.resume == "auto" or owner == directory.absolute()):  # it is continued
-            return directory, checkpoint
+        directory, _ = find_directory(resolved)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / DESCRIPTION).open("x").close()  # of several runs that start at once, one gets it
         except FileExistsError:
+            if resolved.core.resume == "auto":
+                lock.take(directory)
+                raise UserError(
+                    f"{directory}: another run began in it meanwhile. Start again to continue it."
+                ) from None
             continue  # the next number is free, or it is an error now
         except OSError as problem:
             raise UserError(f"output_dir: cannot make {str(directory)!r}: {problem.strerror}.") from None
-        return directory, checkpoint
+        lock.take(directory)
+        return directory
+
+
+def goes_on(resolved: Resolved, directory: Path, checkpoint: Path | None) -> bool:
+    """Whether a run in ``directory``, from ``checkpoint``, is the one that is there already."""
+    owner = checkpoint.absolute().parent.parent if checkpoint else None
+    return (directory / DESCRIPTION).exists() and (resolved.core.resume == "auto" or owner == directory.absolute())
 
 
 def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
-    """What ``choose_directory`` would choose; makes nothing."""
+    """The run directory, and the checkpoint to continue from if there is one; makes and holds nothing.
+
+    Raises UserError where that would mix two runs or the checkpoint is not there.
+    """
     options = resolved.core
     given = Path(options.output_dir) if options.output_dir else None
     default = Path("runs") / run_name(resolved)
@@ -139,7 +168,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
 
 
 def config_text(resolved: Resolved) -> str:
-    """The resolved configuration as flat YAML that runs again as it stands."""
+    """The resolved configuration as flat YAML that runs again as it stands, wherever it is read."""
     lines = ["# The whole configuration of a run, resolved. `panda-train --config` with this file runs it again."]
     owner = None
     for key, setting in resolved.settings.items():
@@ -148,10 +177,24 @@ def config_text(resolved: Resolved) -> str:
         if setting.owner != owner:
             owner = setting.owner
             lines += ["", f"# {owner}"]
-        value = list(setting.value) if isinstance(setting.value, tuple) else setting.value
+        value = _from_anywhere(setting)
         written = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6)
         lines.append(f"{key}: {written.strip()[1:-1]}")
     return "\n".join(lines) + "\n"
+
+
+def _from_anywhere(setting: Setting) -> Any:
+    """The value of ``setting`` for YAML, paths absolute."""
+    if setting.location is None or setting.value is None:
+        return list(setting.value) if isinstance(setting.value, tuple) else setting.value
+    if isinstance(setting.value, tuple):
+        return [_from_anywhere(replace(setting, value=text)) for text in setting.value]
+    if setting.value.startswith("panda:"):
+        return setting.value
+    if not setting.location.on_hub:
+        return str(resolve_path(setting.value).absolute())
+    folder = find_here(setting.value)
+    return str(folder.absolute()) if folder else setting.value  # a name on the hub
 
 
 def _numbered(path: Path, *, exists: bool) -> Path:

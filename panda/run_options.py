@@ -9,6 +9,7 @@ from typing import Annotated
 from typing import Any
 from typing import Literal
 
+from panda.registry import Location
 from panda.registry import Meta
 from panda.registry import UserError
 
@@ -86,25 +87,25 @@ class RunOptions:
     """Lifecycle plugins to add; panda's own are on, and `no:NAME` (or the flag `-p no:NAME`) leaves one out."""
 
     # -- where things are
-    output_dir: str | None = None
+    output_dir: Annotated[str, Location()] | None = None
     """The run directory. By default `runs/RUN_NAME`, with a number behind it where that exists."""
     run_name: str | None = None
     """Name of the run; by default TASK-ARCH."""
     resume: str | None = None
     """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
-    tokenizer: str = "panda:data/sample/tokenizer"
+    tokenizer: Annotated[str, Location(on_hub=True)] = "panda:data/sample/tokenizer"
     """A Hugging Face tokenizer: a folder, or a name on the hub. `panda:` begins a path inside the panda package; the
     default reads bytes."""
-    ckpt_path: str | None = None
+    ckpt_path: Annotated[str, Location(on_hub=True)] | None = None
     """Weights to start from: a folder, one in `./pretrained-models`, or a name on the Hugging Face hub."""
-    base_path: str | None = None
+    base_path: Annotated[str, Location(on_hub=True)] | None = None
     """Where ckpt_path is a delta: the weights that it is added to, found in the same way."""
     allow_pickle: bool = False
     """Load weights from pickles (`.bin`, `.pth`) too, with torch's `weights_only`; a pickle can hold code."""
     extend_vocab: bool = False
     """Where the tokenizer has more entries than the checkpoint, add rows, each the mean of those that are there."""
 
-    token_cache: str | None = None
+    token_cache: Annotated[str, Location()] | None = None
     """Folder in which tokenised data is kept for the next run; by default `$PANDA_CACHE`, or `~/.cache/panda`."""
 
     # -- batches and length of the run
@@ -128,7 +129,7 @@ class RunOptions:
     """Batches that each worker prepares ahead."""
 
     # -- evaluation
-    eval_data_dir: str | None = None
+    eval_data_dir: Annotated[str, Location()] | None = None
     """Folder or file of data that is not trained on, read as the task's own is: its loss is in `metrics.jsonl`."""
     eval_steps: Annotated[int, Meta(ge=0)] = 0
     """Optimizer steps between evaluations; 0 for one at the end alone."""
@@ -164,7 +165,7 @@ class RunOptions:
     it; attention and large matrix products are kept. Slower and smaller, and nothing else changes."""
     compile: bool = False
     """Compile each layer with torch: faster after some minutes at the start. Draws other dropout than without."""
-    deepspeed_config: str | None = None
+    deepspeed_config: Annotated[str, Location()] | None = None
     """JSON file of DeepSpeed keys that panda does not own, for what has no key here."""
 
     # -- adapters on a frozen base

@@ -69,10 +69,12 @@ from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import PluginContext
+from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
-from panda.run_directory import choose_directory
-from panda.run_directory import find_directory
+from panda.run_directory import hold_continued
+from panda.run_directory import make_directory
 from panda.run_directory import write_description
+from panda.run_lock import RunLock
 from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
 from panda.stored_tensor import whole_shape
@@ -153,20 +155,21 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
     dataset = task.dataset()
     held_out = evaluated.dataset() if evaluated else None
     processes = join_processes(resolved.core.tensor_parallel_size)
-    run = _build(resolved, catalog, context, pretrained, task, dataset, held_out, processes)
-    try:
-        run.hook.panda_run_start(run=run)
-        _train(run)
-        _finish(run)
-        run.hook.panda_run_end(run=run)
-    except BaseException as error:
+    with RunLock() as lock:
+        run = _build(resolved, catalog, context, pretrained, task, dataset, held_out, processes, lock)
         try:
-            run.hook.panda_exception(run=run, error=error)
-        except Exception as second:  # what went wrong first is what has to be seen
-            error.add_note(f"then a panda_exception hook failed: {second!r}")
-        raise
-    finally:
-        run.engine.close()
+            run.hook.panda_run_start(run=run)
+            _train(run)
+            _finish(run)
+            run.hook.panda_run_end(run=run)
+        except BaseException as error:
+            try:
+                run.hook.panda_exception(run=run, error=error)
+            except Exception as second:  # what went wrong first is what has to be seen
+                error.add_note(f"then a panda_exception hook failed: {second!r}")
+            raise
+        finally:
+            run.engine.close()
     return run
 
 
@@ -179,11 +182,12 @@ def _build(
     dataset: SampleSet,
     held_out: SampleSet | None,
     processes: Processes,
+    lock: RunLock,
 ) -> Run:
     options: RunOptions = resolved.core
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
-    checkpoint = processes.agree(lambda: find_directory(resolved)[1])
+    continued, checkpoint = processes.agree(lambda: hold_continued(resolved, lock))
     shape = _shape(resolved, pretrained, dataset, checkpoint)
     progress = read_progress(checkpoint, shape) if checkpoint else START
     layout = lay_out(options, dataset, processes.data_ranks, progress)
@@ -209,7 +213,7 @@ def _build(
         seed_random(options.seed + processes.data_rank + progress.step * processes.data_ranks)
         if processes.rank == 0:
             print(f"{checkpoint}: spread anew, since ranks or ZeRO stage are others: exact to rounding", flush=True)
-    directory, _ = processes.agree(lambda: choose_directory(resolved))
+    directory = continued or processes.agree(lambda: make_directory(resolved, lock))
     if processes.rank == 0:
         if checkpoint and checkpoint.parent == directory / "checkpoints":
             for path in set_aside_later(checkpoint):
@@ -377,6 +381,7 @@ def _shape(
             f"{kind}.{key}": value
             for kind in ("model", "optimizer")
             for key, value in asdict(resolved.components[kind].options).items()
+            if options_of(resolved.components[kind].component.options)[key].location is None
         },
         "weight_decay": resolved.core.weight_decay,
         "tensor_parallel_size": resolved.core.tensor_parallel_size,

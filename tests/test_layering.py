@@ -20,14 +20,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "run_options": {"registry"},
     "refusals": {"registry", "run_options"},
+    "run_lock": {"registry"},
     "stored_tensor": set(),
     **{room: {"registry", "run_options", "stored_tensor"} for room in MIDDLE},
     "tasks": {"registry", "run_options", "data"},
-    "run_directory": {"registry", "run_options", *MIDDLE},
+    "run_directory": {"registry", "run_options", "run_lock", *MIDDLE},
     "assembly": {"registry", "run_options", "stored_tensor", *MIDDLE},
     "records": {"data", "engine"},
-    "runner": {"registry", "run_options", "stored_tensor", "run_directory", "assembly", "records", *MIDDLE},
-    "cli": {"registry", "run_options", "refusals", "run_directory", "assembly", "runner", *MIDDLE},
+    "runner": {"registry", "run_options", "stored_tensor", "run_directory", "run_lock", "assembly", "records", *MIDDLE},
+    "cli": {"registry", "run_options", "refusals", "run_directory", "run_lock", "assembly", "runner", *MIDDLE},
 }
 """Beside itself."""
 

@@ -47,10 +47,14 @@ def _look_first(resolved: Resolved) -> None:
     from panda.engine.deepspeed_config import deepspeed_config
     from panda.models.tokenizers import tokenizer_folder
     from panda.run_directory import find_directory
+    from panda.run_directory import goes_on
+    from panda.run_lock import check_free
 
     deepspeed_config(resolved.core, world_size=int(os.environ.get("WORLD_SIZE", 1)), on_gpu=False)
     tokenizer_folder(resolved.core.tokenizer)
-    find_directory(resolved)
+    directory, checkpoint = find_directory(resolved)
+    if goes_on(resolved, directory, checkpoint):
+        check_free(directory)
 
 
 def _stop(signal_number: int, frame: object) -> None:

@@ -55,7 +55,7 @@ def follow_checkpoint(resolved: Resolved) -> Resolved:
                 " the folder of a Hugging Face tokenizer of this model with `tokenizer`."
             )
         location = holder.name or str(holder.folder)
-        settings["tokenizer"] = Setting("tokenizer", location, says, settings["tokenizer"].owner)
+        settings["tokenizer"] = replace(settings["tokenizer"], value=location, origin=says)
         core = replace(core, tokenizer=location)
     return replace(resolved, core=core, settings=settings, components={**resolved.components, "model": model})
 

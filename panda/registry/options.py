@@ -8,8 +8,8 @@
         \"\"\"Optimizer steps over which the learning rate rises to its peak.\"\"\"
 
 A type is one of int, float, str, bool, Literal[...], tuple[...] of these, or any of them
-``| None``; ``Meta`` (msgspec's) gives bounds. The docstring under a field is its help. A
-``__post_init__`` that raises UserError refuses values that do not go together.
+``| None``; ``Meta`` (msgspec's) gives bounds, and ``Location`` marks a path. The docstring under a
+field is its help. A ``__post_init__`` that raises UserError refuses values that do not go together.
 """
 
 from __future__ import annotations
@@ -40,6 +40,18 @@ REQUIRED: Any = MISSING
 
 
 @dataclass(frozen=True)
+class Location:
+    """Marks a text, or each text of a list, that says where something is: ``Annotated[str, Location()]``.
+
+    A run gets it as it was written, and keeps it absolute in its config.yaml. Where a thing is is
+    not what it is: a run that is continued may have it elsewhere.
+    """
+
+    on_hub: bool = False
+    """Whether it may be a name on the Hugging Face hub, or in ``pretrained-models``: the first stays one."""
+
+
+@dataclass(frozen=True)
 class Given:
     """A value as somebody wrote it, before it is known which option it is for."""
 
@@ -64,6 +76,13 @@ class Option:
     def expects(self) -> str:
         """What a value has to be, in words: ``an integer >= 1``."""
         return _describe(self.type)
+
+    @property
+    def location(self) -> Location | None:
+        """What marks it as a path; None where it is none."""
+        base, _, _, location = _parts(self.type)
+        is_list = typing.get_origin(base) is tuple
+        return _parts(typing.get_args(base)[0])[3] if is_list and location is None else location
 
     def convert(self, given: Given) -> Any:
         """The value of this option that ``given`` stands for. Raises UserError that says what is wrong."""
@@ -139,22 +158,23 @@ def _field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _parts(type_: Any) -> tuple[Any, Meta | None, bool]:
-    """The type without its wrappings, its bounds, and whether None is allowed."""
-    bounds = None
+def _parts(type_: Any) -> tuple[Any, Meta | None, bool, Location | None]:
+    """The type without its wrappings, its bounds, whether None is allowed, and what marks it as a path."""
+    bounds = location = None
     optional = False
     while True:
         origin = typing.get_origin(type_)
         if origin is Annotated:
             type_, *extras = typing.get_args(type_)
             bounds = next((extra for extra in extras if isinstance(extra, Meta)), bounds)
+            location = next((extra for extra in extras if isinstance(extra, Location)), location)
         elif origin in (typing.Union, types.UnionType):
             members = [member for member in typing.get_args(type_) if member is not type(None)]
             if len(members) != 1:
                 raise TypeError(f"an option's type must be one type, or one type | None, not {type_}")
             optional, type_ = True, members[0]
         else:
-            return type_, bounds, optional
+            return type_, bounds, optional, location
 
 
 def _check_type(key: str, type_: Any) -> None:
@@ -172,7 +192,7 @@ def _check_type(key: str, type_: Any) -> None:
 
 
 def _describe(type_: Any) -> str:
-    base, bounds, optional = _parts(type_)
+    base, bounds, optional, _ = _parts(type_)
     if typing.get_origin(base) is Literal:
         text = "one of " + ", ".join(map(str, typing.get_args(base)))
     elif typing.get_origin(base) is tuple:
@@ -213,7 +233,7 @@ def _as_text(value: Any) -> str:
 
 def _convert(type_: Any, value: Any) -> Any:
     """Raises ValueError with what else to say than that the value is not what was expected."""
-    base, bounds, optional = _parts(type_)
+    base, bounds, optional, _ = _parts(type_)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~")):
         if optional:
             return None

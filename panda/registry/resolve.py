@@ -22,6 +22,7 @@ from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
 from panda.registry.options import REQUIRED
 from panda.registry.options import Given
+from panda.registry.options import Location
 from panda.registry.options import Option
 from panda.registry.options import options_of
 
@@ -45,6 +46,8 @@ class Setting:
     """``default``, ``arch llama-7b``, ``run.yaml:3`` or ``--learning_rate``."""
     owner: str
     """``run`` for a core option, else the component: ``optimizer adamw``."""
+    location: Location | None = None
+    """What marks it as a path; None where it is none."""
 
 
 @dataclass(frozen=True)
@@ -314,15 +317,15 @@ def convert_options(
     for key, option in options.items():
         if key in given:
             try:
-                settings[key] = Setting(key, option.convert(given[key]), given[key].origin, owner)
+                settings[key] = Setting(key, option.convert(given[key]), given[key].origin, owner, option.location)
             except UserError as problem:
                 problems.append(str(problem))
         elif overrides and key in overrides:
-            settings[key] = Setting(key, overrides[key], overriding, owner)
+            settings[key] = Setting(key, overrides[key], overriding, owner, option.location)
         elif option.default is REQUIRED:
             problems.append(f"{key}: {owner} needs a value: {option.expects}. {option.doc}")
         else:
-            settings[key] = Setting(key, option.default, "default", owner)
+            settings[key] = Setting(key, option.default, "default", owner, option.location)
     return settings, problems
 
 

@@ -6,10 +6,12 @@ import json
 from dataclasses import asdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Annotated
 from typing import Any
 from typing import Literal
 
 from panda.data.reading import Row
+from panda.registry import Location
 from panda.registry import UserError
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
@@ -46,7 +48,7 @@ class InstructFormat:
 class InstructOptions(InstructFormat):
     """Options of the instruct task."""
 
-    instruction_tuning_data_dir: str = "./dataset/instruction_tuning"
+    instruction_tuning_data_dir: Annotated[str, Location()] = "./dataset/instruction_tuning"
     """Folder, read recursively, or file of rows with "input" and "target" (or other common names)."""
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Annotated
 from typing import Any
 
 from panda.data.reading import Row
+from panda.registry import Location
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
 from panda.tasks.conversations import UnusableRowError
@@ -36,7 +38,7 @@ class PretrainFormat:
 class PretrainOptions(PretrainFormat):
     """Options of the pretrain task."""
 
-    pretraining_data_dir: str = "./dataset/pretraining"
+    pretraining_data_dir: Annotated[str, Location()] = "./dataset/pretraining"
     """Folder, read recursively, or file of rows with "content" or "text", and perhaps "title"."""
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +30,12 @@ from panda.cli.configuration import configure
 from panda.engine.checkpoint_folders import find_checkpoint
 from panda.engine.processes import Processes
 from panda.registry import UserError
-from panda.run_directory import choose_directory
 from panda.run_directory import find_directory
+from panda.run_directory import hold_continued
+from panda.run_directory import make_directory
+from panda.run_lock import FILE
+from panda.run_lock import RunLock
+from panda.run_lock import check_free
 from panda.runner import train
 
 SHAPE = ("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2)
@@ -57,14 +63,18 @@ WAYS = {
 """Flags to try, by number of ranks and by name."""
 
 DROPPING = """
-@register_model("dropping")
+@dataclass(frozen=True)
+class Options:
+    words: Annotated[str | None, Location()] = None
+
+@register_model("dropping", options=Options)
 def dropping(options, context):
     from torch import nn
 
     size = context.vocab_size
     return nn.Sequential(nn.Embedding(size, 16), nn.Dropout(0.3), nn.Linear(16, size))
 """
-"""LLaMA draws no random numbers in training; this one does."""
+"""LLaMA draws no random numbers in training; this one does. It has a path among its options."""
 
 
 def flags(way: tuple[object, ...]) -> list[object]:
@@ -84,9 +94,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs = []
         for key, way in ways.items():
             name = f"{ranks}-{key}"
-            runs.append([*flags(way), "--output_dir", folder / name])
+            words, moved = (
+                (["--words", "words.txt"], ["--words", folder / "words.txt"]) if "dropping" in way else ([], [])
+            )
+            runs.append([*flags(way), *words, "--output_dir", folder / name])
             checkpoint = folder / name / "checkpoints" / "step-00000003"
-            runs.append([*flags(way), "--output_dir", folder / f"{name}-resumed", "--resume", checkpoint])
+            runs.append([*flags(way), *moved, "--output_dir", folder / f"{name}-resumed", "--resume", checkpoint])
         train_many(runs, ranks=ranks, cwd=folder, PYTHONPATH=str(site))
     return folder
 
@@ -210,8 +223,13 @@ def test_the_directory_of_a_run(two_runs: Path, argv: str, directory: str, check
     resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()]))
     expected = (Path(directory), Path(checkpoint) if checkpoint else None)
     assert find_directory(resolved) == expected
-    assert choose_directory(resolved) == expected
-    assert Path(directory).is_dir()
+    with RunLock() as lock:
+        continued, found = hold_continued(resolved, lock)
+        assert (continued or make_directory(resolved, lock), found) == expected
+        assert Path(directory).is_dir()
+        with pytest.raises(UserError, match=f"{directory}: another run is at work in it: process {os.getpid()} on "):
+            check_free(Path(directory))
+    check_free(Path(directory))
 
 
 @pytest.mark.parametrize(
@@ -227,12 +245,80 @@ def test_the_directory_of_a_run(two_runs: Path, argv: str, directory: str, check
 )
 def test_a_directory_of_something_else_is_refused(two_runs: Path, argv: str) -> None:
     resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()]))
-    with pytest.raises(UserError, match="is not empty"):
-        choose_directory(resolved)
+    with pytest.raises(UserError, match="is not empty"), RunLock() as lock:
+        make_directory(resolved, lock)
 
 
 def test_runs_that_start_at_once_get_a_directory_each(two_runs: Path) -> None:
     resolved, _ = configure(parse_arguments(["--arch", "llama-tiny"]))
     with ThreadPoolExecutor(8) as pool:
-        chosen = list(pool.map(lambda _: choose_directory(resolved)[0], range(8)))
+        chosen = list(pool.map(lambda _: make_directory(resolved, RunLock()), range(8)))
     assert len(set(chosen)) == 8
+
+
+def test_of_runs_that_continue_one_at_once_the_second_is_told_who_is_at_work(two_runs: Path) -> None:
+    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "other"]))
+    with RunLock() as first, RunLock() as second:
+        hold_continued(resolved, first)
+        with pytest.raises(UserError, match=rf"another run is at work in it: process {os.getpid()} on .*output_dir"):
+            hold_continued(resolved, second)
+    with RunLock() as third:
+        hold_continued(resolved, third)
+
+
+def test_a_run_that_begins_where_another_just_began_is_refused(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both had found the directory empty."""
+    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "auto", "--output_dir", "new"]))
+    with RunLock() as first, RunLock() as second:
+        make_directory(resolved, first)
+        with pytest.raises(UserError, match="another run is at work in it"):
+            make_directory(resolved, second)
+    with RunLock() as third, pytest.raises(UserError, match="another run began in it meanwhile"):
+        make_directory(resolved, third)
+
+
+def test_a_run_goes_on_from_where_the_one_before_it_left_off(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which had saved once more between the look and the lock."""
+    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "other"]))
+    newer = two_runs / "other/checkpoints/step-00000002"
+
+    class Late(RunLock):
+        def take(self, directory: Path) -> None:
+            super().take(directory)
+            shutil.copytree(newer.with_name("step-00000001"), newer)
+
+    with Late() as lock:
+        assert hold_continued(resolved, lock)[1] == Path("other/checkpoints/step-00000002")
+
+
+def test_what_a_forked_process_holds_ends_with_its_parent(tmp_path: Path) -> None:
+    """Processes that prepare batches outlive a run that is killed, by seconds."""
+    lock = RunLock()
+    lock.take(tmp_path)
+    (can_end, end), (is_there, there) = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(end)
+        os.write(there, b".")
+        os.read(can_end, 1)
+        os._exit(0)
+    os.read(is_there, 1)
+    os.close(lock.descriptor)  # as a kill would
+    lock.descriptor = None
+    check_free(tmp_path)
+    os.close(end)
+    os.waitpid(child, 0)
+
+
+def test_where_there_are_no_locks_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none_here(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none_here)
+    check_free(tmp_path)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        check_free(tmp_path)
+        assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+        assert f"process {os.getpid()} on" in (tmp_path / FILE).read_text()

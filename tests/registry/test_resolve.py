@@ -8,11 +8,16 @@ from distributions import Distributions
 
 from panda.cli.arguments import parse_arguments
 from panda.cli.configuration import configure
+from panda.registry import Catalog
 from panda.registry import UserError
+from panda.registry.flat_yaml import load_flat_yaml
+from panda.registry.options import Given
 from panda.registry.resolve import Resolved
+from panda.registry.resolve import resolve
 from panda.run_directory import config_text
 from panda.run_directory import write_description
 from panda.run_options import DEFAULT_PLUGINS
+from panda.run_options import RunOptions
 
 ACME = """
 @dataclass(frozen=True)
@@ -44,6 +49,16 @@ def tiny_list():
 def own_llama():
     return {"num_layers": 2}
 """
+READING = """
+@dataclass(frozen=True)
+class Options:
+    files: tuple[Annotated[str, Location()], ...] = ()
+    word: str = ""
+    checkpoint: Annotated[str | None, Location(on_hub=True)] = None
+
+@register_optimizer("reading", options=Options)
+def build(options, context): ...
+"""
 NOT_TOGETHER = """
 @dataclass(frozen=True)
 class Options:
@@ -69,6 +84,8 @@ class Options:
 @register_optimizer("sharing", options=Options)
 def build(options, context): ...
 """
+
+DATA = ("--instruction_tuning_data_dir", "/data")
 
 
 def resolved(*argv: str) -> Resolved:
@@ -211,7 +228,7 @@ def test_a_qualified_model_can_be_an_arch_too(acme: Distributions) -> None:
 def test_an_installed_package_changes_no_run_that_does_not_name_it(
     distributions: Distributions, tmp_path: Path
 ) -> None:
-    before = resolved("--arch", "llama-tiny")
+    before = resolved("--arch", "llama-tiny", *DATA)
     taken = {
         "optimizers": {"adamw": "taken.x"},
         "readers": {"json": "taken.x"},
@@ -220,7 +237,7 @@ def test_an_installed_package_changes_no_run_that_does_not_name_it(
         "plugins": dict.fromkeys(DEFAULT_PLUGINS, "taken.x"),
     }
     distributions.install("taken", taken, {"taken.x": "raise SystemExit('imported')"})
-    run = resolved("--arch", "llama-tiny")
+    run = resolved("--arch", "llama-tiny", *DATA)
     assert run.components == before.components and run.plugins == before.plugins
     again = resolved("--config", yaml(tmp_path, config_text(run)))
     assert again.components == before.components and again.plugins == before.plugins
@@ -296,7 +313,7 @@ def test_every_unknown_name_is_told_at_once() -> None:
 
 def test_a_key_that_two_chosen_components_have_is_written_with_its_kind(acme: Distributions, tmp_path: Path) -> None:
     acme.install("bolt", {"optimizers": {"sharing": "bolt.o"}}, {"bolt.o": OPTIMIZER.format(must="int = 0")})
-    chosen = ("--arch", "tiny-wide", "--optimizer", "sharing")
+    chosen = ("--arch", "tiny-wide", "--optimizer", "sharing", *DATA)
     message = refused(*chosen, "--share", "1")
     assert message == (
         "--share: 'share' is an option of more than one: write `model.share` (model tiny) and"
@@ -426,7 +443,8 @@ def test_a_module_of_hooks_is_live_and_in_the_provenance(watchers: Distributions
 
 def test_the_resolved_configuration_runs_again_as_it_stands(watchers: Distributions, tmp_path: Path) -> None:
     run = resolved(
-        "--arch", "llama-tiny", "--plugins", "a-watch", "--prompts", "Say no, please.", "[x]", "--run_name", "no"
+        *("--arch", "llama-tiny", "--plugins", "a-watch", "--prompts", "Say no, please.", "[x]", "--run_name", "no"),
+        *DATA,
     )
     again = resolved("--config", yaml(tmp_path, config_text(run)))
     assert again.core == run.core
@@ -434,9 +452,53 @@ def test_the_resolved_configuration_runs_again_as_it_stands(watchers: Distributi
 
 
 def test_a_value_of_a_fraction_survives_the_resolved_configuration(tmp_path: Path) -> None:
-    run = resolved("--arch", "llama-tiny", "--learning_rate", "1e-5", "--separator", " : ", "--adam_betas", ".5", ".75")
+    flags = ("--learning_rate", "1e-5", "--separator", " : ", "--adam_betas", ".5", ".75")
+    run = resolved("--arch", "llama-tiny", *flags, *DATA)
     again = resolved("--config", yaml(tmp_path, config_text(run)))
     assert again.core == run.core and again.components == run.components
+
+
+def test_the_written_configuration_means_the_same_in_every_folder(
+    distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributions.install("acme", {"optimizers": {"reading": "acme.r"}}, {"acme.r": READING})
+    for folder in ("here/pretrained-models/mine", "here/weights/org/theirs", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    here, home = tmp_path / "here", Path.home()
+    monkeypatch.chdir(here)
+    given = {
+        "arch": "llama-tiny",
+        "optimizer": "reading",
+        "tokenizer": "./tokenizer",
+        "eval_data_dir": "../held-out",
+        "token_cache": "~/cache",
+        "deepspeed_config": "/etc/deepspeed.json",
+        "ckpt_path": "mine",
+        "base_path": "weights/org/theirs",
+        "files": ("a.txt", "panda:data/b.txt"),
+        "word": "a.txt",
+        "checkpoint": "org/on-the-hub",
+    }
+    given = {key: Given(value, f"--{key}") for key, value in given.items()}
+    written = load_flat_yaml(Path(yaml(tmp_path, config_text(resolve(Catalog(), RunOptions, given)))))
+    values = {key: written[key].value for key in [*given, "instruction_tuning_data_dir"]}
+    assert values == {
+        "arch": "llama-tiny",
+        "optimizer": "reading",
+        "tokenizer": f"{here}/tokenizer",
+        "eval_data_dir": f"{here}/../held-out",
+        "token_cache": f"{home}/cache",
+        "deepspeed_config": "/etc/deepspeed.json",
+        "ckpt_path": f"{here}/pretrained-models/mine",
+        "base_path": f"{here}/weights/org/theirs",
+        "files": (f"{here}/a.txt", "panda:data/b.txt"),
+        "word": "a.txt",
+        "checkpoint": "org/on-the-hub",
+        "instruction_tuning_data_dir": f"{here}/dataset/instruction_tuning",
+    }
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = resolve(Catalog(), RunOptions, written)
+    assert load_flat_yaml(Path(yaml(tmp_path, config_text(again)))) == written
 
 
 # -- what factories check and return ----------------------------------------------------------
