@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +71,7 @@ from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import PluginContext
+from panda.registry.errors import writing
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run_directory import hold_continued
@@ -85,6 +88,9 @@ if TYPE_CHECKING:
 
 ANSWERED_PROMPTS = 2
 ANSWER_TOKENS = 64
+NO_ROOM_LEFT = (
+    "Checkpoints that were complete are untouched: make room, and go on from the newest with `--resume auto`."
+)
 HOPELESS = 50
 """Steps in a row that change nothing before the run is given up; fp16 may need some twenty to find its scale."""
 
@@ -158,10 +164,11 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
     with RunLock() as lock:
         run = _build(resolved, catalog, context, pretrained, task, dataset, held_out, processes, lock)
         try:
-            run.hook.panda_run_start(run=run)
-            _train(run)
-            _finish(run)
-            run.hook.panda_run_end(run=run)
+            with writing(f"{run.directory}: what the run says of itself", NO_ROOM_LEFT):
+                run.hook.panda_run_start(run=run)
+                _train(run)
+                _finish(run)
+                run.hook.panda_run_end(run=run)
         except BaseException as error:
             try:
                 run.hook.panda_exception(run=run, error=error)
@@ -214,7 +221,11 @@ def _build(
         if processes.rank == 0:
             print(f"{checkpoint}: spread anew, since ranks or ZeRO stage are others: exact to rounding", flush=True)
     directory = continued or processes.agree(lambda: make_directory(resolved, lock))
-    if processes.rank == 0:
+
+    @writing(f"{directory}: what the run says of itself", NO_ROOM_LEFT)
+    def describe() -> None:
+        if processes.rank > 0:
+            return
         if checkpoint and checkpoint.parent == directory / "checkpoints":
             for path in set_aside_later(checkpoint):
                 problem = damage(path)
@@ -241,6 +252,8 @@ def _build(
         chosen = resolved.components["model"]
         described = task.tokenizer, task.chat_template(), chosen, context, pretrained
         describe_model(directory / DESCRIPTION, base, dtype, *described)
+
+    processes.together(describe)
     hook = catalog.plugins.hook
     parts = task, dataset, layout, evaluation, schedule, engine, hook
     return Run(resolved, directory, processes, *parts, shape, resumed_from=checkpoint, step=progress.step)
@@ -336,17 +349,8 @@ def _batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
 
 def _finish(run: Run) -> None:
     """Export the model and have it answer."""
-    weights, tokenizer = run.engine.weights(trained_only=run.options.use_lora), run.task.tokenizer
-    if run.processes.rank > 0:
-        for tensor in weights.values():  # with rank 0, which writes them
-            tensor.read()
-    elif run.options.use_lora:
-        adapters = {name: tensor.read() for name, tensor in weights.items()}
-        described = load_tokenizer(str(run.directory / DESCRIPTION))
-        export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / "export", described)
-    else:
-        export(run.directory / DESCRIPTION, weights, run.directory / "export")
-    run.processes.barrier()
+    run.processes.together(partial(_export, run))
+    tokenizer = run.task.tokenizer
     prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
     module = run.engine.evaluating()
     rows = run.options.per_gpu_eval_batch_size
@@ -366,6 +370,28 @@ def _finish(run: Run) -> None:
     if run.processes.rank == 0:
         text = json.dumps(run.answers, indent=2, ensure_ascii=False)
         (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _export(run: Run) -> None:
+    """Have rank 0 write what the others help it to gather."""
+    unread = dict(run.engine.weights(trained_only=run.options.use_lora))
+
+    def read(name: str) -> torch.Tensor:
+        return unread.pop(name).read()
+
+    weights = {name: replace(tensor, read=partial(read, name)) for name, tensor in unread.items()}
+    try:
+        if run.processes.rank > 0:
+            pass
+        elif run.options.use_lora:
+            adapters = {name: tensor.read() for name, tensor in weights.items()}
+            described = load_tokenizer(str(run.directory / DESCRIPTION))
+            export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / "export", described)
+        else:
+            export(run.directory / DESCRIPTION, weights, run.directory / "export")
+    finally:
+        for tensor in unread.values():  # on the other ranks, and on rank 0 where writing failed: they wait for it
+            tensor.read()
 
 
 def _shape(

@@ -56,6 +56,11 @@ class Failing:
         if step == 2:
             raise RuntimeError("boom")
 """
+FULL = """
+@hookimpl
+def panda_step_end(run, step):
+    raise OSError(28, "No space left on device", "pictures")
+"""
 
 
 @pytest.fixture
@@ -63,8 +68,8 @@ def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.M
     """``recorded(*flags)``: what was called in a run over five rows, two a step."""
     distributions.install(
         "recording",
-        {"plugins": {"recorder": "recording.recorder", "failing": "recording.failing"}},
-        {"recording.recorder": RECORDER, "recording.failing": FAILING},
+        {"plugins": {"recorder": "recording.recorder", "failing": "recording.failing", "full": "recording.full"}},
+        {"recording.recorder": RECORDER, "recording.failing": FAILING, "recording.full": FULL},
     )
     monkeypatch.chdir(tmp_path)
     rows = "\n".join(f'{{"input": "{letter}", "target": "{letter}"}}' for letter in "abcde")
@@ -148,6 +153,13 @@ def test_the_first_error_is_the_one_that_is_seen(processes: Any, recorded: Any) 
     with pytest.raises(RuntimeError, match="boom") as caught:
         recorded("failing")
     assert caught.value.__notes__ == ["then a panda_exception hook failed: OSError('no space for a picture')"]
+
+
+def test_a_full_disk_is_told_without_a_traceback(processes: Any, recorded: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"out: what the run .* the disk is full \(pictures\)\. Check"
+    ):
+        recorded("full", "--output_dir", "out")
 
 
 def test_a_run_that_never_takes_a_step_gives_up(processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ or absent. Folders can be deleted at any time between runs.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -41,6 +40,7 @@ from panda.data.token_dataset import TokenDataset
 from panda.data.tokenising import Tokenise
 from panda.data.tokenising import tokenised_blocks
 from panda.registry import UserError
+from panda.registry.errors import NO_ROOM
 
 VERSION = 1
 """Raised by whoever changes what tokens a reader or a task of panda's makes of the same data, or the files' layout."""
@@ -136,7 +136,7 @@ def _make(recipe: Recipe, cache: Path, folder: Path, before: list[list[int]]) ->
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temporary.rename(folder)
     except OSError as problem:
-        what = "the disk is full" if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else problem.strerror
+        what = "the disk is full" if problem.errno in NO_ROOM else problem.strerror
         raise UserError(
             f"token_cache: cannot write to {str(cache)!r}: {what}. Make room there (any folder in it can be deleted),"
             " or set `token_cache` to another folder."

@@ -26,6 +26,7 @@ from panda.engine.redistribution import describe_layout
 from panda.engine.redistribution import layout_file
 from panda.engine.redistribution import redistribute
 from panda.registry import UserError
+from panda.registry.errors import writing
 
 
 def save_checkpoint(
@@ -33,43 +34,59 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-N`` and point ``latest`` at it; then remove all but the newest ``keep``.
 
-    Every rank has to call it. ``shape`` is what a run that loads it must agree on.
+    Every rank has to call it. ``shape`` is what a run that loads it must agree on. Raises UserError on
+    every rank where the disk of one is full; the checkpoints that were there are untouched then.
     """
     processes = engine.processes
     name = f"step-{progress.step:08d}"
     temporary, final = folder / f".tmp-{name}", folder / name
-    if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".tmp-*"):  # by interrupted saves
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    processes.barrier()
-    engine.save(folder, temporary.name)
-    torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
-    if layout := describe_layout(engine):
-        layout_file(temporary, processes.rank).write_text(json.dumps(layout) + "\n", encoding="utf-8")
-    processes.barrier()
-    if processes.rank == 0:
-        files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        manifest = {
-            "format": 1,
-            "progress": asdict(progress),
-            "shape": shape,
-            "files": {str(file.relative_to(temporary)): file.stat().st_size for file in files},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for file in (*files, temporary / MANIFEST, temporary):
-            _sync(file)
-        os.rename(temporary, final)
-        pointer = folder / f".tmp-{LATEST}"
-        pointer.write_text(name + "\n", encoding="utf-8")
-        _sync(pointer)
-        os.replace(pointer, folder / LATEST)
-        _sync(folder)
-        for old in complete_checkpoints(folder)[:-keep] if keep else []:
-            os.rename(old, folder / f".tmp-{old.name}")  # at once: a folder that is half removed is no checkpoint
-            shutil.rmtree(folder / f".tmp-{old.name}")
-    processes.barrier()
+
+    def prepare() -> None:
+        if processes.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".tmp-*"):  # by interrupted saves
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            temporary.mkdir()
+
+    def write_own() -> None:
+        engine.save(folder, temporary.name)
+        torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
+        if layout := describe_layout(engine):
+            layout_file(temporary, processes.rank).write_text(json.dumps(layout) + "\n", encoding="utf-8")
+
+    def complete() -> None:
+        if processes.rank == 0:
+            _complete(temporary, final, {"format": 1, "progress": asdict(progress), "shape": shape})
+            for old in complete_checkpoints(folder)[:-keep] if keep else []:
+                os.rename(old, folder / f".tmp-{old.name}")  # at once: a folder that is half removed is no checkpoint
+                shutil.rmtree(folder / f".tmp-{old.name}")
+
+    before = complete_checkpoints(folder)
+    kept = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
+    then = f"{kept} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
+    try:
+        for part in (prepare, write_own, complete):
+            processes.together(writing(f"{folder}: the checkpoint of step {progress.step:,}", then)(part))
+    except Exception:
+        if processes.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # it takes room that is wanted, and is of no use
+        raise
     return final
+
+
+def _complete(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Make what all ranks have written to ``temporary`` the checkpoint ``final``, and ``latest`` its name."""
+    files = sorted(file for file in temporary.rglob("*") if file.is_file())
+    manifest["files"] = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for file in (*files, temporary / MANIFEST, temporary):
+        _sync(file)
+    os.rename(temporary, final)
+    pointer = final.with_name(f".tmp-{LATEST}")
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    _sync(pointer)
+    os.replace(pointer, final.with_name(LATEST))
+    _sync(final.parent)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:

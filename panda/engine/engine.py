@@ -204,14 +204,38 @@ class Engine:
             return whole.to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write what is trained, and the optimizer, to ``folder/tag``. Every rank has to call it."""
-        self.deepspeed.save_checkpoint(
-            str(folder),
-            tag=tag,
-            client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
+        """Write what is trained, and the optimizer, to ``folder/tag``. Every rank has to call it.
+
+        Raises what writing did on this rank, once DeepSpeed is through on all: in between, its ranks wait
+        for each other.
+        """
+        problems: list[Exception] = []
+
+        def going_on(write: Callable[..., Any]) -> Callable[..., Any]:
+            def tried(*arguments: Any, **keywords: Any) -> Any:
+                try:
+                    return write(*arguments, **keywords)
+                except Exception as problem:
+                    problems.append(problem)
+
+            return tried
+
+        writers = (self.deepspeed.checkpoint_engine, "save"), (self.deepspeed, "_copy_recovery_script")
+        for owner, name in writers:
+            setattr(owner, name, going_on(getattr(owner, name)))
+        try:
+            self.deepspeed.save_checkpoint(
+                str(folder),
+                tag=tag,
+                client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )
+        finally:
+            for owner, name in writers:
+                delattr(owner, name)
+        if problems:
+            raise problems[0]
 
     def load(self, folder: Path, tag: str) -> bool:
         """Put back what ``save`` wrote; False where nothing was."""

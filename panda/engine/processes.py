@@ -62,11 +62,34 @@ class Processes:
         result: Result = held[0]
         return result
 
+    def together(self, do: Callable[[], Result]) -> Result:
+        """What ``do()`` returns here; where it fails on any rank, every rank raises. Waits for all of them.
+
+        All raise the first UserError; a rank that fails in another way raises what it did.
+        """
+        failure: Exception | None = None
+        told = None
+        try:
+            result = do()
+        except Exception as error:
+            failure = error
+            told = str(error) if isinstance(error, UserError) else f"rank {self.rank} failed: {error!r}"
+        everywhere = self._gather(told)
+        if failure is not None and not isinstance(failure, UserError):
+            raise failure
+        for text in everywhere:
+            if text is not None:
+                raise UserError(text) from failure
+        return result
+
     def all_(self, here: bool) -> bool:
         """Whether ``here`` is true on every rank. Waits for all of them."""
+        return all(self._gather(here))
+
+    def _gather(self, here: Any) -> list[Any]:
         everywhere: list[Any] = [None] * self.world_size
         dist.all_gather_object(everywhere, here)
-        return all(everywhere)
+        return everywhere
 
     def sum_(self, tensor: torch.Tensor, over: Literal["data", "tensor", "all"] = "data") -> torch.Tensor:
         """Sum ``tensor`` over data-parallel ranks, tensor-parallel ones, or all, in place. Does not wait for a GPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,17 @@ class RecordFile:
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
         rewritten.replace(path)  # at once: no moment to die at has fewer records
+        self.path = path
         self.stream = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self.stream.write(_line(record))
-        self.stream.flush()
+        try:
+            self.stream.write(_line(record))
+            self.stream.flush()
+        except OSError as problem:  # it does not say of which file
+            with suppress(OSError):
+                self.stream.close()
+            raise OSError(problem.errno, problem.strerror, str(self.path)) from None
 
     def close(self) -> None:
         self.stream.close()

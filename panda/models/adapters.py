@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from panda.models.export import replacing
 from panda.models.formats import ADAPTERS
 from panda.models.weight_files import safetensors_weights
 from panda.registry import UserError
@@ -90,11 +91,12 @@ def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> No
 
 def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any) -> None:
     """Write the adapters among ``weights`` (of ``model``, by its names) so that plain peft loads them on the base."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    # Embeddings are never trained here; asked to find out, peft looks for the base on the hub.
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # a form that nobody has filled in
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        tokenizer.save_pretrained(temporary)
+        # Embeddings are never trained here; asked to find out, peft looks for the base on the hub.
+        model.save_pretrained(str(temporary), state_dict=weights, save_embedding_layers=False)
+        (temporary / "README.md").unlink()  # a form that nobody has filled in
 
 
 def stored_adapters(folder: Path) -> Weights:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from panda.models.pretrained import Pretrained
 from panda.models.weight_files import write_weights
 from panda.registry.contexts import ModelContext
+from panda.registry.errors import writing
 from panda.registry.resolve import Chosen
 from panda.stored_tensor import Weights
 
@@ -75,19 +78,32 @@ def describe_model(
 def export(description: Path, weights: Weights, folder: Path) -> None:
     """Make ``folder`` of the model that ``description`` describes and its ``weights``, read one shard at a time.
 
-    What was there before is replaced once the new one is complete; where that fails nothing else is left.
+    Raises UserError where the disk is full; see ``replacing``.
+    """
+    with replacing(folder) as temporary:
+        shutil.copytree(description, temporary)
+        write_weights(weights, temporary)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields the path of a folder to make, which then becomes ``folder``.
+
+    What was there before is replaced once the new one is complete; where that fails nothing else is left,
+    and where it fails because the disk is full UserError is raised.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        shutil.copytree(description, temporary)
-        write_weights(weights, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # what is half written may be large, and of no use
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    then = "Checkpoints, and an export that was there, are untouched: make room, and `panda export RUN` writes it."
+    with writing(f"{folder}: the export", then):
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # what is half written may be large, and of no use
+            raise
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
 
 
 def _generation_config(module: Any, tokenizer: Any, pretrained: Pretrained | None) -> dict[str, Any]:

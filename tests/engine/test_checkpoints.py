@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launching import BIN
+from launching import free_port
+from launching import run_panda
 
 from panda.engine.checkpoint_folders import Progress
+from panda.engine.checkpoint_folders import complete_checkpoints
 from panda.engine.checkpoint_folders import find_checkpoint
 from panda.engine.checkpoint_folders import read_progress
 from panda.engine.checkpoints import load_checkpoint
@@ -105,6 +109,46 @@ def test_an_interrupted_save_leaves_the_one_before(
     second = save_checkpoint(engine, tmp_path, Progress(2), {})
     assert find_checkpoint(tmp_path) == second
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_were_complete(
+    processes: Processes, tmp_path: Path, full_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(processes)
+    first = save_checkpoint(engine, tmp_path, Progress(1), {})
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    random_state = (first / "random-00000.pt").stat().st_size
+    weights = max(file.stat().st_size for file in first.glob("*model_states*"))
+    # DeepSpeed's files; the random state, which is larger than those; the manifest, when all else is written.
+    assert 1000 < weights < random_state
+    for room, manifest in ((1000, "{}"), (weights + 1, "{}"), (random_state + 1, "x" * 2 * random_state)):
+        with monkeypatch.context() as patch:
+            patch.setattr("panda.engine.checkpoints.json.dumps", lambda *_, text=manifest, **__: text)
+            message = r"the checkpoint of step 2 cannot be written: the disk is full.*step-00000001, is untouched"
+            with full_disk(room), pytest.raises(UserError, match=message) as caught:
+                save_checkpoint(engine, tmp_path, Progress(2), {}, keep=1)
+        assert str(tmp_path) in str(caught.value)
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    save_checkpoint(engine, tmp_path, Progress(2), {})
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
+    """Rank 1 may write files of 8 KiB, and its part of the optimizer is larger."""
+    rows = "\n".join(f'{{"input": "{letter}", "target": "{letter}"}}' for letter in "abcde")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    train = [
+        *("--arch", "llama-tiny", "--num_layers", "1", "--num_workers", "0", "--zero_stage", "1", "--max_steps", "1"),
+        *("--instruction_tuning_data_dir", "rows.jsonl", "--gradient_accumulation_steps", "1", "--output_dir", "run"),
+    ]
+    limited = f'[ $RANK = 0 ] || ulimit -f 8; exec "{BIN}/panda-train" "$@"'
+    ranks = ("--nproc_per_node=2", f"--master_port={free_port()}", "--no-python")
+    done = run_panda("torchrun", *ranks, "bash", "-c", limited, "bash", *train, cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert sorted(line.partition(":")[0] for line in errors) == ["error", "error on rank 1"]
+    assert all("the checkpoint of step 1 cannot be written: the disk is full" in line for line in errors)
+    assert all("None was complete before" in line for line in errors)
+    assert list((tmp_path / "run/checkpoints").glob("*step-*")) == []
 
 
 def test_old_checkpoints_are_removed_behind_a_newer_complete_one(processes: Processes, tmp_path: Path) -> None:

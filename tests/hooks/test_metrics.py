@@ -40,6 +40,18 @@ def test_a_record_is_a_line_and_on_disk_at_once(make_run: Any, record: Any) -> N
     assert list(json.loads(lines[0])) == list(record(1))
 
 
+def test_a_full_disk_is_told_with_the_file(make_run: Any, record: Any) -> None:
+    run = make_run()
+    plugin = started(run)
+    assert plugin.file is not None
+    plugin.file.stream.close()
+    plugin.file.stream = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as caught:
+        plugin.panda_log(record(1))
+    assert caught.value.filename == str(run.directory / "metrics.jsonl")
+    plugin.panda_exception()  # does not try again
+
+
 def test_a_run_without_records_leaves_an_empty_file(make_run: Any) -> None:
     run = make_run()
     started(run).panda_run_end()
