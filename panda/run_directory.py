@@ -167,6 +167,26 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     )
 
 
+def write_end(directory: Path, step: int, eval_data: str | None) -> None:
+    """Note in provenance.json that the run is at its end: ``step`` exported, and evaluated on ``eval_data``."""
+    described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+    rewritten = directory / f".tmp-{DESCRIPTION}"
+    _write_json(rewritten, described | {"end": {"step": step, "eval_data": eval_data}})
+    rewritten.replace(directory / DESCRIPTION)
+
+
+def is_at_end(directory: Path, step: int, eval_data: str | None) -> bool:
+    """Whether the run in ``directory`` has been at its end behind ``step``, evaluated on ``eval_data`` if on anything.
+
+    False for runs of panda 0.1 before they noted it.
+    """
+    try:
+        end = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["end"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(end["step"] == step and eval_data in (None, end["eval_data"]))
+
+
 def config_text(resolved: Resolved) -> str:
     """The resolved configuration as flat YAML that runs again as it stands, wherever it is read."""
     lines = ["# The whole configuration of a run, resolved. `panda-train --config` with this file runs it again."]

@@ -75,8 +75,10 @@ from panda.registry.errors import writing
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run_directory import hold_continued
+from panda.run_directory import is_at_end
 from panda.run_directory import make_directory
 from panda.run_directory import write_description
+from panda.run_directory import write_end
 from panda.run_lock import RunLock
 from panda.run_options import LORA_KEYS
 from panda.run_options import RunOptions
@@ -142,8 +144,8 @@ class Run:
 
 
 @explaining_lack_of_memory()
-def train(resolved: Resolved, catalog: Catalog) -> Run:
-    """Train what ``resolved`` describes and return the finished run.
+def train(resolved: Resolved, catalog: Catalog) -> Run | None:
+    """Train what ``resolved`` describes and return the finished run; None where it continues one that is finished.
 
     Started by a launcher, every process calls this; process groups stay up for the caller to leave.
     """
@@ -163,12 +165,16 @@ def train(resolved: Resolved, catalog: Catalog) -> Run:
     processes = join_processes(resolved.core.tensor_parallel_size)
     with RunLock() as lock:
         run = _build(resolved, catalog, context, pretrained, task, dataset, held_out, processes, lock)
+        if run is None:
+            return None
         try:
             with writing(f"{run.directory}: what the run says of itself", NO_ROOM_LEFT):
                 run.hook.panda_run_start(run=run)
                 _train(run)
                 _finish(run)
                 run.hook.panda_run_end(run=run)
+                if processes.rank == 0:
+                    write_end(run.directory, run.step, held_out.fingerprint if held_out else None)
         except BaseException as error:
             try:
                 run.hook.panda_exception(run=run, error=error)
@@ -190,7 +196,7 @@ def _build(
     held_out: SampleSet | None,
     processes: Processes,
     lock: RunLock,
-) -> Run:
+) -> Run | None:
     options: RunOptions = resolved.core
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
@@ -199,6 +205,15 @@ def _build(
     progress = read_progress(checkpoint, shape) if checkpoint else START
     layout = lay_out(options, dataset, processes.data_ranks, progress)
     evaluation = lay_out_evaluation(options, held_out, processes.data_ranks) if held_out is not None else None
+    if continued and checkpoint and progress.step >= layout.plan.total_steps:
+        evaluated = held_out.fingerprint if held_out else None
+        if processes.agree(lambda: is_at_end(continued, progress.step, evaluated)):
+            if processes.rank == 0:
+                print(
+                    f"{continued}: nothing is left to do: {progress.step:,} steps are done and exported. More of"
+                    f" `max_steps` or `num_train_epochs` trains on; `panda generate {continued}` answers."
+                )
+            return None
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 

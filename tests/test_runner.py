@@ -136,6 +136,40 @@ def test_a_run_that_is_done_can_be_evaluated(processes: Any, recorded: Any) -> N
     assert [call for call in calls if call[0] in ("step", "evaluated", "saved")] == [("evaluated", 1)]
 
 
+def test_a_run_that_is_done_is_left_as_it_is(
+    processes: Any, recorded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--output_dir", "out", "--save_steps", "1")
+    two, held_out = ("--max_steps", "2"), ("--eval_data_dir", "rows.jsonl")
+    recorded(*flags, *two, *held_out)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.name != ".lock"}
+    for more in ((*flags, *two, *held_out, "--resume", "auto"), ("--max_steps", "1", "--resume", "out")):
+        assert recorded(*more) == []
+        assert "out: nothing is left to do: 2 steps are done and exported" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert {file for file in (tmp_path / "out").rglob("*") if file.name != ".lock"} == set(times)
+
+    (tmp_path / "others.jsonl").write_text('{"input": "x", "target": "y"}')
+    assert ("evaluated", 2) in recorded(*flags, *two, "--resume", "auto", "--eval_data_dir", "others.jsonl")
+    assert "samples a row" not in capsys.readouterr().out
+    assert ("step", 3) in recorded(*flags, "--resume", "auto", "--max_steps", "3")
+    assert recorded(*flags, "--resume", "auto", "--max_steps", "3") == []
+    # One step back is another way, with an end of its own.
+    assert ("end", 2) in recorded("--max_steps", "1", "--resume", "out/checkpoints/step-00000001")
+
+
+def test_a_run_that_was_stopped_before_its_end_comes_to_it(
+    processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last checkpoint is there, and not its export."""
+    flags = ("--max_steps", "1", "--output_dir", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("panda.runner._finish", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            recorded(*flags)
+    assert ("end", 2) in recorded(*flags, "--resume", "auto")
+
+
 def test_missing_data_to_evaluate_on_is_told_before_anything_is_built(
     recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,9 +190,7 @@ def test_the_first_error_is_the_one_that_is_seen(processes: Any, recorded: Any) 
 
 
 def test_a_full_disk_is_told_without_a_traceback(processes: Any, recorded: Any) -> None:
-    with pytest.raises(
-        UserError, match=r"out: what the run .* the disk is full \(pictures\)\. Check"
-    ):
+    with pytest.raises(UserError, match=r"out: what the run .* the disk is full \(pictures\)\. Check"):
         recorded("full", "--output_dir", "out")
 
 

@@ -52,12 +52,13 @@ class Progress:
             drawn = " and ".join(f"{s.per_epoch:,} of {s.samples:,} samples of {s.name}" for s in data.sources)
             print(f"an epoch is {drawn}", flush=True)
         first_steps = range(run.step + 1, min(run.step + EFFICIENCY_STEPS, plan.total_steps) + 1)
-        filled, samples = run.layout.efficiency(first_steps)
-        print(
-            f"{run.layout.batching} rows: {samples:.1f} samples a row, {filled:.1%} of the tokens that the model is"
-            f" given are data, in the first {len(first_steps)} steps",
-            flush=True,
-        )
+        if first_steps:
+            filled, samples = run.layout.efficiency(first_steps)
+            print(
+                f"{run.layout.batching} rows: {samples:.1f} samples a row, {filled:.1%} of the tokens that the model is"
+                f" given are data, in the first {len(first_steps)} steps",
+                flush=True,
+            )
         print(
             f"{len(data):,} samples, {data.tokens:,} tokens, {data.supervised_tokens:,} with loss;"
             f" {plan.total_steps:,} steps of {plan.micro_batch} x {plan.accumulation} x {plan.ranks} samples"
