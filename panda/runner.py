@@ -150,7 +150,7 @@ def train(resolved: Resolved, catalog: Catalog) -> Run | None:
     Started by a launcher, every process calls this; process groups stay up for the caller to leave.
     """
     for plugin in resolved.plugins:
-        catalog.add_hooks(plugin.build(PluginContext(), object), plugin.component.name, plugin.offer.describe())
+        catalog.add_hooks(plugin.build(PluginContext(), object), plugin.component.name, plugin.offer)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
     pretrained = find_pretrained(resolved.core)
@@ -176,10 +176,9 @@ def train(resolved: Resolved, catalog: Catalog) -> Run | None:
                 if processes.rank == 0:
                     write_end(run.directory, run.step, held_out.fingerprint if held_out else None)
         except BaseException as error:
-            try:
-                run.hook.panda_exception(run=run, error=error)
-            except Exception as second:  # what went wrong first is what has to be seen
-                error.add_note(f"then a panda_exception hook failed: {second!r}")
+            if not isinstance(error, UserError):
+                catalog.tell_source(error)
+            catalog.tell_exception(run, error)
             raise
         finally:
             run.engine.close()

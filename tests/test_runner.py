@@ -56,6 +56,22 @@ class Failing:
         if step == 2:
             raise RuntimeError("boom")
 """
+HOOKED = """
+@register_optimizer("hooked")
+def build(options, context):
+    from torch.optim import SGD
+
+    return SGD(context.param_groups)
+
+@hookimpl
+def panda_step_end(run, step):
+    raise RuntimeError("boom")
+"""
+REFUSING = """
+@hookimpl
+def panda_step_end(run, step):
+    raise UserError("give --max_steps 3")
+"""
 FULL = """
 @hookimpl
 def panda_step_end(run, step):
@@ -66,10 +82,11 @@ def panda_step_end(run, step):
 @pytest.fixture
 def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``recorded(*flags)``: what was called in a run over five rows, two a step."""
+    sources = {"recorder": RECORDER, "failing": FAILING, "full": FULL, "refusing": REFUSING}
     distributions.install(
         "recording",
-        {"plugins": {"recorder": "recording.recorder", "failing": "recording.failing", "full": "recording.full"}},
-        {"recording.recorder": RECORDER, "recording.failing": FAILING, "recording.full": FULL},
+        {"plugins": {name: f"recording.{name}" for name in sources}, "optimizers": {"hooked": "recording.hooked"}},
+        {f"recording.{name}": source for name, source in (sources | {"hooked": HOOKED}).items()},
     )
     monkeypatch.chdir(tmp_path)
     rows = "\n".join(f'{{"input": "{letter}", "target": "{letter}"}}' for letter in "abcde")
@@ -183,10 +200,34 @@ def test_a_step_that_ends_several_epochs_ends_each(processes: Any, recorded: Any
     assert [call for call in calls if call[0] in ("step", "epoch")] == [("step", 1), *(("epoch", e) for e in range(4))]
 
 
-def test_the_first_error_is_the_one_that_is_seen(processes: Any, recorded: Any) -> None:
+def test_the_first_error_is_the_one_that_is_seen(
+    processes: Any, recorded: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(RuntimeError, match="boom") as caught:
         recorded("failing")
-    assert caught.value.__notes__ == ["then a panda_exception hook failed: OSError('no space for a picture')"]
+    out_of = "This came out of the hook {} of recording 1.0 (entry point panda.plugins: {} = recording.{})."
+    assert caught.value.__notes__ == [
+        out_of.format("panda_step_end", "failing", "failing") + " `-p no:failing` runs without it.",
+        "then a panda_exception hook failed: OSError('no space for a picture') "
+        + out_of.format("panda_exception", "recorder", "recorder")
+        + " `-p no:recorder` runs without it.",
+    ]
+    assert "the run stopped behind step 2" in capsys.readouterr().out, "the others are called all the same"
+
+
+def test_a_hook_that_came_with_a_component_is_named_with_it(processes: Any, recorded: Any) -> None:
+    with pytest.raises(RuntimeError, match="boom") as caught:
+        recorded("--optimizer", "hooked")
+    assert caught.value.__notes__[0] == (
+        "This came out of the hook panda_step_end of recording 1.0 (entry point panda.optimizers: hooked ="
+        " recording.hooked). It comes with optimizer 'hooked'."
+    )
+
+
+def test_what_the_user_can_put_right_is_no_fault_of_a_hook(processes: Any, recorded: Any) -> None:
+    with pytest.raises(UserError, match="--max_steps 3") as caught:
+        recorded("refusing")
+    assert not any("came out of the hook panda_step_end" in note for note in caught.value.__notes__)
 
 
 def test_a_full_disk_is_told_without_a_traceback(processes: Any, recorded: Any) -> None:

@@ -131,6 +131,7 @@ class Catalog:
             raise UserError(f"-p no:{OWN_DISTRIBUTION}: panda cannot block itself.")
         self.plugins = _PluginManager("panda")
         self.plugins.add_hookspecs(hookspecs)
+        self._sources: dict[str, Offer] = {}
         if not any(offer.distribution == OWN_DISTRIBUTION for offer in _offers()):
             raise UserError(
                 "panda's own components are not registered: its source is importable, but it is not installed."
@@ -221,9 +222,11 @@ class Catalog:
                 raise UserError(f"{component.describe()}: its options cannot be used: {problem}.") from problem
         return component
 
-    def add_hooks(self, plugin: object, name: str, described: str) -> None:
-        """Make the hook implementations of ``plugin`` live. Raises UserError for a hook that panda has not."""
+    def add_hooks(self, plugin: object, name: str, offer: Offer) -> None:
+        """Make the hooks of ``plugin``, of ``offer``, live. Raises UserError for a hook that panda has not."""
+        described = offer.describe()
         _check_hook_names(plugin, described)
+        self._sources[name] = offer
         try:
             self.plugins.register(plugin, name=name)
             self.plugins.check_pending()
@@ -237,6 +240,33 @@ class Catalog:
                 f"{described}: {reason}. panda/registry/hookspecs.py says what each hook is given."
             ) from problem
 
+    def tell_source(self, error: BaseException) -> None:
+        """Add to ``error``, where it came out of a hook, whose that is, and how a run does without."""
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for name in _HOOKS:
+            for found in getattr(self.plugins.hook, name).get_hookimpls():
+                function = inspect.unwrap(getattr(found.function, "__func__", found.function))
+                if getattr(function, "__code__", None) in codes:
+                    offer = self._sources[found.plugin_name]
+                    instead = (
+                        f"`-p no:{offer.name}` runs without it."
+                        if offer.kind == "plugin"
+                        else f"It comes with {offer.kind} {offer.name!r}."
+                    )
+                    error.add_note(f"This came out of the hook {name} of {offer.describe()}. {instead}")
+                    return
+
+    def tell_exception(self, run: Any, error: BaseException) -> None:
+        """Call every ``panda_exception``; that one fails is noted on ``error``, which is what has to be seen."""
+        values = {"run": run, "error": error}
+        for found in reversed(self.plugins.hook.panda_exception.get_hookimpls()):
+            try:
+                found.function(*(values[name] for name in found.argnames))
+            except Exception as second:
+                self.tell_source(second)
+                notes = " ".join(getattr(second, "__notes__", ()))
+                error.add_note(f"then a panda_exception hook failed: {second!r} {notes}".rstrip())
+
     def _activate(self, offer: Offer) -> Any:
         try:
             module = importlib.import_module(offer.module)
@@ -249,7 +279,7 @@ class Catalog:
                 "\nPANDA_TRACEBACK=1 shows the whole traceback."
             ) from problem
         if not self.plugins.is_registered(module):  # llama-7b and llama-65b share a module
-            self.add_hooks(module, module.__name__, offer.describe())
+            self.add_hooks(module, module.__name__, offer)
         return module
 
     def _has_hooks(self, module: Any) -> bool:

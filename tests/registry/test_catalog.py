@@ -9,6 +9,7 @@ from distributions import Distributions
 from distributions import forget_installed
 
 from panda.registry import Catalog
+from panda.registry import Offer
 from panda.registry import UserError
 from panda.registry.declarations import declarations
 
@@ -365,12 +366,12 @@ def test_an_object_of_a_plugin_factory_is_checked_like_a_module() -> None:
         def panda_run_start(self, run: Any) -> str:
             return "good"
 
-    catalog = Catalog()
+    catalog, offer = Catalog(), Offer("plugin", "watch", "acme.watch", "acme", "1.0")
     with pytest.raises(
-        UserError, match=r"acme: 'panda_run_strat' is no hook of panda's. Did you mean 'panda_run_start'"
+        UserError, match=r"= acme.watch\): 'panda_run_strat' is no hook of panda's. Did you mean 'panda_run_start'"
     ):
-        catalog.add_hooks(Misspelt(), "misspelt", "acme")
-    catalog.add_hooks(Good(), "good", "acme")
+        catalog.add_hooks(Misspelt(), "misspelt", offer)
+    catalog.add_hooks(Good(), "good", offer)
     assert catalog.plugins.hook.panda_run_start(run=None) == ["good"]
 
 
