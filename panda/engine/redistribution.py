@@ -72,6 +72,7 @@ def redistribute(engine: Engine, checkpoint: Path) -> None:
             target.copy_(stored.read())
     engine.take_partitions_from(tensors)
     check_values(engine.module, tensors)
+    _carry_loss_scale(stretches, engine.optimizer)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class _Stretches:
                 f"{checkpoint}: it does not say where the optimizer of that run held what, so it can be continued with"
                 " the same number of ranks, ZeRO stage and `deepspeed_config` alone."
             )
-        wrapper = described["wrapper"]
+        self.wrapper = wrapper = described["wrapper"]
         for rank, file in enumerate(layouts if is_sharded(wrapper) else layouts[:1]):
             described = json.loads(file.read_text(encoding="utf-8"))
             tensors = _READERS[wrapper](checkpoint, rank, described["tensors"])
@@ -150,6 +151,15 @@ def _fill(layout: TensorLayout, stretches: _Stretches, optimizer: torch.optim.Op
         optimizer.state[tensor] = state
 
 
+def _carry_loss_scale(stretches: _Stretches, optimizer: Any) -> None:
+    """Go on with the dynamic loss scale of fp16, which the checkpoint and ``optimizer`` have or both have not."""
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    saved = _loss_scaler(stretches.checkpoint, stretches.wrapper)
+    if scaler is not None and all(key in saved and hasattr(scaler, key) for key in _LOSS_SCALE):
+        for key in _LOSS_SCALE:
+            setattr(scaler, key, saved[key])
+
+
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
 
@@ -162,6 +172,22 @@ Tensors = Iterable[dict[str, Any]]
 
 def _load(file: Path) -> Any:
     return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")
+"""What the scalers of all wrappers have; which step the scale was lowered at says when it is raised."""
+
+
+def _loss_scaler(checkpoint: Path, wrapper: str) -> dict[str, Any]:
+    """What the wrapper of rank 0 wrote of its loss scale, among other things."""
+    if wrapper == "FP16_UnfusedOptimizer":
+        held: dict[str, Any] = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
+        return held
+    if not is_sharded(wrapper):
+        return {}
+    (file,) = checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    scaler = _load(file)["optimizer_state_dict"].get("loss_scaler")
+    return vars(scaler) if scaler is not None else {}
 
 
 def _states(base: dict[str, Any], count: int) -> list[dict[str, Any]]:

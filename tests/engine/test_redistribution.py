@@ -175,6 +175,29 @@ def test_every_wrapper_gives_and_takes_masters_and_moments_to_the_bit(
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def test_every_wrapper_goes_on_with_the_loss_scale_of_fp16(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed takes fp16 for missing on a CPU; torch has it."""
+    from deepspeed.accelerator import get_accelerator
+
+    def loss_scaler(engine: Engine) -> Any:
+        return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    for before, after in [(0, 1), (1, 3), (3, 0), (2, 3)]:
+        engine = make_engine(processes, before, "fp16")
+        for _ in range(3):
+            engine.step([Batch()], loss_sum)
+        held = {"cur_scale": 256.0, "cur_iter": 1700, "last_overflow_iter": 1250}
+        vars(loss_scaler(engine)).update(held)
+        saved = save_checkpoint(engine, tmp_path / f"{before}-{after}", Progress(3), {})
+        other = make_engine(processes, after, "fp16")
+        assert not load_checkpoint(other, saved)
+        assert {key: getattr(loss_scaler(other), key) for key in held} == held, (before, after)
+        assert other.step([Batch()], loss_sum).applied
+
+
 def test_a_checkpoint_that_does_not_say_what_lies_where_needs_the_ranks_that_it_had(
     processes: Processes, tmp_path: Path
 ) -> None:
