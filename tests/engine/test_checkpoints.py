@@ -86,6 +86,21 @@ def test_the_newest_complete_checkpoint_is_found(processes: Processes, tmp_path:
     assert find_checkpoint(tmp_path) is None
 
 
+def test_a_file_whose_content_changed_is_told(processes: Processes, tmp_path: Path) -> None:
+    """At its full size, which the manifest cannot tell, and torch.load does not."""
+    engine = make_engine(processes)
+    saved = save_checkpoint(engine, tmp_path, Progress(1), {})
+    file = next(saved.glob("*model_states.pt"))
+    content = bytearray(file.read_bytes())
+    weight = engine.module[0].weight.detach().numpy().tobytes()
+    content[content.index(weight)] ^= 1
+    file.write_bytes(content)
+    torch.load(file, weights_only=False)
+    assert find_checkpoint(tmp_path) == saved
+    with pytest.raises(UserError, match=rf"step-00000001: the checkpoint is damaged: {file.name} has another content"):
+        load_checkpoint(engine, saved)
+
+
 def test_an_interrupted_save_leaves_the_one_before(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,18 @@ def test_panda_export_writes_the_same_from_the_checkpoint(run: Path, tmp_path: P
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == at_the_end
 
 
+def test_a_full_disk_leaves_the_export_that_was_there(runs: Path, full_disk: Any, capsys: Any) -> None:
+    run = runs / "1-fp32"
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    for room in (10, 20_000):  # for the description, which is copied first, and for the weights
+        with full_disk(room):
+            assert main(["export", str(run)]) == 2
+        assert f"{run}/export: the export cannot be written: the disk is full" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file != run} == {
+        file: time for file, time in before.items() if file != run
+    }
+
+
 def test_greedy_answers_are_those_of_transformers(run: Path) -> None:
     from transformers import AutoModelForCausalLM
 
