@@ -320,10 +320,12 @@ def _steps(
 def _lengthened(batch: Any) -> Any:
     from dataclasses import replace
 
+    import torch
     from torch.nn.functional import pad
 
-    more = LENGTH - batch.input_ids.shape[1]
-    return replace(batch, input_ids=pad(batch.input_ids, (0, more)), labels=pad(batch.labels, (0, more), value=-100))
+    missing = LENGTH - batch.input_ids.shape[1]
+    cells = [pad(batch.input_ids, (0, missing)), pad(batch.labels, (0, missing), value=-100)]
+    return replace(batch, cells=torch.stack(cells))
 
 
 def _settle(device: Any) -> None:
