@@ -22,6 +22,7 @@ import platform
 import random
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -254,12 +255,14 @@ def measure_loader(flags: list[str], arguments: argparse.Namespace) -> None:
     layout = _layout(dataset, resolved.core, "packed", 1, arguments.samples)
     taken = ", ".join(f"{name} {rate:,}" for name, rate in GPU_RATES.items())
     print(f"packed rows; a model that does nothing takes, in tokens a second: {taken}")
-    print("| workers | alone, tokens/s |", *(f"data wait of a {name} |" for name in GPU_RATES))
-    print("|---|---|" + "---|" * len(GPU_RATES))
+    names = [f"{name}: data wait | CPU |" for name in GPU_RATES]
+    print("| workers | alone, tokens/s |", *names)
+    print("|---|---|" + "---|---|" * len(GPU_RATES))
     for workers in (0, 1, 2):
-        alone, _ = _loader(layout, workers, None, arguments.seconds)
-        waits = [_loader(layout, workers, rate, arguments.seconds)[1] for rate in GPU_RATES.values()]
-        print(f"| {workers} | {alone:,.0f} |", *(f"{wait:.2%} |" for wait in waits), flush=True)
+        alone, *_ = _loader(layout, workers, None, arguments.seconds)
+        paced = [_loader(layout, workers, rate, arguments.seconds) for rate in GPU_RATES.values()]
+        cells = [f"{wait:.2%} | {seconds * 1e3:.2f} ms a step |" for _, wait, seconds in paced]
+        print(f"| {workers} | {alone:,.0f} |", *cells, flush=True)
 
 
 def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int) -> Any:
@@ -335,11 +338,14 @@ def _settle(device: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tuple[float, float]:
-    """Tokens a second that come out of the loader, and the share of time that a model waits which takes ``pace``.
+def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tuple[float, float, float]:
+    """Tokens a second that come out of the loader; the share of time that a model waits which takes ``pace``; and
+    the median of what a step costs the thread that waits, in seconds of CPU, which others on the machine change less.
 
     Without a pace nobody holds the loader up, and all of the time is waiting.
     """
+    import torch
+
     from panda.data.batches import step_batches
 
     batches = step_batches(
@@ -348,22 +354,24 @@ def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tu
         pad_token_id=0,
         num_workers=workers,
         prefetch_factor=2,
-        pin_memory=False,
+        pin_memory=torch.cuda.is_available(),
     )
     next(batches)
     started = time.perf_counter()
     tokens, waited, elapsed = 0, 0.0, 0.0
+    spent = []
     while elapsed < seconds:
-        asked = time.perf_counter()
+        asked, before = time.perf_counter(), time.thread_time()
         step = next(batches)
         waited += time.perf_counter() - asked
+        spent.append(time.thread_time() - before)
         tokens_of_step = sum(batch.tokens for batch in step)
         tokens += tokens_of_step
         if pace is not None:
             time.sleep(tokens_of_step / pace)
         elapsed = time.perf_counter() - started
     batches.close()
-    return tokens / elapsed, waited / elapsed
+    return tokens / elapsed, waited / elapsed, statistics.median(spent)
 
 
 if __name__ == "__main__":

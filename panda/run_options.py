@@ -126,7 +126,7 @@ class RunOptions:
     num_workers: Annotated[int, Meta(ge=0)] = 2
     """Processes that prepare batches; 0 prepares them in the training process."""
     prefetch_factor: Annotated[int, Meta(ge=1)] = 2
-    """Batches that each worker prepares ahead."""
+    """Optimizer steps whose batches each worker prepares ahead."""
 
     # -- evaluation
     eval_data_dir: Annotated[str, Location()] | None = None

@@ -35,7 +35,6 @@ SAMPLES = 3
 LONGEST_SHOWN = 600
 """Tokens of a sample that are shown."""
 SUPERVISED = "bold green"
-EFFICIENCY_STEPS = 20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +53,7 @@ def _data(argv: list[str]) -> None:
     from panda.assembly import build_task
     from panda.assembly import lay_out
     from panda.assembly import load_tokenizer
+    from panda.data.layouts import LAYOUTS
     from panda.run_directory import run_name
 
     console = Console(highlight=False, soft_wrap=True)
@@ -66,6 +66,7 @@ def _data(argv: list[str]) -> None:
             console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")
     share = dataset.supervised_tokens / dataset.tokens
     console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
+    console.print(f"the tokenizer is {resolved.core.tokenizer}, of {len(task.tokenizer):,} tokens", markup=False)
     if report.truncated:
         console.print(f"{report.truncated:,} samples are longer than max_seq_length and were cut")
     if report.bad_rows:
@@ -73,8 +74,8 @@ def _data(argv: list[str]) -> None:
         for reason, count in report.reasons.most_common():
             console.print(f"  {count:>9,}  {reason}", markup=False)
         console.print("the first of them:")
-        for bad in report.first_bad_rows:
-            console.print(f"  {bad}", markup=False)
+        for line in report.first_bad_lines():
+            console.print(f"  {line}", markup=False)
 
     lengths = dataset.lengths(np.arange(len(dataset)))
     console.print("\ntokens of a sample")
@@ -84,13 +85,12 @@ def _data(argv: list[str]) -> None:
     picture.parent.mkdir(exist_ok=True)
     draw_lengths(lengths, picture, title=f"{len(dataset):,} samples, {dataset.tokens:,} tokens")
 
-    console.print("\nshare of data in what the model is given, one rank")
-    for batching in ("padded", "grouped", "packed"):
+    rows = f"per_gpu_train_batch_size {resolved.core.per_gpu_train_batch_size}"
+    console.print(f"\nwhat the model is given at the start of a run, on one rank and with {rows}")
+    for batching in LAYOUTS:
         layout = lay_out(resolved.core, dataset, 1, batching=batching)
-        steps = range(1, min(EFFICIENCY_STEPS, layout.plan.total_steps) + 1)
-        filled, samples = layout.efficiency(steps)
         chosen = "  <- this run" if batching == resolved.core.batching else ""
-        console.print(f"  {batching:8} {filled:6.1%}, {samples:.1f} samples a row{chosen}")
+        console.print(f"  {batching:8} {layout.filling()}{chosen}")
 
     positions = range(min(SAMPLES, layout.order.epoch_samples))
     for position, index in zip(positions, layout.order.samples(positions), strict=True):
@@ -104,10 +104,11 @@ def histogram(lengths: np.ndarray, bins: int) -> list[str]:
     import numpy as np
 
     counts, edges = np.histogram(lengths, bins=_edges(lengths, bins))
-    width = len(f"{edges[-1]:,}")
+    longest = int(lengths.max())
+    width = len(f"{longest:,}")
     bars = ["█" * round(BAR * count / counts.max()) for count in counts]
     return [
-        f"  {start:>{width},} to {end - 1:>{width},}  {bar:{BAR}} {count:,}"
+        f"  {start:>{width},} to {min(end - 1, longest):>{width},}  {bar:{BAR}} {count:,}"
         for (start, end), bar, count in zip(pairwise(edges), bars, counts, strict=True)
     ]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from bisect import insort
 from collections.abc import Callable
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from panda.data.token_dataset import SampleSet
 
 Row = list[int]
 """Numbers of the samples that share a row."""
+LOOKED_AT = 5000
+"""Samples at the start of a run by which it is told how full rows are, whatever the size of a step."""
 
 
 def in_order(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
@@ -81,6 +83,22 @@ LAYOUTS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], list[Row]]] = {
 """The values of the option ``batching``."""
 
 
+class Filling(NamedTuple):
+    """How full rows are."""
+
+    share: float
+    """Of the tokens that the model is given, those that are not padding."""
+    samples: float
+    """Of a row."""
+    tokens: float
+    """Of a row."""
+    steps: int
+    """Optimizer steps that were looked at."""
+
+    def __str__(self) -> str:
+        return f"{self.share:.1%} data, {self.samples:.1f} samples and {self.tokens:,.0f} tokens a row"
+
+
 @dataclass(frozen=True)
 class Layout:
     """The rows of each step of a run."""
@@ -111,8 +129,10 @@ class Layout:
         dealt = [rows[start:end] for start, end in pairwise(starts)]
         return [dealt[first : first + plan.ranks] for first in range(0, places, plan.ranks)]
 
-    def efficiency(self, steps: Iterable[int]) -> tuple[float, float]:
-        """Of what the model is given in ``steps``, the share of tokens that is not padding; and samples a row."""
+    def filling(self) -> Filling:
+        """How full the rows of the first steps are: of as many as have ``LOOKED_AT`` samples, or of one."""
+        plan = self.plan
+        steps = range(plan.start_step + 1, plan.total_steps + 1)[: max(1, LOOKED_AT // plan.step_samples)]
         tokens = cells = samples = rows = 0
         for step in steps:
             for micro_batch in self.micro_batches(step):
@@ -122,4 +142,4 @@ class Layout:
                     cells += max(filled, default=0) * len(filled)
                     samples += sum(map(len, of_rank))
                     rows += len(of_rank)
-        return tokens / max(1, cells), samples / max(1, rows)
+        return Filling(tokens / max(1, cells), samples / max(1, rows), tokens / max(1, rows), len(steps))

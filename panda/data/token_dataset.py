@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from typing import Protocol
@@ -58,11 +59,19 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report for a person: nothing where nothing was left out."""
-        lines = [f"bad row: {bad}" for bad in self.first_bad_rows]
+        lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
             lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
         if self.truncated:
             lines.append(f"{self.truncated} samples are longer than max_seq_length and were cut.")
+        return lines
+
+    def first_bad_lines(self) -> list[str]:
+        """The bad rows that are kept: a line for those on end in one file that have the same problem."""
+        lines = []
+        for (file, problem), alike in groupby(self.first_bad_rows, key=lambda bad: (bad.file, bad.problem)):
+            numbers = [str(bad.number) for bad in alike]
+            lines.append(f"{file}, {'rows' if len(numbers) > 1 else 'row'} {', '.join(numbers)}: {problem}")
         return lines
 
     def as_json(self) -> dict[str, Any]:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from panda.runner import Run
 
-EFFICIENCY_STEPS = 20
-"""Optimizer steps whose rows are looked at, at the start, for how much of them is padding."""
 PLAIN_SECONDS = 2.0
 """Least time between two plain lines."""
 LOOKED_AT = 10_000
@@ -51,14 +49,9 @@ class Progress:
         if len(data.sources) > 1:
             drawn = " and ".join(f"{s.per_epoch:,} of {s.samples:,} samples of {s.name}" for s in data.sources)
             print(f"an epoch is {drawn}", flush=True)
-        first_steps = range(run.step + 1, min(run.step + EFFICIENCY_STEPS, plan.total_steps) + 1)
-        if first_steps:
-            filled, samples = run.layout.efficiency(first_steps)
-            print(
-                f"{run.layout.batching} rows: {samples:.1f} samples a row, {filled:.1%} of the tokens that the model is"
-                f" given are data, in the first {len(first_steps)} steps",
-                flush=True,
-            )
+        rows = run.layout.filling()
+        if rows.steps:
+            print(f"{run.layout.batching} rows, in the first {rows.steps:,} steps: {rows}", flush=True)
         print(
             f"{len(data):,} samples, {data.tokens:,} tokens, {data.supervised_tokens:,} with loss;"
             f" {plan.total_steps:,} steps of {plan.micro_batch} x {plan.accumulation} x {plan.ranks} samples"

@@ -41,22 +41,25 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
     assert lines[0] == "1 files, 7 rows, 4 samples"
     # BOS, prompt, newline, three letters, EOS: 7, 11, 11, and 36 cut to 24
     assert lines[1] == f"{7 + 11 + 11 + 24} tokens, 16 with loss (30.2%)"
-    assert lines[2] == "1 samples are longer than max_seq_length and were cut"
-    assert lines[3] == "3 rows cannot be used and are left out:"
-    assert lines[4] == "          2  field 'target' is empty"
-    assert "          1  no field 'target'" in lines[5]
-    assert "  rows.json, row 5: no field 'target'" in lines[7]
+    assert lines[2] == "the tokenizer is panda:data/sample/tokenizer, of 259 tokens"
+    assert lines[3] == "1 samples are longer than max_seq_length and were cut"
+    assert lines[4] == "3 rows cannot be used and are left out:"
+    assert lines[5] == "          2  field 'target' is empty"
+    assert "          1  no field 'target'" in lines[6]
+    assert "  rows.json, row 5: no field 'target'" in lines[8]
+    assert lines[9] == "  rows.json, rows 6, 7: field 'target' is empty"
     assert any(line.startswith("   7 to  8") and line.endswith(" 1") for line in lines)
-    assert any("packed" in line and "<- this run" in line for line in lines)
+    assert "  padded   100.0% data, 1.0 samples and 13 tokens a row" in lines
+    assert "  packed   100.0% data, 1.3 samples and 18 tokens a row  <- this run" in lines
     shown = [lines[n + 1] + "\n" + lines[n + 2] for n, line in enumerate(lines) if line.startswith("-- sample")]
     assert len(shown) == 3 and all("\n»xyz</s>«" in text for text in shown)
     assert Path("runs/instruct-llama-tiny-lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_histogram_counts_every_sample_once_and_its_bars_are_to_scale() -> None:
-    lines = data.histogram(np.array([2] * 10 + [3] * 5 + [9]), bins=4)
+    lines = data.histogram(np.array([2] * 10 + [3] * 5 + [8]), bins=4)
     assert [line.split()[-1] for line in lines] == ["15", "0", "0", "1"]
-    assert [" ".join(line.split()[:3]) for line in lines] == ["2 to 3", "4 to 5", "6 to 7", "8 to 9"]
+    assert [" ".join(line.split()[:3]) for line in lines] == ["2 to 3", "4 to 5", "6 to 7", "8 to 8"]
     assert lines[0].count("█") == data.BAR and lines[1].count("█") == 0
     [only] = data.histogram(np.array([5, 5]), bins=4)
     assert only.split()[-1] == "2"
@@ -72,7 +75,7 @@ def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, caps
     flags = ["--max_steps", 1, "--output_dir", "run", "--num_layers", 1, "--hidden_size", 32, "-p", "no:tensorboard"]
     done = run_panda("panda-train", "--config", config, *flags, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
-    assert "packed rows: " in done.stdout
+    assert "packed rows, in the first 1 steps: 100.0% data, " in done.stdout
     assert [path for path in Path("cache").iterdir() if (path / "manifest.json").exists()] == [made]
     assert os.stat(made / "manifest.json").st_mtime_ns == before
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panda.data.layouts import LAYOUTS
+from panda.data.layouts import LOOKED_AT
 from panda.data.layouts import Layout
 from panda.data.layouts import best_fit
 from panda.data.layouts import by_length
@@ -133,11 +134,22 @@ def test_a_packed_step_has_the_same_rows_on_any_number_of_ranks(
         assert rows[0] == rows[1]
 
 
-def test_efficiency_is_the_share_of_tokens_that_are_data() -> None:
+def test_filling_is_the_share_of_tokens_that_are_data_and_what_is_in_a_row() -> None:
     lengths = [10, 10, 4, 16]
-    steps = range(1, 2)
-    assert layout_of(lengths, "packed").efficiency(steps) == (1.0, 2.0)
-    filled, samples = layout_of(lengths, "grouped").efficiency(steps)
-    assert (filled, samples) == (40 / (16 * 2 + 10 * 2), 1.0)
-    padded, _ = layout_of(lengths, "padded").efficiency(steps)
-    assert padded <= filled
+    assert layout_of(lengths, "packed").filling() == (1.0, 2.0, 20.0, 1)
+    grouped = layout_of(lengths, "grouped").filling()
+    assert grouped == (40 / (16 * 2 + 10 * 2), 1.0, 10.0, 1)
+    assert layout_of(lengths, "padded").filling().share <= grouped.share
+
+
+def test_filling_looks_at_as_many_samples_whatever_the_size_of_a_step() -> None:
+    """A large step takes seconds to pack."""
+    lengths = [2] * (3 * LOOKED_AT)
+    assert layout_of(lengths, "padded", accumulation=5).filling().steps == LOOKED_AT // 10
+    assert layout_of(lengths, "padded", accumulation=LOOKED_AT).filling().steps == 1
+    assert layout_of(lengths, "padded", start_step=7, start_position=3 * LOOKED_AT - 4).filling().steps == 1
+
+
+def test_filling_of_a_run_that_goes_on_is_that_of_the_steps_to_come() -> None:
+    assert layout_of([2, 2, 2, 2], "packed", start_step=1, start_position=4, epochs=2).filling() == (1.0, 2.0, 4.0, 1)
+    assert layout_of([2, 2, 2, 2], "packed", start_step=1, start_position=4).filling().steps == 0

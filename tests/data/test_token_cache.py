@@ -90,7 +90,7 @@ def test_what_is_cached_is_what_was_made(recipe: Recipe, cache: Path) -> None:
         assert dataset[0][1].tolist() == [False, True, True, True, True]
         assert (dataset.tokens, dataset.supervised_tokens) == (10, 8)
         assert (dataset.report.files, dataset.report.rows, dataset.report.bad_rows) == (1, 3, 1)
-        assert str(dataset.report.first_bad_rows[0]).endswith("row 3: expected an object, {...}, found a number")
+        assert dataset.report.first_bad_lines()[0].endswith("row 3: expected an object, {...}, found a number")
     assert folder_of(first) == folder_of(second)
     assert not list(cache.glob("*.tmp-*"))
 

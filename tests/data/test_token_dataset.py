@@ -65,10 +65,18 @@ def test_every_bad_row_is_counted_and_the_first_are_shown() -> None:
         report.add_bad(BadRow(Path("a.json"), number, "no target"))
     assert report.bad_rows == 30
     assert len(report.first_bad_rows) == SHOWN_BAD_ROWS
-    lines = report.lines()
-    assert lines[0] == "bad row: a.json, row 1: no target"
-    assert lines[-1] == "30 of 40 rows cannot be used and are left out."
-    assert len(lines) == SHOWN_BAD_ROWS + 1
+    numbers = ", ".join(map(str, range(1, SHOWN_BAD_ROWS + 1)))
+    assert report.lines() == [
+        f"bad row: a.json, rows {numbers}: no target",
+        "30 of 40 rows cannot be used and are left out.",
+    ]
+
+
+def test_bad_rows_are_told_with_their_place_and_a_problem_once_where_they_follow_each_other() -> None:
+    report = DataReport()
+    for file, number, problem in [("a", 1, "x"), ("a", 2, "x"), ("a", 5, "y"), ("a", 6, "x"), ("b", 7, "x")]:
+        report.add_bad(BadRow(Path(file), number, problem))
+    assert report.first_bad_lines() == ["a, rows 1, 2: x", "a, row 5: y", "a, row 6: x", "b, row 7: x"]
 
 
 def test_bad_rows_are_counted_by_reason_without_their_numbers() -> None:

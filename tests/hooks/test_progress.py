@@ -32,7 +32,7 @@ def started(run: Any) -> Progress:
 def test_a_run_says_at_its_start_what_it_is_going_to_do(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     started(make_run())
     assert capsys.readouterr().out == (
-        "padded rows: 1.0 samples a row, 100.0% of the tokens that the model is given are data, in the first 10 steps\n"
+        "padded rows, in the first 10 steps: 100.0% data, 1.0 samples and 4 tokens a row\n"
         "1,234 samples, 4,936 tokens, 2,468 with loss; 10 steps of 2 x 4 x 2 samples"
         " (micro batch x accumulation x ranks) on cpu\n"
     )
