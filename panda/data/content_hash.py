@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import ExitStack
 from contextlib import contextmanager
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from panda.registry import UserError
 
@@ -19,8 +22,10 @@ _SETTLED_SECONDS = 2.0
 """A file that was written later than this before it was hashed may change again within the same time stamp."""
 
 
-def content_hash(file: Path, memory: Path) -> str:
+def content_hash(file: Path, memory: Path, progress: Callable[[int], None]) -> str:
     """SHA-256 of the content of ``file``, in hex; remembered in the folder ``memory``.
+
+    Where the file has to be read ``progress`` is told of the bytes of each piece.
 
     The remembered value holds while device, inode, size and modification time stay as they are. Of
     the ranks of a run, which all ask when it starts, one reads the file; the others wait at a lock,
@@ -30,13 +35,14 @@ def content_hash(file: Path, memory: Path) -> str:
     if known is not None:
         return known
     with _alone(memory):
-        return _recall(file, memory) or _read(file, memory)
+        return _recall(file, memory) or _read(file, memory, progress)
 
 
-def _read(file: Path, memory: Path) -> str:
+def _read(file: Path, memory: Path, progress: Callable[[int], None]) -> str:
     try:
         before = file.stat()
-        with file.open("rb") as stream:
+        with _Told(file) as stream:
+            stream.progress = progress
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if stamp(file.stat()) != stamp(before):
             raise UserError(f"{file}: the file changed while it was read. Start again when it is complete.")
@@ -60,6 +66,17 @@ def remember(file: Path, digest: str, memory: Path) -> None:
 def stamp(status: os.stat_result) -> list[int]:
     """What changes when a file changes."""
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+class _Told(FileIO):
+    """A file that tells how much is read of it."""
+
+    progress: Callable[[int], None]
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        self.progress(count)
+        return count
 
 
 @contextmanager

@@ -104,10 +104,11 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
+        progress = _Progress(folder).hashed
         for name, size in manifest["sizes"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} has not {size:,} bytes")
-            if cache and content_hash(folder / name, cache / "hashes") != manifest["hashes"][name]:
+            if cache and content_hash(folder / name, cache / "hashes", progress) != manifest["hashes"][name]:
                 raise ValueError(f"{name} has another content than was written")
         ids, mask, offsets = (_mapped(folder / f"{name}.bin", manifest["types"][name]) for name in ARRAYS)
         report = DataReport.from_json(manifest["report"])
@@ -126,7 +127,9 @@ def _make(recipe: Recipe, cache: Path, folder: Path, before: list[list[int]]) ->
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        blocks = tokenised_blocks(recipe.files, recipe.reader, recipe.tokenise, progress=_Progress(recipe).show)
+        blocks = tokenised_blocks(
+            recipe.files, recipe.reader, recipe.tokenise, progress=_Progress(recipe.location).tokenised
+        )
         manifest = _write(temporary, blocks, np.uint16 if recipe.vocabulary <= 1 << 16 else np.int32)
         for file, then, now in zip(recipe.files, before, _stamps(recipe), strict=True):
             if then != now:
@@ -208,7 +211,8 @@ def _mapped(file: Path, type_name: str) -> np.ndarray:
 
 def _key(recipe: Recipe, cache: Path) -> str:
     """The address of the samples. Names of folders do not matter, order and content of files do."""
-    files = [content_hash(file, cache / "hashes") for file in recipe.files]
+    progress = _Progress(recipe.location).hashed
+    files = [content_hash(file, cache / "hashes", progress) for file in recipe.files]
     described = json.dumps(
         {"version": VERSION, "files": files, "ingredients": recipe.ingredients}, sort_keys=True, ensure_ascii=False
     )
@@ -264,23 +268,26 @@ def _rank() -> str:
 
 
 class _Progress:
-    """How far tokenising is, a line every few seconds: in a log as in a terminal."""
+    """How far a slow part of a start is, a line every few seconds: in a log as in a terminal."""
 
     SECONDS = 5.0
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.location = recipe.location
+    def __init__(self, location: object) -> None:
+        self.location = location
         self.started = self.last = time.monotonic()
-        self.tokens = self.rows = 0
+        self.bytes = self.tokens = self.rows = 0
 
-    def show(self, block: SampleBlock) -> None:
+    def hashed(self, count: int) -> None:
+        self.bytes += count
+        self._say(f"reading {self.location} to know its content: {self.bytes / 1e9:,.1f} GB")
+
+    def tokenised(self, block: SampleBlock) -> None:
         self.tokens += len(block.token_ids)
         self.rows += block.report.rows
-        now = time.monotonic()
-        if now - self.last >= self.SECONDS:
-            self.last = now
-            rate = self.tokens / (now - self.started)
-            print(
-                f"tokenising {self.location}: {self.rows:,} rows, {self.tokens:,} tokens, {rate:,.0f} tokens/s",
-                flush=True,
-            )
+        rate = self.tokens / max(1e-9, time.monotonic() - self.started)
+        self._say(f"tokenising {self.location}: {self.rows:,} rows, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
+
+    def _say(self, line: str) -> None:
+        if time.monotonic() - self.last >= self.SECONDS:
+            self.last = time.monotonic()
+            print(line, flush=True)

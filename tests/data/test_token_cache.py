@@ -154,6 +154,18 @@ def test_the_content_of_a_file_is_read_once(recipe: Recipe, cache: Path, monkeyp
     assert len(tokenised(recipe, cache)) == 3
 
 
+def test_what_is_slow_at_a_start_says_how_far_it_is(
+    recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(token_cache._Progress, "SECONDS", 0.0)
+    tokenised(recipe, cache)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"reading {recipe.location} to know its content: 0.0 GB"
+    assert lines[-1].startswith(f"tokenising {recipe.location}: 3 rows, ")
+    tokenised(recipe, cache)
+    assert capsys.readouterr().out == "", "nothing is read again"
+
+
 @pytest.mark.parametrize("name", ["token_ids.bin", "supervised.bin", "offsets.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
 def test_a_damaged_cache_is_made_again(
@@ -315,7 +327,7 @@ def test_of_several_that_start_at_once_one_hashes_and_the_others_wait(
 
     def start(_: int) -> str:
         together.wait()
-        return content_hash.content_hash(file, tmp_path / "hashes")
+        return content_hash.content_hash(file, tmp_path / "hashes", lambda count: None)
 
     monkeypatch.setattr(content_hash.hashlib, "file_digest", slowly)
     with ThreadPoolExecutor(4) as pool:
@@ -325,6 +337,9 @@ def test_of_several_that_start_at_once_one_hashes_and_the_others_wait(
 
 def test_where_nothing_can_be_remembered_it_is_hashed_all_the_same(tmp_path: Path) -> None:
     file, memory = tmp_path / "rows.json", tmp_path / "a file"
-    file.write_text("[]")
+    content = b"[]" * 300_000
+    file.write_bytes(content)
     memory.touch()
-    assert content_hash.content_hash(file, memory) == hashlib.sha256(b"[]").hexdigest()
+    told: list[int] = []
+    assert content_hash.content_hash(file, memory, told.append) == hashlib.sha256(content).hexdigest()
+    assert sum(told) == len(content) and len(told) > 2
