@@ -3,13 +3,15 @@
     python bench/data.py prepare --text FILE... [--megabytes 1000]
     python bench/data.py packing --data GSM8K [--seconds 60]
     python bench/data.py loader --data GSM8K [--seconds 10]
+    python bench/data.py scale [--samples 10000000]
 
 ``prepare`` writes a synthetic JSON Lines file of that size out of real text, trains a BPE tokenizer on
 it, and compares panda's tokenising with ``tokenizers`` alone on the same texts, in the same run.
 ``packing`` runs optimizer steps of a small LLaMA over rows padded to max_seq_length, over dynamic
 padding with length grouping at several micro batches, and over packed rows, each over the same
 samples. ``loader`` is the loader alone, with a model that does nothing; and how long a model waits for
-it that does nothing on the host, and takes as long as a GPU would.
+it that does nothing on the host, and takes as long as a GPU would. ``scale`` is what a start does with
+a data set of that many samples, of random lengths and over files of zeros, and steps of several sizes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,10 +61,15 @@ def main() -> None:
         command.add_argument("--samples", type=int, default=32, help="in an optimizer step, a multiple of --micro's")
         if name == "packing":
             command.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="micro batches to try")
+    scaling = commands.add_parser("scale")
+    scaling.add_argument("--samples", type=int, default=10_000_000)
     arguments = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores,", end=" ")
     print(f"load {os.getloadavg()[0]:.1f}, {_versions()}\n", flush=True)
-    if arguments.command == "prepare":
+    if arguments.command == "scale":
+        with tempfile.TemporaryDirectory() as folder:
+            measure_scale(arguments.samples, Path(folder))
+    elif arguments.command == "prepare":
         folder = arguments.folder or Path(tempfile.mkdtemp(prefix="panda-bench-"))
         try:
             measure_preparing(arguments.text, arguments.megabytes, arguments.alone, folder)
@@ -372,6 +380,54 @@ def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tu
         elapsed = time.perf_counter() - started
     batches.close()
     return tokens / elapsed, waited / elapsed, statistics.median(spent)
+
+
+# -- large data sets --------------------------------------------------------------------------
+
+
+def measure_scale(samples: int, folder: Path) -> None:
+    import numpy as np
+
+    from panda.cli.data import draw_lengths
+    from panda.cli.data import histogram
+    from panda.data.layouts import Layout
+    from panda.data.order import BatchPlan
+    from panda.data.order import SampleOrder
+    from panda.data.token_dataset import DataReport
+    from panda.data.token_dataset import TokenDataset
+
+    lengths = np.random.default_rng(0).lognormal(np.log(130), 0.6, samples).astype(np.int64).clip(8, LENGTH)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = int(offsets[-1])
+    offsets.tofile(folder / "offsets.bin")
+    arrays = []
+    for name, kind, count in (("ids", "uint16", tokens), ("mask", "bool", tokens), ("offsets", "int64", len(offsets))):
+        with (folder / f"{name}.bin").open("ab") as file:
+            file.truncate(count * np.dtype(kind).itemsize)
+        arrays.append(np.asarray(np.memmap(folder / f"{name}.bin", dtype=kind, mode="r")))
+    del lengths, offsets
+    dataset = TokenDataset(*arrays, DataReport(), tokens, "", folder)
+    order = SampleOrder(dataset.sources, seed=1)
+    print(f"{samples:,} samples, {tokens:,} tokens; packed rows\n| | CPU, s |\n|---|---|")
+
+    def measure(what: str, work: Callable[[], object]) -> None:
+        times = []
+        for _ in range(3):
+            started = time.process_time()
+            work()
+            times.append(time.process_time() - started)
+        print(f"| {what} | {statistics.median(times):.4f} |", flush=True)
+
+    for step in (256, 4096, 65536):
+        plan = BatchPlan(samples=samples, micro_batch=8, accumulation=step // 8, ranks=1, epochs=1)
+        layout = Layout(dataset, order, plan, "packed", LENGTH)
+        measure(f"the rows of a step of {step:,} samples", lambda: layout.micro_batches(1))  # noqa: B023 - called at once
+        measure("how full rows are, told at the start", layout.filling)
+    measure("256 samples across the border of epochs", lambda: order.samples(range(samples - 128, samples + 128)))
+    held = dataset.lengths(np.arange(samples))
+    measure("all lengths", lambda: dataset.lengths(np.arange(samples)))
+    measure("their histogram", lambda: histogram(held, 12))
+    measure("their picture", lambda: draw_lengths(held, folder / "lengths.png", title=""))
 
 
 if __name__ == "__main__":
