@@ -41,6 +41,9 @@ class BadRow:
     number: int
     problem: str
 
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}: {self.problem}"
+
 
 @runtime_checkable
 class Reader(Protocol):

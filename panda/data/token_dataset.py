@@ -70,8 +70,9 @@ class DataReport:
         """The bad rows that are kept: a line for those on end in one file that have the same problem."""
         lines = []
         for (file, problem), alike in groupby(self.first_bad_rows, key=lambda bad: (bad.file, bad.problem)):
-            numbers = [str(bad.number) for bad in alike]
-            lines.append(f"{file}, {'rows' if len(numbers) > 1 else 'row'} {', '.join(numbers)}: {problem}")
+            first, *more = alike
+            numbers = ", ".join(str(bad.number) for bad in (first, *more))
+            lines.append(f"{file}, rows {numbers}: {problem}" if more else str(first))
         return lines
 
     def as_json(self) -> dict[str, Any]:
