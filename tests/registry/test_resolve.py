@@ -462,7 +462,7 @@ def test_the_written_configuration_means_the_same_in_every_folder(
     distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distributions.install("acme", {"optimizers": {"reading": "acme.r"}}, {"acme.r": READING})
-    for folder in ("here/pretrained-models/mine", "here/weights/org/theirs", "elsewhere"):
+    for folder in ("here/pretrained-models/mine", "here/weights/org/theirs", "here/tokenizer", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
     here, home = tmp_path / "here", Path.home()
     monkeypatch.chdir(here)
