@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import start
 
 PLUGIN = Path(__file__).parents[1] / "plugins" / "panda-example"
 SCRIPTS = Path(sys.executable).parent
@@ -70,14 +71,26 @@ def test_lists_and_shows_it(site: Path, tmp_path: Path) -> None:
         assert str(site / "panda_example") in shown.stdout, "not from where it was installed"
 
 
-def test_trains_by_name(site: Path, tmp_path: Path) -> None:
-    done = run(SCRIPTS / "panda-train", *SMALL_RUN, "--output_dir", "run", cwd=tmp_path, site=site)
-    assert done.returncode == 0, done.stdout + done.stderr
-    components = json.loads((tmp_path / "run" / "provenance.json").read_text())["components"]
+@pytest.fixture(scope="module")
+def tested(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """Its own tests, which start runs as a user does, where it is installed; and a run that they left."""
+    folder = tmp_path_factory.mktemp("tested")
+    options = ("-q", "-p", "no:cacheprovider", "--basetemp", folder / "base")
+    tests = site.parent / "source" / "tests"
+    with start(SCRIPTS / "pytest", *options, tests, cwd=folder, PYTHONPATH=str(site)) as started:
+        return started.wait(1800), folder / "base" / "runs0" / "one"
+
+
+def test_its_own_tests_pass_where_it_is_installed(tested: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    assert tested[0].returncode == 0, tested[0].stdout + tested[0].stderr
+
+
+def test_trains_by_name(site: Path, tested: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    components = json.loads((tested[1] / "provenance.json").read_text())["components"]
     for label in ("model gru", "arch gru-tiny", "optimizer lion", "plugin report"):
         assert components[label]["distribution"] == "panda-example"
         assert components[label]["source"].startswith(str(site))
-    assert "| run | complete |" in (tmp_path / "run" / "report.md").read_text()
+    assert "| run | complete |" in (tested[1] / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -106,10 +119,3 @@ def test_without_it_its_names_are_unknown(tmp_path: Path) -> None:
     shown = run(SCRIPTS / "panda", "show", "model", "gru", cwd=tmp_path)
     assert shown.returncode == 2
     assert "unknown model 'gru'" in shown.stderr
-
-
-def test_its_own_tests_pass_where_it_is_installed(site: Path, tmp_path: Path) -> None:
-    tests = site.parent / "source" / "tests"
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "base", tests)
-    done = run(*command, cwd=tmp_path, site=site)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -26,7 +26,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "gru-tiny.yaml"
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def train(directory: Path, *flags: str, launcher: list[str] | None = None) -> str:
@@ -86,9 +86,9 @@ def test_exported_weights_give_the_trained_models_logits(finished: tuple[Path, s
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_ranks_give_the_losses_of_one(finished: tuple[Path, str], tmp_path: Path, zero_stage: int) -> None:
-    flags = ("--per_gpu_train_batch_size", "4", "--zero_stage", str(zero_stage))
+def test_two_ranks_give_the_losses_of_one(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Under ZeRO-3, which asks the most of a model."""
+    flags = ("--per_gpu_train_batch_size", "4", "--zero_stage", "3")
     train(tmp_path / "two", *GRU_AND_LION, *flags, launcher=TORCHRUN)
     assert losses(tmp_path / "two") == pytest.approx(losses(finished[0]), rel=0, abs=1e-5)
 
@@ -107,7 +107,8 @@ def test_an_option_out_of_bounds_is_refused() -> None:
 
 
 def test_the_configuration_learns(tmp_path: Path) -> None:
-    done = run(PANDA_TRAIN, "--config", str(CONFIG), "--output_dir", str(tmp_path / "run"))
+    half = ("--num_train_epochs", "0.75")  # of what it says: 254 steps
+    done = run(PANDA_TRAIN, "--config", str(CONFIG), *half, "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     course = losses(tmp_path / "run")
     assert course[0] > 5
