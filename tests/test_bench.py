@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT
+from launching import run_script
 
 BENCH = Path(__file__).parent.parent / "bench"
 
 
 @pytest.mark.parametrize("more", [(), ("--zero_stage", "1")], ids=["alone", "zero-1"])
 def test_the_optimizer_step_is_measured(more: tuple[str, ...]) -> None:
-    command = [sys.executable, str(BENCH / "optimizer_step.py"), "--shape", "tiny", "--steps", "2", *more]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| tiny")]
+    printed = run_script(BENCH / "optimizer_step.py", "--shape", "tiny", "--steps", 2, *more, cwd=BENCH)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| tiny")]
     assert [row[2] for row in rows] == ["adamw, fused", "nvlamb", "nvlamb, weight decay"] * (1 if more else 2)
     assert all(float(row[3]) > 0 for row in rows)

@@ -16,6 +16,9 @@ from panda.runner import train
 
 panda.runner.ANSWER_TOKENS = 2  # under ZeRO-3 answers take longer than the training
 
+NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard"]
+"""A picture takes longer than the steps that it shows."""
+
 for argv in json.loads(sys.argv[1]):
-    train(*configure(parse_arguments(argv)))
+    train(*configure(parse_arguments([*argv, *NOTHING_DRAWN])))
 leave_processes()

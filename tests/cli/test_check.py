@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import run_panda
 
 from panda.cli.main import main
 
@@ -18,15 +16,8 @@ def test_each_value_is_printed_with_its_origin_and_the_data_is_counted(tmp_path:
         "arch: llama-tiny\ninstruction_tuning_data_dir: panda:data/sample/instruct\nmax_seq_length: 128\n"
         "per_gpu_train_batch_size: 32\ngradient_accumulation_steps: 1\nseed: 7\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "panda.cli.main", "check", str(file), "--learning_rate", "2e-4"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    done = run_panda("panda", "check", file, "--learning_rate", "2e-4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["seed", "7", f"{file}:6"] in lines
     assert ["learning_rate", "0.0002", "--learning_rate"] in lines

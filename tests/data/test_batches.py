@@ -201,7 +201,7 @@ def test_two_processes_of_three_workers_see_the_bytes_of_one_process_alone(datas
         pickle.dump([(dataset, plan, rank, 3, batching) for batching in LAYOUTS], process.stdin)
         process.stdin.close()
         process.stdin = None
-    seen = [pickle.loads(process.communicate(timeout=300)[0]) for process in ranks]
+    seen = [pickle.loads(process.communicate(timeout=900)[0]) for process in ranks]
     for number, batching in enumerate(LAYOUTS):
         alone = sequence((dataset, plan_of(micro_batch=2, accumulation=2), 0, 0, batching))
         together = [

@@ -303,7 +303,7 @@ print(t.texts(tokenised(recipe, Path({cache!r}))))
 def test_of_several_that_start_at_once_one_tokenises_and_the_others_wait(recipe: Recipe, cache: Path) -> None:
     program = STARTING.format(here=str(Path(__file__).parent), file=str(recipe.files[0]), cache=str(cache))
     processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert all("['hello', 'there', 'again']" in output for output in outputs), outputs
     assert sum(output.count("tokenising\n") for output in outputs) == 1
     waiting = [output for output in outputs if "waiting for process " in output]

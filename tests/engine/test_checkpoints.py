@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import BIN
-from launching import free_port
-from launching import run_panda
+from launching import start
 
 from panda.engine.checkpoint_folders import Progress
 from panda.engine.checkpoint_folders import complete_checkpoints
@@ -148,6 +146,15 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_complete(
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
+LIMITED = """
+import os, resource, sys
+if os.environ["RANK"] == "1":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+from panda.cli.train import main
+sys.exit(main())
+"""
+
+
 def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
     """Rank 1 may write files of 8 KiB, and its part of the optimizer is larger."""
     rows = "\n".join(f'{{"input": "{letter}", "target": "{letter}"}}' for letter in "abcde")
@@ -156,9 +163,9 @@ def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
         *("--arch", "llama-tiny", "--num_layers", "1", "--num_workers", "0", "--zero_stage", "1", "--max_steps", "1"),
         *("--instruction_tuning_data_dir", "rows.jsonl", "--gradient_accumulation_steps", "1", "--output_dir", "run"),
     ]
-    limited = f'[ $RANK = 0 ] || ulimit -f 8; exec "{BIN}/panda-train" "$@"'
-    ranks = ("--nproc_per_node=2", f"--master_port={free_port()}", "--no-python")
-    done = run_panda("torchrun", *ranks, "bash", "-c", limited, "bash", *train, cwd=tmp_path)
+    (tmp_path / "limited.py").write_text(LIMITED)
+    with start(tmp_path / "limited.py", *train, cwd=tmp_path, ranks=2) as started:
+        done = started.wait()
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert sorted(line.partition(":")[0] for line in errors) == ["error", "error on rank 1"]
     assert all("the checkpoint of step 1 cannot be written: the disk is full" in line for line in errors)

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import run_code
 
 from panda.engine.deepspeed_config import _OWNERS
 from panda.engine.deepspeed_config import _REFUSED
@@ -88,7 +87,6 @@ class Recording(dict):
 DeepSpeedConfig(Recording(train_batch_size=1))
 print(json.dumps(sorted(seen)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    read = set(json.loads(done.stdout.splitlines()[-1]))
+    read = set(json.loads(run_code(code, cwd=tmp_path).splitlines()[-1]))
     assert len(read) > 40  # the parser was heard
     assert read <= {*_TAKEN, *_OWNERS, *_REFUSED}

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from checkpoint_files import llama
 from checkpoint_files import save_delta
 from checkpoint_files import save_hf
 from checkpoint_files import save_meta
-from launching import ENVIRONMENT
 from launching import losses
+from launching import run_code
 from launching import train_many
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
@@ -134,10 +132,8 @@ def references(folder: Path) -> dict[str, tuple[list[float], Any]]:
 @pytest.fixture(scope="module")
 def exported(folder: Path) -> dict[str, Any]:
     """What plain transformers makes of each export."""
-    paths = [str(folder / f"run-{name}" / "export") for name in RUNS]
-    done = subprocess.run([sys.executable, "-c", PLAIN, *paths], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(RUNS, map(json.loads, done.stdout.splitlines()), strict=True))
+    printed = run_code(PLAIN, *(folder / f"run-{name}" / "export" for name in RUNS), cwd=folder)
+    return dict(zip(RUNS, map(json.loads, printed.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("name", RUNS)

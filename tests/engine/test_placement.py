@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from launching import BIN
-from launching import ENVIRONMENT
-from launching import free_port
+from launching import TESTS
+from launching import run_script
 from measure_placement import COUNT
 from measure_placement import SIDE
 from safetensors.torch import save_file
@@ -30,11 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("stage", "most"), [(3, COUNT * TENSOR // 2 + TENSOR), (2, COUNT * TENSOR + TENSOR)])
 def test_the_peak_is_what_a_rank_keeps_and_one_tensor(folder: Path, stage: int, most: int) -> None:
-    script = [str(Path(__file__).parent / "measure_placement.py"), str(stage), str(folder)]
-    command = [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}", *script]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in re.findall(r"\{[^}]*\}", done.stdout)]  # ranks may share a line
+    printed = run_script(TESTS / "engine/measure_placement.py", stage, folder, ranks=2, cwd=folder)
+    found = [json.loads(line) for line in re.findall(r"\{[^}]*\}", printed)]  # ranks may share a line
     assert sorted(line["rank"] for line in found) == [0, 1]
     for line in found:
         assert most - 2 * TENSOR < line["kept"] <= line["peak"]

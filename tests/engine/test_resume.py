@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +16,11 @@ import torch
 from distributions import Distributions
 from distributions import forget_installed
 from launching import BIN
-from launching import ENVIRONMENT
 from launching import exported_weights
 from launching import losses
 from launching import metrics
 from launching import run_panda
+from launching import start
 from launching import train_many
 
 from panda.cli.arguments import parse_arguments
@@ -121,15 +119,13 @@ def test_killed_at_any_moment_resume_auto_ends_with_the_same_bits(folder: Path) 
     """The run is killed without warning, twice, and continued in its own directory."""
     flags = [*map(str, SMALL[:-1]), "2", "--output_dir", str(folder / "killed"), "--resume", "auto"]
     for step in (2, 4):
-        process = subprocess.Popen(
-            [str(BIN / "panda-train"), *flags], cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while not (folder / f"killed/checkpoints/step-{step:08d}").exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        with start(BIN / "panda-train", *flags, cwd=folder) as started:
+            deadline = time.monotonic() + 600
+            while not (folder / f"killed/checkpoints/step-{step:08d}").exists():
+                assert time.monotonic() < deadline, started.stderr.read_text()
+                os.kill(started.pids[0], 0)  # ProcessLookupError: it ended by itself
+                time.sleep(0.005)
+            started.kill()
     done = run_panda("panda-train", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert losses(folder / "killed") == losses(folder / "1-0")

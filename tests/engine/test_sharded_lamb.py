@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lamb_reference import ReferenceLamb
-from launching import BIN
-from launching import ENVIRONMENT
-from launching import free_port
+from launching import run_script
 
 CLIPS = {"network": 2.0, "terms": 7.5}
 """Below the norm of some steps and above that of others, by the test that says so."""
@@ -72,16 +68,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         folder = folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
         chosen = {name: (CONFIGURATIONS | NAIVE)[name] for name in names}
         (folder / "configurations.json").write_text(json.dumps(chosen))
-        script = [lamb_steps.__file__, str(folder / "configurations.json"), str(folder)]
-        launcher = [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-        done = subprocess.run(
-            [*(launcher if ranks > 1 else [sys.executable]), *script],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_script(Path(lamb_steps.__file__), folder / "configurations.json", folder, ranks=ranks, cwd=folder)
     return folders
 
 

@@ -132,6 +132,7 @@ def merged(folder: Path) -> dict[str, dict[str, Any]]:
     names = [name for name in ALONE | TOGETHER if name != "whole"]
     for name in names:
         assert main(["export", str(folder / name), "--merge", "--output", str(folder / "merged" / name)]) == 0
+    # A process of its own, and no fork of one that has imported peft.
     command = [sys.executable, "-c", PLAIN, *(f"merged/{name}" for name in names)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr

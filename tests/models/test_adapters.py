@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from adapter_training import exported
 from adapter_training import plain_base
 from adapter_training import rows
 from adapter_training import train_plainly
-from launching import ENVIRONMENT
 from launching import losses
+from launching import run_code
 from launching import run_panda
 from launching import train_many
 from launching import zero3_at_once
@@ -146,15 +144,7 @@ print(json.dumps({"ids": ids.tolist(), "logits": logits}))
 def test_plain_peft_loads_what_a_run_leaves_on_the_base(runs: Path, tmp_path: Path) -> None:
     plain_base(SHAPE).save_pretrained(tmp_path / "base")
     names = ("lora", "zero3", "dora", "rslora")
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, tmp_path / "base", *(runs / name / "export" for name in names)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(run_code(PLAIN, tmp_path / "base", *(runs / name / "export" for name in names), cwd=tmp_path))
     ids = torch.tensor(found["ids"])
     for name, logits in zip(names, found["logits"], strict=True):
         _, model = plain_loop((ALONE | TOGETHER)[name][0])

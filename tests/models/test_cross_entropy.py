@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the customary name
-from launching import BIN
-from launching import ENVIRONMENT
-from launching import free_port
+from launching import TESTS
+from launching import run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
@@ -196,12 +192,8 @@ def test_logits_are_made_for_supervised_tokens_alone_and_a_few_at_a_time(monkeyp
 def zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Losses and weights of steps on two ranks under ZeRO-3, and of the same in one process with full logits."""
     folder = tmp_path_factory.mktemp("zero3")
-    script = Path(__file__).parent / "train_with_loss_sum.py"
     for ranks in (1, 2):
-        launcher = [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-        command = [sys.executable] if ranks == 1 else launcher
-        done = subprocess.run([*command, script, folder / f"{ranks}.json"], env=ENVIRONMENT, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+        run_script(TESTS / "models/train_with_loss_sum.py", folder / f"{ranks}.json", ranks=ranks, cwd=folder)
     return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in ("1", "2")}
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import ENVIRONMENT
+from launching import run_code
 from launching import train_many
 
 from panda.cli.main import main
@@ -68,12 +66,8 @@ def run(request: pytest.FixtureRequest, runs: Path) -> Path:
 def plainly(runs: Path) -> dict[Path, Any]:
     """What plain transformers says of each run's export."""
     folders = [runs / f"{ranks}-{precision}" for ranks, _, precision in RUNS]
-    exports = [str(folder / "export") for folder in folders]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, *exports], env=ENVIRONMENT, capture_output=True, text=True, cwd=runs
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(folders, map(json.loads, done.stdout.splitlines()), strict=True))
+    printed = run_code(PLAIN, *(folder / "export" for folder in folders), cwd=runs)
+    return dict(zip(folders, map(json.loads, printed.splitlines()), strict=True))
 
 
 def test_plain_transformers_gives_the_logits_of_the_trained_weights(run: Path, plainly: dict[Path, Any]) -> None:

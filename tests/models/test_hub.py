@@ -22,8 +22,6 @@ from hub_server import hub_of
 from launching import BIN
 from launching import ENVIRONMENT
 from launching import exported_weights
-from launching import free_port
-from launching import run_panda
 
 DATA = ["--instruction_tuning_data_dir", "panda:data/sample/instruct"]
 RUN = [
@@ -73,6 +71,12 @@ def snapshot(tmp_path: Path, name: str) -> Path:
     return found[0]
 
 
+def run(command: str, *argv: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own from the start: where the hub is, is read when its client is imported."""
+    words = [str(BIN / command), *map(str, argv)]
+    return subprocess.run(words, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600)
+
+
 def assert_exported(run: Path, model: Any) -> None:
     found, expected = exported_weights(run), model.state_dict()
     assert found.keys() == expected.keys()
@@ -83,11 +87,8 @@ def test_two_ranks_fetch_what_they_need_once_and_a_run_without_network_takes_it_
     hub: Hub, model: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     command = [*("--model", "llama", "--ckpt_path", "org/tiny"), *DATA, *RUN, "--output_dir", "first"]
-    launcher = [BIN / "torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", "--no-python"]
-    done = subprocess.run(
-        [str(word) for word in (*launcher, BIN / "panda-train", *command)],
-        **{"cwd": tmp_path, "env": ENVIRONMENT | environment, "capture_output": True, "text": True, "timeout": 600},
-    )
+    launcher = ("--standalone", "--nproc_per_node=2", "--no-python", BIN / "panda-train")
+    done = run("torchrun", *launcher, *command, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     weights = snapshot(tmp_path, "tiny")
     assert f"weights: {weights} (Hugging Face hub): safetensors, llama\n" in done.stdout
@@ -104,7 +105,7 @@ def test_two_ranks_fetch_what_they_need_once_and_a_run_without_network_takes_it_
     hub.asked.clear()
     offline = environment | {"HF_HUB_OFFLINE": "1"}
     again = ["--model", "hf", "--ckpt_path", "org/tiny", "--tokenizer", "org/tiny", *DATA, *RUN]
-    done = run_panda("panda-train", *again, "--output_dir", "second", cwd=tmp_path, **offline)
+    done = run("panda-train", *again, "--output_dir", "second", cwd=tmp_path, **offline)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"weights: {weights} (Hugging Face hub, from its cache): safetensors, llama\n" in done.stdout
     assert hub.asked == []
@@ -115,7 +116,7 @@ def test_no_weights_are_fetched_for_a_run_that_is_wrong_otherwise_nor_for_a_toke
     hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     wrong = ["--instruction_tuning_data_dir", "nowhere", "--tokenizer", "org/cut", "--max_seq_length", 64]
-    done = run_panda("panda-train", "--model", "llama", "--ckpt_path", "org/tiny", *wrong, cwd=tmp_path, **environment)
+    done = run("panda-train", "--model", "llama", "--ckpt_path", "org/tiny", *wrong, cwd=tmp_path, **environment)
     assert done.returncode == 2 and "'nowhere' does not exist" in done.stderr
     assert not [name for name in hub.fetched() if name.endswith((".safetensors", ".bin"))]
     assert (snapshot(tmp_path, "cut") / "tokenizer.json").exists()
@@ -128,7 +129,7 @@ def test_a_download_that_breaks_off_is_told_and_what_came_whole_is_kept(
     first, second = sorted(file.name for file in (hub.root / "org" / "cut").glob("consolidated.*"))
     hub.cut[second] = 1000
     make = ["delta", "make", "--target", "org/cut", "--base", "org/cut", "--output", "delta", "--allow_pickle"]
-    done = run_panda("panda", *make, cwd=tmp_path, **environment)
+    done = run("panda", *make, cwd=tmp_path, **environment)
     hub.cut.clear()
     assert done.returncode == 2
     told = f"error: {hub.endpoint}/org/cut could not be fetched: RemoteProtocolError: peer closed connection"
@@ -138,7 +139,7 @@ def test_a_download_that_breaks_off_is_told_and_what_came_whole_is_kept(
     assert not (tmp_path / "delta").exists()
 
     hub.asked.clear()
-    done = run_panda("panda", *make, cwd=tmp_path, **environment)
+    done = run("panda", *make, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert hub.fetched() == [second]
 

@@ -186,7 +186,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [*PIP, *OFFLINE, "--target", str(target), *sources],
         check=True,
-        timeout=300,
+        timeout=900,
     )
     return target
 
@@ -198,7 +198,7 @@ def run(site: Path, cwd: Path, program: str, *argv: str) -> subprocess.Completed
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 

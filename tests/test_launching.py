@@ -1,0 +1,71 @@
+"""What the other tests start their runs with: forks are as processes of their own, and none is waited for in vain."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from launching import run_code
+from launching import run_script
+from launching import start
+
+FACTS = """
+import json, os, random, sys
+import numpy
+panda = [name for name in sys.modules if name.split(".")[0] == "panda"]
+print(json.dumps({
+    "argv": sys.argv, "name": __name__, "path": sys.path[:2], "cwd": os.getcwd(), "panda": panda,
+    "threads": len(os.listdir("/proc/self/task")), "stdin": sys.stdin.read(), "torch": "torch" in sys.modules,
+    "drawn": [random.random(), float(numpy.random.random())], "rank": os.environ.get("RANK"),
+}), flush=True)
+"""
+
+
+def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "facts.py").write_text(FACTS)
+    with start(tmp_path / "facts.py", 1, "b", cwd=tmp_path, PYTHONPATH="/nowhere") as started:
+        facts = json.loads(started.wait().stdout)
+    drawn, again = facts.pop("drawn"), json.loads(run_code(FACTS, cwd=tmp_path))["drawn"]
+    assert facts == {
+        **{"argv": [str(tmp_path / "facts.py"), "1", "b"], "name": "__main__", "path": [str(tmp_path), "/nowhere"]},
+        **{"cwd": str(tmp_path), "panda": [], "threads": 1, "stdin": "", "torch": True, "rank": None},
+    }
+    assert all(number != other for number, other in zip(drawn, again, strict=True))
+
+
+GROUP = """
+import sys, time, torch.distributed as dist
+dist.init_process_group("gloo")
+number = dist.get_rank()
+if sys.argv[1] == "fail" and number == 1:
+    raise SystemExit("rank 1 fails")
+if sys.argv[1] == "fail":
+    time.sleep(10_000)
+held = [None] * dist.get_world_size()
+dist.all_gather_object(held, number)
+print(held, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_meet_and_one_that_fails_ends_the_others(tmp_path: Path) -> None:
+    script = tmp_path / "group.py"
+    script.write_text(GROUP)
+    assert run_script(script, "meet", ranks=3, cwd=tmp_path).count("[0, 1, 2]") == 3
+    with start(script, "fail", ranks=2, cwd=tmp_path) as started:
+        done = started.wait()
+    assert (done.returncode, done.stdout) == (1, "") and "rank 1 fails" in done.stderr
+
+
+def test_a_hang_ends_with_what_was_printed_and_another_can_start(tmp_path: Path) -> None:
+    hanging = tmp_path / "hanging.py"
+    hanging.write_text("import time; print('so far', flush=True); time.sleep(1000)")
+    with pytest.raises(AssertionError, match=r"after 0 s still ran: (?s:.*)so far"), start(hanging, cwd=tmp_path) as it:
+        while not (it.stdout.exists() and it.stdout.read_text()):
+            time.sleep(0.01)
+        it.wait(0)
+    with pytest.raises(ZeroDivisionError), start(hanging, cwd=tmp_path):
+        _ = 1 / 0  # a test that fails meanwhile
+    assert run_code("print('next')", cwd=tmp_path) == "next\n"

@@ -1,0 +1,97 @@
+"""Forks processes that have imported what a run imports: each would spend ten seconds of a core on that.
+
+Started by launching.py. A line of its input asks for processes that run one script, one for each ``environments``;
+the answers are their process ids at once, and their exit codes when all have ended. As torchrun does, it ends the
+others after one has failed. They end as any interpreter does, and have nothing of panda but what imports leave.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+import numpy
+
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what imports print is no answer
+
+IMPORTED = (
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "peft",
+    "safetensors.torch",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+)
+
+SECONDS_TO_SAY_WHY = 5
+
+
+def become(order: dict[str, Any], environment: dict[str, str]) -> None:
+    """Make of this fork what a process of that command line would be."""
+    ANSWERS.close()
+    os.chdir(order["cwd"])
+    os.environ.update(environment)
+    for descriptor, file in enumerate((os.devnull, order["stdout"], order["stderr"])):
+        opened = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.argv = order["argv"]
+    sys.path[:1] = [os.path.dirname(sys.argv[0]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    numpy.random.seed()  # Python's own generator is seeded anew in each fork
+
+
+def end(pids: list[int]) -> list[int]:
+    """Exit codes of ``pids``, in their order, when all have ended. Seconds after one failed, those that still run are
+    killed: they wait for it, and what they had to say of it is said."""
+    codes: dict[int, int] = {}
+
+    def kill_others(*_: object) -> None:
+        for other in set(pids) - set(codes):
+            with suppress(ProcessLookupError):
+                os.kill(other, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill_others)
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid]:
+            signal.alarm(SECONDS_TO_SAY_WHY)
+    signal.alarm(0)
+    return [codes[pid] for pid in pids]
+
+
+def serve() -> dict[str, Any] | None:
+    """Answer each line of stdin. In a fork: what it is to run."""
+    for line in iter(sys.stdin.readline, ""):
+        order = json.loads(line)
+        assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork has no other thread's locks to wait for"
+        pids = []
+        for environment in order["environments"]:
+            pids.append(os.fork())
+            if not pids[-1]:
+                become(order, environment)
+                return order
+        print(json.dumps(pids), file=ANSWERS, flush=True)
+        print(json.dumps(end(pids)), file=ANSWERS, flush=True)
+    return None
+
+
+for name in IMPORTED:
+    importlib.import_module(name)
+gc.collect()
+gc.freeze()
+if serve():
+    runpy.run_path(sys.argv[0], run_name="__main__")
