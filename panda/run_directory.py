@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from panda.engine.checkpoint_folders import find_checkpoint
-from panda.models.finding import find_here
+from panda.models.finding import from_anywhere
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import Setting
@@ -27,6 +27,9 @@ from panda.run_options import resolve_path
 
 DESCRIPTION = "provenance.json"
 """The file that makes a folder a run directory."""
+
+EXPORT = "export"
+"""The folder in it with the trained model."""
 
 _PLACE_KEYS = ("output_dir", "resume")
 """Keys that say where a run is and not what it does: left out of config.yaml, so that it runs again as it stands."""
@@ -70,8 +73,8 @@ def make_directory(resolved: Resolved, lock: RunLock) -> Path:
 
 def goes_on(resolved: Resolved, directory: Path, checkpoint: Path | None) -> bool:
     """Whether a run in ``directory``, from ``checkpoint``, is the one that is there already."""
-    owner = checkpoint.absolute().parent.parent if checkpoint else None
-    return (directory / DESCRIPTION).exists() and (resolved.core.resume == "auto" or owner == directory.absolute())
+    owner = checkpoint.resolve().parent.parent if checkpoint else None
+    return (directory / DESCRIPTION).exists() and (resolved.core.resume == "auto" or owner == directory.resolve())
 
 
 def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
@@ -80,7 +83,7 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     Raises UserError where that would mix two runs or the checkpoint is not there.
     """
     options = resolved.core
-    given = Path(options.output_dir) if options.output_dir else None
+    given = Path(options.output_dir).expanduser() if options.output_dir else None
     default = Path("runs") / run_name(resolved)
     if options.resume == "auto":
         directory = given or _numbered(default, exists=True)
@@ -95,8 +98,8 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
             f"resume: no complete checkpoint at {options.resume!r}. Give a run directory, its `checkpoints`, or one"
             " `step-...` folder; or `auto`."
         )
-    owner = checkpoint.absolute().parent.parent if checkpoint.absolute().parent.name == "checkpoints" else None
-    if owner is not None and (given is None or given.absolute() == owner):
+    is_in_run = checkpoint.absolute().parent.name == "checkpoints"
+    if is_in_run and (given is None or given.resolve() == checkpoint.resolve().parent.parent):
         return given or checkpoint.parent.parent, checkpoint
     return _new(given, default), checkpoint
 
@@ -127,15 +130,16 @@ def run_name(resolved: Resolved) -> str:
 def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write config.yaml, provenance.json (with ``facts``) and deepspeed.json.
 
-    What provenance.json said of earlier starts of the same run is kept in it.
+    What provenance.json said of earlier starts of the same run is kept in it. Each file is there whole, the one
+    before or the new one, whatever happens meanwhile.
     """
     try:
         before = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
     earlier = [*before.pop("earlier_starts", []), before] if before else []
-    (directory / "config.yaml").write_text(config_text(resolved), encoding="utf-8")
-    _write_json(directory / "deepspeed.json", deepspeed)
+    _replace(directory / "config.yaml", config_text(resolved))
+    _replace_json(directory / "deepspeed.json", deepspeed)
     packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
     packages += ["bitsandbytes"] * resolved.core.use_quant
     packages += ["fairscale"] * (resolved.core.tensor_parallel_size > 1)
@@ -151,7 +155,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
         f"plugin {offer.name}": {"distribution": offer.distribution, "version": offer.version, "module": offer.module}
         for offer in resolved.hook_modules
     }
-    _write_json(
+    _replace_json(
         directory / DESCRIPTION,
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -167,24 +171,23 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     )
 
 
-def write_end(directory: Path, step: int, eval_data: str | None) -> None:
-    """Note in provenance.json that the run is at its end: ``step`` exported, and evaluated on ``eval_data``."""
+def write_end(directory: Path, step: int, **done: Any) -> None:
+    """Note in provenance.json that the run is at its end behind ``step``, and what else was ``done`` there."""
     described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-    rewritten = directory / f".tmp-{DESCRIPTION}"
-    _write_json(rewritten, described | {"end": {"step": step, "eval_data": eval_data}})
-    rewritten.replace(directory / DESCRIPTION)
+    _replace_json(directory / DESCRIPTION, described | {"end": {"step": step, **done}})
 
 
-def is_at_end(directory: Path, step: int, eval_data: str | None) -> bool:
-    """Whether the run in ``directory`` has been at its end behind ``step``, evaluated on ``eval_data`` if on anything.
+def is_at_end(directory: Path, step: int, **wanted: Any) -> bool:
+    """Whether the run in ``directory`` has been at its end behind ``step``, with an export that is still there.
 
-    False for runs of panda 0.1 before they noted it.
+    And has done what else is ``wanted``, where that is anything. False for runs of panda 0.1 before they noted it.
     """
     try:
         end = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["end"]
     except (OSError, ValueError, KeyError):
         return False
-    return bool(end["step"] == step and eval_data in (None, end["eval_data"]))
+    is_done = all(end.get(key) == value for key, value in wanted.items() if value)
+    return is_done and end["step"] == step and (directory / EXPORT).is_dir()
 
 
 def config_text(resolved: Resolved) -> str:
@@ -209,12 +212,11 @@ def _from_anywhere(setting: Setting) -> Any:
         return list(setting.value) if isinstance(setting.value, tuple) else setting.value
     if isinstance(setting.value, tuple):
         return [_from_anywhere(replace(setting, value=text)) for text in setting.value]
-    if setting.value.startswith("panda:"):
+    if not setting.value or setting.value.startswith("panda:") or "://" in setting.value:
         return setting.value
     if not setting.location.on_hub:
         return str(resolve_path(setting.value).absolute())
-    folder = find_here(setting.value)
-    return str(folder.absolute()) if folder else setting.value  # a name on the hub
+    return from_anywhere(setting.value)
 
 
 def _numbered(path: Path, *, exists: bool) -> Path:
@@ -229,5 +231,11 @@ def _numbered(path: Path, *, exists: bool) -> Path:
         number += 1
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _replace_json(path: Path, content: Any) -> None:
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    rewritten = path.with_name(f".tmp-{path.name}")
+    rewritten.write_text(text, encoding="utf-8")
+    rewritten.replace(path)

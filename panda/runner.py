@@ -74,6 +74,7 @@ from panda.registry.contexts import PluginContext
 from panda.registry.errors import writing
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
+from panda.run_directory import EXPORT
 from panda.run_directory import hold_continued
 from panda.run_directory import is_at_end
 from panda.run_directory import make_directory
@@ -168,13 +169,13 @@ def train(resolved: Resolved, catalog: Catalog) -> Run | None:
         if run is None:
             return None
         try:
-            with writing(f"{run.directory}: what the run says of itself", NO_ROOM_LEFT):
+            with writing(f"{run.directory}: a file of the run or of a plugin", NO_ROOM_LEFT):
                 run.hook.panda_run_start(run=run)
                 _train(run)
                 _finish(run)
                 run.hook.panda_run_end(run=run)
                 if processes.rank == 0:
-                    write_end(run.directory, run.step, held_out.fingerprint if held_out else None)
+                    write_end(run.directory, run.step, **_at_the_end(run.options, held_out))
         except BaseException as error:
             if not isinstance(error, UserError):
                 catalog.tell_source(error)
@@ -204,15 +205,18 @@ def _build(
     progress = read_progress(checkpoint, shape) if checkpoint else START
     layout = lay_out(options, dataset, processes.data_ranks, progress)
     evaluation = lay_out_evaluation(options, held_out, processes.data_ranks) if held_out is not None else None
-    if continued and checkpoint and progress.step >= layout.plan.total_steps:
-        evaluated = held_out.fingerprint if held_out else None
-        if processes.agree(lambda: is_at_end(continued, progress.step, evaluated)):
-            if processes.rank == 0:
-                print(
-                    f"{continued}: nothing is left to do: {progress.step:,} steps are done and exported. More of"
-                    f" `max_steps` or `num_train_epochs` trains on; `panda generate {continued}` answers."
-                )
-            return None
+    is_trained = checkpoint and progress.step >= layout.plan.total_steps
+    if (
+        continued
+        and is_trained
+        and processes.agree(lambda: is_at_end(continued, progress.step, **_at_the_end(options, held_out)))
+    ):
+        if processes.rank == 0:
+            print(
+                f"{continued}: nothing is left to do: {progress.step:,} steps are done and exported. More of"
+                f" `max_steps` or `num_train_epochs` trains on; `panda generate {continued}` answers."
+            )
+        return None
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
@@ -386,6 +390,11 @@ def _finish(run: Run) -> None:
         (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
 
 
+def _at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
+    """What is done at the end beside the export, in words to compare: of a run that is done it need not be again."""
+    return {"eval_data": held_out.fingerprint if held_out else None, "prompts": list(options.prompts)}
+
+
 def _export(run: Run) -> None:
     """Have rank 0 write what the others help it to gather."""
     unread = dict(run.engine.weights(trained_only=run.options.use_lora))
@@ -400,9 +409,9 @@ def _export(run: Run) -> None:
         elif run.options.use_lora:
             adapters = {name: tensor.read() for name, tensor in weights.items()}
             described = load_tokenizer(str(run.directory / DESCRIPTION))
-            export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / "export", described)
+            export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / EXPORT, described)
         else:
-            export(run.directory / DESCRIPTION, weights, run.directory / "export")
+            export(run.directory / DESCRIPTION, weights, run.directory / EXPORT)
     finally:
         for tensor in unread.values():  # on the other ranks, and on rank 0 where writing failed: they wait for it
             tensor.read()

@@ -122,10 +122,10 @@ def save_delta(target: Any, base: Any, folder: Path) -> Path:
     return folder
 
 
-def older_identity(folder: Path) -> str:
+def older_identity(folder: Path, pattern: str = "*.safetensors") -> str:
     """As panda computed it when it knew files alone."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob(pattern)):
         content = file.read_bytes()
         digest.update(len(content).to_bytes(8, "little") + content[: 2**20])
         for block in range(256):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,13 @@ def test_a_run_that_is_done_is_left_as_it_is(
     assert "samples a row" not in capsys.readouterr().out
     assert ("step", 3) in recorded(*flags, "--resume", "auto", "--max_steps", "3")
     assert recorded(*flags, "--resume", "auto", "--max_steps", "3") == []
+    # Other prompts are answered, and an export that was taken away is written.
+    asked = (*flags, "--resume", "auto", "--max_steps", "3", "--prompts", "z")
+    assert ("end", 1) in recorded(*asked)
+    assert recorded(*asked) == []
+    shutil.rmtree(tmp_path / "out" / "export")
+    assert ("end", 1) in recorded(*asked)
+    assert (tmp_path / "out" / "export" / "model.safetensors").exists()
     # One step back is another way, with an end of its own.
     assert ("end", 2) in recorded("--max_steps", "1", "--resume", "out/checkpoints/step-00000001")
 
@@ -231,7 +239,9 @@ def test_what_the_user_can_put_right_is_no_fault_of_a_hook(processes: Any, recor
 
 
 def test_a_full_disk_is_told_without_a_traceback(processes: Any, recorded: Any) -> None:
-    with pytest.raises(UserError, match=r"out: what the run .* the disk is full \(pictures\)\. Check"):
+    with pytest.raises(
+        UserError, match=r"out: a file of the run or of a plugin .* the disk is full \(pictures\)\. Check"
+    ):
         recorded("full", "--output_dir", "out")
 
 

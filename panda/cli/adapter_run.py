@@ -15,6 +15,7 @@ from panda.cli.configuration import configure
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
+from panda.run_directory import DESCRIPTION as PROVENANCE
 from panda.run_options import RunOptions
 
 if TYPE_CHECKING:
@@ -55,10 +56,16 @@ def trained_adapters(run: Path) -> bool:
 
 
 def _facts(run: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    file = run / PROVENANCE
+    if not file.exists():
         return {}
+    try:
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise UserError(
+            f"{file}: damaged: {problem}. It says what {run} trained, adapters or a whole model; `panda-train` with"
+            " `--resume` writes it again."
+        ) from None
     return facts
 
 

@@ -137,7 +137,7 @@ _TAKEN = [
 
 def _load(file: str) -> dict[str, Any]:
     try:
-        loaded = json.loads(Path(file).read_text(encoding="utf-8"))
+        loaded = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as problem:
         raise UserError(f"deepspeed_config: {file}: {problem.strerror}.") from None
     except ValueError as problem:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from panda.models.export import replacing
+from panda.models.finding import from_anywhere
 from panda.models.formats import ADAPTERS
 from panda.models.weight_files import safetensors_weights
 from panda.registry import UserError
@@ -57,7 +58,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
         raise UserError(f"lora_target_modules: {problem}") from problem
     finally:
         del told  # transformers holds it weakly
-    config.base_model_name_or_path = options.ckpt_path
+    config.base_model_name_or_path = options.ckpt_path and from_anywhere(options.ckpt_path)
     config.target_modules = sorted(config.target_modules or ())  # a set, written in another order each time
     return adapted
 

@@ -92,6 +92,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     What was there before is replaced once the new one is complete; where that fails nothing else is left,
     and where it fails because the disk is full UserError is raised.
     """
+    folder = folder.resolve()  # where it is a link, say to a larger disk, it stays one
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     then = "Checkpoints, and an export that was there, are untouched: make room, and `panda export RUN` writes it."

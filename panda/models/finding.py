@@ -108,6 +108,12 @@ def find_here(location: str) -> Path | None:
     return shelved if len(path.parts) == 1 and shelved.is_dir() else None
 
 
+def from_anywhere(location: str) -> str:
+    """``location`` so that it means the same in every working directory; a name on the hub stays one."""
+    folder = find_here(location)
+    return str(folder.absolute()) if folder else location
+
+
 def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, str | None, Repository | None]:
     """The folder, where it was found, its name on the hub, and what its weights are to be fetched from."""
     path = Path(location).expanduser()

@@ -22,11 +22,12 @@ _WHOLE, _BLOCK, _STRIDE, _LEAST, _MOST = 2**18, 2**12, 2**22, 2, 16
 _FORM, _FORM_OF_FILES = "tensors-sha256:", "sha256:"
 
 
-def identity(files: list[Path], base: str | None = None, like: str | None = None) -> str:
+def identity(files: list[Path], pattern: str, base: str | None = None, like: str | None = None) -> str:
     """The identity of the weights in ``files``; of a delta's, together with that of its ``base``.
 
     However safetensors are spread over files, the same tensors have the same. With ``like``, an identity that
-    was recorded, it is in the form of that one: an older panda sampled files, and knew nothing of tensors.
+    was recorded, it is in the form of that one: an older panda sampled files, all whose names match ``pattern``, and
+    knew nothing of tensors.
     Raises UserError for a file that is cut off.
     """
     digest = hashlib.sha256()
@@ -35,7 +36,7 @@ def identity(files: list[Path], base: str | None = None, like: str | None = None
     if form == _FORM:
         digest.update("\n".join(lines).encode())
     else:
-        for file in sorted(files[0].parent.glob(f"*{files[0].suffix}")):  # whether read or not
+        for file in sorted(files[0].parent.glob(pattern)):  # whether read or not
             digest.update(_sampled_as_file(file))
     digest.update((base or "").encode())
     return f"{form}{digest.hexdigest()[:16]}"

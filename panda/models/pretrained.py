@@ -87,7 +87,7 @@ class Pretrained:
         """What tells its weights from others; with ``like``, one that was recorded, in the form of that."""
         self.fetch()
         base = self.base.identity(like) if self.base else None
-        return identity(shards(self.folder, self.format.kind), base, like)
+        return identity(shards(self.folder, self.format.kind), self.format.kind.pattern, base, like)
 
     def describe(self) -> str:
         """One line: what was found, where."""

@@ -258,10 +258,11 @@ class Catalog:
 
     def tell_exception(self, run: Any, error: BaseException) -> None:
         """Call every ``panda_exception``; that one fails is noted on ``error``, which is what has to be seen."""
-        values = {"run": run, "error": error}
-        for found in reversed(self.plugins.hook.panda_exception.get_hookimpls()):
+        plugins = [found.plugin for found in reversed(self.plugins.hook.panda_exception.get_hookimpls())]
+        for plugin in plugins:
+            others = [other for other in plugins if other is not plugin]
             try:
-                found.function(*(values[name] for name in found.argnames))
+                self.plugins.subset_hook_caller("panda_exception", others)(run=run, error=error)
             except Exception as second:
                 self.tell_source(second)
                 notes = " ".join(getattr(second, "__notes__", ()))

@@ -43,7 +43,7 @@ REQUIRED: Any = MISSING
 class Location:
     """Marks a text, or each text of a list, that says where something is: ``Annotated[str, Location()]``.
 
-    A run gets it as it was written, and keeps it absolute in its config.yaml. Where a thing is is
+    A run gets it as it was written, and keeps it absolute in its config.yaml, but for a URL. Where a thing is is
     not what it is: a run that is continued may have it elsewhere.
     """
 

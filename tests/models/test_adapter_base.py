@@ -26,8 +26,12 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 from transformers import BitsAndBytesConfig
 
+from panda.cli.arguments import parse_arguments
+from panda.cli.configuration import configure
 from panda.cli.main import main
 from panda.models import quantisation
+from panda.run_directory import write_description
+from panda.run_directory import write_end
 
 Captured = pytest.CaptureFixture[str]
 QUANTISED = ("--use_quant", "--precision", "fp32")
@@ -416,3 +420,37 @@ def test_a_merged_layer_is_made_when_it_is_read(folder: Path, monkeypatch: pytes
     assert rounded == []
     weights["model.layers.0.self_attn.q_proj.weight"].read()
     assert len(rounded) == 1 and all(p.is_meta for p in model.parameters() if p.dim() > 1)
+
+
+def test_a_run_that_does_not_say_what_it_trained_is_damaged_and_not_a_whole_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or adapters would be exported as the model that they are not."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "lora", run)
+    whole = (run / "provenance.json").read_text()
+    (run / "provenance.json").write_text(whole[:3000])
+    for command in (["export", str(run), "--output", str(tmp_path / "out")], ["generate", str(run), "--prompt", "x"]):
+        assert main(command) == 2
+        assert f"{run}/provenance.json: damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_says_of_itself_is_there_whole_whatever_happens(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "lora", tmp_path / "run")
+    files = {file: file.read_text() for file in (tmp_path / "run").iterdir() if file.suffix in (".json", ".yaml")}
+    resolved, _ = configure(parse_arguments(["--config", str(tmp_path / "run" / "config.yaml")]))
+    write = Path.write_text
+
+    def cut_off(file: Path, text: str, **keywords: Any) -> int:
+        write(file, text[: len(text) // 2], **keywords)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(OSError, match="No space"):
+        write_description(tmp_path / "run", resolved, {}, {})
+    with pytest.raises(OSError, match="No space"):
+        write_end(tmp_path / "run", 1)
+    assert {file: file.read_text() for file in files} == files

@@ -29,7 +29,7 @@ def identity_of(folder: Path, like: str | None = None) -> str:
 
 def saved(tensors: dict[str, torch.Tensor], file: Path) -> str:
     save_file(tensors, file)
-    return identity([file])
+    return identity([file], "*.safetensors")
 
 
 def test_every_element_of_small_tensors_and_every_large_tensor_counts(tmp_path: Path) -> None:
@@ -84,6 +84,13 @@ def test_what_an_older_version_recorded_still_holds(tmp_path: Path) -> None:
     recorded = older_identity(folder)
     assert identity_of(folder, recorded) == recorded != identity_of(other, recorded)
     assert identity_of(folder, identity_of(folder)) == identity_of(folder) != recorded
+
+
+def test_what_an_older_version_recorded_of_metas_format_minds_no_other_pickle(tmp_path: Path) -> None:
+    folder = save_meta(llama(), tmp_path / "meta")
+    recorded = older_identity(folder, "consolidated.*.pth")
+    (folder / "optimizer.pth").write_bytes(b"of another program")
+    assert identity_of(folder, recorded) == recorded
 
 
 @pytest.mark.parametrize("recorded", [None, "sha256:0123456789abcdef"])

@@ -11,6 +11,7 @@ from distributions import forget_installed
 from panda.registry import Catalog
 from panda.registry import Offer
 from panda.registry import UserError
+from panda.registry import hookimpl
 from panda.registry.declarations import declarations
 
 MODEL = """
@@ -373,6 +374,39 @@ def test_an_object_of_a_plugin_factory_is_checked_like_a_module() -> None:
         catalog.add_hooks(Misspelt(), "misspelt", offer)
     catalog.add_hooks(Good(), "good", offer)
     assert catalog.plugins.hook.panda_run_start(run=None) == ["good"]
+
+
+def test_every_plugin_hears_of_an_exception_in_pluggys_order_whatever_one_of_them_does() -> None:
+    heard: list[str] = []
+
+    class Hearing:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @hookimpl
+        def panda_exception(self, error: BaseException) -> None:
+            heard.append(f"{self.name}: {error}")
+
+    class Failing:
+        @hookimpl
+        def panda_exception(self) -> None:
+            raise RuntimeError("full")
+
+    class Around:
+        @hookimpl(wrapper=True)
+        def panda_exception(self, run: object) -> Any:
+            heard.append(f"around {run}")
+            return (yield)
+
+    catalog = Catalog()
+    for plugin in (Hearing("first"), Failing(), Hearing("last"), Around()):
+        name = getattr(plugin, "name", type(plugin).__name__)
+        catalog.add_hooks(plugin, name, Offer("plugin", name, "acme.watch", "acme", "1.0"))
+    error = ValueError("boom")
+    catalog.tell_exception("run", error)
+    assert heard == ["around run", "last: boom", "first: boom"]
+    assert len(error.__notes__) == 1 and "RuntimeError('full')" in error.__notes__[0]
+    assert "`-p no:Failing` runs without it." in error.__notes__[0]
 
 
 def test_a_plugin_that_has_neither_a_factory_nor_hooks_is_an_error(distributions: Distributions) -> None:

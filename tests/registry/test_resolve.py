@@ -54,6 +54,8 @@ READING = """
 class Options:
     files: tuple[Annotated[str, Location()], ...] = ()
     word: str = ""
+    unset: Annotated[str, Location()] = ""
+    remote: Annotated[str, Location()] = "s3://bucket/words"
     checkpoint: Annotated[str | None, Location(on_hub=True)] = None
 
 @register_optimizer("reading", options=Options)
@@ -481,7 +483,7 @@ def test_the_written_configuration_means_the_same_in_every_folder(
     }
     given = {key: Given(value, f"--{key}") for key, value in given.items()}
     written = load_flat_yaml(Path(yaml(tmp_path, config_text(resolve(Catalog(), RunOptions, given)))))
-    values = {key: written[key].value for key in [*given, "instruction_tuning_data_dir"]}
+    values = {key: written[key].value for key in [*given, "instruction_tuning_data_dir", "unset", "remote"]}
     assert values == {
         "arch": "llama-tiny",
         "optimizer": "reading",
@@ -495,6 +497,8 @@ def test_the_written_configuration_means_the_same_in_every_folder(
         "word": "a.txt",
         "checkpoint": "org/on-the-hub",
         "instruction_tuning_data_dir": f"{here}/dataset/instruction_tuning",
+        "unset": "",
+        "remote": "s3://bucket/words",
     }
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = resolve(Catalog(), RunOptions, written)
