@@ -195,8 +195,8 @@ def config_text(resolved: Resolved) -> str:
     lines = ["# The whole configuration of a run, resolved. `panda-train --config` with this file runs it again."]
     owner = None
     for key, setting in resolved.settings.items():
-        if key in _PLACE_KEYS:
-            continue
+        if key in _PLACE_KEYS or (key == "tokenizer" and setting.origin.startswith("checkpoint ")):
+            continue  # the second goes with `ckpt_path`, wherever that is
         if setting.owner != owner:
             owner = setting.owner
             lines += ["", f"# {owner}"]

@@ -93,7 +93,13 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
 
     moved = ["--ckpt_path", ckpt_path] if ckpt_path else []
     with redirect_stdout(sys.stderr):  # what is printed is an answer
-        resolved, _ = configure(parse_arguments(["--config", str(run / "config.yaml"), *moved]))
+        try:
+            resolved, _ = configure(parse_arguments(["--config", str(run / "config.yaml"), *moved]))
+        except UserError as problem:
+            if moved or facts["checkpoint"] is None:
+                raise
+            hint = f"Where the base of the adapters in {run} has been moved, `--ckpt_path` names its new place."
+            raise UserError(f"{problem} {hint}") from problem
     pretrained = find_pretrained(resolved.core)
     found = base_weights(pretrained, facts["base_weights"])
     if pretrained and found != facts["base_weights"]:

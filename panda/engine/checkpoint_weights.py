@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from panda.engine.checkpoint_folders import check_contents
 from panda.stored_tensor import StoredTensor
 from panda.stored_tensor import Weights
 
@@ -26,10 +27,12 @@ def checkpoint_weights(checkpoint: Path) -> Weights:
 
     Files are mapped, and a tensor that is partitioned is joined when it is read: under ZeRO-3 from
     the fp32 master weights of all ranks, and rounded as DeepSpeed rounds them to compute; under tensor
-    parallelism from the ranks' shards. Loads pickles: trust the path.
+    parallelism from the ranks' shards. Loads pickles: trust the path. Raises UserError where what is read is
+    not what was written.
     """
     is_partitioned = (checkpoint / _PARTITIONED).exists()
     files = [checkpoint / _PARTITIONED] if is_partitioned else sorted(checkpoint.glob(_WHOLE))
+    check_contents(checkpoint, sorted(checkpoint.glob("*.pt")) if is_partitioned else files)
     states = [torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in files]
     module: dict[str, torch.Tensor] = states[0]["module"]
     if is_partitioned:

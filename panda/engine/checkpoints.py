@@ -14,7 +14,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ import torch
 from panda.engine.checkpoint_folders import LATEST
 from panda.engine.checkpoint_folders import MANIFEST
 from panda.engine.checkpoint_folders import Progress
+from panda.engine.checkpoint_folders import check_contents
 from panda.engine.checkpoint_folders import complete_checkpoints
 from panda.engine.engine import Engine
-from panda.engine.processes import Processes
 from panda.engine.redistribution import describe_layout
 from panda.engine.redistribution import layout_file
 from panda.engine.redistribution import redistribute
@@ -98,7 +97,9 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
     rank gets what is its own now; random state is left as it is then, and the result is False.
     Raises UserError on every rank where the content of a file is another than was written.
     """
-    engine.processes.together(partial(_check_contents, checkpoint, engine.processes))
+    processes = engine.processes
+    files = sorted(checkpoint.rglob("*.pt"))[processes.rank :: processes.world_size]  # each is looked at by one
+    processes.together(partial(check_contents, checkpoint, files))
     if not _is_as_saved(engine, checkpoint):
         redistribute(engine, checkpoint)
         return False
@@ -106,25 +107,6 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
     _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
     return True
-
-
-def _check_contents(checkpoint: Path, processes: Processes) -> None:
-    """Compare a share of the files with the checksums that torch.save writes and torch.load does not look at.
-
-    Each file is looked at by one rank, about as fast as it is loaded: 1.9 s and 2.3 s a gigabyte, on two CPU cores.
-    """
-    for file in sorted(checkpoint.rglob("*.pt"))[processes.rank :: processes.world_size]:
-        try:
-            with file.open("rb") as stream:
-                is_zip = stream.read(2) == b"PK"  # a key of DeepSpeed's can have another engine write
-                damaged = is_zip and ZipFile(stream).testzip() is not None
-        except Exception:  # what zipfile raises depends on which byte it is
-            damaged = True
-        if damaged:
-            raise UserError(
-                f"{checkpoint}: the checkpoint is damaged: {file.name} has another content than was written. Name"
-                " an older one with `--resume`."
-            )
 
 
 def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:

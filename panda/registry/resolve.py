@@ -137,7 +137,10 @@ def resolve(
     model_offer = offers.get("model")
     if arch_offer is None and model_offer is None:
         names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers("arch")))
-        problems.append(f"no model: name one with `arch` (or `--arch`). Installed: {names}.")
+        problems.append(
+            "no model: name one with `arch` (or `--arch`), or a file that does with `--config`; that of a run is"
+            f" RUN/config.yaml. Installed: {names}."
+        )
         # Perhaps it is misspelt. Keys of components that are not chosen yet are known, but not these.
         suspects = [
             _unknown(catalog, key, given[key], [*core_options], renamed or {}, [])

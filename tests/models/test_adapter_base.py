@@ -279,7 +279,11 @@ def test_a_base_that_was_replaced_where_it_was_is_told_and_one_that_was_moved_is
         assert main(["export", str(folder / "lora"), *flags_]) == 0
         shutil.rmtree(folder / "base")
         assert main(["export", str(folder / "lora"), "--merge", "--output", str(tmp_path / "c")]) == 2
-        assert "is nowhere" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "is nowhere" in told and "`--ckpt_path` names its new place" in told
+        moved = ["--config", str(folder / "lora" / "config.yaml"), "--ckpt_path", str(tmp_path / "moved")]
+        resolved, _ = configure(parse_arguments(moved))
+        assert resolved.core.tokenizer == str(tmp_path / "moved"), "which goes with the base"
     finally:
         shutil.rmtree(folder / "base", ignore_errors=True)
         (folder / "aside").rename(folder / "base")
