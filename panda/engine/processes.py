@@ -49,16 +49,9 @@ class Processes:
         dist.barrier()
 
     def agree(self, decide: Callable[[], Result]) -> Result:
-        """What ``decide()`` returns on rank 0, on every rank; a UserError there is raised everywhere."""
-        held: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                held[0] = decide()
-            except UserError as problem:
-                held[1] = str(problem)
+        """What ``decide()`` returns on rank 0, on every rank; where it fails, every rank raises, as in ``together``."""
+        held: list[Any] = [self.together(lambda: decide() if self.rank == 0 else None)]
         dist.broadcast_object_list(held, src=0)
-        if held[1] is not None:
-            raise UserError(held[1])
         result: Result = held[0]
         return result
 

@@ -1,0 +1,36 @@
+"""Ranks decide and fail together: none waits for one that has given up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launching import run_script
+
+DECIDING = """
+from panda.engine.processes import join_processes, leave_processes
+from panda.registry import UserError
+
+processes = join_processes()
+
+def told():
+    raise UserError("name another folder")
+
+def outcome(decide):
+    try:
+        return processes.agree(decide)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+found = [outcome(decide) for decide in (lambda: 7 + processes.rank, told, lambda: 1 / 0, lambda: "after")]
+print(f"{processes.rank} {found}", flush=True)
+leave_processes()
+"""
+
+
+def test_what_rank_0_decides_or_fails_to_reaches_every_rank(tmp_path: Path) -> None:
+    script = tmp_path / "deciding.py"
+    script.write_text(DECIDING)
+    printed = run_script(script, ranks=2, cwd=tmp_path)
+    failed = ["ZeroDivisionError: division by zero", "UserError: rank 0 failed: ZeroDivisionError('division by zero')"]
+    for rank, third in enumerate(failed):
+        assert f"{rank} {[7, 'UserError: name another folder', third, 'after']}" in printed
