@@ -176,20 +176,27 @@ def drawn_one_by_one(options: RunOptions) -> bool:
     return options.use_quant or (options.zero == 3 and not options.use_dora)
 
 
-def refuse_too_large(resolved: Resolved, context: ModelContext) -> None:
-    """Raise UserError where the model's weights are more than the memory that they are to be in. Makes no weights."""
-    options = resolved.core
+def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module | None:
+    """The module that ``resolved`` names, without weights; None where a model wants some while it is made."""
     try:
         with torch.device("cpu"), without_weights():
-            model = resolved.components["model"].build(context, torch.nn.Module)
+            outline: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
     except UserError:
         raise
-    except Exception:  # one that looks at its weights while it is made: then its size is not known
-        return
+    except Exception:
+        if context.config is not None:  # a checkpoint's is always made so
+            raise
+        return None
+    return outline
+
+
+def refuse_too_large(outline: torch.nn.Module, resolved: Resolved, context: ModelContext) -> None:
+    """Raise UserError where the weights of ``outline`` are more than the memory that they are to be in."""
+    options = resolved.core
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()
     refuse_without_room(
-        sum(parameter.numel() for parameter in model.parameters()),
+        sum(parameter.numel() for parameter in outline.parameters()),
         options,
         deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu"),
@@ -198,12 +205,10 @@ def refuse_too_large(resolved: Resolved, context: ModelContext) -> None:
     )
 
 
-def refuse_splitting(resolved: Resolved, context: ModelContext) -> None:
-    """Raise UserError where the model cannot be split over tensor-parallel ranks as asked. Makes no weights."""
-    chosen, size = resolved.components["model"], resolved.core.tensor_parallel_size
-    if size > 1:
-        with torch.device("meta"):
-            plan_of(chosen.build(context, torch.nn.Module), chosen.component.name, size)
+def refuse_splitting(outline: torch.nn.Module, resolved: Resolved) -> None:
+    """Raise UserError where ``outline`` cannot be split over tensor-parallel ranks as asked."""
+    if resolved.core.tensor_parallel_size > 1:
+        plan_of(outline, resolved.components["model"].component.name, resolved.core.tensor_parallel_size)
 
 
 def make_trainable(

@@ -20,8 +20,8 @@ from typing import cast
 import torch
 
 from panda.assembly import build_evaluation_task
-from panda.assembly import build_model
 from panda.assembly import build_optimizer
+from panda.assembly import build_outline
 from panda.assembly import build_schedule
 from panda.assembly import build_task
 from panda.assembly import build_weights
@@ -156,10 +156,11 @@ def train(resolved: Resolved, catalog: Catalog) -> Run | None:
     task = build_task(resolved, tokenizer)
     pretrained = find_pretrained(resolved.core)
     context = model_context(resolved, tokenizer, pretrained)
-    refuse_splitting(resolved, context)
-    refuse_too_large(resolved, context)
-    if pretrained:  # before the data is read, which may take long
-        fitted(build_model(resolved, context), pretrained)
+    if outline := build_outline(resolved, context):  # before the data is read, which may take long
+        refuse_splitting(outline, resolved)
+        refuse_too_large(outline, resolved, context)
+        if pretrained:
+            fitted(outline, pretrained)
     evaluated = build_evaluation_task(resolved, task)
     dataset = task.dataset()
     held_out = evaluated.dataset() if evaluated else None

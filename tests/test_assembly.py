@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from panda.assembly import build_model
 from panda.assembly import build_optimizer
+from panda.assembly import build_outline
 from panda.assembly import load_tokenizer
 from panda.assembly import make_trainable
 from panda.assembly import model_context
@@ -66,3 +68,17 @@ def test_a_run_that_differs_so_does_not_continue_another(flags: list[str]) -> No
         _shape(configure(parse_arguments(["--arch", "llama-tiny", *more]))[0], None, dataset) for more in ([], flags)
     ]
     assert shapes[0] != shapes[1]
+
+
+def test_a_model_that_wants_weights_while_it_is_made_has_no_outline_unless_a_checkpoint_has_them() -> None:
+    def build(context: Any, kind: type) -> torch.nn.Module:
+        layer = torch.nn.Linear(2, 2)
+        layer.scale = float(layer.weight.detach().abs().max())
+        return layer
+
+    resolved: Any = SimpleNamespace(components={"model": SimpleNamespace(build=build)})
+    drawn: Any = SimpleNamespace(config=None)
+    loaded: Any = SimpleNamespace(config={})
+    assert build_outline(resolved, drawn) is None
+    with pytest.raises(RuntimeError, match="meta"):
+        build_outline(resolved, loaded)

@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_before_its_end_comes_to_it(
 def test_missing_data_to_evaluate_on_is_told_before_anything_is_built(
     recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("panda.runner.build_model", lambda *_: pytest.fail("it built a model"))
+    monkeypatch.setattr("panda.runner.build_weights", lambda *_, **__: pytest.fail("it built a model"))
     with pytest.raises(UserError, match=r"eval_data_dir.*nowhere"):
         recorded("--eval_data_dir", "nowhere")
 

@@ -51,7 +51,7 @@ def _print_settings(resolved: Resolved) -> None:
 
 def _check_data_and_model(resolved: Resolved) -> None:
     from panda.assembly import build_evaluation_task
-    from panda.assembly import build_model
+    from panda.assembly import build_outline
     from panda.assembly import build_schedule
     from panda.assembly import build_task
     from panda.assembly import lay_out
@@ -76,9 +76,10 @@ def _check_data_and_model(resolved: Resolved) -> None:
     evaluated = build_evaluation_task(resolved, task)
     pretrained = find_pretrained(resolved.core)
     context = model_context(resolved, tokenizer, pretrained)
-    refuse_splitting(resolved, context)
-    if pretrained:
-        fitted(build_model(resolved, context), pretrained)
+    if outline := build_outline(resolved, context):
+        refuse_splitting(outline, resolved)
+        if pretrained:
+            fitted(outline, pretrained)
     dataset = task.dataset()
     progress = read_progress(checkpoint, {}) if checkpoint else START
     layout = lay_out(resolved.core, dataset, world_size // tensor_ranks, progress)
@@ -100,12 +101,14 @@ def _check_data_and_model(resolved: Resolved) -> None:
 
     import torch
 
-    with torch.device("meta"):
-        model = resolved.components["model"].build(context, torch.nn.Module)
-        if layout.packed:
-            refuse_without_positions(model, resolved.components["model"].component.name)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        if resolved.core.use_lora:
-            model = add_adapters(model, resolved.core)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if outline is None:
+        print("model: it wants weights while it is made, so how many it has is not known before a run")
+        return
+    if layout.packed:
+        refuse_without_positions(outline, resolved.components["model"].component.name)
+    parameters = sum(parameter.numel() for parameter in outline.parameters())
+    if resolved.core.use_lora:
+        with torch.device("meta"):
+            outline = add_adapters(outline, resolved.core)
+    trained = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
     print(f"model: {parameters:,} parameters" + (f"; {trained:,} of adapters are trained" * resolved.core.use_lora))
