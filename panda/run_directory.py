@@ -83,7 +83,7 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     Raises UserError where that would mix two runs or the checkpoint is not there.
     """
     options = resolved.core
-    given = Path(options.output_dir).expanduser() if options.output_dir else None
+    given = resolve_path(options.output_dir) if options.output_dir else None
     default = Path("runs") / run_name(resolved)
     if options.resume == "auto":
         directory = given or _numbered(default, exists=True)
@@ -92,7 +92,7 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
         return directory, find_checkpoint(directory)
     if options.resume is None:
         return _new(given, default), None
-    checkpoint = find_checkpoint(Path(options.resume).expanduser())
+    checkpoint = find_checkpoint(resolve_path(options.resume))
     if checkpoint is None:
         raise UserError(
             f"resume: no complete checkpoint at {options.resume!r}. Give a run directory, its `checkpoints`, or one"
@@ -237,5 +237,9 @@ def _replace_json(path: Path, content: Any) -> None:
 
 def _replace(path: Path, text: str) -> None:
     rewritten = path.with_name(f".tmp-{path.name}")
-    rewritten.write_text(text, encoding="utf-8")
+    try:
+        rewritten.write_text(text, encoding="utf-8")
+    except BaseException:
+        rewritten.unlink(missing_ok=True)
+        raise
     rewritten.replace(path)

@@ -13,7 +13,10 @@ from panda.cli.adapter_run import AdapterRun
 from panda.cli.adapter_run import adapter_run
 from panda.cli.adapter_run import trained_adapters
 from panda.cli.passed_over import tell_passed_over
+from panda.models.formats import ADAPTERS
+from panda.models.formats import CONFIG
 from panda.registry import UserError
+from panda.run_directory import EXPORT
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +81,7 @@ def _load_assistant(arguments: argparse.Namespace, chats: bool) -> Assistant:
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     checkpoint = find_checkpoint(folder)
     tell_passed_over(folder)
-    are_exported = (folder / "adapter_config.json").exists()
+    are_exported = (folder / ADAPTERS).exists()
     if base_path is not None and checkpoint:
         raise UserError(f"--base_path: {location!r} is a run and no delta, so nothing is added to it. Leave it out.")
     if are_exported and not trained_adapters(folder.parent):
@@ -94,8 +97,8 @@ def _load_assistant(arguments: argparse.Namespace, chats: bool) -> Assistant:
     if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
         return assistant_of(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device, chats=chats)
-    folder = folder / "export" if (folder / "export" / "config.json").exists() else folder
-    if not (folder / "config.json").exists():
+    folder = folder / EXPORT if (folder / EXPORT / CONFIG).exists() else folder
+    if not (folder / CONFIG).exists():
         raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
     return assistant_in(folder, base_path, device, allow_pickle=arguments.allow_pickle, chats=chats)
 

@@ -12,6 +12,7 @@ from panda.cli.adapter_run import adapter_run
 from panda.cli.command import run_command
 from panda.cli.passed_over import tell_passed_over
 from panda.registry import UserError
+from panda.run_directory import EXPORT
 
 if TYPE_CHECKING:
     from panda.stored_tensor import Weights
@@ -55,7 +56,7 @@ def _export(argv: list[str]) -> None:
     adapted = adapter_run(run, arguments.ckpt_path)
     if arguments.merge and adapted is None:
         raise UserError(f"--merge: {run} trained a whole model, so there is nothing to merge. Leave --merge out.")
-    output = arguments.output or run / ("merged" if arguments.merge else "export")
+    output = arguments.output or run / ("merged" if arguments.merge else EXPORT)
     if arguments.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {str(output)!r} is not empty. Name a folder that does not exist.")
     weights, done = checkpoint_weights(checkpoint), ""

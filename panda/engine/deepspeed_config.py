@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
+from panda.run_options import resolve_path
 
 if TYPE_CHECKING:
     from panda.run_options import RunOptions
@@ -137,7 +137,7 @@ _TAKEN = [
 
 def _load(file: str) -> dict[str, Any]:
     try:
-        loaded = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        loaded = json.loads(resolve_path(file).read_text(encoding="utf-8"))
     except OSError as problem:
         raise UserError(f"deepspeed_config: {file}: {problem.strerror}.") from None
     except ValueError as problem:
