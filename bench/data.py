@@ -198,10 +198,10 @@ def _tokenizers(folder: str, data: str, size: str) -> None:
 
 def _prepare(flags: list[str]) -> None:
     """The part of a start that has to do with data: from the loaded tokenizer to the data set."""
-    from panda.assembly import build_task
-    from panda.assembly import load_tokenizer
-    from panda.cli.arguments import parse_arguments
-    from panda.cli.configuration import configure
+    from panda.configuration.arguments import parse_arguments
+    from panda.configuration.configure import configure
+    from panda.run.assembly import build_task
+    from panda.run.assembly import load_tokenizer
 
     resolved, _ = configure(parse_arguments(flags))
     tokenizer = load_tokenizer(resolved.core.tokenizer)
@@ -216,10 +216,10 @@ def _prepare(flags: list[str]) -> None:
 
 def _tokenised(flags: list[str], samples: int) -> tuple[Any, Any, Any]:
     """The resolved configuration that ``flags`` are, its task and its data set."""
-    from panda.assembly import build_task
-    from panda.assembly import load_tokenizer
-    from panda.cli.arguments import parse_arguments
-    from panda.cli.configuration import configure
+    from panda.configuration.arguments import parse_arguments
+    from panda.configuration.configure import configure
+    from panda.run.assembly import build_task
+    from panda.run.assembly import load_tokenizer
 
     resolved, _ = configure(parse_arguments(flags))
     task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
@@ -234,8 +234,8 @@ def _tokenised(flags: list[str], samples: int) -> tuple[Any, Any, Any]:
 def measure_packing(flags: list[str], arguments: argparse.Namespace) -> None:
     import torch
 
-    from panda.assembly import model_context
     from panda.engine.processes import join_processes
+    from panda.run.assembly import model_context
 
     processes = join_processes()
     on_gpu = processes.device.type == "cuda"
@@ -276,7 +276,7 @@ def measure_loader(flags: list[str], arguments: argparse.Namespace) -> None:
 def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int) -> Any:
     from dataclasses import replace
 
-    from panda.assembly import lay_out
+    from panda.run.assembly import lay_out
 
     options = replace(
         options,

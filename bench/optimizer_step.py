@@ -147,11 +147,11 @@ class Nothing:
 
 def through_engine(shape: str, stage: int, kind: str, decay: float, steps: int) -> tuple[float, float]:
     """A whole step of the engine."""
+    from panda.configuration.options import RunOptions
     from panda.engine.deepspeed_config import deepspeed_config
     from panda.engine.engine import Engine
     from panda.engine.processes import join_processes
     from panda.optim.param_groups import param_groups
-    from panda.run_options import RunOptions
 
     processes = join_processes()
     on_gpu = processes.device.type == "cuda"

@@ -26,21 +26,21 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
+from panda.configuration.options import RunOptions
 from panda.data.batches import Batch
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
-from panda.models.adapters import add_adapters
-from panda.models.layers import compile_layers
-from panda.models.layers import recompute_activations
-from panda.models.quantisation import quantise
+from panda.models.adapters.lora import add_adapters
+from panda.models.adapters.quantisation import quantise
+from panda.models.forward.layers import compile_layers
+from panda.models.forward.layers import recompute_activations
 from panda.optim.param_groups import param_groups
 from panda.registry import Catalog
 from panda.registry import options
 from panda.registry.contexts import ModelContext
-from panda.run_options import RunOptions
 from panda.tasks.language_modelling import LanguageModelling
 
 VOCABULARY = 32_000

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from panda.refusals import REFUSALS
+from panda.configuration.options import ACCEPTED_SPELLINGS
+from panda.configuration.options import RunOptions
+from panda.configuration.refusals import REFUSALS
 from panda.registry import Catalog
 from panda.registry.catalog import OWN_DISTRIBUTION
 from panda.registry.kinds import KINDS
 from panda.registry.options import Option
 from panda.registry.options import options_of
-from panda.run_options import ACCEPTED_SPELLINGS
-from panda.run_options import RunOptions
 
 GENERATED = "<!-- Written by docs/generate.py from the code. Change the code, and run it again. -->\n\n"
 

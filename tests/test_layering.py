@@ -12,25 +12,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "panda"
-MIDDLE = ("tasks", "models", "optim", "data", "hooks", "engine")
+LEVELS: tuple[set[str], ...] = (
+    {"registry"},
+    {"weights"},
+    {"optim", "configuration"},
+    {"data", "engine", "models"},
+    {"tasks", "answers"},
+    {"run"},
+    {"runner"},
+    {"cli", "hooks"},
+    {"__main__"},
+)
+"""Rooms from the ground up: each imports only what is below it, and rooms on one level do not import each other."""
 
-MAY_IMPORT: dict[str, set[str]] = {
-    "__init__": {"registry"},
-    "__main__": {"cli"},
-    "registry": set(),
-    "run_options": {"registry"},
-    "refusals": {"registry", "run_options"},
-    "run_lock": {"registry"},
-    "stored_tensor": set(),
-    **{room: {"registry", "run_options", "stored_tensor"} for room in MIDDLE},
-    "tasks": {"registry", "run_options", "data"},
-    "run_directory": {"registry", "run_options", "run_lock", *MIDDLE},
-    "assembly": {"registry", "run_options", "stored_tensor", *MIDDLE},
-    "records": {"data", "engine"},
-    "runner": {"registry", "run_options", "stored_tensor", "run_directory", "run_lock", "assembly", "records", *MIDDLE},
-    "cli": {"registry", "run_options", "refusals", "run_directory", "run_lock", "assembly", "runner", *MIDDLE},
-}
-"""Beside itself."""
+MAY_IMPORT: dict[str, set[str]] = {"__init__": {"registry"}}
+for number, rooms in enumerate(LEVELS):
+    MAY_IMPORT |= {room: set().union(*LEVELS[:number]) for room in rooms}
 
 HEAVY = {
     "torch",

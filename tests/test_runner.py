@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from distributions import Distributions
 
-from panda.cli.arguments import parse_arguments
-from panda.cli.configuration import configure
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
 from panda.registry import UserError
 from panda.runner import train
 

@@ -9,8 +9,8 @@ import json
 import sys
 
 import panda.runner
-from panda.cli.arguments import parse_arguments
-from panda.cli.configuration import configure
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
 from panda.engine.processes import leave_processes
 from panda.runner import train
 

@@ -8,22 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from panda.cli.adapter_run import CKPT_PATH_HELP
-from panda.cli.adapter_run import AdapterRun
-from panda.cli.adapter_run import adapter_run
-from panda.cli.adapter_run import trained_adapters
 from panda.cli.passed_over import tell_passed_over
-from panda.models.formats import ADAPTERS
-from panda.models.formats import CONFIG
 from panda.registry import UserError
-from panda.run_directory import EXPORT
+from panda.run.adapter_run import CKPT_PATH_HELP
+from panda.run.adapter_run import AdapterRun
+from panda.run.adapter_run import adapter_run
+from panda.run.adapter_run import trained_adapters
+from panda.run.directory import EXPORT
+from panda.weights.formats import ADAPTERS
+from panda.weights.formats import CONFIG
 
 if TYPE_CHECKING:
     import torch
 
-    from panda.models.assistant import Assistant
-    from panda.models.assistant import Sampling
-    from panda.stored_tensor import Weights
+    from panda.answers.assistant import Assistant
+    from panda.answers.assistant import Sampling
+    from panda.weights.stored_tensor import Weights
 
 RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
 
@@ -47,7 +47,7 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
     """What was asked for: the model that answers, and how. Raises UserError for values out of bounds."""
     import torch
 
-    from panda.models.assistant import Sampling
+    from panda.answers.assistant import Sampling
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
@@ -66,12 +66,12 @@ def _load_assistant(arguments: argparse.Namespace, chats: bool) -> Assistant:
     import torch
     from transformers.utils import logging
 
-    from panda.engine.checkpoint_folders import find_checkpoint
-    from panda.engine.checkpoint_weights import checkpoint_weights
-    from panda.models.export import DESCRIPTION
-    from panda.models.loading import assistant_in
-    from panda.models.loading import assistant_of
-    from panda.models.loading import assistant_with_adapters
+    from panda.answers.loading import assistant_in
+    from panda.answers.loading import assistant_of
+    from panda.answers.loading import assistant_with_adapters
+    from panda.engine.checkpoints.folders import find_checkpoint
+    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.weights.export import DESCRIPTION
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -105,10 +105,10 @@ def _load_assistant(arguments: argparse.Namespace, chats: bool) -> Assistant:
 
 def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch.device) -> torch.nn.Module:
     """The base of ``adapted`` with ``adapters``, by name, or in the folder of an export."""
-    from panda.assembly import load_base
-    from panda.models.adapters import add_adapters
-    from panda.models.adapters import load_adapters
-    from panda.models.adapters import put_adapters
+    from panda.models.adapters.lora import add_adapters
+    from panda.models.adapters.lora import load_adapters
+    from panda.models.adapters.lora import put_adapters
+    from panda.run.assembly import load_base
 
     model, weights = adapted.base()
     base = load_base(model, adapted.options, weights, device)

@@ -14,7 +14,7 @@ from panda.cli.answering import write
 from panda.cli.command import run_command
 
 if TYPE_CHECKING:
-    from panda.models.assistant import Message
+    from panda.answers.assistant import Message
 
 NEW = "/new"
 """What begins a new dialogue."""

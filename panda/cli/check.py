@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from panda.cli.command import run_command
-from panda.cli.configuration import configured
+from panda.configuration.configure import configured
 from panda.registry.resolve import Resolved
 
 USAGE = """\
@@ -50,22 +50,22 @@ def _print_settings(resolved: Resolved) -> None:
 
 
 def _check_data_and_model(resolved: Resolved) -> None:
-    from panda.assembly import build_evaluation_task
-    from panda.assembly import build_outline
-    from panda.assembly import build_schedule
-    from panda.assembly import build_task
-    from panda.assembly import lay_out
-    from panda.assembly import load_tokenizer
-    from panda.assembly import model_context
-    from panda.assembly import refuse_splitting
-    from panda.engine.checkpoint_folders import START
-    from panda.engine.checkpoint_folders import read_progress
+    from panda.engine.checkpoints.folders import START
+    from panda.engine.checkpoints.folders import read_progress
     from panda.engine.deepspeed_config import deepspeed_config
-    from panda.models.adapters import add_adapters
-    from panda.models.finding import find_pretrained
-    from panda.models.isolation import refuse_without_positions
-    from panda.models.pretrained import fitted
-    from panda.run_directory import find_directory
+    from panda.models.adapters.lora import add_adapters
+    from panda.models.forward.isolation import refuse_without_positions
+    from panda.run.assembly import build_evaluation_task
+    from panda.run.assembly import build_outline
+    from panda.run.assembly import build_schedule
+    from panda.run.assembly import build_task
+    from panda.run.assembly import lay_out
+    from panda.run.assembly import load_tokenizer
+    from panda.run.assembly import model_context
+    from panda.run.assembly import refuse_splitting
+    from panda.run.directory import find_directory
+    from panda.weights.finding import find_pretrained
+    from panda.weights.pretrained import fitted
 
     tensor_ranks = resolved.core.tensor_parallel_size
     world_size = int(os.environ.get("WORLD_SIZE", tensor_ranks))

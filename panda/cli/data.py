@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
-from panda.cli.configuration import configured
+from panda.configuration.configure import configured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,11 +50,11 @@ def _data(argv: list[str]) -> None:
     import numpy as np
     from rich.console import Console
 
-    from panda.assembly import build_task
-    from panda.assembly import lay_out
-    from panda.assembly import load_tokenizer
     from panda.data.layouts import LAYOUTS
-    from panda.run_directory import run_name
+    from panda.run.assembly import build_task
+    from panda.run.assembly import lay_out
+    from panda.run.assembly import load_tokenizer
+    from panda.run.directory import run_name
 
     console = Console(highlight=False, soft_wrap=True)
     task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))

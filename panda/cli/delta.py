@@ -36,12 +36,12 @@ def _delta(argv: list[str]) -> None:
         command.add_argument("--allow_pickle", action="store_true", help="read weights from pickles too")
     arguments = parser.parse_args(argv)
 
-    from panda.models.delta import is_delta
-    from panda.models.delta import write_applied
-    from panda.models.delta import write_delta
-    from panda.models.finding import added_to
-    from panda.models.finding import pretrained_at
     from panda.registry import UserError
+    from panda.weights.delta import is_delta
+    from panda.weights.delta import write_applied
+    from panda.weights.delta import write_delta
+    from panda.weights.finding import added_to
+    from panda.weights.finding import pretrained_at
 
     allow_pickle = arguments.allow_pickle
     if arguments.command == "make":

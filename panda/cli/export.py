@@ -6,16 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from panda.cli.adapter_run import CKPT_PATH_HELP
-from panda.cli.adapter_run import AdapterRun
-from panda.cli.adapter_run import adapter_run
 from panda.cli.command import run_command
 from panda.cli.passed_over import tell_passed_over
 from panda.registry import UserError
-from panda.run_directory import EXPORT
+from panda.run.adapter_run import CKPT_PATH_HELP
+from panda.run.adapter_run import AdapterRun
+from panda.run.adapter_run import adapter_run
+from panda.run.directory import EXPORT
 
 if TYPE_CHECKING:
-    from panda.stored_tensor import Weights
+    from panda.weights.stored_tensor import Weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,10 +41,10 @@ def _export(argv: list[str]) -> None:
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     arguments = parser.parse_args(argv)
 
-    from panda.engine.checkpoint_folders import find_checkpoint
-    from panda.engine.checkpoint_weights import checkpoint_weights
-    from panda.models.export import DESCRIPTION
-    from panda.models.export import export
+    from panda.engine.checkpoints.folders import find_checkpoint
+    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.weights.export import DESCRIPTION
+    from panda.weights.export import export
 
     checkpoint = find_checkpoint(arguments.run)
     tell_passed_over(arguments.run)
@@ -72,8 +72,8 @@ def _export(argv: list[str]) -> None:
 def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     import torch
 
-    from panda.models.adapters import adapter_config
-    from panda.models.merging import merged_weights
+    from panda.models.adapters.lora import adapter_config
+    from panda.models.adapters.merging import merged_weights
 
     # bitsandbytes rounds on a GPU where there is one, as training did.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,10 +83,10 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
 
 
 def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> None:
-    from panda.assembly import load_tokenizer
-    from panda.models.adapters import add_adapters
-    from panda.models.adapters import export_adapters
-    from panda.models.export import DESCRIPTION
+    from panda.models.adapters.lora import add_adapters
+    from panda.models.adapters.lora import export_adapters
+    from panda.run.assembly import load_tokenizer
+    from panda.weights.export import DESCRIPTION
 
     model = add_adapters(adapted.base()[0], adapted.options)
     tokenizer = load_tokenizer(str(adapted.directory / DESCRIPTION))

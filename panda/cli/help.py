@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import textwrap
 
-from panda.cli.arguments import Arguments
+from panda.configuration.arguments import Arguments
+from panda.configuration.options import DEFAULT_PLUGINS
+from panda.configuration.options import RunOptions
 from panda.registry import Catalog
 from panda.registry import Component
 from panda.registry import UserError
@@ -17,8 +19,6 @@ from panda.registry.resolve import NAMING
 from panda.registry.resolve import choose
 from panda.registry.resolve import convert_options
 from panda.registry.resolve import model_of
-from panda.run_options import DEFAULT_PLUGINS
-from panda.run_options import RunOptions
 
 USAGE = """\
 usage: panda-train [--config FILE] [--KEY VALUE ...] [-p no:NAME]

@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from panda.cli.arguments import blocked_name
 from panda.cli.command import run_command
+from panda.configuration.arguments import blocked_name
 from panda.registry import Catalog
 from panda.registry import Offer
 from panda.registry.declarations import module_summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from panda.engine.checkpoint_folders import passed_over
+from panda.engine.checkpoints.folders import passed_over
 
 
 def tell_passed_over(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
-from panda.cli.configuration import configured
+from panda.configuration.configure import configured
 from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
 from panda.registry.resolve import Resolved
@@ -62,9 +62,9 @@ def _total_steps(resolved: Resolved) -> int:
     options = resolved.core
     if options.max_steps > 0:
         return int(options.max_steps)
-    from panda.assembly import build_task
-    from panda.assembly import lay_out
-    from panda.assembly import load_tokenizer
+    from panda.run.assembly import build_task
+    from panda.run.assembly import lay_out
+    from panda.run.assembly import load_tokenizer
 
     dataset = build_task(resolved, load_tokenizer(options.tokenizer)).dataset()
     return max(1, lay_out(options, dataset, int(os.environ.get("WORLD_SIZE", 1))).plan.total_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from panda.cli.command import run_command
-from panda.cli.configuration import configured
+from panda.configuration.configure import configured
 
 USAGE = """\
 usage: panda prepare CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -25,10 +25,10 @@ def _prepare(argv: list[str]) -> None:
     if resolved is None:
         return
 
-    from panda.assembly import build_evaluation_task
-    from panda.assembly import build_task
-    from panda.assembly import load_tokenizer
     from panda.data.token_cache import cache_folder
+    from panda.run.assembly import build_evaluation_task
+    from panda.run.assembly import build_task
+    from panda.run.assembly import load_tokenizer
 
     task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
     evaluated = build_evaluation_task(resolved, task)

@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 
-from panda.cli.arguments import parse_arguments
 from panda.cli.command import run_command
-from panda.cli.configuration import configure
 from panda.cli.help import print_train_help
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
 
@@ -45,10 +45,10 @@ def _train(argv: list[str]) -> None:
 def _look_first(resolved: Resolved) -> None:
     """Raise UserError for what is not there, as far as that can be seen without importing torch."""
     from panda.engine.deepspeed_config import deepspeed_config
-    from panda.models.tokenizers import tokenizer_folder
-    from panda.run_directory import find_directory
-    from panda.run_directory import goes_on
-    from panda.run_lock import check_free
+    from panda.run.directory import find_directory
+    from panda.run.directory import goes_on
+    from panda.run.lock import check_free
+    from panda.weights.tokenizers import tokenizer_folder
 
     deepspeed_config(resolved.core, world_size=int(os.environ.get("WORLD_SIZE", 1)), on_gpu=False)
     tokenizer_folder(resolved.core.tokenizer)

@@ -8,10 +8,10 @@ from typing import Any
 
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 
 if TYPE_CHECKING:
-    from panda.run_options import RunOptions
+    from panda.configuration.options import RunOptions
 
 # DeepSpeed allocates this many elements up front for ZeRO-3, and its default is 500 million.
 CPU_BUCKET_ELEMENTS = 1_000_000

@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import torch
 
-from panda.engine.checkpoint_weights import SPLIT_DIMENSIONS
+from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import counts_here
@@ -34,9 +34,9 @@ from panda.engine.tensor_parallel import joined
 from panda.engine.tensor_parallel import split_dimensions
 from panda.registry import UserError
 from panda.registry.contexts import TensorLayout
-from panda.stored_tensor import StoredTensor
-from panda.stored_tensor import Weights
-from panda.stored_tensor import whole_shape
+from panda.weights.stored_tensor import StoredTensor
+from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import whole_shape
 
 BatchType = TypeVar("BatchType", bound="CountedBatch")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from panda.configuration.options import RunOptions
 from panda.registry import UserError
-from panda.run_options import RunOptions
 
 _LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """What a container may use, as the two versions of Linux' control groups have it."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from panda.engine.processes import Processes
-from panda.stored_tensor import Weights
-from panda.stored_tensor import put
+from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import put
 
 
 def place(module: torch.nn.Module, weights: Weights, config: dict[str, Any], processes: Processes) -> None:

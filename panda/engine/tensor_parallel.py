@@ -20,7 +20,7 @@ import torch.distributed as dist
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.registry.contexts import TensorParallelPlan
-from panda.stored_tensor import Weights
+from panda.weights.stored_tensor import Weights
 
 
 def make_groups(size: int) -> Any:

@@ -20,10 +20,10 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    from panda.models.creation import keep_computed_float32
-    from panda.models.cross_entropy import offer_loss_sum
-    from panda.models.packing import tell_packing
-    from panda.models.plain_head import has_plain_head
+    from panda.models.forward.cross_entropy import offer_loss_sum
+    from panda.models.forward.packing import tell_packing
+    from panda.models.forward.plain_head import has_plain_head
+    from panda.models.initialisation.creation import keep_computed_float32
 
     assert context.config is not None, "refused without ckpt_path"
     import torch

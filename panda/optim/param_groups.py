@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from panda.registry import UserError
-from panda.stored_tensor import whole_shape
+from panda.weights.stored_tensor import whole_shape
 
 
 def param_groups(

@@ -10,16 +10,16 @@ from typing import Annotated
 from typing import Any
 from typing import Literal
 
+from panda.data.conversations import Turn
+from panda.data.conversations import conversation_of
 from panda.data.reading import Row
+from panda.data.templates import Chat
+from panda.data.templates import Plain
+from panda.data.templates import Template
 from panda.registry import Location
 from panda.registry import UserError
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
-from panda.tasks.conversations import Turn
-from panda.tasks.conversations import conversation_of
-from panda.tasks.templates import Chat
-from panda.tasks.templates import Plain
-from panda.tasks.templates import Template
 from panda.tasks.text_task import TextTask
 
 if TYPE_CHECKING:

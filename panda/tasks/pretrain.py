@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
+from panda.data.conversations import UnusableRowError
+from panda.data.conversations import missing
+from panda.data.conversations import text_of
 from panda.data.reading import Row
 from panda.registry import Location
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
-from panda.tasks.conversations import UnusableRowError
-from panda.tasks.conversations import missing
-from panda.tasks.conversations import text_of
 from panda.tasks.text_task import TextTask
 
 if TYPE_CHECKING:

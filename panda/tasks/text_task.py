@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.data.conversations import UnusableRowError
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import data_files
 from panda.registry.contexts import TaskContext
-from panda.tasks.conversations import UnusableRowError
 from panda.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:

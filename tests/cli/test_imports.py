@@ -15,7 +15,7 @@ ROOMS = (
     "panda.models",
     "panda.optim",
     "panda.tasks",
-    "panda.assembly",
+    "panda.run.assembly",
     "panda.runner",
 )
 

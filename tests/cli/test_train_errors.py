@@ -9,12 +9,12 @@ from distributions import Distributions
 
 from panda.cli import command
 from panda.cli.train import main
+from panda.configuration.options import ACCEPTED_SPELLINGS
+from panda.configuration.options import RENAMED
+from panda.configuration.options import RunOptions
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import resolve
-from panda.run_options import ACCEPTED_SPELLINGS
-from panda.run_options import RENAMED
-from panda.run_options import RunOptions
 
 Refused = Callable[..., str]
 
@@ -225,7 +225,7 @@ DOCUMENT = {
 
 
 def settings(*argv: str) -> dict[str, Any]:
-    from panda.cli.arguments import parse_arguments
+    from panda.configuration.arguments import parse_arguments
     from panda.registry import Catalog
 
     return {

@@ -137,15 +137,15 @@ def one_parameter_each(layout: ParameterLayout) -> ParameterLayout:
 
 
 def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
-    from panda.engine.checkpoints import Progress
-    from panda.engine.checkpoints import load_checkpoint
-    from panda.engine.checkpoints import save_checkpoint
+    from panda.configuration.options import RunOptions
+    from panda.engine.checkpoints.writing import Progress
+    from panda.engine.checkpoints.writing import load_checkpoint
+    from panda.engine.checkpoints.writing import save_checkpoint
     from panda.engine.deepspeed_config import deepspeed_config
     from panda.engine.engine import Engine
     from panda.engine.processes import join_processes
     from panda.engine.processes import leave_processes
     from panda.optim.layerwise import NVLamb
-    from panda.run_options import RunOptions
 
     processes = join_processes()
     gc.freeze()  # DeepSpeed collects garbage at each group of a BF16_Optimizer: half a second, of what was imported

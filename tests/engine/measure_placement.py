@@ -18,9 +18,9 @@ import torch
 from panda.engine.placement import place
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
-from panda.models.creation import without_weights
-from panda.models.matching import matched
-from panda.models.weight_files import safetensors_weights
+from panda.models.initialisation.creation import without_weights
+from panda.weights.files import safetensors_weights
+from panda.weights.matching import matched
 
 SIDE, COUNT = 4096, 8
 

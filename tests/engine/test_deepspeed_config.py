@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from launching import run_code
 
+from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import _OWNERS
 from panda.engine.deepspeed_config import _REFUSED
 from panda.engine.deepspeed_config import _TAKEN
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.registry import UserError
-from panda.run_options import RunOptions
 
 
 def test_it_follows_from_the_flat_keys() -> None:

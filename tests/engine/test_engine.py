@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
-from panda.run_options import RunOptions
 
 WAYS = [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 1), ("bf16", 2)]
 

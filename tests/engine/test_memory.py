@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from panda.cli.train import main as train_main
+from panda.configuration.options import RunOptions
 from panda.engine import memory
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.memory import refuse_without_room
 from panda.registry import UserError
-from panda.run_options import RunOptions
 
 HOST, GPU = 64 * 10**9, 80 * 10**9
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.parameter_layouts import _check_cover
@@ -15,7 +16,6 @@ from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.optim.layerwise import NVLamb
 from panda.registry import UserError
-from panda.run_options import RunOptions
 
 
 def make_engine(processes: Processes, stage: int) -> tuple[torch.nn.Module, Engine]:

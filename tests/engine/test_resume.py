@@ -23,17 +23,17 @@ from launching import run_panda
 from launching import start
 from launching import train_many
 
-from panda.cli.arguments import parse_arguments
-from panda.cli.configuration import configure
-from panda.engine.checkpoint_folders import find_checkpoint
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.processes import Processes
 from panda.registry import UserError
-from panda.run_directory import find_directory
-from panda.run_directory import hold_continued
-from panda.run_directory import make_directory
-from panda.run_lock import FILE
-from panda.run_lock import RunLock
-from panda.run_lock import check_free
+from panda.run.directory import find_directory
+from panda.run.directory import hold_continued
+from panda.run.directory import make_directory
+from panda.run.lock import FILE
+from panda.run.lock import RunLock
+from panda.run.lock import check_free
 from panda.runner import train
 
 SHAPE = ("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2)

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
-from panda.cli.arguments import parse_arguments
-from panda.cli.configuration import configure
 from panda.cli.export import main as export_main
 from panda.cli.generate import main as generate_main
 from panda.cli.train import main as train_main
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
 from panda.data.order import SampleOrder
 from panda.data.order import Source
 from panda.engine.processes import Processes

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from panda.configuration.options import RunOptions
+from panda.configuration.options import rate_multipliers
 from panda.optim.param_groups import param_groups
 from panda.registry import UserError
-from panda.run_options import RunOptions
-from panda.run_options import rate_multipliers
 
 
 def build(**modules: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from panda.configuration.options import RunOptions
 from panda.registry import Catalog
 from panda.registry import Meta
 from panda.registry import UserError
@@ -17,7 +18,6 @@ from panda.registry.options import REQUIRED
 from panda.registry.options import Given
 from panda.registry.options import build
 from panda.registry.options import options_of
-from panda.run_options import RunOptions
 
 
 @dataclass(frozen=True)

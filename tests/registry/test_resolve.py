@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 from distributions import Distributions
 
-from panda.cli.arguments import parse_arguments
-from panda.cli.configuration import configure
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.configuration.options import DEFAULT_PLUGINS
+from panda.configuration.options import RunOptions
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.options import Given
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import resolve
-from panda.run_directory import config_text
-from panda.run_directory import write_description
-from panda.run_options import DEFAULT_PLUGINS
-from panda.run_options import RunOptions
+from panda.run.directory import config_text
+from panda.run.directory import write_description
 
 ACME = """
 @dataclass(frozen=True)

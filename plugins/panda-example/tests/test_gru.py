@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from panda import UserError
-from panda.models.isolation import refuse_without_positions
+from panda.models.forward.isolation import refuse_without_positions
 from panda.registry.contexts import ModelContext
 from panda.registry.options import build
 

@@ -1,0 +1,1 @@
+"""What a trained model answers: loading it for inference, generation, chat."""

@@ -1,0 +1,118 @@
+"""How a run follows its checkpoint: the options, the tokenizer and the vocabulary that it has a say on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from panda.registry import UserError
+from panda.registry.options import options_of
+from panda.registry.resolve import Chosen
+from panda.registry.resolve import Resolved
+from panda.registry.resolve import Setting
+from panda.weights.finding import find_pretrained
+from panda.weights.formats import CONFIG
+from panda.weights.formats import META
+from panda.weights.pretrained import Pretrained
+from panda.weights.tokenizers import TOKENIZER
+
+
+def follow_checkpoint(resolved: Resolved) -> Resolved:
+    """``resolved`` with what its checkpoint has a say on: options of the model that nobody set, and the tokenizer.
+
+    Raises UserError where what was set contradicts the checkpoint.
+    """
+    pretrained = find_pretrained(resolved.core)
+    if pretrained is None:
+        return resolved
+    settings = dict(resolved.settings)
+    model = resolved.components["model"]
+    says = f"checkpoint {pretrained.folder}"
+    if hasattr(model.component.options, "of_checkpoint"):
+        stated = _Stated(pretrained.config)
+        stated.file = pretrained.config_file
+        model = _follow_options(model, settings, stated, says)
+    core = resolved.core
+    positions = pretrained.config.get("max_position_embeddings")
+    if positions is not None and core.max_seq_length > positions:
+        raise UserError(
+            f"max_seq_length: {core.max_seq_length} ({settings['max_seq_length'].origin}), and {pretrained.folder} is"
+            f" made for {positions} positions (max_position_embeddings in its {CONFIG}). Lower max_seq_length."
+        )
+    if settings["tokenizer"].origin == "default":
+        holder = pretrained.with_tokenizer()
+        if holder is None:
+            raise UserError(
+                f"ckpt_path: {pretrained.folder} has no tokenizer that transformers loads (none of"
+                f" {', '.join(TOKENIZER)}), and panda's own is for other weights. Name the folder of one with"
+                " `tokenizer`."
+            )
+        if pretrained.format is META and not (holder.folder / "tokenizer.json").exists():
+            raise UserError(
+                f"ckpt_path: the tokenizer in {holder.folder} is a SentencePiece model alone, as Meta gives it. Name"
+                " the folder of a Hugging Face tokenizer of this model with `tokenizer`."
+            )
+        location = holder.name or str(holder.folder)
+        settings["tokenizer"] = replace(settings["tokenizer"], value=location, origin=says)
+        core = replace(core, tokenizer=location)
+    return replace(resolved, core=core, settings=settings, components={**resolved.components, "model": model})
+
+
+def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping[str, Any]:
+    """``pretrained.config``, with rows for a tokenizer of ``entries`` entries if it may be extended.
+
+    Raises UserError where it has too few, and may not.
+    """
+    rows = pretrained.config.get("vocab_size")
+    if rows is None or entries <= rows:
+        return pretrained.config
+    if not extend:
+        raise UserError(
+            f"tokenizer: it has {entries:,} entries, and the checkpoint in {pretrained.folder} {rows:,} rows for them"
+            " (vocab_size). Is it the tokenizer of these weights? If entries were added to it, `--extend_vocab` adds"
+            " rows, each the mean of those that are there."
+        )
+    return {**pretrained.config, "vocab_size": entries}
+
+
+class _Stated(dict[str, Any]):
+    """A configuration of which a model asks what it needs to know: what is not in it is the user's to mend."""
+
+    file: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.file}: it does not state {key!r}. Is it the configuration of these weights, and whole?")
+
+
+def _follow_options(model: Chosen, settings: dict[str, Setting], config: _Stated, says: str) -> Chosen:
+    """``model`` with the options that ``config`` gives; ``settings`` are brought to agree."""
+    options_class: Any = model.component.options
+    known = options_of(options_class)
+    values = {key: getattr(model.options, key) for key in known}
+    contradictions = []
+    for key, value in options_class.of_checkpoint(config).items():
+        written = key if settings.get(key) and settings[key].owner == model.label else f"model.{key}"
+        setting = settings[written]
+        try:
+            value = known[key].check(value)
+        except ValueError:
+            raise UserError(f"{config.file}: {key}: {value!r} is not {known[key].expects}.") from None
+        # A fine-tune may have more entries than the family's first tokenizer, which an arch states.
+        is_given = setting.origin != "default" and not (key == "vocab_size" and setting.origin.startswith("arch "))
+        if not is_given:
+            settings[written] = replace(setting, value=value, origin=says)
+            values[key] = value
+        elif setting.value != value:
+            contradictions.append(f"{key} is {setting.value} ({setting.origin}), and {value} in the checkpoint")
+    if contradictions:
+        raise UserError(
+            f"{says} is of another shape:\n"
+            + "\n".join(contradictions)
+            + f"\nLeave arch and these options out: `model: {model.component.name}` takes the checkpoint's own shape."
+        )
+    try:
+        return replace(model, options=options_class(**values))
+    except UserError as problem:
+        raise UserError(f"{says}: {problem}") from None

@@ -1,0 +1,220 @@
+"""Combinations that cannot work, as data: each with its reason and what to use instead.
+
+Asked before anything is imported or built, by ``panda-train`` and ``panda check`` alike, and
+printed in docs/refusals.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from panda.configuration.options import LORA_KEYS
+from panda.configuration.options import RunOptions
+from panda.registry import UserError
+from panda.registry.resolve import Resolved
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that panda refuses."""
+
+    what: str
+    """The combination, as it is written."""
+    applies: Callable[[RunOptions], bool]
+    reason: str
+    instead: str
+
+
+def _asks(run: RunOptions, *path: str) -> Any:
+    """What ``deepspeed_config`` has at ``path``; None where it has nothing, or cannot be read: that is told later."""
+    try:
+        value = json.loads(Path(run.deepspeed_config or "").read_text(encoding="utf-8"))
+        for key in path:
+            value = value[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value
+
+
+def _lamb_asks(run: RunOptions, *path: str) -> Any:
+    """The same where the optimizer needs the norm of whole layers."""
+    return _asks(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
+
+
+def _optimizer(run: RunOptions) -> str:
+    return run.optimizer.rpartition(":")[2].lower()
+
+
+_OFFLOAD = ("zero_optimization", "offload_optimizer")
+_DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "max_steps: 0",
+        lambda run: run.max_steps == 0,
+        "a run without steps trains nothing",
+        "`max_steps: -1` for no limit, or a number of steps",
+    ),
+    Refusal(
+        "eval_steps without eval_data_dir",
+        lambda run: run.eval_steps > 0 and run.eval_data_dir is None,
+        "there is nothing to evaluate on",
+        "name data that is not trained on with `eval_data_dir`, or leave it out",
+    ),
+    Refusal(
+        "base_path, allow_pickle or extend_vocab without ckpt_path",
+        lambda run: run.ckpt_path is None and bool(run.base_path or run.allow_pickle or run.extend_vocab),
+        "they say how the weights at ckpt_path are loaded",
+        "name those weights with `ckpt_path`, or leave them out",
+    ),
+    Refusal(
+        "model: hf without ckpt_path",
+        lambda run: run.ckpt_path is None and (run.model or "").lower().rpartition(":")[2] == "hf",
+        "it has the shape of a checkpoint, whatever that is",
+        "name the checkpoint with `ckpt_path`, or a shape with `arch`",
+    ),
+    Refusal(
+        "lora_*, use_dora or use_rslora without use_lora",
+        lambda run: not run.use_lora and any(getattr(run, key) != _DEFAULTS[key] for key in LORA_KEYS),
+        "they say how adapters are, and without `use_lora` there are none",
+        "`use_lora`, or leave them out",
+    ),
+    Refusal(
+        "use_quant with use_lora: false",
+        lambda run: run.use_quant and not run.use_lora,
+        "quantised weights cannot be trained, and there would be nothing else",
+        "leave `use_lora` out, which `use_quant` implies, or `use_quant`",
+    ),
+    Refusal(
+        "use_quant without bitsandbytes",
+        lambda run: run.use_quant and find_spec("bitsandbytes") is None,
+        "it is bitsandbytes that quantises, and that is not installed",
+        "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; it has CPU kernels too",
+    ),
+    Refusal(
+        "quant_bits without use_quant",
+        lambda run: run.quant_bits != _DEFAULTS["quant_bits"] and not run.use_quant,
+        "nothing is quantised",
+        "`use_quant`, or leave it out",
+    ),
+    Refusal(
+        "quant_bits: 8 with zero_stage: 3",
+        lambda run: run.use_quant and run.quant_bits == 8 and run.zero_stage == 3,
+        "bitsandbytes holds on to each whole 8-bit weight, so that ZeRO-3 would spread nothing",
+        "4 bits, or `zero_stage: 2`",
+    ),
+    Refusal(
+        "8-bit optimizer state without bitsandbytes",
+        lambda run: (
+            (run.bit_training or _optimizer(run) in ("adamw8bit", "paged_adamw8bit"))
+            and find_spec("bitsandbytes") is None
+        ),
+        "it is bitsandbytes that keeps it, and that is not installed",
+        "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; or `optimizer: adamw`",
+    ),
+    Refusal(
+        "bit_training with an optimizer that is not AdamW",
+        lambda run: run.bit_training and _optimizer(run) not in ("adamw", "adamw8bit", "paged_adamw8bit"),
+        "it stands for AdamW with 8-bit state, and no other optimizer here has such state",
+        "`optimizer: adamw`, or leave it out; `zero_stage: 1` spreads the optimizer state over GPUs",
+    ),
+    Refusal(
+        "precision: fp16 with zero_stage: 0",
+        lambda run: run.precision == "fp16" and run.zero_stage == 0,
+        "DeepSpeed without ZeRO sums the gradients of micro batches in fp16, where they over- and underflow",
+        "leave `zero_stage` out: it is 1 then, which is the same on one GPU and sums in fp32",
+    ),
+    Refusal(
+        "optimizer: nvlamb with offload_optimizer on NVMe",
+        lambda run: _lamb_asks(run, *_OFFLOAD, "device") == "nvme",
+        "the norm of a layer needs all of it, and DeepSpeed has most of it on the disk",
+        '`offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+    ),
+    Refusal(
+        "optimizer: nvlamb with offload_optimizer.ratio below 1",
+        lambda run: _lamb_asks(run, *_OFFLOAD, "ratio") not in (None, 1),
+        "DeepSpeed steps what is not offloaded with an AdamW of its own",
+        "leave `ratio` out, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with ZenFlow or SuperOffload",
+        lambda run: bool(
+            _lamb_asks(run, "zero_optimization", "zenflow") or _lamb_asks(run, *_OFFLOAD, "super_offload")
+        ),
+        "they step with a CPU Adam of DeepSpeed's own, part of the weights at a time",
+        'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+    ),
+    Refusal(
+        "optimizer: nvlamb with MiCS",
+        lambda run: (_lamb_asks(run, "zero_optimization", "mics_shard_size") or 0) > 0,
+        "weights are spread over a part of the ranks, and whose norms to sum is not known here",
+        "`zero_stage: 3` without `mics_shard_size`, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "optimizer: nvlamb with DeepCompile",
+        lambda run: bool(_lamb_asks(run, "compile", "deepcompile")),
+        "its passes move and free the tensors of Adam, and were not tried with another optimizer",
+        "leave it out, or `optimizer: adamw`",
+    ),
+    Refusal(
+        "compile with zero_stage: 3",
+        lambda run: run.compile and run.zero_stage == 3,
+        "ZeRO-3 gathers weights in hooks around every module, and a compiled layer is one piece without them",
+        "`zero_stage: 2`, or leave `compile` out",
+    ),
+    Refusal(
+        "tensor_parallel_size with zero_stage: 3",
+        lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 3,
+        "both spread the weights, and a checkpoint of the two together cannot be read back whole",
+        "`zero_stage: 2`, or `zero_stage: 3` alone",
+    ),
+    Refusal(
+        "tensor_parallel_size with use_lora or use_quant",
+        lambda run: run.tensor_parallel_size > 1 and (run.use_lora or run.use_quant),
+        "adapters and few bits are made for layers that are whole",
+        "leave `tensor_parallel_size` out: `zero_stage: 3` spreads the base",
+    ),
+    Refusal(
+        "tensor_parallel_size with zero_stage: 0 in 16 bits",
+        lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 0 and run.precision != "fp32",
+        "DeepSpeed without ZeRO takes the norm of gradients, by which they are clipped, from one rank's part alone",
+        "leave `zero_stage` out: it is 1 then",
+    ),
+    Refusal(
+        "tensor_parallel_size with activation_checkpointing: selective",
+        lambda run: run.tensor_parallel_size > 1 and run.activation_checkpointing == "selective",
+        "FairScale sums a product over ranks in its place, and one that is kept would be summed again",
+        "`activation_checkpointing: full`",
+    ),
+    Refusal(
+        "tensor_parallel_size with compile",
+        lambda run: run.tensor_parallel_size > 1 and run.compile,
+        "compiled layers that talk with other ranks were not tried on a GPU",
+        "leave one of them out",
+    ),
+)
+
+
+def refuse(resolved: Resolved) -> None:
+    """Raise UserError for what of ``resolved`` cannot work."""
+    found = [
+        f"{_origins(resolved, refusal)}{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
+        for refusal in REFUSALS
+        if refusal.applies(resolved.core)
+    ]
+    if found:
+        raise UserError("\n".join(found))
+
+
+def _origins(resolved: Resolved, refusal: Refusal) -> str:
+    """Where in a file the keys that ``refusal`` names were written; of flags it says enough itself."""
+    settings = (resolved.settings[word] for word in re.findall(r"\w+", refusal.what) if word in resolved.settings)
+    places = dict.fromkeys(setting.origin for setting in settings if ":" in setting.origin)
+    return f"{', '.join(places)}: " if places else ""

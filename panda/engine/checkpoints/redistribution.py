@@ -1,0 +1,226 @@
+"""A checkpoint continued by other ranks or under another ZeRO stage: each element put where it lies now.
+
+DeepSpeed's way is its universal checkpoint: a conversion on disk first, then a loader that under ZeRO-3
+gives all parameter groups the options of the first and has all sub-groups count their steps together.
+Here a checkpoint says of each rank's flat tensors which stretches of which parameters they hold (see
+``parameter_layouts``), and a rank copies from all of them what it holds now. Options and learning rates
+are those of the run that goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from panda.engine.checkpoints.weights import checkpoint_weights
+from panda.engine.engine import Engine
+from panda.engine.engine import trained_state
+from panda.engine.parameter_layouts import check_values
+from panda.engine.parameter_layouts import is_sharded
+from panda.engine.parameter_layouts import read_layout
+from panda.registry import UserError
+from panda.registry.contexts import TensorLayout
+
+
+def describe_layout(engine: Engine) -> dict[str, Any] | None:
+    """Where this rank's optimizer holds what, as plain objects; None where DeepSpeed's way is not known to panda."""
+    try:
+        wrapper, tensors = read_layout(engine.module, engine.optimizer)
+    except UserError:
+        return None
+    return {
+        "ranks": engine.processes.world_size,
+        "wrapper": wrapper,
+        "tensors": [
+            {
+                "parameters": list(layout.parameters),
+                "segments": [[each.parameter, each.start, each.length, each.source] for each in layout.segments],
+            }
+            for layout in tensors
+        ],
+    }
+
+
+def layout_file(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"layout-{rank:05d}.json"
+
+
+@torch.no_grad()
+def redistribute(engine: Engine, checkpoint: Path) -> None:
+    """Put weights, and master weights and moments of this rank, back. Every rank has to call it; trust the path."""
+    if engine.processes.tensor_ranks > 1:
+        raise UserError(
+            f"{checkpoint}: with tensor_parallel_size a run is continued by as many processes and under the same"
+            " `zero_stage` as before. Give those that it had."
+        )
+    _, tensors = read_layout(engine.module, engine.optimizer)
+    stretches = _Stretches(checkpoint)
+    for layout in tensors:
+        _fill(layout, stretches, engine.own_optimizer)
+    state = trained_state(engine.module)
+    for name, stored in checkpoint_weights(checkpoint).items():
+        target = state[name]
+        if not hasattr(target, "ds_tensor"):
+            target.copy_(stored.read())
+    engine.take_partitions_from(tensors)
+    check_values(engine.module, tensors)
+    _carry_loss_scale(stretches, engine.optimizer)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One tensor that a rank's optimizer stepped, mapped from a file."""
+
+    master: torch.Tensor
+    state: dict[str, Any]
+
+
+class _Stretches:
+    """All stretches of parameters in the optimizer's files of a checkpoint."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self._of: dict[str, list[tuple[int, int, int, _Saved]]] = defaultdict(list)
+        layouts = sorted(checkpoint.glob("layout-*.json"))
+        described = json.loads(layouts[0].read_text(encoding="utf-8")) if layouts else None
+        if described is None or len(layouts) != described["ranks"]:
+            raise UserError(
+                f"{checkpoint}: it does not say where the optimizer of that run held what, so it can be continued with"
+                " the same number of ranks, ZeRO stage and `deepspeed_config` alone."
+            )
+        self.wrapper = wrapper = described["wrapper"]
+        for rank, file in enumerate(layouts if is_sharded(wrapper) else layouts[:1]):
+            described = json.loads(file.read_text(encoding="utf-8"))
+            tensors = _READERS[wrapper](checkpoint, rank, described["tensors"])
+            for saved, tensor in zip(tensors, described["tensors"], strict=True):
+                self._check(saved)
+                for parameter, start, length, source in tensor["segments"]:
+                    self._of[tensor["parameters"][parameter]].append((source, length, start, saved))
+
+    def _check(self, saved: _Saved) -> None:
+        # Every rank looks at the files of all, so that all stop. DeepSpeed takes padding at the end off
+        # the masters of ZeRO-1 and 2, and leaves it on the moments.
+        for key, value in saved.state.items():
+            is_scalar = isinstance(value, (int, float)) or (torch.is_tensor(value) and value.dim() == 0)
+            fits = torch.is_tensor(value) and value.is_floating_point() and value.numel() >= saved.master.numel()
+            if not (is_scalar or fits):
+                raise UserError(
+                    f"{self.checkpoint}: {key} of this optimizer is not a number an element, and cannot be spread anew."
+                    " Continue with the same number of ranks and the same ZeRO stage."
+                )
+
+    def overlapping(self, name: str, source: int, length: int) -> Iterator[tuple[int, int, int, _Saved]]:
+        """What holds ``length`` elements of ``name`` from ``source`` on, piece by piece: first one, how many, where."""
+        covered = 0
+        for first, count, start, saved in self._of[name]:
+            left, right = max(first, source), min(first + count, source + length)
+            if left < right:
+                covered += right - left
+                yield left, right - left, start + left - first, saved
+        if covered != length:
+            raise UserError(f"{self.checkpoint}: the checkpoint is of another model: it does not have all of {name}.")
+
+
+def _fill(layout: TensorLayout, stretches: _Stretches, optimizer: torch.optim.Optimizer) -> None:
+    """Give the tensor of ``layout``, and its state in ``optimizer``, what the checkpoint has of its segments."""
+    tensor = layout.tensor
+    state: dict[str, Any] = {}
+    for segment in layout.segments:
+        name = layout.parameters[segment.parameter]
+        for source, length, start, saved in stretches.overlapping(name, segment.source, segment.length):
+            at = segment.start + source - segment.source
+            _flat(tensor)[at : at + length] = _flat(saved.master)[start : start + length].to(tensor)
+            for key, value in saved.state.items():
+                if not torch.is_tensor(value) or value.dim() == 0:
+                    state[key] = value.clone() if torch.is_tensor(value) else value
+                    continue
+                into = state.setdefault(key, torch.zeros_like(tensor, dtype=value.dtype))
+                _flat(into)[at : at + length] = _flat(value)[start : start + length].to(into)
+    if state:
+        group = optimizer.param_groups[0]
+        if torch.is_tensor(state.get("step")) and (group.get("fused") or group.get("capturable")):
+            state["step"] = state["step"].to(tensor.device)
+        optimizer.state[tensor] = state
+
+
+def _carry_loss_scale(stretches: _Stretches, optimizer: Any) -> None:
+    """Go on with the dynamic loss scale of fp16, which the checkpoint and ``optimizer`` have or both have not."""
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    saved = _loss_scaler(stretches.checkpoint, stretches.wrapper)
+    if scaler is not None and all(key in saved and hasattr(scaler, key) for key in _LOSS_SCALE):
+        for key in _LOSS_SCALE:
+            setattr(scaler, key, saved[key])
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)
+
+
+# -- what DeepSpeed 0.19 writes ---------------------------------------------------------------
+
+Tensors = Iterable[dict[str, Any]]
+"""The described tensors of a rank."""
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")
+"""What the scalers of all wrappers have; which step the scale was lowered at says when it is raised."""
+
+
+def _loss_scaler(checkpoint: Path, wrapper: str) -> dict[str, Any]:
+    """What the wrapper of rank 0 wrote of its loss scale, among other things."""
+    if wrapper == "FP16_UnfusedOptimizer":
+        held: dict[str, Any] = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
+        return held
+    if not is_sharded(wrapper):
+        return {}
+    (file,) = checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    scaler = _load(file)["optimizer_state_dict"].get("loss_scaler")
+    return vars(scaler) if scaler is not None else {}
+
+
+def _states(base: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    return [base["state"].get(number, {}) for number in range(count)]
+
+
+def _whole(checkpoint: Path, rank: int, tensors: Tensors) -> list[_Saved]:
+    file = _load(checkpoint / "mp_rank_00_model_states.pt")
+    masters = [file["module"][parameter] for tensor in tensors for parameter in tensor["parameters"]]
+    return list(map(_Saved, masters, _states(file["optimizer"], len(masters))))
+
+
+def _whole_masters(checkpoint: Path, rank: int, tensors: Tensors) -> list[_Saved]:
+    optimizer = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
+    masters = [master for group in optimizer["fp32_groups"] for master in group]
+    return list(map(_Saved, masters, _states(optimizer["optimizer_state_dict"], len(masters))))
+
+
+def _parts(masters: str, base: str) -> Callable[[Path, int, Tensors], list[_Saved]]:
+    def read(checkpoint: Path, rank: int, tensors: Tensors) -> list[_Saved]:
+        (file,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        optimizer = _load(file)["optimizer_state_dict"]
+        found = optimizer[masters]
+        return list(map(_Saved, found, _states(optimizer[base], len(found))))
+
+    return read
+
+
+_READERS: dict[str, Callable[[Path, int, Tensors], list[_Saved]]] = {
+    "none": _whole,
+    "FP16_UnfusedOptimizer": _whole_masters,
+    "DeepSpeedZeroOptimizer": _parts("single_partition_of_fp32_groups", "base_optimizer_state"),
+    "BF16_Optimizer": _parts("single_partition_of_fp32_groups", "base_optimizer_state"),
+    "DeepSpeedZeroOptimizer_Stage3": _parts("fp32_flat_groups", "optimizer_state_dict"),
+}
+"""By DeepSpeed's wrapper: the tensors of a rank's file with their state, in order."""

@@ -1,0 +1,81 @@
+"""The weights in a checkpoint, of any ZeRO stage, without a process group and without the model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from panda.engine.checkpoints.folders import check_contents
+from panda.weights.stored_tensor import StoredTensor
+from panda.weights.stored_tensor import Weights
+
+SPLIT_DIMENSIONS = "panda_split_dimensions"
+"""In DeepSpeed's files: along which dimension tensor-parallel ranks split each parameter, by name; those that are."""
+
+_WHOLE = "mp_rank_*_model_states.pt"
+_PARTITIONED = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+
+
+def checkpoint_weights(checkpoint: Path) -> Weights:
+    """The module's tensors in ``checkpoint``, each under its first name, in the type that it is computed with.
+
+    Files are mapped, and a tensor that is partitioned is joined when it is read: under ZeRO-3 from
+    the fp32 master weights of all ranks, and rounded as DeepSpeed rounds them to compute; under tensor
+    parallelism from the ranks' shards. Loads pickles: trust the path. Raises UserError where what is read is
+    not what was written.
+    """
+    is_partitioned = (checkpoint / _PARTITIONED).exists()
+    files = [checkpoint / _PARTITIONED] if is_partitioned else sorted(checkpoint.glob(_WHOLE))
+    check_contents(checkpoint, sorted(checkpoint.glob("*.pt")) if is_partitioned else files)
+    states = [torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in files]
+    module: dict[str, torch.Tensor] = states[0]["module"]
+    if is_partitioned:
+        parts = {name: [tensor] for name, tensor in _master_weights(checkpoint).items()}
+        repeated = states[0]["shared_params"]
+    else:
+        parts = {name: [state["module"][name] for state in states] for name in module}
+        repeated = _names_after_the_first(module)
+    split: dict[str, int] = states[0].get(SPLIT_DIMENSIONS, {})
+    return {
+        name: _stored(parts[name] if name in split else parts[name][:1], split.get(name, 0), tensor.dtype)
+        for name, tensor in module.items()
+        if name not in repeated
+    }
+
+
+def _names_after_the_first(module: dict[str, torch.Tensor]) -> set[str]:
+    """Names of tensors that have one already; DeepSpeed writes which those are under ZeRO alone."""
+    first: dict[int, str] = {}
+    return {name for name, tensor in module.items() if first.setdefault(tensor.data_ptr(), name) != name}
+
+
+def _master_weights(checkpoint: Path) -> dict[str, Any]:
+    """fp32 tensors by name, most of them DeepSpeed's stand-ins that join the ranks' parts when asked."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not go looking, and warn
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    # It prints, and draws bars.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), checkpoint.name, lazy_mode=True
+        )
+    return found
+
+
+def _stored(parts: list[Any], dimension: int, dtype: torch.dtype) -> StoredTensor:
+    shape = list(parts[0].shape)
+    if len(parts) > 1:
+        shape[dimension] *= len(parts)
+    return StoredTensor(tuple(shape), dtype, partial(_read, parts, dimension, dtype))
+
+
+def _read(parts: list[Any], dimension: int, dtype: torch.dtype) -> torch.Tensor:
+    whole: torch.Tensor = torch.cat(parts, dimension) if len(parts) > 1 else parts[0].contiguous()
+    return whole.to(dtype)

@@ -1,0 +1,142 @@
+"""Writing and loading checkpoints.
+
+DeepSpeed writes module and optimizer; beside them each rank writes its random state.
+Frozen weights are not written: whoever makes the engine again makes them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from panda.engine.checkpoints.folders import LATEST
+from panda.engine.checkpoints.folders import MANIFEST
+from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.folders import check_contents
+from panda.engine.checkpoints.folders import complete_checkpoints
+from panda.engine.checkpoints.redistribution import describe_layout
+from panda.engine.checkpoints.redistribution import layout_file
+from panda.engine.checkpoints.redistribution import redistribute
+from panda.engine.engine import Engine
+from panda.registry import UserError
+from panda.registry.errors import writing
+
+
+def save_checkpoint(
+    engine: Engine, folder: Path, progress: Progress, shape: dict[str, Any], *, keep: int | None = None
+) -> Path:
+    """Write ``folder/step-N`` and point ``latest`` at it; then remove all but the newest ``keep``.
+
+    Every rank has to call it. ``shape`` is what a run that loads it must agree on. Raises UserError on
+    every rank where the disk of one is full; the checkpoints that were there are untouched then.
+    """
+    processes = engine.processes
+    name = f"step-{progress.step:08d}"
+    temporary, final = folder / f".tmp-{name}", folder / name
+
+    def prepare() -> None:
+        if processes.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".tmp-*"):  # by interrupted saves
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            temporary.mkdir()
+
+    def write_own() -> None:
+        engine.save(folder, temporary.name)
+        torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
+        if layout := describe_layout(engine):
+            layout_file(temporary, processes.rank).write_text(json.dumps(layout) + "\n", encoding="utf-8")
+
+    def complete() -> None:
+        if processes.rank == 0:
+            _complete(temporary, final, {"format": 1, "progress": asdict(progress), "shape": shape})
+            for old in complete_checkpoints(folder)[:-keep] if keep else []:
+                os.rename(old, folder / f".tmp-{old.name}")  # at once: a folder that is half removed is no checkpoint
+                shutil.rmtree(folder / f".tmp-{old.name}")
+
+    before = complete_checkpoints(folder)
+    kept = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
+    then = f"{kept} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
+    try:
+        for part in (prepare, write_own, complete):
+            processes.together(writing(f"{folder}: the checkpoint of step {progress.step:,}", then)(part))
+    except Exception:
+        if processes.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # it takes room that is wanted, and is of no use
+        raise
+    return final
+
+
+def _complete(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Make what all ranks have written to ``temporary`` the checkpoint ``final``, and ``latest`` its name."""
+    files = sorted(file for file in temporary.rglob("*") if file.is_file())
+    manifest["files"] = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    pointer = final.with_name(f".tmp-{LATEST}")
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    for file in (*files, temporary / MANIFEST, temporary, pointer):
+        _sync(file)
+    os.rename(temporary, final)  # from here on nothing is written that could want for room
+    os.replace(pointer, final.with_name(LATEST))
+    _sync(final.parent)
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
+    """Put weights, optimizer and this rank's random state back. Loads pickles: trust the path.
+
+    Where ranks, ZeRO stage and the like are what they were, it is to the bit. Where they are not, each
+    rank gets what is its own now; random state is left as it is then, and the result is False.
+    Raises UserError on every rank where the content of a file is another than was written.
+    """
+    processes = engine.processes
+    files = sorted(checkpoint.rglob("*.pt"))[processes.rank :: processes.world_size]  # each is looked at by one
+    processes.together(partial(check_contents, checkpoint, files))
+    if not _is_as_saved(engine, checkpoint):
+        redistribute(engine, checkpoint)
+        return False
+    if not engine.load(checkpoint.parent, checkpoint.name):
+        raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
+    _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
+    return True
+
+
+def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
+    """Whether every rank holds what the rank of its number held."""
+    ranks = len(list(checkpoint.glob("random-*.pt")))
+    file = layout_file(checkpoint, engine.processes.rank)
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    same = ranks == engine.processes.world_size and saved == describe_layout(engine)
+    return engine.processes.all_(same)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write ``path`` to disk before what follows."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

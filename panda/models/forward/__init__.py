@@ -1,0 +1,1 @@
+"""The parts of a forward pass that models share: the loss, packed rows, compiled and recomputed layers."""

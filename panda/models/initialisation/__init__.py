@@ -1,0 +1,1 @@
+"""Modules before training: built without weights, or with random ones."""

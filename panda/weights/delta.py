@@ -1,0 +1,142 @@
+"""Deltas: what a fine-tune changed, to be added to the base that it began with.
+
+PandaLLM's rule, and FastChat's: ``delta = target - base`` for every tensor, but the embedding and the
+output are in it **whole**, since a fine-tune may have more entries in its vocabulary than its base.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.registry import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from panda.weights.pretrained import Pretrained
+    from panda.weights.stored_tensor import StoredTensor
+    from panda.weights.stored_tensor import Weights
+
+MARK = "delta.json"
+"""A file beside the weights that says that they are a delta; one without it is told by a name in ``-delta``."""
+
+IDENTITY = "base_weights"
+"""In it: the identity of the base's weights. Deltas that other programs made are without."""
+
+WHOLE = ("embed_tokens.weight", "lm_head.weight")
+"""Ends of the names of tensors that a delta has whole."""
+
+
+def is_delta(folder: Path, name: str) -> bool:
+    """Whether ``folder``, which the user called ``name``, holds a delta."""
+    names = (name.rstrip("/").rpartition("/")[2], folder.resolve().name)
+    return (folder / MARK).exists() or any(given.lower().endswith("-delta") for given in names)
+
+
+def check_base(delta: Pretrained, base: Pretrained) -> None:
+    """Raise UserError where ``delta`` records another base: of equal shapes the sum would be a model of neither."""
+    file = delta.folder / MARK
+    try:
+        mark = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as problem:
+        raise UserError(f"{file}: not valid JSON: {problem}.") from None
+    made_from = mark.get(IDENTITY) if isinstance(mark, dict) else None
+    if not isinstance(made_from, str):
+        return
+    found = base.identity(made_from)
+    if found != made_from:
+        raise UserError(
+            f"{delta.folder}: a delta to another base: {mark.get('base')}, {made_from}. Now there is {base.folder},"
+            f" {found}. Name the folder of the first. The same weights in another format count as others, too: where"
+            f" you are sure that these are the same, take {IDENTITY!r} out of {file}."
+        )
+
+
+def applied(delta: Weights, base: Weights, *, source: str, base_source: str) -> Weights:
+    """The fine-tuned tensors: each is read, added in float32 and rounded to the delta's type when it is wanted.
+
+    Raises UserError where ``base`` has not the tensors that ``delta`` was taken from.
+    """
+    return {
+        name: tensor if name.endswith(WHOLE) else _sum(tensor, base[name], 1)
+        for name, tensor in _paired(delta, base, source, base_source).items()
+    }
+
+
+def made(target: Weights, base: Weights, *, source: str, base_source: str) -> Weights:
+    """The delta of ``target`` to ``base``: the other way round."""
+    return {
+        name: tensor if name.endswith(WHOLE) else _sum(tensor, base[name], -1)
+        for name, tensor in _paired(target, base, source, base_source).items()
+    }
+
+
+def write_delta(target: Pretrained, base: Pretrained, output: Path) -> float:
+    """Write the delta of ``target`` to ``base`` to the new folder ``output``.
+
+    Returns by how much a weight differs at most once the delta is applied again: it has the type of
+    ``target``, in which not every difference can be written.
+    """
+    from panda.weights.files import safetensors_weights
+    from panda.weights.files import write_weights
+
+    theirs, bases = target.weights(), base.weights()
+    sources = {"source": str(target.folder), "base_source": str(base.folder)}
+    delta = made(theirs, bases, **sources)
+    _prepare(output, target)
+    write_weights(delta, output)
+    mark = {"base": str(base.folder), IDENTITY: base.identity(), "whole": WHOLE}
+    (output / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+    back = applied(safetensors_weights(output), bases, **sources)
+    return max(float((back[name].read().float() - theirs[name].read().float()).abs().max()) for name in back)
+
+
+def write_applied(merged: Pretrained, output: Path) -> None:
+    """Write ``merged``, a delta with its base, as a whole model to the new folder ``output``."""
+    from panda.weights.files import write_weights
+
+    weights = merged.weights()
+    _prepare(output, merged)
+    write_weights(weights, output)
+
+
+def _prepare(output: Path, source: Pretrained) -> None:
+    """Make ``output``, with ``source``'s configuration and tokenizer."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output: {str(output)!r} is not empty. Name a folder that does not exist.")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
+    for file in source.files_beside():
+        shutil.copy(file, output / file.name)
+
+
+def _paired(fine: Weights, base: Weights, source: str, base_source: str) -> Weights:
+    """``fine``, once every tensor that is added or subtracted has its like in ``base``."""
+    from panda.weights.matching import is_computed
+
+    fine = {name: tensor for name, tensor in fine.items() if not is_computed(name)}
+    unlike = [
+        f"{name} is {list(tensor.shape)} and {list(base[name].shape) if name in base else 'missing'} in the base"
+        for name, tensor in fine.items()
+        if not name.endswith(WHOLE) and (name not in base or base[name].shape != tensor.shape)
+    ]
+    if unlike:
+        raise UserError(
+            f"{base_source}: not the base of {source}: {'; '.join(unlike[:4])}"
+            + (f"; and {len(unlike) - 4} more." if len(unlike) > 4 else ".")
+        )
+    return fine
+
+
+def _sum(tensor: StoredTensor, base: StoredTensor, sign: int) -> StoredTensor:
+    from dataclasses import replace
+
+    def read() -> torch.Tensor:
+        result: Any = tensor.read().float().add(base.read().float(), alpha=sign).to(tensor.dtype)
+        return result  # type: ignore[no-any-return]
+
+    return replace(tensor, read=read)

@@ -1,0 +1,99 @@
+"""Which stored tensor goes where: names and shapes of a checkpoint against those of a module."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+
+from panda.registry import UserError
+from panda.weights.stored_tensor import StoredTensor
+from panda.weights.stored_tensor import Weights
+
+_SHOWN = 8
+
+
+def is_computed(name: str) -> bool:
+    """Whether ``name`` is of a tensor that older programs stored, and that the configuration gives."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def matched(
+    module: torch.nn.Module, weights: Weights, *, source: str, grow_rows: tuple[int, int] | None = None
+) -> Weights:
+    """For each parameter and persistent buffer of ``module``, under its first name, the tensor of ``weights``.
+
+    ``grow_rows`` (from, to): tensors of a vocabulary of ``from`` rows become ``to`` rows where the
+    module has so many; new rows are the mean of the others. ``source`` is what errors call the
+    checkpoint. Raises UserError with the names of all tensors that are missing, unexpected or of
+    another shape.
+    """
+    wanted: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+    stored = _with_prefix(module, wanted, weights)
+    names: dict[int, list[str]] = {}
+    for name, target in wanted.items():
+        names.setdefault(id(target), []).append(name)
+
+    found: dict[str, StoredTensor] = {}
+    missing, misshaped = [], []
+    for aliases in names.values():
+        held = next((alias for alias in aliases if alias in stored), None)
+        if held is None:
+            missing.append(" = ".join(aliases))
+            continue
+        tensor, shape = stored[held], tuple(wanted[held].shape)
+        if grow_rows and shape[:1] == (grow_rows[1],) and tensor.shape == (grow_rows[0], *shape[1:]):
+            tensor = _grown(tensor, grow_rows[1])
+        if tensor.shape != shape:
+            misshaped.append(f"{held} is {list(tensor.shape)} and should be {list(shape)}")
+        found[aliases[0]] = tensor
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unexpected = [
+        name
+        for name in stored
+        if name not in wanted and not is_computed(name) and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    refuse_unlike(source, missing, unexpected, misshaped)
+    return found
+
+
+def refuse_unlike(source: str, missing: list[str], unexpected: list[str], misshaped: list[str]) -> None:
+    """Raise UserError with these names of tensors, where there are any. ``source``: what it calls the checkpoint."""
+    problems = [
+        f"{what}: {_listed(which)}"
+        for what, which in (
+            ("missing from it", missing),
+            ("in it, and not in the model", unexpected),
+            ("of another shape", misshaped),
+        )
+        if which
+    ]
+    if problems:
+        raise UserError(
+            f"{source}: its tensors are not those of the model.\n"
+            + "\n".join(problems)
+            + "\nIs it a checkpoint of another architecture or size? Nothing was loaded."
+        )
+
+
+def _with_prefix(module: torch.nn.Module, wanted: dict[str, torch.Tensor], weights: Weights) -> Weights:
+    """``weights``, named as in ``module`` where they were saved from its inner model, without the head's prefix."""
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    if prefix == "." or any(name.startswith(prefix) for name in weights):
+        return weights
+    return {prefix + name if prefix + name in wanted else name: tensor for name, tensor in weights.items()}
+
+
+def _grown(tensor: StoredTensor, rows: int) -> StoredTensor:
+    def read() -> torch.Tensor:
+        known = tensor.read()
+        mean = known.float().mean(0, keepdim=True).to(known.dtype)
+        return torch.cat([known, mean.expand(rows - len(known), *known.shape[1:])])
+
+    return replace(tensor, shape=(rows, *tensor.shape[1:]), read=read)
+
+
+def _listed(names: list[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

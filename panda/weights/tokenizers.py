@@ -1,0 +1,69 @@
+"""Where a tokenizer is, a folder or a name on the Hugging Face hub, and what is in it. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from panda.registry import UserError
+from panda.registry.errors import in_brief
+from panda.registry.location import resolve_path
+from panda.weights.hub import cached
+from panda.weights.hub import described
+from panda.weights.hub import is_name
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder that has one of these has a tokenizer."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` has a tokenizer that transformers loads."""
+    return any((folder / name).exists() for name in TOKENIZER)
+
+
+def tokenizer_folder(location: str) -> Path:
+    """The folder that the option ``tokenizer`` means; from the hub it is fetched. Raises UserError where there is none.
+
+    Of a model on the hub no weights are fetched.
+    """
+    folder = resolve_path(location)
+    if folder.is_dir():
+        return folder
+    if not is_name(location):
+        raise UserError(
+            f"tokenizer: {location!r} is not a folder (looked in {Path.cwd()}). Give one that holds a Hugging Face"
+            " tokenizer (tokenizer.json or tokenizer.model, and tokenizer_config.json), or its name on the Hugging Face"
+            " hub, OWNER/NAME."
+        )
+    snapshot = cached(location)
+    if snapshot is None or not has_tokenizer(snapshot):
+        try:
+            snapshot = described(location).folder
+        except UserError as problem:
+            raise UserError(
+                f"tokenizer: {location!r} is no folder here ({folder.absolute()}), nor in the cache of the Hugging Face"
+                f" hub; {problem}"
+            ) from problem
+        if not has_tokenizer(snapshot):
+            raise UserError(
+                f"tokenizer: {location!r} on the Hugging Face hub has no tokenizer that transformers loads (none of"
+                f" {', '.join(TOKENIZER)})."
+            )
+    return snapshot
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer in ``folder``. Raises UserError where transformers makes none of what is there."""
+    from transformers import AutoConfig
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as problem:  # transformers raises what its parsers raise
+        what = f"{folder}: no tokenizer could be loaded from it"
+        try:
+            AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        except Exception as other:
+            if str(other) == str(problem):  # it reads the model's configuration first
+                what = f"{folder / 'config.json'}: transformers cannot read it"
+        raise UserError(f"{what}: {in_brief(problem)}.") from problem

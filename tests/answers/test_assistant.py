@@ -1,0 +1,420 @@
+"""``panda generate`` and ``panda chat`` on what runs leave, compared with plain transformers."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import llama
+from checkpoint_files import save_delta
+from checkpoint_files import save_hf
+from checkpoint_files import save_pickle
+from distributions import Distributions
+from launching import train_many
+from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+
+from panda.answers.assistant import Sampling
+from panda.answers.generation import continuation
+from panda.answers.generation import greedy
+from panda.answers.loading import assistant_of
+from panda.cli.main import main
+from panda.registry import Catalog
+from panda.registry.contexts import ModelContext
+from panda.registry.contexts import ReaderContext
+from panda.registry.contexts import TaskContext
+from panda.registry.options import build
+from panda.registry.resolve import Chosen
+from panda.weights.export import describe_model
+from panda.weights.export import export
+from panda.weights.stored_tensor import StoredTensor
+
+SAMPLE = "panda:data/sample/instruct"
+CPU = torch.device("cpu")
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of an instruct and of a pretrain task, from a checkpoint whose answers differ with every token."""
+    folder = tmp_path_factory.mktemp("inference")
+    save_hf(llama(4), folder / "base")
+    common = ["--model", "llama", "--ckpt_path", "base", "--max_seq_length", 64, "--max_steps", 1, "--num_workers", 0]
+    common += ["--gradient_accumulation_steps", 1, "-p", "no:tensorboard"]
+    instruct = ["--instruction_tuning_data_dir", "panda:data/sample/instruct", "--separator", " =>\n"]
+    pretrain = ["--task", "pretrain", "--pretraining_data_dir", "panda:data/sample/pretrain"]
+    train_many(
+        [
+            [*common, *instruct, "--output_dir", "instruct", "--zero_stage", 3],
+            [*common, *pretrain, "--output_dir", "pretrain"],
+        ],
+        cwd=folder,
+    )
+    return folder
+
+
+def plain_answer(export: Path, prompt: str, tokens: int) -> str:
+    """What plain transformers continues the prompt with, its ids written out here."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    ids = torch.tensor([[1, *(byte + 3 for byte in prompt.encode())]])
+    answer = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    text: str = tokenizer.decode(answer, skip_special_tokens=True)
+    return text
+
+
+@pytest.mark.parametrize("what", ["instruct", "instruct/checkpoints/step-00000001", "instruct/export"])
+def test_a_run_a_checkpoint_and_an_export_answer_as_plain_transformers(
+    folder: Path, capsys: Captured, what: str
+) -> None:
+    assert main(["generate", str(folder / what), "--prompt", "Say tomato.", "--max_new_tokens", "12"]) == 0
+    expected = plain_answer(folder / "instruct/export", "Say tomato. =>\n", 12)
+    assert len(expected) > 3
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_pretrained_model_continues_the_text(folder: Path, capsys: Captured) -> None:
+    assert main(["generate", str(folder / "pretrain"), "--prompt", "Mei", "Bao", "--max_new_tokens", "9"]) == 0
+    mei, bao = (plain_answer(folder / "pretrain/export", name, 9) for name in ("Mei", "Bao"))
+    assert capsys.readouterr().out == f"> Mei\n{mei}\n> Bao\n{bao}\n"
+
+
+def test_the_template_gives_the_tokens_that_training_gave(folder: Path) -> None:
+    from panda.data.json_reader import JsonReader
+    from panda.registry import NoOptions
+    from panda.tasks.instruct import Instruct
+    from panda.tasks.instruct import InstructOptions
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    context = TaskContext(tokenizer, JsonReader(NoOptions(), ReaderContext()), 64)
+    task = Instruct(InstructOptions(instruction_tuning_data_dir=SAMPLE, separator=" =>\n"), context)
+    assistant = assistant_of(folder / "instruct/export", None, CPU)
+    for prompt in ("Say tomato.", "  two\n\nlines ", "{{ x }} 'quoted'", "🐼"):
+        assert assistant.encode([{"role": "user", "content": prompt}]) == task.encode_prompt(prompt)
+
+
+def test_text_comes_piece_by_piece_and_drawing_follows_the_seed(folder: Path) -> None:
+    assistant = assistant_of(folder / "base", None, CPU)
+    ids = assistant.encode([{"role": "user", "content": "one two"}])
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        pieces: list[str] = []
+        texts.append(assistant.answer(ids, Sampling(300, temperature=1.5, top_p=0.95), pieces.append))
+        assert "".join(pieces) == texts[-1]
+        assert len([piece for piece in pieces if piece]) > 1, "a word at a time"
+    assert texts[0] == texts[1] != texts[2]
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, what: Path, lines: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return main(["chat", str(what), "--max_new_tokens", "6"])
+
+
+def test_chat_remembers_the_dialogue_until_a_new_one(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chat(monkeypatch, folder / "instruct", "abc\nde\n/new\nabc\n\nnot read\n") == 0
+    answers = capsys.readouterr().out
+    export = folder / "instruct/export"
+    first = plain_answer(export, "abc =>\n", 6)
+    assistant = assistant_of(export, None, CPU)
+    dialogue = [("user", "abc"), ("assistant", first), ("user", "de")]
+    ids = assistant.encode([{"role": role, "content": text} for role, text in dialogue])
+    text = ("abc =>\n", first, "de =>\n")
+    turns = [[byte + 3 for byte in part.encode()] for part in text]
+    assert ids == [1, *turns[0], *turns[1], 2, *turns[2]]
+    second = assistant.answer(ids, Sampling(6), lambda text: None)
+    assert answers == f"{first}\n{second}\n{first}\n"
+
+
+def test_what_holds_no_model_or_no_template_is_told(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:  # before a model is loaded
+        patch.setattr("panda.answers.loading._module", None)
+        assert chat(patch, folder / "pretrain", "abc\n") == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "no complete checkpoint, no export, no config.json" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert main(["generate", str(folder / "base"), "--prompt", "x", "--top_p", "0"]) == 2
+    assert "0 < --top_p <= 1" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "has no weights: none of *.safetensors" in capsys.readouterr().err
+
+
+# -- folders in Hugging Face's format ---------------------------------------------------------
+
+
+def refused(capsys: Captured, *argv: object) -> str:
+    """What ``panda generate`` says; nothing may be answered."""
+    assert main(["generate", *map(str, argv), "--prompt", "Mei", "--max_new_tokens", "6"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_answers_as_plain_transformers(
+    tmp_path: Path, capsys: Captured, dtype: torch.dtype, tied: bool
+) -> None:
+    save_hf(llama(4, tie_word_embeddings=tied).to(dtype), tmp_path / "model")
+    assert main(["generate", str(tmp_path / "model"), "--prompt", "Mei", "--max_new_tokens", "9"]) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "model", "Mei", 9) + "\n"
+
+
+def test_a_folder_that_states_another_type_than_its_weights_have_answers_in_that_type(tmp_path: Path) -> None:
+    config = save_hf(llama(4), tmp_path / "model") / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    found = assistant_of(tmp_path / "model", None, CPU).model.state_dict()
+    assert found.keys() == plain.keys()
+    assert all(found[name].dtype == plain[name].dtype and torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_a_mixture_of_experts_is_converted_by_transformers_and_checked(tmp_path: Path, capsys: Captured) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 259}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **heads))
+    save_hf(model, tmp_path / "model", shards=False)
+    assert main(["generate", str(tmp_path / "model"), "--prompt", "Mei", "--max_new_tokens", "9"]) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "model", "Mei", 9) + "\n"
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    assert "missing from it: model.layers.2." in refused(capsys, tmp_path / "model")
+
+
+def test_a_delta_is_refused_without_its_base_and_answers_with_it(tmp_path: Path, capsys: Captured) -> None:
+    base, target = llama(1), llama(2)
+    save_hf(base, tmp_path / "base")
+    save_hf(target, tmp_path / "target")
+    save_delta(target, base, tmp_path / "my-delta")
+    error = refused(capsys, tmp_path / "my-delta")
+    assert "is a delta: the difference" in error and "`base_path`" in error
+    argv = ["generate", str(tmp_path / "my-delta"), "--base_path", str(tmp_path / "base"), "--prompt", "Mei"]
+    assert main([*argv, "--max_new_tokens", "9"]) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "target", "Mei", 9) + "\n"
+    assert "is no delta" in refused(capsys, tmp_path / "target", "--base_path", tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "told"),
+    [
+        ('"num_hidden_layers": 2', '"num_hidden_layers": 3', "missing from it: model.layers.2.self_attn.q_proj.weight"),
+        ('"num_hidden_layers": 2', '"num_hidden_layers": 1', "and not in the model: model.layers.1."),
+        ('"intermediate_size": 48', '"intermediate_size": 40', "mlp.gate_proj.weight is [48, 32] and should be [40"),
+        ('"vocab_size": 259', '"vocab_size": 300', "model.embed_tokens.weight is [259, 32] and should be [300, 32]"),
+        ('"vocab_size": 259', '"vocab_size": 200', "its tokenizer has 259 entries"),
+        ('"model_type": "llama"', '"model_type": "lama"', "transformers makes no causal language model"),
+        ('"model_type": "llama"', '"x": 1', "it has no 'model_type'"),
+    ],
+)
+def test_a_configuration_of_other_weights_is_told_by_the_names_of_tensors(
+    tmp_path: Path, capsys: Captured, was: str, becomes: str, told: str
+) -> None:
+    config = save_hf(llama(4), tmp_path / "model") / "config.json"
+    assert was in config.read_text()
+    config.write_text(config.read_text().replace(was, becomes))
+    assert told in refused(capsys, tmp_path / "model")
+
+
+def test_a_folder_that_lacks_something_is_told_as_in_training(tmp_path: Path, capsys: Captured) -> None:
+    model = save_hf(llama(4), tmp_path / "model")
+    shard = sorted(model.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    error = refused(capsys, model)
+    assert f"{shard}: damaged, or not safetensors" in error and "Fetch it again" in error
+    shard.unlink()
+    assert f"files of weights are missing, which model.safetensors.index.json lists: {shard.name}" in refused(
+        capsys, model
+    )
+    shard.write_bytes(whole)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer that transformers loads (none of tokenizer.json" in refused(capsys, model)
+    save_pickle(llama(4), tmp_path / "pickled")
+    assert "`--allow_pickle`" in refused(capsys, tmp_path / "pickled")
+    argv = ["generate", str(tmp_path / "pickled"), "--prompt", "Mei", "--max_new_tokens", "9", "--allow_pickle"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out == plain_answer(tmp_path / "pickled", "Mei", 9) + "\n"
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_is_told(folder: Path, capsys: Captured, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "instruct", run)
+    first, later = run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002"
+    shutil.copytree(first, later)
+    cut = next(file for file in later.rglob("*") if file.is_file() and file.name != "manifest.json")
+    size = cut.stat().st_size
+    cut.write_bytes(cut.read_bytes()[:-1])
+    told = (
+        f"{later}: passed over, since it is damaged: {cut.relative_to(later)} has {size - 1:,} bytes and had {size:,}"
+    )
+    assert main(["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"]) == 0
+    assert capsys.readouterr().err.startswith(f"{told}\n{first}\n")
+    assert main(["export", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert told in captured.err and "step-00000001" in captured.out
+    assert main(["export", str(first), "--output", str(tmp_path / "named")]) == 0
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(first)
+    assert main(["export", str(run), "--output", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "no complete checkpoint there" in error
+
+
+# -- export -----------------------------------------------------------------------------------
+
+
+def test_an_export_is_not_written_over_anything_but_its_runs_own(
+    folder: Path, capsys: Captured, tmp_path: Path
+) -> None:
+    assert main(["export", str(tmp_path)]) == 2
+    assert "no complete checkpoint there" in capsys.readouterr().err
+    assert main(["export", str(folder / "instruct"), "--output", str(folder / "base")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    before = (folder / "instruct/export/model.safetensors").read_bytes()
+    assert main(["export", str(folder / "instruct")]) == 0
+    assert (folder / "instruct/export/model.safetensors").read_bytes() == before
+    assert not list((folder / "instruct").glob(".tmp*"))
+
+
+# -- models of other packages -----------------------------------------------------------------
+
+GRU = """
+    @dataclass(frozen=True)
+    class Options:
+        width: int = 8
+
+    @register_model("recurrent", options=Options)
+    def build(options, context):
+        import torch
+
+        class Recurrent(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embedding = torch.nn.Embedding(context.vocab_size, options.width)
+                self.rnn = torch.nn.GRU(options.width, options.width, num_layers=2, batch_first=True)
+                self.output = torch.nn.Linear(options.width, context.vocab_size, bias=False)
+                self.output.weight = self.embedding.weight
+
+            def forward(self, ids):
+                return self.output(self.rnn(self.embedding(ids))[0])
+
+        return Recurrent()
+"""
+
+
+def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, distributions: Distributions) -> None:
+    distributions.install("acme", {"models": {"recurrent": "acme.r"}}, {"acme.r": GRU})
+    catalog = Catalog()
+    offer = catalog.find("model", "recurrent")
+    component = catalog.load(offer)
+    assert component is not None
+    context = ModelContext(259, 64, 0, 1, 2)
+    torch.manual_seed(0)
+    chosen = Chosen(offer, component, build(component.options, {"width": 24}))
+    module = component.factory(chosen.options, context)
+    tokenizer = AutoTokenizer.from_pretrained(save_hf(llama(), tmp_path / "base"))
+    describe_model(tmp_path / "model", module, torch.float32, tokenizer, None, chosen, context, None)
+    weights = {
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
+        for name, tensor in module.named_parameters()
+    }
+    export(tmp_path / "model", weights, tmp_path / "export")
+    assistant = assistant_of(tmp_path / "export", None, CPU)
+    assert assistant.model.output.weight is assistant.model.embedding.weight
+    ids = [1, 70, 80]
+    pieces: list[str] = []
+    answer = assistant.answer(ids, Sampling(10), pieces.append)
+    (expected,) = greedy(module, [ids], max_new_tokens=10, pad_token_id=0, eos_token_id=2, device=CPU)
+    assert answer == "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
+    assert len(answer) > 2
+
+
+def test_tokens_are_drawn_by_temperature_from_the_likeliest() -> None:
+    """A model of one distribution: the shares of many draws are those of the softmax, cut at top_p."""
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+
+    def model(ids: torch.Tensor) -> torch.Tensor:
+        return logits.expand(*ids.shape, -1)
+
+    def shares(temperature: float, top_p: float) -> torch.Tensor:
+        drawn = continuation(
+            model,
+            [0],
+            max_new_tokens=3000,
+            eos_token_id=9,
+            temperature=temperature,
+            top_p=top_p,
+            device=CPU,
+        )
+        return torch.bincount(torch.tensor(list(drawn)), minlength=4) / 3000
+
+    torch.manual_seed(0)
+    assert torch.allclose(shares(1.0, 1.0), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04)
+    assert torch.allclose(shares(1.0, 0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.04)
+    assert shares(1.0, 0.1).tolist() == shares(0.0, 1.0).tolist() == [1, 0, 0, 0]
+    squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert torch.allclose(shares(0.5, 1.0), squared / squared.sum(), atol=0.04)
+
+
+def test_help_has_an_example(capsys: Captured) -> None:
+    for command in ("generate", "chat", "export", "delta"):
+        with pytest.raises(SystemExit) as done:
+            main([command, "--help"])
+        assert done.value.code == 0
+        assert f"panda {command}" in capsys.readouterr().out.partition("example")[2]
+
+
+def test_weights_are_written_in_shards_that_plain_transformers_loads(tmp_path: Path) -> None:
+    from panda.weights.files import write_weights
+
+    model: Any = llama()
+    model.config.save_pretrained(tmp_path)
+    weights = {
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
+        for name, tensor in model.named_parameters()
+    }
+    write_weights(weights, tmp_path, shard_bytes=20_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 4
+    biggest = max(parameter.numel() * 4 for parameter in model.parameters())
+    assert all(file.stat().st_size < max(biggest, 20_000) + 2_000 for file in files)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    from panda.registry import UserError
+    from panda.weights.files import write_weights
+
+    weights = {
+        name: StoredTensor((2,), torch.float32, lambda v=value: torch.tensor([0.0, v]))
+        for name, value in (("a", 1.0), ("b", float("nan")))
+    }
+    with pytest.raises(UserError, match="1 tensors are not finite, b first"):
+        write_weights(weights, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    from panda.registry import UserError
+
+    for name in ("model", "export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    broken = StoredTensor((1,), torch.float32, lambda: torch.tensor([float("nan")]))
+    with pytest.raises(UserError, match="not finite"):
+        export(tmp_path / "model", {"a": broken}, tmp_path / "export")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "export"}
+    assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["export"]

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from panda.cli.train import main
+from panda.configuration.options import RunOptions
+from panda.configuration.refusals import REFUSALS
+
+ARCH = ["--arch", "llama-7b"]
+REFUSED: dict[str, list[Any]] = {
+    "max_steps: 0": ["--max_steps", "0"],
+    "eval_steps without eval_data_dir": ["--eval_steps", "10"],
+    "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
+    "model: hf without ckpt_path": ["--model", "hf"],
+    "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],
+    "use_quant with use_lora: false": ["--use_quant", "--use_lora", "false", "--precision", "bf16"],
+    "use_quant without bitsandbytes": ["--use_quant", "--use_lora", "--precision", "bf16"],
+    "quant_bits without use_quant": ["--quant_bits", "8"],
+    "quant_bits: 8 with zero_stage: 3": [
+        *("--use_quant", "--use_lora", "--precision", "bf16", "--quant_bits", "8", "--zero_stage", "3"),
+    ],
+    "8-bit optimizer state without bitsandbytes": ["--optimizer", "paged_adamw8bit"],
+    "bit_training with an optimizer that is not AdamW": ["--optimizer", "NVLamb", "--bit_training"],
+    "precision: fp16 with zero_stage: 0": ["--precision=fp16", "--zero_stage=0"],
+    **{
+        f"optimizer: nvlamb with {what}": ["--optimizer", "NVLamb", deepspeed]
+        for what, deepspeed in {
+            "offload_optimizer on NVMe": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer.ratio below 1": {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+            "ZenFlow or SuperOffload": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
+            "MiCS": {"zero_optimization": {"mics_shard_size": 2}},
+            "DeepCompile": {"compile": {"deepcompile": True}},
+        }.items()
+    },
+    "compile with zero_stage: 3": ["--compile", "--zero_stage", "3"],
+    **{
+        f"tensor_parallel_size with {what}": ["--tensor_parallel_size", "2", *flags]
+        for what, flags in {
+            "zero_stage: 3": ["--zero_stage", "3"],
+            "use_lora or use_quant": ["--use_lora"],
+            "zero_stage: 0 in 16 bits": ["--precision", "bf16", "--zero_stage", "0"],
+            "activation_checkpointing: selective": ["--activation_checkpointing", "selective"],
+            "compile": ["--compile"],
+        }.items()
+    },
+}
+"""Flags; an object is what deepspeed_config holds."""
+
+
+def arguments(words: list[Any], folder: Path) -> list[str]:
+    """``words`` with all their objects together in a file."""
+    held: dict[str, Any] = {}
+    for word in words:
+        if isinstance(word, dict):
+            for key, value in word.items():
+                inner = held.setdefault(key, {})
+                for name, setting in value.items():
+                    inner[name] = inner.get(name, {}) | setting if isinstance(setting, dict) else setting
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps(held))
+    return [*dict.fromkeys(word for word in words if isinstance(word, str))] + (
+        ["--deepspeed_config", str(file)] if held else []
+    )
+
+
+def test_every_refusal_is_tried_here() -> None:
+    assert [refusal.what for refusal in REFUSALS] == list(REFUSED)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refusal_gives_its_reason_and_what_to_use_instead(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = None if "without bitsandbytes" in what else object()
+    monkeypatch.setattr("panda.configuration.refusals.find_spec", lambda name: found)
+    arch = [] if "--model" in REFUSED[what] else ARCH
+    assert main([*arch, *arguments(REFUSED[what], tmp_path)]) == 2
+    captured = capsys.readouterr()
+    (refusal,) = (refusal for refusal in REFUSALS if refusal.what == what)
+    assert captured.err == f"error: {what}: refused, since {refusal.reason}. Instead: {refusal.instead}.\n"
+    assert captured.out == ""
+
+
+def test_several_refusals_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--arch", "llama-7b", "--max_steps", "0", "--precision", "fp16", "--zero_stage", "0"]) == 2
+    assert [line.count("refused") for line in capsys.readouterr().err.splitlines()] == [1, 1]
+
+
+def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
+    for options in (
+        RunOptions(),
+        RunOptions(precision="fp16", zero_stage=1),
+        RunOptions(precision="bf16"),
+        RunOptions(bit_training=True),
+        RunOptions(bit_training=True, optimizer="adamw8bit"),
+        RunOptions(use_quant=True, use_lora=True, zero_stage=3),
+        RunOptions(use_quant=True, use_lora=True, quant_bits=8, zero_stage=2),
+        RunOptions(lora_r=64, lora_alpha=16.0, lora_dropout=0.05),
+        RunOptions(tensor_parallel_size=2, zero_stage=0, activation_checkpointing="full"),
+        RunOptions(tensor_parallel_size=2, zero_stage=2, precision="bf16"),
+        RunOptions(zero_stage=3, compile=False, use_lora=True, activation_checkpointing="selective"),
+        RunOptions(use_lora=True, lora_r=8, lora_target_modules=("q_proj",), use_dora=True),
+    ):
+        assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []
+
+
+def test_what_nvlamb_cannot_do_is_refused_to_it_alone(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}))
+    for optimizer, refused in {"nvlamb": 1, "LAMB": 1, "panda:lamb": 1, "adamw": 0, "acme:lambda": 0}.items():
+        options = RunOptions(optimizer=optimizer, deepspeed_config=str(file))
+        assert sum(refusal.applies(options) for refusal in REFUSALS) == refused
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    assert not any(refusal.applies(RunOptions(optimizer="nvlamb", deepspeed_config=str(file))) for refusal in REFUSALS)
+
+
+def test_a_refusal_reads_as_a_sentence() -> None:
+    for refusal in REFUSALS:
+        for text in (refusal.reason, refusal.instead):
+            assert text and text.strip() == text and not text.endswith(".")

@@ -1,0 +1,166 @@
+"""Recomputing activations and compiling layers change memory and time, and no result."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import exported_weights
+from launching import losses
+from launching import train_many
+from launching import zero3_at_once
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+
+from panda.models.forward import layers
+from panda.models.forward.layers import compile_layers
+from panda.models.forward.layers import numbered_layers
+from panda.models.forward.layers import recompute_activations
+from panda.registry import UserError
+
+LAYERS = 2
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3, where another test has had it in this process, leaves a linear function of its own in torch's place, of
+    which other operations are counted."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+
+
+def model_with_dropout() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=53, attention_dropout=0.2, use_cache=False, **shape))
+    model.set_attn_implementation("sdpa")
+    return model.train()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.counts[function.name()] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def step(model: Any) -> tuple[dict[str, torch.Tensor], Counter[str], int]:
+    """Gradients, what backward ran, and the bytes that forward kept for it (parameters apart)."""
+    torch.manual_seed(1)
+    ids = torch.arange(24).reshape(2, 12)
+    kept: dict[int, int] = {}
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids).logits.logsumexp(-1).square().sum()
+    with Operations() as operations:
+        loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()}, operations.counts, sum(kept.values())
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_gradients_are_the_same_bits_dropout_included(monkeypatch: pytest.MonkeyPatch, selective: bool) -> None:
+    monkeypatch.setattr(layers, "CHEAP_TERMS", 32)
+    expected, plain, most = step(model_with_dropout())
+    model = model_with_dropout()
+    recompute_activations(model, selective=selective)
+    found, operations, kept = step(model)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert kept < most / 2  # what selective keeps is in a cache of its own, which this does not see
+    # Seven products a layer; that of two, queries' and keys', and of the weights with values is attention's.
+    repeated = operations["aten::mm"] - plain["aten::mm"]
+    assert repeated == (0 if selective else 7 * LAYERS - LAYERS)  # nothing needs the last one's result
+    assert operations["aten::silu"] == LAYERS and plain["aten::silu"] == 0
+
+
+def test_selective_repeats_the_cheap_products_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig
+    from peft import inject_adapter_in_model
+
+    monkeypatch.setattr(layers, "CHEAP_TERMS", 32)
+    adapted = [inject_adapter_in_model(LoraConfig(target_modules="all-linear"), model_with_dropout()) for _ in "ab"]
+    for name, parameter in [*adapted[0].named_parameters(), *adapted[1].named_parameters()]:
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    expected, plain, _ = step(adapted[0])
+    recompute_activations(adapted[1], selective=True)
+    found, operations, _ = step(adapted[1])
+    for name, gradient in expected.items():
+        assert gradient is found[name] is None or torch.equal(found[name], gradient)
+    assert operations["aten::mm"] - plain["aten::mm"] == 6 * LAYERS
+
+
+def test_a_layer_is_what_the_first_number_names() -> None:
+    inner = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])})
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([inner, torch.nn.Linear(1, 1)])})
+    assert numbered_layers(model, "compile") == list(model["blocks"])
+
+
+def test_a_model_without_layers_is_an_error_that_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"activation_checkpointing: Linear has no numbered layers"):
+        recompute_activations(torch.nn.Linear(1, 1), selective=False)
+
+
+def test_compiling_without_a_compiler_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"'no-such-compiler'.*apt-get install g\+\+"):
+        compile_layers(model_with_dropout(), torch.device("cpu"))
+
+
+COMMON = (
+    *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 256, "--intermediate_size", 48, "--num_heads", 2),
+    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 48, "--num_workers", 0),
+    *("--max_steps", 3, "--gradient_accumulation_steps", 2, "--adam_epsilon", 1e-4, "-p", "no:tensorboard"),
+)
+VARIANTS: dict[str, tuple[object, ...]] = {
+    "plain": (),
+    "full": ("--activation_checkpointing", "full"),
+    "selective": ("--activation_checkpointing", "selective"),
+    "eager": ("--attention", "eager"),
+    "compiled": ("--compile", "--activation_checkpointing", "selective"),
+}
+PARTITIONED = {"zero3-full": "full", "zero3-selective": "selective"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layers")
+    alone = [
+        [*COMMON, *more, "--per_gpu_train_batch_size", 4, "--output_dir", folder / name]
+        for name, more in VARIANTS.items()
+    ]
+    split = ("--per_gpu_train_batch_size", 2, *zero3_at_once(folder))
+    together = [
+        [*COMMON, *split, "--output_dir", folder / name, "--activation_checkpointing", mode]
+        for name, mode in PARTITIONED.items()
+    ]
+    train_many(alone, cwd=folder)
+    train_many(together, ranks=2, cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*list(VARIANTS)[1:], *PARTITIONED])
+def test_a_run_follows_the_same_trajectory(runs: Path, name: str) -> None:
+    assert losses(runs / name) == pytest.approx(losses(runs / "plain"), rel=1e-6)
+    expected = exported_weights(runs / "plain")
+    for key, weight in exported_weights(runs / name).items():
+        assert (weight - expected[key]).abs().max() < 1e-6, key
+
+
+def test_the_attention_that_was_chosen_is_recorded(runs: Path) -> None:
+    chosen = [json.loads((runs / name / "provenance.json").read_text())["attention"] for name in ("plain", "eager")]
+    assert chosen == ["sdpa", "eager"]

@@ -1,0 +1,84 @@
+"""Names and options become objects, and every option reaches the object that it is for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.engine.processes import Processes
+from panda.run.assembly import build_model
+from panda.run.assembly import build_optimizer
+from panda.run.assembly import build_outline
+from panda.run.assembly import load_tokenizer
+from panda.run.assembly import make_trainable
+from panda.run.assembly import model_context
+from panda.runner import _shape
+
+
+def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
+    flags = ["--arch", "llama-tiny", "--num_layers", "1", "--learning_rate", "0.01", "--weight_decay", "0.2"]
+    flags += [
+        "--weight_decay_on",
+        "matrices",
+        "--lr_multipliers",
+        "*embed*=0.5",
+        "lm_head.weight=3",
+        "--optimizer",
+        "lamb",
+    ]
+    resolved, _ = configure(parse_arguments(flags))
+    model = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
+    optimizer = build_optimizer(resolved, model, torch.device("cpu"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[parameter]: (round(group["lr"], 9), group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found.keys() == set(names.values())
+    assert found["model.embed_tokens.weight"] == (0.005, 0.0)
+    assert found["lm_head.weight"] == (0.03, 0.2)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == (0.01, 0.2)
+    assert found["model.layers.0.input_layernorm.weight"] == found["model.norm.weight"] == (0.01, 0.0)
+
+
+def test_what_is_asked_of_the_layers_is_done_to_them() -> None:
+    flags = ["--arch", "llama-tiny", "--num_layers", "2", "--compile", "--activation_checkpointing", "full"]
+    resolved, _ = configure(parse_arguments(flags))
+    model: Any = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
+    processes = Processes(0, 1, torch.device("cpu"))
+    assert make_trainable(model, resolved.core, None, {}, processes) is model
+    for layer in model.model.layers:
+        assert layer._compiled_call_impl is not None
+        assert "forward" in vars(layer)  # one that computes the layer again, around its own
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--bit_training"], ["--weight_decay_on", "matrices"], ["--use_lora"], ["--seed", "7"], ["--precision", "bf16"]],
+)
+def test_a_run_that_differs_so_does_not_continue_another(flags: list[str]) -> None:
+    dataset: Any = type("Samples", (), {"__len__": lambda self: 1, "sources": (), "tokens": 1, "fingerprint": ""})()
+    shapes = [
+        _shape(configure(parse_arguments(["--arch", "llama-tiny", *more]))[0], None, dataset) for more in ([], flags)
+    ]
+    assert shapes[0] != shapes[1]
+
+
+def test_a_model_that_wants_weights_while_it_is_made_has_no_outline_unless_a_checkpoint_has_them() -> None:
+    def build(context: Any, kind: type) -> torch.nn.Module:
+        layer = torch.nn.Linear(2, 2)
+        layer.scale = float(layer.weight.detach().abs().max())
+        return layer
+
+    resolved: Any = SimpleNamespace(components={"model": SimpleNamespace(build=build)})
+    drawn: Any = SimpleNamespace(config=None)
+    loaded: Any = SimpleNamespace(config={})
+    assert build_outline(resolved, drawn) is None
+    with pytest.raises(RuntimeError, match="meta"):
+        build_outline(resolved, loaded)
