@@ -203,7 +203,7 @@ def _prepare(flags: list[str]) -> None:
     from panda.run.assembly import build_task
     from panda.run.assembly import load_tokenizer
 
-    resolved, _ = configure(parse_arguments(flags))
+    resolved = configure(parse_arguments(flags)).resolved
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     started = time.perf_counter()
     dataset = build_task(resolved, tokenizer).dataset()
@@ -221,7 +221,7 @@ def _tokenised(flags: list[str], samples: int) -> tuple[Any, Any, Any]:
     from panda.run.assembly import build_task
     from panda.run.assembly import load_tokenizer
 
-    resolved, _ = configure(parse_arguments(flags))
+    resolved = configure(parse_arguments(flags)).resolved
     task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
     dataset = task.dataset()
     print(

@@ -101,7 +101,7 @@ def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.M
             "--arch llama-tiny --num_layers 1 --hidden_size 16 --intermediate_size 16 --num_heads 1 --num_workers 0"
             " --instruction_tuning_data_dir rows.jsonl --gradient_accumulation_steps 1 -p no:tensorboard -p no:plot"
         )
-        train(*configure(parse_arguments([*argv.split(), "--plugins", "recorder", *flags])))
+        train(configure(parse_arguments([*argv.split(), "--plugins", "recorder", *flags])))
         found: list[tuple[str, Any]] = recording.recorder.calls
         return found
 
@@ -189,7 +189,7 @@ def test_a_run_that_was_stopped_before_its_end_comes_to_it(
     """Its last checkpoint is there, and not its export."""
     flags = ("--max_steps", "1", "--output_dir", "out")
     with monkeypatch.context() as patch:
-        patch.setattr("panda.runner._finish", lambda run: 1 / 0)
+        patch.setattr("panda.runner.finish", lambda run: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             recorded(*flags)
     assert ("end", 2) in recorded(*flags, "--resume", "auto")
@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_before_its_end_comes_to_it(
 def test_missing_data_to_evaluate_on_is_told_before_anything_is_built(
     recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("panda.runner.build_weights", lambda *_, **__: pytest.fail("it built a model"))
+    monkeypatch.setattr("panda.runner.trained_model", lambda *_, **__: pytest.fail("it built a model"))
     with pytest.raises(UserError, match=r"eval_data_dir.*nowhere"):
         recorded("--eval_data_dir", "nowhere")
 
@@ -246,7 +246,7 @@ def test_a_full_disk_is_told_without_a_traceback(processes: Any, recorded: Any) 
 
 
 def test_a_run_that_never_takes_a_step_gives_up(processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("panda.runner.HOPELESS", 3)
+    monkeypatch.setattr("panda.run.loop.HOPELESS", 3)
     monkeypatch.setattr("panda.tasks.instruct.Instruct.loss", _not_a_number)
     with pytest.raises(UserError, match="step 3: the last 3 steps had gradients that are not finite"):
         recorded("--per_gpu_train_batch_size", "1")

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import sys
 
-import panda.runner
+import panda.run.ending
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.engine.processes import leave_processes
 from panda.runner import train
 
-panda.runner.ANSWER_TOKENS = 2  # under ZeRO-3 answers take longer than the training
+panda.run.ending.ANSWER_TOKENS = 2  # under ZeRO-3 answers take longer than the training
 
 NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard"]
 """A picture takes longer than the steps that it shows."""
 
 for argv in json.loads(sys.argv[1]):
-    train(*configure(parse_arguments([*argv, *NOTHING_DRAWN])))
+    train(configure(parse_arguments([*argv, *NOTHING_DRAWN])))
 leave_processes()

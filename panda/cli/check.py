@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
-from panda.configuration.configure import configured
+from panda.cli.configured import configured
+from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
+
+if TYPE_CHECKING:
+    from panda.data.layouts import Layout
+    from panda.data.token_dataset import SampleSet
+    from panda.run.preparation import Preparation
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -24,11 +31,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(argv: list[str]) -> None:
-    resolved = configured(argv, USAGE)
-    if resolved is None:
-        return
-    _print_settings(resolved)
-    _check_data_and_model(resolved)
+    configuration = configured(argv, USAGE)
+    if configuration is not None:
+        _print_settings(configuration.resolved)
+        _check_data_and_model(configuration)
 
 
 def _print_settings(resolved: Resolved) -> None:
@@ -49,66 +55,55 @@ def _print_settings(resolved: Resolved) -> None:
         print(f"plugin {offer.name}: {offer.distribution} {offer.version}, {offer.module}")
 
 
-def _check_data_and_model(resolved: Resolved) -> None:
+def _check_data_and_model(configuration: Configuration) -> None:
     from panda.engine.checkpoints.folders import START
     from panda.engine.checkpoints.folders import read_progress
-    from panda.engine.deepspeed_config import deepspeed_config
-    from panda.models.adapters.lora import add_adapters
-    from panda.models.forward.isolation import refuse_without_positions
-    from panda.run.assembly import build_evaluation_task
-    from panda.run.assembly import build_outline
     from panda.run.assembly import build_schedule
-    from panda.run.assembly import build_task
     from panda.run.assembly import lay_out
-    from panda.run.assembly import load_tokenizer
-    from panda.run.assembly import model_context
-    from panda.run.assembly import refuse_splitting
     from panda.run.directory import find_directory
-    from panda.weights.finding import find_pretrained
-    from panda.weights.pretrained import fitted
+    from panda.run.preparation import prepare
 
-    tensor_ranks = resolved.core.tensor_parallel_size
-    world_size = int(os.environ.get("WORLD_SIZE", tensor_ranks))
-    deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)
+    resolved, options = configuration.resolved, configuration.options
     directory, checkpoint = find_directory(resolved)
-    tokenizer = load_tokenizer(resolved.core.tokenizer)
-    task = build_task(resolved, tokenizer)
-    evaluated = build_evaluation_task(resolved, task)
-    pretrained = find_pretrained(resolved.core)
-    context = model_context(resolved, tokenizer, pretrained)
-    if outline := build_outline(resolved, context):
-        refuse_splitting(outline, resolved)
-        if pretrained:
-            fitted(outline, pretrained)
-    dataset = task.dataset()
+    world_size = int(os.environ.get("WORLD_SIZE", options.tensor_parallel_size))
+    prepared = prepare(configuration, world_size)
     progress = read_progress(checkpoint, {}) if checkpoint else START
-    layout = lay_out(resolved.core, dataset, world_size // tensor_ranks, progress)
-    plan = layout.plan
-    build_schedule(resolved, plan)
+    layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)
+    build_schedule(resolved, layout.plan)
+    _print_data(prepared.dataset, prepared.held_out)
+    print(
+        f"run: {layout.plan.total_steps:,} optimizer steps of {layout.plan.step_samples:,} samples on {world_size}"
+        f" rank(s)\nrun: in {directory}" + (f", on from {checkpoint}" if checkpoint else "")
+    )
+    _print_model(prepared, layout)
+
+
+def _print_data(dataset: SampleSet, held_out: SampleSet | None) -> None:
     print(f"\ndata: {dataset.report.files} files, {dataset.report.rows:,} rows")
     for line in dataset.report.lines():
         print(f"data: {line}")
-    print(
-        f"data: {len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss\n"
-        f"run: {plan.total_steps:,} optimizer steps of {plan.step_samples:,} samples on {world_size} rank(s)"
-    )
-    if evaluated:
-        held_out = evaluated.dataset()
+    print(f"data: {len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss")
+    if held_out:
         for line in held_out.report.lines():
             print(f"evaluation data: {line}")
         print(f"evaluation data: {len(held_out):,} samples, {held_out.supervised_tokens:,} tokens with loss")
-    print(f"run: in {directory}" + (f", on from {checkpoint}" if checkpoint else ""))
 
+
+def _print_model(prepared: Preparation, layout: Layout) -> None:
     import torch
 
+    from panda.models.adapters.lora import add_adapters
+    from panda.models.forward.isolation import refuse_without_positions
+
+    outline, options = prepared.outline, prepared.options
     if outline is None:
-        print("model: it wants weights while it is made, so how many it has is not known before a run")
+        print("model: it needs weights while it is built, so how many it has is not known before a run")
         return
     if layout.packed:
-        refuse_without_positions(outline, resolved.components["model"].component.name)
+        refuse_without_positions(outline, prepared.resolved.components["model"].component.name)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
-    if resolved.core.use_lora:
+    if options.use_lora:
         with torch.device("meta"):
-            outline = add_adapters(outline, resolved.core)
+            outline = add_adapters(outline, options)
     trained = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
-    print(f"model: {parameters:,} parameters" + (f"; {trained:,} of adapters are trained" * resolved.core.use_lora))
+    print(f"model: {parameters:,} parameters" + (f"; {trained:,} of adapters are trained" * options.use_lora))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
-from panda.configuration.configure import configured
+from panda.cli.configured import configured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,22 +43,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _data(argv: list[str]) -> None:
-    resolved = configured(argv, USAGE)
-    if resolved is None:
+    configuration = configured(argv, USAGE)
+    if configuration is None:
         return
 
     import numpy as np
     from rich.console import Console
 
     from panda.data.layouts import LAYOUTS
-    from panda.run.assembly import build_task
     from panda.run.assembly import lay_out
-    from panda.run.assembly import load_tokenizer
     from panda.run.directory import run_name
+    from panda.run.preparation import Preparation
 
     console = Console(highlight=False, soft_wrap=True)
-    task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
-    dataset = task.dataset()
+    resolved, prepared = configuration.resolved, Preparation(configuration)
+    task, dataset = prepared.task, prepared.dataset
     report = dataset.report
     console.print(f"{report.files:,} files, {report.rows:,} rows, {len(dataset):,} samples")
     if len(dataset.sources) > 1:

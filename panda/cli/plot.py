@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
-from panda.configuration.configure import configured
+from panda.cli.configured import configured
+from panda.configuration.configure import Configuration
 from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
-from panda.registry.resolve import Resolved
 
 USAGE = """\
 usage: panda plot schedule CONFIG [--out FILE.png] [--KEY VALUE ...] [-p no:NAME]
@@ -34,10 +34,10 @@ def _plot(argv: list[str]) -> None:
     if argv[:1] != ["schedule"]:
         raise UserError(f"expected `schedule`, the one thing that it draws.\n{USAGE}")
     flags, out = _without_out(argv[1:])
-    resolved = configured(flags, USAGE)
-    if resolved is None:
+    configuration = configured(flags, USAGE)
+    if configuration is None:
         return
-    total = _total_steps(resolved)
+    resolved, total = configuration.resolved, _total_steps(configuration)
     peak = resolved.core.learning_rate
     chosen = resolved.components["lr_scheduler"]
     schedule = chosen.build(LRSchedulerContext(total_steps=total, learning_rate=peak), Callable)
@@ -58,16 +58,15 @@ def _without_out(argv: list[str]) -> tuple[list[str], Path]:
     return words[:at] + words[at + 2 :], out
 
 
-def _total_steps(resolved: Resolved) -> int:
-    options = resolved.core
+def _total_steps(configuration: Configuration) -> int:
+    options = configuration.options
     if options.max_steps > 0:
         return int(options.max_steps)
-    from panda.run.assembly import build_task
     from panda.run.assembly import lay_out
-    from panda.run.assembly import load_tokenizer
+    from panda.run.preparation import Preparation
 
-    dataset = build_task(resolved, load_tokenizer(options.tokenizer)).dataset()
-    return max(1, lay_out(options, dataset, int(os.environ.get("WORLD_SIZE", 1))).plan.total_steps)
+    prepared = Preparation(configuration)
+    return max(1, lay_out(options, prepared.dataset, int(os.environ.get("WORLD_SIZE", 1))).plan.total_steps)
 
 
 def draw_schedule(rates: list[float], path: Path, *, title: str) -> None:

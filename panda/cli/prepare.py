@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from panda.cli.command import run_command
-from panda.configuration.configure import configured
+from panda.cli.configured import configured
 
 USAGE = """\
 usage: panda prepare CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -21,25 +21,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(argv: list[str]) -> None:
-    resolved = configured(argv, USAGE)
-    if resolved is None:
+    configuration = configured(argv, USAGE)
+    if configuration is None:
         return
 
     from panda.data.token_cache import cache_folder
-    from panda.run.assembly import build_evaluation_task
-    from panda.run.assembly import build_task
-    from panda.run.assembly import load_tokenizer
+    from panda.run.preparation import Preparation
 
-    task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
-    evaluated = build_evaluation_task(resolved, task)
-    for name, each in (("", task), ("evaluation data: ", evaluated)):
-        if each is None:
+    prepared = Preparation(configuration)
+    for name, dataset in (("", prepared.dataset), ("evaluation data: ", prepared.held_out)):
+        if dataset is None:
             continue
-        dataset = each.dataset()
         for line in dataset.report.lines():
             print(f"{name}{line}")
         print(
             f"{name}{dataset.report.files:,} files, {dataset.report.rows:,} rows: {len(dataset):,} samples,"
             f" {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss"
         )
-    print(f"in {cache_folder(resolved.core.token_cache)}")
+    print(f"in {cache_folder(configuration.options.token_cache)}")

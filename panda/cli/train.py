@@ -9,9 +9,9 @@ import sys
 from panda.cli.command import run_command
 from panda.cli.help import print_train_help
 from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.registry import UserError
-from panda.registry.resolve import Resolved
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,8 +24,8 @@ def _train(argv: list[str]) -> None:
     if arguments.help:
         print_train_help(arguments)
         return
-    resolved, catalog = configure(arguments)
-    _look_first(resolved)
+    configuration = configure(arguments)
+    _look_first(configuration)
     # Threads that wait for others by spinning slow down a hundredfold, measured, as soon as anything
     # else wants one of their cores. The OpenMP of torch reads this when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,14 +35,14 @@ def _train(argv: list[str]) -> None:
 
     signal.signal(signal.SIGTERM, _stop)
     try:
-        train(resolved, catalog)
+        train(configuration)
     except UserError:
         leave_processes()
         raise
     leave_processes()
 
 
-def _look_first(resolved: Resolved) -> None:
+def _look_first(configuration: Configuration) -> None:
     """Raise UserError for what is not there, as far as that can be seen without importing torch."""
     from panda.engine.deepspeed_config import deepspeed_config
     from panda.run.directory import find_directory
@@ -50,6 +50,7 @@ def _look_first(resolved: Resolved) -> None:
     from panda.run.lock import check_free
     from panda.weights.tokenizers import tokenizer_folder
 
+    resolved = configuration.resolved
     deepspeed_config(resolved.core, world_size=int(os.environ.get("WORLD_SIZE", 1)), on_gpu=False)
     tokenizer_folder(resolved.core.tokenizer)
     directory, checkpoint = find_directory(resolved)

@@ -1,26 +1,45 @@
-"""Arguments to a resolved configuration: what panda-train, panda check and --help share."""
+"""From arguments to a configuration: components found, values converted, the checkpoint followed."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from panda.configuration.arguments import Arguments
-from panda.configuration.arguments import parse_arguments
 from panda.configuration.options import DEFAULT_PLUGINS
 from panda.configuration.options import IMPLIED
 from panda.configuration.options import RENAMED
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import refuse
 from panda.registry import Catalog
-from panda.registry import UserError
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import Setting
 from panda.registry.resolve import resolve
 
+if TYPE_CHECKING:
+    from panda.weights.pretrained import Pretrained
 
-def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a run was told: names are components, values have their types, the checkpoint is found."""
+
+    resolved: Resolved
+    catalog: Catalog
+    pretrained: Pretrained | None
+    """The checkpoint at ``ckpt_path``; nothing of its weights is read yet."""
+
+    @property
+    def options(self) -> RunOptions:
+        """The options of every run."""
+        options: RunOptions = self.resolved.core
+        return options
+
+
+def configure(arguments: Arguments) -> Configuration:
     """Resolve ``arguments`` against what is installed. Raises UserError; imports no torch."""
     catalog = Catalog(arguments.blocked)
     for name in catalog.unused_blocks():
@@ -31,29 +50,19 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
     resolved = _with_implied(resolved)
     refuse(resolved)
-    if resolved.core.ckpt_path is not None:
-        from panda.configuration.following import follow_checkpoint
-        from panda.weights.finding import find_pretrained
+    if resolved.core.ckpt_path is None:
+        return Configuration(resolved, catalog, None)
 
-        resolved = follow_checkpoint(resolved)
-        pretrained = find_pretrained(resolved.core)
-        if pretrained and os.environ.get("RANK", "0") == "0":
-            print(f"weights: {pretrained.describe()}")
-            print(f"tokenizer: {resolved.core.tokenizer} ({resolved.settings['tokenizer'].origin})")
-    return resolved, catalog
+    from panda.configuration.following import follow_checkpoint
+    from panda.weights.finding import find_pretrained
 
-
-def configured(argv: list[str], usage: str) -> Resolved | None:
-    """What a command that takes CONFIG and flags is about. None where it was asked for help, which is then printed."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    arguments = parse_arguments(argv)
-    if arguments.help:
-        print(usage)
-        return None
-    if not argv:  # not a success: `panda check $CONFIG` with nothing in it has checked nothing
-        raise UserError(f"no configuration is given.\n{usage}")
-    return configure(arguments)[0]
+    pretrained = find_pretrained(resolved.core)
+    assert pretrained is not None
+    resolved = follow_checkpoint(resolved, pretrained)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"weights: {pretrained.describe()}")
+        print(f"tokenizer: {resolved.core.tokenizer} ({resolved.settings['tokenizer'].origin})")
+    return Configuration(resolved, catalog, pretrained)
 
 
 def _with_implied(resolved: Resolved) -> Resolved:

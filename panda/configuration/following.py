@@ -12,21 +12,17 @@ from panda.registry.options import options_of
 from panda.registry.resolve import Chosen
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import Setting
-from panda.weights.finding import find_pretrained
 from panda.weights.formats import CONFIG
 from panda.weights.formats import META
 from panda.weights.pretrained import Pretrained
 from panda.weights.tokenizers import TOKENIZER
 
 
-def follow_checkpoint(resolved: Resolved) -> Resolved:
-    """``resolved`` with what its checkpoint has a say on: options of the model that nobody set, and the tokenizer.
+def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
+    """``resolved`` with what its checkpoint decides: options of the model that nobody set, and the tokenizer.
 
     Raises UserError where what was set contradicts the checkpoint.
     """
-    pretrained = find_pretrained(resolved.core)
-    if pretrained is None:
-        return resolved
     settings = dict(resolved.settings)
     model = resolved.components["model"]
     says = f"checkpoint {pretrained.folder}"

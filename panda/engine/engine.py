@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextlib import nullcontext
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,28 @@ class Engine:
             )
             for name in names.values()
         }
+
+    def give_weights(self, use: Callable[[Weights], None], *, trained_only: bool = False) -> None:
+        """Call ``use`` with the module's weights, as from ``weights``, on rank 0; the other ranks help to gather them.
+
+        Every rank has to call it. ``use`` reads each tensor at most once, and what it left unread is gathered
+        after it, so that no rank waits. Where it fails, every rank raises.
+        """
+
+        def gather() -> None:
+            unread = dict(self.weights(trained_only=trained_only))
+
+            def read(name: str) -> torch.Tensor:
+                return unread.pop(name).read()
+
+            try:
+                if self.processes.rank == 0:
+                    use({name: replace(stored, read=partial(read, name)) for name, stored in unread.items()})
+            finally:
+                for stored in list(unread.values()):  # on the other ranks, and on rank 0 where ``use`` failed
+                    stored.read()
+
+        self.processes.together(gather)
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         from deepspeed.runtime.zero import GatheredParameters

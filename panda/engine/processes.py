@@ -48,7 +48,7 @@ class Processes:
     def barrier(self) -> None:
         dist.barrier()
 
-    def agree(self, decide: Callable[[], Result]) -> Result:
+    def from_rank_0(self, decide: Callable[[], Result]) -> Result:
         """What ``decide()`` returns on rank 0, on every rank; where it fails, every rank raises, as in ``together``."""
         held: list[Any] = [self.together(lambda: decide() if self.rank == 0 else None)]
         dist.broadcast_object_list(held, src=0)

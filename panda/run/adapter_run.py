@@ -88,20 +88,19 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
     from panda.run.assembly import load_tokenizer
     from panda.run.assembly import model_context
     from panda.weights.export import DESCRIPTION
-    from panda.weights.finding import find_pretrained
     from panda.weights.pretrained import base_weights
 
     moved = ["--ckpt_path", ckpt_path] if ckpt_path else []
     with redirect_stdout(sys.stderr):  # what is printed is an answer
         try:
-            resolved, _ = configure(parse_arguments(["--config", str(run / "config.yaml"), *moved]))
+            configuration = configure(parse_arguments(["--config", str(run / "config.yaml"), *moved]))
         except UserError as problem:
             if moved or facts["checkpoint"] is None:
                 raise
             hint = f"Where the base of the adapters in {run} has been moved, `--ckpt_path` names its new place."
             raise UserError(f"{problem} {hint}") from problem
-    pretrained = find_pretrained(resolved.core)
-    found = base_weights(pretrained, facts["base_weights"])
+    resolved, pretrained = configuration.resolved, configuration.pretrained
+    found = base_weights(pretrained)
     if pretrained and found != facts["base_weights"]:
         raise UserError(
             f"{run}: its adapters were trained on another base: {facts['checkpoint']}, {facts['base_weights']}. Now"

@@ -190,10 +190,9 @@ def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module 
     return outline
 
 
-def refuse_too_large(outline: torch.nn.Module, resolved: Resolved, context: ModelContext) -> None:
+def refuse_too_large(outline: torch.nn.Module, resolved: Resolved, context: ModelContext, world_size: int) -> None:
     """Raise UserError where the weights of ``outline`` are more than the memory that they are to be in."""
     options = resolved.core
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()
     refuse_without_room(
         sum(parameter.numel() for parameter in outline.parameters()),

@@ -17,7 +17,7 @@ def told():
 
 def outcome(decide):
     try:
-        return processes.agree(decide)
+        return processes.from_rank_0(decide)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

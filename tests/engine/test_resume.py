@@ -153,7 +153,7 @@ def test_a_run_that_would_be_another_is_refused(
 ) -> None:
     argv = [*map(str, SMALL), *map(str, more), "--resume", str(folder / "1-0")]
     with pytest.raises(UserError, match=message):
-        train(*configure(parse_arguments(argv)))
+        train(configure(parse_arguments(argv)))
 
 
 def test_a_run_that_goes_back_sets_the_way_it_took_aside(folder: Path) -> None:
@@ -216,7 +216,7 @@ def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_the_directory_of_a_run(two_runs: Path, argv: str, directory: str, checkpoint: str | None) -> None:
-    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()]))
+    resolved = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()])).resolved
     expected = (Path(directory), Path(checkpoint) if checkpoint else None)
     assert find_directory(resolved) == expected
     with RunLock() as lock:
@@ -240,20 +240,20 @@ def test_the_directory_of_a_run(two_runs: Path, argv: str, directory: str, check
     ],
 )
 def test_a_directory_of_something_else_is_refused(two_runs: Path, argv: str) -> None:
-    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()]))
+    resolved = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()])).resolved
     with pytest.raises(UserError, match="is not empty"), RunLock() as lock:
         make_directory(resolved, lock)
 
 
 def test_runs_that_start_at_once_get_a_directory_each(two_runs: Path) -> None:
-    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny"]))
+    resolved = configure(parse_arguments(["--arch", "llama-tiny"])).resolved
     with ThreadPoolExecutor(8) as pool:
         chosen = list(pool.map(lambda _: make_directory(resolved, RunLock()), range(8)))
     assert len(set(chosen)) == 8
 
 
 def test_of_runs_that_continue_one_at_once_the_second_is_told_who_is_at_work(two_runs: Path) -> None:
-    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "other"]))
+    resolved = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "other"])).resolved
     with RunLock() as first, RunLock() as second:
         hold_continued(resolved, first)
         with pytest.raises(UserError, match=rf"another run is at work in it: process {os.getpid()} on .*output_dir"):
@@ -264,7 +264,7 @@ def test_of_runs_that_continue_one_at_once_the_second_is_told_who_is_at_work(two
 
 def test_a_run_that_begins_where_another_just_began_is_refused(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both had found the directory empty."""
-    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "auto", "--output_dir", "new"]))
+    resolved = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "auto", "--output_dir", "new"])).resolved
     with RunLock() as first, RunLock() as second:
         make_directory(resolved, first)
         with pytest.raises(UserError, match="another run is at work in it"):
@@ -275,7 +275,7 @@ def test_a_run_that_begins_where_another_just_began_is_refused(two_runs: Path, m
 
 def test_a_run_goes_on_from_where_the_one_before_it_left_off(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which had saved once more between the look and the lock."""
-    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "other"]))
+    resolved = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "other"])).resolved
     newer = two_runs / "other/checkpoints/step-00000002"
 
     class Late(RunLock):

@@ -294,7 +294,7 @@ def test_sizes_that_do_not_divide_are_told_before_data_is_read(
         at = argv.index(flag)
         del argv[at : at + 2]
     with pytest.raises(UserError) as raised:
-        train(*configure(parse_arguments(list(map(str, argv)))))
+        train(configure(parse_arguments(list(map(str, argv)))))
     assert all(word in str(raised.value) for word in words)
 
 
@@ -303,11 +303,11 @@ def test_a_model_without_a_plan_is_named(folder: Path, monkeypatch: pytest.Monke
     argv = [*arguments("adamw-2-tied", "out")]
     argv[argv.index("llama")] = "hf"
     with pytest.raises(UserError, match="model 'hf' does not say how it is split"):
-        train(*configure(parse_arguments(list(map(str, argv)))))
+        train(configure(parse_arguments(list(map(str, argv)))))
 
 
 def test_another_size_is_no_continuation(processes: Processes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     argv = [*arguments("adamw-1", "other"), "--resume", folder / "adamw-2-zero0"]
     with pytest.raises(UserError, match="tensor_parallel_size was 2 and is 1"):
-        train(*configure(parse_arguments(list(map(str, argv)))))
+        train(configure(parse_arguments(list(map(str, argv)))))

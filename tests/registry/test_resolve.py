@@ -91,7 +91,7 @@ DATA = ("--instruction_tuning_data_dir", "/data")
 
 
 def resolved(*argv: str) -> Resolved:
-    return configure(parse_arguments(list(argv)))[0]
+    return configure(parse_arguments(list(argv))).resolved
 
 
 def refused(*argv: str) -> str:
@@ -427,7 +427,8 @@ def test_a_key_of_two_plugins_is_written_with_the_plugins_name(watchers: Distrib
 
 
 def test_a_module_of_hooks_is_live_and_in_the_provenance(watchers: Distributions, tmp_path: Path) -> None:
-    run, catalog = configure(parse_arguments(["--arch", "llama-tiny", "--plugins", "silent", "a-watch"]))
+    configuration = configure(parse_arguments(["--arch", "llama-tiny", "--plugins", "silent", "a-watch"]))
+    run, catalog = configuration.resolved, configuration.catalog
     assert [offer.module for offer in run.hook_modules] == ["acme.c"]
     assert len(catalog.plugins.hook.panda_step_end.get_hookimpls()) == 1
     write_description(tmp_path, run, {}, {})

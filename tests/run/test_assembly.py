@@ -17,7 +17,7 @@ from panda.run.assembly import build_outline
 from panda.run.assembly import load_tokenizer
 from panda.run.assembly import make_trainable
 from panda.run.assembly import model_context
-from panda.runner import _shape
+from panda.run.continuation import agreement_of
 
 
 def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
@@ -31,7 +31,7 @@ def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
         "--optimizer",
         "lamb",
     ]
-    resolved, _ = configure(parse_arguments(flags))
+    resolved = configure(parse_arguments(flags)).resolved
     model = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
     optimizer = build_optimizer(resolved, model, torch.device("cpu"))
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -49,7 +49,7 @@ def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
 
 def test_what_is_asked_of_the_layers_is_done_to_them() -> None:
     flags = ["--arch", "llama-tiny", "--num_layers", "2", "--compile", "--activation_checkpointing", "full"]
-    resolved, _ = configure(parse_arguments(flags))
+    resolved = configure(parse_arguments(flags)).resolved
     model: Any = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
     processes = Processes(0, 1, torch.device("cpu"))
     assert make_trainable(model, resolved.core, None, {}, processes) is model
@@ -65,7 +65,8 @@ def test_what_is_asked_of_the_layers_is_done_to_them() -> None:
 def test_a_run_that_differs_so_does_not_continue_another(flags: list[str]) -> None:
     dataset: Any = type("Samples", (), {"__len__": lambda self: 1, "sources": (), "tokens": 1, "fingerprint": ""})()
     shapes = [
-        _shape(configure(parse_arguments(["--arch", "llama-tiny", *more]))[0], None, dataset) for more in ([], flags)
+        agreement_of(configure(parse_arguments(["--arch", "llama-tiny", *more])).resolved, None, dataset)
+        for more in ([], flags)
     ]
     assert shapes[0] != shapes[1]
 

@@ -44,7 +44,7 @@ def configured(*argv: object) -> Resolved:
     flags = [str(word) for word in ("--max_seq_length", 64, *argv)]
     return configure(
         parse_arguments(flags if "--model" in flags or "--arch" in flags else ["--model", "llama", *flags])
-    )[0]
+    ).resolved
 
 
 def loaded(*argv: object) -> Any:

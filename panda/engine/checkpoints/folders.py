@@ -126,22 +126,16 @@ def check_contents(checkpoint: Path, files: Iterable[Path]) -> None:
             )
 
 
-def read_shape(checkpoint: Path) -> dict[str, Any]:
-    """What a run that continues ``checkpoint`` has to agree on."""
-    shape: dict[str, Any] = _manifest(checkpoint)["shape"]
-    return shape
+def read_progress(checkpoint: Path, agreement: dict[str, Any]) -> Progress:
+    """How far ``checkpoint`` had come. Raises UserError where the run that made it differs in ``agreement``.
 
-
-def read_progress(checkpoint: Path, shape: dict[str, Any]) -> Progress:
-    """How far ``checkpoint`` had come. Raises UserError where it was made by a run of another ``shape``.
-
-    What only one of the two shapes has is not compared: a newer component may have gained an option.
+    What only one of the two runs states is not compared: a newer component may have gained an option.
     """
     manifest = _manifest(checkpoint)
-    here = json.loads(json.dumps(shape))  # as what was written and read again: a tuple is a list
+    here = json.loads(json.dumps(agreement))  # as what was written and read again: a tuple is a list
     differing = [
         f"{key} was {before!r} and is {here[key]!r}"
-        for key, before in manifest["shape"].items()
+        for key, before in manifest["agreement"].items()
         if key in here and here[key] != before
     ]
     if differing:

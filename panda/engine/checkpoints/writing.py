@@ -32,11 +32,11 @@ from panda.registry.errors import writing
 
 
 def save_checkpoint(
-    engine: Engine, folder: Path, progress: Progress, shape: dict[str, Any], *, keep: int | None = None
+    engine: Engine, folder: Path, progress: Progress, agreement: dict[str, Any], *, keep: int | None = None
 ) -> Path:
     """Write ``folder/step-N`` and point ``latest`` at it; then remove all but the newest ``keep``.
 
-    Every rank has to call it. ``shape`` is what a run that loads it must agree on. Raises UserError on
+    Every rank has to call it. ``agreement`` is what a run that loads it has to agree on. Raises UserError on
     every rank where the disk of one is full; the checkpoints that were there are untouched then.
     """
     processes = engine.processes
@@ -58,7 +58,7 @@ def save_checkpoint(
 
     def complete() -> None:
         if processes.rank == 0:
-            _complete(temporary, final, {"format": 1, "progress": asdict(progress), "shape": shape})
+            _complete(temporary, final, {"format": 1, "progress": asdict(progress), "agreement": agreement})
             for old in complete_checkpoints(folder)[:-keep] if keep else []:
                 os.rename(old, folder / f".tmp-{old.name}")  # at once: a folder that is half removed is no checkpoint
                 shutil.rmtree(folder / f".tmp-{old.name}")

@@ -282,7 +282,7 @@ def test_a_base_that_was_replaced_where_it_was_is_told_and_one_that_was_moved_is
         told = capsys.readouterr().err
         assert "is nowhere" in told and "`--ckpt_path` names its new place" in told
         moved = ["--config", str(folder / "lora" / "config.yaml"), "--ckpt_path", str(tmp_path / "moved")]
-        resolved, _ = configure(parse_arguments(moved))
+        resolved = configure(parse_arguments(moved)).resolved
         assert resolved.core.tokenizer == str(tmp_path / "moved"), "which goes with the base"
     finally:
         shutil.rmtree(folder / "base", ignore_errors=True)
@@ -445,7 +445,7 @@ def test_what_a_run_says_of_itself_is_there_whole_whatever_happens(
 ) -> None:
     shutil.copytree(folder / "lora", tmp_path / "run")
     files = {file: file.read_text() for file in (tmp_path / "run").iterdir() if file.suffix in (".json", ".yaml")}
-    resolved, _ = configure(parse_arguments(["--config", str(tmp_path / "run" / "config.yaml")]))
+    resolved = configure(parse_arguments(["--config", str(tmp_path / "run" / "config.yaml")])).resolved
     write = Path.write_text
 
     def cut_off(file: Path, text: str, **keywords: Any) -> int:

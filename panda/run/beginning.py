@@ -1,0 +1,110 @@
+"""A run begins: its state is loaded, its directory made, and what it is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from panda.data.layouts import Layout
+from panda.engine.checkpoints.folders import damage
+from panda.engine.checkpoints.folders import set_aside_later
+from panda.engine.checkpoints.writing import load_checkpoint
+from panda.engine.processes import Processes
+from panda.registry.errors import writing
+from panda.run.assembly import build_schedule
+from panda.run.assembly import seed_random
+from panda.run.continuation import Continuation
+from panda.run.directory import make_directory
+from panda.run.directory import write_description
+from panda.run.lock import RunLock
+from panda.run.preparation import Preparation
+from panda.run.state import Run
+from panda.run.trained_model import TrainedModel
+from panda.weights.export import DESCRIPTION
+from panda.weights.export import describe_model
+from panda.weights.pretrained import base_weights
+
+NO_ROOM_LEFT = (
+    "Checkpoints that were complete are untouched: make room, and go on from the newest with `--resume auto`."
+)
+
+
+def begin(
+    prepared: Preparation,
+    continuation: Continuation,
+    layouts: tuple[Layout, Layout | None],
+    model: TrainedModel,
+    processes: Processes,
+    lock: RunLock,
+) -> Run:
+    """The run, at the step that it continues from, with a directory that describes it. Every rank has to call it.
+
+    ``layouts``: the rows to train on and to evaluate on.
+    """
+    resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
+    if checkpoint and not load_checkpoint(model.engine, checkpoint):
+        # The random numbers of ranks that are no more, or were not yet, are nobody's: a stretch of new ones.
+        seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
+        if processes.rank == 0:
+            print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
+    directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
+    layout, evaluation = layouts
+    run = Run(
+        resolved,
+        directory,
+        processes,
+        prepared.task,
+        prepared.dataset,
+        layout,
+        evaluation,
+        build_schedule(resolved, layout.plan),
+        model.engine,
+        prepared.configuration.catalog.plugins.hook,
+        continuation.agreement,
+        resumed_from=checkpoint,
+        step=continuation.progress.step,
+    )
+
+    @writing(f"{directory}: the description of the run", NO_ROOM_LEFT)
+    def describe() -> None:
+        if processes.rank == 0:
+            _set_aside(directory, checkpoint)
+            write_description(directory, resolved, model.config, _facts(run, prepared, model))
+            dtype = next(model.engine.module.parameters()).dtype
+            described = prepared.tokenizer, prepared.task.chat_template(), resolved.components["model"]
+            describe_model(
+                directory / DESCRIPTION, model.base, dtype, *described, prepared.context, prepared.pretrained
+            )
+
+    processes.together(describe)
+    return run
+
+
+def _set_aside(directory: Path, checkpoint: Path | None) -> None:
+    """Rename the checkpoints of the run in ``directory`` after ``checkpoint``, from which it takes another way."""
+    if checkpoint and checkpoint.parent == directory / "checkpoints":
+        for path in set_aside_later(checkpoint):
+            problem = damage(path)
+            why = f"it is damaged: {problem}" if problem else "the run takes another way from here"
+            print(f"set aside: {path}, since {why}", flush=True)
+
+
+def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:
+    """What provenance.json records of a run beside its configuration."""
+    dataset, pretrained = run.dataset, prepared.pretrained
+    return {
+        "ranks": run.processes.world_size,
+        "device": str(run.processes.device),
+        "parameters": model.parameters,
+        "trained_parameters": model.trained_parameters,
+        "attention": getattr(getattr(model.base, "config", None), "_attn_implementation", None),
+        "samples": len(dataset),
+        "tokens": dataset.tokens,
+        "supervised_tokens": dataset.supervised_tokens,
+        "bad_rows": dataset.report.bad_rows,
+        "eval_samples": len(run.evaluation.dataset) if run.evaluation else None,
+        "checkpoint": pretrained.describe() if pretrained else None,
+        **({"base_weights": base_weights(pretrained)} if run.options.use_lora else {}),
+        "vocabulary": (prepared.context.config or {}).get("vocab_size"),
+        "resumed_from": str(run.resumed_from) if run.resumed_from else None,
+    }

@@ -1,0 +1,90 @@
+"""What a run continues: a run directory, a checkpoint, and what the two runs have to agree on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from panda.configuration.options import LORA_KEYS
+from panda.data.layouts import Layout
+from panda.data.token_dataset import SampleSet
+from panda.engine.checkpoints.folders import START
+from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.folders import read_progress
+from panda.engine.processes import Processes
+from panda.registry.options import options_of
+from panda.registry.resolve import Resolved
+from panda.run.directory import hold_continued
+from panda.run.directory import is_at_end
+from panda.run.ending import done_at_the_end
+from panda.run.lock import RunLock
+from panda.run.preparation import Preparation
+from panda.weights.pretrained import Pretrained
+from panda.weights.pretrained import base_weights
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a run goes on from; a new run begins at its start."""
+
+    directory: Path | None
+    """The run directory that is continued; None for a new one."""
+    checkpoint: Path | None
+    progress: Progress
+    agreement: dict[str, Any]
+    """What a run that continues this one has to agree on."""
+
+    def is_finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> bool:
+        """Whether the run that is continued has taken all its steps and done what is done at the end.
+
+        Every rank has to call it.
+        """
+        directory, step = self.directory, self.progress.step
+        if directory is None or self.checkpoint is None or step < layout.plan.total_steps:
+            return False
+        wanted = done_at_the_end(prepared.options, prepared.held_out)
+        return processes.from_rank_0(lambda: is_at_end(directory, step, **wanted))
+
+
+def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:
+    """What the run of ``prepared`` continues, held by ``lock``. Every rank has to call it.
+
+    Raises UserError where the checkpoint was made by a run that differs in what the two have to agree on.
+    """
+    resolved = prepared.resolved
+    directory, checkpoint = processes.from_rank_0(lambda: hold_continued(resolved, lock))
+    agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
+    progress = read_progress(checkpoint, agreement) if checkpoint else START
+    return Continuation(directory, checkpoint, progress, agreement)
+
+
+def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:
+    """What a run and one that continues it have to agree on."""
+    options = resolved.core
+    adapters = ", ".join(f"{key} {getattr(options, key)}" for key in LORA_KEYS)
+    names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
+    return {
+        **names,
+        **{
+            f"{kind}.{key}": value
+            for kind in ("model", "optimizer")
+            for key, value in asdict(resolved.components[kind].options).items()
+            if options_of(resolved.components[kind].component.options)[key].location is None
+        },
+        "weight_decay": options.weight_decay,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "precision": options.precision,
+        "bit_training": options.bit_training,
+        "weight_decay_on": options.weight_decay_on,
+        "lr_multipliers": list(options.lr_multipliers),
+        "adapters": adapters if options.use_lora else "none",
+        "base": f"quantised to {options.quant_bits} bits" if options.use_quant else "whole",
+        **({"base_weights": base_weights(pretrained)} if options.use_lora else {}),
+        "seed": options.seed,
+        "samples": len(dataset),
+        "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),
+        "tokens": dataset.tokens,
+        "data": dataset.fingerprint,
+    }

@@ -1,0 +1,65 @@
+"""The end of a run: its export, its answers, and a note that it is done."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import cast
+
+from panda.answers.generation import greedy
+from panda.configuration.options import RunOptions
+from panda.data.token_dataset import SampleSet
+from panda.models.adapters.lora import export_adapters
+from panda.run.assembly import load_tokenizer
+from panda.run.directory import EXPORT
+from panda.run.state import Run
+from panda.weights.export import DESCRIPTION
+from panda.weights.export import export
+from panda.weights.stored_tensor import Weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ANSWERED_PROMPTS = 2
+ANSWER_TOKENS = 64
+
+
+def finish(run: Run) -> None:
+    """Export the model and have it answer. Every rank has to call it."""
+    run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
+    tokenizer = run.task.tokenizer
+    prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
+    module = run.engine.evaluating()
+    rows = run.options.per_gpu_eval_batch_size
+    for start in range(0, len(prompts), rows):
+        some = prompts[start : start + rows]
+        continued = greedy(
+            module,
+            [run.task.encode_prompt(prompt) for prompt in some],
+            max_new_tokens=ANSWER_TOKENS,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            eos_token_id=run.task.last_token,
+            device=run.processes.device,
+        )
+        run.answers += [
+            {"prompt": prompt, "answer": tokenizer.decode(ids)} for prompt, ids in zip(some, continued, strict=True)
+        ]
+    if run.processes.rank == 0:
+        text = json.dumps(run.answers, indent=2, ensure_ascii=False)
+        (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
+
+
+def done_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
+    """What is done at the end beside the export, in words to compare: a finished run need not do it again."""
+    return {"eval_data": held_out.fingerprint if held_out else None, "prompts": list(options.prompts)}
+
+
+def _export(run: Run, weights: Weights) -> None:
+    description, folder = run.directory / DESCRIPTION, run.directory / EXPORT
+    if run.options.use_lora:
+        adapters = {name: tensor.read() for name, tensor in weights.items()}
+        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, load_tokenizer(str(description)))
+    else:
+        export(description, weights, folder)

@@ -1,0 +1,122 @@
+"""The loop: optimizer steps, records, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+
+from panda.data.batches import Batch
+from panda.data.batches import step_batches
+from panda.data.layouts import Layout
+from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.writing import save_checkpoint
+from panda.engine.engine import StepResult
+from panda.registry import UserError
+from panda.run.records import Clock
+from panda.run.records import evaluation_record
+from panda.run.records import log_record
+from panda.run.state import Run
+
+HOPELESS = 50
+"""Steps in a row that change nothing before the run is given up; fp16 may need some twenty to find its scale."""
+
+
+class Loop:
+    """Trains a run from where it is to its last step. Reads numbers from the device only to log or save them."""
+
+    def __init__(self, run: Run, start: Progress) -> None:
+        """``start``: how far the checkpoint that the run continues had come."""
+        self.run = run
+        self.options = run.options
+        self.clock = Clock(start)
+        self.counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64)
+        self.counts = self.counts.to(run.processes.device)
+        self.skipped = start.skipped_steps
+        self.skipped_in_a_row = 0
+        self.saved_step = start.step if run.resumed_from else -1
+
+    def train(self) -> None:
+        """Every step that is left, an evaluation and a checkpoint at the end."""
+        run, first = self.run, self.run.step + 1
+        for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
+            self.step(step, micro_batches)
+        if run.step < first:  # nothing was left to train
+            self.evaluate()
+        if self.saved_step != run.step:
+            self.save()
+
+    def step(self, step: int, micro_batches: list[Batch]) -> None:
+        """Optimizer step ``step`` (counted from 1), with what is logged, evaluated and saved after it."""
+        run, options, plan = self.run, self.options, self.run.plan
+        factor = run.schedule(step - 1)
+        run.engine.scale_learning_rate(factor)
+        result = run.engine.step(micro_batches, run.task.loss)
+        self.counts += result.counts
+        run.step = step
+        self.skipped += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        run.hook.panda_step_end(run=run, step=step)
+        if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
+            self.log(result, factor * options.learning_rate)
+        if self.skipped_in_a_row == HOPELESS:
+            raise UserError(
+                f"step {step}: the last {HOPELESS} steps had gradients that are not finite and changed nothing. Lower"
+                " `learning_rate`, look at the data, or write `precision: bf16` in place of fp16. `--resume` continues"
+                " from an earlier checkpoint."
+            )
+        # Before it is saved: a run that goes on from this checkpoint has the record.
+        if step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0):
+            self.evaluate()
+        for epoch in range(plan.step_end(step - 1) // plan.samples, plan.step_end(step) // plan.samples):
+            run.hook.panda_epoch_end(run=run, epoch=epoch)
+        if options.save_steps and step % options.save_steps == 0:
+            self.save()
+
+    def progress(self) -> Progress:
+        """How far the run has come. Waits for the device."""
+        tokens, supervised = self.counts.tolist()
+        step = self.run.step
+        return Progress(step, self.run.plan.step_end(step), int(tokens), int(supervised), self.skipped)
+
+    def log(self, result: StepResult, learning_rate: float) -> None:
+        """Give hooks the record of the last step. Rank 0 only."""
+        run = self.run
+        run.observations = run.engine.observations()
+        record = log_record(result, self.progress(), learning_rate, self.clock, run.observations)
+        run.hook.panda_log(run=run, record=record)
+
+    def save(self) -> None:
+        """Write a checkpoint. Every rank has to call it."""
+        run, begun = self.run, time.perf_counter()
+        folder, keep = run.directory / "checkpoints", self.options.save_total_limit
+        path = save_checkpoint(run.engine, folder, self.progress(), run.agreement, keep=keep)
+        run.checkpoints.append(path)
+        run.hook.panda_checkpoint_saved(run=run, path=path)
+        self.saved_step = run.step
+        self.clock.leave_out(time.perf_counter() - begun)
+
+    def evaluate(self) -> None:
+        """The loss on data that is not trained on, if there is any. Draws no random numbers, and leaves no trace."""
+        run, begun = self.run, time.perf_counter()
+        if run.evaluation is None:
+            return
+        micro_batches = chain.from_iterable(batches(run, run.evaluation))
+        loss, counts = run.engine.evaluate(micro_batches, run.task.loss)
+        if run.processes.rank == 0:
+            run.hook.panda_evaluation(run=run, record=evaluation_record(run.step, loss, counts, begun))
+        self.clock.leave_out(time.perf_counter() - begun)
+
+
+def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
+    """The micro batches of this rank in each step of ``layout``."""
+    return step_batches(
+        layout,
+        rank=run.processes.data_rank,
+        pad_token_id=run.task.tokenizer.pad_token_id or 0,
+        num_workers=run.options.num_workers,
+        prefetch_factor=run.options.prefetch_factor,
+        pin_memory=run.processes.device.type == "cuda",
+    )

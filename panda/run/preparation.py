@@ -1,0 +1,117 @@
+"""What a run is made of before there are processes and an engine: the same for training it and for looking at it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from panda.configuration.configure import Configuration
+from panda.configuration.options import RunOptions
+from panda.data.token_dataset import SampleSet
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.registry import UserError
+from panda.registry.contexts import ModelContext
+from panda.registry.resolve import Resolved
+from panda.run.assembly import build_evaluation_task
+from panda.run.assembly import build_outline
+from panda.run.assembly import build_task
+from panda.run.assembly import load_tokenizer
+from panda.run.assembly import model_context
+from panda.run.assembly import refuse_splitting
+from panda.run.assembly import refuse_too_large
+from panda.tasks.language_modelling import LanguageModelling
+from panda.weights.pretrained import Pretrained
+from panda.weights.pretrained import fitted
+from panda.weights.stored_tensor import Weights
+
+
+class Preparation:
+    """The parts of a run that need no other process. Each is made once, when it is first asked for."""
+
+    def __init__(self, configuration: Configuration, world_size: int = 1) -> None:
+        """``world_size``: how many processes the run has, or will have."""
+        self.configuration = configuration
+        self.world_size = world_size
+
+    @property
+    def resolved(self) -> Resolved:
+        return self.configuration.resolved
+
+    @property
+    def options(self) -> RunOptions:
+        return self.configuration.options
+
+    @property
+    def pretrained(self) -> Pretrained | None:
+        """The checkpoint that the weights come from; None for random ones."""
+        return self.configuration.pretrained
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, of transformers."""
+        return load_tokenizer(self.options.tokenizer)
+
+    @property
+    def task(self) -> LanguageModelling:
+        """The task over the data to train on."""
+        return self._tasks[0]
+
+    @cached_property
+    def _tasks(self) -> tuple[LanguageModelling, LanguageModelling | None]:
+        """The task, and the task over the data to evaluate on. Raises UserError where data of either is missing."""
+        task = build_task(self.resolved, self.tokenizer)
+        return task, build_evaluation_task(self.resolved, task)
+
+    @cached_property
+    def context(self) -> ModelContext:
+        """What the model is given beside its options."""
+        return model_context(self.resolved, self.tokenizer, self.pretrained)
+
+    @cached_property
+    def outline(self) -> torch.nn.Module | None:
+        """The model without weights; None where a model needs weights while it is built.
+
+        Raises UserError where it cannot be split over ranks as asked, or is larger than the memory here.
+        """
+        outline = build_outline(self.resolved, self.context)
+        if outline is not None:
+            refuse_splitting(outline, self.resolved)
+            refuse_too_large(outline, self.resolved, self.context, self.world_size)
+        return outline
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """The checkpoint's tensors by their names in the model; None where weights are random.
+
+        Raises UserError where they do not fit the model.
+        """
+        if self.pretrained is None:
+            return None
+        assert self.outline is not None, "a model is always built without weights where a checkpoint has them"
+        return fitted(self.outline, self.pretrained)
+
+    @cached_property
+    def dataset(self) -> SampleSet:
+        """The samples to train on, tokenised."""
+        return self.task.dataset()
+
+    @cached_property
+    def held_out(self) -> SampleSet | None:
+        """The samples to evaluate on, tokenised; None where there are none."""
+        evaluated = self._tasks[1]
+        return evaluated.dataset() if evaluated else None
+
+
+def prepare(configuration: Configuration, world_size: int) -> Preparation:
+    """All that a run of ``world_size`` processes needs before they join. Raises UserError for what cannot work.
+
+    The model is looked at before the data is read, which may take long; whether there is data, before the model.
+    """
+    prepared = Preparation(configuration, world_size)
+    if prepared.options.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
+    deepspeed_config(prepared.options, world_size=world_size, on_gpu=torch.cuda.is_available())
+    _ = prepared.task, prepared.outline, prepared.weights, prepared.dataset, prepared.held_out  # in this order
+    return prepared

@@ -1,0 +1,64 @@
+"""A run in progress: what hooks are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from panda.configuration.options import RunOptions
+from panda.data.layouts import Layout
+from panda.data.order import BatchPlan
+from panda.data.token_dataset import SampleSet
+from panda.engine.engine import Engine
+from panda.engine.processes import Processes
+from panda.optim.schedules import Schedule
+from panda.registry.resolve import Resolved
+from panda.tasks.language_modelling import LanguageModelling
+
+
+@dataclass
+class Run:
+    """A run in progress. Hooks are given it; they may rely on what is documented here."""
+
+    resolved: Resolved
+    """The configuration."""
+    directory: Path
+    """The run directory."""
+    processes: Processes
+    """This rank, how many there are, and the device."""
+    task: LanguageModelling
+    dataset: SampleSet
+    layout: Layout
+    """The rows of each step."""
+    evaluation: Layout | None
+    """The rows of the data that the run is evaluated on; None where there is none."""
+    schedule: Schedule
+    """Completed optimizer steps to a factor of the peak learning rate."""
+    engine: Engine
+    hook: Any
+    """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
+    agreement: dict[str, Any]
+    """What a run that continues this one has to agree on."""
+    resumed_from: Path | None = None
+    """The checkpoint that the run continues from."""
+    step: int = 0
+    """Optimizer steps done."""
+    checkpoints: list[Path] = field(default_factory=list)
+    """Checkpoints that this process has saved."""
+    observations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """On rank 0, of the last log record: what the optimizer reports of each parameter, by quantity, by name."""
+    answers: list[dict[str, str]] = field(default_factory=list)
+    """At the end: ``prompt`` and ``answer`` of each prompt."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How the data is cut into steps; ``plan.total_steps`` is the length of the run."""
+        return self.layout.plan
+
+    @property
+    def options(self) -> RunOptions:
+        """The options of every run."""
+        options: RunOptions = self.resolved.core
+        return options

@@ -1,0 +1,62 @@
+"""The model that a run trains: from weights to an engine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from panda.data.layouts import Layout
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.engine import Engine
+from panda.engine.processes import Processes
+from panda.models.forward.isolation import refuse_leaking
+from panda.models.forward.isolation import refuse_without_positions
+from panda.run.assembly import build_optimizer
+from panda.run.assembly import build_weights
+from panda.run.assembly import drawn_one_by_one
+from panda.run.assembly import make_trainable
+from panda.run.assembly import seed_random
+from panda.run.preparation import Preparation
+from panda.weights.stored_tensor import whole_shape
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in an engine, with what was counted on the way."""
+
+    base: torch.nn.Module
+    """The model without what is around it for adapters."""
+    engine: Engine
+    config: dict[str, Any]
+    """What DeepSpeed was given."""
+    parameters: int
+    trained_parameters: int
+
+
+def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -> TrainedModel:
+    """The model of ``prepared`` with its weights, in an engine with its optimizer. Every rank has to call it.
+
+    Leaves the random generators seeded for training. Raises UserError where packed rows of ``layout``
+    would let samples see each other.
+    """
+    options = prepared.options
+    config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
+    name = prepared.resolved.components["model"].component.name
+
+    base, weights = prepared.outline, prepared.weights
+    if base is None or weights is None:
+        base, weights = build_weights(prepared.resolved, prepared.context, None, later=drawn_one_by_one(options))
+    if layout.packed:
+        refuse_without_positions(base, name)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    model = make_trainable(base, options, weights, config, processes)
+    seed_random(options.seed + processes.data_rank)  # different where data is, for dropout
+    optimizer = build_optimizer(prepared.resolved, model, processes.device)
+    trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
+    engine = Engine(model, optimizer, config, processes)
+    if layout.packed:
+        refuse_leaking(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
+    return TrainedModel(base, engine, config, parameters, trained)
