@@ -174,3 +174,29 @@ except ImportError:
     tree = ast.parse(source)
     assert [name for name, _ in imports(tree)] == ["a", "b.c", "f", "h", "j", "m", "n", "o"]
     assert [name for name, _ in imports(tree, nested=False)] == ["a", "b.c", "f", "h", "n", "o"]
+
+
+LONG = 60
+MANY = 6
+EXCUSED: dict[str, str] = {}
+"""Functions that are longer or take more parameters, each with the reason."""
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.relative_to(PACKAGE)}:{node.name}", node
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    """What a reader can hold at once. Parameters given by keyword do not count: the call names them."""
+    found = set()
+    for name, node in functions():
+        lines = (node.end_lineno or 0) - node.lineno + 1
+        docstring = ast.get_docstring(node)
+        lines -= len(docstring.splitlines()) if docstring else 0
+        given = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args) if argument.arg != "self"]
+        if lines > LONG or len(given) > MANY:
+            found.add(name)
+    assert found == set(EXCUSED)

@@ -1,0 +1,92 @@
+"""A start finds, reads and builds each thing once, and `check` refuses what training refuses."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+from checkpoint_files import llama
+from checkpoint_files import save_hf
+
+from panda.cli.check import main as check
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.runner import train
+
+SMALL = "--gradient_accumulation_steps 1 --max_steps 1 --max_seq_length 64 --num_workers 0 -p no:tensorboard -p no:plot"
+TINY = "--arch llama-tiny --num_layers 1 --hidden_size 16 --intermediate_size 16 --num_heads 1"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input": letter, "target": letter} for letter in "abcd"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each of these is called."""
+    calls: Counter[str] = Counter()
+
+    def count(target: str) -> None:
+        original: Callable[..., Any] = resolve_name(target)
+        name = target.rpartition(".")[2]
+
+        def counting(*arguments: Any, **keywords: Any) -> Any:
+            calls[name] += 1
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(target, counting)
+
+    count("panda.weights.finding.pretrained_at")
+    count("panda.weights.files._opened")  # each opening of a file of safetensors reads its header
+    count("panda.weights.pretrained.identity")
+    count("transformers.LlamaForCausalLM.__init__")
+    return calls
+
+
+def test_a_start_finds_its_checkpoint_once_and_builds_its_model_once(
+    processes: Any, folder: Path, counted: Counter[str]
+) -> None:
+    save_hf(llama(), folder / "base")
+    counted.clear()
+    flags = f"{SMALL} --model llama --ckpt_path base --instruction_tuning_data_dir rows.json --use_lora --lora_r 2"
+    run = train(configure(parse_arguments(flags.split())))
+    assert run is not None
+    files = len(list((folder / "base").glob("*.safetensors")))
+    tensors = len(run.engine.module.get_base_model().state_dict())
+    assert files > 1
+    assert counted["pretrained_at"] == 1
+    assert counted["identity"] == 1
+    assert counted["_opened"] <= files + tensors, "a header of each file, and each tensor, are read once"
+    assert counted["__init__"] == 1
+
+
+def test_a_model_with_random_weights_is_built_at_most_twice(
+    processes: Any, folder: Path, counted: Counter[str]
+) -> None:
+    flags = f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json"
+    assert train(configure(parse_arguments(flags.split()))) is not None
+    assert 1 <= counted["__init__"] <= 2
+
+
+def test_check_refuses_a_model_that_does_not_fit_as_training_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("panda.engine.memory._host_memory", lambda: 1000)
+    flags = f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json"
+    assert check(flags.split()) == 2
+    assert "this machine has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--precision fp16", "--tensor_parallel_size 3"])
+def test_check_refuses_what_training_refuses(folder: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json {flags}".split()) == 2
+    assert flags.split()[0].removeprefix("--") in capsys.readouterr().err
