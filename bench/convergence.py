@@ -1,11 +1,11 @@
 """Trains a small LLaMA on real text with nvlamb and with AdamW, at small and large batches, and draws the curves.
 
-    python bench/convergence.py --data ../shared/data/pretraining --output_dir /tmp/convergence
+    python bench/convergence.py --data DATA --output_dir /tmp/convergence
     python bench/convergence.py --data DATA --epochs 2 --batches 8 --jobs 1     # quicker
 
-Each run is a panda-train of its own, over the same tokens in the same order from the same weights; only
-optimizer, batch and peak learning rate differ. Rates are tried in steps of a factor of about three; a
-curve is drawn for the best of each optimizer at each batch, the table has all. Byte-level tokens.
+Each run is a panda-train process, over the same tokens in the same order and from the same weights; only the
+optimizer, the batch size and the peak learning rate differ. Learning rates are about a factor of three apart.
+The table has all runs; the picture shows the best of each optimizer at each batch size. Tokens are bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RUN = {
     "weight_decay_on": "matrices",
 }
 LAST = 0.05
-"""A run's result is the mean loss of this last part of it."""
+"""The result of a run is the mean loss over this last fraction of it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Run:
         return [part for key, value in options.items() for part in (f"--{key}", str(value))]
 
     def curve(self) -> tuple[list[int], list[float]]:
-        """Tokens seen, and the loss of the step that ends there."""
+        """The tokens seen after each log record, and the losses of the records."""
         tokens, losses, seen = [], [], 0
         for line in (self.folder / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)

@@ -1,17 +1,18 @@
-"""Measures the data room: tokenising into the cache, and rows packed against rows padded.
+"""Measures `panda/data`: tokenising into the cache, packed rows against padded ones, the loader, and a start.
 
     python bench/data.py prepare --text FILE... [--megabytes 1000]
     python bench/data.py packing --data GSM8K [--seconds 60]
     python bench/data.py loader --data GSM8K [--seconds 10]
     python bench/data.py scale [--samples 10000000]
 
-``prepare`` writes a synthetic JSON Lines file of that size out of real text, trains a BPE tokenizer on
-it, and compares panda's tokenising with ``tokenizers`` alone on the same texts, in the same run.
-``packing`` runs optimizer steps of a small LLaMA over rows padded to max_seq_length, over dynamic
-padding with length grouping at several micro batches, and over packed rows, each over the same
-samples. ``loader`` is the loader alone, with a model that does nothing; and how long a model waits for
-it that does nothing on the host, and takes as long as a GPU would. ``scale`` is what a start does with
-a data set of that many samples, of random lengths and over files of zeros, and steps of several sizes.
+``prepare`` makes a synthetic JSON Lines file of that size from real text, trains a BPE tokenizer on it,
+and compares panda's tokenising with ``tokenizers`` by itself on the same texts, in the same run.
+``packing`` runs optimizer steps of a small LLaMA over rows padded to max_seq_length, over rows grouped
+by length at several micro batches, and over packed rows, all with the same samples.
+``loader`` measures the loader by itself, and how long a stand-in for a model waits for it that does
+nothing on the host and takes as long as a GPU would.
+``scale`` measures what a start does with that many samples (random lengths, files of zeros), and steps
+of several sizes.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from typing import Any
 
 VOCABULARY = 8000
 SMALL_MODEL = ("--arch", "llama-tiny", "--num_layers", "2", "--hidden_size", "64", "--intermediate_size", "128")
-"""A step of it over padded rows takes seconds on one core, not minutes."""
+"""Small enough that a step over padded rows takes seconds on one core, not minutes."""
 GPU_MODEL = ("--arch", "llama-125m")
 LENGTH = 2048
 WARM_STEPS = 1
 GPU_RATES = {"7B": 12_000, "1.3B": 60_000, "125M": 300_000}
-"""Tokens a second that an H100 may train: by arithmetic, 989 TFLOP/s over 6 x parameters, at a half of that, and for
-the smallest at a quarter. Not measured here."""
+"""Assumed tokens a second of training on an H100: 989 TFLOP/s over 6 x parameters, at half of that, and at a quarter
+for the smallest model. Arithmetic, not measured."""
 
 
 def main() -> None:
@@ -51,8 +52,8 @@ def main() -> None:
     preparing = commands.add_parser("prepare")
     preparing.add_argument("--text", type=Path, nargs="+", required=True, help="JSON files of real text")
     preparing.add_argument("--megabytes", type=int, default=1000)
-    preparing.add_argument("--alone", type=int, default=100, help="MB of them that tokenizers alone is timed on")
-    preparing.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
+    preparing.add_argument("--alone", type=int, default=100, help="MB of them on which tokenizers by itself is timed")
+    preparing.add_argument("--folder", type=Path, help="working folder; by default a temporary one")
     for name, seconds in (("packing", 60), ("loader", 10)):
         command = commands.add_parser(name)
         command.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
@@ -127,7 +128,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> Path:
 
 
 def synthetic(texts: list[str], size: int) -> Iterator[dict[str, str]]:
-    """Documents of about 2,000 characters, cut from ``texts`` at random and so different from each other."""
+    """Documents of about 2,000 characters, made of random pieces of ``texts`` and so all different."""
     generator = random.Random(0)
     text = "\n".join(texts)
     written = 0
@@ -171,7 +172,7 @@ def _run(command: list[str]) -> dict[str, float]:
 
 
 def _peak() -> int:
-    """Bytes of the largest process so far: this one or one that it waited for."""
+    """Peak bytes of the largest process so far: this one, or a child that has ended."""
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
@@ -197,7 +198,7 @@ def _tokenizers(folder: str, data: str, size: str) -> None:
 
 
 def _prepare(flags: list[str]) -> None:
-    """The part of a start that has to do with data: from the loaded tokenizer to the data set."""
+    """The part of a start that concerns data: from the loaded tokenizer to the data set."""
     from panda.configuration.arguments import parse_arguments
     from panda.configuration.configure import configure
     from panda.run.assembly import build_task
@@ -215,7 +216,7 @@ def _prepare(flags: list[str]) -> None:
 
 
 def _tokenised(flags: list[str], samples: int) -> tuple[Any, Any, Any]:
-    """The resolved configuration that ``flags`` are, its task and its data set."""
+    """The configuration that ``flags`` resolve to, its task and its data set."""
     from panda.configuration.arguments import parse_arguments
     from panda.configuration.configure import configure
     from panda.run.assembly import build_task
@@ -291,7 +292,7 @@ def _layout(dataset: Any, options: Any, batching: str, micro: int, samples: int)
 def _steps(
     task: Any, layout: Any, model: Any, device: Any, batching: str, seconds: float
 ) -> tuple[float, float, float]:
-    """Supervised tokens a second of forward, backward and optimizer; share of time waiting; share of data in rows."""
+    """Supervised tokens a second of forward, backward and optimizer; share of time spent waiting; how full rows are."""
     import torch
 
     from panda.data.batches import step_batches
@@ -347,10 +348,10 @@ def _settle(device: Any) -> None:
 
 
 def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tuple[float, float, float]:
-    """Tokens a second that come out of the loader; the share of time that a model waits which takes ``pace``; and
-    the median of what a step costs the thread that waits, in seconds of CPU, which others on the machine change less.
+    """Tokens a second from the loader; the share of time that a model of ``pace`` tokens a second waits for it; and
+    the median CPU seconds of a step in the waiting thread, which other load on the machine affects less.
 
-    Without a pace nobody holds the loader up, and all of the time is waiting.
+    Without a pace nothing holds the loader up, and all of the time is waiting.
     """
     import torch
 

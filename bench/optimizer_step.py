@@ -1,13 +1,13 @@
-"""Step time and peak memory of nvlamb beside fused AdamW, on the shapes of a LLaMA.
+"""Step time and peak memory of nvlamb against fused AdamW, on the shapes of a LLaMA.
 
     python bench/optimizer_step.py --shape 1.3b 7b              # the tensors of ZeRO-0 and of ZeRO-1; no deepspeed
     python bench/optimizer_step.py --shape 1.3b --zero_stage 1  # through panda's engine, bf16
     torchrun --nproc_per_node 8 bench/optimizer_step.py --shape 7b --zero_stage 1
 
-From the repository's root, with panda installed. Without --zero_stage only the optimizer's own step is
-timed, on fp32 weights and gradients (16 bytes a parameter: 7b needs 108 GB). With it a whole step of the
-engine is, with a model whose forward and backward do nothing but make gradients: reducing, clipping,
-stepping, and the copy to bf16 are in it. Medians; every row of a table is of one process and device.
+Run it from the root of the repository, with panda installed. Without --zero_stage it times only the
+optimizer's own step, on fp32 weights and gradients (16 bytes a parameter: 7b needs 108 GB). With it, it times
+a whole step of the engine (reducing, clipping, stepping, and the copy to bf16), with a model whose forward and
+backward do nothing but make gradients. Medians; all rows of a table come from one process and device.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ OPTIMIZERS: dict[str, tuple[str, float]] = {
 
 
 def layers_of(shape: str) -> list[list[tuple[int, ...]]]:
-    """Shapes of the parameters, layer by layer; what is outside the layers comes first."""
+    """Shapes of the parameters, layer by layer; those outside the layers come first."""
     hidden, inner, layers, vocabulary = SHAPES[shape]
     block = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)] + [(hidden,)] * 2
     return [[(vocabulary, hidden), (hidden,), (vocabulary, hidden)], *[block] * layers]
 
 
 def groups_of(shape: str, layout: str, device: torch.device) -> tuple[list[dict[str, Any]], ParameterLayout]:
-    """A group a layer of fp32 tensors with gradients, each parameter or one flat tensor; and what lies where."""
+    """One group a layer of fp32 tensors with gradients, parameters or one flat tensor; and where parameters lie."""
     groups, described = [], []
     for number, layer in enumerate(layers_of(shape)):
         tensors: list[torch.Tensor] = []
@@ -80,7 +80,7 @@ def build(kind: str, groups: list[dict[str, Any]], decay: float) -> torch.optim.
 
 
 def measure(step: Callable[[], Any], steps: int, device: torch.device) -> tuple[float, float]:
-    """Median milliseconds of a step behind three that warm up, and peak GiB of all of them."""
+    """Median milliseconds of a step, after three that warm up, and peak GiB over all of them."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -98,7 +98,7 @@ def measure(step: Callable[[], Any], steps: int, device: torch.device) -> tuple[
 
 
 def alone(shape: str, layout: str, kind: str, decay: float, steps: int, device: torch.device) -> tuple[float, float]:
-    """The optimizer's own step. DeepSpeed steps flat tensors one call each; parameters are stepped in one."""
+    """The optimizer's own step. DeepSpeed steps flat tensors one call each, and parameters all in one call."""
     groups, described = groups_of(shape, layout, device)
     optimizer = build(kind, groups, decay)
     if isinstance(optimizer, NVLamb):
@@ -117,7 +117,7 @@ def alone(shape: str, layout: str, kind: str, decay: float, steps: int, device: 
 
 
 class Parameters(torch.nn.Module):
-    """Parameters in layers, whose gradient costs next to nothing."""
+    """Parameters in layers, whose gradients cost next to nothing."""
 
     def __init__(self, shape: str) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Peak memory and tokens a second of QLoRA at LLaMA's sizes, with random weights and random tokens, on one device.
+"""Peak memory and tokens a second of QLoRA at LLaMA's sizes, with random weights and tokens, on one device.
 
     python bench/qlora.py llama-7b llama-13b --micro_batch 4
     python bench/qlora.py llama-65b --activation_checkpointing full
 
-The base is made one linear layer at a time, on the device, and quantised at once: nothing but the
-embedding and the output head is ever whole. It is trained as `panda-train --use_quant` would, by
-panda's own model, adapters, loss and engine. Prints a line of a table per arch; MFU counts
-4 x parameters + 12 x layers x width x length operations a token, over --peak_tflops.
+The base is created one linear layer at a time, on the device, and quantised at once: only the embedding and
+the output head are ever in full precision. It is trained as `panda-train --use_quant` would, by panda's own
+model, adapters, loss and engine. Prints one line of a table for each arch. MFU counts 4 x parameters +
+12 x layers x width x length operations a token, relative to --peak_tflops.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
 
 
 def build(arch: str, run: RunOptions, device: torch.device, length: int) -> tuple[Any, int]:
-    """The quantised model with adapters, and how many parameters it has whole."""
+    """The quantised model with adapters, and the number of its parameters before quantisation."""
     catalog = Catalog()
     component = catalog.load(catalog.find("arch", arch))
     model_component = catalog.load(catalog.find("model", component.model))
@@ -145,7 +145,7 @@ def measure(arch: str, given: argparse.Namespace, processes: Processes) -> str:
 
 
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """The loss of every task of panda's; it asks nothing of the task."""
+    """The loss that all of panda's tasks share; it does not depend on the task."""
     return LanguageModelling.loss(None, model, batch)  # type: ignore[arg-type]
 
 

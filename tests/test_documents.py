@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Callable
+from configparser import ConfigParser
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_files import llama
 from checkpoint_files import save_hf
+from distributions import Distributions
+from distributions import forget_installed
 
 from panda.cli.main import main as panda
 from panda.cli.train import main as panda_train
+from panda.registry import Catalog
+from panda.registry.contexts import ModelContext
+from panda.registry.contexts import OptimizerContext
+from panda.registry.contexts import PluginContext
+from panda.registry.contexts import ReaderContext
+from panda.registry.kinds import KINDS
+from panda.registry.options import build
+from panda.runner import Run
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+EXAMPLE = ROOT / "plugins" / "panda-example"
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "plugins.md"
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of ``page`` that are in ``language``."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def console_lines() -> list[str]:
     """Every command of every ``console`` block, continuation lines joined."""
     lines = []
     for page in PAGES:
-        for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for block in blocks(page, "console"):
             lines += block.replace("\\\n", " ").splitlines()
     return sorted({line.split(" # ")[0].strip() for line in lines if line.strip()})
 
@@ -44,15 +68,25 @@ def test_generated_pages_are_up_to_date() -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text()):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            if heading:
+                titles = re.findall(r"^#+ (.*)", linked.read_text(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+                assert heading in anchors, f"{page.name}: {target}#{heading}"
+
+
+def test_the_readme_lists_every_page() -> None:
+    for page in PAGES:
+        assert page == README or f"]({page.relative_to(ROOT)})" in README.read_text(), page
 
 
 @pytest.mark.parametrize("line", console_lines())
 def test_a_documented_command_resolves(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every panda command of the documents, behind any launcher, is checked on a copy of its data; `.ci/run` runs the
+    """Every panda command of the documents, after any launcher, is checked on a copy of its data; `.ci/run` runs the
     README's two blocks as they stand. In this process: starting one takes seconds each."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # a test before may have been a process group of one
     words = shlex.split(line)
@@ -69,19 +103,191 @@ def test_a_documented_command_resolves(
         flags = ["panda:data/sample/instruct" if flag == "DATA" else flag for flag in flags]
         monkeypatch.chdir(tmp_path)
         code = exit_code(panda_train, flags) if "--help" in flags else exit_code(panda, ["check", *flags])
+    elif names[0] == "python":
+        assert (ROOT / words[1]).exists()
+        return
     else:
-        assert names[0] in ("python3", "pytest", "python"), f"who runs {line!r}?"
+        assert names[0] in ("python3", "pytest") or line == "source .venv/bin/activate", f"who runs {line!r}?"
         return
     assert code == 0, capsys.readouterr().err
 
 
-def test_the_reader_of_the_plugin_guide_reads(tmp_path: Path) -> None:
-    guide = (ROOT / "docs/plugins.md").read_text()
-    (block,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "register_reader" in block)
-    scope: dict[str, Any] = {"__name__": "guide"}
-    exec(block, scope)
-    file = tmp_path / "rows.tsv"
+def test_the_readme_names_what_there_is() -> None:
+    """The table of components, against panda's own entry points."""
+    rows = dict(re.findall(r"^\| (\w+) \| (`.*) \|$", README.read_text(), re.MULTILINE))
+    titles = {"lr_schedulers": "schedules"}
+    catalog = Catalog()
+    for kind in KINDS.values():
+        named = re.findall(r"`([^`]+)`", rows[titles.get(kind.plural, kind.plural)])
+        offered = [offer.name for offer in catalog.offers(kind.name) if offer.distribution == "panda-train"]
+        assert sorted(named) == sorted(offered)
+
+
+# -- Python blocks ----------------------------------------------------------------------------
+
+
+def python_blocks() -> list[Any]:
+    """Every ``python`` block, with an id that says where it is."""
+    return [
+        pytest.param(block, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, block in enumerate(blocks(page, "python"), 1)
+    ]
+
+
+def try_model(component: Any, tmp_path: Path, printed: Any) -> None:
+    context = ModelContext(vocab_size=50, max_seq_length=8, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    model = component.factory(build(component.options, {"hidden_size": 4}), context)
+    assert model(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, 50)
+
+
+def try_arch(component: Any, tmp_path: Path, printed: Any) -> None:
+    catalog = Catalog()
+    (offer,) = (each for each in catalog.offers("model") if each.module == component.module)
+    model = catalog.load(offer)
+    assert model is not None and component.model == model.name
+    values = component.factory()
+    assert values and build(model.options, values) != build(model.options, {})
+
+
+def try_optimizer(component: Any, tmp_path: Path, printed: Any) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    context = OptimizerContext([{"params": [parameter], "lr": 0.5, "weight_decay": 0.0}], torch.device("cpu"))
+    optimizer = component.factory(component.options(), context)
+    parameter.grad = torch.tensor([2.0, 0.0, -1.0])
+    optimizer.step()
+    assert torch.equal(parameter.detach(), torch.tensor([0.5, 1.0, 1.5]))  # the sign of momentum
+
+
+def try_reader(component: Any, tmp_path: Path, printed: Any) -> None:
+    reader = component.factory(component.options(), ReaderContext())
+    file = tmp_path / f"rows{reader.suffixes[0]}"
     file.write_text("a\tb\nalone\n")
-    first, second = scope["TsvReader"](None, None).read(file)
+    first, second = reader.read(file)
     assert (first.fields, first.number) == ({"input": "a", "target": "b"}, 1)
     assert str(second).endswith("rows.tsv, row 2: expected 2 columns, found 1")
+
+
+def try_plugin(component: Any, tmp_path: Path, printed: Any) -> None:
+    catalog = Catalog()
+    offer = catalog.find("plugin", f"documented:{component.name}")
+    catalog.load(offer)
+    catalog.add_hooks(component.factory(component.options(), PluginContext()), component.name, offer)
+    for rank in (0, 1):
+        run = SimpleNamespace(processes=SimpleNamespace(rank=rank))
+        catalog.plugins.hook.panda_checkpoint_saved(run=run, path=tmp_path)
+    assert printed.readouterr().out == f"saved {tmp_path}\n"
+
+
+TRIED = {
+    "model": try_model,
+    "arch": try_arch,
+    "optimizer": try_optimizer,
+    "reader": try_reader,
+    "plugin": try_plugin,
+}
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_a_python_block_is_a_component_that_works(
+    block: str,
+    distributions: Distributions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each block is all of a module: installed with entry points, found by name, built and used."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))  # for what a factory imports of the example
+    registered = re.findall(r'^@register_(\w+)\("([^"]+)"', block, re.MULTILINE)
+    assert registered
+    entry_points: dict[str, dict[str, str]] = {}
+    for kind, name in registered:
+        entry_points.setdefault(KINDS[kind].plural, {})[name] = "documented_block"
+    site = distributions.install("documented", entry_points, {})
+    (site / "documented_block.py").write_text(block)  # without the imports that install() writes above a module
+    distributions.modules |= {"documented_block", "panda_example"}
+    forget_installed()
+    catalog = Catalog()
+    for kind, name in registered:
+        component = catalog.load(catalog.find(kind, f"documented:{name}"))
+        assert component is not None and component.summary
+        TRIED[kind](component, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
+def test_documented_entry_points_are_those_of_the_example(page: Path) -> None:
+    actual = ConfigParser()
+    actual.read(EXAMPLE / "setup.cfg")
+    (block,) = blocks(page, "ini")
+    documented = ConfigParser()
+    documented.read_string(block)
+    (module,) = (block for block in blocks(page, "python") if block.startswith("# panda_example/"))
+    names = set()
+    for group, text in documented["options.entry_points"].items():
+        lines = text.strip().splitlines()
+        assert set(lines) <= set(actual["options.entry_points"][group].strip().splitlines())
+        names |= {line.partition(" = ")[0] for line in lines}
+    assert names == set(re.findall(r'^@register_\w+\("([^"]+)"', module, re.MULTILINE))
+
+
+# -- what plugins may rely on -----------------------------------------------------------------
+
+
+def promises() -> str:
+    return GUIDE.read_text().partition("\n## What you may rely on\n")[2].partition("\n## ")[0]
+
+
+PROMISED = re.findall(r"`(panda(?:\.\w+)+)`", promises())
+
+
+def imported_from_panda(source: str) -> set[str]:
+    """The dotted names of panda that ``source`` imports, for the type checker too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "panda"}
+
+
+def is_promised(name: str) -> bool:
+    """Whether ``name`` is promised, or a name in a module that is."""
+    return name in PROMISED or name.rpartition(".")[0] in PROMISED
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_promised_name_is_there(name: str) -> None:
+    parent, _, last = name.rpartition(".")
+    if not hasattr(importlib.import_module(parent), last):
+        importlib.import_module(name)
+
+
+def test_the_list_of_promised_names_is_whole() -> None:
+    """All that `panda` itself exports is in it, and the attributes of a run in it exist."""
+    exported = [name for name, value in vars(sys.modules["panda"]).items() if name[0] != "_" and callable(value)]
+    assert {f"panda.{name}" for name in exported} | {"panda.hookimpl"} <= set(PROMISED)
+    described = promises().partition("Of a `Run`")[2]
+    attributes = {name.partition(".")[0] for name in re.findall(r"`([a-z][\w.]*)", described)}
+    assert len(attributes) > 5
+    assert attributes <= {field.name for field in fields(Run)} | set(vars(Run))
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLE.rglob("*.py")), ids=lambda file: file.name)
+def test_the_example_imports_only_promised_names(file: Path) -> None:
+    assert [name for name in imported_from_panda(file.read_text()) if not is_promised(name)] == []
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_a_python_block_imports_only_promised_names(block: str) -> None:
+    imported = imported_from_panda(block)
+    assert imported and [name for name in imported if not is_promised(name)] == []
+
+
+def test_the_walk_sees_every_import() -> None:
+    source = "import panda.a\nif X:\n    from panda.b import C as D\ndef f():\n    from panda import e\nimport other"
+    assert imported_from_panda(source) == {"panda.a", "panda.b.C", "panda.e"}
+    assert is_promised("panda.registry.contexts.ModelContext") and is_promised("panda.UserError")
+    assert not is_promised("panda.models.forward.isolation.refuse_without_positions") and not is_promised(
+        "panda.registry"
+    )

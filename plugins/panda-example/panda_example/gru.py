@@ -1,4 +1,4 @@
-"""The ``gru`` model, its architectures, and a hook that is live in the runs that choose it.
+"""The ``gru`` model, its architectures, and a hook that is active in the runs that choose it.
 
 panda imports this module to validate options and print help, so nothing here imports torch at the top.
 """
@@ -27,7 +27,7 @@ class GruOptions:
     """Options of the GRU model."""
 
     vocab_size: Annotated[int, Meta(ge=1)] | None = None
-    """Rows of the embedding; by default as many as the tokenizer has entries."""
+    """Rows of the embedding; by default one for each entry of the tokenizer."""
     hidden_size: Annotated[int, Meta(ge=1)] = 512
     """Width of the embedding and of each layer's state."""
     num_layers: Annotated[int, Meta(ge=1)] = 2
@@ -62,8 +62,8 @@ def gru_tiny() -> dict[str, Any]:
 
 @hookimpl
 def panda_run_start(run: Run) -> None:
-    """Say how little the model remembers with. At the top of the module: live where a name of this module is chosen."""
+    """Print the size of the model's state. At the top of the module, so active if a name of this module is chosen."""
     if run.processes.rank == 0:
         options: GruOptions = run.resolved.components["model"].options
         numbers = options.num_layers * options.hidden_size
-        print(f"gru: all that a row has said is carried from token to token in {numbers:,} numbers", flush=True)
+        print(f"gru: the state that is carried from token to token has {numbers:,} numbers", flush=True)

@@ -24,7 +24,7 @@ class LionOptions:
 
 @register_optimizer("lion", options=LionOptions)
 def build_lion(options: LionOptions, context: OptimizerContext) -> torch.optim.Optimizer:
-    """Lion: the sign of momentum (arXiv 2302.06675). Wants a third to a tenth of AdamW's learning rate."""
+    """Lion: the sign of momentum (arXiv 2302.06675). Needs a third to a tenth of AdamW's learning rate."""
     from panda_example.stepping import Lion
 
     return Lion(context.param_groups, betas=options.lion_betas)

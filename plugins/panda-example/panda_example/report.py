@@ -24,7 +24,7 @@ class ReportOptions:
     report_file: str = "report.md"
     """Name of the report in the run directory."""
     report_slowest: Annotated[int, Meta(ge=0)] = 3
-    """Slowest log records that are listed; each is the mean over `logging_steps` steps."""
+    """How many of the slowest log records to list; each is the mean over `logging_steps` steps."""
 
 
 @register_plugin("report", options=ReportOptions)
@@ -38,7 +38,7 @@ class Report:
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
-        self.first_step = run.step + 1  # of a resumed run, only the tokens before are known here
+        self.first_step = run.step + 1  # of a resumed run, the records before this step are not known here
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class Report:
 
 def report(records: list[dict[str, Any]], title: str, ending: str, first_step: int, slowest: int) -> str:
     """The report as Markdown. ``records`` are those of panda_log, at least one, in order."""
-    # A loss that is not a number compares as neither less nor more: it must not win.
+    # NaN compares as neither less nor greater than any number: it must not be the best loss.
     best = min(records, key=lambda record: record["loss"] if record["loss"] == record["loss"] else float("inf"))
     last = records[-1]
     steps_before = [first_step - 1, *(record["step"] for record in records[:-1])]

@@ -1,4 +1,4 @@
-"""The arithmetic behind ``lion``. Imports torch, so only the factory imports this."""
+"""The arithmetic of ``lion``. It imports torch, so only the factory imports this module."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 class Lion(torch.optim.Optimizer):
     """Lion with decoupled weight decay (arXiv 2302.06675, algorithm 2).
 
-    Every operation is elementwise and the state is one tensor of the parameter's shape, so it makes
-    no difference how DeepSpeed's ZeRO cuts or joins parameters. Nothing waits for the device.
+    Every operation is elementwise and the state is one tensor of the parameter's shape, so the result does
+    not depend on how DeepSpeed's ZeRO cuts or joins parameters. Nothing waits for the device.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of each parameter that has a gradient."""
+        """Update each parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from panda import UserError
-from panda.models.forward.isolation import refuse_without_positions
 from panda.registry.contexts import ModelContext
 from panda.registry.options import build
 
@@ -34,11 +33,6 @@ def test_a_later_token_does_not_change_earlier_logits(num_layers: int) -> None:
         assert difference[position:].gt(0).all(), "and every later one sees it"
 
 
-def test_packed_rows_are_refused_since_a_state_is_carried_on() -> None:
-    with pytest.raises(UserError, match=r"cannot keep the samples of a row apart.*`batching: grouped`"):
-        refuse_without_positions(build_gru(GruOptions(hidden_size=16), CONTEXT), "gru")
-
-
 def test_rows_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     model = build_gru(GruOptions(hidden_size=16), CONTEXT)
@@ -46,7 +40,7 @@ def test_rows_do_not_see_each_other() -> None:
     torch.testing.assert_close(model(ids)[1:2], model(ids[1:2]), rtol=0, atol=1e-6)
 
 
-def test_dropout_is_on_in_training_alone() -> None:
+def test_dropout_is_on_only_in_training() -> None:
     torch.manual_seed(0)
     model = build_gru(GruOptions(hidden_size=16, dropout=0.5), CONTEXT)
     ids = torch.randint(50, (1, 8))

@@ -38,7 +38,7 @@ def reference(
 def test_equals_the_reference(decay: float, betas: tuple[float, float], dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(5, 4).to(dtype), torch.randn(STEPS, 5, 4).to(dtype)
-    gradients[:, 0] = 0  # the sign of nothing is nothing
+    gradients[:, 0] = 0  # the sign of zero is zero
     parameter = torch.nn.Parameter(start.clone())
     context = OptimizerContext([{"params": [parameter], "lr": 0.01, "weight_decay": decay}], torch.device("cpu"))
     optimizer = build_lion(LionOptions(lion_betas=betas), context)

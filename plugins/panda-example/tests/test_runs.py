@@ -18,6 +18,7 @@ from panda_example.gru import GruOptions
 from panda_example.gru import build_gru
 
 PANDA_TRAIN = str(Path(sys.executable).with_name("panda-train"))
+PANDA = str(Path(sys.executable).with_name("panda"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
 SAMPLE = ["--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "64", "--num_workers", "0"]
 GRU_AND_LION = ["--arch", "gru-tiny", "--optimizer", "lion", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
@@ -45,7 +46,7 @@ def losses(directory: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory and the output of a run in one process, with everything of this package."""
+    """Directory and output of a run in one process that uses everything in this package."""
     directory = tmp_path_factory.mktemp("runs") / "one"
     flags = ("--plugins", "report", "--per_gpu_train_batch_size", "8")
     return directory, train(directory, *GRU_AND_LION, *flags)
@@ -76,7 +77,7 @@ def test_exported_weights_give_the_trained_models_logits(finished: tuple[Path, s
     weights = load_file(export / "model.safetensors")
     context = ModelContext(**described["context"])
     logits = []
-    # What DeepSpeed saved of the model in training, by a way that the export has no part in.
+    # Compared with the weights that DeepSpeed saved in training, which the export does not read.
     checkpoint = next((finished[0] / "checkpoints").rglob("*model_states.pt"))
     for state in (weights, torch.load(checkpoint, weights_only=False)["module"]):
         model = build_gru(GruOptions(**described["options"]), context)
@@ -87,14 +88,14 @@ def test_exported_weights_give_the_trained_models_logits(finished: tuple[Path, s
 
 
 def test_two_ranks_give_the_losses_of_one(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """Under ZeRO-3, which asks the most of a model."""
+    """Under ZeRO-3, which demands the most of a model."""
     flags = ("--per_gpu_train_batch_size", "4", "--zero_stage", "3")
     train(tmp_path / "two", *GRU_AND_LION, *flags, launcher=TORCHRUN)
     assert losses(tmp_path / "two") == pytest.approx(losses(finished[0]), rel=0, abs=1e-5)
 
 
-def test_a_models_hook_is_live_where_it_was_chosen_alone(finished: tuple[Path, str], tmp_path: Path) -> None:
-    assert "gru: all that a row has said" in finished[1]
+def test_a_models_hook_is_active_only_if_the_model_is_chosen(finished: tuple[Path, str], tmp_path: Path) -> None:
+    assert "gru: the state that is carried" in finished[1]
     flags = ("--arch", "llama-tiny", "--num_layers", "1", "--optimizer", "lion", "--per_gpu_train_batch_size", "2")
     assert "gru:" not in train(tmp_path / "llama", *flags)
     assert not (tmp_path / "llama" / "report.md").exists()
@@ -106,8 +107,15 @@ def test_an_option_out_of_bounds_is_refused() -> None:
     assert "'1.5' is not a number >= 0 and < 1" in done.stderr
 
 
+def test_packed_rows_are_refused() -> None:
+    """The state is carried from token to token, across samples too."""
+    done = run(PANDA, "check", *SAMPLE, "--arch", "gru-tiny", "--batching", "packed")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "cannot keep the samples of a row apart" in done.stderr
+
+
 def test_the_configuration_learns(tmp_path: Path) -> None:
-    half = ("--num_train_epochs", "0.75")  # of what it says: 254 steps
+    half = ("--num_train_epochs", "0.75")  # half of the file's 1.5: 254 steps
     done = run(PANDA_TRAIN, "--config", str(CONFIG), *half, "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     course = losses(tmp_path / "run")
