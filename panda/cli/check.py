@@ -32,9 +32,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(argv: list[str]) -> None:
     configuration = configured(argv, USAGE)
-    if configuration is not None:
-        _print_settings(configuration.resolved)
-        _check_data_and_model(configuration)
+    if configuration is None:
+        return
+
+    from panda.run.first_look import look_first
+
+    world_size = int(os.environ.get("WORLD_SIZE", configuration.options.tensor_parallel_size))
+    _print_settings(configuration.resolved)
+    look_first(configuration, world_size)
+    _check_data_and_model(configuration, world_size)
 
 
 def _print_settings(resolved: Resolved) -> None:
@@ -55,7 +61,7 @@ def _print_settings(resolved: Resolved) -> None:
         print(f"plugin {offer.name}: {offer.distribution} {offer.version}, {offer.module}")
 
 
-def _check_data_and_model(configuration: Configuration) -> None:
+def _check_data_and_model(configuration: Configuration, world_size: int) -> None:
     from panda.engine.checkpoints.folders import START
     from panda.engine.checkpoints.folders import read_progress
     from panda.run.assembly import build_schedule
@@ -65,7 +71,6 @@ def _check_data_and_model(configuration: Configuration) -> None:
 
     resolved, options = configuration.resolved, configuration.options
     directory, checkpoint = find_directory(resolved)
-    world_size = int(os.environ.get("WORLD_SIZE", options.tensor_parallel_size))
     prepared = prepare(configuration, world_size)
     progress = read_progress(checkpoint, {}) if checkpoint else START
     layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)

@@ -47,6 +47,10 @@ def _data(argv: list[str]) -> None:
     if configuration is None:
         return
 
+    from panda.run.first_look import look_for_inputs
+
+    look_for_inputs(configuration)
+
     import numpy as np
     from rich.console import Console
 

@@ -62,6 +62,10 @@ def _total_steps(configuration: Configuration) -> int:
     options = configuration.options
     if options.max_steps > 0:
         return int(options.max_steps)
+    from panda.run.first_look import look_for_inputs
+
+    look_for_inputs(configuration)
+
     from panda.run.assembly import lay_out
     from panda.run.preparation import Preparation
 

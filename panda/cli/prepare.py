@@ -25,6 +25,10 @@ def _prepare(argv: list[str]) -> None:
     if configuration is None:
         return
 
+    from panda.run.first_look import look_for_inputs
+
+    look_for_inputs(configuration)
+
     from panda.data.token_cache import cache_folder
     from panda.run.preparation import Preparation
 

@@ -9,7 +9,6 @@ import sys
 from panda.cli.command import run_command
 from panda.cli.help import print_train_help
 from panda.configuration.arguments import parse_arguments
-from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.registry import UserError
 
@@ -25,7 +24,10 @@ def _train(argv: list[str]) -> None:
         print_train_help(arguments)
         return
     configuration = configure(arguments)
-    _look_first(configuration)
+
+    from panda.run.first_look import look_first
+
+    look_first(configuration, int(os.environ.get("WORLD_SIZE", 1)))
     # Threads that wait for others by spinning slow down a hundredfold, measured, as soon as anything
     # else wants one of their cores. The OpenMP of torch reads this when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,22 +42,6 @@ def _train(argv: list[str]) -> None:
         leave_processes()
         raise
     leave_processes()
-
-
-def _look_first(configuration: Configuration) -> None:
-    """Raise UserError for what is not there, as far as that can be seen without importing torch."""
-    from panda.engine.deepspeed_config import deepspeed_config
-    from panda.run.directory import find_directory
-    from panda.run.directory import goes_on
-    from panda.run.lock import check_free
-    from panda.weights.tokenizers import tokenizer_folder
-
-    resolved = configuration.resolved
-    deepspeed_config(resolved.core, world_size=int(os.environ.get("WORLD_SIZE", 1)), on_gpu=False)
-    tokenizer_folder(resolved.core.tokenizer)
-    directory, checkpoint = find_directory(resolved)
-    if goes_on(resolved, directory, checkpoint):
-        check_free(directory)
 
 
 def _stop(signal_number: int, frame: object) -> None:

@@ -128,7 +128,7 @@ class RunOptions:
     """Optimizer steps whose batches each worker prepares ahead."""
 
     # -- evaluation
-    eval_data_dir: Annotated[str, Location()] | None = None
+    eval_data_dir: Annotated[str, Location(holds_data=True)] | None = None
     """Folder or file of data that is not trained on, read as the task's own is: its loss is in `metrics.jsonl`."""
     eval_steps: Annotated[int, Meta(ge=0)] = 0
     """Optimizer steps between evaluations; 0 for one at the end alone."""

@@ -1,4 +1,4 @@
-"""Options that say where something is, and what path they mean."""
+"""Options that say where something is, and the path that such a text means."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 class Location:
     """Marks a text, or each text of a list, that says where something is: ``Annotated[str, Location()]``.
 
-    A run gets it as it was written, and keeps it absolute in its config.yaml, but for a URL. Where a thing is is
-    not what it is: a run that is continued may have it elsewhere.
+    A run gets the text as it was written, and its config.yaml has it as an absolute path, unless it is a URL.
+    Locations are left out of the comparison with a run that is continued: the same thing may have moved.
     """
 
     on_hub: bool = False
-    """Whether it may be a name on the Hugging Face hub, or in ``pretrained-models``: the first stays one."""
+    """Whether it may be a name on the Hugging Face hub, which is kept, or in ``pretrained-models``."""
+    holds_data: bool = False
+    """Whether it holds files for the reader: then they are looked for before anything slow is imported."""
 
 
 def resolve_path(text: str) -> Path:

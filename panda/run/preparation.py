@@ -10,7 +10,6 @@ import torch
 from panda.configuration.configure import Configuration
 from panda.configuration.options import RunOptions
 from panda.data.token_dataset import SampleSet
-from panda.engine.deepspeed_config import deepspeed_config
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
@@ -112,6 +111,5 @@ def prepare(configuration: Configuration, world_size: int) -> Preparation:
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
-    deepspeed_config(prepared.options, world_size=world_size, on_gpu=torch.cuda.is_available())
     _ = prepared.task, prepared.outline, prepared.weights, prepared.dataset, prepared.held_out  # in this order
     return prepared

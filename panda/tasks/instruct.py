@@ -48,7 +48,7 @@ class InstructFormat:
 class InstructOptions(InstructFormat):
     """Options of the instruct task."""
 
-    instruction_tuning_data_dir: Annotated[str, Location()] = "./dataset/instruction_tuning"
+    instruction_tuning_data_dir: Annotated[str, Location(holds_data=True)] = "./dataset/instruction_tuning"
     """Folder, read recursively, or file of rows with "input" and "target" (or other common names)."""
 
 

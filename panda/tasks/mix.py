@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class MixOptions(InstructFormat, PretrainFormat):
     """Options of the mix task: those of instruct and of pretrain, and a weight for each."""
 
-    instruction_tuning_data_dir: Annotated[str, Location()] | None = None
+    instruction_tuning_data_dir: Annotated[str, Location(holds_data=True)] | None = None
     """Folder or file of instruct data; left out, the mix is of pretrain data alone."""
-    pretraining_data_dir: Annotated[str, Location()] | None = None
+    pretraining_data_dir: Annotated[str, Location(holds_data=True)] | None = None
     """Folder or file of pretrain data; left out, the mix is of instruct data alone."""
     instruct_weight: Annotated[float, Meta(gt=0)] = 1.0
     """Passes over the instruct data that an epoch makes: 2 shows each sample twice, 0.1 another tenth each epoch."""

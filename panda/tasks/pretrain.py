@@ -38,7 +38,7 @@ class PretrainFormat:
 class PretrainOptions(PretrainFormat):
     """Options of the pretrain task."""
 
-    pretraining_data_dir: Annotated[str, Location()] = "./dataset/pretraining"
+    pretraining_data_dir: Annotated[str, Location(holds_data=True)] = "./dataset/pretraining"
     """Folder, read recursively, or file of rows with "content" or "text", and perhaps "title"."""
 
 
