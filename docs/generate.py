@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from panda.configuration.options import ACCEPTED_SPELLINGS
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import REFUSALS
+from panda.configuration.spellings import ACCEPTED_SPELLINGS
 from panda.registry import Catalog
 from panda.registry.catalog import OWN_DISTRIBUTION
 from panda.registry.kinds import KINDS

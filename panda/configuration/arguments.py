@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from panda.configuration.options import ACCEPTED_SPELLINGS
+from panda.configuration.spellings import ACCEPTED_SPELLINGS
 from panda.registry import UserError
 from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.options import Given

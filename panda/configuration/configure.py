@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from panda.configuration.arguments import Arguments
 from panda.configuration.options import DEFAULT_PLUGINS
 from panda.configuration.options import IMPLIED
-from panda.configuration.options import RENAMED
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import refuse
+from panda.configuration.spellings import RENAMED
 from panda.registry import Catalog
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import Setting

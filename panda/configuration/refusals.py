@@ -1,7 +1,7 @@
 """Combinations that cannot work, as data: each with its reason and what to use instead.
 
-Asked before anything is imported or built, by ``panda-train`` and ``panda check`` alike, and
-printed in docs/refusals.md.
+``panda-train`` and ``panda check`` ask it before anything is imported or built, and docs/refusals.md
+prints it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Refusal:
 
 
 def _asks(run: RunOptions, *path: str) -> Any:
-    """What ``deepspeed_config`` has at ``path``; None where it has nothing, or cannot be read: that is told later."""
+    """The value of ``deepspeed_config`` at ``path``; None if there is none or it cannot be read, which is reported later."""
     try:
         value = json.loads(Path(run.deepspeed_config or "").read_text(encoding="utf-8"))
         for key in path:
@@ -44,7 +44,7 @@ def _asks(run: RunOptions, *path: str) -> Any:
 
 
 def _lamb_asks(run: RunOptions, *path: str) -> Any:
-    """The same where the optimizer needs the norm of whole layers."""
+    """The same if the optimizer needs the norm of whole layers, else None."""
     return _asks(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
 
 
@@ -77,26 +77,26 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "model: hf without ckpt_path",
         lambda run: run.ckpt_path is None and (run.model or "").lower().rpartition(":")[2] == "hf",
-        "it has the shape of a checkpoint, whatever that is",
+        "the checkpoint gives it its shape",
         "name the checkpoint with `ckpt_path`, or a shape with `arch`",
     ),
     Refusal(
         "lora_*, use_dora or use_rslora without use_lora",
         lambda run: not run.use_lora and any(getattr(run, key) != _DEFAULTS[key] for key in LORA_KEYS),
-        "they say how adapters are, and without `use_lora` there are none",
+        "they configure adapters, and there are none without `use_lora`",
         "`use_lora`, or leave them out",
     ),
     Refusal(
         "use_quant with use_lora: false",
         lambda run: run.use_quant and not run.use_lora,
-        "quantised weights cannot be trained, and there would be nothing else",
+        "quantised weights cannot be trained, and nothing else would be",
         "leave `use_lora` out, which `use_quant` implies, or `use_quant`",
     ),
     Refusal(
         "use_quant without bitsandbytes",
         lambda run: run.use_quant and find_spec("bitsandbytes") is None,
-        "it is bitsandbytes that quantises, and that is not installed",
-        "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; it has CPU kernels too",
+        "bitsandbytes quantises, and it is not installed",
+        "`pip install bitsandbytes`, or `pip install panda-train[gpu]`; it works on CPUs too",
     ),
     Refusal(
         "quant_bits without use_quant",
@@ -107,7 +107,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "quant_bits: 8 with zero_stage: 3",
         lambda run: run.use_quant and run.quant_bits == 8 and run.zero_stage == 3,
-        "bitsandbytes holds on to each whole 8-bit weight, so that ZeRO-3 would spread nothing",
+        "bitsandbytes keeps each 8-bit weight whole, so ZeRO-3 would partition nothing",
         "4 bits, or `zero_stage: 2`",
     ),
     Refusal(
@@ -116,31 +116,31 @@ REFUSALS: tuple[Refusal, ...] = (
             (run.bit_training or _optimizer(run) in ("adamw8bit", "paged_adamw8bit"))
             and find_spec("bitsandbytes") is None
         ),
-        "it is bitsandbytes that keeps it, and that is not installed",
-        "`pip install bitsandbytes`, or install panda with it, `panda-train[gpu]`; or `optimizer: adamw`",
+        "bitsandbytes keeps it, and it is not installed",
+        "`pip install bitsandbytes`, or `pip install panda-train[gpu]`; or `optimizer: adamw`",
     ),
     Refusal(
         "bit_training with an optimizer that is not AdamW",
         lambda run: run.bit_training and _optimizer(run) not in ("adamw", "adamw8bit", "paged_adamw8bit"),
-        "it stands for AdamW with 8-bit state, and no other optimizer here has such state",
-        "`optimizer: adamw`, or leave it out; `zero_stage: 1` spreads the optimizer state over GPUs",
+        "it means AdamW with 8-bit state, and no other optimizer has such state",
+        "`optimizer: adamw`, or leave it out; `zero_stage: 1` partitions the optimizer state over GPUs",
     ),
     Refusal(
         "precision: fp16 with zero_stage: 0",
         lambda run: run.precision == "fp16" and run.zero_stage == 0,
         "DeepSpeed without ZeRO sums the gradients of micro batches in fp16, where they over- and underflow",
-        "leave `zero_stage` out: it is 1 then, which is the same on one GPU and sums in fp32",
+        "leave `zero_stage` out: it is then 1, which is the same on one GPU and sums in fp32",
     ),
     Refusal(
         "optimizer: nvlamb with offload_optimizer on NVMe",
         lambda run: _lamb_asks(run, *_OFFLOAD, "device") == "nvme",
-        "the norm of a layer needs all of it, and DeepSpeed has most of it on the disk",
+        "the norm of a layer needs the whole layer, and DeepSpeed keeps most of it on the disk",
         '`offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
     ),
     Refusal(
         "optimizer: nvlamb with offload_optimizer.ratio below 1",
         lambda run: _lamb_asks(run, *_OFFLOAD, "ratio") not in (None, 1),
-        "DeepSpeed steps what is not offloaded with an AdamW of its own",
+        "DeepSpeed steps the part that stays on the GPU with its own AdamW",
         "leave `ratio` out, or `optimizer: adamw`",
     ),
     Refusal(
@@ -148,7 +148,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda run: bool(
             _lamb_asks(run, "zero_optimization", "zenflow") or _lamb_asks(run, *_OFFLOAD, "super_offload")
         ),
-        "they step with a CPU Adam of DeepSpeed's own, part of the weights at a time",
+        "they step with DeepSpeed's own CPU Adam, a part of the weights at a time",
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
     ),
     Refusal(
@@ -160,50 +160,50 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "optimizer: nvlamb with DeepCompile",
         lambda run: bool(_lamb_asks(run, "compile", "deepcompile")),
-        "its passes move and free the tensors of Adam, and were not tried with another optimizer",
+        "its passes move and free Adam's tensors, and were not tried with another optimizer",
         "leave it out, or `optimizer: adamw`",
     ),
     Refusal(
         "compile with zero_stage: 3",
         lambda run: run.compile and run.zero_stage == 3,
-        "ZeRO-3 gathers weights in hooks around every module, and a compiled layer is one piece without them",
+        "ZeRO-3 gathers weights in hooks around every module, and a compiled layer has no such hooks",
         "`zero_stage: 2`, or leave `compile` out",
     ),
     Refusal(
         "tensor_parallel_size with zero_stage: 3",
         lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 3,
-        "both spread the weights, and a checkpoint of the two together cannot be read back whole",
+        "both partition the weights, and a checkpoint of the two together cannot be read back whole",
         "`zero_stage: 2`, or `zero_stage: 3` alone",
     ),
     Refusal(
         "tensor_parallel_size with use_lora or use_quant",
         lambda run: run.tensor_parallel_size > 1 and (run.use_lora or run.use_quant),
-        "adapters and few bits are made for layers that are whole",
-        "leave `tensor_parallel_size` out: `zero_stage: 3` spreads the base",
+        "adapters and quantisation work on whole layers",
+        "leave `tensor_parallel_size` out: `zero_stage: 3` partitions the base",
     ),
     Refusal(
         "tensor_parallel_size with zero_stage: 0 in 16 bits",
         lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 0 and run.precision != "fp32",
-        "DeepSpeed without ZeRO takes the norm of gradients, by which they are clipped, from one rank's part alone",
-        "leave `zero_stage` out: it is 1 then",
+        "without ZeRO DeepSpeed clips by the gradient norm of one rank's part only",
+        "leave `zero_stage` out: it is then 1",
     ),
     Refusal(
         "tensor_parallel_size with activation_checkpointing: selective",
         lambda run: run.tensor_parallel_size > 1 and run.activation_checkpointing == "selective",
-        "FairScale sums a product over ranks in its place, and one that is kept would be summed again",
+        "FairScale sums a product over ranks in place, and a stored product would be summed again",
         "`activation_checkpointing: full`",
     ),
     Refusal(
         "tensor_parallel_size with compile",
         lambda run: run.tensor_parallel_size > 1 and run.compile,
-        "compiled layers that talk with other ranks were not tried on a GPU",
+        "compiled layers that communicate with other ranks were not tried on a GPU",
         "leave one of them out",
     ),
 )
 
 
 def refuse(resolved: Resolved) -> None:
-    """Raise UserError for what of ``resolved`` cannot work."""
+    """Raise UserError for the combinations in ``resolved`` that cannot work."""
     found = [
         f"{_origins(resolved, refusal)}{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
         for refusal in REFUSALS
@@ -214,7 +214,7 @@ def refuse(resolved: Resolved) -> None:
 
 
 def _origins(resolved: Resolved, refusal: Refusal) -> str:
-    """Where in a file the keys that ``refusal`` names were written; of flags it says enough itself."""
+    """Where in a file the keys that ``refusal`` names were written; flags need no such place."""
     settings = (resolved.settings[word] for word in re.findall(r"\w+", refusal.what) if word in resolved.settings)
     places = dict.fromkeys(setting.origin for setting in settings if ":" in setting.origin)
     return f"{', '.join(places)}: " if places else ""

@@ -9,9 +9,9 @@ from distributions import Distributions
 
 from panda.cli import command
 from panda.cli.train import main
-from panda.configuration.options import ACCEPTED_SPELLINGS
-from panda.configuration.options import RENAMED
 from panda.configuration.options import RunOptions
+from panda.configuration.spellings import ACCEPTED_SPELLINGS
+from panda.configuration.spellings import RENAMED
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import resolve
