@@ -33,7 +33,7 @@ class Refusal:
 
 
 def _asks(run: RunOptions, *path: str) -> Any:
-    """The value of ``deepspeed_config`` at ``path``; None if there is none or it cannot be read, which is reported later."""
+    """The value of ``deepspeed_config`` at ``path``; None without one, or if it cannot be read: reported later."""
     try:
         value = json.loads(Path(run.deepspeed_config or "").read_text(encoding="utf-8"))
         for key in path:
