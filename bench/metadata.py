@@ -21,11 +21,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-WORDS = """
-    amber basil cedar delta ember fjord grove heron indigo juniper kelp lotus maple nectar onyx plume quartz raven
-    sable tundra umber vetch willow xenon yarrow zephyr anchor beacon copper drift engine falcon glacier harbor
-""".split()
-
 MODULE = '''\
 """The {name} optimizer, as a package offers one."""
 
@@ -100,8 +95,8 @@ def install(folder: Path, number: int) -> None:
     """Make ``number`` distributions in ``folder``."""
     draw = random.Random(0)
     for index in range(number):
-        words = draw.sample(WORDS, 2)
-        key, name = "_".join(words), f"{'-'.join(words)}-{index}"
+        key = "".join(draw.choice("bcdfgklmnprstvz") + draw.choice("aeiou") for _ in range(4))
+        name = f"{key}-{index}"
         stem = name.replace("-", "_")
         info = folder / f"{stem}-1.{index % 10}.dist-info"
         info.mkdir()

@@ -20,10 +20,10 @@ import yaml
 from panda.engine.checkpoint_folders import find_checkpoint
 from panda.models.finding import from_anywhere
 from panda.registry import UserError
+from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import Setting
 from panda.run_lock import RunLock
-from panda.run_options import resolve_path
 
 DESCRIPTION = "provenance.json"
 """The file that makes a folder a run directory."""

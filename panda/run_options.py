@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -227,12 +226,3 @@ def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:
                 " To leave weights as they are, freeze them in the model."
             )
     return multipliers
-
-
-def resolve_path(text: str) -> Path:
-    """The path that an option means: ``panda:`` begins one inside the installed panda package."""
-    if text.startswith("panda:"):
-        import panda
-
-        return Path(panda.__file__).parent / text.removeprefix("panda:")
-    return Path(text).expanduser()

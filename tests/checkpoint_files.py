@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 259,

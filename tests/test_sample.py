@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from panda.data.sample.generate import HELD_OUT_WORDS
 from panda.data.sample.generate import generate
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 
 SAMPLE = resolve_path("panda:data/sample")
 CONFIGS = Path(__file__).parents[1] / "configs"

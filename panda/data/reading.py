@@ -16,7 +16,7 @@ from typing import cast
 from typing import runtime_checkable
 
 from panda.registry import UserError
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 
 
 @dataclass(frozen=True)

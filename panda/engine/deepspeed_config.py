@@ -8,7 +8,7 @@ from typing import Any
 
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 
 if TYPE_CHECKING:
     from panda.run_options import RunOptions

@@ -10,7 +10,7 @@ from panda.models.hub import described
 from panda.models.hub import is_name
 from panda.registry import UserError
 from panda.registry.errors import in_brief
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder that has one of these has a tokenizer."""

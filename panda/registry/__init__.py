@@ -13,5 +13,5 @@ from panda.registry.components import register_reader as register_reader
 from panda.registry.components import register_task as register_task
 from panda.registry.errors import UserError as UserError
 from panda.registry.hookspecs import hookimpl as hookimpl
-from panda.registry.options import Location as Location
+from panda.registry.location import Location as Location
 from panda.registry.options import Meta as Meta

@@ -34,21 +34,10 @@ import msgspec
 from msgspec import Meta as Meta
 
 from panda.registry.errors import UserError
+from panda.registry.location import Location as Location
 
 REQUIRED: Any = MISSING
 """Default of an option that has none: the user has to give it."""
-
-
-@dataclass(frozen=True)
-class Location:
-    """Marks a text, or each text of a list, that says where something is: ``Annotated[str, Location()]``.
-
-    A run gets it as it was written, and keeps it absolute in its config.yaml, but for a URL. Where a thing is is
-    not what it is: a run that is continued may have it elsewhere.
-    """
-
-    on_hub: bool = False
-    """Whether it may be a name on the Hugging Face hub, or in ``pretrained-models``: the first stays one."""
 
 
 @dataclass(frozen=True)

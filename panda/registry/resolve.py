@@ -20,9 +20,9 @@ from panda.registry.components import NoOptions
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
+from panda.registry.location import Location
 from panda.registry.options import REQUIRED
 from panda.registry.options import Given
-from panda.registry.options import Location
 from panda.registry.options import Option
 from panda.registry.options import options_of
 

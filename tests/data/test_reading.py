@@ -9,7 +9,7 @@ import pytest
 import panda
 from panda.data.reading import data_files
 from panda.registry import UserError
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 
 SUFFIXES = (".json", ".jsonl")
 

@@ -15,7 +15,7 @@ from panda.data.json_reader import JsonReader
 from panda.registry import NoOptions
 from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
-from panda.run_options import resolve_path
+from panda.registry.location import resolve_path
 from panda.tasks.instruct import Instruct
 from panda.tasks.instruct import InstructOptions
 from panda.tasks.language_modelling import LanguageModelling
