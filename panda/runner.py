@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from panda.assembly import build_outline
 from panda.assembly import build_schedule
 from panda.assembly import build_task
 from panda.assembly import build_weights
+from panda.assembly import dataset_of
 from panda.assembly import drawn_one_by_one
 from panda.assembly import lay_out
 from panda.assembly import lay_out_evaluation
@@ -67,11 +69,11 @@ from panda.optim.schedules import Schedule
 from panda.records import Clock
 from panda.records import evaluation_record
 from panda.records import log_record
-from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import PluginContext
 from panda.registry.errors import writing
+from panda.registry.hooks import Hooks
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run_directory import EXPORT
@@ -145,13 +147,13 @@ class Run:
 
 
 @explaining_lack_of_memory()
-def train(resolved: Resolved, catalog: Catalog) -> Run | None:
+def train(resolved: Resolved, hooks: Hooks) -> Run | None:
     """Train what ``resolved`` describes and return the finished run; None where it continues one that is finished.
 
     Started by a launcher, every process calls this; process groups stay up for the caller to leave.
     """
     for plugin in resolved.plugins:
-        catalog.add_hooks(plugin.build(PluginContext(), object), plugin.component.name, plugin.offer)
+        hooks.add(plugin.build(PluginContext(), object), plugin.offer)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)
     pretrained = find_pretrained(resolved.core)
@@ -162,11 +164,11 @@ def train(resolved: Resolved, catalog: Catalog) -> Run | None:
         if pretrained:
             fitted(outline, pretrained)
     evaluated = build_evaluation_task(resolved, task)
-    dataset = task.dataset()
-    held_out = evaluated.dataset() if evaluated else None
+    dataset = dataset_of(resolved, task)
+    held_out = dataset_of(resolved, evaluated) if evaluated else None
     processes = join_processes(resolved.core.tensor_parallel_size)
     with RunLock() as lock:
-        run = _build(resolved, catalog, context, pretrained, task, dataset, held_out, processes, lock)
+        run = _build(resolved, hooks, context, pretrained, task, dataset, held_out, processes, lock)
         if run is None:
             return None
         try:
@@ -178,9 +180,7 @@ def train(resolved: Resolved, catalog: Catalog) -> Run | None:
                 if processes.rank == 0:
                     write_end(run.directory, run.step, **_at_the_end(run.options, held_out))
         except BaseException as error:
-            if not isinstance(error, UserError):
-                catalog.tell_source(error)
-            catalog.tell_exception(run, error)
+            hooks.exception(run, error)
             raise
         finally:
             run.engine.close()
@@ -189,7 +189,7 @@ def train(resolved: Resolved, catalog: Catalog) -> Run | None:
 
 def _build(
     resolved: Resolved,
-    catalog: Catalog,
+    hooks: Hooks,
     context: ModelContext,
     pretrained: Pretrained | None,
     task: LanguageModelling,
@@ -273,8 +273,7 @@ def _build(
         describe_model(directory / DESCRIPTION, base, dtype, *described)
 
     processes.together(describe)
-    hook = catalog.plugins.hook
-    parts = task, dataset, layout, evaluation, schedule, engine, hook
+    parts = task, dataset, layout, evaluation, schedule, engine, hooks.call
     return Run(resolved, directory, processes, *parts, shape, resumed_from=checkpoint, step=progress.step)
 
 
@@ -284,6 +283,7 @@ def _train(run: Run) -> None:
     start = read_progress(run.resumed_from, {}) if run.resumed_from else START
     counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64).to(run.processes.device)
     clock = Clock(start)
+    loss = _attributed_loss(run)
     saved_step = start.step if run.resumed_from else -1
     skipped, skipped_in_a_row = start.skipped_steps, 0
 
@@ -312,7 +312,7 @@ def _train(run: Run) -> None:
     for step, micro_batches in enumerate(clock.waiting_for(_batches(run, run.layout)), start.step + 1):
         factor = run.schedule(step - 1)
         engine.scale_learning_rate(factor)
-        result = engine.step(micro_batches, run.task.loss)
+        result = engine.step(micro_batches, loss)
         counts += result.counts
         run.step = step
         skipped += not result.applied
@@ -348,10 +348,23 @@ def _evaluate(run: Run) -> None:
         return
     begun = time.perf_counter()
     micro_batches = chain.from_iterable(_batches(run, run.evaluation))
-    loss, counts = run.engine.evaluate(micro_batches, run.task.loss)
+    loss, counts = run.engine.evaluate(micro_batches, _attributed_loss(run))
     if run.processes.rank == 0:
         record = evaluation_record(run.step, loss, counts, begun)
         run.hook.panda_evaluation(run=run, record=record)
+
+
+def _attributed_loss(run: Run) -> Callable[[Any, Batch], torch.Tensor]:
+    """The task's loss. It calls the model, so where it fails and the model is another package's, both are named."""
+    task, model = run.resolved.components["task"], run.resolved.components["model"]
+    called = f" (which calls {model.label} of {model.offer.distribution} {model.offer.version})"
+    part = "the loss" + called * (not model.offer.is_own)
+
+    def loss(module: Any, batch: Batch) -> torch.Tensor:
+        with task.attributed(part):
+            return run.task.loss(module, batch)
+
+    return loss
 
 
 def _batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
@@ -370,14 +383,18 @@ def _finish(run: Run) -> None:
     """Export the model and have it answer."""
     run.processes.together(partial(_export, run))
     tokenizer = run.task.tokenizer
-    prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
+    of_task = run.resolved.components["task"].attributed
+    with of_task("`example_prompts`"):
+        prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
+    with of_task("`encode_prompt`"):
+        encoded = [run.task.encode_prompt(prompt) for prompt in prompts]
     module = run.engine.evaluating()
     rows = run.options.per_gpu_eval_batch_size
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
         continued = greedy(
             module,
-            [run.task.encode_prompt(prompt) for prompt in some],
+            encoded[start : start + rows],
             max_new_tokens=ANSWER_TOKENS,
             pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=run.task.last_token,

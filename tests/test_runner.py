@@ -213,11 +213,13 @@ def test_the_first_error_is_the_one_that_is_seen(
 ) -> None:
     with pytest.raises(RuntimeError, match="boom") as caught:
         recorded("failing")
-    out_of = "This came out of the hook {} of recording 1.0 (entry point panda.plugins: {} = recording.{})."
+    out_of = (
+        "This came out of the hook {0} of plugin {1!r}: recording 1.0 (entry point panda.plugins: {1} = recording.{1})."
+    )
     assert caught.value.__notes__ == [
-        out_of.format("panda_step_end", "failing", "failing") + " `-p no:failing` runs without it.",
+        out_of.format("panda_step_end", "failing") + " `-p no:failing` runs without it.",
         "then a panda_exception hook failed: OSError('no space for a picture') "
-        + out_of.format("panda_exception", "recorder", "recorder")
+        + out_of.format("panda_exception", "recorder")
         + " `-p no:recorder` runs without it.",
     ]
     assert "the run stopped behind step 2" in capsys.readouterr().out, "the others are called all the same"
@@ -227,8 +229,8 @@ def test_a_hook_that_came_with_a_component_is_named_with_it(processes: Any, reco
     with pytest.raises(RuntimeError, match="boom") as caught:
         recorded("--optimizer", "hooked")
     assert caught.value.__notes__[0] == (
-        "This came out of the hook panda_step_end of recording 1.0 (entry point panda.optimizers: hooked ="
-        " recording.hooked). It comes with optimizer 'hooked'."
+        "This came out of the hook panda_step_end of optimizer 'hooked': recording 1.0 (entry point"
+        " panda.optimizers: hooked = recording.hooked)."
     )
 
 

@@ -54,6 +54,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.assembly import build_outline
     from panda.assembly import build_schedule
     from panda.assembly import build_task
+    from panda.assembly import dataset_of
     from panda.assembly import lay_out
     from panda.assembly import load_tokenizer
     from panda.assembly import model_context
@@ -80,7 +81,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
         refuse_splitting(outline, resolved)
         if pretrained:
             fitted(outline, pretrained)
-    dataset = task.dataset()
+    dataset = dataset_of(resolved, task)
     progress = read_progress(checkpoint, {}) if checkpoint else START
     layout = lay_out(resolved.core, dataset, world_size // tensor_ranks, progress)
     plan = layout.plan
@@ -93,7 +94,7 @@ def _check_data_and_model(resolved: Resolved) -> None:
         f"run: {plan.total_steps:,} optimizer steps of {plan.step_samples:,} samples on {world_size} rank(s)"
     )
     if evaluated:
-        held_out = evaluated.dataset()
+        held_out = dataset_of(resolved, evaluated)
         for line in held_out.report.lines():
             print(f"evaluation data: {line}")
         print(f"evaluation data: {len(held_out):,} samples, {held_out.supervised_tokens:,} tokens with loss")

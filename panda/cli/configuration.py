@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 
 from panda.cli.arguments import Arguments
 from panda.cli.arguments import parse_arguments
 from panda.refusals import refuse
 from panda.registry import Catalog
 from panda.registry import UserError
+from panda.registry.hooks import Hooks
+from panda.registry.hooks import live_hooks
 from panda.registry.resolve import Resolved
-from panda.registry.resolve import Setting
 from panda.registry.resolve import resolve
 from panda.run_options import DEFAULT_PLUGINS
 from panda.run_options import IMPLIED
@@ -20,8 +20,11 @@ from panda.run_options import RENAMED
 from panda.run_options import RunOptions
 
 
-def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
-    """Resolve ``arguments`` against what is installed. Raises UserError; imports no torch."""
+def configure(arguments: Arguments) -> tuple[Resolved, Hooks]:
+    """Resolve ``arguments`` against what is installed, with the hooks that are live then.
+
+    Raises UserError; imports no torch.
+    """
     catalog = Catalog(arguments.blocked)
     for name in catalog.unused_blocks():
         print(
@@ -29,6 +32,7 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
             file=sys.stderr,
         )
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
+    hooks = live_hooks(resolved)
     resolved = _with_implied(resolved)
     refuse(resolved)
     if resolved.core.ckpt_path is not None:
@@ -40,7 +44,7 @@ def configure(arguments: Arguments) -> tuple[Resolved, Catalog]:
         if pretrained and os.environ.get("RANK", "0") == "0":
             print(f"weights: {pretrained.describe()}")
             print(f"tokenizer: {resolved.core.tokenizer} ({resolved.settings['tokenizer'].origin})")
-    return resolved, catalog
+    return resolved, hooks
 
 
 def configured(argv: list[str], usage: str) -> Resolved | None:
@@ -58,17 +62,12 @@ def configured(argv: list[str], usage: str) -> Resolved | None:
 
 def _with_implied(resolved: Resolved) -> Resolved:
     """``resolved`` with the defaults that its switches imply, each of which is told."""
-    changed: dict[str, Setting] = {}
     for switch, (values, reason) in IMPLIED.items():
         if not getattr(resolved.core, switch):
             continue
         unsaid = {key: value for key, value in values.items() if resolved.settings[key].origin == "default"}
-        changed |= {
-            key: replace(resolved.settings[key], value=value, origin=f"implied by {switch}")
-            for key, value in unsaid.items()
-        }
+        resolved = resolved.with_values(unsaid, f"implied by {switch}")
         if unsaid and os.environ.get("RANK", "0") == "0":
             told = " and ".join(f"{key} {value}" for key, value in unsaid.items())
             print(f"note: {switch} implies {told}: {reason}.", file=sys.stderr)
-    core = replace(resolved.core, **{key: setting.value for key, setting in changed.items()})
-    return replace(resolved, core=core, settings=dict(resolved.settings) | changed)
+    return resolved

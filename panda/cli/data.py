@@ -51,6 +51,7 @@ def _data(argv: list[str]) -> None:
     from rich.console import Console
 
     from panda.assembly import build_task
+    from panda.assembly import dataset_of
     from panda.assembly import lay_out
     from panda.assembly import load_tokenizer
     from panda.data.layouts import LAYOUTS
@@ -58,7 +59,7 @@ def _data(argv: list[str]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     task = build_task(resolved, load_tokenizer(resolved.core.tokenizer))
-    dataset = task.dataset()
+    dataset = dataset_of(resolved, task)
     report = dataset.report
     console.print(f"{report.files:,} files, {report.rows:,} rows, {len(dataset):,} samples")
     if len(dataset.sources) > 1:

@@ -63,10 +63,11 @@ def _total_steps(resolved: Resolved) -> int:
     if options.max_steps > 0:
         return int(options.max_steps)
     from panda.assembly import build_task
+    from panda.assembly import dataset_of
     from panda.assembly import lay_out
     from panda.assembly import load_tokenizer
 
-    dataset = build_task(resolved, load_tokenizer(options.tokenizer)).dataset()
+    dataset = dataset_of(resolved, build_task(resolved, load_tokenizer(options.tokenizer)))
     return max(1, lay_out(options, dataset, int(os.environ.get("WORLD_SIZE", 1))).plan.total_steps)
 
 

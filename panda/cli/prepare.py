@@ -27,6 +27,7 @@ def _prepare(argv: list[str]) -> None:
 
     from panda.assembly import build_evaluation_task
     from panda.assembly import build_task
+    from panda.assembly import dataset_of
     from panda.assembly import load_tokenizer
     from panda.data.token_cache import cache_folder
 
@@ -35,7 +36,7 @@ def _prepare(argv: list[str]) -> None:
     for name, each in (("", task), ("evaluation data: ", evaluated)):
         if each is None:
             continue
-        dataset = each.dataset()
+        dataset = dataset_of(resolved, each)
         for line in dataset.report.lines():
             print(f"{name}{line}")
         print(

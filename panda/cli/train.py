@@ -24,7 +24,7 @@ def _train(argv: list[str]) -> None:
     if arguments.help:
         print_train_help(arguments)
         return
-    resolved, catalog = configure(arguments)
+    resolved, hooks = configure(arguments)
     _look_first(resolved)
     # Threads that wait for others by spinning slow down a hundredfold, measured, as soon as anything
     # else wants one of their cores. The OpenMP of torch reads this when it is loaded.
@@ -35,7 +35,7 @@ def _train(argv: list[str]) -> None:
 
     signal.signal(signal.SIGTERM, _stop)
     try:
-        train(resolved, catalog)
+        train(resolved, hooks)
     except UserError:
         leave_processes()
         raise

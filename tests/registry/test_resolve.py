@@ -269,7 +269,7 @@ def test_an_unknown_key_is_told_the_nearest_and_its_line(tmp_path: Path) -> None
 def test_a_key_near_to_one_of_something_else_says_so() -> None:
     message = refused("--arch", "llama-tiny", "--powr", "1")
     assert "unknown key 'powr'. Did you mean 'power'" in message
-    assert "what this run did not choose" in message
+    assert "a component that this run did not choose" in message
 
 
 def test_a_known_key_that_nothing_uses_here_is_another_message() -> None:
@@ -427,9 +427,9 @@ def test_a_key_of_two_plugins_is_written_with_the_plugins_name(watchers: Distrib
 
 
 def test_a_module_of_hooks_is_live_and_in_the_provenance(watchers: Distributions, tmp_path: Path) -> None:
-    run, catalog = configure(parse_arguments(["--arch", "llama-tiny", "--plugins", "silent", "a-watch"]))
+    run, hooks = configure(parse_arguments(["--arch", "llama-tiny", "--plugins", "silent", "a-watch"]))
     assert [offer.module for offer in run.hook_modules] == ["acme.c"]
-    assert len(catalog.plugins.hook.panda_step_end.get_hookimpls()) == 1
+    assert len(hooks.call.panda_step_end.get_hookimpls()) == 1
     write_description(tmp_path, run, {}, {})
     components = json.loads((tmp_path / "provenance.json").read_text())["components"]
     assert components["plugin silent"] == {"distribution": "acme", "version": "2.0", "module": "acme.c"}
