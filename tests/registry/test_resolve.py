@@ -141,6 +141,23 @@ def test_a_setting_knows_its_owner() -> None:
     assert settings["warmup_steps"].owner == "lr_scheduler warmup"
 
 
+def test_values_that_are_changed_later_are_changed_everywhere(acme: Distributions) -> None:
+    acme.install("bolt", {"optimizers": {"sharing": "bolt.o"}}, {"bolt.o": OPTIMIZER.format(must="int = 0")})
+    run = resolved("--arch", "tiny-wide", "--optimizer", "sharing", "--max_steps", "3")
+    model, optimizer = run.components["model"], run.components["optimizer"]
+    assert (run.key_of(model, "width"), run.key_of(optimizer, "share")) == ("width", "optimizer.share")
+    changed = run.with_values({"seed": 9, "width": 5, "optimizer.share": 0.125}, "a checkpoint")
+    assert (changed.core.seed, changed.core.max_steps) == (9, 3)
+    assert (changed.components["model"].options.width, changed.components["model"].options.depth) == (5, 3)
+    assert changed.components["optimizer"].options.share == 0.125
+    assert changed.components["model"].options.share == 0.5, "the same option of another component"
+    origins = {key: (each.value, each.origin) for key, each in changed.settings.items() if each != run.settings[key]}
+    assert origins == {
+        key: (value, "a checkpoint") for key, value in (("seed", 9), ("width", 5), ("optimizer.share", 0.125))
+    }
+    assert run.core.seed != 9 and model.options.width == 64, "the first is as it was"
+
+
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
@@ -285,6 +302,19 @@ def test_an_option_of_a_plugin_that_is_only_installed_is_known_without_an_import
     message = refused("--arch", "llama-tiny", "--width", "3")
     assert "it is an option of model tiny, and the run has model llama" in message
     assert acme.imported() == set()
+
+
+def test_sources_of_very_many_packages_are_not_looked_through(
+    acme: Distributions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme.install("bolt", {"optimizers": {"sharing": "bolt.o"}}, {"bolt.o": OPTIMIZER.format(must="int = 0")})
+    monkeypatch.setattr("panda.registry.offers.SOURCES_READ", 2)
+    assert "an option of optimizer sharing" in refused("--arch", "llama-tiny", "--must", "3")
+    monkeypatch.setattr("panda.registry.offers.SOURCES_READ", 1)
+    message = refused("--arch", "llama-tiny", "--must", "3", "--power", "2")
+    assert "unknown key 'must'" in message
+    assert "Options of 2 modules of other packages were not looked through." in message
+    assert "it is an option of lr_scheduler poly" in message, "panda's own are"
 
 
 def test_a_renamed_key_is_told_its_name_here() -> None:
