@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from panda.configuration.configure import Configuration
 from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import join_processes
-from panda.registry import UserError
 from panda.registry.contexts import PluginContext
 from panda.registry.errors import writing
 from panda.run.assembly import lay_out
@@ -35,7 +34,7 @@ def train(configuration: Configuration) -> Run | None:
     """
     options = configuration.options
     for plugin in configuration.resolved.plugins:
-        configuration.catalog.add_hooks(plugin.build(PluginContext(), object), plugin.component.name, plugin.offer)
+        configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
     prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
     processes = join_processes(options.tensor_parallel_size)
     with RunLock() as lock:
@@ -70,9 +69,7 @@ def _to_its_end(run: Run, configuration: Configuration) -> Iterator[None]:
         with writing(f"{run.directory}: a file of the run or of a plugin", NO_ROOM_LEFT):
             yield
     except BaseException as error:
-        if not isinstance(error, UserError):
-            configuration.catalog.tell_source(error)
-        configuration.catalog.tell_exception(run, error)
+        configuration.hooks.exception(run, error)
         raise
     finally:
         run.engine.close()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from panda.registry import catalog
 from panda.registry import components
 from panda.registry import declarations
+from panda.registry import offers
 
 IMPORTS = """\
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Distributions:
 def forget_installed() -> None:
     """Make the next look-up read package metadata and sources again."""
     importlib.invalidate_caches()
-    catalog._offers.cache_clear()
+    offers.installed.cache_clear()
     declarations.declarations.cache_clear()
     declarations._parsed.cache_clear()
 

@@ -80,14 +80,35 @@ def panda_step_end(run, step):
 """
 
 
+TORN = """
+from panda.tasks.instruct import Instruct, InstructOptions
+
+@register_task("torn", options=InstructOptions)
+class Torn(Instruct):
+    torn = "dataset"
+
+    def dataset(self):
+        if self.torn == "dataset":
+            raise RuntimeError("torn")
+        return super().dataset()
+
+    def loss(self, model, batch):
+        raise RuntimeError("torn")
+"""
+
+
 @pytest.fixture
 def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``recorded(*flags)``: what was called in a run over five rows, two a step."""
     sources = {"recorder": RECORDER, "failing": FAILING, "full": FULL, "refusing": REFUSING}
     distributions.install(
         "recording",
-        {"plugins": {name: f"recording.{name}" for name in sources}, "optimizers": {"hooked": "recording.hooked"}},
-        {f"recording.{name}": source for name, source in (sources | {"hooked": HOOKED}).items()},
+        {
+            "plugins": {name: f"recording.{name}" for name in sources},
+            "optimizers": {"hooked": "recording.hooked"},
+            "tasks": {"torn": "recording.torn"},
+        },
+        {f"recording.{name}": source for name, source in (sources | {"hooked": HOOKED, "torn": TORN}).items()},
     )
     monkeypatch.chdir(tmp_path)
     rows = "\n".join(f'{{"input": "{letter}", "target": "{letter}"}}' for letter in "abcde")
@@ -213,11 +234,13 @@ def test_the_first_error_is_the_one_that_is_seen(
 ) -> None:
     with pytest.raises(RuntimeError, match="boom") as caught:
         recorded("failing")
-    out_of = "This came out of the hook {} of recording 1.0 (entry point panda.plugins: {} = recording.{})."
+    out_of = (
+        "This came out of the hook {0} of plugin {1!r}: recording 1.0 (entry point panda.plugins: {1} = recording.{1})."
+    )
     assert caught.value.__notes__ == [
-        out_of.format("panda_step_end", "failing", "failing") + " `-p no:failing` runs without it.",
+        out_of.format("panda_step_end", "failing") + " `-p no:failing` runs without it.",
         "then a panda_exception hook failed: OSError('no space for a picture') "
-        + out_of.format("panda_exception", "recorder", "recorder")
+        + out_of.format("panda_exception", "recorder")
         + " `-p no:recorder` runs without it.",
     ]
     assert "the run stopped behind step 2" in capsys.readouterr().out, "the others are called all the same"
@@ -227,9 +250,22 @@ def test_a_hook_that_came_with_a_component_is_named_with_it(processes: Any, reco
     with pytest.raises(RuntimeError, match="boom") as caught:
         recorded("--optimizer", "hooked")
     assert caught.value.__notes__[0] == (
-        "This came out of the hook panda_step_end of recording 1.0 (entry point panda.optimizers: hooked ="
-        " recording.hooked). It comes with optimizer 'hooked'."
+        "This came out of the hook panda_step_end of optimizer 'hooked': recording 1.0 (entry point"
+        " panda.optimizers: hooked = recording.hooked)."
     )
+
+
+def test_an_exception_in_a_task_names_whose_it_is(
+    processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("dataset", "loss"):
+        monkeypatch.setattr("recording.torn.Torn.torn", part)
+        with pytest.raises(RuntimeError, match="torn") as caught:
+            recorded("--task", "torn")
+        assert caught.value.__notes__[0] == (
+            f"This came out of {'the loss' if part == 'loss' else '`dataset`'} of task 'torn': recording 1.0"
+            " (entry point panda.tasks: torn = recording.torn)."
+        )
 
 
 def test_what_the_user_can_put_right_is_no_fault_of_a_hook(processes: Any, recorded: Any) -> None:

@@ -238,7 +238,7 @@ def _panda_module(config: dict[str, Any]) -> torch.nn.Module:
     offer = catalog.find("model", config["panda_model"])
     component = catalog.load(offer)
     assert component is not None
-    with without_weights():
+    with without_weights(), offer.attributed("the factory"):
         built: torch.nn.Module = component.factory(
             build(component.options, config["options"]), ModelContext(**config["context"])
         )

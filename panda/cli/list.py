@@ -13,6 +13,7 @@ from panda.registry import Offer
 from panda.registry.declarations import module_summary
 from panda.registry.kinds import KINDS
 from panda.registry.kinds import kind_named
+from panda.registry.offers import with_readable_source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,23 +34,33 @@ def _list(argv: list[str]) -> None:
     kinds = [kind_named(arguments.kind)] if arguments.kind else list(KINDS.values())
     catalog = Catalog(map(blocked_name, arguments.p))
     if arguments.json:
-        rows = [_described(offer) for kind in kinds for offer in catalog.offers(kind.name)]
+        rows = [_described(offer) for kind in kinds for offer in catalog.offers(kind.name)]  # reads every source
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
+    every = [offer for kind in kinds for offer in catalog.offers(kind.name)]
+    readable = set(with_readable_source(every))
     for number, kind in enumerate(kinds):
         offers = catalog.offers(kind.name)
         print(f"{chr(10) if number else ''}{kind.plural}: {kind.summary}")
         name_width = max((len(offer.name) for offer in offers), default=0)
         provider_width = max((len(_provider(offer)) for offer in offers), default=0)
         for offer in offers:
-            described = _described(offer)
-            print(f"  {offer.name:{name_width}}  {_provider(offer):{provider_width}}  {described['summary']}".rstrip())
+            summary = _summary(offer) if offer in readable else ""
+            print(f"  {offer.name:{name_width}}  {_provider(offer):{provider_width}}  {summary}".rstrip())
         if not offers:
             print("  none")
+    if unread := len(every) - len(readable):
+        print(f"\nSummaries of {unread:,} components of other packages are left out: `--json` reads them all.")
 
 
 def _provider(offer: Offer) -> str:
     return f"{offer.distribution} {offer.version}"
+
+
+def _summary(offer: Offer) -> str:
+    if declared := offer.declaration:
+        return declared.summary
+    return module_summary(offer.module) if offer.kind == "plugin" else ""
 
 
 def _described(offer: Offer) -> dict[str, Any]:
@@ -60,6 +71,6 @@ def _described(offer: Offer) -> dict[str, Any]:
         "distribution": offer.distribution,
         "version": offer.version,
         "module": offer.module,
-        "summary": declared.summary if declared else module_summary(offer.module) if offer.kind == "plugin" else "",
+        "summary": _summary(offer),
         "line": declared.line if declared else None,
     }

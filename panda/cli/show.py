@@ -42,7 +42,9 @@ def _show(argv: list[str]) -> None:
         print(f"  aliases  {', '.join(component.aliases)}")
     if component.model is not None:
         print(f"  model    {component.model}\n")
-        for key, value in component.factory().items():
+        with offer.attributed("the factory"):
+            values = component.factory()
+        for key, value in values.items():
             print(f"  {key}: {value}")
         return
     options = options_of(component.options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from panda.configuration.arguments import Arguments
@@ -15,8 +14,9 @@ from panda.configuration.options import RunOptions
 from panda.configuration.refusals import refuse
 from panda.configuration.spellings import RENAMED
 from panda.registry import Catalog
+from panda.registry.hooks import Hooks
+from panda.registry.hooks import live_hooks
 from panda.registry.resolve import Resolved
-from panda.registry.resolve import Setting
 from panda.registry.resolve import resolve
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Configuration:
     """What a run was told: names are components, values have their types, the checkpoint is found."""
 
     resolved: Resolved
-    catalog: Catalog
+    hooks: Hooks
+    """Those in the modules of what was chosen; the objects that plugins make are added when the run starts."""
     pretrained: Pretrained | None
     """The checkpoint at ``ckpt_path``; nothing of its weights is read yet."""
 
@@ -48,10 +49,11 @@ def configure(arguments: Arguments) -> Configuration:
             file=sys.stderr,
         )
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
+    hooks = live_hooks(resolved)
     resolved = _with_implied(resolved)
     refuse(resolved)
     if resolved.core.ckpt_path is None:
-        return Configuration(resolved, catalog, None)
+        return Configuration(resolved, hooks, None)
 
     from panda.configuration.following import follow_checkpoint
     from panda.weights.finding import find_pretrained
@@ -62,22 +64,17 @@ def configure(arguments: Arguments) -> Configuration:
     if os.environ.get("RANK", "0") == "0":
         print(f"weights: {pretrained.describe()}")
         print(f"tokenizer: {resolved.core.tokenizer} ({resolved.settings['tokenizer'].origin})")
-    return Configuration(resolved, catalog, pretrained)
+    return Configuration(resolved, hooks, pretrained)
 
 
 def _with_implied(resolved: Resolved) -> Resolved:
-    """``resolved`` with the defaults that its switches imply, each of which is told."""
-    changed: dict[str, Setting] = {}
+    """``resolved`` with the defaults that its switches imply, each of which is reported."""
     for switch, (values, reason) in IMPLIED.items():
         if not getattr(resolved.core, switch):
             continue
         unsaid = {key: value for key, value in values.items() if resolved.settings[key].origin == "default"}
-        changed |= {
-            key: replace(resolved.settings[key], value=value, origin=f"implied by {switch}")
-            for key, value in unsaid.items()
-        }
+        resolved = resolved.with_values(unsaid, f"implied by {switch}")
         if unsaid and os.environ.get("RANK", "0") == "0":
-            told = " and ".join(f"{key} {value}" for key, value in unsaid.items())
-            print(f"note: {switch} implies {told}: {reason}.", file=sys.stderr)
-    core = replace(resolved.core, **{key: setting.value for key, setting in changed.items()})
-    return replace(resolved, core=core, settings=dict(resolved.settings) | changed)
+            named = " and ".join(f"{key} {value}" for key, value in unsaid.items())
+            print(f"note: {switch} implies {named}: {reason}.", file=sys.stderr)
+    return resolved

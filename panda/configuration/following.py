@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from panda.registry import UserError
 from panda.registry.options import options_of
-from panda.registry.resolve import Chosen
 from panda.registry.resolve import Resolved
-from panda.registry.resolve import Setting
 from panda.weights.formats import CONFIG
 from panda.weights.formats import META
 from panda.weights.pretrained import Pretrained
@@ -23,13 +20,12 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
 
     Raises UserError where what was set contradicts the checkpoint.
     """
-    settings = dict(resolved.settings)
-    model = resolved.components["model"]
+    settings = resolved.settings
     says = f"checkpoint {pretrained.folder}"
-    if hasattr(model.component.options, "of_checkpoint"):
+    if hasattr(resolved.components["model"].component.options, "of_checkpoint"):
         stated = _Stated(pretrained.config)
         stated.file = pretrained.config_file
-        model = _follow_options(model, settings, stated, says)
+        resolved = _follow_options(resolved, stated, says)
     core = resolved.core
     positions = pretrained.config.get("max_position_embeddings")
     if positions is not None and core.max_seq_length > positions:
@@ -51,9 +47,8 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
                 " the folder of a Hugging Face tokenizer of this model with `tokenizer`."
             )
         location = holder.name or str(holder.folder)
-        settings["tokenizer"] = replace(settings["tokenizer"], value=location, origin=says)
-        core = replace(core, tokenizer=location)
-    return replace(resolved, core=core, settings=settings, components={**resolved.components, "model": model})
+        resolved = resolved.with_values({"tokenizer": location}, says)
+    return resolved
 
 
 def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping[str, Any]:
@@ -82,15 +77,18 @@ class _Stated(dict[str, Any]):
         raise UserError(f"{self.file}: it does not state {key!r}. Is it the configuration of these weights, and whole?")
 
 
-def _follow_options(model: Chosen, settings: dict[str, Setting], config: _Stated, says: str) -> Chosen:
-    """``model`` with the options that ``config`` gives; ``settings`` are brought to agree."""
+def _follow_options(resolved: Resolved, config: _Stated, says: str) -> Resolved:
+    """``resolved`` with the options of the model that ``config`` gives."""
+    model = resolved.components["model"]
     options_class: Any = model.component.options
     known = options_of(options_class)
-    values = {key: getattr(model.options, key) for key in known}
+    with model.attributed("`of_checkpoint`"):
+        stated = options_class.of_checkpoint(config)
+    values = {}
     contradictions = []
-    for key, value in options_class.of_checkpoint(config).items():
-        written = key if settings.get(key) and settings[key].owner == model.label else f"model.{key}"
-        setting = settings[written]
+    for key, value in stated.items():
+        written = resolved.key_of(model, key)
+        setting = resolved.settings[written]
         try:
             value = known[key].check(value)
         except ValueError:
@@ -98,8 +96,7 @@ def _follow_options(model: Chosen, settings: dict[str, Setting], config: _Stated
         # A fine-tune may have more entries than the family's first tokenizer, which an arch states.
         is_given = setting.origin != "default" and not (key == "vocab_size" and setting.origin.startswith("arch "))
         if not is_given:
-            settings[written] = replace(setting, value=value, origin=says)
-            values[key] = value
+            values[written] = value
         elif setting.value != value:
             contradictions.append(f"{key} is {setting.value} ({setting.origin}), and {value} in the checkpoint")
     if contradictions:
@@ -109,6 +106,6 @@ def _follow_options(model: Chosen, settings: dict[str, Setting], config: _Stated
             + f"\nLeave arch and these options out: `model: {model.component.name}` takes the checkpoint's own shape."
         )
     try:
-        return replace(model, options=options_class(**values))
+        return resolved.with_values(values, says)
     except UserError as problem:
         raise UserError(f"{says}: {problem}") from None

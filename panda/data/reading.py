@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import runtime_checkable
 
 from panda.registry import UserError
 from panda.registry.location import resolve_path
+from panda.registry.offers import maker
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Reader(Protocol):
     def read(self, file: Path) -> Iterator[Row | BadRow]:
         """The rows of ``file``, in order. Raises UserError where the file as a whole cannot be read."""
         ...
+
+
+def rows_of(reader: Reader, file: Path) -> Iterator[Row | BadRow]:
+    """What ``reader`` reads of ``file``. An exception in it names the distribution of the reader."""
+    offer = maker(reader)
+    with offer.attributed("`read`") if offer else nullcontext():
+        yield from reader.read(file)
 
 
 def kind_of(value: Any) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from panda.data.reading import BadRow
 from panda.data.reading import Reader
 from panda.data.reading import Row
+from panda.data.reading import rows_of
 from panda.data.token_dataset import SampleBlock
 from panda.registry import UserError
 
@@ -61,7 +62,7 @@ def _stretches(files: Sequence[Path], reader: Reader) -> Iterator[list[Row | Bad
     stretch: list[Row | BadRow] = []
     characters = 0
     for file in files:
-        for row in reader.read(file):
+        for row in rows_of(reader, file):
             stretch.append(row)
             if isinstance(row, Row):
                 characters += sum(_characters(value) for value in row.fields.values())

@@ -1,7 +1,6 @@
 """Names, options, plugins: finds and describes components. Imports nothing else of panda, and no torch."""
 
 from panda.registry.catalog import Catalog as Catalog
-from panda.registry.catalog import Offer as Offer
 from panda.registry.components import Component as Component
 from panda.registry.components import NoOptions as NoOptions
 from panda.registry.components import register_arch as register_arch
@@ -13,5 +12,6 @@ from panda.registry.components import register_reader as register_reader
 from panda.registry.components import register_task as register_task
 from panda.registry.errors import UserError as UserError
 from panda.registry.hookspecs import hookimpl as hookimpl
-from panda.registry.options import Location as Location
+from panda.registry.location import Location as Location
+from panda.registry.offers import Offer as Offer
 from panda.registry.options import Meta as Meta

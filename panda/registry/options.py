@@ -8,7 +8,7 @@
         \"\"\"Optimizer steps over which the learning rate rises to its peak.\"\"\"
 
 A type is one of int, float, str, bool, Literal[...], tuple[...] of these, or any of them
-``| None``; ``Meta`` (msgspec's) gives bounds, and ``Location`` marks a path. The docstring under a
+``| None``; ``Meta`` gives bounds, and ``Location`` marks a path. The docstring under a
 field is its help. A ``__post_init__`` that raises UserError refuses values that do not go together.
 """
 
@@ -19,9 +19,12 @@ import functools
 import inspect
 import itertools
 import math
+import operator
+import re
 import textwrap
 import types
 import typing
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import MISSING
 from dataclasses import dataclass
@@ -30,14 +33,32 @@ from typing import Annotated
 from typing import Any
 from typing import Literal
 
-import msgspec
-from msgspec import Meta as Meta
-
 from panda.registry.errors import UserError
 from panda.registry.location import Location as Location
 
 REQUIRED: Any = MISSING
 """Default of an option that has none: the user has to give it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """Bounds of an option's value: ``Annotated[int, Meta(ge=1)]``. What is None is not asked for."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    multiple_of: float | None = None
+    min_length: int | None = None
+    """Of a text, in characters, or of a list."""
+    max_length: int | None = None
+    pattern: str | None = None
+    """A regular expression that matches somewhere in the text: ``^`` and ``$`` make it the whole."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The bounds that are not None."""
+        return {name: bound for name, bound in vars(self).items() if bound is not None}
 
 
 @dataclass(frozen=True)
@@ -182,36 +203,31 @@ def _check_type(key: str, type_: Any) -> None:
 
 def _describe(type_: Any) -> str:
     base, bounds, optional, _ = _parts(type_)
+    words = [f" {_BOUNDS[name][0]} {bound}" for name, bound in bounds.asked.items()] if bounds else []
+    limits = " and".join(words)
     if typing.get_origin(base) is Literal:
-        text = "one of " + ", ".join(map(str, typing.get_args(base)))
+        text = f"one of {', '.join(map(str, typing.get_args(base)))}{limits}"
     elif typing.get_origin(base) is tuple:
         members = typing.get_args(base)
-        if members[-1] is Ellipsis:
-            text = f"a list, each {_describe(members[0])}"
-        else:
-            text = f"{len(members)} values, each {_describe(members[0])}"
+        several = "a list" if members[-1] is Ellipsis else f"{len(members)} values"
+        text = f"{several}{limits}, each {_describe(members[0])}"
     else:
-        text = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[base]
-    if bounds:
-        limits = [
-            f"{words} {getattr(bounds, name)}" for name, words in _BOUNDS.items() if getattr(bounds, name) is not None
-        ]
-        if limits:
-            text += " " + " and ".join(limits)
+        plain = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[base]
+        text = f"{plain}{limits}"
     return text + (", or none" if optional else "")
 
 
-_BOUNDS = {
-    "ge": ">=",
-    "gt": ">",
-    "le": "<=",
-    "lt": "<",
-    "multiple_of": "that is a multiple of",
-    "min_length": "of a length >=",
-    "max_length": "of a length <=",
-    "pattern": "that matches",
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": (">=", operator.ge),
+    "gt": (">", operator.gt),
+    "le": ("<=", operator.le),
+    "lt": ("<", operator.lt),
+    "multiple_of": ("that is a multiple of", lambda value, factor: value % factor == 0),
+    "min_length": ("of a length >=", lambda value, length: len(value) >= length),
+    "max_length": ("of a length <=", lambda value, length: len(value) <= length),
+    "pattern": ("that matches", lambda value, pattern: re.search(pattern, value) is not None),
 }
-"""Fields of ``Meta``, in words."""
+"""Fields of ``Meta``: in words, and whether a value keeps to one."""
 
 
 def _as_text(value: Any) -> str:
@@ -228,46 +244,68 @@ def _convert(type_: Any, value: Any) -> Any:
             return None
         if value is None:
             raise ValueError("Nothing was given." if base is not str else _yaml_words("null"))
-    if typing.get_origin(base) is Literal:
-        choices = {str(choice).lower(): choice for choice in typing.get_args(base)}
-        if not isinstance(value, (bool, tuple, list)) and str(value).lower() in choices:
-            return choices[str(value).lower()]
-        raise ValueError(_yaml_words(value) if isinstance(value, bool) else "")
+    converted = _convert_plain(base, value)
+    if bounds and not all(_BOUNDS[name][1](converted, bound) for name, bound in bounds.asked.items()):
+        raise ValueError("")
+    return converted
+
+
+def _convert_plain(base: Any, value: Any) -> Any:
+    """``value`` as a ``base``, a type without wrappings, whatever its bounds."""
     if typing.get_origin(base) is tuple:
         return _convert_tuple(typing.get_args(base), value)
     if base is bool:
         if isinstance(value, bool):
             return value
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
+        if isinstance(value, str) and value.lower() in _BOOLS:
+            return _BOOLS[value.lower()]
         raise ValueError("")
     if isinstance(value, bool):
-        raise ValueError(_yaml_words(value) if base is str else "")
+        raise ValueError("" if base in (int, float) else _yaml_words(value))
+    is_literal = typing.get_origin(base) is Literal
     if isinstance(value, (tuple, list)):
-        raise ValueError("A single value was expected, not a list.")
-    if base is str and not isinstance(value, str):
+        raise ValueError("" if is_literal else "A single value was expected, not a list.")
+    if is_literal:
+        choices = {str(choice).lower(): choice for choice in typing.get_args(base)}
+        if str(value).lower() in choices:
+            return choices[str(value).lower()]
         raise ValueError("")
-    if base is float and isinstance(value, str):  # msgspec reads JSON's numbers, and `.5` is none of them
+    if base is str:
+        if isinstance(value, str):
+            return value
+        raise ValueError("")
+    return _convert_number(base, value)
+
+
+_BOOLS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+
+def _convert_number(base: type[int] | type[float], value: Any) -> int | float:
+    if isinstance(value, str) and base is int and not _NUMBER.fullmatch(value):
+        raise ValueError("")
+    if isinstance(value, str):
         try:
-            value = float(value)
-        except ValueError:
+            value = int(value) if base is int and value.lstrip("-").isdigit() else float(value)
+        except ValueError:  # without what Python says of it
             raise ValueError("") from None
+    if not isinstance(value, (int, float)):
+        raise ValueError("")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("It has to be finite.")
     try:
-        return msgspec.convert(value, Annotated[base, bounds] if bounds else base, strict=False)
-    except msgspec.ValidationError:
+        converted = base(value)
+    except OverflowError:  # of an integer, to a float
         raise ValueError("") from None
+    if converted != value:  # an integer with a fraction
+        raise ValueError("")
+    return converted
+
+
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+"""As JSON has them: ``1e3`` is an integer, and ``010``, of which YAML 1.1 makes 8, is none."""
 
 
 def _convert_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:

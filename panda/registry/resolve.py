@@ -6,23 +6,27 @@ one chosen component.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import Any
 
-from panda.registry.catalog import OWN_DISTRIBUTION
 from panda.registry.catalog import Catalog
-from panda.registry.catalog import Offer
 from panda.registry.components import Component
 from panda.registry.components import NoOptions
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
+from panda.registry.location import Location
+from panda.registry.offers import OWN_DISTRIBUTION
+from panda.registry.offers import Offer
+from panda.registry.offers import made_by
+from panda.registry.offers import with_readable_source
 from panda.registry.options import REQUIRED
 from panda.registry.options import Given
-from panda.registry.options import Location
 from panda.registry.options import Option
 from panda.registry.options import options_of
 
@@ -31,6 +35,9 @@ CHOSEN_BY_NAME = ("task", "optimizer", "lr_scheduler", "reader")
 
 BLOCK = "no:"
 """``no:NAME`` among the plugins leaves one out, as ``-p no:NAME`` does."""
+
+CORE = "run"
+"""Owner of the core options."""
 
 NAMING = (*CHOSEN_BY_NAME, "arch", "model", "plugins")
 """Core options that hold names of components."""
@@ -45,7 +52,7 @@ class Setting:
     origin: str
     """``default``, ``arch llama-7b``, ``run.yaml:3`` or ``--learning_rate``."""
     owner: str
-    """``run`` for a core option, else the component: ``optimizer adamw``."""
+    """``CORE`` for a core option, else the label of the component: ``optimizer adamw``."""
     location: Location | None = None
     """What marks it as a path; None where it is none."""
 
@@ -72,17 +79,26 @@ class Chosen:
     def label(self) -> str:
         return f"{self.component.kind} {self.component.name}"
 
+    def attributed(self, part: str) -> AbstractContextManager[None]:
+        """Around a call of ``part`` of what this component is or made: an exception names the distribution."""
+        return self.offer.attributed(part)
+
     def build(self, context: Any, expected: Any) -> Any:
         """What the component's factory makes of its options and ``context``.
 
         Raises UserError where that is not of the type ``expected``.
         """
-        built = self.component.factory(self.options, context)
+        with self.attributed("the factory"):
+            built = self.component.factory(self.options, context)
         if not isinstance(built, expected):
             raise UserError(
                 f"{self.component.describe()} returned {_shortened(built)}, and not a {expected.__qualname__}."
                 f" This is a fault of {self.offer.describe()}."
             )
+        if self.component.kind == "lr_scheduler":  # hooks, too, call a schedule
+            return _attributed_schedule(built, self)
+        if self.component.kind == "reader":  # tasks call it, and do not know where it is from
+            made_by(self.offer, built)
         return built
 
 
@@ -106,6 +122,35 @@ class Resolved:
         yield from self.components.values()
         yield from self.plugins
 
+    def key_of(self, chosen: Chosen, option: str) -> str:
+        """The key of ``option`` of ``chosen`` among the settings: with a prefix where several components have it."""
+        setting = self.settings.get(option)
+        return option if setting and setting.owner == chosen.label else f"{_prefix(chosen.component)}.{option}"
+
+    def with_values(self, values: Mapping[str, Any], origin: str) -> Resolved:
+        """This configuration with ``values`` for some keys, which came from ``origin``.
+
+        The only way to change one: the core options, those of components and the settings stay in step. Raises
+        UserError for values of a component that do not go together.
+        """
+        settings = dict(self.settings)
+        changed: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            settings[key] = replace(settings[key], value=value, origin=origin)
+            changed.setdefault(settings[key].owner, {})[key.rpartition(".")[2]] = value
+
+        def followed(chosen: Chosen) -> Chosen:
+            ours = changed.get(chosen.label)
+            return replace(chosen, options=replace(chosen.options, **ours)) if ours else chosen
+
+        return replace(
+            self,
+            core=replace(self.core, **changed.get(CORE, {})),
+            components={kind: followed(chosen) for kind, chosen in self.components.items()},
+            plugins=tuple(map(followed, self.plugins)),
+            settings=settings,
+        )
+
 
 def resolve(
     catalog: Catalog,
@@ -128,10 +173,6 @@ def resolve(
         choice = choose(catalog, core_values, default_plugins)
     except UserError as problem:
         raise UserError("\n".join([*problems, str(problem)])) from None
-    for kind in CHOSEN_BY_NAME:
-        if core_values[kind].origin == "default" and len(catalog.matches(kind, core_values[kind].value)) > 1:
-            # What the run directory records has to mean the same when it is named in a file.
-            core_values[kind] = replace(core_values[kind], value=choice.offers[kind].qualified)
     offers = dict(choice.offers)
     arch_offer = offers.pop("arch", None)
     model_offer = offers.get("model")
@@ -142,12 +183,12 @@ def resolve(
             f" RUN/config.yaml. Installed: {names}."
         )
         # Perhaps it is misspelt. Keys of components that are not chosen yet are known, but not these.
-        suspects = [
-            _unknown(catalog, key, given[key], [*core_options], renamed or {}, [])
-            for key in given
-            if key not in core_values
+        suspects = [key for key in given if key not in core_values]
+        problems += [
+            text
+            for text in _unknown(catalog, suspects, given, [*core_options], renamed or {}, [])
+            if "unknown key" in text
         ]
-        problems += [text for text in suspects if "unknown key" in text]
         raise UserError("\n".join(problems))
 
     arch = None
@@ -180,25 +221,32 @@ def resolve(
         if not more:
             values = {key: setting.value for key, setting in converted.items()}
             try:
-                chosen.append(Chosen(offer, component, component.options(**values)))
+                with offer.attributed("the options"):
+                    chosen.append(Chosen(offer, component, component.options(**values)))
             except UserError as problem:  # of __post_init__: values that do not go together
                 problems.append(str(problem))
     known_keys = [*core_options, *settings]
     components = [component for _, component in owners]
-    problems += [
-        _unknown(catalog, key, given[key], known_keys, renamed or {}, components) for key in given if key not in used
-    ]
+    unused = [key for key in given if key not in used]
+    problems += _unknown(catalog, unused, given, known_keys, renamed or {}, components)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
     by_kind = {item.component.kind: item for item in chosen if item.component.kind != "plugin"}
-    return Resolved(
+    resolved = Resolved(
         core(**{key: core_values[key].value for key in core_options}),
         by_kind | ({"arch": arch} if arch else {}),
         tuple(item for item in chosen if item.component.kind == "plugin"),
         tuple(offer for offer, component in plugins if component is None),
         settings,
     )
+    # What the run directory records has to mean the same when it is named in a file.
+    ambiguous = {
+        kind: choice.offers[kind].qualified
+        for kind in CHOSEN_BY_NAME
+        if settings[kind].origin == "default" and len(catalog.matches(kind, settings[kind].value)) > 1
+    }
+    return resolved.with_values(ambiguous, "default")
 
 
 def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: tuple[str, ...] = ()) -> Choice:
@@ -256,9 +304,7 @@ def _find_model(catalog: Catalog, arch: Setting, model: Setting) -> dict[str, Of
                 " Give one of them."
             )
         return {"arch": model_as_arch}
-    known = [
-        name for kind in ("arch", "model") for offer in catalog.offers(kind) for name in (offer.name, offer.qualified)
-    ]
+    known = [name for kind in ("arch", "model") for name in catalog.spellings(kind, model.value)]
     raise UserError(
         f"{model.origin}: unknown model or arch {model.value!r}.{did_you_mean(model.value, known)}"
         " `panda list archs` and `panda list models` show what is installed."
@@ -290,7 +336,8 @@ def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
             f"arch {arch.name!r} belongs to model {of_model!r}, not to {model.name!r}: leave `model` out, or name an"
             f" arch of {model.name!r}."
         )
-    values = arch.factory()
+    with chosen.attributed("the factory"):
+        values = arch.factory()
     known = options_of(model.options)
     if not isinstance(values, Mapping):
         raise UserError(f"{arch.describe()} returned {values!r}, not a mapping of options of {model.name!r}.")
@@ -310,7 +357,7 @@ def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
 def convert_options(
     options: Mapping[str, Option],
     given: Mapping[str, Given],
-    owner: str = "run",
+    owner: str = CORE,
     overrides: Mapping[str, Any] | None = None,
     overriding: str = "",
 ) -> tuple[dict[str, Setting], list[str]]:
@@ -358,6 +405,14 @@ def _written(component: Component, key: str, shared: Mapping[str, list[Component
     return f"{_prefix(component)}.{key}" if key in shared else key
 
 
+def _attributed_schedule(schedule: Callable[[int], float], chosen: Chosen) -> Callable[[int], float]:
+    def factor(completed_steps: int) -> float:
+        with chosen.attributed("the schedule"):
+            return schedule(completed_steps)
+
+    return factor
+
+
 def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"a {type(value).__qualname__}"
@@ -383,32 +438,40 @@ def _shared_keys(core_options: Mapping[str, Option], components: list[Component]
 
 def _unknown(
     catalog: Catalog,
-    key: str,
-    given: Given,
+    keys: list[str],
+    given: Mapping[str, Given],
     known: list[str],
     renamed: Mapping[str, str],
     chosen: list[Component],
-) -> str:
-    """What to say of a key that nothing in this run takes."""
-    if key in renamed:
-        return f"{given.origin}: {key!r} is not what panda calls it: {renamed[key]}"
-    bare = key.rpartition(".")[2]
+) -> list[str]:
+    """What to say of each of ``keys``, which nothing in this run takes."""
+    if not keys:
+        return []
+    offers = [offer for kind in KINDS for offer in catalog.offers(kind)]
+    readable = with_readable_source(offers)
+    unread = len({offer.module for offer in offers} - {offer.module for offer in readable})
     declared: dict[str, list[str]] = {}
-    for kind in KINDS:
-        for offer in catalog.offers(kind):
-            for declared_key in offer.declaration.keys if offer.declaration else ():
-                declared.setdefault(declared_key, []).append(f"{offer.kind} {offer.name}")
-    users = declared.get(bare)
-    if users:
-        kinds = {user.split()[0] for user in users}
-        instead = ", ".join(f"{c.kind} {c.name}" for c in chosen if c.kind in kinds) or "none of these"
-        return (
-            f"{given.origin}: {key!r} is known, but nothing that this run chose uses it: it is an option of"
-            f" {', '.join(users)}, and the run has {instead}. Leave it out, or choose what uses it."
-        )
-    hint = did_you_mean(key, known)
-    if not hint and (hint := did_you_mean(key, declared)):
-        hint += " That is an option of what this run did not choose."
-    return f"{given.origin}: unknown key {key!r}." + (
-        hint or " `panda-train --help` lists the keys; one from a newer panda is unknown to this one."
-    )
+    for offer in readable:
+        for key in offer.declaration.keys if offer.declaration else ():
+            declared.setdefault(key, []).append(f"{offer.kind} {offer.name}")
+
+    def message(key: str) -> str:
+        at = given[key].origin
+        if key in renamed:
+            return f"{at}: {key!r} is not what panda calls it: {renamed[key]}"
+        users = declared.get(key.rpartition(".")[2])
+        if users:
+            kinds = {user.split()[0] for user in users}
+            instead = ", ".join(f"{c.kind} {c.name}" for c in chosen if c.kind in kinds) or "none of these"
+            return (
+                f"{at}: {key!r} is known, but nothing that this run chose uses it: it is an option of"
+                f" {', '.join(users)}, and the run has {instead}. Leave it out, or choose what uses it."
+            )
+        hint = did_you_mean(key, known)
+        if not hint and (hint := did_you_mean(key, declared)):
+            hint += " That is an option of a component that this run did not choose."
+        hint = hint or " `panda-train --help` lists the keys; one from a newer panda is unknown to this one."
+        others = f" Options of {unread:,} modules of other packages were not looked through." if unread else ""
+        return f"{at}: unknown key {key!r}.{hint}{others}"
+
+    return [message(key) for key in keys]

@@ -85,7 +85,16 @@ def build_evaluation_task(resolved: Resolved, task: LanguageModelling) -> Langua
     Raises UserError where that is not there.
     """
     location = resolved.core.eval_data_dir
-    return None if location is None else task.reading(location, "eval_data_dir")
+    if location is None:
+        return None
+    with resolved.components["task"].attributed("`reading`"):
+        return task.reading(location, "eval_data_dir")
+
+
+def dataset_of(resolved: Resolved, task: LanguageModelling) -> SampleSet:
+    """The samples of ``task``, the one that ``resolved`` names or that one over other data."""
+    with resolved.components["task"].attributed("`dataset`"):
+        return task.dataset()
 
 
 def lay_out(

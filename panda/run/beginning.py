@@ -59,7 +59,7 @@ def begin(
         evaluation,
         build_schedule(resolved, layout.plan),
         model.engine,
-        prepared.configuration.catalog.plugins.hook,
+        prepared.configuration.hooks.call,
         continuation.agreement,
         resumed_from=checkpoint,
         step=continuation.progress.step,

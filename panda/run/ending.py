@@ -30,14 +30,18 @@ def finish(run: Run) -> None:
     """Export the model and have it answer. Every rank has to call it."""
     run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
     tokenizer = run.task.tokenizer
-    prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
+    of_task = run.resolved.components["task"].attributed
+    with of_task("`example_prompts`"):
+        prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
+    with of_task("`encode_prompt`"):
+        encoded = [run.task.encode_prompt(prompt) for prompt in prompts]
     module = run.engine.evaluating()
     rows = run.options.per_gpu_eval_batch_size
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
         continued = greedy(
             module,
-            [run.task.encode_prompt(prompt) for prompt in some],
+            encoded[start : start + rows],
             max_new_tokens=ANSWER_TOKENS,
             pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=run.task.last_token,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -31,6 +33,7 @@ class Loop:
         """``start``: how far the checkpoint that the run continues had come."""
         self.run = run
         self.options = run.options
+        self.loss = _attributed_loss(run)
         self.clock = Clock(start)
         self.counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64)
         self.counts = self.counts.to(run.processes.device)
@@ -53,7 +56,7 @@ class Loop:
         run, options, plan = self.run, self.options, self.run.plan
         factor = run.schedule(step - 1)
         run.engine.scale_learning_rate(factor)
-        result = run.engine.step(micro_batches, run.task.loss)
+        result = run.engine.step(micro_batches, self.loss)
         self.counts += result.counts
         run.step = step
         self.skipped += not result.applied
@@ -104,10 +107,23 @@ class Loop:
         if run.evaluation is None:
             return
         micro_batches = chain.from_iterable(batches(run, run.evaluation))
-        loss, counts = run.engine.evaluate(micro_batches, run.task.loss)
+        loss, counts = run.engine.evaluate(micro_batches, self.loss)
         if run.processes.rank == 0:
             run.hook.panda_evaluation(run=run, record=evaluation_record(run.step, loss, counts, begun))
         self.clock.leave_out(time.perf_counter() - begun)
+
+
+def _attributed_loss(run: Run) -> Callable[[Any, Batch], torch.Tensor]:
+    """The task's loss. It calls the model, so if it fails and the model is another package's, both are named."""
+    task, model = run.resolved.components["task"], run.resolved.components["model"]
+    called = f" (which calls {model.label} of {model.offer.distribution} {model.offer.version})"
+    part = "the loss" + called * (not model.offer.is_own)
+
+    def loss(module: Any, batch: Batch) -> torch.Tensor:
+        with task.attributed(part):
+            return run.task.loss(module, batch)
+
+    return loss
 
 
 def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:

@@ -16,6 +16,7 @@ from panda.registry.resolve import Resolved
 from panda.run.assembly import build_evaluation_task
 from panda.run.assembly import build_outline
 from panda.run.assembly import build_task
+from panda.run.assembly import dataset_of
 from panda.run.assembly import load_tokenizer
 from panda.run.assembly import model_context
 from panda.run.assembly import refuse_splitting
@@ -94,13 +95,13 @@ class Preparation:
     @cached_property
     def dataset(self) -> SampleSet:
         """The samples to train on, tokenised."""
-        return self.task.dataset()
+        return dataset_of(self.resolved, self.task)
 
     @cached_property
     def held_out(self) -> SampleSet | None:
         """The samples to evaluate on, tokenised; None where there are none."""
         evaluated = self._tasks[1]
-        return evaluated.dataset() if evaluated else None
+        return dataset_of(self.resolved, evaluated) if evaluated else None
 
 
 def prepare(configuration: Configuration, world_size: int) -> Preparation:

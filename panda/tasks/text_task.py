@@ -17,6 +17,7 @@ from panda.data.conversations import UnusableRowError
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import data_files
+from panda.data.reading import rows_of
 from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
 
@@ -98,7 +99,7 @@ class TextTask(LanguageModelling):
 
     def _parsed(self) -> Iterator[Any]:
         for file in self.files:
-            for row in self.context.reader.read(file):
+            for row in rows_of(self.context.reader, file):
                 try:
                     yield self.parse(_good(row))
                 except UnusableRowError:

@@ -66,6 +66,19 @@ def test_json_is_one_array(acme: Distributions, capsys: pytest.CaptureFixture[st
     }
 
 
+def test_summaries_of_very_many_packages_are_left_to_json(
+    acme: Distributions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.registry.offers.SOURCES_READ", 1)
+    listed = lines(capsys)
+    assert listed[-1] == "Summaries of 2 components of other packages are left out: `--json` reads them all."
+    assert "tiny acme-panda 2.5" in listed and "watch acme-panda 2.5" in listed
+    assert any(line.startswith("cosine panda-train ") and line.endswith(".") for line in listed), "panda's own are read"
+    assert "tiny acme-panda 2.5 Tiny model." in lines(capsys, "models"), "one module"
+    assert main(["list", "--json"]) == 0
+    assert "Watches." in capsys.readouterr().out
+
+
 def test_what_is_blocked_is_not_listed(acme: Distributions, capsys: pytest.CaptureFixture[str]) -> None:
     assert not any("acme" in line for line in lines(capsys, "-p", "no:acme-panda"))
     assert main(["list", "-p", "acme-panda"]) == 2

@@ -9,21 +9,13 @@ from distributions import Distributions
 from distributions import forget_installed
 
 from panda.registry import Catalog
-from panda.registry import Offer
 from panda.registry import UserError
-from panda.registry import hookimpl
 from panda.registry.declarations import declarations
 
 MODEL = """
 @register_model("{name}")
 def build(options, context):
     '''A model.'''
-"""
-
-HOOKS = """
-@hookimpl
-def panda_step_end(run, step):
-    return "{name}"
 """
 
 
@@ -67,13 +59,13 @@ def test_only_the_module_of_the_chosen_component_is_imported(distributions: Dist
 
 def test_metadata_is_scanned_once_in_a_process(distributions: Distributions, monkeypatch: pytest.MonkeyPatch) -> None:
     scans = []
-    original = importlib.metadata.entry_points
+    original = importlib.metadata.distributions
 
     def counted(**selection: Any) -> Any:
         scans.append(selection)
         return original(**selection)
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", counted)
+    monkeypatch.setattr(importlib.metadata, "distributions", counted)
     distributions.install("acme", {"models": {"tiny": "acme.tiny"}}, {"acme.tiny": model("tiny")})
     for _ in range(2):
         catalog = Catalog()
@@ -178,7 +170,7 @@ def test_a_blocked_distribution_or_module_is_neither_listed_nor_imported(
 
 
 def test_a_plugin_is_blocked_by_its_own_name_and_a_model_of_that_name_is_not(distributions: Distributions) -> None:
-    distributions.install("acme", {"plugins": {"watch": "acme.w"}, "models": {"watch": "acme.m"}}, {"acme.w": HOOKS})
+    distributions.install("acme", {"plugins": {"watch": "acme.w"}, "models": {"watch": "acme.m"}}, {})
     catalog = Catalog(["Watch"])
     assert "blocked" in refused(catalog, "plugin", "watch")
     assert catalog.find("model", "watch").module == "acme.m"
@@ -250,15 +242,33 @@ def test_a_broken_neighbour_changes_nothing(distributions: Distributions) -> Non
     assert "bad" not in sys.modules
 
 
-@pytest.mark.parametrize("metadata", ["\n", "Name\n", ""])
-def test_a_distribution_without_readable_metadata_is_no_obstacle(distributions: Distributions, metadata: str) -> None:
-    site = distributions.install("lost", {"models": {"tiny": "lost.tiny"}}, {"lost.tiny": model("tiny")}, metadata="\n")
-    if metadata:
-        next(site.glob("*.dist-info")).joinpath("METADATA").write_text(metadata)
-    else:
-        next(site.glob("*.dist-info")).joinpath("METADATA").unlink()
+def test_a_folder_says_name_and_version_and_its_metadata_is_not_read(
+    distributions: Distributions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """METADATA holds a whole README; a distribution may also have lost it."""
+    parsed: list[str] = []
+    reading = property(lambda self: parsed.append(self._path.name))
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "metadata", reading)
+    distributions.install("Acme_Panda", {"models": {"tiny": "lost.tiny"}}, {}, version="1.0+cu126")
+    offer = Catalog().find("model", "acme-panda:tiny")
+    assert (offer.distribution, offer.version) == ("acme-panda", "1.0+cu126")
+    assert not any(name.startswith("Acme") for name in parsed)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "version"), [("Name: lost\nVersion: 2.0\n", "2.0"), ("Name\n", "?"), ("", "?"), (None, "?")]
+)
+def test_a_folder_without_a_version_is_looked_into(
+    distributions: Distributions, metadata: str | None, version: str
+) -> None:
+    """As of `setup.py develop`; and what it has may not be readable."""
+    site = distributions.install("lost", {"models": {"tiny": "lost.tiny"}}, {"lost.tiny": model("tiny")})
+    info = next(site.glob("*.dist-info")).rename(site / "lost.egg-info")
+    (info / "METADATA").unlink()
+    if metadata is not None:
+        (info / "PKG-INFO").write_text(metadata)
     forget_installed()
-    assert Catalog().find("model", "lost:tiny").version == "?"
+    assert Catalog().find("model", "lost:tiny").version == version
 
 
 def test_entry_points_that_cannot_be_parsed_cost_that_distribution_alone(distributions: Distributions) -> None:
@@ -284,129 +294,6 @@ def test_options_of_a_type_that_panda_has_not_are_explained(distributions: Distr
     distributions.install("acme", {"models": {"tiny": "acme.tiny"}}, {"acme.tiny": source})
     message = refused(Catalog(), "model", "tiny")
     assert "its options cannot be used: option 'sizes' has the type list[int]" in message
-
-
-# -- hooks ------------------------------------------------------------------------------------
-
-
-def test_hooks_are_live_only_in_runs_that_chose_their_module(distributions: Distributions) -> None:
-    distributions.install(
-        "acme",
-        {"models": {"tiny": "acme.tiny", "large": "acme.large"}, "plugins": {"watch": "acme.watch"}},
-        {
-            "acme.tiny": model("tiny") + HOOKS.format(name="tiny"),
-            "acme.large": model("large") + HOOKS.format(name="large"),
-            "acme.watch": HOOKS.format(name="watch"),
-        },
-    )
-
-    def called(*chosen: tuple[str, str]) -> list[str]:
-        catalog = Catalog()
-        for kind, name in chosen:
-            catalog.load(catalog.find(kind, name))
-        called: list[str] = catalog.plugins.hook.panda_step_end(run=None, step=1)
-        return called
-
-    assert called(("model", "tiny")) == ["tiny"]
-    assert called(("model", "large"), ("plugin", "watch")) == ["watch", "large"]
-    assert called() == []
-
-
-def test_a_module_that_holds_two_components_is_registered_once(distributions: Distributions) -> None:
-    source = model("tiny") + model("small").replace("build", "other") + HOOKS.format(name="once")
-    distributions.install("acme", {"models": {"tiny": "acme.tiny", "small": "acme.tiny"}}, {"acme.tiny": source})
-    catalog = Catalog()
-    for name in ("tiny", "small"):
-        catalog.load(catalog.find("model", name))
-    assert catalog.plugins.hook.panda_step_end(run=None, step=1) == ["once"]
-
-
-@pytest.mark.parametrize(
-    ("hook", "problem"),
-    [
-        (
-            "@hookimpl\ndef panda_step_ned(run, step): ...",
-            "'panda_step_ned' is no hook of panda's. Did you mean 'panda_step_end'",
-        ),
-        (
-            "@hookimpl\ndef pnada_step_end(run, step): ...",
-            "'pnada_step_end' is no hook of panda's. Did you mean 'panda_step_end'",
-        ),
-        ("@hookimpl\ndef panda_step_end(run, loss): ...", "loss"),
-        ("def panda_step_end(run, step): ...", "'panda_step_end' is not marked with @hookimpl"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["model", "plugin"])
-def test_a_hook_that_would_never_be_called_is_an_error(
-    distributions: Distributions, hook: str, problem: str, kind: str
-) -> None:
-    source = f"from panda.registry import hookimpl\n{hook}\n" + ("" if kind == "plugin" else model("tiny"))
-    site = distributions.install("acme", {f"{kind}s": {"tiny": "acme.tiny"}}, {"acme.tiny": ""})
-    (site / "acme" / "tiny.py").write_text("from panda.registry import *\n" + source)
-    catalog = Catalog()
-    message = refused(catalog, kind, "tiny")
-    assert message.startswith("acme 1.0 (entry point panda.")
-    assert problem in message
-    assert catalog.plugins.hook.panda_step_end(run=None, step=1) == []
-    assert problem in refused(catalog, kind, "tiny"), "the second time too"
-
-
-def test_an_object_of_a_plugin_factory_is_checked_like_a_module() -> None:
-    from panda.registry import hookimpl
-
-    class Misspelt:
-        @hookimpl
-        def panda_run_strat(self, run: Any) -> None: ...
-
-    class Good:
-        @property
-        def panda_lazy(self) -> None:
-            raise AssertionError("attributes are not evaluated")
-
-        @hookimpl
-        def panda_run_start(self, run: Any) -> str:
-            return "good"
-
-    catalog, offer = Catalog(), Offer("plugin", "watch", "acme.watch", "acme", "1.0")
-    with pytest.raises(
-        UserError, match=r"= acme.watch\): 'panda_run_strat' is no hook of panda's. Did you mean 'panda_run_start'"
-    ):
-        catalog.add_hooks(Misspelt(), "misspelt", offer)
-    catalog.add_hooks(Good(), "good", offer)
-    assert catalog.plugins.hook.panda_run_start(run=None) == ["good"]
-
-
-def test_every_plugin_hears_of_an_exception_in_pluggys_order_whatever_one_of_them_does() -> None:
-    heard: list[str] = []
-
-    class Hearing:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        @hookimpl
-        def panda_exception(self, error: BaseException) -> None:
-            heard.append(f"{self.name}: {error}")
-
-    class Failing:
-        @hookimpl
-        def panda_exception(self) -> None:
-            raise RuntimeError("full")
-
-    class Around:
-        @hookimpl(wrapper=True)
-        def panda_exception(self, run: object) -> Any:
-            heard.append(f"around {run}")
-            return (yield)
-
-    catalog = Catalog()
-    for plugin in (Hearing("first"), Failing(), Hearing("last"), Around()):
-        name = getattr(plugin, "name", type(plugin).__name__)
-        catalog.add_hooks(plugin, name, Offer("plugin", name, "acme.watch", "acme", "1.0"))
-    error = ValueError("boom")
-    catalog.tell_exception("run", error)
-    assert heard == ["around run", "last: boom", "first: boom"]
-    assert len(error.__notes__) == 1 and "RuntimeError('full')" in error.__notes__[0]
-    assert "`-p no:Failing` runs without it." in error.__notes__[0]
 
 
 def test_a_plugin_that_has_neither_a_factory_nor_hooks_is_an_error(distributions: Distributions) -> None:

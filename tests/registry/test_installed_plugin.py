@@ -209,6 +209,7 @@ momentum: 0.5
 learning_rate: 1e-2
 instruction_tuning_data_dir: panda:data/sample/instruct
 """
+DATA = ("--instruction_tuning_data_dir", "panda:data/sample/instruct")
 SMALL = ("--num_workers", "0", "--gradient_accumulation_steps", "1", "--max_seq_length", "64", "--max_steps", "2")
 
 
@@ -257,7 +258,7 @@ def test_listing_shows_the_broken_ones_and_imports_none(site: Path, tmp_path: Pa
             ["--arch", "llama-tiny", "--plugins", "half-hook"],
             ["half-panda 0.2", "'panda_step_ned' is no hook of panda's. Did you mean 'panda_step_end'"],
         ),
-        (["--arch", "llama-tiny", "--plugins", "half-token"], ["half-token: log in first"]),
+        (["--arch", "llama-tiny", "--plugins", "half-token", *DATA], ["half-token: log in first"]),
         (["--arch", "llama-tiny", "--optimizer", "adamw"], ["broken-panda:adamw", "panda-train:adamw"]),
         (["--model", "broken-raising", "-p", "no:broken-panda"], ["broken-panda 0.1", "blocked by `-p no:`"]),
     ],

@@ -48,6 +48,7 @@ class Sample(Base):
     betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.99)
     names: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(default_factory=lambda: (1, 2))
+    few: Annotated[tuple[int, ...], Meta(min_length=1, max_length=2)] = (1,)
     block: Annotated[int, Meta(multiple_of=8)] = 8
     code: Annotated[str, Meta(min_length=2, pattern="^[a-z]+$")] = "ab"
 
@@ -101,6 +102,10 @@ def refusal(key: str, value: Any, text: str = "") -> str:
         ("names", "Say hello, please.", ("Say hello, please.",)),
         ("sizes", "3, 4, 5", (3, 4, 5)),
         ("sizes", "3", (3,)),
+        ("count", "1e3", 1000),
+        ("count", "2.0", 2),
+        ("count", "12345678901234567890123", 12345678901234567890123),
+        ("few", "3, 4", (3, 4)),
     ],
 )
 def test_a_value_is_converted_by_the_type_of_its_option(key: str, value: Any, expected: Any) -> None:
@@ -132,6 +137,11 @@ def test_a_value_is_converted_by_the_type_of_its_option(key: str, value: Any, ex
         ("limit", "0", "'0' is not an integer >= 1, or none."),
         ("name", ("a", "b"), "'a, b' is not a text. A single value was expected, not a list."),
         ("sizes", "3, x", "'3, x' is not a list, each an integer."),
+        ("sizes", "010", "'010' is not a list, each an integer."),
+        ("sizes", "1_000", "'1_000' is not a list, each an integer."),
+        ("sizes", "1e999", "'1e999' is not a list, each an integer. It has to be finite."),
+        ("few", "1, 2, 3", "'1, 2, 3' is not a list of a length >= 1 and of a length <= 2, each an integer."),
+        ("few", "()", "'()' is not a list of a length >= 1 and of a length <= 2, each an integer."),
         ("block", "12", "'12' is not an integer that is a multiple of 8."),
         ("code", "x", "'x' is not a text of a length >= 2 and that matches ^[a-z]+$."),
         ("code", "X1", "'X1' is not a text of a length >= 2 and that matches ^[a-z]+$."),

@@ -141,6 +141,23 @@ def test_a_setting_knows_its_owner() -> None:
     assert settings["warmup_steps"].owner == "lr_scheduler warmup"
 
 
+def test_values_that_are_changed_later_are_changed_everywhere(acme: Distributions) -> None:
+    acme.install("bolt", {"optimizers": {"sharing": "bolt.o"}}, {"bolt.o": OPTIMIZER.format(must="int = 0")})
+    run = resolved("--arch", "tiny-wide", "--optimizer", "sharing", "--max_steps", "3")
+    model, optimizer = run.components["model"], run.components["optimizer"]
+    assert (run.key_of(model, "width"), run.key_of(optimizer, "share")) == ("width", "optimizer.share")
+    changed = run.with_values({"seed": 9, "width": 5, "optimizer.share": 0.125}, "a checkpoint")
+    assert (changed.core.seed, changed.core.max_steps) == (9, 3)
+    assert (changed.components["model"].options.width, changed.components["model"].options.depth) == (5, 3)
+    assert changed.components["optimizer"].options.share == 0.125
+    assert changed.components["model"].options.share == 0.5, "the same option of another component"
+    origins = {key: (each.value, each.origin) for key, each in changed.settings.items() if each != run.settings[key]}
+    assert origins == {
+        key: (value, "a checkpoint") for key, value in (("seed", 9), ("width", 5), ("optimizer.share", 0.125))
+    }
+    assert run.core.seed != 9 and model.options.width == 64, "the first is as it was"
+
+
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
@@ -269,7 +286,7 @@ def test_an_unknown_key_is_told_the_nearest_and_its_line(tmp_path: Path) -> None
 def test_a_key_near_to_one_of_something_else_says_so() -> None:
     message = refused("--arch", "llama-tiny", "--powr", "1")
     assert "unknown key 'powr'. Did you mean 'power'" in message
-    assert "what this run did not choose" in message
+    assert "a component that this run did not choose" in message
 
 
 def test_a_known_key_that_nothing_uses_here_is_another_message() -> None:
@@ -285,6 +302,19 @@ def test_an_option_of_a_plugin_that_is_only_installed_is_known_without_an_import
     message = refused("--arch", "llama-tiny", "--width", "3")
     assert "it is an option of model tiny, and the run has model llama" in message
     assert acme.imported() == set()
+
+
+def test_sources_of_very_many_packages_are_not_looked_through(
+    acme: Distributions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme.install("bolt", {"optimizers": {"sharing": "bolt.o"}}, {"bolt.o": OPTIMIZER.format(must="int = 0")})
+    monkeypatch.setattr("panda.registry.offers.SOURCES_READ", 2)
+    assert "an option of optimizer sharing" in refused("--arch", "llama-tiny", "--must", "3")
+    monkeypatch.setattr("panda.registry.offers.SOURCES_READ", 1)
+    message = refused("--arch", "llama-tiny", "--must", "3", "--power", "2")
+    assert "unknown key 'must'" in message
+    assert "Options of 2 modules of other packages were not looked through." in message
+    assert "it is an option of lr_scheduler poly" in message, "panda's own are"
 
 
 def test_a_renamed_key_is_told_its_name_here() -> None:
@@ -428,9 +458,9 @@ def test_a_key_of_two_plugins_is_written_with_the_plugins_name(watchers: Distrib
 
 def test_a_module_of_hooks_is_live_and_in_the_provenance(watchers: Distributions, tmp_path: Path) -> None:
     configuration = configure(parse_arguments(["--arch", "llama-tiny", "--plugins", "silent", "a-watch"]))
-    run, catalog = configuration.resolved, configuration.catalog
+    run, hooks = configuration.resolved, configuration.hooks
     assert [offer.module for offer in run.hook_modules] == ["acme.c"]
-    assert len(catalog.plugins.hook.panda_step_end.get_hookimpls()) == 1
+    assert len(hooks.call.panda_step_end.get_hookimpls()) == 1
     write_description(tmp_path, run, {}, {})
     components = json.loads((tmp_path / "provenance.json").read_text())["components"]
     assert components["plugin silent"] == {"distribution": "acme", "version": "2.0", "module": "acme.c"}

@@ -1,0 +1,193 @@
+"""What is installed: names and the modules behind them, read from package metadata. Imports nothing that it finds."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
+
+from panda.registry.declarations import Declaration
+from panda.registry.declarations import declarations
+from panda.registry.errors import UserError
+from panda.registry.kinds import KINDS
+
+OWN_DISTRIBUTION = "panda-train"
+"""The name under which panda itself is installed."""
+
+SOURCES_READ = 50
+"""Modules of other packages of which the sources are read to answer one question.
+
+A source takes ten times as long to read as the metadata that names it, so with more than these none is read.
+"""
+
+ORIGIN = "This came out of "
+"""How a note begins that says where an exception came from."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An entry point: a distribution says that one of its modules registers this name."""
+
+    kind: str
+    name: str
+    module: str
+    distribution: str
+    version: str
+
+    @property
+    def qualified(self) -> str:
+        """The spelling that means this offer and no other: ``acme-panda:rwkv``."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is one of panda's own."""
+        return self.distribution == OWN_DISTRIBUTION
+
+    @property
+    def declaration(self) -> Declaration | None:
+        """What the module's source says of this name, without importing it."""
+        for declared in declarations(self.module):
+            if declared.kind == self.kind and self.name.lower() in map(str.lower, declared.names):
+                return declared
+        return None
+
+    def describe(self) -> str:
+        return f"{self.distribution} {self.version} (entry point {KINDS[self.kind].group}: {self.name} = {self.module})"
+
+    @contextmanager
+    def attributed(self, part: str) -> Iterator[None]:
+        """Around a call of ``part`` of this component: an exception gets a note that names its distribution.
+
+        Components call each other, and the innermost one is what failed: an exception that has such a note keeps
+        it. A UserError says all there is to say, and gets none.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if not any(note.startswith(ORIGIN) for note in getattr(error, "__notes__", ())):
+                error.add_note(f"{ORIGIN}{part} of {self._origin()}")
+            raise
+
+    def _origin(self) -> str:
+        component = f"{self.kind} {self.name!r}"
+        source = f"{component}, panda's own." if self.is_own else f"{component}: {self.describe()}."
+        return source + (f" `-p no:{self.name}` runs without it." if self.kind == "plugin" else "")
+
+
+def made_by(offer: Offer, built: object) -> None:
+    """Remember that ``built`` came with ``offer``, for ``maker``: in the object, so that copies of it have it, too."""
+    with suppress(AttributeError):  # one without a __dict__ cannot remember
+        object.__setattr__(built, _MAKER, offer)
+
+
+def maker(built: object) -> Offer | None:
+    """The offer that ``built`` came with; None where that is not known."""
+    offer: Offer | None = getattr(built, "__dict__", {}).get(_MAKER)
+    return offer
+
+
+_MAKER = "_panda_offer"
+
+
+@functools.cache
+def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
+    """Every offer, by kind and by its name in lower case. The one metadata scan of a process.
+
+    ``installed.cache_clear()`` forgets it. A distribution whose files cannot be read offers nothing.
+    """
+    offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
+    seen: set[str] = set()
+    for distribution in importlib.metadata.distributions():
+        name = _name(distribution)
+        if name in seen:  # the first on sys.path is the one that is imported
+            continue
+        seen.add(name)
+        try:
+            text = distribution.read_text("entry_points.txt") or ""
+        except Exception:  # no text, or a finder of somebody else's
+            continue
+        if "panda." in text:
+            version = _version(distribution)
+            for kind, entry, module in _entry_points(text):
+                offers[Offer(kind, entry, module, name, version)] = None
+    found: dict[str, dict[str, tuple[Offer, ...]]] = {kind: {} for kind in KINDS}
+    for offer in sorted(offers, key=lambda offer: (offer.name.lower(), offer.distribution)):
+        names = found[offer.kind]
+        names[offer.name.lower()] = (*names.get(offer.name.lower(), ()), offer)
+    return found
+
+
+def all_installed() -> Iterator[Offer]:
+    """Every offer, by kind, name and distribution."""
+    return (offer for names in installed().values() for offers in names.values() for offer in offers)
+
+
+def with_readable_source(offers: Iterable[Offer]) -> list[Offer]:
+    """Those of ``offers`` whose ``declaration`` one answer may ask for.
+
+    All of them, or only panda's own where the others are in more than ``SOURCES_READ`` modules.
+    """
+    offers = list(offers)
+    modules = {offer.module for offer in offers if not offer.is_own}
+    return offers if len(modules) <= SOURCES_READ else [offer for offer in offers if offer.is_own]
+
+
+def _entry_points(text: str) -> Iterator[tuple[str, str, str]]:
+    """Kind, name and module of the entry points in ``text`` that are panda's. Lines that mean nothing are left out.
+
+    importlib.metadata reads the file the same way, but makes more objects of it, and gives up at such a line.
+    """
+    kind = None
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("["):
+            kind = _KIND_OF_GROUP.get(line.strip("[] "))
+        elif kind and not line.startswith("#"):
+            name, equals, value = line.partition("=")
+            module = value.partition(":")[0].partition("[")[0].strip()
+            if equals:
+                yield kind, name.strip(), module
+
+
+_KIND_OF_GROUP = {kind.group: kind.name for kind in KINDS.values()}
+
+
+def _name(distribution: importlib.metadata.Distribution) -> str:
+    """Of a distribution, also where it has lost its METADATA file. Its folder has the name, and METADATA is long."""
+    stem, _ = _folder(distribution)
+    return normalised(stem.partition("-")[0] or _stated(distribution, "Name"))
+
+
+def _version(distribution: importlib.metadata.Distribution) -> str:
+    stem, is_wheel = _folder(distribution)
+    return stem.partition("-")[2] if is_wheel and "-" in stem else _stated(distribution, "Version")
+
+
+def _folder(distribution: importlib.metadata.Distribution) -> tuple[str, bool]:
+    """``NAME-VERSION`` of its folder, and whether that is a ``.dist-info``, of which the specification says so.
+
+    The stem of an ``.egg-info`` begins with the name, too. Empty for a distribution that is in no such folder.
+    """
+    stem, _, suffix = getattr(getattr(distribution, "_path", None), "name", "").rpartition(".")
+    return (stem, suffix == "dist-info") if suffix in ("dist-info", "egg-info") else ("", False)
+
+
+def _stated(distribution: importlib.metadata.Distribution, field: str) -> str:
+    """What the METADATA of ``distribution`` has as ``field``; ``?`` where it has none."""
+    try:
+        return distribution.metadata[field] or "?"
+    except Exception:
+        return "?"
+
+
+def normalised(distribution: str) -> str:
+    """The name of a distribution as it is compared: ``Acme_Panda`` is ``acme-panda``."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
