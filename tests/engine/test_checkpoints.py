@@ -27,9 +27,21 @@ from panda.registry import UserError
 from panda.run_options import RunOptions
 
 
+class Growing(torch.nn.Module):
+    """Multiplies by a buffer, which it changes in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.factor += 0.25
+        return x * self.factor.clone()
+
+
 def make_engine(processes: Processes) -> Engine:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), Growing(), torch.nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     options = RunOptions(gradient_accumulation_steps=1)
     return Engine(model, optimizer, deepspeed_config(options, world_size=1, on_gpu=False), processes)
@@ -53,7 +65,7 @@ def steps(engine: Engine, count: int) -> list[float]:
     return [float(engine.step([Batch()], loss_sum).loss) for _ in range(count)]
 
 
-def test_weights_optimizer_and_random_state_come_back(processes: Processes, tmp_path: Path) -> None:
+def test_weights_buffers_optimizer_and_random_state_come_back(processes: Processes, tmp_path: Path) -> None:
     engine = make_engine(processes)
     steps(engine, 2)
     saved = save_checkpoint(engine, tmp_path, Progress(2, 4, 8, 6), {"seed": 1})
