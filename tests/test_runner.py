@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from itertools import count
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributions import Distributions
+from launching import metrics
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.checkpoints.folders import read_progress
+from panda.engine.engine import Engine
 from panda.registry import UserError
 from panda.runner import train
+from panda.tasks.instruct import Instruct
 
 RECORDER = """
 calls = []
@@ -79,6 +85,17 @@ def panda_step_end(run, step):
     raise OSError(28, "No space left on device", "pictures")
 """
 
+DRAWING = """
+drawn = []
+
+@hookimpl
+def panda_run_start(run):
+    import random
+    import numpy
+    import torch
+    drawn.append((random.random(), numpy.random.random(), torch.rand(1).item()))
+"""
+
 
 TORN = """
 from panda.tasks.instruct import Instruct, InstructOptions
@@ -100,7 +117,7 @@ class Torn(Instruct):
 @pytest.fixture
 def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``recorded(*flags)``: what was called in a run over five rows, two a step."""
-    sources = {"recorder": RECORDER, "failing": FAILING, "full": FULL, "refusing": REFUSING}
+    sources = {"recorder": RECORDER, "failing": FAILING, "full": FULL, "refusing": REFUSING, "drawing": DRAWING}
     distributions.install(
         "recording",
         {
@@ -290,3 +307,59 @@ def test_a_run_that_never_takes_a_step_gives_up(processes: Any, recorded: Any, m
 
 def _not_a_number(task: Any, model: Any, batch: Any) -> Any:
     return model(batch.input_ids).logits.sum() * float("nan")
+
+
+def test_steps_that_changed_nothing_are_counted_over_all_starts(
+    processes: Any, recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = Instruct.loss, count(1)
+
+    def not_a_number_in_the_second_and_fourth(task: Any, model: Any, batch: Any) -> Any:
+        return (_not_a_number if next(calls) in (2, 4) else plain)(task, model, batch)
+
+    monkeypatch.setattr(Instruct, "loss", not_a_number_in_the_second_and_fourth)
+    flags = ("--output_dir", "out", "--per_gpu_train_batch_size", "1", "--resume", "auto", "--max_steps")
+    recorded(*flags, "3")
+    recorded(*flags, "5")
+    assert [record["skipped_steps"] for record in metrics(tmp_path / "out")] == [0, 1, 1, 2, 2]
+    assert read_progress(tmp_path / "out/checkpoints/step-00000005", {}).skipped_steps == 2
+
+
+def test_speed_is_that_of_the_steps_and_not_of_saving_and_evaluating(
+    processes: Any, recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes 2 seconds, and saving and evaluating many."""
+    now = 0.0
+
+    def taking(seconds: float, do: Any) -> Any:
+        def done(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return do(*arguments, **keywords)
+
+        return done
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    for name, seconds in {"step": 2.0, "save": 1000.0, "evaluate": 5000.0}.items():
+        monkeypatch.setattr(Engine, name, taking(seconds, getattr(Engine, name)))
+    every = "--logging_steps 1 --save_steps 1 --eval_steps 1 --eval_data_dir rows.jsonl"
+    recorded("--max_steps", "3", "--per_gpu_train_batch_size", "2", "--output_dir", "out", *every.split())
+    records = metrics(tmp_path / "out")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step_seconds"] for record in steps] == [2.0, 2.0, 2.0]
+    tokens = [record["tokens"] for record in steps]
+    assert [record["tokens_per_second"] for record in steps] == [(b - a) / 2 for a, b in pairwise([0, *tokens])]
+    assert len(records) == 6 and now == 3 * 6002, "each was saved and evaluated"
+
+
+def test_a_run_that_is_spread_in_another_way_draws_random_numbers_that_it_has_not_drawn(
+    processes: Any, recorded: Any
+) -> None:
+    recorded("drawing", "--max_steps", "2", "--output_dir", "out", "--zero_stage", "0", "--save_steps", "1")
+    for step in ("1", "2"):
+        checkpoint = f"out/checkpoints/step-0000000{step}"
+        recorded("drawing", "--max_steps", "3", "--output_dir", step, "--zero_stage", "1", "--resume", checkpoint)
+    import recording.drawing
+
+    for numbers in zip(*recording.drawing.drawn, strict=True):
+        assert len(set(numbers)) == 3

@@ -306,9 +306,10 @@ GRU = """
                 self.rnn = torch.nn.GRU(options.width, options.width, num_layers=2, batch_first=True)
                 self.output = torch.nn.Linear(options.width, context.vocab_size, bias=False)
                 self.output.weight = self.embedding.weight
+                self.register_buffer("bias", torch.zeros(context.vocab_size))
 
             def forward(self, ids):
-                return self.output(self.rnn(self.embedding(ids))[0])
+                return self.output(self.rnn(self.embedding(ids))[0]) + self.bias
 
         return Recurrent()
 """
@@ -324,15 +325,17 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
     torch.manual_seed(0)
     chosen = Chosen(offer, component, build(component.options, {"width": 24}))
     module = component.factory(chosen.options, context)
+    module.bias.normal_()  # a buffer that training changed
     tokenizer = AutoTokenizer.from_pretrained(save_hf(llama(), tmp_path / "base"))
     describe_model(tmp_path / "model", module, torch.float32, tokenizer, None, chosen, context, None)
     weights = {
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
-        for name, tensor in module.named_parameters()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
     export(tmp_path / "model", weights, tmp_path / "export")
     assistant = assistant_of(tmp_path / "export", None, CPU)
     assert assistant.model.output.weight is assistant.model.embedding.weight
+    assert torch.equal(assistant.model.bias, module.bias)
     ids = [1, 70, 80]
     pieces: list[str] = []
     answer = assistant.answer(ids, Sampling(10), pieces.append)

@@ -150,6 +150,15 @@ def test_which_part_of_a_source_comes_first_depends_on_the_seed() -> None:
     assert len(chosen) == 9
 
 
+def test_sources_of_a_mix_come_in_orders_of_their_own() -> None:
+    """Two that are alike in number give an epoch other parts of themselves."""
+    for seed in range(9):
+        for epoch in range(2):
+            drawn = ordered(range(epoch * 80, (epoch + 1) * 80), (100, 40), (100, 40), seed=seed)
+            first, second = ({s % 100 for s in drawn if s // 100 == source} for source in (0, 1))
+            assert len(first) == len(second) == 40 and first != second
+
+
 @given(plans())
 def test_steps_cover_every_position_once_and_in_order(plan: BatchPlan) -> None:
     assert run_positions(plan) == list(range(plan.end_position))

@@ -65,3 +65,15 @@ def test_making_an_engine_takes_no_step(processes: Processes, precision: str, ze
         assert torch.equal(stored.read(), fresh[name].to(stored.dtype))
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     assert all(float(state["step"]) == 0 for state in inner.state.values() if "step" in state)
+
+
+def test_an_engine_has_nothing_of_the_groups_of_one_before(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed keeps the groups of tensor parallelism of a run before in the same process."""
+    from deepspeed.utils import groups
+
+    monkeypatch.setattr(groups, "mpu", object())
+    engine = make_engine(processes, "fp32", 1)
+    assert engine.step([Batch(1.0), Batch(2.0)], loss_sum).applied
+    assert groups.mpu is None

@@ -145,6 +145,9 @@ def test_each_rank_draws_random_numbers_of_its_own(folder: Path) -> None:
         (("--seed", 43), "seed was 42 and is 43"),
         (("--adam_epsilon", 1e-3), "optimizer.adam_epsilon was 1e-06 and is 0.001"),
         (("--weight_decay", 0.5), "weight_decay was 0.0 and is 0.5"),
+        (("--weight_decay_on", "matrices"), "weight_decay_on was 'all' and is 'matrices'"),
+        (("--lr_multipliers", "*norm*=0.5"), r"lr_multipliers was \[\] and is \['\*norm\*=0.5'\]"),
+        (("--precision", "bf16"), "precision was 'fp32' and is 'bf16'"),
         (("--separator", "#"), "data was "),
     ],
 )

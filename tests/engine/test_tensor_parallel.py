@@ -5,6 +5,7 @@ The reference is a plain loop over plain transformers in float64, written here.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from functools import cache
@@ -35,7 +36,9 @@ from panda.configuration.configure import configure
 from panda.data.order import SampleOrder
 from panda.data.order import Source
 from panda.engine.processes import Processes
+from panda.engine.tensor_parallel import split
 from panda.registry import UserError
+from panda.registry.contexts import TensorParallelPlan
 from panda.runner import train
 
 SHAPE: dict[str, int] = {
@@ -263,6 +266,35 @@ def test_the_loss_of_a_vocabulary_in_parts_is_that_of_the_whole(tmp_path: Path) 
         found = torch.load(tmp_path / f"{rank}.pt")
         for got, expected in zip(found, (loss, hidden.grad, weight.grad.chunk(2)[rank]), strict=True):
             assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+# -- the embedding, in two parts --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [None, 2, 7])
+def test_the_parts_of_an_embedding_learn_what_the_whole_does(
+    monkeypatch: pytest.MonkeyPatch, padding: int | None
+) -> None:
+    """The padding token's row, in whichever part it is, learns nothing; here both ranks are one process."""
+    layers = "fairscale.nn.model_parallel.layers"
+    monkeypatch.setattr(f"{layers}.get_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(f"{layers}.reduce_from_model_parallel_region", lambda output: output)
+    plan = TensorParallelPlan(column=(), row=(), vocabulary=("0",), sizes={})
+    whole = torch.nn.Embedding(10, 4, padding_idx=padding, dtype=torch.float64)
+    ids, factors = torch.tensor([*range(10), 2, 7]), torch.randn(12, 4, dtype=torch.float64)
+    outputs, parts = [], []
+    for rank in range(2):
+        monkeypatch.setattr(f"{layers}.get_model_parallel_rank", lambda rank=rank: rank)
+        module = torch.nn.Sequential(copy.deepcopy(whole))
+        split(module, plan, Processes(rank, 2, torch.device("cpu"), tensor_ranks=2))
+        outputs.append(module(ids))
+        (outputs[-1] * factors).sum().backward()
+        parts.append(module[0].weight.grad)
+    (whole(ids) * factors).sum().backward()
+    assert torch.equal(outputs[0] + outputs[1], whole(ids))
+    assert whole.weight.grad is not None
+    assert torch.equal(torch.cat(parts), whole.weight.grad)
+    assert [row for row in range(10) if not whole.weight.grad[row].any()] == ([] if padding is None else [padding])
 
 
 # -- what cannot be ---------------------------------------------------------------------------

@@ -1,11 +1,22 @@
-"""The kernels of NVLAMB beside its definition. They need a GPU; torch's own operations are tested everywhere."""
+"""The kernels of NVLAMB beside its definition: on a GPU, and without one in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so without a GPU these tests run in a process of their own.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lamb_reference import ReferenceLamb
+from launching import ENVIRONMENT
 
 from panda.optim import layerwise
 from panda.optim.layerwise import NVLamb
@@ -13,8 +24,38 @@ from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
+anywhere = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: interpreted below")
 STEPS = 4
+
+
+def triton_version() -> tuple[int, ...]:
+    """(0,) where there is none."""
+    try:
+        return tuple(map(int, version("triton").split(".")[:2]))
+    except PackageNotFoundError:
+        return (0,)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, which takes a millisecond for what a GPU does at once."""
+    if INTERPRETED:
+        from panda.optim import layerwise_triton
+
+        monkeypatch.setattr(layerwise, "_arithmetic", lambda layouts: layerwise_triton)  # also for tensors on the CPU
+        for name, value in {"CHUNK": 16, "BLOCK": 8, "CHUNKS_AT_ONCE": 4}.items():
+            monkeypatch.setattr(layerwise_triton, name, value)
+
+
+@pytest.mark.skipif(INTERPRETED or triton_version() < (3, 7), reason="no Triton whose interpreter knows numpy 2.4")
+def test_the_kernels_compute_the_definition_in_tritons_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 12 passed" in f" {done.stdout.splitlines()[-1]}", done.stdout
 
 
 def flat_problem(lengths: dict[str, int], gaps: list[int]) -> tuple[np.ndarray, tuple[Segment, ...]]:
@@ -28,18 +69,24 @@ def flat_problem(lengths: dict[str, int], gaps: list[int]) -> tuple[np.ndarray, 
     return np.concatenate([*content, [1e30]]), tuple(segments)
 
 
+@anywhere
 @pytest.mark.parametrize("gaps", [[0, 0, 0, 0], [4, 0, 8, 4], [1, 3, 2, 5]])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("adapt", ["all", "decayed"])
 def test_the_kernels_compute_the_definition(gaps: list[int], decay: float, adapt: str) -> None:
-    lengths = {"long": 8192 * 300 + 44, "chunk": 8192, "short": 8, "odd": 8191}
+    from panda.optim.layerwise_triton import CHUNK
+    from panda.optim.layerwise_triton import CHUNKS_AT_ONCE
+
+    # Of one that takes two rounds to sum; in the first case all begin and end where 16 bytes do.
+    odd = CHUNK - 1 if any(gaps) else CHUNK - 4
+    lengths = {"long": CHUNK * (CHUNKS_AT_ONCE + 2) + 12, "chunk": CHUNK, "short": 8, "odd": odd}
     content, segments = flat_problem(lengths, gaps)
     weights = {
         name: content[segment.start : segment.start + segment.length]
         for name, segment in zip(lengths, segments, strict=True)
     }
     weights["short"][:] = 0.0
-    flat = torch.nn.Parameter(torch.tensor(content, dtype=torch.float32, device="cuda"))
+    flat = torch.nn.Parameter(torch.tensor(content, dtype=torch.float32, device=DEVICE))
     reference = ReferenceLamb(
         {name: weight.copy() for name, weight in weights.items()},
         betas=(0.9, 0.999),
@@ -49,7 +96,7 @@ def test_the_kernels_compute_the_definition(gaps: list[int], decay: float, adapt
     )
     optimizer = NVLamb([flat], betas=(0.9, 0.999), eps=1e-6, weight_decay=decay, adapt=adapt)
     optimizer.bind(ParameterLayout((TensorLayout(flat, tuple(lengths), segments),), lambda squares: squares))
-    assert layerwise._kernels().__name__.endswith("layerwise_triton")
+    assert layerwise._arithmetic(list(optimizer._layouts.values())).__name__.endswith("layerwise_triton")
     generator = np.random.default_rng(1)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = rate = 0.01 * (step + 1)
@@ -63,7 +110,7 @@ def test_the_kernels_compute_the_definition(gaps: list[int], decay: float, adapt
             },
             rate,
         )
-        flat.grad = torch.tensor(gradient, dtype=torch.float32, device="cuda")
+        flat.grad = torch.tensor(gradient, dtype=torch.float32, device=DEVICE)
         optimizer.step()
         assert all(not flat.grad[each.start : each.start + each.length].any() for each in segments)
     found = flat.detach().cpu().double().numpy()
@@ -75,6 +122,7 @@ def test_the_kernels_compute_the_definition(gaps: list[int], decay: float, adapt
     assert (found == np.float32(1e30)).sum() == len(content) - covered  # padding is as it was
 
 
+@on_a_gpu
 def test_a_step_gives_the_same_bits_each_time_and_never_waits_for_the_device() -> None:
     results = []
     for _ in range(2):
@@ -93,6 +141,7 @@ def test_a_step_gives_the_same_bits_each_time_and_never_waits_for_the_device() -
     assert torch.equal(*results)
 
 
+@on_a_gpu
 def test_the_kernels_and_torch_agree_on_whole_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for arithmetic in (layerwise._kernels(), layerwise.layerwise_torch):

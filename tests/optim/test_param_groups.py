@@ -68,6 +68,19 @@ def test_matrices_alone_can_be_decayed() -> None:
     }
 
 
+def test_an_embedding_of_which_tensor_parallel_ranks_have_parts_is_no_matrix_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is a class of FairScale's, and not one of torch's."""
+    from fairscale.nn.model_parallel import layers
+
+    monkeypatch.setattr(layers, "get_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(layers, "get_model_parallel_rank", lambda: 1)
+    module = build(embed=layers.VocabParallelEmbedding(4, 2), head=nn.Linear(2, 4, bias=False))
+    decays = {name: decay for name, (_, decay) in described(module, decay_on="matrices").items()}
+    assert decays == {"embed.weight": 0, "head.weight": 0.5}
+
+
 def test_the_first_multiplier_whose_pattern_matches_scales_the_rate() -> None:
     module = build(embed=nn.Embedding(3, 2), layers=nn.ModuleList(nn.Linear(2, 2) for _ in range(2)))
     rates = described(module, multipliers={"layers.0.*": 0.1, "*.bias": 3.0, "embed.weight": 0.5})

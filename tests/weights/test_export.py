@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import llama
+from checkpoint_files import save_hf
 from launching import run_code
 from launching import train_many
+from transformers import AutoTokenizer
+from transformers import GenerationConfig
 
 from panda.cli.main import main
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
+from panda.weights.export import describe_model
 from panda.weights.export import replacing
+from panda.weights.finding import pretrained_at
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "rms_norm_eps": 1e-5}
 PLAIN = """
@@ -126,6 +132,37 @@ def test_greedy_answers_are_those_of_transformers(run: Path) -> None:
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2)[0]
         ended = [*theirs[len(prompt) :].tolist(), 2]
         assert answer == ended[: ended.index(2)]
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        (None, 2),
+        ({}, 2),
+        ({"eos_token_id": 2}, 2),
+        ({"eos_token_id": 70}, [70, 2]),
+        ({"eos_token_id": [70, 71], "top_k": 3}, [70, 71, 2]),
+        ({"eos_token_id": [2, 70]}, [2, 70]),
+    ],
+    ids=str,
+)
+def test_an_answer_ends_at_the_token_that_training_taught_and_where_it_ended_before(
+    tmp_path: Path, said: dict[str, Any] | None, ends: Any
+) -> None:
+    """``said``: the checkpoint's own generation config. None: there is no checkpoint, and a model that names no end."""
+    model = llama(eos_token_id=None)
+    folder = save_hf(model, tmp_path / "base")
+    pretrained = None
+    if said is not None:
+        (folder / "generation_config.json").write_text(json.dumps(said))
+        pretrained = pretrained_at(str(folder), option="ckpt_path")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token_id == 2
+    nothing: Any = None  # of what describes models of other kinds
+    describe_model(tmp_path / "model", model, torch.float32, tokenizer, None, nothing, nothing, pretrained)
+    described = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert described.eos_token_id == ends
+    assert described.top_k == (said or {}).get("top_k", GenerationConfig().top_k)
 
 
 def test_a_folder_that_is_a_link_stays_one(tmp_path: Path) -> None:

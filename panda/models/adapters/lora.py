@@ -123,6 +123,7 @@ def stored_adapters(folder: Path) -> Weights:
 def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     """``model``, a base, with the adapters in ``folder``. Raises UserError where they are not of that base."""
     from peft import PeftModel
+    from peft import get_peft_model_state_dict
 
     stored = stored_adapters(folder)
     unfit = f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
@@ -133,10 +134,17 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that goes away
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # of layers that would stay bare
-            return PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, UserWarning) as problem:  # shapes that differ, names that are not there
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are an error below
+            loaded = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as problem:  # shapes that differ
         raise UserError(f"{unfit} {in_brief(problem)}.") from problem
+    # peft leaves a layer bare that the file has nothing for, and passes over what no layer takes.
+    taken = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
+    if bare := sorted(taken - stored.keys()):
+        raise UserError(f"{unfit} They lack {bare[0]}.")
+    if unused := sorted(stored.keys() - taken):
+        raise UserError(f"{folder}: its {ADAPTERS} does not name the layer of {unused[0]}, which it has weights for.")
+    return loaded
 
 
 def _linear_names(model: torch.nn.Module) -> str:

@@ -27,9 +27,21 @@ from panda.engine.processes import Processes
 from panda.registry import UserError
 
 
+class Growing(torch.nn.Module):
+    """Multiplies by a buffer, which it changes in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.factor += 0.25
+        return x * self.factor.clone()
+
+
 def make_engine(processes: Processes) -> Engine:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), Growing(), torch.nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     options = RunOptions(gradient_accumulation_steps=1)
     return Engine(model, optimizer, deepspeed_config(options, world_size=1, on_gpu=False), processes)
@@ -53,7 +65,7 @@ def steps(engine: Engine, count: int) -> list[float]:
     return [float(engine.step([Batch()], loss_sum).loss) for _ in range(count)]
 
 
-def test_weights_optimizer_and_random_state_come_back(processes: Processes, tmp_path: Path) -> None:
+def test_weights_buffers_optimizer_and_random_state_come_back(processes: Processes, tmp_path: Path) -> None:
     engine = make_engine(processes)
     steps(engine, 2)
     saved = save_checkpoint(engine, tmp_path, Progress(2, 4, 8, 6), {"seed": 1})
@@ -187,19 +199,23 @@ def test_old_checkpoints_are_removed_behind_a_newer_complete_one(processes: Proc
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
 
 
-def test_everything_is_on_disk_before_it_gets_its_name(
+def test_everything_is_on_disk_before_it_gets_its_name_and_then_the_names_are(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[str] = []
-    renamed: list[tuple[str, list[str]]] = []
-    fsync, rename = os.fsync, os.rename
+    done: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
-        patch.setattr(os, "rename", lambda a, b: (renamed.append((str(a), list(synced))), rename(a, b)))
+        patch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+        patch.setattr(os, "rename", lambda a, b: (done.append(("rename", str(a))), rename(a, b)))
+        patch.setattr(os, "replace", lambda a, b: (done.append(("rename", str(a))), replace(a, b)))
         saved = save_checkpoint(make_engine(processes), tmp_path, Progress(1), {})
-    [(temporary, before)] = renamed
-    files = {str(Path(temporary) / path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
-    assert len(files) > 2 and files | {temporary} <= set(before)
+    temporary, pointer = tmp_path / f".tmp-{saved.name}", tmp_path / ".tmp-latest"
+    files = [temporary / path.relative_to(saved) for path in saved.rglob("*") if path.is_file()]
+    assert len(files) > 2
+    first = done.index(("rename", str(temporary)))
+    assert {("sync", str(path)) for path in (*files, temporary, pointer)} <= set(done[:first])
+    # A rename is on disk when the folder is: without that an older `latest` may be what is found.
+    assert done[first:] == [("rename", str(temporary)), ("rename", str(pointer)), ("sync", str(tmp_path))]
 
 
 def test_what_interrupted_saves_left_is_removed_by_the_next(processes: Processes, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapter_training
@@ -25,6 +27,8 @@ from launching import zero3_at_once
 from peft import LoraConfig
 from peft import PeftModel
 from peft import get_peft_model
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
@@ -183,6 +187,41 @@ def test_adapters_of_another_base_are_an_error_that_says_so(runs: Path, tmp_path
     with pytest.raises(UserError, match="were trained on another base"):
         load_adapters(other, runs / "lora" / "export")
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        load_adapters(plain_base(SHAPE), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("warns", [True, False])
+def test_no_layer_is_left_without_its_adapter_whatever_peft_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, warns: bool
+) -> None:
+    """peft warns of a layer that the file has nothing for: in words that may change, or not at all."""
+    config = LoraConfig(r=RANK, task_type="CAUSAL_LM", **{"target_modules": LINEAR} | KINDS[kind][0])
+    adapters, file = tmp_path / "adapters", tmp_path / "adapters" / "adapter_model.safetensors"
+    get_peft_model(plain_base(SHAPE), config).save_pretrained(str(adapters))
+    if not warns:
+        monkeypatch.setattr("peft.peft_model.warnings", SimpleNamespace(warn=lambda *_, **__: None))
+    load_adapters(plain_base(SHAPE), adapters)
+
+    deeper = plain_base(SHAPE | {"num_hidden_layers": 3})
+    with pytest.raises(UserError, match=r"another base\. They lack base_model\.model\.model\.layers\.2\."):
+        load_adapters(deeper, adapters)
+
+    stored = load_file(file)
+    name = next(name for name in stored if "layers.1.self_attn.q_proj.lora_B" in name)
+    save_file({key: tensor for key, tensor in stored.items() if key != name}, file)
+    with pytest.raises(UserError, match=f"They lack {re.escape(name)}"):
+        load_adapters(plain_base(SHAPE), adapters)
+
+
+def test_no_adapter_is_left_out_because_its_layer_is_not_named(tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(plain_base(SHAPE), config).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["q_proj"]}))
+    with pytest.raises(
+        UserError, match=r"adapter_config\.json does not name the layer of .*layers\.0\.self_attn\.v_proj"
+    ):
         load_adapters(plain_base(SHAPE), tmp_path)
 
 
