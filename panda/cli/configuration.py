@@ -61,7 +61,7 @@ def configured(argv: list[str], usage: str) -> Resolved | None:
 
 
 def _with_implied(resolved: Resolved) -> Resolved:
-    """``resolved`` with the defaults that its switches imply, each of which is told."""
+    """``resolved`` with the defaults that its switches imply, each of which is reported."""
     for switch, (values, reason) in IMPLIED.items():
         if not getattr(resolved.core, switch):
             continue
