@@ -80,7 +80,7 @@ def _record(component: Component) -> None:
     for name in (component.name, *component.aliases):
         if ":" in name or name != name.strip() or not name:
             raise UserError(
-                f"{component.describe()}: a name must not be empty, contain ':', or begin or end with a space: {name!r}."
+                f"{component.describe()}: a name must not be empty, contain ':', or begin or end with space: {name!r}."
             )
         key = (component.kind, name.lower(), component.module)
         before = _recorded.get(key)

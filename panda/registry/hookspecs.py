@@ -60,7 +60,10 @@ def panda_epoch_end(run: Run, epoch: int) -> None:
 
 @hookspec
 def panda_step_end(run: Run, step: int) -> None:
-    """Optimizer step ``step`` (counted from 1) is done. Values are still on the device, and reading one makes the host wait: do not, here."""
+    """Optimizer step ``step`` (counted from 1) is done.
+
+    Values are still on the device. Reading one makes the host wait: do not, here.
+    """
 
 
 @hookspec

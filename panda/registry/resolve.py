@@ -312,7 +312,7 @@ def _find_model(catalog: Catalog, arch: Setting, model: Setting) -> dict[str, Of
 
 
 def model_of(catalog: Catalog, offer: Offer) -> Offer:
-    """The model of the arch ``offer``. It is looked for in the same distribution first, since others may have a model of that name."""
+    """The model of the arch ``offer``: that of the same distribution, if it has one, whoever else has the name."""
     arch = _load(catalog, offer)
     assert arch.model is not None
     beside = f"{offer.distribution}:{arch.model}"
