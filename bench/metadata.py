@@ -4,7 +4,7 @@
 
 Makes that many distributions in a temporary folder, each with a METADATA of some kilobytes, an
 entry_points.txt with one optimizer, and a module that registers it; puts the folder on the path of each
-command, and prints the CPU time (user and system, median of the repeats) without them and with them. What
+command, and prints the CPU time (user and system, the least of the repeats) without them and with them. What
 they add is given in multiples of what they add to one `importlib.metadata.entry_points()`.
 """
 
@@ -15,7 +15,6 @@ import os
 import platform
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -119,7 +118,7 @@ def cpu_seconds(arguments: tuple[str, ...], environment: dict[str, str], cwd: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--distributions", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     plain = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     print(f"Python {platform.python_version()}, {arguments.distributions} distributions, CPU seconds")
@@ -131,10 +130,10 @@ def main() -> None:
         unit = 0.0
         for title, command in COMMANDS.items():
             taken: list[list[float]] = [[], []]
-            for _ in range(arguments.repeats + 1):  # the first fills caches: of files, and of bytecode
+            for _ in range(arguments.repeats):
                 for of_kind, more in zip(taken, ({}, {"PYTHONPATH": str(site)}), strict=True):
                     of_kind.append(cpu_seconds(command, plain | more, folder))
-            without, loaded = (statistics.median(of_kind[1:]) for of_kind in taken)
+            without, loaded = map(min, taken)
             added = loaded - without
             unit = unit or added
             print(f"{title:30}{without:10.3f}{loaded:10.3f}{added:10.3f}{added / unit:10.2f}")

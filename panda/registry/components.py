@@ -1,4 +1,4 @@
-"""What a decorator records: a component is a factory and a frozen dataclass of options."""
+"""The record that a decorator makes: a component is a factory and a frozen dataclass of options."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class NoOptions:
-    """For a component that has nothing to set."""
+    """For a component without options."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """A registered factory and what is known of it. Made by the ``register_*`` decorators."""
+    """A registered factory and its description. Made by the ``register_*`` decorators."""
 
     kind: str
     name: str
     aliases: tuple[str, ...]
     factory: Callable[..., Any]
     module: str
-    """The module that registered it. Not always the factory's own: a plugin may register what another package wrote."""
+    """The module that registered it, which need not be the factory's: a plugin may register another package's code."""
     options: type
     """The frozen dataclass whose fields are this component's keys and flags."""
     model: str | None = None
@@ -79,7 +79,9 @@ def _record(component: Component) -> None:
         raise UserError(f"{component.describe()}: options must be a frozen dataclass, not {component.options!r}.")
     for name in (component.name, *component.aliases):
         if ":" in name or name != name.strip() or not name:
-            raise UserError(f"{component.describe()}: a name must not be empty or hold ':' or outer spaces: {name!r}.")
+            raise UserError(
+                f"{component.describe()}: a name must not be empty, contain ':', or begin or end with space: {name!r}."
+            )
         key = (component.kind, name.lower(), component.module)
         before = _recorded.get(key)
         # A module that is reloaded, or a notebook cell that runs again, registers the same thing
@@ -121,9 +123,9 @@ def register_task(
 def register_model(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, ModelContext) -> torch.nn.Module``, causal; ``panda.models`` says what it is given.
+    """Register ``factory(options, ModelContext) -> torch.nn.Module``, causal; ``panda.models`` documents its inputs.
 
-    Layers that are named with a number, ``layers.0``, are stepped one at a time, which saves memory.
+    Layers named with a number, ``layers.0``, are updated one at a time, which saves memory.
     """
     return _register("model", name, options, aliases)
 
@@ -139,7 +141,7 @@ def register_optimizer(
     """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``.
 
     Under ZeRO it is given flat slices of parameters, so it has to work element by element, or to have a
-    method ``bind`` (``OptimizerContext`` says when it is called) and to mind where each parameter lies.
+    method ``bind`` (``OptimizerContext`` says when it is called) that learns where each parameter lies.
     """
     return _register("optimizer", name, options, aliases)
 
@@ -163,7 +165,7 @@ def register_plugin(
 ) -> Callable[[Factory], Factory]:
     """Register ``factory(options, PluginContext) -> object`` whose methods are hook implementations.
 
-    A lifecycle plugin that keeps no state needs no factory: ``@hookimpl`` functions at the top of
+    A lifecycle plugin without state needs no factory: ``@hookimpl`` functions at the top of
     its module are enough.
     """
     return _register("plugin", name, options, aliases)

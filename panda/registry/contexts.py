@@ -1,6 +1,6 @@
-"""What a factory is told beside its options: the second argument, one class a kind.
+"""The second argument of a factory, after its options: one class for each kind.
 
-A field may be added to these; a factory that takes what it needs from the context keeps working.
+Fields may be added to these classes: a factory should take those that it needs, by name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TaskContext:
     max_seq_length: int
     """Tokens that a sample may have at most."""
     reader_options: Any = None
-    """The reader's options: the token cache is addressed by them, too."""
+    """The reader's options: they are part of the token cache's address."""
     token_cache: Path | None = None
     """Folder in which tokenised data is kept; without one it is tokenised in memory."""
 
@@ -53,26 +53,26 @@ class ModelContext:
     config: Mapping[str, Any] | None = None
     """The config.json of the checkpoint that the model's weights will come from; None for random ones.
 
-    Its ``vocab_size`` is what the embedding has to have. The module is made without weights then, on
+    The embedding needs as many rows as its ``vocab_size``. The module is then made without weights, on
     the meta device: a factory must not read them.
     """
 
 
 @dataclass(frozen=True)
 class TensorParallelPlan:
-    """How a model is split over tensor-parallel ranks: what a module that can be has as ``tensor_parallel_plan``.
+    """How a model is split over tensor-parallel ranks: the attribute ``tensor_parallel_plan`` of a module.
 
     Layers are patterns of names of modules (``*`` is any text).
     """
 
     column: tuple[str, ...]
-    """Linear layers of which each rank computes a part of the outputs; what stands behind works on such parts."""
+    """Linear layers of which each rank computes a part of the outputs; what follows works on such parts."""
     row: tuple[str, ...]
     """Linear layers that are given a part of their inputs on each rank; outputs are summed, and whole."""
     vocabulary: tuple[str, ...]
-    """Embeddings, and the linear output head: each rank has a part of the vocabulary's rows; outputs are whole."""
+    """Embeddings, and the linear output head: each rank has some of the vocabulary's rows; outputs are whole."""
     sizes: Mapping[str, int]
-    """What the number of ranks has to divide, as the model's options call it: heads, widths inside, vocabulary."""
+    """Sizes that the number of ranks has to divide, by the names of the model's options: heads, widths, vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,22 @@ class OptimizerContext:
     param_groups: list[dict[str, Any]]
     """``params``, ``lr`` (the peak: the schedule scales it before each step) and ``weight_decay``.
 
-    DeepSpeed may put flat fp32 tensors, each a rank's part of many parameters, in their place before
-    the first step. So make state lazily, in ``step``, of the shape of what is there. An optimizer to
-    which it matters where a parameter begins has a method ``bind(layout: ParameterLayout)``: it is called once,
-    before the first step, with what lies where. One that has something to tell of each parameter has a
-    method ``observe() -> dict[str, tuple[list[str], torch.Tensor]]``: by name of a quantity, the names of
-    parameters and their values. It is called where a record is logged, on rank 0 alone: no collectives.
+    DeepSpeed may replace them by flat fp32 tensors, each a rank's part of many parameters, before the
+    first step. So create state lazily, in ``step``, in the shape of the tensors that are there. An optimizer
+    that needs to know where a parameter begins has a method ``bind(layout: ParameterLayout)``, which is called
+    once, before the first step. One that reports quantities of each parameter has a method
+    ``observe() -> dict[str, tuple[list[str], torch.Tensor]]``: by name of a quantity, the names of
+    parameters and their values. It is called where a record is logged, on rank 0 only: no collectives.
     """
     device: torch.device
     """Where the step runs."""
     bit_training: bool = False
-    """Whether 8-bit state is asked for: refused to all but ``adamw`` and those that have nothing else."""
+    """Whether 8-bit state is asked for. Only ``adamw`` has a choice; others that are not 8-bit are refused."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a tensor that one parameter's elements fill."""
+    """A stretch of a tensor that holds elements of one parameter."""
 
     parameter: int
     """Which one: an index into ``TensorLayout.parameters``."""
@@ -110,27 +110,28 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class TensorLayout:
-    """What lies where in one tensor that an optimizer steps: a whole parameter, or this rank's part of some.
+    """The contents of one tensor that an optimizer updates: a whole parameter, or this rank's part of several.
 
-    What no segment covers is padding of any content.
+    Elements in no segment are padding, with any content.
     """
 
     tensor: torch.Tensor
     parameters: tuple[str, ...]
-    """Names of the parameters that the ranks' tensors hold together: the same, in one order, on all ranks."""
+    """Names of the parameters that the ranks' tensors hold between them, in the same order on all ranks."""
     segments: tuple[Segment, ...]
     """Of this rank; none overlap."""
 
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Where the parameters lie in all tensors that an optimizer steps."""
+    """Where the parameters lie in all tensors that an optimizer updates."""
 
     tensors: tuple[TensorLayout, ...]
     sum_over_shards: Callable[[torch.Tensor], torch.Tensor]
     """Sums a tensor over the ranks that hold parts of the same parameters, in place, and returns it. A collective.
 
-    For ratios of such sums: what tensor-parallel ranks hold whole, norms and the like, is counted by each of them.
+    Meant for ratios of such sums: a parameter that every tensor-parallel rank holds whole, such as a norm's, is
+    counted once by each of them.
     """
 
 

@@ -1,8 +1,8 @@
-"""What a module declares, read from its source and not by importing it.
+"""The components that a module declares, read from its source without importing it.
 
-Metadata says which names exist. What a name is *about* stands in the module, and ``panda list``
-and the message for a key of something that was not chosen want to know without running a stranger's
-code: so this reads the decorators out of the syntax tree.
+Metadata says which names exist, and the module what they are. ``panda list`` and the message for a key of
+a component that was not chosen need that without running a stranger's code, so this reads the decorators from
+the syntax tree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Declaration:
-    """A ``@register_...("name")`` as it stands in a source file."""
+    """A ``@register_...("name")`` in a source file."""
 
     kind: str
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ def declarations(module: str) -> tuple[Declaration, ...]:
 
 
 def module_summary(module: str) -> str:
-    """First line of the docstring of ``module``, unimported."""
+    """First line of the docstring of ``module``, without importing it."""
     return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]
 
 

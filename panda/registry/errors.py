@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says of a disk that is full: no room, no quota, a file that may not grow."""
+"""Errors of a full disk: no room, no quota, a file that may not grow."""
 
 
 class UserError(Exception):
-    """Something the user can put right.
+    """An error that the user can correct.
 
     The text says what was given, what was expected and what to do. The command line prints it
     without a traceback and exits with 2; anything else that is raised is a bug and keeps its own.
@@ -22,9 +22,9 @@ class UserError(Exception):
 
 
 def in_brief(problem: Exception, most: int = 300) -> str:
-    """What a library says, on one line, without the full stop; cut after ``most`` characters.
+    """The message of ``problem`` on one line, without the full stop; cut after ``most`` characters.
 
-    Some list all that they know.
+    Some libraries list all that they know.
     """
     text = " ".join(str(problem).split())
     return text.rstrip(".") if len(text) <= most else f"{text[:most]}..."
@@ -32,7 +32,7 @@ def in_brief(problem: Exception, most: int = 300) -> str:
 
 @contextmanager
 def writing(what: str, then: str) -> Iterator[None]:
-    """Raise UserError, ``WHAT cannot be written: the disk is full. THEN``, where that is what goes wrong meanwhile."""
+    """Raise UserError, ``WHAT cannot be written: the disk is full. THEN``, where the disk is full inside."""
     try:
         yield
     except UserError:
@@ -45,10 +45,10 @@ def writing(what: str, then: str) -> Iterator[None]:
 
 
 def _no_room(error: BaseException | None) -> str | None:
-    """That ``error``, or one that it came from, is of a disk that is full, in words."""
+    """In words, that ``error``, or an error that it came from, is that of a full disk; None where it is not."""
     if error is None:
         return None
-    file = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # of a copy, what is made
+    file = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # of a copy, its target
     at = f" ({file})" if file else ""
     number = getattr(error, "errno", None)
     if number is None and (told := re.search(r"\((?:os error|Errno) (\d+)\)|\[Errno (\d+)\]", str(error))):

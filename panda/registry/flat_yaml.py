@@ -1,4 +1,4 @@
-"""Flat YAML: one mapping, one level, every value with the line that it stands on.
+"""Flat YAML: one mapping, one level, every value with its line.
 
 ``yaml.safe_load`` keeps the last of two equal keys, reads ``1e-4`` as a text and ``12:30`` as a
 number in base 60. So panda composes the nodes, keeps each scalar's own characters, and leaves the
@@ -16,7 +16,7 @@ from panda.registry.options import Given
 
 
 def load_flat_yaml(path: Path) -> dict[str, Given]:
-    """Keys and values of the file at ``path``. Raises UserError with file and line for whatever is not flat YAML."""
+    """Keys and values of the file at ``path``. Raises UserError with file and line where it is not flat YAML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

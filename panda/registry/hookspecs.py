@@ -1,10 +1,10 @@
-"""The hooks: what panda calls around a run, when, on which ranks, with what.
+"""The hooks: when panda calls them around a run, on which ranks, and with which arguments.
 
 A lifecycle plugin implements any of them with ``@hookimpl``, under exactly these names and with any
 subset of these arguments. They are coarse moments, never a layer or a micro batch, so they cost
-nothing that matters. Unless a hook says otherwise it is called on every rank, its return value is
+almost nothing. Unless a hook says otherwise it is called on every rank, its return value is
 ignored, and an exception in it ends the run. A hook that is called on every rank may use
-collectives; one that is called on rank 0 alone must not.
+collectives; one that is called on rank 0 only must not.
 
 A plugin of ``panda.plugins`` runs where ``plugins:`` names it. Hooks in the module of any other
 component are live in the runs that chose any component of that module. Of several implementations
@@ -60,7 +60,10 @@ def panda_epoch_end(run: Run, epoch: int) -> None:
 
 @hookspec
 def panda_step_end(run: Run, step: int) -> None:
-    """Optimizer step ``step`` (counted from 1) is done. Values are still on the device: do not read them here."""
+    """Optimizer step ``step`` (counted from 1) is done.
+
+    Values are still on the device. Reading one makes the host wait: do not, here.
+    """
 
 
 @hookspec
@@ -72,8 +75,8 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     run began and over all ranks; ``skipped_steps``, of all steps those that changed nothing because
     their gradients were not finite; ``tokens_per_second``, ``step_seconds`` and ``data_wait``, the
     share of the time that rank 0 waited for batches, each the mean since the last record, without the
-    time that saving took. Beside them ``_min``, ``_median`` and ``_max`` of each quantity that the
-    optimizer tells of each parameter (``trust_ratio`` of nvlamb); all of them are in
+    time that saving took. In addition ``_min``, ``_median`` and ``_max`` of each quantity that the
+    optimizer reports of each parameter (``trust_ratio`` of nvlamb); all of them are in
     ``run.observations``.
     """
 

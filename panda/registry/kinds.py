@@ -10,7 +10,7 @@ from panda.registry.errors import did_you_mean
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of component: what a name of it stands for, and where packages declare such names."""
+    """A kind of component, and the entry-point group in which packages declare names of it."""
 
     name: str
     """Singular, and the option that names a component of this kind: ``optimizer``."""

@@ -1,4 +1,4 @@
-"""What is installed: names and the modules behind them, read from package metadata. Imports nothing that it finds."""
+"""Installed names and the modules that register them, read from package metadata. Imports none of them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Offer:
 
     @property
     def declaration(self) -> Declaration | None:
-        """What the module's source says of this name, without importing it."""
+        """The declaration of this name in the module's source, which is not imported."""
         for declared in declarations(self.module):
             if declared.kind == self.kind and self.name.lower() in map(str.lower, declared.names):
                 return declared
@@ -63,10 +63,10 @@ class Offer:
 
     @contextmanager
     def attributed(self, part: str) -> Iterator[None]:
-        """Around a call of ``part`` of this component: an exception gets a note that names its distribution.
+        """Goes around a call of ``part`` of this component: an exception gets a note that names its distribution.
 
         Components call each other, and the innermost one is what failed: an exception that has such a note keeps
-        it. A UserError says all there is to say, and gets none.
+        it. A UserError is complete, and gets none.
         """
         try:
             yield
@@ -84,7 +84,7 @@ class Offer:
 
 
 def made_by(offer: Offer, built: object) -> None:
-    """Remember that ``built`` came with ``offer``, for ``maker``: in the object, so that copies of it have it, too."""
+    """Remember on ``built``, for ``maker``, that it came with ``offer``. Copies of it remember that, too."""
     with suppress(AttributeError):  # one without a __dict__ cannot remember
         object.__setattr__(built, _MAKER, offer)
 
@@ -100,7 +100,7 @@ _MAKER = "_panda_offer"
 
 @functools.cache
 def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
-    """Every offer, by kind and by its name in lower case. The one metadata scan of a process.
+    """Every offer, by kind and by its name in lower case: the one metadata scan of a process.
 
     ``installed.cache_clear()`` forgets it. A distribution whose files cannot be read offers nothing.
     """
@@ -142,9 +142,9 @@ def with_readable_source(offers: Iterable[Offer]) -> list[Offer]:
 
 
 def _entry_points(text: str) -> Iterator[tuple[str, str, str]]:
-    """Kind, name and module of the entry points in ``text`` that are panda's. Lines that mean nothing are left out.
+    """Kind, name and module of the entry points in ``text`` that are panda's. A line without `=` is skipped.
 
-    importlib.metadata reads the file the same way, but makes more objects of it, and gives up at such a line.
+    importlib.metadata reads the file in the same way, but makes more objects of it, and fails at such a line.
     """
     kind = None
     for line in map(str.strip, text.splitlines()):
@@ -161,7 +161,7 @@ _KIND_OF_GROUP = {kind.group: kind.name for kind in KINDS.values()}
 
 
 def _name(distribution: importlib.metadata.Distribution) -> str:
-    """Of a distribution, also where it has lost its METADATA file. Its folder has the name, and METADATA is long."""
+    """The name of ``distribution``, from its folder: METADATA is long, and may be missing."""
     stem, _ = _folder(distribution)
     return normalised(stem.partition("-")[0] or _stated(distribution, "Name"))
 
@@ -172,16 +172,16 @@ def _version(distribution: importlib.metadata.Distribution) -> str:
 
 
 def _folder(distribution: importlib.metadata.Distribution) -> tuple[str, bool]:
-    """``NAME-VERSION`` of its folder, and whether that is a ``.dist-info``, of which the specification says so.
+    """The stem of its folder, and whether that is a ``.dist-info``, which by specification is ``NAME-VERSION``.
 
-    The stem of an ``.egg-info`` begins with the name, too. Empty for a distribution that is in no such folder.
+    The stem of an ``.egg-info`` begins with the name, too. Empty for a distribution without such a folder.
     """
     stem, _, suffix = getattr(getattr(distribution, "_path", None), "name", "").rpartition(".")
     return (stem, suffix == "dist-info") if suffix in ("dist-info", "egg-info") else ("", False)
 
 
 def _stated(distribution: importlib.metadata.Distribution, field: str) -> str:
-    """What the METADATA of ``distribution`` has as ``field``; ``?`` where it has none."""
+    """``field`` of the METADATA of ``distribution``; ``?`` where there is none."""
     try:
         return distribution.metadata[field] or "?"
     except Exception:

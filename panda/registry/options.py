@@ -9,7 +9,7 @@
 
 A type is one of int, float, str, bool, Literal[...], tuple[...] of these, or any of them
 ``| None``; ``Meta`` gives bounds, and ``Location`` marks a path. The docstring under a
-field is its help. A ``__post_init__`` that raises UserError refuses values that do not go together.
+field is its help. A ``__post_init__`` that raises UserError refuses combinations of values.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from panda.registry.errors import UserError
 from panda.registry.location import Location as Location
 
 REQUIRED: Any = MISSING
-"""Default of an option that has none: the user has to give it."""
+"""Default of an option without one: the user has to give a value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """Bounds of an option's value: ``Annotated[int, Meta(ge=1)]``. What is None is not asked for."""
+    """Bounds of an option's value: ``Annotated[int, Meta(ge=1)]``. None is no bound."""
 
     ge: float | None = None
     gt: float | None = None
@@ -63,14 +63,14 @@ class Meta:
 
 @dataclass(frozen=True)
 class Given:
-    """A value as somebody wrote it, before it is known which option it is for."""
+    """A value as it was written, before its option is known."""
 
     value: str | bool | tuple[str | bool | None, ...] | None
-    """Text where it was text or a number; True, False or None where YAML says so."""
+    """Text for text and numbers; True, False or None where YAML reads it so."""
     origin: str
     """Where it was written: ``run.yaml:3`` or ``--learning_rate``."""
     text: str = ""
-    """The very characters, for messages."""
+    """Its characters, for messages."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,18 @@ class Option:
 
     @property
     def expects(self) -> str:
-        """What a value has to be, in words: ``an integer >= 1``."""
+        """The values that are accepted, in words: ``an integer >= 1``."""
         return _describe(self.type)
 
     @property
     def location(self) -> Location | None:
-        """What marks it as a path; None where it is none."""
+        """The mark of a path; None for other options."""
         base, _, _, location = _parts(self.type)
         is_list = typing.get_origin(base) is tuple
         return _parts(typing.get_args(base)[0])[3] if is_list and location is None else location
 
     def convert(self, given: Given) -> Any:
-        """The value of this option that ``given`` stands for. Raises UserError that says what is wrong."""
+        """The value of this option that ``given`` stands for. Raises UserError for a value that does not fit."""
         is_own_flag = given.origin.removeprefix("--").replace("-", "_") == self.key
         at = given.origin if is_own_flag else f"{given.origin}: {self.key}"
         try:
@@ -108,7 +108,7 @@ class Option:
             raise UserError(f"{at}: {shown!r} is not {self.expects}.{detail}") from None
 
     def check(self, value: Any) -> Any:
-        """``value``, a Python object, if it is one that this option can have; else ValueError."""
+        """``value``, a Python object, converted to this option's type. Raises ValueError where it does not fit."""
         return _convert(self.type, value)
 
 
@@ -131,7 +131,7 @@ def options_of(cls: type) -> dict[str, Option]:
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance of the options dataclass ``cls``, for code that does without a configuration file.
+    """An instance of the options dataclass ``cls``, for code without a configuration file.
 
     Raises UserError for an unknown option or a value out of bounds.
     """
@@ -148,7 +148,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """Docstrings under the fields of ``cls`` and its bases. They exist in the source only."""
+    """Docstrings under the fields of ``cls`` and its bases, which only the source has."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         try:
@@ -169,7 +169,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def _parts(type_: Any) -> tuple[Any, Meta | None, bool, Location | None]:
-    """The type without its wrappings, its bounds, whether None is allowed, and what marks it as a path."""
+    """The type without its wrappings, its bounds, whether None is allowed, and its mark as a path."""
     bounds = location = None
     optional = False
     while True:
@@ -188,7 +188,7 @@ def _parts(type_: Any) -> tuple[Any, Meta | None, bool, Location | None]:
 
 
 def _check_type(key: str, type_: Any) -> None:
-    """Raise TypeError for a type that nothing converts to."""
+    """Raise TypeError for a type that no option can have."""
     base = _parts(type_)[0]
     if typing.get_origin(base) is tuple and typing.get_args(base):
         for member in typing.get_args(base):
@@ -237,7 +237,7 @@ def _as_text(value: Any) -> str:
 
 
 def _convert(type_: Any, value: Any) -> Any:
-    """Raises ValueError with what else to say than that the value is not what was expected."""
+    """``value`` as a ``type_``. Raises ValueError; its text is a hint, or empty."""
     base, bounds, optional, _ = _parts(type_)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~")):
         if optional:

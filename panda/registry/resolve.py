@@ -1,4 +1,4 @@
-"""From what was written to what will run: components chosen, every value converted, its origin kept.
+"""Resolves a configuration: components are chosen, every value is converted, and its origin kept.
 
 Precedence per key: default, then arch, then YAML, then flag. Every key has one owner, the core or
 one chosen component.
@@ -45,7 +45,7 @@ NAMING = (*CHOSEN_BY_NAME, "arch", "model", "plugins")
 
 @dataclass(frozen=True)
 class Setting:
-    """The value of one key, and how it came to have it."""
+    """The value of one key, and where it came from."""
 
     key: str
     value: Any
@@ -54,7 +54,7 @@ class Setting:
     owner: str
     """``CORE`` for a core option, else the label of the component: ``optimizer adamw``."""
     location: Location | None = None
-    """What marks it as a path; None where it is none."""
+    """The mark of a path; None for other options."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Chosen:
         return f"{self.component.kind} {self.component.name}"
 
     def attributed(self, part: str) -> AbstractContextManager[None]:
-        """Around a call of ``part`` of what this component is or made: an exception names the distribution."""
+        """Goes around a call of ``part`` of this component, or of what it made: an exception names the distribution."""
         return self.offer.attributed(part)
 
     def build(self, context: Any, expected: Any) -> Any:
-        """What the component's factory makes of its options and ``context``.
+        """The product of the component's factory, given its options and ``context``.
 
-        Raises UserError where that is not of the type ``expected``.
+        Raises UserError where it is not of the type ``expected``.
         """
         with self.attributed("the factory"):
             built = self.component.factory(self.options, context)
@@ -131,7 +131,7 @@ class Resolved:
         """This configuration with ``values`` for some keys, which came from ``origin``.
 
         The only way to change one: the core options, those of components and the settings stay in step. Raises
-        UserError for values of a component that do not go together.
+        UserError for a combination of values that a component refuses.
         """
         settings = dict(self.settings)
         changed: dict[str, dict[str, Any]] = {}
@@ -162,8 +162,8 @@ def resolve(
 ) -> Resolved:
     """Resolve ``given`` (flags already laid over YAML) against the core options and what is installed.
 
-    ``renamed`` maps keys that panda does not have to what to write instead. Raises UserError, for
-    all bad keys and values at once where that is possible.
+    ``renamed`` maps keys that panda lacks to advice. Raises UserError for all bad keys and values at once,
+    where that is possible.
     """
     core_options = options_of(core)
     core_values, problems = convert_options(core_options, given)
@@ -223,7 +223,7 @@ def resolve(
             try:
                 with offer.attributed("the options"):
                     chosen.append(Chosen(offer, component, component.options(**values)))
-            except UserError as problem:  # of __post_init__: values that do not go together
+            except UserError as problem:  # of __post_init__: a combination that is refused
                 problems.append(str(problem))
     known_keys = [*core_options, *settings]
     components = [component for _, component in owners]
@@ -250,7 +250,7 @@ def resolve(
 
 
 def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: tuple[str, ...] = ()) -> Choice:
-    """What the run names, found and not imported. Raises UserError for all names that nothing answers to."""
+    """The components that the run names, found and not imported. Raises UserError for all unknown names at once."""
     problems: list[str] = []
     offers: dict[str, Offer] = {}
     plugins: list[Offer] = []
@@ -285,7 +285,7 @@ def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: t
 
 
 def _own(name: str) -> str:
-    """A default means panda's own component, also where an installed package has one of the same name."""
+    """A default means panda's own component, even where an installed package has one of the same name."""
     return name if ":" in name else f"{OWN_DISTRIBUTION}:{name}"
 
 
@@ -312,7 +312,7 @@ def _find_model(catalog: Catalog, arch: Setting, model: Setting) -> dict[str, Of
 
 
 def model_of(catalog: Catalog, offer: Offer) -> Offer:
-    """The model of the arch ``offer``. They belong together in one distribution, whoever else has that model's name."""
+    """The model of the arch ``offer``: that of the same distribution, if it has one, whoever else has the name."""
     arch = _load(catalog, offer)
     assert arch.model is not None
     beside = f"{offer.distribution}:{arch.model}"
@@ -328,7 +328,7 @@ def _load(catalog: Catalog, offer: Offer) -> Component:
 
 
 def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
-    """What the arch ``chosen`` sets of ``model``, each value checked."""
+    """The options of ``model`` that the arch ``chosen`` sets, each value checked."""
     arch = chosen.component
     of_model = (arch.model or "").rpartition(":")[2]
     if of_model.lower() not in {name.lower() for name in (model.name, *model.aliases)}:
@@ -345,7 +345,7 @@ def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
     for key, value in values.items():
         if key not in known:
             raise UserError(
-                f"{arch.describe()} sets {key!r}, which model {model.name!r} has not.{did_you_mean(key, known)}"
+                f"{arch.describe()} sets {key!r}, which model {model.name!r} lacks.{did_you_mean(key, known)}"
             )
         try:
             checked[key] = known[key].check(value)
@@ -361,7 +361,7 @@ def convert_options(
     overrides: Mapping[str, Any] | None = None,
     overriding: str = "",
 ) -> tuple[dict[str, Setting], list[str]]:
-    """The value of each of ``options``, and what is wrong with those that have none."""
+    """The value of each of ``options``, and the problems of those that have none."""
     settings: dict[str, Setting] = {}
     problems: list[str] = []
     for key, option in options.items():
@@ -382,7 +382,7 @@ def convert_options(
 def _given_to(
     component: Component, given: Mapping[str, Given], shared: Mapping[str, list[Component]]
 ) -> tuple[dict[str, Given], set[str], list[str]]:
-    """What was given for each option of ``component``, every key that it answers to, and what is wrong."""
+    """The values given for the options of ``component``, every key that it answers to, and the problems."""
     mine: dict[str, Given] = {}
     known: set[str] = set()
     problems: list[str] = []
@@ -419,7 +419,7 @@ def _shortened(value: object) -> str:
 
 
 def _prefix(component: Component) -> str:
-    """What stands before a key that several components have: the kind, of which a run has one, or a plugin's name."""
+    """The prefix of a key that several components have: the kind, of which a run has one, or a plugin's name."""
     return component.name.replace("-", "_") if component.kind == "plugin" else component.kind
 
 
@@ -444,7 +444,7 @@ def _unknown(
     renamed: Mapping[str, str],
     chosen: list[Component],
 ) -> list[str]:
-    """What to say of each of ``keys``, which nothing in this run takes."""
+    """A message for each of ``keys``, which nothing in this run takes."""
     if not keys:
         return []
     offers = [offer for kind in KINDS for offer in catalog.offers(kind)]

@@ -161,7 +161,7 @@ def test_values_that_are_changed_later_are_changed_everywhere(acme: Distribution
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("tiny-unknown", "sets 'widht', which model 'tiny' has not. Did you mean 'width'"),
+        ("tiny-unknown", "sets 'widht', which model 'tiny' lacks. Did you mean 'width'"),
         ("tiny-bad", "width: 0 is not an integer >= 1"),
         ("tiny-list", "not a mapping of options of 'tiny'"),
     ],
