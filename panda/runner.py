@@ -40,6 +40,7 @@ from panda.engine.engine import Engine
 from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
+from panda.files.disk_full import writing
 from panda.models.adapters.lora import export_adapters
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
@@ -48,7 +49,6 @@ from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import PluginContext
-from panda.registry.errors import writing
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run.assembly import build_evaluation_task

@@ -8,6 +8,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from panda.files.whole import write_whole
+
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records in ``path``, in order; none where it is not there. A last line that was cut off is left out."""
@@ -26,9 +28,7 @@ class RecordFile:
     def __init__(self, path: Path, step: int) -> None:
         """Continue ``path`` behind ``step``: what an interrupted run wrote of later steps comes again."""
         kept = [record for record in read_records(path) if record["step"] <= step]
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
-        rewritten.replace(path)  # at once: no moment to die at has fewer records
+        write_whole(path, "".join(map(_line, kept)))  # whenever the process is killed, no record is lost
         self.path = path
         self.stream = path.open("a", encoding="utf-8")
 

@@ -21,6 +21,7 @@ from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
+    from panda.data.recipe import Recipe
     from panda.data.token_dataset import SampleBlock
     from panda.data.token_dataset import TokenDataset
 
@@ -59,10 +60,14 @@ class TextTask(LanguageModelling):
         return other
 
     def dataset(self) -> TokenDataset:
-        from panda.data.token_cache import Recipe
-        from panda.data.token_cache import tokenised
+        cache = self.context.token_cache
+        return cache.samples(self.recipe()) if cache else self.recipe().in_memory()
 
-        recipe = Recipe(
+    def recipe(self) -> Recipe:
+        """The files, how they become samples, and everything else that decides which tokens come out."""
+        from panda.data.recipe import Recipe
+
+        return Recipe(
             option=self.option,
             location=self.location,
             files=self.files,
@@ -76,7 +81,6 @@ class TextTask(LanguageModelling):
                 "tokenizer": _tokenizer_hash(self.tokenizer),
             },
         )
-        return tokenised(recipe, self.context.token_cache)
 
     def tokenise(self, rows: list[Row | BadRow]) -> SampleBlock:
         """The samples of ``rows``, and the report of those that make none."""

@@ -15,7 +15,6 @@ from panda.cli.main import main
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
-from panda.weights.export import replacing
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "rms_norm_eps": 1e-5}
 PLAIN = """
@@ -126,18 +125,3 @@ def test_greedy_answers_are_those_of_transformers(run: Path) -> None:
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2)[0]
         ended = [*theirs[len(prompt) :].tolist(), 2]
         assert answer == ended[: ended.index(2)]
-
-
-def test_a_folder_that_is_a_link_stays_one(tmp_path: Path) -> None:
-    """To a larger disk, say, where the new one is then made, too."""
-    large = tmp_path / "large"
-    (large / "export").mkdir(parents=True)
-    (large / "export" / "old").touch()
-    (tmp_path / "export").symlink_to(large / "export")
-    with replacing(tmp_path / "export") as temporary:
-        assert temporary.parent == large
-        temporary.mkdir()
-        (temporary / "new").touch()
-    assert (tmp_path / "export").is_symlink()
-    assert [file.name for file in (tmp_path / "export").iterdir()] == ["new"]
-    assert [file.name for file in large.iterdir()] == ["export"]
