@@ -173,13 +173,13 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
 
 
 def write_end(directory: Path, step: int, **done: Any) -> None:
-    """Note in provenance.json that the run is at its end behind ``step``, and what else was ``done`` there."""
+    """Note in provenance.json that the run is at its end after ``step``, and what else was ``done`` there."""
     described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
     _write_json(directory / DESCRIPTION, described | {"end": {"step": step, **done}})
 
 
 def is_at_end(directory: Path, step: int, **wanted: Any) -> bool:
-    """Whether the run in ``directory`` has been at its end behind ``step``, with an export that is still there.
+    """Whether the run in ``directory`` has been at its end after ``step``, with an export that is still there.
 
     And has done what else is ``wanted``, where that is anything. False for runs of panda 0.1 before they noted it.
     """
