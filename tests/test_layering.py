@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "panda"
 LEVELS: tuple[set[str], ...] = (
     {"registry"},
+    {"files"},
     {"weights"},
     {"optim", "configuration"},
     {"data", "engine", "models"},

@@ -260,7 +260,7 @@ def test_the_first_error_is_the_one_that_is_seen(
         + out_of.format("panda_exception", "recorder")
         + " `-p no:recorder` runs without it.",
     ]
-    assert "the run stopped behind step 2" in capsys.readouterr().out, "the others are called all the same"
+    assert "the run stopped after step 2" in capsys.readouterr().out, "the others are called all the same"
 
 
 def test_a_hook_that_came_with_a_component_is_named_with_it(processes: Any, recorded: Any) -> None:

@@ -44,10 +44,10 @@ class Batch:
 
     @property
     def positions(self) -> dict[str, torch.Tensor]:
-        """What the model is called with beside ``input_ids``.
+        """What the model is called with besides ``input_ids``.
 
-        Where rows hold several samples ``position_ids``, int64 [rows, length]: from 0 on in each, by which a model
-        tells them apart.
+        Where rows hold several samples: ``position_ids``, int64 [rows, length], from 0 on in each sample, by which a
+        model tells them apart.
         """
         return {"position_ids": self.cells[2]} if len(self.cells) > 2 else {}
 
@@ -58,9 +58,9 @@ class Batch:
         return replace(self, cells=self.cells.pin_memory())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As an array of half the size, through the pipe from a worker. torch passes a tensor as a file of shared
-        memory, which takes longer than to copy one that is as small: half of the rate of a loader, measured
-        (bench/data.py)."""
+        """Through the pipe from a worker as an array of half the size. torch would pass a tensor as a file of shared
+        memory, which for one as small as this takes longer than copying it, and halves the rate of a loader
+        (measured: bench/data.py)."""
         return _unpickled, (self.cells.numpy().astype(np.int32), self.tokens, self.supervised_tokens)
 
 
@@ -69,13 +69,13 @@ def _unpickled(cells: np.ndarray, *counts: int) -> Batch:
 
 
 def collate(rows: Sequence[Sequence[tuple[Any, Any]]], pad_token_id: int, *, packed: bool = False) -> Batch:
-    """Lay ``rows``, each of samples of (token ids, supervision), side by side and pad them to the longest.
+    """One batch of ``rows``, which are lists of samples (token ids, supervision), padded to the longest.
 
-    No rows make one without loss. With ``packed``, positions begin anew in each sample, and in the
-    padding, which so is a sample of its own.
+    Where there are no rows, a batch of one row without loss. With ``packed``, positions start at 0 again in
+    each sample, and in the padding, which makes it a sample of its own.
     """
     lengths = [sum(len(token_ids) for token_ids, _ in row) for row in rows]
-    # In numpy, which takes a tenth of torch's time to copy a hundred numbers.
+    # In numpy, which copies a hundred numbers in a tenth of the time that torch takes.
     cells = np.empty((3, max(1, len(rows)), max(lengths, default=2)), dtype=np.int64)
     input_ids, labels, positions = cells
     from_0 = np.arange(cells.shape[2])
@@ -95,8 +95,8 @@ def collate(rows: Sequence[Sequence[tuple[Any, Any]]], pad_token_id: int, *, pac
 
 
 class _Steps(Dataset[list[Batch]]):
-    """The micro batches of a rank in an optimizer step, made on demand in whichever worker is asked: which samples,
-    their rows and the tensors. All that the training process sends is a number, and what it gets one message a step."""
+    """The micro batches of a rank by optimizer step, made in the worker that is asked for one: its samples, their rows
+    and the tensors. The training process sends only a number, and receives one message a step."""
 
     def __init__(self, layout: Layout, rank: int, pad_token_id: int) -> None:
         self.layout, self.rank, self.pad_token_id = layout, rank, pad_token_id
@@ -127,8 +127,8 @@ def step_batches(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        # A generator of its own: the loader draws a seed for its workers, and the run's random
-        # numbers must not depend on how often it is started.
+        # A generator of its own, since the loader draws a seed for its workers: the run's random numbers
+        # must not depend on how often a loader is started.
         generator=torch.Generator().manual_seed(0),
     )
     batches = iter(loader)
@@ -142,6 +142,6 @@ def step_batches(
             " memory ran out. Lower num_workers or prefetch_factor."
         ) from problem
     finally:
-        # At once: an exception from a worker keeps the iterator in a reference cycle, and where the garbage
-        # collector finds it there its workers do not hear that they may go, and it waits five seconds for each.
+        # Not left to the garbage collector: an exception from a worker keeps the iterator in a reference cycle,
+        # and when it is collected there its workers are not told to end, and it waits five seconds for each.
         getattr(batches, "_shutdown_workers", lambda: None)()

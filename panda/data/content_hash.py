@@ -1,47 +1,52 @@
-"""The content of files as a hash, remembered by size and time so that a large file is read once."""
+"""The content of files as a hash, remembered by size and time so that a large file is read only once."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
 from contextlib import ExitStack
-from contextlib import contextmanager
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from panda.files.locks import held
 from panda.registry import UserError
 
 _SETTLED_SECONDS = 2.0
-"""A file that was written later than this before it was hashed may change again within the same time stamp."""
+"""A file that was written more recently before it was hashed may change again within the same time stamp."""
 
 
 def content_hash(file: Path, memory: Path, progress: Callable[[int], None]) -> str:
     """SHA-256 of the content of ``file``, in hex; remembered in the folder ``memory``.
 
-    Where the file has to be read ``progress`` is told of the bytes of each piece.
+    Where the file has to be read, ``progress`` is called with the number of bytes of each piece.
 
-    The remembered value holds while device, inode, size and modification time stay as they are. Of
-    the ranks of a run, which all ask when it starts, one reads the file; the others wait at a lock,
-    before there is a process group, and find what it remembered.
+    The remembered value is used as long as device, inode, size and modification time stay the same. All
+    ranks of a run ask for it when it starts, before there is a process group: one reads the file, the
+    others wait for a lock and find what the first one remembered.
     """
     known = _recall(file, memory)
     if known is not None:
         return known
-    with _alone(memory):
+    with ExitStack() as stack:
+        with suppress(OSError):  # a read-only folder, in which nothing can be remembered: each rank reads the file
+            memory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(memory / "lock", waiting=_say_who_reads))
         return _recall(file, memory) or _read(file, memory, progress)
+
+
+def _say_who_reads(holder: str) -> None:
+    print(f"waiting for the hash of a file's content, which is computed by {holder}", flush=True)
 
 
 def _read(file: Path, memory: Path, progress: Callable[[int], None]) -> str:
     try:
         before = file.stat()
-        with _Told(file) as stream:
+        with _CountedFile(file) as stream:
             stream.progress = progress
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if stamp(file.stat()) != stamp(before):
@@ -54,13 +59,11 @@ def _read(file: Path, memory: Path, progress: Callable[[int], None]) -> str:
 
 
 def remember(file: Path, digest: str, memory: Path) -> None:
-    """Have ``content_hash`` know that ``digest`` is the hash of ``file`` as it is now."""
-    note = _note(file, memory)
-    temporary = note.with_name(f"{note.name}.{os.getpid()}")
-    with suppress(OSError):  # a disk that is full, a folder that is read-only: it is hashed again next time
+    """Make ``content_hash`` return ``digest`` for ``file`` as it is now."""
+    # Written in place: a note that was cut off is no JSON, and the file is hashed again.
+    with suppress(OSError):  # a full disk, a read-only folder: the file is hashed again next time
         memory.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([stamp(file.stat()), digest]), encoding="utf-8")
-        temporary.replace(note)
+        _note(file, memory).write_text(json.dumps([stamp(file.stat()), digest]), encoding="utf-8")
 
 
 def stamp(status: os.stat_result) -> list[int]:
@@ -68,8 +71,8 @@ def stamp(status: os.stat_result) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 
-class _Told(FileIO):
-    """A file that tells how much is read of it."""
+class _CountedFile(FileIO):
+    """A file that reports how much is read from it."""
 
     progress: Callable[[int], None]
 
@@ -77,17 +80,6 @@ class _Told(FileIO):
         count = super().readinto(buffer) or 0
         self.progress(count)
         return count
-
-
-@contextmanager
-def _alone(memory: Path) -> Iterator[None]:
-    """Hold the lock of the folder ``memory``, if it can have one. The system frees that of a process that dies."""
-    with ExitStack() as held:
-        with suppress(OSError):  # a read-only folder: what cannot be remembered each reads for itself
-            memory.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((memory / "lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _recall(file: Path, memory: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What people call a conversation: the fields of a row as turns of system, user and assistant."""
+"""The fields of a row, in the ways that people write conversations, as turns of system, user and assistant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from panda.data.reading import kind_of
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character outside the basic plane: JSON can escape one alone, and no encoding can write it."""
+"""Half of a character outside the basic plane: JSON can escape only one half, which no encoding can write."""
 
 
 class UnusableRowError(ValueError):
@@ -31,7 +31,7 @@ class Shape:
     """Field names of a single exchange, as some public data sets have them."""
 
     prompt: tuple[str, ...]
-    """Fields that are joined, in this order, to what is asked; a row has at least one of them."""
+    """Fields that are joined, in this order, to the prompt; a row has at least one of them."""
     target: str
 
 
@@ -65,7 +65,7 @@ def text_of(fields: Mapping[str, Any], name: str) -> str:
 
 
 def missing(fields: Mapping[str, Any], names: list[str], instead: str = "") -> UnusableRowError:
-    """What to say of a row that has not the fields ``names``."""
+    """The error for a row that lacks the fields ``names``."""
     found = ", ".join(map(repr, fields)) or "none"
     return UnusableRowError(f"no field {' and no '.join(map(repr, names))}{instead}; its fields are: {found}")
 
@@ -100,7 +100,7 @@ def _exchange(fields: Mapping[str, Any]) -> list[Turn]:
     for shape in SHAPES:
         present = [name for name in shape.prompt if name in fields]
         if shape.target in fields and present:
-            # What is null beside another part of the prompt is left out, as Alpaca's input is where there is none.
+            # A part of the prompt that is null is left out where there is another one, as for Alpaca's `input`.
             given = [name for name in present if fields[name] is not None] or present
             prompt = "\n".join(text for name in given if (text := text_of(fields, name)))
             turns = [Turn("user", prompt), Turn("assistant", text_of(fields, shape.target))]

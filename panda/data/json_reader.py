@@ -1,7 +1,7 @@
-"""The ``json`` reader: arrays, single objects, JSON Lines, and what people call those.
+"""The ``json`` reader: arrays, single objects, JSON Lines, and variants of those.
 
-A file is decoded through a window that slides over it, so memory holds a megabyte or the largest row,
-and not the file.
+A file is decoded through a window that slides over it, so memory holds a megabyte, or the largest row,
+and never the whole file.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _NEXT_LINE = re.compile(r"\n")
 _NEXT_OBJECT = re.compile(r"\n[ \t]*(?=\{)")
 _NUMBER_GOES_ON = re.compile(r"[0-9.eE+-]*\Z")
 _LONGEST_WORD = len("-Infinity")
-"""An error this near to the end of what was read may be a word or an escape that goes on behind it."""
+"""An error this close to the end of what was read may be a word or an escape that continues after it."""
 
 WINDOW = 1 << 20
-"""Bytes that are read at once."""
+"""Bytes that are read at a time."""
 
 
 @register_reader("json")
@@ -72,7 +72,7 @@ class _Unreadable:
 
 
 class _Window:
-    """The text of a file around a position. What lies behind the position is forgotten."""
+    """The text of a file from a position on. Text before the position is forgotten."""
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
         self.file, self.stream = file, stream
@@ -88,7 +88,7 @@ class _Window:
         self._newlines_read = 0
 
     def more(self) -> bool:
-        """Read on, as much again as there is: a row that does not fit is decoded anew each time. False at the end."""
+        """Read as many bytes again: a row that does not fit is decoded again each time. False at the file's end."""
         if self.complete:
             return False
         raw = self.stream.read(max(WINDOW, len(self.text) - self.position))
@@ -131,11 +131,11 @@ class _Window:
                 return
 
     def decode(self) -> Any:
-        """The JSON value at the position, which moves behind it. Raises JSONDecodeError, whatever is wrong."""
+        """The JSON value at the position, which moves to its end. Raises JSONDecodeError, whatever is wrong."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
-                # A number may go on behind the end of the window; what is in brackets or quotes does not.
+                # A number may continue after the end of the window; a value in brackets or quotes has its end.
                 goes_on = isinstance(value, (int, float)) and _NUMBER_GOES_ON.match(self.text, end)
                 if not (goes_on and self.more()):
                     self.position = end
@@ -150,7 +150,7 @@ class _Window:
                 raise json.JSONDecodeError(str(problem), self.text, self.position) from None
 
     def next_match(self, pattern: re.Pattern[str]) -> None:
-        """Move behind the next match of ``pattern``, or to the end of the file."""
+        """Move to the end of the next match of ``pattern``, or of the file."""
         while not (found := pattern.search(self.text, self.position)):
             # A match may begin in the last line of what was read.
             self.position = max(self.position, self.text.rfind("\n"))
@@ -194,7 +194,7 @@ def _array(window: _Window) -> Iterator[Any]:
 
 
 def _sequence(window: _Window) -> Iterator[Any]:
-    """Objects one after another. After a syntax error in one, reading goes on at the next line that opens one."""
+    """Objects one after another. After a syntax error in one, reading continues at the next line that opens one."""
     while not window.at_end():
         opens_object = window.character() == "{"
         try:
@@ -205,13 +205,13 @@ def _sequence(window: _Window) -> Iterator[Any]:
         except json.JSONDecodeError as problem:
             line, column = window.place(problem)
             yield _Unreadable(f"not valid JSON at line {line}, column {column}: {problem.msg}")
-            # An object may be spread over lines. What does not begin as one is taken line by line.
+            # An object may span several lines. Text that does not begin as one is taken line by line.
             window.next_match(_NEXT_OBJECT if opens_object else _NEXT_LINE)
         window.skip_space()
 
 
 def _line_ends(window: _Window) -> bool:
-    """Whether nothing but space is left of the line."""
+    """Whether the rest of the line is only space."""
     count = 1
     while (rest := window.ahead(count)).isspace() and "\n" not in rest and len(rest) == count:
         count += 1

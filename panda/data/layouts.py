@@ -1,8 +1,8 @@
-"""How the samples of an optimizer step become rows, and the rows micro batches of ranks.
+"""How the samples of an optimizer step become rows, and the rows the micro batches of ranks.
 
-Which samples a step has is the order's business and not this one's. The loss of a step is a sum over
-its tokens, so any layout of the same samples follows the same trajectory, beyond rounding: packing
-and grouping change the speed of a run, and nothing else.
+Which samples a step has is decided in order.py. The loss of a step is a sum over its tokens, so any
+layout of the same samples gives the same trajectory up to rounding: packing and grouping change only
+the speed of a run.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from panda.data.token_dataset import SampleSet
 
 Row = list[int]
 """Numbers of the samples that share a row."""
-LOOKED_AT = 5000
-"""Samples at the start of a run by which it is told how full rows are, whatever the size of a step."""
+FILLING_SAMPLES = 5000
+"""Samples at the start of a run from which it is reported how full rows are, whatever the size of a step."""
 
 
 def in_order(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
-    """A sample a row, as they come."""
+    """One sample a row, in the order given."""
     return [[int(sample)] for sample in samples]
 
 
 def by_length(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
-    """A sample a row, those of like length together, so that a micro batch has little padding."""
+    """One sample a row, samples of similar length together, so that a micro batch has little padding."""
     return [[int(sample)] for sample in samples[np.argsort(-lengths, kind="stable")]]
 
 
 def best_fit(samples: np.ndarray, lengths: np.ndarray, capacity: int) -> list[Row]:
-    """Several samples a row of ``capacity`` tokens: the longest first, each into the fullest row that has room.
+    """Several samples a row of ``capacity`` tokens: the longest first, each in the fullest row that has room.
 
-    Best fit decreasing takes at most 11/9 of the fewest rows possible, and one more (Johnson 1973).
+    Best fit decreasing needs at most 11/9 of the smallest possible number of rows, plus one (Johnson 1973).
     """
     rows: list[Row] = []
-    room: list[tuple[int, int]] = []  # what is free, and the row; sorted
+    room: list[tuple[int, int]] = []  # the free tokens of a row, and the row; sorted
     for place in np.argsort(-lengths, kind="stable"):
         sample, length = int(samples[place]), int(lengths[place])
         assert length <= capacity
@@ -60,9 +60,9 @@ def best_fit(samples: np.ndarray, lengths: np.ndarray, capacity: int) -> list[Ro
 def packed(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
     """Rows of best fit, no longer than they have to be.
 
-    Where all ranks together take ``at_once`` rows in a micro batch, rows of full capacity leave some
-    places of the last one empty. Shorter rows fill those: as many micro batches, the same load on each
-    rank, and less attention, whose cost grows with a row's square.
+    All ranks together take ``at_once`` rows in a micro batch, and rows of full capacity leave some places
+    of the last micro batch empty. Shorter rows fill those places: the number of micro batches stays the
+    same, ranks are loaded evenly, and attention, whose cost grows with the square of a row, costs less.
     """
     rows = best_fit(samples, lengths, capacity)
     places = -(-len(rows) // at_once) * at_once
@@ -84,16 +84,16 @@ LAYOUTS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], list[Row]]] = {
 
 
 class Filling(NamedTuple):
-    """How full rows are."""
+    """How full rows are: tokens that are not padding, and samples."""
 
     share: float
-    """Of the tokens that the model is given, those that are not padding."""
+    """Of the tokens that the model is given, the share that is not padding."""
     samples: float
-    """Of a row."""
+    """Samples of a row, on average."""
     tokens: float
-    """Of a row."""
+    """Tokens of a row that are not padding, on average."""
     steps: int
-    """Optimizer steps that were looked at."""
+    """Optimizer steps that were counted."""
 
     def __str__(self) -> str:
         return f"{self.share:.1%} data, {self.samples:.1f} samples and {self.tokens:,.0f} tokens a row"
@@ -117,7 +117,8 @@ class Layout:
     def micro_batches(self, step: int) -> list[list[list[Row]]]:
         """The rows of micro batch m of rank r of optimizer step ``step`` (counted from 1), as ``[m][r]``.
 
-        Every rank has as many micro batches; rows are dealt evenly, and where there are too few some have none.
+        Every rank has the same number of micro batches; rows are dealt evenly, and some have none where rows
+        are few.
         """
         samples = self.order.samples(self.plan.positions(step))
         plan = self.plan
@@ -130,9 +131,9 @@ class Layout:
         return [dealt[first : first + plan.ranks] for first in range(0, places, plan.ranks)]
 
     def filling(self) -> Filling:
-        """How full the rows of the first steps are: of as many as have ``LOOKED_AT`` samples, or of one."""
+        """How full the rows of the first steps are: those of the first ``FILLING_SAMPLES`` samples, at least one."""
         plan = self.plan
-        steps = range(plan.start_step + 1, plan.total_steps + 1)[: max(1, LOOKED_AT // plan.step_samples)]
+        steps = range(plan.start_step + 1, plan.total_steps + 1)[: max(1, FILLING_SAMPLES // plan.step_samples)]
         tokens = cells = samples = rows = 0
         for step in steps:
             for micro_batch in self.micro_batches(step):

@@ -1,8 +1,8 @@
 """Which sample comes when: arithmetic on (seed, epoch, global position), and no state.
 
 A run is a line of global positions 0, 1, 2, ... An epoch is a stretch of it, in an order of its own.
-Nothing depends on the number of ranks, workers or micro batches, so the position of the next sample
-is all that resuming needs.
+Nothing depends on the number of ranks, workers or micro batches, so resuming needs only the position
+of the next sample.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Source:
 
     samples: int
     per_epoch: int
-    """Samples of it in an epoch: as many as it has, or more or fewer where sources are mixed."""
+    """Its samples in an epoch: as many as it has, or more or fewer where sources are mixed."""
     name: str = ""
 
 
 class SampleOrder:
-    """The order of a seed: each epoch visits the samples of one source, or of several behind one another, shuffled.
+    """The order that a seed gives: each epoch visits the samples of one source, or of several, shuffled together.
 
-    A source that gives an epoch another number of samples than it has goes on in the next where it
+    Where a source does not give an epoch exactly its number of samples, the next epoch continues where it
     stopped: no sample comes again before all have come.
     """
 
@@ -40,7 +40,7 @@ class SampleOrder:
         self.epoch_samples = sum(source.per_epoch for source in sources)
 
     def samples(self, positions: range) -> np.ndarray:
-        """int64: which sample, counted over all sources, stands at each of the consecutive ``positions``."""
+        """int64: the number of the sample, counted over all sources, at each of the consecutive ``positions``."""
         parts = []
         start = positions.start
         while start < positions.stop:
@@ -52,7 +52,7 @@ class SampleOrder:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def _in_epoch(self, epoch: int, slots: np.ndarray) -> np.ndarray:
-        """The samples that the slots of an epoch stand for: each source has a stretch of them."""
+        """The samples of the ``slots`` of an epoch: each source has a range of slots."""
         found = np.empty_like(slots)
         first_slot = first_sample = 0
         for number, source in enumerate(self.sources):
@@ -60,7 +60,7 @@ class SampleOrder:
             drawn = slots[mine] - first_slot
             if source.per_epoch % source.samples == 0:
                 drawn %= source.samples
-            else:  # which part of the source comes first is up to the seed, too
+            else:  # the seed decides which part of the source comes first, too
                 passes, drawn = np.divmod(drawn + epoch * source.per_epoch, source.samples)
                 for each in np.unique(passes):
                     key = _key(self.seed, int(each), number + 1)
@@ -76,7 +76,7 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
     A Feistel network permutes the next even power of two, whatever its round function, and applying
     it again until the value falls inside the range restricts it to ``size`` (cycle walking; Black
-    and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No table is made, however large the
+    and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No table is needed, however large the
     set.
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -116,7 +116,7 @@ def _mix_all(values: np.ndarray) -> np.ndarray:
 class BatchPlan:
     """How the line of positions is cut into optimizer steps.
 
-    Steps follow each other without regard to epochs; only the last step of a run can be short.
+    Steps ignore the borders of epochs; only the last step of a run can be short.
     """
 
     samples: int
@@ -124,14 +124,14 @@ class BatchPlan:
     micro_batch: int
     """Rows of a micro batch."""
     accumulation: int
-    """Micro batches of a step on each rank, where a sample is a row."""
+    """Micro batches of a step on each rank, where each row is one sample."""
     ranks: int
     """Data-parallel ranks."""
     epochs: float
     max_steps: int = -1
-    """Exactly this many steps; -1 for as many as ``epochs`` takes."""
+    """The number of steps; -1 for as many as ``epochs`` takes."""
     start_step: int = 0
-    """Optimizer steps done before; ``start_position`` is where the next one begins."""
+    """Optimizer steps that are done already; the next one begins at ``start_position``."""
     start_position: int = 0
 
     @property
@@ -141,7 +141,7 @@ class BatchPlan:
 
     @property
     def end_position(self) -> int:
-        """The position behind the last sample of the run."""
+        """The position after the last sample of the run."""
         if self.max_steps > 0:
             return self.start_position + (self.max_steps - self.start_step) * self.step_samples
         return max(1, round(self.epochs * self.samples))
@@ -153,7 +153,7 @@ class BatchPlan:
         return self.start_step + max(0, math.ceil(remaining / self.step_samples))
 
     def step_end(self, step: int) -> int:
-        """The position behind the last sample of optimizer step ``step``, counted from 1."""
+        """The position after the last sample of optimizer step ``step``, counted from 1."""
         return min(self.end_position, self.start_position + (step - self.start_step) * self.step_samples)
 
     def positions(self, step: int) -> range:

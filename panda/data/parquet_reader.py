@@ -32,7 +32,7 @@ class ParquetReader:
             ) from None
 
     def read(self, file: Path) -> Iterator[Row | BadRow]:
-        """Rows in order. A file that is no Parquet or Arrow file is an error."""
+        """Rows in order. A file that is neither Parquet nor Arrow is an error."""
         import pyarrow
 
         number = 0
@@ -42,9 +42,9 @@ class ParquetReader:
                     number += 1
                     yield Row(fields, file, number)
         except pyarrow.ArrowException as problem:
-            raise UserError(f"{file}: not a whole Parquet or Arrow file, behind row {number}: {problem}") from None
-        except OSError as problem:  # pyarrow's own, too, for damaged pages
-            raise UserError(f"{file}: cannot be read, behind row {number}: {problem.strerror or problem}") from None
+            raise UserError(f"{file}: not a complete Parquet or Arrow file, after row {number}: {problem}") from None
+        except OSError as problem:  # pyarrow raises it for damaged pages, too
+            raise UserError(f"{file}: cannot be read after row {number}: {problem.strerror or problem}") from None
         if number == 0:
             raise UserError(f"{file}: the file has no rows.")
 

@@ -1,4 +1,4 @@
-"""What a reader is, and which files it is given."""
+"""The interface of readers, and the files that they are given."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from panda.registry.offers import maker
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file."""
+    """A row of a data file."""
 
     fields: Mapping[str, Any]
     file: Path
@@ -49,10 +49,10 @@ class BadRow:
 
 @runtime_checkable
 class Reader(Protocol):
-    """Turns a file into rows. What ``register_reader`` factories return."""
+    """Turns a file into rows: what the factories of ``register_reader`` return."""
 
     suffixes: tuple[str, ...]
-    """Ends of the names of files that it reads: ``(".json", ".jsonl")``."""
+    """Endings of the names of files that it reads: ``(".json", ".jsonl")``."""
 
     def read(self, file: Path) -> Iterator[Row | BadRow]:
         """The rows of ``file``, in order. Raises UserError where the file as a whole cannot be read."""
@@ -67,7 +67,7 @@ def rows_of(reader: Reader, file: Path) -> Iterator[Row | BadRow]:
 
 
 def kind_of(value: Any) -> str:
-    """What a person calls a value of a row: ``an array``."""
+    """The kind of a value of a row, in words: ``an array``."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
@@ -84,22 +84,22 @@ _KINDS: dict[type, str] = {
 
 @contextmanager
 def open_binary(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of ``file``, unpacked where its name ends in ``.gz``. Raises UserError where they cannot be had."""
+    """The bytes of ``file``, unpacked where its name ends in ``.gz``. Raises UserError where they cannot be read."""
     packed = file.name.lower().endswith(".gz")
     try:
         with cast(BinaryIO, gzip.open(file) if packed else file.open("rb")) as stream:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-        raise UserError(f"{file}: not a whole gzip file: {problem}. Is it cut short?") from None
+        raise UserError(f"{file}: not a complete gzip file: {problem}. Is it cut short?") from None
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror or problem}.") from None
 
 
 def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Path]:
-    """The files to read below ``location`` (a folder or one file), in sorted order of their paths.
+    """The files to read at ``location`` (a file, or a folder, read recursively), sorted by their paths.
 
-    Hidden files and folders are left out; none for another word in its path. ``option`` is the key
-    to name in errors. Raises UserError where there is nothing to read.
+    Only hidden files and folders are left out. ``option`` is the key that errors name. Raises UserError
+    where there is nothing to read.
     """
     path = resolve_path(location)
     if path.is_file():
@@ -124,7 +124,7 @@ def _named(suffixes: tuple[str, ...]) -> str:
 
 
 def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The files that are not hidden, also behind links to folders; a link to one of those ``above`` is not followed."""
+    """The files that are not hidden. Links to folders are followed, except to one of those ``above``."""
     real = folder.resolve()
     for entry in folder.iterdir() if real not in above else ():
         if not entry.name.startswith("."):

@@ -1,4 +1,4 @@
-"""How a conversation is written down: segments of text, each of which carries loss or does not."""
+"""How a conversation is written as text: in segments, each of which carries loss or does not."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from panda.registry import UserError
 
 
 class Segment(NamedTuple):
-    """A stretch of a sample. Segments are tokenised apart, so the border of the loss is exact."""
+    """A part of the text of a sample. Segments are tokenised separately, so that the border of the loss is exact."""
 
     text: str
     supervised: bool
 
 
 class Template(Protocol):
-    """A way to write conversations down."""
+    """A way to write conversations as text."""
 
     special: bool
-    """Whether special tokens in the text are tokens. If not, they are characters like any others."""
+    """Whether special tokens in the text are encoded as such, or as characters like any others."""
     end: list[int]
-    """Token ids behind each supervised segment."""
+    """Token ids after each supervised segment."""
     last_token: int
     """The token that ends an answer: where generation stops."""
 
@@ -34,16 +34,16 @@ class Template(Protocol):
         ...
 
     def prompt(self, prompt: str) -> str:
-        """What the model is given to answer ``prompt``."""
+        """The text that the model is given to answer ``prompt``."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """All that decides what is written."""
+        """Everything that decides what is written."""
         ...
 
 
 class Plain:
-    """Turns behind one another; a separator before each answer, the end-of-sequence token behind it."""
+    """Turns one after another, with a separator before each answer and the end-of-sequence token after it."""
 
     special = False
 
@@ -73,10 +73,10 @@ class Plain:
 class Chat:
     """The tokenizer's chat template.
 
-    Which part of the text is an answer is found by rendering the conversation up to it, with the
-    generation prompt, and up to its end. A template that writes earlier turns otherwise once there
-    are later ones (and leaves their reasoning out, say) makes a sample of each answer, with what
-    the model will be given to answer before it.
+    An answer is found in the text by rendering the conversation up to it, with the generation prompt,
+    and up to its end. Where a template changes earlier turns once there are later ones (say, leaves
+    their reasoning out), each answer becomes a sample of its own, after the text that the model will be
+    given to answer.
     """
 
     special = True
@@ -95,8 +95,8 @@ class Chat:
         ending = next((token for token in self.specials if answer.text.endswith(token)), None)
         if ending is None:
             raise UserError(
-                f"template: the tokenizer's chat template ends an answer with {answer.text[-20:]!r}, no special token:"
-                " a model could not learn where to stop. Write `template: plain`, or mend the template."
+                f"template: the tokenizer's chat template ends an answer with {answer.text[-20:]!r}, not a special"
+                " token: a model could not learn where to stop. Write `template: plain`, or correct the template."
             )
         self.last_token: int = tokenizer.convert_tokens_to_ids(ending)
 
@@ -104,7 +104,7 @@ class Chat:
         for turn in turns:
             if spelt := next((token for token in self.specials if token in turn.text), None):
                 raise UnusableRowError(
-                    f"a turn spells the special token {spelt!r}, which the chat template would make of it"
+                    f"a turn spells the special token {spelt!r}, and the chat template would turn it into one"
                 )
         whole: list[Segment] = []
         single: list[list[Segment]] = []
@@ -116,8 +116,8 @@ class Chat:
             before = self._render(turns[:number], ask=True)
             after = self._render(turns[: number + 1], ask=False)
             if not after.startswith(before):
-                raise UnusableRowError(f"the chat template writes turn {number + 1} otherwise than it asks for it")
-            # Space behind the end token belongs to what comes next: generation has stopped before it.
+                raise UnusableRowError(f"the chat template writes turn {number + 1} differently from the prompt for it")
+            # Space after the end token belongs to the next turn: generation has stopped before it.
             answer = after[len(before) :].rstrip()
             continues = continues and before.startswith(done)
             whole += [Segment(before[len(done) :], False), Segment(answer, True)]
@@ -135,6 +135,6 @@ class Chat:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except Exception as problem:  # a template raises what it likes, of jinja's or its own
+        except Exception as problem:  # a template can raise errors of jinja's and of its own
             raise UnusableRowError(f"the chat template refuses it: {problem}") from None
         return text

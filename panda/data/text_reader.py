@@ -21,12 +21,12 @@ class TextOptions:
     """Options of the text reader."""
 
     text_document: Literal["file", "line"] = "file"
-    """What is one document: a whole file, or each line that is not blank."""
+    """What a document is: a whole file, or each line that is not blank."""
 
 
 @register_reader("text", options=TextOptions)
 class TextReader:
-    """Plain text in UTF-8, also gzipped: a row, with the field "text", a file or a line."""
+    """Plain text in UTF-8, also gzipped: a file or a line is a row, with the field "text"."""
 
     suffixes = (".txt", ".md", ".rst", ".txt.gz", ".md.gz", ".rst.gz")
 

@@ -1,4 +1,4 @@
-"""Tokenised samples in flat arrays, and what was left out on the way."""
+"""Tokenised samples in flat arrays, and a report of the rows that were left out."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from panda.data.order import Source
 from panda.data.reading import BadRow
 
 SHOWN_BAD_ROWS = 10
-"""Bad rows that are kept with their place and reason; the others are counted by reason."""
+"""Bad rows that are kept with their place and reason; the others are only counted, by reason."""
 KEPT_REASONS = 50
 
 
 @dataclass
 class DataReport:
-    """What became of the rows that were read."""
+    """How many rows were read, and which were left out or cut."""
 
     files: int = 0
     rows: int = 0
     bad_rows: int = 0
     first_bad_rows: list[BadRow] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
-    """Bad rows by what is wrong with them, numbers left out."""
+    """Bad rows by reason, with the numbers in it left out."""
     truncated: int = 0
     """Samples that were longer than max_seq_length and lost tokens."""
 
@@ -44,7 +44,7 @@ class DataReport:
         self.reasons[reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"] += 1
 
     def add(self, other: DataReport) -> None:
-        """Count what ``other`` counted, too."""
+        """Add what ``other`` counted."""
         self.files += other.files
         self.rows += other.rows
         self.bad_rows += other.bad_rows
@@ -58,7 +58,7 @@ class DataReport:
             self.first_bad_rows.append(bad)
 
     def lines(self) -> list[str]:
-        """The report for a person: nothing where nothing was left out."""
+        """The report, line by line; empty where nothing was left out or cut."""
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
             lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
@@ -67,7 +67,7 @@ class DataReport:
         return lines
 
     def first_bad_lines(self) -> list[str]:
-        """The bad rows that are kept: a line for those on end in one file that have the same problem."""
+        """The bad rows that are kept: a line for consecutive ones of one file that have the same problem."""
         lines = []
         for (file, problem), alike in groupby(self.first_bad_rows, key=lambda bad: (bad.file, bad.problem)):
             first, *more = alike
@@ -76,7 +76,7 @@ class DataReport:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """Plain objects, of which ``from_json`` makes an equal report."""
+        """Plain objects from which ``from_json`` makes an equal report."""
         bad = [[str(row.file), row.number, row.problem] for row in self.first_bad_rows]
         return {**vars(self), "first_bad_rows": bad, "reasons": dict(self.reasons)}
 
@@ -87,7 +87,7 @@ class DataReport:
 
 
 class SampleBlock:
-    """Samples of a stretch of rows, and the report of those rows. What tokenising processes hand over."""
+    """The samples of some rows, and the report of those rows: what tokenising processes return."""
 
     def __init__(self) -> None:
         self.report = DataReport()
@@ -96,9 +96,9 @@ class SampleBlock:
         self.lengths = array("q")
 
     def add(self, token_ids: Sequence[int], supervised: bytes) -> None:
-        """One sample. ``supervised`` has a byte a token, 1 for one to predict; the first has none before it and is 0.
+        """Add a sample. ``supervised`` has a byte a token, 1 for a token to predict; the first cannot be predicted: 0.
 
-        A sample that cannot be learned from has no place here: it is a bad row of the report.
+        A row whose sample has no token to predict belongs in the report, as a bad row.
         """
         assert len(token_ids) == len(supervised) and supervised[0] == 0 and 1 in supervised
         self.token_ids.extend(token_ids)
@@ -107,7 +107,7 @@ class SampleBlock:
 
 
 class SampleSet(Protocol):
-    """What a run trains on: samples by number, and how many of which make an epoch."""
+    """What a run trains on: samples by number, and how many of each source make an epoch."""
 
     @property
     def sources(self) -> Sequence[Source]: ...
@@ -137,20 +137,20 @@ class SampleSet(Protocol):
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Samples one behind another: sample i is ``[offsets[i], offsets[i + 1])`` of both flat arrays."""
+    """Samples one after another: sample i is ``[offsets[i], offsets[i + 1])`` of both flat arrays."""
 
     token_ids: np.ndarray
     """uint16 or int32 [tokens]"""
     supervised: np.ndarray
-    """bool [tokens]: whether this token is one to predict. The first token of a sample never is."""
+    """bool [tokens]: whether the token is one to predict. The first token of a sample never is."""
     offsets: np.ndarray
     """int64 [samples + 1]"""
     report: DataReport
     supervised_tokens: int
     fingerprint: str
-    """A hash of the samples: a run that is resumed has to go on with the same."""
+    """A hash of the samples: a run that is resumed has to continue with the same."""
     directory: Path | None = None
-    """Where the arrays lie, if they are mapped from files: then another process maps them too, and none is copied."""
+    """The folder of the arrays, if they are mapped from files: other processes then map them too, without a copy."""
 
     @classmethod
     def of(cls, block: SampleBlock) -> TokenDataset:

@@ -22,11 +22,11 @@ from panda.registry import UserError
 
 ROWS_AT_ONCE = 1000
 CHARACTERS_AT_ONCE = 1 << 20
-"""Rows and characters that are tokenised in one go."""
+"""Rows and characters that are tokenised together, at most."""
 BYTES_A_PROCESS = 4 << 20
-"""Data for which a process more is worth its start."""
+"""The amount of data for which one more process is worth its start."""
 AHEAD = 3
-"""Blocks for each process that are read ahead, or wait to be written: what bounds memory."""
+"""Blocks for each process that are read ahead or wait to be written, at most: this bounds memory."""
 
 Tokenise = Callable[[list[Row | BadRow]], SampleBlock]
 
@@ -39,9 +39,9 @@ def tokenised_blocks(
     processes: int | None = None,
     progress: Callable[[SampleBlock], None] = lambda block: None,
 ) -> Iterator[SampleBlock]:
-    """``tokenise`` of all rows of ``files``, in order, a stretch at a time.
+    """What ``tokenise`` makes of all rows of ``files``, in order, some rows at a time.
 
-    In this process for little data, else in ``processes`` beside it, by default one a core.
+    Little data is tokenised in this process, more in ``processes`` others, by default one a core.
     """
     stretches = _stretches(files, reader)
     first = SampleBlock()
@@ -50,7 +50,7 @@ def tokenised_blocks(
     if processes is None:
         size = sum(file.stat().st_size for file in files)
         processes = min(len(os.sched_getaffinity(0)), size // BYTES_A_PROCESS)
-    # Set, so that tokenizers neither warns nor turns its threads off when processes are forked from this one.
+    # Otherwise tokenizers warns, and turns its threads off, when processes are forked from this one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     blocks = map(tokenise, stretches) if processes < 2 else _in_processes(stretches, tokenise, processes)
     for block in blocks:
@@ -74,7 +74,7 @@ def _stretches(files: Sequence[Path], reader: Reader) -> Iterator[list[Row | Bad
 
 
 def _characters(value: object) -> int:
-    """About how much text there is in a value of a row."""
+    """About how many characters of text a value of a row has."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -83,7 +83,7 @@ def _characters(value: object) -> int:
 
 
 def _in_processes(stretches: Iterator[list[Row | BadRow]], tokenise: Tokenise, processes: int) -> Iterator[SampleBlock]:
-    # Forked: they share the tokenizer, and start in milliseconds. They do nothing but tokenise and end.
+    # Forked: they share the tokenizer, and start in milliseconds. They only tokenise, and end.
     context = multiprocessing.get_context("fork")
     waiting: deque[Future[SampleBlock]] = deque()
     with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(tokenise,)) as pool:
@@ -107,7 +107,7 @@ _tokenise_here: Tokenise
 
 
 def _begin(tokenise: Tokenise) -> None:
-    """The processes work side by side already: no threads in them."""
+    """Begin a tokenising process. There is one a core, so the tokenizer uses no threads in it."""
     global _tokenise_here
     _tokenise_here = tokenise
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

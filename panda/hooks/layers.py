@@ -1,4 +1,4 @@
-"""The ``layers`` plugin: ``layers.jsonl``, what the optimizer tells of each parameter."""
+"""The ``layers`` plugin: ``layers.jsonl``, what the optimizer reports of each parameter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE_NAME = "layers.jsonl"
 
 @register_plugin("layers")
 class Layers:
-    """Writes layers.jsonl: at each log record, trust ratios and the like by parameter. `--plugins layers`."""
+    """Writes layers.jsonl: trust ratios and the like by parameter, at each log record. `--plugins layers`."""
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.file: RecordFile | None = None
@@ -29,7 +29,7 @@ class Layers:
     def panda_run_start(self, run: Run) -> None:
         if not run.engine.optimizer_observes:
             raise UserError(
-                f"plugins: layers: the optimizer {run.options.optimizer} tells nothing of single parameters;"
+                f"plugins: layers: the optimizer {run.options.optimizer} reports nothing of single parameters;"
                 " nvlamb does."
             )
         if run.processes.rank == 0:

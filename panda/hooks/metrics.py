@@ -1,4 +1,4 @@
-"""The ``metrics`` plugin: ``metrics.jsonl``, the log records and those of evaluations."""
+"""The ``metrics`` plugin: ``metrics.jsonl``, the records of the log and of evaluations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_evaluations(directory: Path) -> list[dict[str, Any]]:
 
 @register_plugin("metrics")
 class Metrics:
-    """Writes metrics.jsonl. A resumed run continues it from its checkpoint's step on."""
+    """Writes metrics.jsonl. A resumed run continues it after the step of its checkpoint."""
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.file: RecordFile | None = None

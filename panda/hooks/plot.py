@@ -1,4 +1,4 @@
-"""The ``plot`` plugin: ``loss.png``, the picture that people look at first."""
+"""The ``plot`` plugin: ``loss.png``, the loss and the learning rate over steps."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 SMOOTHING = 0.9
 """Weight of the past in the smoothed curve."""
 FEW = 20
-"""Records below which each is marked, and there is no moving average: it would still be near the first."""
+"""Below this many, each record is marked and there is no moving average: it would still be close to the first."""
 
 
 @register_plugin("plot")
 class Plot:
-    """Draws loss.png, loss and learning rate over steps, when the run ends, however it ends."""
+    """Draws loss.png, loss and learning rate over steps, when the run ends, in whatever way."""
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.records: list[dict[str, Any]] = []
@@ -110,10 +110,10 @@ def _values(records: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average without the bias of its start."""
+    """Exponential moving average without bias towards its start."""
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
-        if math.isnan(value):  # a gap, and the average goes on behind it
+        if math.isnan(value):  # a gap, and the average continues after it
             smoothed.append(value)
             continue
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value

@@ -1,4 +1,4 @@
-"""The ``progress`` plugin: a bar in a terminal, plain lines elsewhere, and what there is to see at the end."""
+"""The ``progress`` plugin: a bar in a terminal, plain lines elsewhere, and the results at the end."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as RichProgress
 
     from panda.runner import Run
 
 PLAIN_SECONDS = 2.0
-"""Least time between two plain lines."""
-LOOKED_AT = 10_000
-"""Steps in which a learning rate that ever reaches its peak is thought to do so."""
+"""Minimum time between two plain lines."""
+PEAK_SOUGHT_STEPS = 10_000
+"""Steps among which the peak of the learning rate is sought: a warm-up is thought to be shorter."""
 
 
 @register_plugin("progress")
-class Progress:
-    """Shows how far the run is, on rank 0, and at the end where everything is and what the model answers."""
+class ProgressDisplay:
+    """Shows on rank 0 how far the run is, and at the end where everything is and what the model answers."""
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
-        self.bar: Bar | None = None
+        self.bar: RichProgress | None = None
         self.bar_task: Any = None
         self.last_line = 0.0
         self.first: dict[str, Any] | None = None
@@ -44,7 +44,7 @@ class Progress:
         if run.resumed_from:
             print(f"resumed from {run.resumed_from}, step {run.step}", flush=True)
         elif run.options.resume == "auto":
-            print(f"resume: no checkpoint in {run.directory} yet, so the run begins at its start", flush=True)
+            print(f"resume: no checkpoint in {run.directory} yet, so the run starts from the beginning", flush=True)
         data, plan = run.dataset, run.plan
         if len(data.sources) > 1:
             drawn = " and ".join(f"{s.per_epoch:,} of {s.samples:,} samples of {s.name}" for s in data.sources)
@@ -70,7 +70,7 @@ class Progress:
             )
         if plan.total_steps <= run.step:
             print(f"nothing is left to train: {run.step} of {plan.total_steps} steps are done", flush=True)
-        elif max(map(run.schedule, range(min(plan.total_steps, LOOKED_AT)))) < 1:
+        elif max(map(run.schedule, range(min(plan.total_steps, PEAK_SOUGHT_STEPS)))) < 1:
             print("note: the learning rate does not reach its peak: the run ends within the warm-up", flush=True)
         if sys.stdout.isatty():
             self._open_bar(run)
@@ -128,7 +128,7 @@ class Progress:
         if run.processes.rank == 0:
             kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
             how = f"`--resume {kept[-1]}` continues" if kept else "no checkpoint was saved (`save_steps`)"
-            print(f"the run stopped behind step {run.step}, in {run.directory}; {how}", flush=True)
+            print(f"the run stopped after step {run.step}, in {run.directory}; {how}", flush=True)
 
     def _open_bar(self, run: Run) -> None:
         from rich.progress import BarColumn
@@ -152,11 +152,11 @@ class Progress:
 _CONTENTS = {
     "config.yaml": "the whole configuration; runs again as it stands",
     "provenance.json": "versions, and where each component and value came from",
-    "deepspeed.json": "what DeepSpeed was given",
-    "metrics.jsonl": "a record a line",
+    "deepspeed.json": "the configuration of DeepSpeed",
+    "metrics.jsonl": "the log, one record a line",
     "loss.png": "the loss curve",
     "tensorboard": "for `tensorboard --logdir`",
     "checkpoints": "to resume from",
     "export": "the trained model and its tokenizer",
-    "answers.json": "what it answers now",
+    "answers.json": "its answers to the prompts",
 }

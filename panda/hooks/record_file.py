@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, each with its ``step``, on disk as soon as it is known."""
+"""Files of one JSON object a line, each with its ``step``, which are written as soon as they are known."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from panda.files.whole import write_whole
+
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records in ``path``, in order; none where it is not there. A last line that was cut off is left out."""
+    """The records in ``path``, in order; none where there is no file. A last line that was cut off is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -21,14 +23,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class RecordFile:
-    """A file of records that is being written."""
+    """A file that records are written to."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Continue ``path`` behind ``step``: what an interrupted run wrote of later steps comes again."""
+        """Continue ``path`` after ``step``. Records of later steps, which an interrupted run wrote, are removed."""
         kept = [record for record in read_records(path) if record["step"] <= step]
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
-        rewritten.replace(path)  # at once: no moment to die at has fewer records
+        write_whole(path, "".join(map(_line, kept)))  # whenever the process is killed, no record is lost
         self.path = path
         self.stream = path.open("a", encoding="utf-8")
 
@@ -36,7 +36,7 @@ class RecordFile:
         try:
             self.stream.write(_line(record))
             self.stream.flush()
-        except OSError as problem:  # it does not say of which file
+        except OSError as problem:  # which does not name the file
             with suppress(OSError):
                 self.stream.close()
             raise OSError(problem.errno, problem.strerror, str(self.path)) from None
@@ -50,7 +50,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: those become null."""
+    """``value`` with null in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The ``tensorboard`` plugin: every number of a log record as a scalar, and histograms over parameters."""
+"""The ``tensorboard`` plugin: each number of a log record as a scalar, and histograms over parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TensorBoard:
         if run.processes.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides what an interrupted run wrote behind the checkpoint that this one continues.
+            # purge_step hides what an interrupted run wrote after the checkpoint that this one continues.
             self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.step + 1)
             config = (run.directory / "config.yaml").read_text(encoding="utf-8")
             self.writer.add_text("config", f"```yaml\n{config}```", run.step)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from panda.data import Reader
+    from panda.data.token_cache import TokenCache
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class TaskContext:
     """Tokens that a sample may have at most."""
     reader_options: Any = None
     """The reader's options: they are part of the token cache's address."""
-    token_cache: Path | None = None
-    """Folder in which tokenised data is kept; without one it is tokenised in memory."""
+    token_cache: TokenCache | None = None
+    """Keeps tokenised data: ``token_cache.samples(recipe)``; without one it is tokenised in memory."""
 
 
 @dataclass(frozen=True)

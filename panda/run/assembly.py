@@ -21,6 +21,7 @@ from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.order import Source
 from panda.data.reading import Reader
+from panda.data.token_cache import TokenCache
 from panda.data.token_cache import cache_folder
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
@@ -73,7 +74,7 @@ def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
         reader=reader.build(ReaderContext(), Reader),
         max_seq_length=resolved.core.max_seq_length,
         reader_options=reader.options,
-        token_cache=cache_folder(resolved.core.token_cache),
+        token_cache=TokenCache(cache_folder(resolved.core.token_cache)),
     )
     task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
     return task

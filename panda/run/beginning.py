@@ -10,7 +10,7 @@ from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import set_aside_later
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
-from panda.registry.errors import writing
+from panda.files.disk_full import writing
 from panda.run.assembly import build_schedule
 from panda.run.assembly import seed_random
 from panda.run.continuation import Continuation

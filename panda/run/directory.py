@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.files.whole import write_whole
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
@@ -138,8 +139,8 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     except (OSError, ValueError):
         before = None
     earlier = [*before.pop("earlier_starts", []), before] if before else []
-    _replace(directory / "config.yaml", config_text(resolved))
-    _replace_json(directory / "deepspeed.json", deepspeed)
+    write_whole(directory / "config.yaml", config_text(resolved))
+    _write_json(directory / "deepspeed.json", deepspeed)
     packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
     packages += ["bitsandbytes"] * resolved.core.use_quant
     packages += ["fairscale"] * (resolved.core.tensor_parallel_size > 1)
@@ -155,7 +156,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
         f"plugin {offer.name}": {"distribution": offer.distribution, "version": offer.version, "module": offer.module}
         for offer in resolved.hook_modules
     }
-    _replace_json(
+    _write_json(
         directory / DESCRIPTION,
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -172,13 +173,13 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
 
 
 def write_end(directory: Path, step: int, **done: Any) -> None:
-    """Note in provenance.json that the run is at its end behind ``step``, and what else was ``done`` there."""
+    """Note in provenance.json that the run is at its end after ``step``, and what else was ``done`` there."""
     described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-    _replace_json(directory / DESCRIPTION, described | {"end": {"step": step, **done}})
+    _write_json(directory / DESCRIPTION, described | {"end": {"step": step, **done}})
 
 
 def is_at_end(directory: Path, step: int, **wanted: Any) -> bool:
-    """Whether the run in ``directory`` has been at its end behind ``step``, with an export that is still there.
+    """Whether the run in ``directory`` has been at its end after ``step``, with an export that is still there.
 
     And has done what else is ``wanted``, where that is anything. False for runs of panda 0.1 before they noted it.
     """
@@ -231,15 +232,5 @@ def _numbered(path: Path, *, exists: bool) -> Path:
         number += 1
 
 
-def _replace_json(path: Path, content: Any) -> None:
-    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    rewritten = path.with_name(f".tmp-{path.name}")
-    try:
-        rewritten.write_text(text, encoding="utf-8")
-    except BaseException:
-        rewritten.unlink(missing_ok=True)
-        raise
-    rewritten.replace(path)
+def _write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

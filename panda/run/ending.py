@@ -11,6 +11,7 @@ from typing import cast
 from panda.answers.generation import greedy
 from panda.configuration.options import RunOptions
 from panda.data.token_dataset import SampleSet
+from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
@@ -51,8 +52,7 @@ def finish(run: Run) -> None:
             {"prompt": prompt, "answer": tokenizer.decode(ids)} for prompt, ids in zip(some, continued, strict=True)
         ]
     if run.processes.rank == 0:
-        text = json.dumps(run.answers, indent=2, ensure_ascii=False)
-        (run.directory / "answers.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def done_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:

@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InstructFormat:
-    """How rows become conversations, and those text."""
+    """How rows become conversations, and conversations text."""
 
     input_field: str | None = None
     """Field of the prompt, with target_field. By default the common names: instruction/input/output, messages, ..."""
     target_field: str | None = None
     """Field of the answer, with input_field."""
     template: Literal["plain", "chat"] = "plain"
-    """`plain` writes turns behind one another; `chat` uses the tokenizer's chat template."""
+    """`plain` writes turns one after another; `chat` uses the tokenizer's chat template."""
     separator: str = "\n"
-    """Text between prompt and answer in the plain template; the last of the prompt."""
+    """Text between prompt and answer in the plain template; it is part of the prompt."""
 
     def __post_init__(self) -> None:
         if (self.input_field is None) != (self.target_field is None):
@@ -54,7 +54,7 @@ class InstructOptions(InstructFormat):
 
 @register_task("instruct", options=InstructOptions)
 class Instruct(TextTask):
-    """Answers to instructions, of one turn or several: prompts carry no loss, answers and their ends do."""
+    """Answers to instructions, of one or several turns: prompts carry no loss, answers and their ends do."""
 
     option = "instruction_tuning_data_dir"
 
@@ -71,7 +71,7 @@ class Instruct(TextTask):
         return {key: fields[key] for key in ("input_field", "target_field")} | self.template.describe()
 
     def parse(self, row: Row) -> tuple[str, list[list[tuple[str, bool]]]]:
-        """What is asked first, and the segments of each sample."""
+        """The first thing that the user asks, and the segments of each sample."""
         turns: list[Turn] = conversation_of(row.fields, self.options.input_field, self.options.target_field)
         asked = next((turn.text for turn in turns if turn.role == "user"), "")
         return asked, [list(segments) for segments in self.template.samples(turns)]
@@ -86,10 +86,10 @@ class Instruct(TextTask):
             self._add(exchanges, block)
 
     def _add(self, exchanges: list[tuple[list[int], list[int]]], block: SampleBlock) -> None:
-        """One sample of prompts and answers in turn.
+        """Add a sample of prompts and answers in turn.
 
-        Where it is too long, the last exchanges are left out; where not even the first one fits, its
-        prompt gives way, from the beginning, and then the end of its answer.
+        Where it is too long, the last exchanges are left out. Where even the first one does not fit, its
+        prompt is cut at the beginning, and then its answer at the end.
         """
         limit = self.context.max_seq_length
         prompt, answer = exchanges[0]

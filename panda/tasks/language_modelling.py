@@ -1,7 +1,7 @@
-"""Next-token prediction: what every task of a causal language model shares.
+"""Next-token prediction: what all tasks of causal language models share.
 
-A task answers four questions: which samples there are, what the loss of a micro batch is, what the
-model is asked with, and two things to ask it. What ``register_task`` factories return.
+A task says which samples there are, what the loss of a micro batch is, how a prompt is written for the
+model, and which prompts to try it with. The factories of ``register_task`` return one.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ class LanguageModelling(ABC):
         """The samples, tokenised. Raises UserError where no row can be used."""
 
     def reading(self, location: str, option: str) -> LanguageModelling:
-        """This task over the data at ``location``, which the key ``option`` names, in place of its own.
+        """This task with the data at ``location``, which the key ``option`` names, in place of its own.
 
         Raises UserError where there is none, or the task cannot read other data.
         """
-        raise UserError(f"{option}: the task {type(self).__name__} reads no data but its own. Leave `{option}` out.")
+        raise UserError(f"{option}: the task {type(self).__name__} reads only its own data. Leave `{option}` out.")
 
     @abstractmethod
     def example_prompts(self, count: int) -> list[str]:
-        """Prompts made of the first ``count`` good rows."""
+        """Prompts made from the first ``count`` rows that can be used."""
 
     @abstractmethod
     def prompt_text(self, prompt: str) -> str:
-        """The text that the model is given for ``prompt``, as it saw it in training."""
+        """The text that the model is given for ``prompt``, written as in training."""
 
     special_tokens_in_text = False
-    """Whether special tokens that a text spells are tokens, as in a chat template's text, or characters."""
+    """Whether special tokens spelt in a text are encoded as such, as in a chat template's text, or as characters."""
 
     def chat_template(self) -> str | None:
-        """A Jinja template that renders a dialogue as training showed it; None where the tokenizer's own is kept."""
+        """A Jinja template that renders a dialogue as in training; None where the tokenizer's own does."""
         return None
 
     @property
@@ -66,16 +66,16 @@ class LanguageModelling(ABC):
         return end
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` as the model saw prompts in training; cut from the left where too long."""
+        """Token ids of ``prompt`` as in training; cut on the left where it is too long."""
         ids = self.without_bos(self.encode([self.prompt_text(prompt)])[0])
         return [*self.bos, *ids[-(self.context.max_seq_length // 2) :]] or [self.tokenizer.eos_token_id]
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the supervised tokens of ``batch``, **summed**, in float32; a scalar.
 
-        The sum, and not a mean: the engine divides by the number of supervised tokens of the whole
-        step, so that it does not matter how the step is split. A model that computes the sum itself,
-        without logits, says so with ``sums_loss`` (see panda.models).
+        A sum, not a mean: the engine divides by the number of supervised tokens of the whole step, so that
+        it does not matter how the step is split. A model that computes the sum itself, without logits,
+        says so with ``sums_loss`` (see panda.models).
         """
         if getattr(model, "sums_loss", False):
             counted = {"labels": batch.labels, "supervised_tokens": batch.supervised_tokens}
@@ -90,16 +90,16 @@ class LanguageModelling(ABC):
         )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens around it: the task sets those, by id.
+        """Token ids of each text, without special tokens around it, which the task adds by id.
 
-        ``</s>`` in a text, HTML for the end of a struck-out passage, is four characters and no end of a
-        sequence, unless the text was written by a chat template.
+        ``</s>`` in a text, which in HTML ends a struck-out passage, is four characters and not the end of a
+        sequence, unless a chat template wrote the text.
         """
         if not texts:
             return []
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            # What transformers would do, but for each token's place in the text: that costs a fifth of the time.
+            # As transformers does, without each token's place in the text, which takes a fifth of the time.
             backend.no_padding()
             backend.no_truncation()
             backend.encode_special_tokens = not self.special_tokens_in_text
@@ -110,17 +110,17 @@ class LanguageModelling(ABC):
             split_special_tokens=not self.special_tokens_in_text,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # that a text is longer than the model is for: it is cut
+            verbose=False,  # no warning that a text is too long for the model: it is cut
         )["input_ids"]
         return ids
 
     @property
     def bos(self) -> list[int]:
-        """The beginning-of-sequence token, for tokenizers that have one."""
+        """The beginning-of-sequence token; empty for tokenizers without one."""
         return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
 
     def without_bos(self, ids: list[int]) -> list[int]:
-        """``ids`` without the beginning-of-sequence tokens that a template has written: there is one, by id."""
+        """``ids`` without beginning-of-sequence tokens that a template wrote: the task adds one, by id."""
         written = 0
         while self.bos and ids[written : written + 1] == self.bos:
             written += 1

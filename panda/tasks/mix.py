@@ -1,4 +1,4 @@
-"""The ``mix`` task: instruct and pretrain data in one run, each as often as its weight says."""
+"""The ``mix`` task: instruct and pretrain data in one run, each as many times as its weight says."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ class MixOptions(InstructFormat, PretrainFormat):
     """Options of the mix task: those of instruct and of pretrain, and a weight for each."""
 
     instruction_tuning_data_dir: Annotated[str, Location(holds_data=True)] | None = None
-    """Folder or file of instruct data; left out, the mix is of pretrain data alone."""
+    """Folder or file of instruct data; left out, the mix has only pretrain data."""
     pretraining_data_dir: Annotated[str, Location(holds_data=True)] | None = None
-    """Folder or file of pretrain data; left out, the mix is of instruct data alone."""
+    """Folder or file of pretrain data; left out, the mix has only instruct data."""
     instruct_weight: Annotated[float, Meta(gt=0)] = 1.0
-    """Passes over the instruct data that an epoch makes: 2 shows each sample twice, 0.1 another tenth each epoch."""
+    """Passes over the instruct data in an epoch: 2 shows each sample twice, 0.1 another tenth of them each epoch."""
     pretrain_weight: Annotated[float, Meta(gt=0)] = 1.0
-    """Passes over the pretrain data that an epoch makes."""
+    """Passes over the pretrain data in an epoch."""
 
 
 @register_task("mix", options=MixOptions)
 class Mix(LanguageModelling):
-    """Instruct and pretrain data, shuffled together, each with the number of passes that an epoch makes over it."""
+    """Instruct and pretrain data, shuffled together, each with its number of passes in an epoch."""
 
     def __init__(self, options: MixOptions, context: TaskContext) -> None:
         super().__init__(context)
         self.parts: list[tuple[str, Instruct | Pretrain, float]] = []
         if options.instruction_tuning_data_dir is not None:
-            asked = _part(InstructOptions, options)
-            self.parts.append(("instruct", Instruct(asked, context), options.instruct_weight))
+            instruct = Instruct(_part(InstructOptions, options), context)
+            self.parts.append(("instruct", instruct, options.instruct_weight))
         if options.pretraining_data_dir is not None:
-            told = _part(PretrainOptions, options)
-            self.parts.append(("pretrain", Pretrain(told, context), options.pretrain_weight))
+            pretrain = Pretrain(_part(PretrainOptions, options), context)
+            self.parts.append(("pretrain", pretrain, options.pretrain_weight))
         if not self.parts:
             raise UserError("mix: give instruction_tuning_data_dir, pretraining_data_dir, or both.")
         self.first = self.parts[0][1]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from panda.data.token_dataset import SampleBlock
 
 EXAMPLE_CHARACTERS = 40
-"""Characters of a document that serve as a prompt."""
+"""Characters of a document that make an example prompt."""
 CONTENT_FIELDS = ("content", "text")
 
 
@@ -29,7 +29,7 @@ class PretrainFormat:
     """How rows become documents."""
 
     title_field: str = "title"
-    """Field of a document's title, which stands on a line before its content. A row may have none."""
+    """Field of a document's title, which is written on a line before its content. A row may lack it."""
     content_field: str | None = None
     """Field of a document's content; by default "content" or "text"."""
 
@@ -75,7 +75,7 @@ class Pretrain(TextTask):
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
         for document in self.encode(parsed):
             tokens = [*self.bos, *document, self.tokenizer.eos_token_id]
-            # A window begins with the last token of the one before, so that every token but the
+            # A window begins with the last token of the previous one, so that every token except the
             # document's first is predicted exactly once.
             stride = self.context.max_seq_length - 1
             for start in range(0, len(tokens) - 1, stride):

@@ -1,4 +1,4 @@
-"""A task whose samples come from rows of files: reads them once, through the token cache."""
+"""A task whose samples come from rows of files, which are tokenised once and kept in the token cache."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
+    from panda.data.recipe import Recipe
     from panda.data.token_dataset import SampleBlock
     from panda.data.token_dataset import TokenDataset
 
 
 class TextTask(LanguageModelling):
-    """Rows to samples: a subclass says what a row means and how it becomes tokens."""
+    """Rows to samples: a subclass says what a row means, and how that becomes tokens."""
 
     option: str
     """The key that says where the data is."""
@@ -39,19 +40,19 @@ class TextTask(LanguageModelling):
 
     @abstractmethod
     def parse(self, row: Row) -> Any:
-        """What ``row`` means. Raises UnusableRowError where it cannot be trained on."""
+        """The meaning of ``row``, for ``add_samples``. Raises UnusableRowError where it cannot be trained on."""
 
     @abstractmethod
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
-        """Tokenise what ``parse`` returned for some rows into samples of ``block``."""
+        """Tokenise what ``parse`` returned for some rows, and add the samples to ``block``."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The options that decide which tokens come out, as plain objects: the token cache is addressed by them."""
+        """The options that decide which tokens come out, as plain objects: part of the address in the token cache."""
 
     @abstractmethod
     def example_prompt(self, parsed: Any) -> str:
-        """A prompt made of a row of the data."""
+        """A prompt made from what ``parse`` returned for a row."""
 
     def reading(self, location: str, option: str) -> TextTask:
         other = copy(self)
@@ -60,10 +61,14 @@ class TextTask(LanguageModelling):
         return other
 
     def dataset(self) -> TokenDataset:
-        from panda.data.token_cache import Recipe
-        from panda.data.token_cache import tokenised
+        cache = self.context.token_cache
+        return cache.samples(self.recipe()) if cache else self.recipe().in_memory()
 
-        recipe = Recipe(
+    def recipe(self) -> Recipe:
+        """The files, how they become samples, and everything else that decides which tokens come out."""
+        from panda.data.recipe import Recipe
+
+        return Recipe(
             option=self.option,
             location=self.location,
             files=self.files,
@@ -77,10 +82,9 @@ class TextTask(LanguageModelling):
                 "tokenizer": _tokenizer_hash(self.tokenizer),
             },
         )
-        return tokenised(recipe, self.context.token_cache)
 
     def tokenise(self, rows: list[Row | BadRow]) -> SampleBlock:
-        """The samples of ``rows``, and the report of those that make none."""
+        """The samples of ``rows``, and a report of the rows that make none."""
         from panda.data.token_dataset import SampleBlock
 
         block = SampleBlock()
@@ -113,7 +117,7 @@ def _good(row: Row | BadRow) -> Row:
 
 
 def _code(cls: type) -> list[str]:
-    """Which code a class is. panda's own raises the cache's VERSION when it changes; that of others is its source."""
+    """The code of a class, for the cache's address: panda's own by name (see VERSION), that of others by its source."""
     name = f"{cls.__module__}.{cls.__qualname__}"
     if cls.__module__.startswith("panda."):
         return [name]
@@ -123,7 +127,7 @@ def _code(cls: type) -> list[str]:
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of all of ``tokenizer`` that decides which ids it gives."""
+    """A hash of everything in ``tokenizer`` that decides which ids it gives."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = backend.to_str()

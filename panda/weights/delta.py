@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.files.disk_full import writing
+from panda.files.whole import whole
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -87,12 +91,12 @@ def write_delta(target: Pretrained, base: Pretrained, output: Path) -> float:
     theirs, bases = target.weights(), base.weights()
     sources = {"source": str(target.folder), "base_source": str(base.folder)}
     delta = made(theirs, bases, **sources)
-    _prepare(output, target)
-    write_weights(delta, output)
     mark = {"base": str(base.folder), IDENTITY: base.identity(), "whole": WHOLE}
-    (output / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
-    back = applied(safetensors_weights(output), bases, **sources)
-    return max(float((back[name].read().float() - theirs[name].read().float()).abs().max()) for name in back)
+    with _writing(output, target) as new:
+        write_weights(delta, new)
+        (new / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+        back = applied(safetensors_weights(new), bases, **sources)
+        return max(float((back[name].read().float() - theirs[name].read().float()).abs().max()) for name in back)
 
 
 def write_applied(merged: Pretrained, output: Path) -> None:
@@ -100,18 +104,27 @@ def write_applied(merged: Pretrained, output: Path) -> None:
     from panda.weights.files import write_weights
 
     weights = merged.weights()
-    _prepare(output, merged)
-    write_weights(weights, output)
+    with _writing(output, merged) as new:
+        write_weights(weights, new)
 
 
-def _prepare(output: Path, source: Pretrained) -> None:
-    """Make ``output``, with ``source``'s configuration and tokenizer."""
+@contextmanager
+def _writing(output: Path, source: Pretrained) -> Iterator[Path]:
+    """Yields a folder with ``source``'s configuration and tokenizer, which becomes ``output`` when all is written.
+
+    Raises UserError where ``output`` is not empty, and where the disk is full.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output: {str(output)!r} is not empty. Name a folder that does not exist.")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
-    for file in source.files_beside():
-        shutil.copy(file, output / file.name)
+    with (
+        writing(str(output), "Nothing is left of it. Make room, or name a folder on another disk."),
+        whole(output) as new,
+    ):
+        new.mkdir(parents=True)
+        (new / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
+        for file in source.files_beside():
+            shutil.copy(file, new / file.name)
+        yield new
 
 
 def _paired(fine: Weights, base: Weights, source: str, base_source: str) -> Weights:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from panda.files.disk_full import writing
+from panda.files.whole import whole
 from panda.registry.contexts import ModelContext
-from panda.registry.errors import writing
 from panda.registry.resolve import Chosen
 from panda.weights.files import write_weights
 from panda.weights.pretrained import Pretrained
@@ -78,33 +79,22 @@ def describe_model(
 def export(description: Path, weights: Weights, folder: Path) -> None:
     """Make ``folder`` of the model that ``description`` describes and its ``weights``, read one shard at a time.
 
-    Raises UserError where the disk is full; see ``replacing``.
+    Raises UserError where the disk is full; see ``exporting``.
     """
-    with replacing(folder) as temporary:
-        shutil.copytree(description, temporary)
-        write_weights(weights, temporary)
+    with exporting(folder) as new:
+        shutil.copytree(description, new)
+        write_weights(weights, new)
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yields the path of a folder to make, which then becomes ``folder``.
+def exporting(folder: Path) -> Iterator[Path]:
+    """Yields the path of a folder to make, which then becomes ``folder``: see ``whole``.
 
-    What was there before is replaced once the new one is complete; where that fails nothing else is left,
-    and where it fails because the disk is full UserError is raised.
+    Raises UserError where the disk is full.
     """
-    folder = folder.resolve()  # where it is a link, say to a larger disk, it stays one
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     then = "Checkpoints, and an export that was there, are untouched: make room, and `panda export RUN` writes it."
-    with writing(f"{folder}: the export", then):
-        try:
-            yield temporary
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # what is half written may be large, and of no use
-            raise
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+    with writing(f"{folder}: the export", then), whole(folder) as new:
+        yield new
 
 
 def _generation_config(module: Any, tokenizer: Any, pretrained: Pretrained | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ JUNK = bytes(range(256)) * 40
         ("a.jsonl", b"{" + JUNK[:127] * 99, ["has no row that can be trained on", "not valid JSON at line 1"]),
         ("a.json", '{"input": "caf\xe9"}'.encode("latin-1"), ["a.json:1: not UTF-8: byte 0xe9", "Convert the file"]),
         ("a.json", b'[1, "a", null, [], {"input": 1, "target": []}]', ["found a number", "'input' is a number"]),
-        ("a.json.gz", b"\x1f\x8b\x08\x00cut", ["a.json.gz: not a whole gzip file"]),
+        ("a.json.gz", b"\x1f\x8b\x08\x00cut", ["a.json.gz: not a complete gzip file"]),
         ("a.txt", b"text", ["no file that ends in .json or .jsonl or .ndjson; it has .txt", "panda list readers"]),
     ],
     ids=[

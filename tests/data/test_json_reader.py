@@ -388,5 +388,5 @@ def test_a_gzipped_file_is_read_as_what_is_in_it(tmp_path: Path) -> None:
 def test_a_gzipped_file_that_is_cut_short_or_is_none_is_an_error(tmp_path: Path) -> None:
     whole = gzip.compress(lines(A, B).encode())
     for content in (whole[:-20], b"{}", whole[:12] + b"\xff" * 9):
-        with pytest.raises(UserError, match=r"data\.jsonl\.gz: not a whole gzip file: .* Is it cut short"):
+        with pytest.raises(UserError, match=r"data\.jsonl\.gz: not a complete gzip file: .* Is it cut short"):
             read(write(tmp_path, content, "data.jsonl.gz"))

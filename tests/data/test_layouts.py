@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from panda.data.layouts import FILLING_SAMPLES
 from panda.data.layouts import LAYOUTS
-from panda.data.layouts import LOOKED_AT
 from panda.data.layouts import Layout
 from panda.data.layouts import best_fit
 from panda.data.layouts import by_length
@@ -144,10 +144,10 @@ def test_filling_is_the_share_of_tokens_that_are_data_and_what_is_in_a_row() -> 
 
 def test_filling_looks_at_as_many_samples_whatever_the_size_of_a_step() -> None:
     """A large step takes seconds to pack."""
-    lengths = [2] * (3 * LOOKED_AT)
-    assert layout_of(lengths, "padded", accumulation=5).filling().steps == LOOKED_AT // 10
-    assert layout_of(lengths, "padded", accumulation=LOOKED_AT).filling().steps == 1
-    assert layout_of(lengths, "padded", start_step=7, start_position=3 * LOOKED_AT - 4).filling().steps == 1
+    lengths = [2] * (3 * FILLING_SAMPLES)
+    assert layout_of(lengths, "padded", accumulation=5).filling().steps == FILLING_SAMPLES // 10
+    assert layout_of(lengths, "padded", accumulation=FILLING_SAMPLES).filling().steps == 1
+    assert layout_of(lengths, "padded", start_step=7, start_position=3 * FILLING_SAMPLES - 4).filling().steps == 1
 
 
 def test_filling_of_a_run_that_goes_on_is_that_of_the_steps_to_come() -> None:

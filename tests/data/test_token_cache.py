@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +28,11 @@ from panda.data import tokenising
 from panda.data.json_reader import JsonReader
 from panda.data.reading import BadRow
 from panda.data.reading import Row
-from panda.data.token_cache import Recipe
-from panda.data.token_cache import tokenised
+from panda.data.recipe import Recipe
+from panda.data.token_cache import TokenCache
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
+from panda.files.locks import held
 from panda.registry import NoOptions
 from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
@@ -66,8 +70,8 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
+def cache(tmp_path: Path) -> TokenCache:
+    return TokenCache(tmp_path / "cache")
 
 
 def texts(dataset: TokenDataset) -> list[str]:
@@ -79,11 +83,11 @@ def folder_of(dataset: TokenDataset) -> Path:
     return dataset.directory
 
 
-def test_what_is_cached_is_what_was_made(recipe: Recipe, cache: Path) -> None:
+def test_what_is_cached_is_what_was_made(recipe: Recipe, cache: TokenCache) -> None:
     write(recipe.files[0], ["hello", "there"])
     with recipe.files[0].open("a") as file:
         file.write("7\n")
-    in_memory, first, second = (tokenised(recipe, place) for place in (None, cache, cache))
+    in_memory, first, second = recipe.in_memory(), cache.samples(recipe), cache.samples(recipe)
     assert made["a.jsonl"] == 6, "the third time nothing is tokenised"
     for dataset in (in_memory, first, second):
         assert texts(dataset) == ["hello", "there"]
@@ -92,19 +96,19 @@ def test_what_is_cached_is_what_was_made(recipe: Recipe, cache: Path) -> None:
         assert (dataset.report.files, dataset.report.rows, dataset.report.bad_rows) == (1, 3, 1)
         assert dataset.report.first_bad_lines()[0].endswith("row 3: expected an object, {...}, found a number")
     assert folder_of(first) == folder_of(second)
-    assert not list(cache.glob("*.tmp-*"))
+    assert not list(cache.folder.glob(".tmp-*"))
 
 
-def test_the_arrays_are_mapped_and_cannot_be_written(recipe: Recipe, cache: Path) -> None:
-    dataset = tokenised(recipe, cache)
+def test_the_arrays_are_mapped_and_cannot_be_written(recipe: Recipe, cache: TokenCache) -> None:
+    dataset = cache.samples(recipe)
     assert isinstance(dataset.token_ids.base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         dataset.token_ids[0] = 1
 
 
-def test_tokens_of_a_large_vocabulary_keep_their_value(recipe: Recipe, cache: Path) -> None:
+def test_tokens_of_a_large_vocabulary_keep_their_value(recipe: Recipe, cache: TokenCache) -> None:
     write(recipe.files[0], ["\N{PANDA FACE}" * 3])
-    dataset = tokenised(replace(recipe, vocabulary=200_000), cache)
+    dataset = cache.samples(replace(recipe, vocabulary=200_000))
     assert dataset[0][0].tolist() == [ord("\N{PANDA FACE}")] * 3
 
 
@@ -118,60 +122,60 @@ def test_tokens_of_a_large_vocabulary_keep_their_value(recipe: Recipe, cache: Pa
     ids=["options", "content", "a file more"],
 )
 def test_what_decides_the_tokens_decides_the_place(
-    recipe: Recipe, cache: Path, change: Callable[[Recipe], Recipe]
+    recipe: Recipe, cache: TokenCache, change: Callable[[Recipe], Recipe]
 ) -> None:
-    before = folder_of(tokenised(recipe, cache))
-    assert folder_of(tokenised(change(recipe), cache)) != before
+    before = folder_of(cache.samples(recipe))
+    assert folder_of(cache.samples(change(recipe))) != before
 
 
-def test_the_name_and_time_of_a_file_do_not(recipe: Recipe, cache: Path) -> None:
-    before = folder_of(tokenised(recipe, cache))
+def test_the_name_and_time_of_a_file_do_not(recipe: Recipe, cache: TokenCache) -> None:
+    before = folder_of(cache.samples(recipe))
     moved = recipe.files[0].rename(recipe.files[0].with_name("moved.jsonl"))
     os.utime(moved)
-    assert folder_of(tokenised(replace(recipe, files=[moved]), cache)) == before
+    assert folder_of(cache.samples(replace(recipe, files=[moved]))) == before
     assert made["moved.jsonl"] == 0
 
 
-def test_a_change_that_keeps_size_and_nearly_the_time_is_seen(recipe: Recipe, cache: Path) -> None:
+def test_a_change_that_keeps_size_and_nearly_the_time_is_seen(recipe: Recipe, cache: TokenCache) -> None:
     """A file that was just written is not remembered by its time stamp: it may change within the same one."""
     file = recipe.files[0]
     now = time.time_ns()
     file.write_text('{"text": "one"}\n')
     os.utime(file, ns=(now, now))
-    assert texts(tokenised(recipe, cache)) == ["one"]
+    assert texts(cache.samples(recipe)) == ["one"]
     file.write_text('{"text": "two"}\n')
     os.utime(file, ns=(now, now))
-    assert texts(tokenised(recipe, cache)) == ["two"]
+    assert texts(cache.samples(recipe)) == ["two"]
 
 
-def test_the_content_of_a_file_is_read_once(recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenised(recipe, cache)
+def test_the_content_of_a_file_is_read_once(recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.samples(recipe)
 
     def read_again(*arguments: Any) -> Any:
         raise AssertionError("a file is hashed again")
 
     monkeypatch.setattr(content_hash.hashlib, "file_digest", read_again)
-    assert len(tokenised(recipe, cache)) == 3
+    assert len(cache.samples(recipe)) == 3
 
 
 def test_what_is_slow_at_a_start_says_how_far_it_is(
-    recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(token_cache._Progress, "SECONDS", 0.0)
-    tokenised(recipe, cache)
+    monkeypatch.setattr(token_cache._PreparationLog, "SECONDS", 0.0)
+    cache.samples(recipe)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"reading {recipe.location} to know its content: 0.0 GB"
     assert lines[-1].startswith(f"tokenising {recipe.location}: 3 rows, ")
-    tokenised(recipe, cache)
+    cache.samples(recipe)
     assert capsys.readouterr().out == "", "nothing is read again"
 
 
 @pytest.mark.parametrize("name", ["token_ids.bin", "supervised.bin", "offsets.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
 def test_a_damaged_cache_is_made_again(
-    recipe: Recipe, cache: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+    recipe: Recipe, cache: TokenCache, capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:
-    file = folder_of(tokenised(recipe, cache)) / name
+    file = folder_of(cache.samples(recipe)) / name
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-2])
     elif damage == "changed":
@@ -182,42 +186,42 @@ def test_a_damaged_cache_is_made_again(
     else:
         file.unlink()
     made.clear()
-    assert texts(tokenised(recipe, cache)) == ["hello", "there", "again"]
+    assert texts(cache.samples(recipe)) == ["hello", "there", "again"]
     assert made["a.jsonl"] == 3
     if damage != "missing":
         assert "is damaged and is made again" in capsys.readouterr().err
     made.clear()
-    assert len(tokenised(recipe, cache)) == 3 and not made
+    assert len(cache.samples(recipe)) == 3 and not made
 
 
-def test_data_without_a_usable_row_is_an_error_the_second_time_too(recipe: Recipe, cache: Path) -> None:
+def test_data_without_a_usable_row_is_an_error_the_second_time_too(recipe: Recipe, cache: TokenCache) -> None:
     write(recipe.files[0], [])
     recipe.files[0].write_text("[1, 2]")
     for _ in range(2):
         with pytest.raises(UserError, match=r"data_dir: 'a\.jsonl' has no row that can be trained on"):
-            tokenised(recipe, cache)
+            cache.samples(recipe)
 
 
-def test_a_failure_leaves_nothing_behind(recipe: Recipe, cache: Path) -> None:
+def test_a_failure_leaves_nothing_behind(recipe: Recipe, cache: TokenCache) -> None:
     recipe.files[0].write_text('[{"text": "cut sho')
     with pytest.raises(UserError, match="is it cut short"):
-        tokenised(recipe, cache)
-    assert [path.name for path in cache.iterdir() if path.is_dir() and path.name != "hashes"] == []
+        cache.samples(recipe)
+    assert [path.name for path in cache.folder.iterdir() if path.is_dir() and path.name != "hashes"] == []
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(recipe: Recipe, cache: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_is_an_error(recipe: Recipe, cache: TokenCache) -> None:
     def growing(rows: list[Row | BadRow]) -> SampleBlock:
         with recipe.files[0].open("a") as file:
             file.write('{"text": "late"}\n')
         return tokenise(rows)
 
     with pytest.raises(UserError, match=r"a\.jsonl: the file changed while it was read"):
-        tokenised(replace(recipe, tokenise=growing), cache)
-    assert [path.name for path in cache.iterdir() if path.is_dir() and path.name != "hashes"] == []
+        cache.samples(replace(recipe, tokenise=growing))
+    assert [path.name for path in cache.folder.iterdir() if path.is_dir() and path.name != "hashes"] == []
 
 
 def test_a_full_disk_is_an_error_that_says_what_to_do(
-    recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/dev/full is a disk without room."""
 
@@ -228,21 +232,21 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(
 
     monkeypatch.setattr(token_cache, "_Writer", Full)
     with pytest.raises(UserError, match=r"token_cache: cannot write to '.*cache': the disk is full\. Make room there"):
-        tokenised(recipe, cache)
-    assert [path.name for path in cache.iterdir() if path.is_dir() and path.name != "hashes"] == []
+        cache.samples(recipe)
+    assert [path.name for path in cache.folder.iterdir() if path.is_dir() and path.name != "hashes"] == []
 
 
 def test_a_cache_that_cannot_be_made_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"token_cache: cannot make '.*file/cache'"):
-        tokenised(recipe, tmp_path / "file" / "cache")
+        TokenCache(tmp_path / "file" / "cache").samples(recipe)
 
 
-def test_what_a_killed_process_left_is_removed(recipe: Recipe, cache: Path) -> None:
-    folder = folder_of(tokenised(recipe, cache))
-    left = folder.with_name(f"{folder.name}.tmp-123")
+def test_what_a_killed_process_left_is_removed(recipe: Recipe, cache: TokenCache) -> None:
+    folder = folder_of(cache.samples(recipe))
+    left = folder.with_name(f".tmp-{folder.name}")
     folder.rename(left)
-    tokenised(recipe, cache)
+    cache.samples(recipe)
     assert folder.exists() and not left.exists()
 
 
@@ -250,7 +254,7 @@ def test_what_a_killed_process_left_is_removed(recipe: Recipe, cache: Path) -> N
 
 
 def test_processes_tokenise_in_order_and_in_bounded_numbers(
-    recipe: Recipe, cache: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenising, "ROWS_AT_ONCE", 7)
     written = [f"text {number}" for number in range(500)]
@@ -287,7 +291,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {here!r})
 import test_token_cache as t
-from panda.data.token_cache import Recipe, tokenised
+from panda.data.recipe import Recipe
+from panda.data.token_cache import TokenCache
 
 def slowly(rows):
     print("tokenising", flush=True)
@@ -296,18 +301,78 @@ def slowly(rows):
 
 reader = t.JsonReader(t.NoOptions(), t.ReaderContext())
 recipe = Recipe("data_dir", "a.jsonl", [Path({file!r})], reader, slowly, 300, {{"task": 1}})
-print(t.texts(tokenised(recipe, Path({cache!r}))))
+print(t.texts(TokenCache(Path({cache!r})).samples(recipe)))
 """
 
 
-def test_of_several_that_start_at_once_one_tokenises_and_the_others_wait(recipe: Recipe, cache: Path) -> None:
-    program = STARTING.format(here=str(Path(__file__).parent), file=str(recipe.files[0]), cache=str(cache))
+def test_of_several_that_start_at_once_one_tokenises_and_the_others_wait(recipe: Recipe, cache: TokenCache) -> None:
+    program = STARTING.format(here=str(Path(__file__).parent), file=str(recipe.files[0]), cache=str(cache.folder))
     processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert all("['hello', 'there', 'again']" in output for output in outputs), outputs
     assert sum(output.count("tokenising\n") for output in outputs) == 1
-    waiting = [output for output in outputs if "waiting for process " in output]
-    assert all("which tokenises the same data (rank 0)" in output for output in waiting)
+
+
+def test_who_waits_is_told_who_tokenises(
+    recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell, is_told = token_cache._say_who_tokenises, threading.Event()
+    monkeypatch.setattr(token_cache, "_say_who_tokenises", lambda holder: (tell(holder), is_told.set()))
+    folder = folder_of(cache.samples(recipe))
+    shutil.rmtree(folder)
+    with ThreadPoolExecutor(1) as pool:
+        with held(cache.folder / f"{folder.name}.lock"):
+            waiting = pool.submit(cache.samples, recipe)
+            assert is_told.wait(20)
+        assert texts(waiting.result()) == ["hello", "there", "again"]
+    said = f"rank 0 is waiting: the same data is being tokenised by process {os.getpid()} on "
+    assert said in capsys.readouterr().out
+
+
+def test_where_there_are_no_locks_all_tokenise_and_one_result_is_kept(
+    recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Threads: the second begins when the first has begun, and ends when that has a result."""
+
+    def none_here(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    begun, first_is_done = threading.Event(), threading.Event()
+
+    def second(rows: list[Row | BadRow]) -> SampleBlock:
+        begun.set()
+        assert first_is_done.wait(60)
+        return tokenise(rows)
+
+    def first(rows: list[Row | BadRow]) -> SampleBlock:
+        results.append(pool.submit(cache.samples, replace(recipe, tokenise=second)))
+        assert begun.wait(60)
+        return tokenise(rows)
+
+    monkeypatch.setattr("fcntl.flock", none_here)
+    results: list[Future[TokenDataset]] = []
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            datasets = [cache.samples(replace(recipe, tokenise=first))]
+        finally:
+            first_is_done.set()
+        datasets += [result.result() for result in results]
+    assert [texts(dataset) for dataset in datasets] == [["hello", "there", "again"]] * 2
+    [folder] = {folder_of(dataset) for dataset in datasets}
+    assert {path.name for path in cache.folder.iterdir()} == {"hashes", folder.name, f"{folder.name}.lock"}
+    assert f"{cache.folder}: cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_hash_that_was_half_written_is_computed_again(tmp_path: Path) -> None:
+    file, memory = write(tmp_path / "rows.json", ["a"]), tmp_path / "hashes"
+    expected = content_hash.content_hash(file, memory, lambda count: None)
+    [note] = [path for path in memory.iterdir() if path.name != "lock"]
+    whole = note.read_text()
+    for end in range(len(whole)):
+        note.write_text(whole[:end])
+        read: list[int] = []
+        assert content_hash.content_hash(file, memory, read.append) == expected
+        assert read and note.read_text() == whole
 
 
 def test_of_several_that_start_at_once_one_hashes_and_the_others_wait(

@@ -290,24 +290,6 @@ def test_a_run_goes_on_from_where_the_one_before_it_left_off(two_runs: Path, mon
         assert hold_continued(resolved, lock)[1] == Path("other/checkpoints/step-00000002")
 
 
-def test_what_a_forked_process_holds_ends_with_its_parent(tmp_path: Path) -> None:
-    """Processes that prepare batches outlive a run that is killed, by seconds."""
-    lock = RunLock()
-    lock.take(tmp_path)
-    (can_end, end), (is_there, there) = os.pipe(), os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(end)
-        os.write(there, b".")
-        os.read(can_end, 1)
-        os._exit(0)
-    os.read(is_there, 1)
-    os.close(lock.descriptor)  # as a kill would
-    lock.descriptor = None
-    check_free(tmp_path)
-    os.close(end)
-    os.waitpid(child, 0)
-
-
 def test_where_there_are_no_locks_a_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,4 +62,4 @@ def test_a_record_before_the_first_step_that_counted_is_no_error(make_run: Any) 
 def test_an_optimizer_that_tells_nothing_is_an_error(tmp_path: Path) -> None:
     done = run_panda("panda-train", *SMALL, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2
-    assert "the optimizer AdamW tells nothing of single parameters; nvlamb does" in done.stderr
+    assert "the optimizer AdamW reports nothing of single parameters; nvlamb does" in done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from panda.data.reading import BadRow
-from panda.hooks.progress import Progress
+from panda.hooks.progress import ProgressDisplay
 from panda.registry import NoOptions
 from panda.registry.contexts import PluginContext
 
@@ -23,8 +23,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def started(run: Any) -> Progress:
-    plugin = Progress(NoOptions(), PluginContext())
+def started(run: Any) -> ProgressDisplay:
+    plugin = ProgressDisplay(NoOptions(), PluginContext())
     plugin.panda_run_start(run)
     return plugin
 
@@ -151,7 +151,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 ) -> None:
     run = make_run(step=7)
     started(run).panda_exception(run)
-    assert f"the run stopped behind step 7, in {run.directory}; no checkpoint was saved" in capsys.readouterr().out
+    assert f"the run stopped after step 7, in {run.directory}; no checkpoint was saved" in capsys.readouterr().out
     run.checkpoints = [tmp_path / "step-00000005", tmp_path / "gone"]
     run.checkpoints[0].mkdir()
     started(run).panda_exception(run)

@@ -286,7 +286,7 @@ def test_what_a_chat_template_refuses_or_would_misread_is_a_bad_row(instruct: An
     bad = instruct(rows, template="chat").dataset().report.first_bad_rows
     assert [row.problem for row in bad] == [
         "the chat template refuses it: no system turn",
-        "a turn spells the special token '</s>', which the chat template would make of it",
+        "a turn spells the special token '</s>', and the chat template would turn it into one",
     ]
 
 

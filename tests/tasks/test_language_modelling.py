@@ -229,5 +229,5 @@ def test_a_task_that_reads_no_other_data_says_so(tokenizer: Any) -> None:
         def example_prompts(self, count: int) -> list[str]: ...
         def prompt_text(self, prompt: str) -> str: ...
 
-    with pytest.raises(UserError, match="eval_data_dir: the task Fixed reads no data but its own"):
+    with pytest.raises(UserError, match="eval_data_dir: the task Fixed reads only its own data"):
         Fixed(TaskContext(tokenizer, None, 10)).reading("anywhere", "eval_data_dir")

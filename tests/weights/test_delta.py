@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_nothing_is_written_over_and_the_wrong_base_is_told(tmp_path: Path, caps
     argv[-1] = str(tmp_path / "target")
     assert main([*argv, "--output", str(tmp_path / "base")]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_and_is_told(tmp_path: Path, full_disk: Any, capsys: Captured) -> None:
+    save_hf(llama(1), tmp_path / "base")
+    save_hf(llama(2), tmp_path / "target")
+    argv = ["delta", "make", "--target", str(tmp_path / "target"), "--base", str(tmp_path / "base")]
+    with full_disk(20_000):
+        assert main([*argv, "--output", str(tmp_path / "new-delta")]) == 2
+    assert f"{tmp_path}/new-delta cannot be written: the disk is full" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "target"}
 
 
 def test_a_whole_model_is_not_applied(tmp_path: Path, capsys: Captured) -> None:

@@ -7,7 +7,6 @@ Frozen weights are not written: whoever makes the engine again makes them again.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from dataclasses import asdict
@@ -27,8 +26,13 @@ from panda.engine.checkpoints.redistribution import describe_layout
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.redistribution import redistribute
 from panda.engine.engine import Engine
+from panda.files.disk_full import writing
+from panda.files.whole import aside
+from panda.files.whole import put
+from panda.files.whole import remove
+from panda.files.whole import sync
+from panda.files.whole import whole
 from panda.registry import UserError
-from panda.registry.errors import writing
 
 
 def save_checkpoint(
@@ -40,8 +44,8 @@ def save_checkpoint(
     every rank where the disk of one is full; the checkpoints that were there are untouched then.
     """
     processes = engine.processes
-    name = f"step-{progress.step:08d}"
-    temporary, final = folder / f".tmp-{name}", folder / name
+    final = folder / f"step-{progress.step:08d}"
+    temporary = aside(final)
 
     def prepare() -> None:
         if processes.rank == 0:
@@ -60,8 +64,7 @@ def save_checkpoint(
         if processes.rank == 0:
             _complete(temporary, final, {"format": 1, "progress": asdict(progress), "agreement": agreement})
             for old in complete_checkpoints(folder)[:-keep] if keep else []:
-                os.rename(old, folder / f".tmp-{old.name}")  # at once: a folder that is half removed is no checkpoint
-                shutil.rmtree(folder / f".tmp-{old.name}")
+                remove(old)
 
     before = complete_checkpoints(folder)
     kept = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
@@ -81,13 +84,10 @@ def _complete(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     manifest["files"] = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    pointer = final.with_name(f".tmp-{LATEST}")
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    for file in (*files, temporary / MANIFEST, temporary, pointer):
-        _sync(file)
-    os.rename(temporary, final)  # from here on nothing is written that could want for room
-    os.replace(pointer, final.with_name(LATEST))
-    _sync(final.parent)
+    with whole(final.with_name(LATEST)) as pointer:
+        pointer.write_text(final.name + "\n", encoding="utf-8")
+        sync(pointer)  # before the renaming, after which nothing is written that may lack room
+        put(temporary, final)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
@@ -116,15 +116,6 @@ def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     same = ranks == engine.processes.world_size and saved == describe_layout(engine)
     return engine.processes.all_(same)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write ``path`` to disk before what follows."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _random_state() -> dict[str, Any]:

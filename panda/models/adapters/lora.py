@@ -12,7 +12,7 @@ import torch
 from panda.configuration.options import RunOptions
 from panda.registry import UserError
 from panda.registry.errors import in_brief
-from panda.weights.export import replacing
+from panda.weights.export import exporting
 from panda.weights.files import safetensors_weights
 from panda.weights.finding import from_anywhere
 from panda.weights.formats import ADAPTERS
@@ -92,12 +92,12 @@ def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> No
 
 def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any) -> None:
     """Write the adapters among ``weights`` (of ``model``, by its names) so that plain peft loads them on the base."""
-    with replacing(folder) as temporary:
-        temporary.mkdir(parents=True)
-        tokenizer.save_pretrained(temporary)
+    with exporting(folder) as new:
+        new.mkdir(parents=True)
+        tokenizer.save_pretrained(new)
         # Embeddings are never trained here; asked to find out, peft looks for the base on the hub.
-        model.save_pretrained(str(temporary), state_dict=weights, save_embedding_layers=False)
-        (temporary / "README.md").unlink()  # a form that nobody has filled in
+        model.save_pretrained(str(new), state_dict=weights, save_embedding_layers=False)
+        (new / "README.md").unlink()  # a form that nobody has filled in
 
 
 def stored_adapters(folder: Path) -> Weights:

@@ -123,19 +123,22 @@ def test_an_interrupted_save_leaves_the_one_before(
 ) -> None:
     engine = make_engine(processes)
     first = save_checkpoint(engine, tmp_path, Progress(1), {})
-    for broken in ("json.dumps", "os.rename", "os.replace", "torch.save"):
+    replace = os.replace
+    for broken in ("json.dumps", "put", "pointer", "torch.save"):
 
-        def die(*arguments: Any, **keywords: Any) -> None:
-            raise KeyboardInterrupt
+        def die(*arguments: Any, broken: str = broken, **keywords: Any) -> None:
+            if broken != "pointer" or Path(arguments[0]).name == ".tmp-latest":
+                raise KeyboardInterrupt
+            replace(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"panda.engine.checkpoints.writing.{broken}", die)
+            patch.setattr("os.replace" if broken == "pointer" else f"panda.engine.checkpoints.writing.{broken}", die)
             with pytest.raises(KeyboardInterrupt):
                 save_checkpoint(engine, tmp_path, Progress(2), {})
         found = find_checkpoint(tmp_path)
-        # Before the rename the new one is absent, behind it complete: `latest` is a convenience.
-        assert found is not None and found.name == ("step-00000002" if broken == "os.replace" else first.name)
-        if broken == "os.replace":
+        # Before the renaming the new one is absent, after it complete: `latest` is a convenience.
+        assert found is not None and found.name == ("step-00000002" if broken == "pointer" else first.name)
+        if broken == "pointer":
             json.loads((found / "manifest.json").read_text())
             found.rename(tmp_path / "aside")
     second = save_checkpoint(engine, tmp_path, Progress(2), {})
@@ -202,20 +205,18 @@ def test_old_checkpoints_are_removed_behind_a_newer_complete_one(processes: Proc
 def test_everything_is_on_disk_before_it_gets_its_name_and_then_the_names_are(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[tuple[str, str]] = []
-    fsync, rename, replace = os.fsync, os.rename, os.replace
+    synced: list[str] = []
+    renamed: list[tuple[str, list[str]]] = []
+    fsync, replace = os.fsync, os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-        patch.setattr(os, "rename", lambda a, b: (done.append(("rename", str(a))), rename(a, b)))
-        patch.setattr(os, "replace", lambda a, b: (done.append(("rename", str(a))), replace(a, b)))
+        patch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+        patch.setattr(os, "replace", lambda a, b: (renamed.append((str(a), list(synced))), replace(a, b)))
         saved = save_checkpoint(make_engine(processes), tmp_path, Progress(1), {})
-    temporary, pointer = tmp_path / f".tmp-{saved.name}", tmp_path / ".tmp-latest"
-    files = [temporary / path.relative_to(saved) for path in saved.rglob("*") if path.is_file()]
-    assert len(files) > 2
-    first = done.index(("rename", str(temporary)))
-    assert {("sync", str(path)) for path in (*files, temporary, pointer)} <= set(done[:first])
-    # A rename is on disk when the folder is: without that an older `latest` may be what is found.
-    assert done[first:] == [("rename", str(temporary)), ("rename", str(pointer)), ("sync", str(tmp_path))]
+    [(temporary, before), (pointer, between)] = renamed
+    files = {str(Path(temporary) / path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert len(files) > 2 and files | {temporary} <= set(before)
+    assert pointer in before, "after the renaming nothing is written that may lack room"
+    assert between[-2:] == [str(tmp_path), pointer] and synced[-1] == str(tmp_path)
 
 
 def test_what_interrupted_saves_left_is_removed_by_the_next(processes: Processes, tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""A recipe: data files, and how they become samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from panda.data.reading import Reader
+from panda.data.token_dataset import SampleBlock
+from panda.data.token_dataset import TokenDataset
+from panda.data.tokenising import Tokenise
+from panda.data.tokenising import tokenised_blocks
+from panda.registry import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Data files and how they become samples."""
+
+    option: str
+    """The key that says where the data is, for errors."""
+    location: str
+    """Its value."""
+    files: Sequence[Path]
+    reader: Reader
+    tokenise: Tokenise
+    vocabulary: int
+    """Token ids are below this."""
+    ingredients: dict[str, Any]
+    """Everything besides the content of the files that decides which tokens come out, as plain objects."""
+
+    def in_memory(self) -> TokenDataset:
+        """The samples, tokenised now and kept in memory. Raises UserError where the data cannot be used."""
+        block = SampleBlock()
+        for part in tokenised_blocks(self.files, self.reader, self.tokenise):
+            block.token_ids.extend(part.token_ids)
+            block.supervised += part.supervised
+            block.lengths.extend(part.lengths)
+            block.report.add(part.report)
+        return self.usable(TokenDataset.of(block))
+
+    def usable(self, dataset: TokenDataset) -> TokenDataset:
+        """``dataset``, which was made by this recipe. Raises UserError, with the reasons, where it has no sample."""
+        if len(dataset) == 0:
+            reasons = "".join(f"\n  {line}" for line in dataset.report.lines())
+            raise UserError(f"{self.option}: {self.location!r} has no row that can be trained on.{reasons}")
+        return dataset

@@ -1,0 +1,123 @@
+"""Locks between processes. The system frees them when their holder ends, in whatever way it does.
+
+The file of a lock stays when the lock is free; while it is held it says by whom.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextlib import suppress
+from datetime import UTC
+from datetime import datetime
+from pathlib import Path
+
+TRIES, SECONDS_BETWEEN = 10, 0.05
+"""How often a lock is tried before it counts as held by another process: ``holder_of`` holds it for an instant."""
+POLL_SECONDS = 0.2
+"""Between two tries of a process that waits."""
+
+_descriptors: set[int] = set()
+"""Open files of the locks that this process holds or waits for."""
+
+
+class HeldError(Exception):
+    """A lock is held by another process."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+        """Which process that is, in words."""
+
+
+@contextmanager
+def held(file: Path, *, waiting: Callable[[str], None] | None = None, unlocked: str | None = None) -> Iterator[bool]:
+    """Hold the lock ``file``, which is made where it is missing; other threads of this process are kept out, too.
+
+    Where another process holds it, HeldError is raised; with ``waiting`` that is called instead, once, with who holds
+    the lock, and the lock is waited for. Raises OSError where the file cannot be opened. Yields whether the lock is
+    held: on a file system without locks it is not, and ``unlocked`` then tells the user what that means.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    _descriptors.add(descriptor)
+    process = os.getpid()
+    try:
+        is_held = _lock(descriptor, file, waiting, unlocked)
+        with suppress(OSError):  # a full disk: the lock is held all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _this_process().encode(), 0)
+        try:
+            yield is_held
+        finally:
+            if os.getpid() == process:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+    finally:
+        if os.getpid() == process:  # in a forked one it is closed already
+            _descriptors.discard(descriptor)
+            os.close(descriptor)
+
+
+def holder_of(file: Path) -> str | None:
+    """Which process holds the lock ``file``, in words; None where none does or that cannot be known. Makes nothing."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _written_in(descriptor)
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _lock(descriptor: int, file: Path, waiting: Callable[[str], None] | None, unlocked: str | None) -> bool:
+    tries = 0
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            tries += 1
+            if tries == TRIES:
+                if waiting is None:
+                    raise HeldError(_written_in(descriptor)) from None
+                waiting(_written_in(descriptor))
+            time.sleep(SECONDS_BETWEEN if tries < TRIES else POLL_SECONDS)
+        except OSError as problem:  # a file system without locks
+            if unlocked is not None:
+                print(f"note: {file.parent}: cannot be locked ({problem.strerror}): {unlocked}", file=sys.stderr)
+            return False
+
+
+def _this_process() -> str:
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()}{rank}, since {since}"
+
+
+def _written_in(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+
+
+def _leave_to_parent() -> None:
+    """Close the locks in a process that was just forked, say to prepare batches.
+
+    It shares them with its parent, and would hold them on when that is killed.
+    """
+    for descriptor in _descriptors:
+        os.close(descriptor)
+    _descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
