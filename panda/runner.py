@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from panda.configuration.configure import Configuration
 from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import join_processes
-from panda.registry.contexts import PluginContext
 from panda.files.disk_full import writing
+from panda.registry.contexts import PluginContext
 from panda.run.assembly import lay_out
 from panda.run.assembly import lay_out_evaluation
 from panda.run.beginning import NO_ROOM_LEFT
