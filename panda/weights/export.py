@@ -24,7 +24,7 @@ from panda.weights.files import write_weights
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
 
-DESCRIPTION = "model"
+MODEL_FOLDER = "model"
 """In a run directory: the description of its model."""
 
 
