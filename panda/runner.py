@@ -31,7 +31,6 @@ from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import read_progress
-from panda.engine.checkpoints.folders import read_shape
 from panda.engine.checkpoints.folders import set_aside_later
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint
@@ -77,7 +76,7 @@ from panda.run.records import Clock
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
 from panda.tasks.language_modelling import LanguageModelling
-from panda.weights.export import DESCRIPTION
+from panda.weights.export import MODEL_FOLDER
 from panda.weights.export import describe_model
 from panda.weights.export import export
 from panda.weights.finding import find_pretrained
@@ -202,7 +201,7 @@ def _build(
     if options.precision == "fp16" and processes.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
     continued, checkpoint = processes.agree(lambda: hold_continued(resolved, lock))
-    shape = _shape(resolved, pretrained, dataset, checkpoint)
+    shape = _shape(resolved, pretrained, dataset)
     progress = read_progress(checkpoint, shape) if checkpoint else START
     layout = lay_out(options, dataset, processes.data_ranks, progress)
     evaluation = lay_out_evaluation(options, held_out, processes.data_ranks) if held_out is not None else None
@@ -270,7 +269,7 @@ def _build(
         dtype = next(engine.module.parameters()).dtype
         chosen = resolved.components["model"]
         described = task.tokenizer, task.chat_template(), chosen, context, pretrained
-        describe_model(directory / DESCRIPTION, base, dtype, *described)
+        describe_model(directory / MODEL_FOLDER, base, dtype, *described)
 
     processes.together(describe)
     hook = catalog.plugins.hook
@@ -409,20 +408,17 @@ def _export(run: Run) -> None:
             pass
         elif run.options.use_lora:
             adapters = {name: tensor.read() for name, tensor in weights.items()}
-            described = load_tokenizer(str(run.directory / DESCRIPTION))
+            described = load_tokenizer(str(run.directory / MODEL_FOLDER))
             export_adapters(cast("PeftModel", run.engine.module), adapters, run.directory / EXPORT, described)
         else:
-            export(run.directory / DESCRIPTION, weights, run.directory / EXPORT)
+            export(run.directory / MODEL_FOLDER, weights, run.directory / EXPORT)
     finally:
         for tensor in unread.values():  # on the other ranks, and on rank 0 where writing failed: they wait for it
             tensor.read()
 
 
-def _shape(
-    resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet, checkpoint: Path | None = None
-) -> dict[str, Any]:
-    """What the run of ``checkpoint`` and one that continues it have to agree on."""
-    recorded = read_shape(checkpoint).get("base_weights") if checkpoint else None
+def _shape(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:
+    """What a run and one that continues it have to agree on."""
     adapters = ", ".join(f"{key} {getattr(resolved.core, key)}" for key in LORA_KEYS)
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}
     return {
@@ -441,7 +437,7 @@ def _shape(
         "lr_multipliers": list(resolved.core.lr_multipliers),
         "adapters": adapters if resolved.core.use_lora else "none",
         "base": f"quantised to {resolved.core.quant_bits} bits" if resolved.core.use_quant else "whole",
-        **({"base_weights": base_weights(pretrained, recorded)} if resolved.core.use_lora else {}),
+        **({"base_weights": base_weights(pretrained)} if resolved.core.use_lora else {}),
         "seed": resolved.core.seed,
         "samples": len(dataset),
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),

@@ -155,7 +155,7 @@ assert "torch" not in sys.modules
 TOLD = {
     ("--ckpt_path", "org/nope"): r"there is no model at http:\S+/org/nope, or none that you may see",
     ("--ckpt_path", "org/gated"): r"gated: Access to model org/gated is restricted.*`hf auth login`.*HF_TOKEN",
-    ("--ckpt_path", "org/old"): r"holds its weights in pickles .* say `--allow_pickle`",
+    ("--ckpt_path", "org/old"): r"holds its weights in pickles .* add `--allow_pickle`",
     ("--ckpt_path", "org/bare"): r"has no tokenizer that transformers loads",
     ("--tokenizer", "org/nope"): r"tokenizer: 'org/nope' is no folder .* there is no model at http",
     ("--tokenizer", "org/bare"): r"tokenizer: 'org/bare' on the Hugging Face hub has no tokenizer",

@@ -126,12 +126,6 @@ def check_contents(checkpoint: Path, files: Iterable[Path]) -> None:
             )
 
 
-def read_shape(checkpoint: Path) -> dict[str, Any]:
-    """What a run that continues ``checkpoint`` has to agree on."""
-    shape: dict[str, Any] = _manifest(checkpoint)["shape"]
-    return shape
-
-
 def read_progress(checkpoint: Path, shape: dict[str, Any]) -> Progress:
     """How far ``checkpoint`` had come. Raises UserError where it was made by a run of another ``shape``.
 
