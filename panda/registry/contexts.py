@@ -39,6 +39,10 @@ class TaskContext:
     """Folder in which tokenised data is kept; without one it is tokenised in memory."""
 
 
+IGNORED_LABEL = -100
+"""In the ``labels`` that a model is given: a token that carries no loss. The value that torch ignores by default."""
+
+
 @dataclass(frozen=True)
 class ModelContext:
     """For a model."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -374,37 +373,6 @@ def test_help_has_an_example(capsys: Captured) -> None:
             main([command, "--help"])
         assert done.value.code == 0
         assert f"panda {command}" in capsys.readouterr().out.partition("example")[2]
-
-
-def test_weights_are_written_in_shards_that_plain_transformers_loads(tmp_path: Path) -> None:
-    from panda.weights.files import write_weights
-
-    model: Any = llama()
-    model.config.save_pretrained(tmp_path)
-    weights = {
-        name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
-        for name, tensor in model.named_parameters()
-    }
-    write_weights(weights, tmp_path, shard_bytes=20_000)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) > 4
-    biggest = max(parameter.numel() * 4 for parameter in model.parameters())
-    assert all(file.stat().st_size < max(biggest, 20_000) + 2_000 for file in files)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-
-
-def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
-    from panda.registry import UserError
-    from panda.weights.files import write_weights
-
-    weights = {
-        name: StoredTensor((2,), torch.float32, lambda v=value: torch.tensor([0.0, v]))
-        for name, value in (("a", 1.0), ("b", float("nan")))
-    }
-    with pytest.raises(UserError, match="1 tensors are not finite, b first"):
-        write_weights(weights, tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.linear_layers import listed_names
 from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.weights.export import replacing
@@ -36,7 +37,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     is_hugging_face = isinstance(model, PreTrainedModel)
-    linear = _linear_names(model)
+    linear = listed_names(model)
     targets = list(options.lora_target_modules)
     if not targets and not is_hugging_face:
         raise UserError(
@@ -137,9 +138,3 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
             return PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, UserWarning) as problem:  # shapes that differ, names that are not there
         raise UserError(f"{unfit} {in_brief(problem)}.") from problem
-
-
-def _linear_names(model: torch.nn.Module) -> str:
-    """The last part of the name of each linear layer, for a message."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return ", ".join(sorted(names)) or "no linear layer"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.linear_layers import linear_names
 from panda.registry import UserError
 
 # It looks for kernels on the hub when it is imported on a CPU, and says that it has not found them.
@@ -53,7 +54,7 @@ def quantise(
 def quantised_names(model: Any) -> list[str]:
     """Names of the layers of ``model``, of transformers, that ``quantise`` quantises."""
     head = model.get_output_embeddings()
-    return [name for name in _linear_names(model) if model.get_submodule(name) is not head]
+    return [name for name in linear_names(model) if model.get_submodule(name) is not head]
 
 
 def rounded(layer: torch.nn.Linear, options: RunOptions, device: torch.device) -> torch.Tensor:
@@ -97,10 +98,6 @@ def _quantised(layer: torch.nn.Linear, options: RunOptions, device: torch.device
 def _bitsandbytes() -> Any:
     """bitsandbytes, which is an extra, and has no types to speak of."""
     return import_module("bitsandbytes")
-
-
-def _linear_names(model: torch.nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 def _replace(model: torch.nn.Module, name: str, other: torch.nn.Module) -> None:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the customary name
 from torch.autograd.function import once_differentiable
 
-IGNORED_LABEL = -100
+from panda.registry.contexts import IGNORED_LABEL
+
 LOGITS_AT_ONCE = 2**26
 """Logits that exist at a time, at most (256 MiB in float32)."""
 
