@@ -207,7 +207,7 @@ def test_hf_takes_any_causal_language_model(name: str, tmp_path: Path) -> None:
     other = AutoModelForCausalLM.from_config(OTHERS[name]())
     path = save_hf(other, tmp_path / name, shards=False)
     assert torch.equal(logits(loaded("--model", "hf", "--ckpt_path", path)), logits(other))
-    with pytest.raises(UserError, match=f"model_type is '{name}'. `--model hf` takes any"):
+    with pytest.raises(UserError, match=f"model_type is '{name}'. `--model hf` accepts any"):
         configured("--ckpt_path", path)
 
 
@@ -362,7 +362,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_told_at_once(model: Any, t
         loaded("--ckpt_path", path)
     assert str(caught.value).splitlines()[1:4] == [
         "missing from it: model.layers.1.mlp.up_proj.weight",
-        "in it, and not in the model: model.layers.2.mlp.up_proj.weight",
+        "in it and not in the model: model.layers.2.mlp.up_proj.weight",
         "of another shape: model.norm.weight is [31] and should be [32]",
     ]
 

@@ -329,7 +329,7 @@ def test_adapters_away_from_their_run_answer_on_the_base_that_they_name_or_on_th
     config.write_text(config.read_text().replace("org/elsewhere", "/else/where"))
     assert main(["generate", str(tmp_path / "adapters"), *question]) == 2
     error = capsys.readouterr().err
-    assert "says that it is '/else/where', which is no folder here" in error and "`--ckpt_path`" in error
+    assert "names '/else/where', which is not a folder here" in error and "`--ckpt_path`" in error
     assert main(["generate", str(tmp_path / "adapters"), *question, "--ckpt_path", str(folder / "base")]) == 0
     assert capsys.readouterr().out == expected
 
@@ -358,9 +358,9 @@ def test_adapters_that_are_damaged_or_unknown_are_told_before_their_base_is_load
 
     known = json.loads(config.read_text())
     config.write_text(json.dumps(known | {"peft_type": "NEWER"}))
-    assert "peft makes no adapters of it: KeyError: 'NEWER'" in told()
+    assert "peft cannot read it: KeyError: 'NEWER'" in told()
     config.write_text(json.dumps({key: value for key, value in known.items() if key != "peft_type"}))
-    assert "peft makes no adapters of it: " in (error := told()) and "'peft_type'" in error
+    assert "peft cannot read it: " in (error := told()) and "'peft_type'" in error
     config.write_text(json.dumps(known))
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "adapter_model.safetensors: damaged, or not safetensors" in told()
@@ -374,7 +374,7 @@ def test_adapters_of_a_weight_that_another_layer_has_too_are_not_merged(tmp_path
     train_many([flags(tmp_path, name, ("--lora_target_modules", name), 1) for name in layers], cwd=tmp_path)
     for name, layer in layers.items():
         assert main(["export", str(tmp_path / name), "--merge"]) == 2
-        assert f"the weight of {layer} is that of another layer too" in capsys.readouterr().err
+        assert f"{layer} shares its weight with another layer" in capsys.readouterr().err
         assert not list((tmp_path / name).glob("*merged"))
 
 
