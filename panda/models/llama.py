@@ -54,7 +54,7 @@ class LlamaOptions:
     rope_original_max_position_embeddings: Annotated[int, Meta(ge=1)] | None = None
     """Positions before stretching; only for `rope_scaling: llama3`. By default max_position_embeddings."""
     rope_low_freq_factor: Annotated[float, Meta(gt=0)] = 1.0
-    """Original positions over this: longer wavelengths are stretched by the whole factor; only for `rope_scaling: llama3`."""
+    """Original positions over this: longer wavelengths are stretched fully; only for `rope_scaling: llama3`."""
     rope_high_freq_factor: Annotated[float, Meta(gt=0)] = 4.0
     """Original positions over this: shorter wavelengths are not stretched; only for `rope_scaling: llama3`."""
     rms_norm_eps: Annotated[float, Meta(gt=0)] = 1e-6
