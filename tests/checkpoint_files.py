@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -120,15 +119,3 @@ def save_delta(target: Any, base: Any, folder: Path) -> Path:
             state[name] = state[name] - theirs[name]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def older_identity(folder: Path, pattern: str = "*.safetensors") -> str:
-    """As panda computed it when it knew files alone."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob(pattern)):
-        content = file.read_bytes()
-        digest.update(len(content).to_bytes(8, "little") + content[: 2**20])
-        for block in range(256):
-            begin = block * len(content) // 256
-            digest.update(content[begin : begin + 4096])
-    return f"sha256:{digest.hexdigest()[:16]}"

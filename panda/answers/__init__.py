@@ -1,1 +1,1 @@
-"""What a trained model answers: loading it for inference, generation, chat."""
+"""Answers of trained models: loading a model for inference, generation, dialogues."""

@@ -1,4 +1,4 @@
-"""Answers of a model, as they come: what ``panda generate`` and ``panda chat`` do."""
+"""Answers of a model, streamed: what ``panda generate`` and ``panda chat`` print."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """How each token of an answer is chosen."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws from the model's distribution."""
+    """0 takes the likeliest token; 1 samples from the model's distribution."""
     top_p: float = 1.0
-    """Of the likeliest tokens, as many as have this probability together."""
+    """Samples only from the likeliest tokens, as many as have this probability together."""
 
 
 class Assistant:
     """A model and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device, described: Path) -> None:
-        """``model``, a module on ``device``, generates as the folder ``described`` says, if that does."""
+        """``model`` is on ``device``; it uses the generation config in the folder ``described``, if there is one."""
         from transformers import GenerationConfig
 
         self.model = model
@@ -47,7 +47,7 @@ class Assistant:
         return bool(self.tokenizer.chat_template)
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """Token ids of a dialogue, up to where the assistant speaks. Without a template: of the text alone."""
+        """Token ids of a dialogue up to the assistant's turn; without a template, of the text only."""
         if self.has_template:
             ids: list[int] = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -58,7 +58,7 @@ class Assistant:
         return [*begin, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def answer(self, ids: list[int], sampling: Sampling, write: Callable[[str], None]) -> str:
-        """Continue ``ids``; ``write`` is given the text piece by piece. Returns the whole of it."""
+        """Continue ``ids``, and call ``write`` with each piece of text as it comes. Returns the whole text."""
         from transformers import GenerationMixin
         from transformers import TextStreamer
 
@@ -85,7 +85,7 @@ class Assistant:
         draws = sampling.temperature > 0
         settings = model.generation_config
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        # What the checkpoint's own generation config says of drawing gives way to what was asked for.
+        # What was asked for overrides what the checkpoint's generation config says about sampling.
         settings.update(
             do_sample=draws,
             temperature=sampling.temperature if draws else None,

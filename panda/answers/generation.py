@@ -1,4 +1,4 @@
-"""Greedy continuation of prompts with any causal model, for the answers that a run ends with."""
+"""Continuing prompts with any causal model, which only needs a forward."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def greedy(
     eos_token_id: int,
     device: torch.device,
 ) -> list[list[int]]:
-    """What ``model`` continues each of ``prompts`` (token ids) with, up to and without the end of sequence.
+    """The greedy continuation of each of ``prompts`` (token ids), without the end of sequence that stops it.
 
-    Whole rows are run again for every token: right for a few short answers, and it asks nothing of
-    the model but its forward. Every rank has to call it where weights are partitioned.
+    Every token runs forward on the whole rows: slow, acceptable for a few short answers, and possible with any
+    model. Where weights are partitioned, every rank has to call it.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     rows = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64, device=device)
@@ -55,9 +55,9 @@ def continuation(
     top_p: float,
     device: torch.device,
 ) -> Iterator[int]:
-    """The tokens with which ``model`` continues ``prompt``, one by one, up to and without the end of sequence.
+    """The tokens with which ``model`` continues ``prompt``, one by one, without the end of sequence that stops it.
 
-    As ``greedy`` it asks nothing of the model but its forward. ``temperature`` 0 takes the likeliest.
+    Like ``greedy`` it only needs the model's forward. ``temperature`` 0 takes the likeliest token.
     """
     ids = list(prompt)
     for _ in range(max_new_tokens):
@@ -71,7 +71,7 @@ def continuation(
 
 
 def _drawn(logits: torch.Tensor, top_p: float) -> int:
-    """A token from the likeliest that have the probability ``top_p`` together, the likeliest always among them."""
+    """A token sampled from the likeliest ones that together have probability ``top_p``, at least one."""
     probabilities, tokens = logits.softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities
     return int(tokens[torch.multinomial(probabilities * (before < top_p), 1)])

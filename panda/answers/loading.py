@@ -1,16 +1,19 @@
-"""What answers, loaded whole and not to be trained: a run's or an export's model, any folder, adapters on a base."""
+"""Loading a whole model to answer: a run's or an export's model, any folder, adapters on a base."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from panda.answers.assistant import Assistant
+from panda.models.causal_lm import build_causal_lm
+from panda.models.causal_lm import is_converted_when_loaded
 from panda.models.initialisation.creation import keep_computed_float32
 from panda.models.initialisation.creation import without_weights
 from panda.registry import Catalog
@@ -19,16 +22,17 @@ from panda.registry.contexts import ModelContext
 from panda.registry.errors import in_brief
 from panda.registry.options import build
 from panda.weights.files import safetensors_weights
+from panda.weights.finding import Source
 from panda.weights.finding import find_here
 from panda.weights.finding import pretrained_at
 from panda.weights.finding import whole_at
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
 from panda.weights.hub import is_name
+from panda.weights.json_object import read_json_object
 from panda.weights.matching import matched
 from panda.weights.matching import refuse_unlike
 from panda.weights.pretrained import Pretrained
-from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import put
@@ -36,84 +40,79 @@ from panda.weights.tokenizers import TOKENIZER
 from panda.weights.tokenizers import has_tokenizer
 from panda.weights.tokenizers import read_tokenizer
 
+Load = Callable[[torch.device], torch.nn.Module]
+"""Loads a model on a device, to answer and not to be trained. Raises UserError where that fails."""
 
-def assistant_of(
-    folder: Path,
-    weights: Weights | None,
-    device: torch.device,
-    load: Callable[[], torch.nn.Module] | None = None,
-    *,
-    chats: bool = False,
-) -> Assistant:
-    """What answers as ``folder`` describes it, an export or a run's description, with ``weights``, or the folder's own.
 
-    Or with the module that ``load`` gives. Raises UserError where no model can be loaded; and, before one is,
-    where it ``chats`` and its tokenizer has no chat template.
+@dataclass(frozen=True)
+class Answering:
+    """A model that can answer: its tokenizer is read, the model itself is loaded on demand."""
+
+    folder: Path
+    """What to call it in messages."""
+    tokenizer: Any
+    load: Load
+    described: Path
+    """The folder with its generation config, if it has one."""
+
+    def require_chat_template(self) -> None:
+        """Raise UserError where a dialogue cannot be rendered for the model."""
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{self.folder}: its tokenizer has no chat template, so dialogues are unknown to the model. `panda"
+                " generate` continues a text with it."
+            )
+
+    def assistant(self, device: torch.device) -> Assistant:
+        """The model on ``device``, loaded, with its tokenizer. Raises UserError where it cannot be loaded."""
+        return Assistant(self.load(device), self.tokenizer, device, self.described)
+
+
+def described_in(folder: Path, weights: Weights | None = None, *, load: Load | None = None) -> Answering:
+    """The model that ``folder`` describes, an export or the description in a run, with ``weights`` or the folder's own.
+
+    ``load`` replaces loading it from those. Raises UserError where the tokenizer cannot be read.
     """
-    tokenizer = _fit(read_tokenizer(folder), folder, chats)
-    module = load() if load else _module(folder, weights).to(device).eval()
-    return Assistant(module, tokenizer, device, folder)
+    return Answering(folder, read_tokenizer(folder), load or partial(_described_module, folder, weights), folder)
 
 
-def assistant_in(
-    folder: Path, base_path: str | None, device: torch.device, *, allow_pickle: bool, chats: bool = False
-) -> Assistant:
-    """What answers from ``folder``: an export, or any model in Hugging Face's format, added to its base if a delta.
+def found_at(source: Source) -> Answering:
+    """The model in the folder at ``source``: an export, any in Hugging Face's format, or a delta with its base.
 
     Raises UserError as a run that starts from it would.
     """
-    if base_path is None and "panda_model" in _config(folder):
-        return assistant_of(folder, None, device, chats=chats)
-    pretrained = whole_at(str(folder), base_path, option="RUN", allow_pickle=allow_pickle, quantised=True)
-    tokenizer = _fit(pretrained_tokenizer(pretrained), folder, chats)
-    return Assistant(pretrained_module(pretrained).to(device), tokenizer, device, folder)
+    folder = Path(source.location)
+    if source.base_path is None and "panda_model" in read_json_object(folder / CONFIG):
+        return described_in(folder)
+    pretrained = whole_at(replace(source, quantised=True))
+    return Answering(folder, pretrained_tokenizer(pretrained), partial(_pretrained_module_on, pretrained), folder)
 
 
-def assistant_with_adapters(
-    folder: Path,
-    ckpt_path: str | None,
-    base_path: str | None,
-    device: torch.device,
-    *,
-    allow_pickle: bool,
-    chats: bool = False,
-) -> Assistant:
-    """What answers with the adapters that peft keeps in ``folder``, on the base at ``ckpt_path``, or the one they name.
+def with_adapters(source: Source, ckpt_path: str | None) -> Answering:
+    """The adapters that peft keeps in the folder at ``source``, on the base at ``ckpt_path``, or the one they name.
 
-    As plain peft does, on the base as it is stored: no run says how training had it. Raises UserError
-    where there is no such base, or they are not of it.
+    As with plain peft the base is used as it is stored: no run states how it was trained on. The ``base_path`` of
+    ``source`` is that of the base. Raises UserError where there is no such base, or the adapters do not fit it.
     """
-    from panda.models.adapters.lora import load_adapters
     from panda.models.adapters.lora import stored_adapters
 
-    named: Any = _config(folder, ADAPTERS).get("base_model_name_or_path")
+    folder = Path(source.location)
+    named: Any = read_json_object(folder / ADAPTERS).get("base_model_name_or_path")
     if ckpt_path is None and not (named and (find_here(named) or is_name(named))):
-        said = f"says that it is {named!r}, which is no folder here" if named else "does not say which it is"
+        said = f"names {named!r}, which is not a folder here" if named else "does not name it"
         raise UserError(
-            f"{folder}: adapters, and a base that is not found: their {ADAPTERS} {said}. Name the folder"
-            " of the weights that they were trained on with `--ckpt_path`; of adapters on random weights, name"
-            " the run."
+            f"{folder}: adapters whose base was not found: their {ADAPTERS} {said}. Name the folder of the weights that"
+            " they were trained on with `--ckpt_path`; for adapters on random weights, name the run."
         )
-    location: str = ckpt_path or named
-    option = "--ckpt_path" if ckpt_path else f"{folder / ADAPTERS}, for which `--ckpt_path` names another place"
-    base = whole_at(location, base_path, option=option, allow_pickle=allow_pickle, quantised=True)
-    stored_adapters(folder)  # what is wrong with them is told before a base is loaded
-    tokenizer = _fit(pretrained_tokenizer(base, folder if has_tokenizer(folder) else None), folder, chats)
-    adapted: Any = load_adapters(pretrained_module(base), folder)
-    return Assistant(adapted.get_base_model().to(device).eval(), tokenizer, device, base.folder)
-
-
-def _fit(tokenizer: Any, folder: Path, chats: bool) -> Any:
-    if chats and not tokenizer.chat_template:
-        raise UserError(
-            f"{folder}: its tokenizer has no chat template, so the model does not know dialogues. `panda generate` has"
-            " it continue a text."
-        )
-    return tokenizer
+    option = "--ckpt_path" if ckpt_path else f"{folder / ADAPTERS}, which `--ckpt_path` overrides"
+    base = whole_at(replace(source, location=ckpt_path or named, option=option, quantised=True))
+    stored_adapters(folder)  # so that what is wrong with them is reported before a base is loaded
+    tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
+    return Answering(folder, tokenizer, partial(_adapted_module, base, folder), base.folder)
 
 
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
-    """The tokenizer of ``pretrained``, or the one in ``folder``, which comes before it.
+    """The tokenizer in ``folder`` if one is given, else that of ``pretrained``.
 
     Raises UserError where there is none, or one with more entries than the weights have rows for.
     """
@@ -128,8 +127,8 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
     rows = pretrained.config.get("vocab_size")
     if rows is not None and len(tokenizer) > rows:
         raise UserError(
-            f"{folder}: its tokenizer has {len(tokenizer):,} entries, and the checkpoint in {pretrained.folder}"
-            f" {rows:,} rows for them (vocab_size). Is it the tokenizer of these weights? Put theirs in its place."
+            f"{folder}: its tokenizer has {len(tokenizer):,} entries, and the checkpoint in {pretrained.folder} has"
+            f" {rows:,} rows for them (vocab_size). Is it the tokenizer of these weights? Replace it with theirs."
         )
     return tokenizer
 
@@ -137,61 +136,49 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
 def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
     """The causal language model of ``pretrained``, on the CPU, in the type that its configuration states.
 
-    Raises UserError where its tensors are not those of the model, with their names.
+    Raises UserError with the names of tensors where those of the checkpoint are not those of the model.
     """
-    from transformers import AutoConfig
-    from transformers import AutoModelForCausalLM
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     if "quantization_config" in pretrained.config:
         return _transformers_module(pretrained)
-    # All headers are read here, also for transformers, whose own errors do not say which file is cut off.
-    types = [stored.dtype for stored in pretrained.weights().values() if stored.dtype.is_floating_point]
-    try:
-        described = AutoConfig.from_pretrained(pretrained.folder, local_files_only=True)
-        dtype = described.dtype or (types[0] if types else torch.float32)
-        with without_weights():
-            module: Any = AutoModelForCausalLM.from_config(described, dtype=dtype)  # type: ignore[no-untyped-call]
-    except Exception as problem:  # transformers raises what its parsers raise
-        raise UserError(
-            f"{pretrained.folder}: transformers makes no causal language model of its {CONFIG}: {in_brief(problem)}."
-        ) from problem
-    if get_model_conversion_mapping(module, add_legacy=False):  # tensors are joined or renamed while they are loaded
+    # All headers are read here, also for transformers, whose own errors do not name the file that is cut off.
+    weights, config = pretrained.weights(), pretrained.config
+    states_dtype = config.get("dtype") or config.get("torch_dtype")
+    first_dtype = next((stored.dtype for stored in weights.values() if stored.dtype.is_floating_point), None)
+    with without_weights():
+        module = build_causal_lm(config, str(pretrained.folder), dtype=None if states_dtype else first_dtype)
+    if is_converted_when_loaded(module):
         return _transformers_module(pretrained)
-    found = fitted(module, pretrained)
-    return _filled(module, {name: _cast(stored, dtype) for name, stored in found.items()})
+    found = matched(module, weights, source=str(pretrained.folder))
+    return _filled(module, {name: _cast(stored, module.dtype) for name, stored in found.items()})
 
 
-def _config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{folder / name}: no model is described there: {problem}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / name}: expected a JSON object.")
-    return config
+def _pretrained_module_on(pretrained: Pretrained, device: torch.device) -> torch.nn.Module:
+    return pretrained_module(pretrained).to(device).eval()
 
 
-def _module(folder: Path, weights: Weights | None) -> torch.nn.Module:
-    config = _config(folder)
+def _adapted_module(base: Pretrained, folder: Path, device: torch.device) -> torch.nn.Module:
+    from panda.models.adapters.lora import load_adapters
+
+    adapted: Any = load_adapters(pretrained_module(base), folder)
+    module: torch.nn.Module = adapted.get_base_model()
+    return module.to(device).eval()
+
+
+def _described_module(folder: Path, weights: Weights | None, device: torch.device) -> torch.nn.Module:
+    config = read_json_object(folder / CONFIG)
     if "panda_model" in config:
         module = _panda_module(config)
     elif weights is None:
-        return pretrained_module(pretrained_at(str(folder), option="folder", quantised=True))
+        return _pretrained_module_on(pretrained_at(Source(str(folder), "folder", quantised=True)), device)
     else:
-        from transformers import AutoConfig
-        from transformers import AutoModelForCausalLM
-
-        described = AutoConfig.from_pretrained(folder)
         with without_weights():
-            module = AutoModelForCausalLM.from_config(described, dtype=described.dtype)  # type: ignore[no-untyped-call]
-    return _filled(
-        module, matched(module, safetensors_weights(folder) if weights is None else weights, source=str(folder))
-    )
+            module = build_causal_lm(config, str(folder))
+    weights = safetensors_weights(folder) if weights is None else weights
+    return _filled(module, matched(module, weights, source=str(folder))).to(device).eval()
 
 
 def _filled(module: torch.nn.Module, found: Weights) -> torch.nn.Module:
-    """``module`` with what was ``found`` for it, to answer and not to be trained."""
+    """``module``, frozen, with the tensors in ``found`` in the place of its own of these names."""
     module.requires_grad_(False)
     keep_computed_float32(module)
     state: dict[str, Any] = module.state_dict(keep_vars=True)
@@ -210,7 +197,10 @@ def _cast(stored: StoredTensor, dtype: torch.dtype) -> StoredTensor:
 
 
 def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
-    """By transformers' own loading, for weights that it converts; what it would draw or leave out is an error."""
+    """The model as transformers itself loads it, for weights that it converts.
+
+    Raises UserError where transformers would draw a tensor that is missing, or leave one out.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = pretrained.folder
@@ -222,7 +212,7 @@ def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
         )
     try:
         module, info = loading.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
-    except Exception as problem:  # transformers raises what its parsers raise
+    except Exception as problem:  # transformers lets the exceptions of its parsers through
         raise UserError(f"{folder}: transformers loads no model from it: {in_brief(problem)}.") from problem
     misshaped = [
         f"{name} is {list(found)} and should be {list(right)}" for name, found, right in info["mismatched_keys"]
@@ -233,7 +223,7 @@ def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
 
 
 def _panda_module(config: dict[str, Any]) -> torch.nn.Module:
-    """A model of a panda package, from what its export says of it."""
+    """The model of a panda package that ``config`` of its export describes, without weights."""
     catalog = Catalog()
     offer = catalog.find("model", config["panda_model"])
     component = catalog.load(offer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
     from panda.answers.assistant import Assistant
     from panda.answers.assistant import Sampling
+    from panda.answers.loading import Answering
     from panda.weights.stored_tensor import Weights
 
 RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The options of how an answer is chosen."""
+    """Add the options that say how an answer is chosen."""
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="at most; default 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help="probability of what is drawn from")
@@ -37,45 +39,49 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """The option of where a base is."""
+    """Add the options that say where a base is, and how weights may be read."""
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     parser.add_argument("--base_path", "--base-path", help="of a delta: the whole model that it is added to")
     parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="read weights from pickles too")
 
 
 def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False) -> tuple[Assistant, Sampling]:
-    """What was asked for: the model that answers, and how. Raises UserError for values out of bounds."""
+    """The model that ``arguments`` name, loaded, and how it is to answer. Raises UserError for values out of bounds.
+
+    With ``chats`` it needs a chat template, and is not loaded if it lacks one.
+    """
     import torch
 
     from panda.answers.assistant import Sampling
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
-    assistant = _load_assistant(arguments, chats)
+    answering = _find(arguments)
+    if chats:
+        answering.require_chat_template()
+    assistant = answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)  # after a base has been drawn, by the seed of its run
     return assistant, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
 
 
-def _load_assistant(arguments: argparse.Namespace, chats: bool) -> Assistant:
-    """The model that ``arguments`` name; of a run its newest checkpoint, and its export where there is none.
+def _find(arguments: argparse.Namespace) -> Answering:
+    """The model that ``arguments`` name; of a run its newest checkpoint, or its export where there is none.
 
-    Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if not where it was.
-    One that ``chats`` needs a chat template, and is not loaded without.
+    Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it has been moved.
     """
-    import torch
     from transformers.utils import logging
 
-    from panda.answers.loading import assistant_in
-    from panda.answers.loading import assistant_of
-    from panda.answers.loading import assistant_with_adapters
+    from panda.answers.loading import described_in
+    from panda.answers.loading import found_at
+    from panda.answers.loading import with_adapters
     from panda.engine.checkpoints.folders import find_checkpoint
     from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.weights.export import DESCRIPTION
+    from panda.weights.export import MODEL_FOLDER
+    from panda.weights.finding import Source
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(location)
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
@@ -83,28 +89,27 @@ def _load_assistant(arguments: argparse.Namespace, chats: bool) -> Assistant:
     tell_passed_over(folder)
     are_exported = (folder / ADAPTERS).exists()
     if base_path is not None and checkpoint:
-        raise UserError(f"--base_path: {location!r} is a run and no delta, so nothing is added to it. Leave it out.")
+        raise UserError(f"--base_path: {location!r} is a run and not a delta, so nothing is added to it. Leave it out.")
+    source = Source(location, "RUN", base_path, arguments.allow_pickle)
     if are_exported and not trained_adapters(folder.parent):
-        options = ckpt_path, base_path, device
-        return assistant_with_adapters(folder, *options, allow_pickle=arguments.allow_pickle, chats=chats)
+        return with_adapters(source, ckpt_path)
     run = checkpoint.parent.parent if checkpoint else folder.parent if are_exported else folder
     adapted = adapter_run(run, ckpt_path)
     if adapted and (checkpoint or are_exported):
         print(f"{checkpoint or folder}", file=sys.stderr)
         adapters = checkpoint_weights(checkpoint) if checkpoint else folder
-        load = partial(_adapted_module, adapted, adapters, device)
-        return assistant_of(run / DESCRIPTION, None, device, load, chats=chats)
-    if checkpoint and (checkpoint.parent.parent / DESCRIPTION).is_dir():
+        return described_in(run / MODEL_FOLDER, load=partial(_adapted_module, adapted, adapters))
+    if checkpoint and (run / MODEL_FOLDER).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
-        return assistant_of(checkpoint.parent.parent / DESCRIPTION, checkpoint_weights(checkpoint), device, chats=chats)
+        return described_in(run / MODEL_FOLDER, checkpoint_weights(checkpoint))
     folder = folder / EXPORT if (folder / EXPORT / CONFIG).exists() else folder
     if not (folder / CONFIG).exists():
         raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
-    return assistant_in(folder, base_path, device, allow_pickle=arguments.allow_pickle, chats=chats)
+    return found_at(replace(source, location=str(folder)))
 
 
 def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch.device) -> torch.nn.Module:
-    """The base of ``adapted`` with ``adapters``, by name, or in the folder of an export."""
+    """The base of ``adapted``, on ``device``, with ``adapters``: tensors by name, or the folder of an export."""
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import load_adapters
     from panda.models.adapters.lora import put_adapters

@@ -1,4 +1,4 @@
-"""``panda delta``: make and apply the difference between a fine-tune and its base."""
+"""``panda delta``: make or apply the difference between a fine-tune and its base."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def main(argv: list[str] | None = None) -> int:
 def _delta(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda delta",
-        description="Make a delta, or apply one. Every tensor is subtracted or added, in float32 and one at a time; the"
-        " embedding and the output are in a delta whole, so that vocabularies may differ.",
+        description="Make a delta, or apply one. Tensors are subtracted or added in float32, one at a time; a delta has"
+        " the embedding and the output whole, so that vocabularies may differ.",
         epilog="examples:\n  panda delta make --target my-llama --base llama-7b --output my-llama-delta\n"
         "  panda delta apply --delta my-llama-delta --base llama-7b --output my-llama",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,34 +30,35 @@ def _delta(argv: list[str]) -> None:
     apply.add_argument("--delta", "--delta_model", "--delta-path", required=True, help="the delta")
     for command in (make, apply):
         command.add_argument(
-            "--base", "--base_model", "--base-model-path", required=True, help="what it was tuned from"
+            "--base", "--base_model", "--base-model-path", required=True, help="the model that it was tuned from"
         )
-        command.add_argument("--output", required=True, type=Path, help="a folder to make")
-        command.add_argument("--allow_pickle", action="store_true", help="read weights from pickles too")
+        command.add_argument("--output", required=True, type=Path, help="the folder to write; new, or empty")
+        command.add_argument("--allow_pickle", action="store_true", help="also read weights from pickles")
     arguments = parser.parse_args(argv)
 
     from panda.registry import UserError
     from panda.weights.delta import is_delta
     from panda.weights.delta import write_applied
     from panda.weights.delta import write_delta
+    from panda.weights.finding import Source
     from panda.weights.finding import added_to
     from panda.weights.finding import pretrained_at
 
-    allow_pickle = arguments.allow_pickle
+    base_source = Source(arguments.base, "--base", allow_pickle=arguments.allow_pickle)
     if arguments.command == "make":
-        base = pretrained_at(arguments.base, option="--base", allow_pickle=allow_pickle)
-        target = pretrained_at(arguments.target, option="--target", allow_pickle=allow_pickle)
+        base = pretrained_at(base_source)
+        target = pretrained_at(Source(arguments.target, "--target", allow_pickle=arguments.allow_pickle))
         print(f"target: {target.describe()}\nbase: {base.describe()}")
         differs = write_delta(target, base, arguments.output)
         print(f"{arguments.output}: a delta. Applied again, no weight differs by more than {differs:.3g}.")
     else:
-        delta = pretrained_at(arguments.delta, option="--delta", allow_pickle=allow_pickle)
+        delta = pretrained_at(Source(arguments.delta, "--delta", allow_pickle=arguments.allow_pickle))
         if not is_delta(delta.folder, arguments.delta):
             raise UserError(
-                f"--delta: {arguments.delta!r} is no delta, and added to a base it would be a model of neither. A delta"
-                " has panda's delta.json, or a name in `-delta`: if this one came without, rename its folder."
+                f"--delta: {arguments.delta!r} is not a delta, and its sum with a base would not be a model. A delta"
+                " has panda's delta.json, or a name that ends in `-delta`: if this is one, rename its folder."
             )
-        merged = added_to(delta, arguments.base, option="--base", allow_pickle=allow_pickle)
+        merged = added_to(delta, base_source)
         print(f"delta: {merged.describe()}")
         write_applied(merged, arguments.output)
         print(f"{arguments.output}: the whole model.")

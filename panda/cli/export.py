@@ -43,7 +43,7 @@ def _export(argv: list[str]) -> None:
 
     from panda.engine.checkpoints.folders import find_checkpoint
     from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.weights.export import DESCRIPTION
+    from panda.weights.export import MODEL_FOLDER
     from panda.weights.export import export
 
     checkpoint = find_checkpoint(arguments.run)
@@ -51,8 +51,10 @@ def _export(argv: list[str]) -> None:
     if checkpoint is None:
         raise UserError(f"{arguments.run}: no complete checkpoint there. Name a run directory, or a `step-...` folder.")
     run = checkpoint.parent.parent
-    if not (run / DESCRIPTION).is_dir():
-        raise UserError(f"{run}: it has no folder {DESCRIPTION!r}, which says what the weights in {checkpoint} are of.")
+    if not (run / MODEL_FOLDER).is_dir():
+        raise UserError(
+            f"{run}: it has no folder {MODEL_FOLDER!r}, which says what the weights in {checkpoint} are of."
+        )
     adapted = adapter_run(run, arguments.ckpt_path)
     if arguments.merge and adapted is None:
         raise UserError(f"--merge: {run} trained a whole model, so there is nothing to merge. Leave --merge out.")
@@ -65,7 +67,7 @@ def _export(argv: list[str]) -> None:
     else:
         if adapted:
             weights, done = _merged(adapted, weights)
-        export(run / DESCRIPTION, weights, output)
+        export(run / MODEL_FOLDER, weights, output)
     print(f"{output}: {checkpoint.name} of {run}{done}")
 
 
@@ -86,8 +88,8 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> Non
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
     from panda.run.assembly import load_tokenizer
-    from panda.weights.export import DESCRIPTION
+    from panda.weights.export import MODEL_FOLDER
 
     model = add_adapters(adapted.base()[0], adapted.options)
-    tokenizer = load_tokenizer(str(adapted.directory / DESCRIPTION))
+    tokenizer = load_tokenizer(str(adapted.directory / MODEL_FOLDER))
     export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, tokenizer)

@@ -15,9 +15,7 @@ from torch.utils.data import Dataset
 
 from panda.data.layouts import Layout
 from panda.registry import UserError
-
-IGNORED_LABEL = -100
-"""Label of a token that carries no loss."""
+from panda.registry.contexts import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from panda.registry import UserError
 from panda.registry import register_model
 from panda.registry.contexts import ModelContext
-from panda.registry.errors import in_brief
 
 if TYPE_CHECKING:
     import torch
@@ -15,37 +14,26 @@ if TYPE_CHECKING:
 
 @register_model("hf")
 def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
-    """The causal language model of the checkpoint at `ckpt_path`, of whatever kind transformers knows."""
-    from transformers import AutoConfig
-    from transformers import AutoModelForCausalLM
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    """The causal language model of the checkpoint at `ckpt_path`, of any type that transformers knows."""
+    import torch
 
+    from panda.models.causal_lm import build_causal_lm
+    from panda.models.causal_lm import is_converted_when_loaded
     from panda.models.forward.cross_entropy import offer_loss_sum
     from panda.models.forward.packing import tell_packing
     from panda.models.forward.plain_head import has_plain_head
     from panda.models.initialisation.creation import keep_computed_float32
 
     assert context.config is not None, "refused without ckpt_path"
-    import torch
-
-    values = dict(context.config)
-    kind = values.pop("model_type")
-    try:
-        config = AutoConfig.for_model(kind, **values)
-        config.use_cache = False  # a cache of keys and values is of no use in training
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32
-        )
-    except Exception as problem:  # transformers raises what its parsers raise
-        own = " Its code comes with it (auto_map), and panda runs none that does." if "auto_map" in values else ""
+    # A cache of keys and values is of no use in training.
+    model: torch.nn.Module = build_causal_lm(
+        context.config, "model hf: the checkpoint", dtype=torch.float32, use_cache=False
+    )
+    if is_converted_when_loaded(model):
         raise UserError(
-            f"model hf: transformers makes no causal language model of the checkpoint's config.json, of model_type"
-            f" {kind!r}: {in_brief(problem)}.{own}"
-        ) from problem
-    if get_model_conversion_mapping(model, add_legacy=False):  # type: ignore[arg-type]
-        raise UserError(
-            f"model hf: transformers joins or renames tensors of {kind!r} checkpoints when it loads them (mixtures of"
-            " experts, mostly), and panda, which loads them one by one as they are named, does not yet."
+            f"model hf: transformers joins or renames tensors of {context.config['model_type']!r} checkpoints when it"
+            " loads them (mostly mixtures of experts). panda loads each tensor by its stored name, and cannot train"
+            " such a model yet."
         )
     if has_plain_head(model):
         offer_loss_sum(model)

@@ -24,10 +24,10 @@ ROPE_SCALINGS = ("linear", "dynamic", "llama3")
 
 @dataclass(frozen=True)
 class LlamaOptions:
-    """Options of the LLaMA model. The defaults are those of LLaMA-7B, and give way to a checkpoint's own."""
+    """Options of the LLaMA model. The defaults are those of LLaMA-7B; a checkpoint overrides them."""
 
     vocab_size: Annotated[int, Meta(ge=1)] | None = None
-    """Rows of the embedding; by default as many as the tokenizer has entries."""
+    """Rows of the embedding; by default one for each entry of the tokenizer."""
     hidden_size: Annotated[int, Meta(ge=1)] = 4096
     """Width of the residual stream."""
     intermediate_size: Annotated[int, Meta(ge=1)] = 11008
@@ -35,34 +35,34 @@ class LlamaOptions:
     num_layers: Annotated[int, Meta(ge=1)] = 32
     """Transformer blocks."""
     num_heads: Annotated[int, Meta(ge=1)] = 32
-    """Attention heads; divides hidden_size."""
+    """Attention heads; must divide hidden_size."""
     num_key_value_heads: Annotated[int, Meta(ge=1)] | None = None
-    """Heads of keys and values, each shared by num_heads / num_key_value_heads queries; by default one a head."""
+    """Heads of keys and values, each shared by num_heads / num_key_value_heads queries; by default num_heads."""
     tie_word_embeddings: bool = False
-    """One matrix for the embedding and for the output."""
+    """Use one matrix for both the embedding and the output."""
     attention_bias: bool = False
-    """A bias in the four projections of attention."""
+    """Add a bias to the four projections of attention."""
     max_position_embeddings: Annotated[int, Meta(ge=1)] = 2048
-    """Positions that the model is declared to be good for, written to its config."""
+    """Number of positions that the model is declared to support, written to its config."""
     rope_theta: Annotated[float, Meta(gt=0)] = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["linear", "dynamic", "llama3"] | None = None
-    """How the rotary embedding is stretched beyond the positions that the model first learned."""
+    """How the rotary embedding is stretched beyond the positions that the model was first trained on."""
     rope_scaling_factor: Annotated[float, Meta(ge=1)] | None = None
-    """By how much rope_scaling stretches."""
+    """The factor by which rope_scaling stretches."""
     rope_original_max_position_embeddings: Annotated[int, Meta(ge=1)] | None = None
-    """Positions before stretching; `rope_scaling: llama3` alone. By default max_position_embeddings."""
+    """Positions before stretching; only for `rope_scaling: llama3`. By default max_position_embeddings."""
     rope_low_freq_factor: Annotated[float, Meta(gt=0)] = 1.0
-    """Original positions over this: wavelengths above it are stretched whole; `rope_scaling: llama3` alone."""
+    """Original positions over this: longer wavelengths are stretched fully; only for `rope_scaling: llama3`."""
     rope_high_freq_factor: Annotated[float, Meta(gt=0)] = 4.0
-    """Original positions over this: wavelengths below it are not stretched; `rope_scaling: llama3` alone."""
+    """Original positions over this: shorter wavelengths are not stretched; only for `rope_scaling: llama3`."""
     rms_norm_eps: Annotated[float, Meta(gt=0)] = 1e-6
     """Epsilon of the RMS normalisation."""
     initializer_range: Annotated[float, Meta(gt=0)] = 0.02
     """Standard deviation of the initial weights."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """How attention is computed. sdpa: torch's kernels, on a GPU FlashAttention where it applies; auto chooses it.
-    eager: matrix products and a softmax, slow and large, to compare with."""
+    """How attention is computed. sdpa: torch's kernels, on a GPU FlashAttention where possible; auto chooses it.
+    eager: matrix products and a softmax, slow and in much memory, for comparison."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -77,14 +77,14 @@ class LlamaOptions:
                 " they need each other."
             )
         if self.rope_original_max_position_embeddings and self.rope_scaling != "llama3":
-            raise UserError("rope_original_max_position_embeddings is used by `rope_scaling: llama3` alone.")
+            raise UserError("rope_original_max_position_embeddings is only used with `rope_scaling: llama3`.")
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a checkpoint's config.json, ``config``, has a say on."""
+        """The options that ``config``, a checkpoint's config.json, determines. Raises UserError for other models."""
         if config["model_type"] != "llama":
             raise UserError(
-                f"model llama: the checkpoint's model_type is {config['model_type']!r}. `--model hf` takes any causal"
+                f"model llama: the checkpoint's model_type is {config['model_type']!r}. `--model hf` accepts any causal"
                 " language model that transformers knows."
             )
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -92,14 +92,14 @@ class LlamaOptions:
         if scaling not in ("default", *ROPE_SCALINGS):
             raise UserError(
                 f"model llama: the checkpoint scales RoPE by {scaling!r}; known are {', '.join(ROPE_SCALINGS)}."
-                " `--model hf` takes it as transformers does."
+                " `--model hf` does as transformers does."
             )
         needed = [] if scaling == "default" else ["factor"]
         needed += ["low_freq_factor", "high_freq_factor"] * (scaling == "llama3")
         if absent := [key for key in needed if key not in rope]:
             raise UserError(
-                f"model llama: the checkpoint scales RoPE by {scaling!r}, and its config.json does not state"
-                f" {', '.join(absent)} for that."
+                f"model llama: the checkpoint scales RoPE by {scaling!r}, but its config.json does not state"
+                f" {', '.join(absent)}."
             )
         found = {
             "vocab_size": config.get("vocab_size", 32000),
@@ -129,7 +129,7 @@ class LlamaOptions:
 
 @register_model("llama", options=LlamaOptions)
 def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module:
-    """LLaMA causal language model (arXiv 2302.13971), with what LLaMA 2 and 3 brought."""
+    """LLaMA causal language model (arXiv 2302.13971), with the additions of LLaMA 2 and 3."""
     vocab_size = options.vocab_size or context.vocab_size
     given: dict[str, Any] = {
         "pad_token_id": context.pad_token_id,
@@ -138,7 +138,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     }
     if context.config is not None:
         vocab_size = context.config.get("vocab_size", vocab_size)
-        # All else that its config says is kept; rope_parameters below has what these two say.
+        # The rest of its config is kept; rope_parameters below replaces these two.
         given = {key: value for key, value in context.config.items() if key not in ("rope_theta", "rope_scaling")}
     if vocab_size < context.vocab_size:
         raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {context.vocab_size} entries.")

@@ -38,6 +38,10 @@ class TaskContext:
     """Keeps tokenised data: ``token_cache.samples(recipe)``; without one it is tokenised in memory."""
 
 
+IGNORED_LABEL = -100
+"""In the ``labels`` that a model is given: a token that carries no loss. The value that torch ignores by default."""
+
+
 @dataclass(frozen=True)
 class ModelContext:
     """For a model."""

@@ -16,7 +16,7 @@ from panda.configuration.options import RunOptions
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
-from panda.run.directory import DESCRIPTION as PROVENANCE
+from panda.run.directory import PROVENANCE
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
 
     from panda.run.assembly import load_tokenizer
     from panda.run.assembly import model_context
-    from panda.weights.export import DESCRIPTION
+    from panda.weights.export import MODEL_FOLDER
     from panda.weights.pretrained import base_weights
 
     moved = ["--ckpt_path", ckpt_path] if ckpt_path else []
@@ -106,5 +106,5 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
             f"{run}: its adapters were trained on another base: {facts['checkpoint']}, {facts['base_weights']}. Now"
             f" there is {pretrained.describe()}, {found}. Name the folder of the first with `--ckpt_path`."
         )
-    tokenizer: Any = load_tokenizer(str(run / DESCRIPTION))
+    tokenizer: Any = load_tokenizer(str(run / MODEL_FOLDER))
     return AdapterRun(run, resolved, model_context(resolved, tokenizer, pretrained), pretrained)

@@ -20,7 +20,7 @@ from panda.run.lock import RunLock
 from panda.run.preparation import Preparation
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
-from panda.weights.export import DESCRIPTION
+from panda.weights.export import MODEL_FOLDER
 from panda.weights.export import describe_model
 from panda.weights.pretrained import base_weights
 
@@ -73,7 +73,7 @@ def begin(
             dtype = next(model.engine.module.parameters()).dtype
             described = prepared.tokenizer, prepared.task.chat_template(), resolved.components["model"]
             describe_model(
-                directory / DESCRIPTION, model.base, dtype, *described, prepared.context, prepared.pretrained
+                directory / MODEL_FOLDER, model.base, dtype, *described, prepared.context, prepared.pretrained
             )
 
     processes.together(describe)

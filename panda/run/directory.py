@@ -26,7 +26,7 @@ from panda.registry.resolve import Setting
 from panda.run.lock import RunLock
 from panda.weights.finding import from_anywhere
 
-DESCRIPTION = "provenance.json"
+PROVENANCE = "provenance.json"
 """The file that makes a folder a run directory."""
 
 EXPORT = "export"
@@ -58,7 +58,7 @@ def make_directory(resolved: Resolved, lock: RunLock) -> Path:
         directory, _ = find_directory(resolved)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / DESCRIPTION).open("x").close()  # of several runs that start at once, one gets it
+            (directory / PROVENANCE).open("x").close()  # of several runs that start at once, one gets it
         except FileExistsError:
             if resolved.core.resume == "auto":
                 lock.take(directory)
@@ -75,7 +75,7 @@ def make_directory(resolved: Resolved, lock: RunLock) -> Path:
 def goes_on(resolved: Resolved, directory: Path, checkpoint: Path | None) -> bool:
     """Whether a run in ``directory``, from ``checkpoint``, is the one that is there already."""
     owner = checkpoint.resolve().parent.parent if checkpoint else None
-    return (directory / DESCRIPTION).exists() and (resolved.core.resume == "auto" or owner == directory.resolve())
+    return (directory / PROVENANCE).exists() and (resolved.core.resume == "auto" or owner == directory.resolve())
 
 
 def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
@@ -88,7 +88,7 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     default = Path("runs") / run_name(resolved)
     if options.resume == "auto":
         directory = given or _numbered(default, exists=True)
-        if not (directory / DESCRIPTION).exists():  # where it is, a run is what the directory holds
+        if not (directory / PROVENANCE).exists():  # where it is, a run is what the directory holds
             _check_empty(directory)
         return directory, find_checkpoint(directory)
     if options.resume is None:
@@ -135,7 +135,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     before or the new one, whatever happens meanwhile.
     """
     try:
-        before = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+        before = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
     earlier = [*before.pop("earlier_starts", []), before] if before else []
@@ -157,7 +157,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
         for offer in resolved.hook_modules
     }
     _write_json(
-        directory / DESCRIPTION,
+        directory / PROVENANCE,
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -174,17 +174,17 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
 
 def write_end(directory: Path, step: int, **done: Any) -> None:
     """Note in provenance.json that the run is at its end after ``step``, and what else was ``done`` there."""
-    described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-    _write_json(directory / DESCRIPTION, described | {"end": {"step": step, **done}})
+    described = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
+    _write_json(directory / PROVENANCE, described | {"end": {"step": step, **done}})
 
 
 def is_at_end(directory: Path, step: int, **wanted: Any) -> bool:
     """Whether the run in ``directory`` has been at its end after ``step``, with an export that is still there.
 
-    And has done what else is ``wanted``, where that is anything. False for runs of panda 0.1 before they noted it.
+    And has done what else is ``wanted``, where that is anything.
     """
     try:
-        end = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["end"]
+        end = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["end"]
     except (OSError, ValueError, KeyError):
         return False
     is_done = all(end.get(key) == value for key, value in wanted.items() if value)

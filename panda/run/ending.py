@@ -16,7 +16,7 @@ from panda.models.adapters.lora import export_adapters
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
 from panda.run.state import Run
-from panda.weights.export import DESCRIPTION
+from panda.weights.export import MODEL_FOLDER
 from panda.weights.export import export
 from panda.weights.stored_tensor import Weights
 
@@ -61,7 +61,7 @@ def done_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str
 
 
 def _export(run: Run, weights: Weights) -> None:
-    description, folder = run.directory / DESCRIPTION, run.directory / EXPORT
+    description, folder = run.directory / MODEL_FOLDER, run.directory / EXPORT
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
         export_adapters(cast("PeftModel", run.engine.module), adapters, folder, load_tokenizer(str(description)))

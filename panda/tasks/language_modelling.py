@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.registry import UserError
+from panda.registry.contexts import IGNORED_LABEL
 from panda.registry.contexts import TaskContext
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ class LanguageModelling(ABC):
         output = model(batch.input_ids, **batch.positions)
         logits = getattr(output, "logits", output)  # [rows, length, vocabulary]
         return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            logits[:, :-1].flatten(0, 1).float(),
+            batch.labels[:, 1:].flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction="sum",
         )
 
     def encode(self, texts: list[str]) -> list[list[int]]:

@@ -1,1 +1,1 @@
-"""Weights as files and names: where a checkpoint is found, how it is read and matched, and what an export writes."""
+"""Weights as files and names: finding a checkpoint, reading it, matching it with a model, and writing exports."""

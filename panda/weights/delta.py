@@ -1,7 +1,7 @@
-"""Deltas: what a fine-tune changed, to be added to the base that it began with.
+"""Deltas: what a fine-tune changed, to be added to the base that it started from.
 
-PandaLLM's rule, and FastChat's: ``delta = target - base`` for every tensor, but the embedding and the
-output are in it **whole**, since a fine-tune may have more entries in its vocabulary than its base.
+By the rule of PandaLLM and FastChat: ``delta = target - base`` for every tensor except the embedding and the
+output, which a delta has **whole**, since a fine-tune may have more entries in its vocabulary than its base.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from panda.files.disk_full import writing
 from panda.files.whole import whole
 from panda.registry import UserError
+from panda.weights.json_object import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     from panda.weights.stored_tensor import Weights
 
 MARK = "delta.json"
-"""A file beside the weights that says that they are a delta; one without it is told by a name in ``-delta``."""
+"""A file beside the weights that marks them as a delta; a delta without it has a name that ends in ``-delta``."""
 
 IDENTITY = "base_weights"
-"""In it: the identity of the base's weights. Deltas that other programs made are without."""
+"""Key in MARK: the identity of the base's weights. Deltas made by other programs lack it."""
 
 WHOLE = ("embed_tokens.weight", "lm_head.weight")
-"""Ends of the names of tensors that a delta has whole."""
+"""How the names of the tensors end that a delta has whole."""
 
 
 def is_delta(folder: Path, name: str) -> bool:
@@ -42,28 +43,23 @@ def is_delta(folder: Path, name: str) -> bool:
 
 
 def check_base(delta: Pretrained, base: Pretrained) -> None:
-    """Raise UserError where ``delta`` records another base: of equal shapes the sum would be a model of neither."""
+    """Raise UserError if ``delta`` records another base: with equal shapes the sum would be neither model."""
     file = delta.folder / MARK
-    try:
-        mark = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as problem:
-        raise UserError(f"{file}: not valid JSON: {problem}.") from None
-    made_from = mark.get(IDENTITY) if isinstance(mark, dict) else None
-    if not isinstance(made_from, str):
-        return
-    found = base.identity(made_from)
-    if found != made_from:
+    mark = read_json_object(file) if file.exists() else {}
+    made_from = mark.get(IDENTITY)
+    if isinstance(made_from, str) and base.identity != made_from:
         raise UserError(
-            f"{delta.folder}: a delta to another base: {mark.get('base')}, {made_from}. Now there is {base.folder},"
-            f" {found}. Name the folder of the first. The same weights in another format count as others, too: where"
-            f" you are sure that these are the same, take {IDENTITY!r} out of {file}."
+            f"{delta.folder}: a delta to another base: {mark.get('base')}, {made_from}, and not {base.folder},"
+            f" {base.identity}. Name the folder of the former. The same weights in another format count as another"
+            f" base, too: if you are sure that these are the same, remove {IDENTITY!r} from {file}."
         )
 
 
 def applied(delta: Weights, base: Weights, *, source: str, base_source: str) -> Weights:
-    """The fine-tuned tensors: each is read, added in float32 and rounded to the delta's type when it is wanted.
+    """The fine-tuned tensors: when one is read, it is added in float32 and rounded to the delta's type.
 
-    Raises UserError where ``base`` has not the tensors that ``delta`` was taken from.
+    ``source`` and ``base_source`` are what errors call the two. Raises UserError where ``base`` lacks a tensor
+    of ``delta``, or has it in another shape.
     """
     return {
         name: tensor if name.endswith(WHOLE) else _sum(tensor, base[name], 1)
@@ -72,7 +68,7 @@ def applied(delta: Weights, base: Weights, *, source: str, base_source: str) -> 
 
 
 def made(target: Weights, base: Weights, *, source: str, base_source: str) -> Weights:
-    """The delta of ``target`` to ``base``: the other way round."""
+    """The delta of ``target`` to ``base``: the inverse of ``applied``, with the same errors."""
     return {
         name: tensor if name.endswith(WHOLE) else _sum(tensor, base[name], -1)
         for name, tensor in _paired(target, base, source, base_source).items()
@@ -82,21 +78,23 @@ def made(target: Weights, base: Weights, *, source: str, base_source: str) -> We
 def write_delta(target: Pretrained, base: Pretrained, output: Path) -> float:
     """Write the delta of ``target`` to ``base`` to the new folder ``output``.
 
-    Returns by how much a weight differs at most once the delta is applied again: it has the type of
-    ``target``, in which not every difference can be written.
+    Returns the largest absolute error of a weight once the delta is applied again: a delta has the type of
+    ``target``, which cannot represent every difference.
     """
     from panda.weights.files import safetensors_weights
     from panda.weights.files import write_weights
 
-    theirs, bases = target.weights(), base.weights()
+    target_weights, base_weights = target.weights(), base.weights()
     sources = {"source": str(target.folder), "base_source": str(base.folder)}
-    delta = made(theirs, bases, **sources)
-    mark = {"base": str(base.folder), IDENTITY: base.identity(), "whole": WHOLE}
+    delta = made(target_weights, base_weights, **sources)
+    mark = {"base": str(base.folder), IDENTITY: base.identity, "whole": WHOLE}
     with _writing(output, target) as new:
         write_weights(delta, new)
         (new / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
-        back = applied(safetensors_weights(new), bases, **sources)
-        return max(float((back[name].read().float() - theirs[name].read().float()).abs().max()) for name in back)
+        back = applied(safetensors_weights(new), base_weights, **sources)
+        return max(
+            float((back[name].read().float() - target_weights[name].read().float()).abs().max()) for name in back
+        )
 
 
 def write_applied(merged: Pretrained, output: Path) -> None:
@@ -128,7 +126,7 @@ def _writing(output: Path, source: Pretrained) -> Iterator[Path]:
 
 
 def _paired(fine: Weights, base: Weights, source: str, base_source: str) -> Weights:
-    """``fine``, once every tensor that is added or subtracted has its like in ``base``."""
+    """``fine``, without tensors that are computed. Raises UserError where one to be added has no counterpart."""
     from panda.weights.matching import is_computed
 
     fine = {name: tensor for name, tensor in fine.items() if not is_computed(name)}

@@ -1,7 +1,7 @@
-"""Out of panda: a folder that plain transformers loads, or safetensors for a model of another kind.
+"""Exports: a folder that plain transformers loads, or safetensors where the model is not one of transformers.
 
 A run describes its model when it begins, in ``model/``: configuration, tokenizer, chat template,
-generation config. That and the weights, of whichever moment, are an export.
+generation config. An export is that description with the weights of any later moment.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from panda.weights.files import write_weights
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
 
-DESCRIPTION = "model"
-"""In a run directory: the description of its model."""
+MODEL_FOLDER = "model"
+"""The folder in a run directory that describes its model."""
 
 
 def describe_model(
@@ -39,10 +39,10 @@ def describe_model(
     context: ModelContext,
     pretrained: Pretrained | None,
 ) -> None:
-    """Write to ``folder`` all of an export but its weights, which will have ``dtype``.
+    """Write to ``folder`` all files of an export except its weights, which will have ``dtype``.
 
-    A transformers model is described as transformers does it; any other by all that the factory of
-    ``model`` was given to make it. ``chat_template``: what replaces the tokenizer's, if anything.
+    A model of transformers is described as transformers does it; any other by the arguments of the factory of
+    ``model``. ``chat_template`` replaces the tokenizer's, unless it is None.
     """
     from transformers import PreTrainedModel
 
@@ -57,7 +57,7 @@ def describe_model(
         config.save_pretrained(folder)
         _write_json(folder / "generation_config.json", _generation_config(module, tokenizer, pretrained))
         return
-    # Of a base under adapters, by the names that it has without them.
+    # If there are adapters: the base, by the names that it has without them.
     state = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
@@ -77,9 +77,9 @@ def describe_model(
 
 
 def export(description: Path, weights: Weights, folder: Path) -> None:
-    """Make ``folder`` of the model that ``description`` describes and its ``weights``, read one shard at a time.
+    """Make ``folder`` from the folder ``description`` of a model and its ``weights``, held one file at a time.
 
-    Raises UserError where the disk is full; see ``exporting``.
+    Raises UserError where a weight is not finite or the disk is full; see ``exporting``.
     """
     with exporting(folder) as new:
         shutil.copytree(description, new)
@@ -92,15 +92,15 @@ def exporting(folder: Path) -> Iterator[Path]:
 
     Raises UserError where the disk is full.
     """
-    then = "Checkpoints, and an export that was there, are untouched: make room, and `panda export RUN` writes it."
+    then = "Checkpoints and any earlier export are untouched: free some space, then run `panda export RUN`."
     with writing(f"{folder}: the export", then), whole(folder) as new:
         yield new
 
 
 def _generation_config(module: Any, tokenizer: Any, pretrained: Pretrained | None) -> dict[str, Any]:
-    """The checkpoint's own, or the model's; generation ends at the token that training taught."""
+    """The checkpoint's own generation config, or the model's, ending also at the token that training taught."""
     file = pretrained.folder / "generation_config.json" if pretrained else None
-    # As it stands: some that are in use hold values that transformers refuses to write.
+    # Read as JSON: some in use have values that transformers refuses to write (as of 5.23, 2026-11).
     values: dict[str, Any] = (
         json.loads(file.read_text()) if file and file.exists() else module.generation_config.to_diff_dict()
     )

@@ -1,4 +1,4 @@
-"""Weights in files: read tensor by tensor, so that a process holds one, and written shard by shard."""
+"""Weights in files: read one tensor at a time, and written one file at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.weights.shards import PICKLES
 from panda.weights.shards import SAFETENSORS
-from panda.weights.shards import Kind
+from panda.weights.shards import FileNames
 from panda.weights.shards import damaged
 from panda.weights.shards import index_of
 from panda.weights.shards import shards
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 2 * 10**9
+"""Bytes of tensors in a file that panda writes, at most; a process holds them until the file is written."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,11 +40,11 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of types in the headers of safetensors."""
+"""How the headers of safetensors name types."""
 
 
 def safetensors_weights(folder: Path) -> Weights:
-    """The tensors of the safetensors files in ``folder``; reads their headers alone.
+    """The tensors of the safetensors files in ``folder``; only the headers are read.
 
     Raises UserError for a file that is missing or damaged.
     """
@@ -55,8 +56,8 @@ def safetensors_weights(folder: Path) -> Weights:
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise UserError(
-                        f"{file}: {name} is of type {part.get_dtype()}, which panda does not read. Give the checkpoint"
-                        f" in one of {', '.join(_DTYPES)}."
+                        f"{file}: {name} is of type {part.get_dtype()}, which panda does not read. Convert the"
+                        f" checkpoint to one of {', '.join(_DTYPES)}."
                     )
                 weights[name] = StoredTensor(tuple(part.get_shape()), dtype, partial(_read, file, name))
     _check_index(weights, folder, SAFETENSORS)
@@ -64,7 +65,7 @@ def safetensors_weights(folder: Path) -> Weights:
 
 
 def pickled_weights(folder: Path) -> Weights:
-    """The tensors of the pickles in ``folder``, mapped and not read. No code of theirs runs: ``weights_only``."""
+    """The tensors of the pickles in ``folder``, mapped and not read. ``weights_only``: no code in them runs."""
     weights: dict[str, StoredTensor] = {}
     for file in shards(folder, PICKLES):
         for name, tensor in load_pickle(file).items():
@@ -74,15 +75,18 @@ def pickled_weights(folder: Path) -> Weights:
 
 
 def load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict in ``file``, mapped into memory where its format allows that."""
+    """The state dict in ``file``, mapped into memory where its format allows that.
+
+    Raises UserError for a file that is damaged, or holds anything but tensors by name.
+    """
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of torch before 1.6 cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:  # torch's own words are how to load it nonetheless
-        raise damaged(file, "torch's `weights_only` refuses it", "a pickle of tensors alone") from problem
-    except Exception as problem:  # torch raises what its parsers raise
+    except pickle.UnpicklingError as problem:  # torch's own message advises loading it without `weights_only`
+        raise damaged(file, "torch's `weights_only` refuses it", "a pickle of tensors only") from problem
+    except Exception as problem:  # torch lets the exceptions of its parsers through
         raise damaged(file, in_brief(problem).partition(". ")[0], "a pickle") from problem
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file}: expected a dictionary of tensors by name.")
@@ -90,59 +94,49 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 
 def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write ``weights`` to ``folder`` as transformers does, one file or several and an index; holds one at a time."""
-    shards: list[list[str]] = [[]]
+    """Write ``weights`` to ``folder`` as transformers does: one safetensors file, or several and an index.
+
+    Tensors are read and held in memory for one file at a time: ``shard_bytes``, or one tensor that is larger.
+    Raises UserError where a tensor is not finite; files before the one that it belongs to are written already.
+    """
+    plan: list[list[str]] = [[]]
     size = total = 0
     for name, stored in weights.items():
         bytes_ = stored.dtype.itemsize * torch.Size(stored.shape).numel()
-        if shards[-1] and size + bytes_ > shard_bytes:
-            shards.append([])
+        if plan[-1] and size + bytes_ > shard_bytes:
+            plan.append([])
             size = 0
-        shards[-1].append(name)
+        plan[-1].append(name)
         size += bytes_
         total += bytes_
-    names = [SAFETENSORS.single]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        broken = _write_safetensors({key: weights[key] for key in shard}, folder / name)
-        if broken:
-            (folder / name).unlink()
-            raise UserError(f"nothing is written: {len(broken)} tensors are not finite, {broken[0]} first.")
-    if len(shards) > 1:
+    files = [SAFETENSORS.single]
+    if len(plan) > 1:
+        files = [f"model-{number:05d}-of-{len(plan):05d}.safetensors" for number in range(1, len(plan) + 1)]
+    for file, shard in zip(files, plan, strict=True):
+        _write_shard({name: weights[name] for name in shard}, folder / file)
+    if len(plan) > 1:
         index = {
             "metadata": {"total_size": total},
-            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+            "weight_map": {name: file for file, shard in zip(files, plan, strict=True) for name in shard},
         }
         (folder / SAFETENSORS.index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(weights: Weights, file: Path) -> list[str]:
-    """Write ``weights`` to ``file``, in safetensors' format; holds one at a time. The names of those not finite.
+def _write_shard(weights: Weights, file: Path) -> None:
+    """Write ``weights`` to ``file``, all held in memory. Raises UserError, and writes nothing, if one is not finite."""
+    from safetensors.torch import save_file
 
-    The library's own function wants all of them at once, and copies them.
-    """
-    order = sorted(weights, key=lambda name: -weights[name].dtype.itemsize)  # the library's, which keeps all aligned
-    types = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        stored, begin = weights[name], end
-        end += stored.dtype.itemsize * torch.Size(stored.shape).numel()
-        header[name] = {"dtype": types[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
-    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    written += b" " * (-len(written) % 8)
-    broken = []
-    with file.open("wb") as stream:
-        stream.write(len(written).to_bytes(8, "little") + written)
-        for name in order:
-            stored = weights[name]
-            tensor = stored.read().detach().to("cpu", stored.dtype).contiguous()
-            assert tensor.shape == torch.Size(stored.shape), name
-            if not bool(torch.isfinite(tensor).all()):
-                broken.append(name)
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return broken
+    tensors: dict[str, torch.Tensor] = {}
+    addresses: set[int] = set()
+    for name, stored in weights.items():
+        tensor = stored.read().detach().to("cpu", stored.dtype).contiguous()
+        assert tensor.shape == torch.Size(stored.shape), name
+        # The library refuses tensors that share memory, as those of tied layers do in a pickle.
+        tensors[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+        addresses.add(tensor.data_ptr())
+    if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise UserError(f"nothing is written: {len(broken)} tensors are not finite, {broken[0]} first.")
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,7 +144,7 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
-    """One tensor. The file is opened for it alone: what stays mapped counts as the process's memory."""
+    """One tensor. The file is opened only for it: what stays mapped counts as the process's memory."""
     with _opened(file) as handle:
         tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
@@ -168,7 +162,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise damaged(file, in_brief(problem)) from problem
 
 
-def _check_index(weights: Weights, folder: Path, kind: Kind) -> None:
-    absent = [f"{name} ({file})" for name, file in index_of(folder, kind).items() if name not in weights]
+def _check_index(weights: Weights, folder: Path, names: FileNames) -> None:
+    absent = [f"{name} ({file})" for name, file in index_of(folder, names).items() if name not in weights]
     if absent:
-        raise UserError(f"{folder / kind.index}: tensors that it lists are in no file: {', '.join(absent)}.")
+        raise UserError(f"{folder / names.index}: it lists tensors that are in no file: {', '.join(absent)}.")

@@ -1,10 +1,11 @@
-"""Where a checkpoint is: a folder, one on the shelf, or on the hub; with its base where it is a delta."""
+"""Where a checkpoint is: a folder, one in ./pretrained-models, or the hub; with its base where it is a delta."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from panda.registry import UserError
 from panda.weights.delta import check_base
@@ -20,87 +21,101 @@ from panda.weights.shards import index_of
 from panda.weights.shards import shard_names
 from panda.weights.tokenizers import has_tokenizer
 
-if TYPE_CHECKING:
-    from panda.configuration.options import RunOptions
-
 SHELF = Path("pretrained-models")
 """Where PandaLLM's documentation has users put their checkpoints."""
 
 _FROM_CACHE = "Hugging Face hub, from its cache"
 
 
-def find_pretrained(run: RunOptions) -> Pretrained | None:
-    """The checkpoint that ``run`` names, with its base where it is a delta; None where there is none."""
-    if run.ckpt_path is None:
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is to be found, and what may be read there."""
+
+    location: str
+    """A folder, the name of one in ``pretrained-models``, or a name on the hub; looked for in that order."""
+    option: str
+    """The option that gave ``location``, for messages."""
+    base_path: str | None = None
+    """The location of the base, where the checkpoint is a delta."""
+    allow_pickle: bool = False
+    """Whether weights may be read from pickles."""
+    quantised: bool = False
+    """Whether its weights may be quantised: such a checkpoint can answer, and cannot be trained."""
+
+
+class NamesCheckpoint(Protocol):
+    """Options that name a checkpoint, such as those of a run."""
+
+    @property
+    def ckpt_path(self) -> str | None: ...
+    @property
+    def base_path(self) -> str | None: ...
+    @property
+    def allow_pickle(self) -> bool: ...
+
+
+def find_pretrained(options: NamesCheckpoint) -> Pretrained | None:
+    """The checkpoint that ``options`` name, with its base where it is a delta; None where they name none."""
+    if options.ckpt_path is None:
         return None
-    return whole_at(run.ckpt_path, run.base_path, allow_pickle=run.allow_pickle)
+    return whole_at(Source(options.ckpt_path, "ckpt_path", options.base_path, options.allow_pickle))
 
 
-def whole_at(
-    location: str,
-    base_path: str | None,
-    *,
-    option: str = "ckpt_path",
-    allow_pickle: bool = False,
-    quantised: bool = False,
-) -> Pretrained:
-    """The checkpoint at ``location``, of which ``option`` told, with its base where it is a delta.
+def whole_at(source: Source) -> Pretrained:
+    """The checkpoint at ``source``, with its base where it is a delta.
 
-    Raises UserError for a delta without ``base_path``, and for anything else with it.
+    Raises UserError for a delta without a ``base_path``, and for anything else with one.
     """
-    pretrained = pretrained_at(location, option=option, allow_pickle=allow_pickle, quantised=quantised)
-    if not is_delta(pretrained.folder, location):
-        if base_path is not None:
+    pretrained = pretrained_at(source)
+    if not is_delta(pretrained.folder, source.location):
+        if source.base_path is not None:
             raise UserError(
-                f"base_path: {location!r} is no delta, so nothing is added to it. Leave base_path out; a delta's"
-                " name ends in `-delta`."
+                f"base_path: {source.location!r} is not a delta, so nothing is added to it. Leave base_path out; the"
+                " name of a delta ends in `-delta`."
             )
         return pretrained
-    if base_path is None:
+    if source.base_path is None:
         raise UserError(
-            f"{option}: {location!r} is a delta: the difference to the weights that it was trained from, and no"
-            " model by itself. Name those with `base_path`, and panda adds the two while it loads; `panda delta apply`"
-            " writes the sum to a folder."
+            f"{source.option}: {source.location!r} is a delta: the difference to the weights that it was trained from,"
+            " not a model by itself. Name those weights with `base_path`, and panda adds the two while it loads;"
+            " `panda delta apply` writes the sum to a folder."
         )
-    return added_to(pretrained, base_path, option="base_path", allow_pickle=allow_pickle)
+    return added_to(pretrained, Source(source.base_path, "base_path", allow_pickle=source.allow_pickle))
 
 
-def added_to(delta: Pretrained, base_path: str, *, option: str, allow_pickle: bool) -> Pretrained:
-    """``delta`` with the base at ``base_path``, of which ``option`` told. Raises UserError where it cannot be that."""
-    base = pretrained_at(base_path, option=option, allow_pickle=allow_pickle)
-    if is_delta(base.folder, base_path):
-        raise UserError(f"{option}: {base_path!r} is a delta itself. Name the whole model.")
+def added_to(delta: Pretrained, source: Source) -> Pretrained:
+    """``delta`` with the base at ``source``. Raises UserError where that cannot be its base."""
+    base = pretrained_at(source)
+    if is_delta(base.folder, source.location):
+        raise UserError(f"{source.option}: {source.location!r} is a delta itself. Name the whole model.")
     check_base(delta, base)
     return replace(delta, base=base)
 
 
-def pretrained_at(location: str, *, option: str, allow_pickle: bool = False, quantised: bool = False) -> Pretrained:
-    """The checkpoint at ``location``: a folder, one in ``pretrained-models``, or a name on the hub, in that order.
-
-    One whose weights are ``quantised`` answers, and cannot be trained. Raises UserError where there is none.
-    """
-    folder, found, name, repository = _locate(location, option, allow_pickle)
-    names = repository.files if repository else tuple(file.name for file in folder.iterdir() if file.is_file())
-    format_ = format_of(folder, names, option)
-    if format_.is_pickle and not allow_pickle:
+def pretrained_at(source: Source) -> Pretrained:
+    """The checkpoint at ``source``, a delta without its base. Raises UserError where there is none that may be read."""
+    folder, found, name, repository = _locate(source)
+    present = repository.files if repository else tuple(file.name for file in folder.iterdir() if file.is_file())
+    format_ = format_of(folder, present, source.option)
+    if format_.is_pickle and not source.allow_pickle:
         raise UserError(
-            f"{option}: {folder} holds its weights in pickles ({format_.files}), and loading one can run code that is"
-            " in it. If you trust where it comes from, say `--allow_pickle`; panda then loads it with torch's"
-            " `weights_only`, which takes tensors alone."
+            f"{source.option}: {folder} holds its weights in pickles ({format_.files}), and loading a pickle can run"
+            " code that is in it. If you trust its origin, add `--allow_pickle`; panda then loads it with torch's"
+            " `weights_only`, which accepts only tensors."
         )
     config = format_.config(folder)
-    if "quantization_config" in config and not quantised:
+    if "quantization_config" in config and not source.quantised:
         how = config["quantization_config"]
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
         raise UserError(
-            f"{option}: the weights in {folder} are quantised ({method}), and cannot be trained. Give the checkpoint"
-            " that they were made from."
+            f"{source.option}: the weights in {folder} are quantised ({method}), and cannot be trained. Name the"
+            " checkpoint that they were made from."
         )
     return Pretrained(folder, found, format_, config, None, repository, name)
 
 
 def find_here(location: str) -> Path | None:
-    """The folder that ``location`` means, itself or in ``pretrained-models``; the hub is not asked."""
+    """The folder at ``location``, or of that name in ``pretrained-models``; the hub is not asked."""
     path = Path(location).expanduser()
     shelved = SHELF / location
     if path.is_dir():
@@ -109,13 +124,14 @@ def find_here(location: str) -> Path | None:
 
 
 def from_anywhere(location: str) -> str:
-    """``location`` so that it means the same in every working directory; a name on the hub stays one."""
+    """``location`` in a form that means the same in every working directory; a name on the hub stays one."""
     folder = find_here(location)
     return str(folder.absolute()) if folder else location
 
 
-def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, str | None, Repository | None]:
-    """The folder, where it was found, its name on the hub, and what its weights are to be fetched from."""
+def _locate(source: Source) -> tuple[Path, str, str | None, Repository | None]:
+    """The folder, where it was found, its name on the hub, and the repository to fetch its weights from."""
+    location, option = source.location, source.option
     path = Path(location).expanduser()
     shelved = SHELF / location
     if here := find_here(location):
@@ -128,30 +144,32 @@ def _locate(location: str, option: str, allow_pickle: bool) -> tuple[Path, str, 
     name = location if is_name(location) else None
     if name or len(path.parts) == 1:
         snapshot = cached(location)
-        has_weights = snapshot is not None and _has_weights(location, snapshot, allow_pickle)
+        has_weights = snapshot is not None and _has_weights(location, snapshot, source.allow_pickle)
         if snapshot and (name is None or (has_weights and has_tokenizer(snapshot))):
             return snapshot, _FROM_CACHE, name, None
-        looked.append(f"{location} in the cache of the Hugging Face hub{', which has a part of it' * bool(snapshot)}")
-    if name:  # those without an owner are of a few old models, and more often a misspelt folder
+        looked.append(
+            f"{location} in the cache of the Hugging Face hub{', which has only a part of it' * bool(snapshot)}"
+        )
+    if name:  # a name without an owner is that of a few old models, and more often that of a misspelt folder
         try:
             repository = described(name)
         except UserError as problem:
             if snapshot and _has_weights(name, snapshot, allow_pickle=True):
                 return snapshot, _FROM_CACHE, name, None
             raise UserError(
-                f"{option}: {location!r} is not here: looked for {'; '.join(looked)}. And {problem}"
+                f"{option}: {location!r} was not found on this machine: looked for {'; '.join(looked)}. And {problem}"
             ) from None
         return repository.folder, "Hugging Face hub", name, repository
-    raise UserError(f"{option}: {location!r} is nowhere. Looked for " + "; ".join(looked) + ".")
+    raise UserError(f"{option}: {location!r} was not found. Looked for " + "; ".join(looked) + ".")
 
 
 def _has_weights(name: str, snapshot: Path, allow_pickle: bool) -> bool:
     """Whether ``snapshot``, of the model ``name``, has all its files of weights, in a format that may be read."""
-    there = {file.name for file in snapshot.iterdir() if file.is_file()}
-    format_ = format_among(there)
+    present = {file.name for file in snapshot.iterdir() if file.is_file()}
+    format_ = format_among(present)
     if format_ is None or (format_.is_pickle and not allow_pickle):
         return False
-    kind = format_.kind
-    if index_of(snapshot, kind) or kind.single in there:
-        return there.issuperset(shard_names(snapshot, kind, there))
-    return cached(name, [kind.pattern]) is not None  # nothing in it says how many there are
+    names = format_.file_names
+    if names.single in present or index_of(snapshot, names):
+        return present.issuperset(shard_names(snapshot, names, present))
+    return cached(name, [names.pattern]) is not None  # nothing in the snapshot says how many files there are

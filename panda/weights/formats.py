@@ -1,8 +1,7 @@
-"""The formats in which a folder keeps a model: which one it is by the names of its files, and how each is read."""
+"""The formats in which a folder can hold a model, recognised by the names of its files, and how each is read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,47 +11,51 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.registry import UserError
+from panda.weights.json_object import read_json_object
 from panda.weights.meta_format import PARAMS
 from panda.weights.meta_format import SHARDS
 from panda.weights.meta_format import meta_config
 from panda.weights.meta_format import meta_weights
 from panda.weights.shards import PICKLES
 from panda.weights.shards import SAFETENSORS
-from panda.weights.shards import Kind
+from panda.weights.shards import FileNames
 
 if TYPE_CHECKING:
     from panda.weights.stored_tensor import Weights
 
 CONFIG = "config.json"
 ADAPTERS = "adapter_config.json"
-"""What a folder of peft's has in its place."""
+"""What a folder written by peft has in place of CONFIG."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to keep a model in a folder."""
+    """One way to hold a model in a folder."""
 
     name: str
     files: str
-    """Pattern of the names of its files of weights, and of their index."""
-    kind: Kind
+    """Matches the names of its files of weights, and of their index."""
+    file_names: FileNames
     """The names of its files of weights."""
     described_in: str
     """The file with its configuration."""
     config: Callable[[Path], dict[str, Any]]
+    """The configuration in a folder, as config.json has it."""
     weights: Callable[[Path], Weights]
+    """The tensors in a folder."""
     is_pickle: bool
+    """Whether reading its weights means loading pickles."""
 
 
 def format_among(names: Collection[str]) -> Format | None:
-    """The format of a folder with files of these ``names``, whatever else it lacks; None where none are of weights."""
+    """The format of a folder with files of these ``names``, whatever else it lacks; None if none are weights."""
     return next((format_ for format_ in FORMATS if any(fnmatch(name, format_.files) for name in names)), None)
 
 
 def format_of(folder: Path, names: Collection[str], option: str) -> Format:
-    """The format of what is in ``folder``, or can be fetched to it: files of these ``names``.
+    """The format of ``folder``, which holds files of these ``names``, or to which they can be fetched.
 
-    Raises UserError, which names ``option``, where that is no checkpoint of a model.
+    Raises UserError, which names ``option``, where it is not a checkpoint of a model.
     """
     format_ = format_among(names)
     if format_ is None:
@@ -63,19 +66,19 @@ def format_of(folder: Path, names: Collection[str], option: str) -> Format:
     if not (folder / needed).exists():
         seen = f"it has {', '.join(sorted(names)[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
         raise UserError(
-            f"{option}: {folder} has no {needed}, so it is no checkpoint of a model; {seen}.{_instead(folder)}"
+            f"{option}: {folder} has no {needed}, so it is not a checkpoint of a model; {seen}.{_instead(folder)}"
         )
     return format_
 
 
 def _instead(folder: Path) -> str:
-    """What to name in place of ``folder``, where a run wrote it."""
+    """Advice for a ``folder`` that a run wrote: the folder to name in its place. Empty for any other."""
     export = folder / "export"
     if (folder / ADAPTERS).exists() or (export / ADAPTERS).exists():
         run = folder if (export / ADAPTERS).exists() else "RUN"
         return (
-            f" It holds adapters, which are no model without their base: `panda export {run} --merge` writes the two"
-            " as one, to RUN/merged; name that."
+            f" It holds adapters, which are not a model without their base: `panda export {run} --merge` writes the"
+            " sum of both to RUN/merged; name that."
         )
     if (export / CONFIG).exists():
         return f" It is a run; name its export, {export}."
@@ -85,13 +88,11 @@ def _instead(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise UserError(f"{file}: not valid JSON: {problem}.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{file}: it has no 'model_type', so it is not the configuration of a transformers model.")
+    config = read_json_object(folder / CONFIG)
+    if "model_type" not in config:
+        raise UserError(
+            f"{folder / CONFIG}: it has no 'model_type', so it is not the configuration of a transformers model."
+        )
     return config
 
 
@@ -107,10 +108,10 @@ def _pickles(folder: Path) -> Weights:
     return pickled_weights(folder)
 
 
-META = Format("Meta's original format", SHARDS, Kind(SHARDS), PARAMS, meta_config, meta_weights, is_pickle=True)
+META = Format("Meta's original format", SHARDS, FileNames(SHARDS), PARAMS, meta_config, meta_weights, is_pickle=True)
 FORMATS = (
     Format("safetensors", "*.safetensors*", SAFETENSORS, CONFIG, _read_config, _safetensors, is_pickle=False),
     Format("pickles", "*.bin*", PICKLES, CONFIG, _read_config, _pickles, is_pickle=True),
     META,
 )
-"""In the order in which a folder that has several is taken."""
+"""In order of preference, for a folder that has several."""

@@ -1,8 +1,8 @@
-"""Models on the Hugging Face hub: what of one is in the hub's cache here, and what is fetched.
+"""Models on the Hugging Face hub: which of their files are in the local cache, and fetching the others.
 
-What describes a model (configuration, tokenizer, index) is fetched first, and weights only when tensors
-are asked for: whatever else is wrong with a run is told before gigabytes have come. Files in folders
-within the repository are other programs' and are left where they are.
+The files that describe a model (configuration, tokenizer, index) are fetched first, and weights only when
+tensors are asked for: any other mistake in a run is reported before gigabytes are downloaded. Files in
+subfolders of the repository belong to other programs and are not fetched.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ _WITHIN = "*/*"
 
 @dataclass(frozen=True)
 class Repository:
-    """A model on the hub, as it is in one commit; its description is fetched."""
+    """A model on the hub at one commit; the files that describe it have been fetched."""
 
     name: str
     folder: Path
-    """Its snapshot in the hub's cache, named by the commit: what is fetched of it."""
+    """Its snapshot in the local cache, named by the commit, with the files that have been fetched."""
     files: tuple[str, ...]
-    """Names of the files that it has, whether fetched or not."""
+    """Names of all its files, whether fetched or not."""
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Have those of ``names`` that it has in its folder. Raises UserError where that does not succeed.
+        """Fetch the files ``names`` that it has and that its folder lacks. Raises UserError where that fails.
 
-        Ranks of one machine that ask at once wait for each other, file by file, and fetch each once.
+        Ranks of one machine that do so at the same time wait for each other, and fetch each file once.
         """
         from huggingface_hub import snapshot_download
 
         absent = [name for name in names if name in self.files and not (self.folder / name).exists()]
         if absent:
-            with _told(self.name):
+            with _explained(self.name):
                 snapshot_download(self.name, revision=self.folder.name, allow_patterns=absent)
 
 
 def is_name(location: str) -> bool:
-    """Whether ``location`` can be the name of a model on the hub, OWNER/NAME; so can a path be, which comes before."""
+    """Whether ``location`` can be the name of a model on the hub, OWNER/NAME. A path of that form takes precedence."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) is not None
 
 
 def cached(name: str, patterns: Iterable[str] = ()) -> Path | None:
-    """The snapshot of ``name`` in the hub's cache; None where there is none.
+    """The snapshot of ``name`` in the local cache; None where there is none.
 
-    Files may be missing of it, but for those of these ``patterns``, as far as the cache knows what there is.
+    It may lack files, but none that match ``patterns``, as far as the cache knows which files the model has.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -70,22 +70,22 @@ def cached(name: str, patterns: Iterable[str] = ()) -> Path | None:
 
 @cache
 def described(name: str) -> Repository:
-    """The model ``name`` as the hub has it now; asked once in a process. Raises UserError where it gives none."""
+    """The current model ``name`` on the hub, which is asked once in a process. Raises UserError where that fails."""
     from huggingface_hub import HfApi
     from huggingface_hub import snapshot_download
 
-    with _told(name):
+    with _explained(name):
         folder = Path(snapshot_download(name, allow_patterns=list(_DESCRIPTION), ignore_patterns=[_WITHIN]))
         files = HfApi().list_repo_files(name, revision=folder.name)
     return Repository(name, folder, tuple(file for file in files if "/" not in file))
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """What keeps the hub from giving ``name`` as a UserError that says what to do."""
+def _explained(name: str) -> Iterator[None]:
+    """Turns what fails while ``name`` is fetched into a UserError that says what to do."""
     try:
         yield
-    except Exception as problem:  # the client raises what its transport raises
+    except Exception as problem:  # the client lets the exceptions of its transport through
         raise UserError(_reason(name, problem)) from problem
 
 
@@ -99,30 +99,32 @@ def _reason(name: str, problem: Exception) -> str:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if isinstance(problem, LocalEntryNotFoundError) and isinstance(problem.__cause__, Exception):
-        problem = problem.__cause__  # the client looked in its cache once more, of which it tells then
+        problem = problem.__cause__  # the client then looked in its cache, and reports that
     page = f"{ENDPOINT}/{name}"
     said = getattr(problem, "server_message", None)
     status = getattr(getattr(problem, "response", None), "status_code", None)
     if isinstance(problem, HFValidationError):
-        return f"it is no name that the Hugging Face hub could have (OWNER/NAME): {problem}"
+        return f"it is not a valid name on the Hugging Face hub (OWNER/NAME): {problem}"
     if isinstance(problem, OfflineModeIsEnabled):
         return "the Hugging Face hub is not asked, since HF_HUB_OFFLINE is set. Unset it, or name a folder."
     if isinstance(problem, GatedRepoError):
         return (
-            f"{page} is gated: {said or 'not everyone may have it'} Ask for access on that page, and log in with `hf"
+            f"{page} is gated: {said or 'access has to be granted.'} Ask for access on that page, and log in with `hf"
             " auth login`, or put a token of that account into HF_TOKEN."
         )
-    if isinstance(problem, RepositoryNotFoundError) or status == 401:  # which is said of what is not there, too
+    if isinstance(problem, RepositoryNotFoundError) or status == 401:  # the hub's answer for missing models, too
         return (
-            f"there is no model at {page}, or none that you may see{f' ({said})' if said else ''}. Is the name right?"
-            " For a private one log in with `hf auth login`, or put a token into HF_TOKEN."
+            f"there is no model at {page}, or you have no access to it{f' ({said})' if said else ''}. Is the name"
+            " right? For a private one log in with `hf auth login`, or put a token into HF_TOKEN."
         )
     if status:
-        return f"{page} is not given: status {status}{f', {said}' if said else ''}. Try again later, or name a folder."
+        return (
+            f"{page} could not be fetched: status {status}{f', {said}' if said else ''}. Try later, or name a folder."
+        )
     if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
         return f"{page} does not fit on the disk of {HF_HUB_CACHE}. Make room, or set HF_HOME to a larger one."
     return (
         f"{page} could not be fetched: {type(problem).__name__}: {in_brief(problem)}. Is this machine"
-        " connected (HTTPS_PROXY, HF_ENDPOINT)? Files that came whole are kept: the same command again fetches the"
-        f" rest. Or have `hf download {name}` do it elsewhere, and name the folder."
+        " connected (HTTPS_PROXY, HF_ENDPOINT)? Complete files are kept: running the command again fetches"
+        f" the rest. Or run `hf download {name}` elsewhere, and name the folder."
     )

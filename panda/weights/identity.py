@@ -1,9 +1,9 @@
-"""What tells weights from others, by their content: every tensor counts, at the cost of a few reads of each.
+"""The identity of weights: a hash of their content to which every tensor contributes, at the cost of a few reads each.
 
-A hash over the name, type, shape and bytes of every tensor: of one of up to 256 KiB all bytes, of a larger
-one blocks of 4 KiB, two to sixteen, evenly spread from its first byte to its last. That is enough to tell a
-fine-tune from its base, and a base from one that had a norm, a bias or a layer changed; not to find a few
-elements that were changed in a large matrix. Imports no torch.
+It covers the name, type, shape and bytes of every tensor: all bytes of a tensor of up to 256 KiB; of a larger
+one, two to sixteen blocks of 4 KiB, evenly spread from its first byte to its last. This tells a fine-tune
+from its base, and a base from a copy with a changed norm, bias or layer. It does not notice a few changed
+elements in a large matrix. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,38 +19,29 @@ from typing import BinaryIO
 from panda.weights.shards import damaged
 
 _WHOLE, _BLOCK, _STRIDE, _LEAST, _MOST = 2**18, 2**12, 2**22, 2, 16
-_FORM, _FORM_OF_FILES = "tensors-sha256:", "sha256:"
 
 
-def identity(files: list[Path], pattern: str, base: str | None = None, like: str | None = None) -> str:
-    """The identity of the weights in ``files``; of a delta's, together with that of its ``base``.
+def identity_of(files: list[Path], base: str | None = None) -> str:
+    """The identity of the weights in ``files``; that of a delta includes the identity of its ``base``.
 
-    However safetensors are spread over files, the same tensors have the same. With ``like``, an identity that
-    was recorded, it is in the form of that one: an older panda sampled files, all whose names match ``pattern``, and
-    knew nothing of tensors.
+    The same tensors have the same identity however they are spread over safetensors files.
     Raises UserError for a file that is cut off.
     """
     digest = hashlib.sha256()
-    lines = sorted(line for file in files for line in _lines(file))
-    form = _FORM_OF_FILES if like and like.startswith(_FORM_OF_FILES) else _FORM
-    if form == _FORM:
-        digest.update("\n".join(lines).encode())
-    else:
-        for file in sorted(files[0].parent.glob(pattern)):  # whether read or not
-            digest.update(_sampled_as_file(file))
+    digest.update("\n".join(sorted(line for file in files for line in _lines(file))).encode())
     digest.update((base or "").encode())
-    return f"{form}{digest.hexdigest()[:16]}"
+    return f"tensors-sha256:{digest.hexdigest()[:16]}"
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Of each tensor in ``file`` what it is called, and a hash of its bytes."""
+    """The label of each tensor in ``file``, and a hash of its bytes."""
     with file.open("rb") as stream:
         for label, begin, size in _extents(file, stream):
             yield f"{label} {_sampled(stream, begin, size)}"
 
 
 def _extents(file: Path, stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """Of each tensor in ``file`` what it is called, where it begins, and its bytes."""
+    """The label of each tensor in ``file``, the offset of its first byte, and its size in bytes."""
     end = file.stat().st_size
     if file.suffix == ".safetensors":
         length = int.from_bytes(stream.read(8), "little")
@@ -64,17 +55,17 @@ def _extents(file: Path, stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
             raise damaged(file, "it has no header") from None
         for label, first, last in extents:
             if 8 + length + last > end:
-                raise damaged(file, f"{label.partition(' ')[0]} is not whole")
+                raise damaged(file, f"{label.partition(' ')[0]} is incomplete")
             yield label, 8 + length + first, last - first
-    elif zipfile.is_zipfile(stream):  # as torch writes it: a storage an entry, not packed, by numbers
+    elif zipfile.is_zipfile(stream):  # as torch writes it: one uncompressed entry a storage, named by number
         with zipfile.ZipFile(stream) as archive:
             for entry in archive.infolist():
                 name = entry.filename.partition("/")[2]
                 if name.startswith("data"):
-                    stream.seek(entry.header_offset + 26)  # two lengths, of what stands before the content
+                    stream.seek(entry.header_offset + 26)  # the lengths of name and extra field, before the content
                     before = 30 + sum(int.from_bytes(stream.read(2), "little") for _ in range(2))
                     yield f"{file.name} {name} {entry.CRC}", entry.header_offset + before, entry.file_size
-    else:  # of torch before 1.6, or cut off, which its reader tells
+    else:  # written by torch before 1.6, or cut off, which reading it reports
         yield file.name, 0, end
 
 
@@ -89,15 +80,3 @@ def _sampled(stream: BinaryIO, begin: int, size: int) -> str:
             stream.seek(begin + block * (size - _BLOCK) // (blocks - 1))
             digest.update(stream.read(_BLOCK))
     return digest.hexdigest()
-
-
-def _sampled_as_file(file: Path) -> bytes:
-    """What an older panda read of ``file``: its size, the first MiB, and 256 blocks of 4 KiB, evenly spread."""
-    size = file.stat().st_size
-    parts = [size.to_bytes(8, "little")]
-    with file.open("rb") as stream:
-        parts.append(stream.read(2**20))
-        for block in range(256):
-            stream.seek(block * size // 256)
-            parts.append(stream.read(4096))
-    return b"".join(parts)

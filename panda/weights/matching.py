@@ -1,4 +1,4 @@
-"""Which stored tensor goes where: names and shapes of a checkpoint against those of a module."""
+"""Matching stored tensors with a module: names and shapes of a checkpoint against those of the module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 8
 
 
 def is_computed(name: str) -> bool:
-    """Whether ``name`` is of a tensor that older programs stored, and that the configuration gives."""
+    """Whether ``name`` is that of a tensor that old programs stored, and that is computed from the configuration."""
     return name.endswith("rotary_emb.inv_freq")
 
 
@@ -24,10 +24,9 @@ def matched(
 ) -> Weights:
     """For each parameter and persistent buffer of ``module``, under its first name, the tensor of ``weights``.
 
-    ``grow_rows`` (from, to): tensors of a vocabulary of ``from`` rows become ``to`` rows where the
-    module has so many; new rows are the mean of the others. ``source`` is what errors call the
-    checkpoint. Raises UserError with the names of all tensors that are missing, unexpected or of
-    another shape.
+    ``grow_rows`` (from, to): a tensor of ``from`` rows, one for each entry of a vocabulary, is extended to ``to``
+    rows where the module has that many; new rows are the mean of the others. ``source`` is what errors call the
+    checkpoint. Raises UserError with the names of all tensors that are missing, unexpected or of another shape.
     """
     wanted: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
     stored = _with_prefix(module, wanted, weights)
@@ -59,12 +58,12 @@ def matched(
 
 
 def refuse_unlike(source: str, missing: list[str], unexpected: list[str], misshaped: list[str]) -> None:
-    """Raise UserError with these names of tensors, where there are any. ``source``: what it calls the checkpoint."""
+    """Raise UserError if any names of tensors are given. ``source`` is what it calls the checkpoint."""
     problems = [
         f"{what}: {_listed(which)}"
         for what, which in (
             ("missing from it", missing),
-            ("in it, and not in the model", unexpected),
+            ("in it and not in the model", unexpected),
             ("of another shape", misshaped),
         )
         if which
@@ -78,7 +77,7 @@ def refuse_unlike(source: str, missing: list[str], unexpected: list[str], missha
 
 
 def _with_prefix(module: torch.nn.Module, wanted: dict[str, torch.Tensor], weights: Weights) -> Weights:
-    """``weights``, named as in ``module`` where they were saved from its inner model, without the head's prefix."""
+    """``weights`` by the names in ``module``, which have a prefix if ``weights`` were saved from its inner model."""
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     if prefix == "." or any(name.startswith(prefix) for name in weights):
         return weights

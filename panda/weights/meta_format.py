@@ -1,4 +1,4 @@
-"""Meta's original format of LLaMA: params.json and consolidated.NN.pth, one a model-parallel rank."""
+"""Meta's original format of LLaMA: params.json and consolidated.NN.pth, one for each model-parallel rank."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ _NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-"""Meta's names of whole tensors, or inside ``layers.N``, and transformers'."""
+"""Meta's names of tensors, those of a layer without ``layers.N.``, and the corresponding names of transformers."""
 
 _SPLIT_BY_COLUMN = ("attention.wo.weight", "feed_forward.w2.weight")
 _REPLICATED = ("norm.weight", "attention_norm.weight", "ffn_norm.weight")
 
 
 def meta_config(folder: Path) -> dict[str, Any]:
-    """What config.json would say, from the params.json in ``folder``, which says nothing of positions."""
+    """The content of a config.json, from the params.json in ``folder``, which does not state a number of positions.
+
+    Raises UserError where that is missing a parameter of a LLaMA.
+    """
     file = folder / PARAMS
     try:
         params = json.loads(file.read_text(encoding="utf-8"))
@@ -60,7 +63,7 @@ def meta_config(folder: Path) -> dict[str, Any]:
         }
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file}: not the parameters of a LLaMA: {problem!r}.") from None
-    if params.get("use_scaled_rope"):  # Llama 3.1, and the small models of 3.2; the constants stand in Meta's code
+    if params.get("use_scaled_rope"):  # Llama 3.1, and the small models of 3.2; the constants are in Meta's code
         config["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": 8.0 if hidden >= 4096 else 32.0,
@@ -72,10 +75,10 @@ def meta_config(folder: Path) -> dict[str, Any]:
 
 
 def meta_weights(folder: Path) -> Weights:
-    """The tensors of a LLaMA under transformers' names: ranks' parts joined, queries and keys reordered.
+    """The tensors of a LLaMA under transformers' names, the parts of all ranks joined. Raises UserError for others.
 
-    Meta's rotary embedding turns neighbours, transformers' turns halves of a head: so the rows of the
-    projections of queries and keys trade places.
+    The rows of the projections of queries and keys are reordered: Meta's rotary embedding rotates neighbouring
+    elements of a head, that of transformers its two halves.
     """
     from panda.weights.files import load_pickle
     from panda.weights.stored_tensor import StoredTensor
@@ -84,7 +87,7 @@ def meta_weights(folder: Path) -> Weights:
     files = sorted(folder.glob(SHARDS))
     numbers = [int(file.name.split(".")[1]) for file in files]
     if numbers != list(range(len(numbers))):
-        raise UserError(f"{folder}: parts are missing: there are {', '.join(file.name for file in files)}.")
+        raise UserError(f"{folder}: parts are missing: it only has {', '.join(file.name for file in files)}.")
     ranks = [load_pickle(file) for file in files]
     weights: dict[str, StoredTensor] = {}
     for name, first in ranks[0].items():
@@ -93,10 +96,10 @@ def meta_weights(folder: Path) -> Weights:
         layer = re.fullmatch(r"(layers\.\d+)\.(.+)", name)
         known = layer.group(2) if layer else name
         if known not in _NAMES:
-            raise UserError(f"{files[0]}: {name!r} is not a tensor of a LLaMA.")
+            raise UserError(f"{files[0]}: {name!r} is not the name of a tensor of a LLaMA.")
         absent = [file.name for file, state in zip(files, ranks, strict=True) if name not in state]
         if absent:
-            raise UserError(f"{folder}: {name!r} is not in {', '.join(absent)}, and is in {files[0].name}.")
+            raise UserError(f"{folder}: {name!r} is in {files[0].name}, and missing from {', '.join(absent)}.")
         parts = [state[name] for state in ranks]
         heads = {
             "attention.wq.weight": config["num_attention_heads"],
@@ -114,7 +117,7 @@ def meta_weights(folder: Path) -> Weights:
 def _split_axis(name: str, part: torch.Tensor, hidden_size: int) -> int | None:
     if name in _REPLICATED:
         return None
-    if name == "tok_embeddings.weight":  # by width until Llama 3, by vocabulary since
+    if name == "tok_embeddings.weight":  # split by width before Llama 3, by vocabulary since
         return 0 if part.shape[1] == hidden_size else 1
     return 1 if name in _SPLIT_BY_COLUMN else 0
 

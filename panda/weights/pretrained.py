@@ -1,4 +1,4 @@
-"""A checkpoint on disk or on the hub: its configuration, its tensors, its tokenizer, what tells it from others.
+"""A checkpoint on disk or on the hub: its configuration, its tensors, its tokenizer, its identity.
 
 Imports torch, and fetches weights, only when tensors or their identity are asked for.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from panda.weights.delta import applied
 from panda.weights.formats import Format
 from panda.weights.hub import Repository
-from panda.weights.identity import identity
+from panda.weights.identity import identity_of
 from panda.weights.shards import shard_names
 from panda.weights.shards import shards
 from panda.weights.tokenizers import has_tokenizer
@@ -33,39 +34,39 @@ _BESIDE = (
     "chat_template*",
     "generation_config.json",
 )
-"""What belongs to a checkpoint beside its configuration and weights."""
+"""Files that belong to a checkpoint beside its configuration and weights."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint; nothing of its weights is read, or fetched, yet."""
+    """A checkpoint; its weights are not read, or fetched, before they are asked for."""
 
     folder: Path
     found: str
     """Where it was found, in words."""
     format: Format
     config: Mapping[str, Any]
-    """Its config.json, or what that would say."""
+    """Its config.json, or the equivalent of one."""
     base: Pretrained | None = None
-    """Where it is a delta: what it is added to."""
+    """Where it is a delta: the checkpoint to which it is added."""
     repository: Repository | None = None
-    """What its weights are fetched from, where the hub has them and its cache has not."""
+    """Where to fetch its weights from, if they are on the hub and not in its cache."""
     name: str | None = None
-    """Its name on the hub, where it was found by that."""
+    """Its name on the hub, if it was found by that name."""
 
     @property
     def config_file(self) -> Path:
         return self.folder / self.format.described_in
 
     def fetch(self) -> None:
-        """Have its files of weights here. Raises UserError where the hub does not give them."""
+        """Fetch the files of weights that are missing on this machine. Raises UserError where that fails."""
         if self.repository:
-            self.repository.fetch(shard_names(self.folder, self.format.kind, self.repository.files))
+            self.repository.fetch(shard_names(self.folder, self.format.file_names, self.repository.files))
 
     def weights(self) -> Weights:
-        """Its tensors, by name; the headers of all files are read, and checked. Raises UserError for a damaged one.
+        """Its tensors, by name, fetched first where they are on the hub. Raises UserError for a damaged file.
 
-        Where they are on the hub they are fetched first.
+        Each call reads and checks the headers of all files: keep the result.
         """
         self.fetch()
         weights = self.format.weights(self.folder)
@@ -74,7 +75,7 @@ class Pretrained:
         return applied(weights, self.base.weights(), source=str(self.folder), base_source=str(self.base.folder))
 
     def with_tokenizer(self) -> Pretrained | None:
-        """Itself, or its base where that alone has a tokenizer; None where neither has."""
+        """Itself, or its base if only that has a tokenizer; None if neither has one."""
         if has_tokenizer(self.folder):
             return self
         return self.base.with_tokenizer() if self.base else None
@@ -83,22 +84,23 @@ class Pretrained:
         """Files of its tokenizer, chat template and generation config."""
         return sorted(file for pattern in _BESIDE for file in self.folder.glob(pattern) if file.is_file())
 
-    def identity(self, like: str | None = None) -> str:
-        """What tells its weights from others; with ``like``, one that was recorded, in the form of that."""
+    @cached_property
+    def identity(self) -> str:
+        """The hash that distinguishes its weights from others, computed once. Raises UserError for a damaged file."""
         self.fetch()
-        base = self.base.identity(like) if self.base else None
-        return identity(shards(self.folder, self.format.kind), self.format.kind.pattern, base, like)
+        base = self.base.identity if self.base else None
+        return identity_of(shards(self.folder, self.format.file_names), base)
 
     def describe(self) -> str:
-        """One line: what was found, where."""
+        """One line: what was found, and where."""
         kind = "a delta, " if self.base else ""
         line = f"{self.folder} ({self.found}): {kind}{self.format.name}, {self.config['model_type']}"
         return f"{line}; added to {self.base.describe()}" if self.base else line
 
 
-def base_weights(pretrained: Pretrained | None, like: str | None = None) -> str:
-    """What adapters are trained on, in a word that tells it from other weights; in the form of ``like``, if that is."""
-    return pretrained.identity(like) if pretrained else "random"
+def base_weights(pretrained: Pretrained | None) -> str:
+    """The identity of the weights that adapters are trained on; ``random`` where there is no checkpoint."""
+    return pretrained.identity if pretrained else "random"
 
 
 def fitted(module: torch.nn.Module, pretrained: Pretrained) -> Weights:

@@ -1,4 +1,4 @@
-"""Which files hold the weights of a folder: one, several that an index lists, or all of a kind. Imports no torch."""
+"""Which files hold the weights of a folder: one, several that an index lists, or all that match. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from panda.registry import UserError
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Names of files of weights: a pattern of all, and what transformers calls the only one, and the index of many."""
+class FileNames:
+    """How a format names its files of weights."""
 
     pattern: str
+    """Matches all of them."""
     single: str = ""
+    """What transformers calls the file where there is only one."""
     index: str = ""
+    """What transformers calls the index where there are several."""
 
 
-SAFETENSORS = Kind("*.safetensors", "model.safetensors", "model.safetensors.index.json")
-PICKLES = Kind("*.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
+SAFETENSORS = FileNames("*.safetensors", "model.safetensors", "model.safetensors.index.json")
+PICKLES = FileNames("*.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _POINTER = b"version https://git-lfs"
 
 
-def index_of(folder: Path, kind: Kind) -> dict[str, str]:
-    """By name of each tensor the file that the index of ``folder`` has it in; empty where there is no index.
+def index_of(folder: Path, names: FileNames) -> dict[str, str]:
+    """The name of each tensor, and of the file that holds it, by the index of ``folder``; empty without an index.
 
-    Raises UserError where that cannot be read.
+    Raises UserError where the index cannot be read.
     """
-    file = folder / kind.index
-    if not kind.index or not file.exists():
+    file = folder / names.index
+    if not names.index or not file.exists():
         return {}
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
@@ -41,36 +43,36 @@ def index_of(folder: Path, kind: Kind) -> dict[str, str]:
         raise UserError(f"{file}: not an index of weights: {problem!r}.") from None
 
 
-def shard_names(folder: Path, kind: Kind, there: Collection[str]) -> list[str]:
-    """Names of the files of weights of ``folder``, sorted: those of its index, or of ``there`` those that are such.
+def shard_names(folder: Path, names: FileNames, present: Collection[str]) -> list[str]:
+    """Sorted names of the files with the weights of ``folder``: those in its index, or those of ``present`` that match.
 
-    Files of weights beside these are the same again, for other programs.
+    Other files of weights beside an index, or beside a single file, are duplicates for other programs.
     """
-    if indexed := index_of(folder, kind):
+    if indexed := index_of(folder, names):
         return sorted(set(indexed.values()))
-    return [kind.single] if kind.single in there else sorted(name for name in there if fnmatch(name, kind.pattern))
+    return [names.single] if names.single in present else sorted(n for n in present if fnmatch(n, names.pattern))
 
 
-def shards(folder: Path, kind: Kind) -> list[Path]:
-    """The files of weights in ``folder``. Raises UserError where some that its index lists are not there."""
-    there = {file.name for file in folder.iterdir() if file.is_file()}
-    names = shard_names(folder, kind, there)
-    if missing := [name for name in names if name not in there]:
+def shards(folder: Path, names: FileNames) -> list[Path]:
+    """The files of weights in ``folder``. Raises UserError where files that its index lists are missing."""
+    present = {file.name for file in folder.iterdir() if file.is_file()}
+    wanted = shard_names(folder, names, present)
+    if missing := [name for name in wanted if name not in present]:
         raise UserError(
-            f"{folder}: {len(missing)} of {len(names)} files of weights are missing, which {kind.index} lists:"
+            f"{folder}: {len(missing)} of {len(wanted)} files of weights are missing, which {names.index} lists:"
             f" {', '.join(missing)}. Fetch them again."
         )
-    return [folder / name for name in names]
+    return [folder / name for name in wanted]
 
 
 def damaged(file: Path, problem: str, what: str = "safetensors") -> UserError:
-    """The error that ``file`` is no whole file of ``what``, with what to do."""
+    """The error for a ``file`` that is not a complete file of ``what``, with what to do about it."""
     with file.open("rb") as stream:
         is_pointer = stream.read(len(_POINTER)) == _POINTER
     if is_pointer:
         return UserError(
-            f"{file}: what git leaves in place of a large file where git-lfs is not set up. `git lfs install`, and `git"
-            " lfs pull` in that folder, fetch it."
+            f"{file}: this is the pointer that git leaves in place of a large file where git-lfs is not set up. Run"
+            " `git lfs install`, then `git lfs pull` in that folder, to fetch the file."
         )
     return UserError(
         f"{file}: damaged, or not {what}: {problem}. It has {file.stat().st_size:,} bytes; was the copy or the"

@@ -1,4 +1,4 @@
-"""Tensors by name that are somewhere on disk: what readers of weights return, and placing and writing take."""
+"""Tensors by name that are read on demand: what readers of weights return, and placing and writing accept."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is read when it is wanted, and not kept."""
+    """A tensor that is read on demand and not kept."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-    """The tensor, on the CPU. It may be a view of a file: copy before changing it."""
+    """Returns the tensor, on the CPU. It may be a view of a file: copy it before changing it."""
 
 
 def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of ``tensor`` on all ranks together: under ZeRO-3 and tensor parallelism a rank has a part of it."""
+    """The shape of the whole ``tensor``, of which a rank has a part under ZeRO-3 and tensor parallelism."""
     found: tuple[int, ...] = tuple(getattr(tensor, "whole_shape", getattr(tensor, "ds_shape", tensor.shape)))
     return found
 
 
 def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> torch.nn.Parameter:
-    """Have ``module`` hold ``value`` as its parameter ``name``, and wherever else it has that; the new parameter."""
+    """Replace parameter ``name`` of ``module``, under all its names, by one with ``value``, and return the new one."""
     old = module.get_parameter(name)
     new = torch.nn.Parameter(value, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     for holder in module.modules():
         for attribute, parameter in list(holder._parameters.items()):
             if parameter is old:
-                setattr(holder, attribute, new)  # and not in _parameters: an RNN keeps lists of its own
+                setattr(holder, attribute, new)  # not into _parameters: an RNN keeps its own lists of parameters
     return new
 
 

@@ -1,4 +1,4 @@
-"""Where a tokenizer is, a folder or a name on the Hugging Face hub, and what is in it. Imports no torch."""
+"""Finding a tokenizer, in a folder or on the Hugging Face hub, and reading it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from panda.weights.hub import described
 from panda.weights.hub import is_name
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""A folder that has one of these has a tokenizer."""
+"""A folder with one of these files has a tokenizer."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -22,9 +22,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_folder(location: str) -> Path:
-    """The folder that the option ``tokenizer`` means; from the hub it is fetched. Raises UserError where there is none.
+    """The folder that the option ``tokenizer`` names, fetched first where it is on the hub, without any weights.
 
-    Of a model on the hub no weights are fetched.
+    Raises UserError where there is none.
     """
     folder = resolve_path(location)
     if folder.is_dir():
@@ -41,8 +41,8 @@ def tokenizer_folder(location: str) -> Path:
             snapshot = described(location).folder
         except UserError as problem:
             raise UserError(
-                f"tokenizer: {location!r} is no folder here ({folder.absolute()}), nor in the cache of the Hugging Face"
-                f" hub; {problem}"
+                f"tokenizer: {location!r} is neither a folder ({folder.absolute()}) nor in the cache of the Hugging"
+                f" Face hub; {problem}"
             ) from problem
         if not has_tokenizer(snapshot):
             raise UserError(
@@ -53,17 +53,17 @@ def tokenizer_folder(location: str) -> Path:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The Hugging Face tokenizer in ``folder``. Raises UserError where transformers makes none of what is there."""
+    """The Hugging Face tokenizer in ``folder``. Raises UserError where transformers cannot load one."""
     from transformers import AutoConfig
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as problem:  # transformers raises what its parsers raise
+    except Exception as problem:  # transformers lets the exceptions of its parsers through
         what = f"{folder}: no tokenizer could be loaded from it"
         try:
             AutoConfig.from_pretrained(str(folder), local_files_only=True)
         except Exception as other:
-            if str(other) == str(problem):  # it reads the model's configuration first
+            if str(other) == str(problem):  # transformers reads the model's configuration first
                 what = f"{folder / 'config.json'}: transformers cannot read it"
         raise UserError(f"{what}: {in_brief(problem)}.") from problem

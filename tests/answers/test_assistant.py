@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from transformers import AutoTokenizer
 from panda.answers.assistant import Sampling
 from panda.answers.generation import continuation
 from panda.answers.generation import greedy
-from panda.answers.loading import assistant_of
+from panda.answers.loading import described_in
 from panda.cli.main import main
 from panda.registry import Catalog
 from panda.registry.contexts import ModelContext
@@ -92,13 +91,13 @@ def test_the_template_gives_the_tokens_that_training_gave(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     context = TaskContext(tokenizer, JsonReader(NoOptions(), ReaderContext()), 64)
     task = Instruct(InstructOptions(instruction_tuning_data_dir=SAMPLE, separator=" =>\n"), context)
-    assistant = assistant_of(folder / "instruct/export", None, CPU)
+    assistant = described_in(folder / "instruct/export").assistant(CPU)
     for prompt in ("Say tomato.", "  two\n\nlines ", "{{ x }} 'quoted'", "🐼"):
         assert assistant.encode([{"role": "user", "content": prompt}]) == task.encode_prompt(prompt)
 
 
 def test_text_comes_piece_by_piece_and_drawing_follows_the_seed(folder: Path) -> None:
-    assistant = assistant_of(folder / "base", None, CPU)
+    assistant = described_in(folder / "base").assistant(CPU)
     ids = assistant.encode([{"role": "user", "content": "one two"}])
     texts = []
     for seed in (1, 1, 2):
@@ -122,7 +121,7 @@ def test_chat_remembers_the_dialogue_until_a_new_one(
     answers = capsys.readouterr().out
     export = folder / "instruct/export"
     first = plain_answer(export, "abc =>\n", 6)
-    assistant = assistant_of(export, None, CPU)
+    assistant = described_in(export).assistant(CPU)
     dialogue = [("user", "abc"), ("assistant", first), ("user", "de")]
     ids = assistant.encode([{"role": role, "content": text} for role, text in dialogue])
     text = ("abc =>\n", first, "de =>\n")
@@ -136,7 +135,7 @@ def test_what_holds_no_model_or_no_template_is_told(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:  # before a model is loaded
-        patch.setattr("panda.answers.loading._module", None)
+        patch.setattr("panda.answers.loading._filled", None)
         assert chat(patch, folder / "pretrain", "abc\n") == 2
     assert "has no chat template" in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
@@ -175,7 +174,7 @@ def test_a_folder_that_states_another_type_than_its_weights_have_answers_in_that
     config = save_hf(llama(4), tmp_path / "model") / "config.json"
     config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    found = assistant_of(tmp_path / "model", None, CPU).model.state_dict()
+    found = described_in(tmp_path / "model").assistant(CPU).model.state_dict()
     assert found.keys() == plain.keys()
     assert all(found[name].dtype == plain[name].dtype and torch.equal(found[name], plain[name]) for name in plain)
 
@@ -202,7 +201,7 @@ def test_a_delta_is_refused_without_its_base_and_answers_with_it(tmp_path: Path,
     argv = ["generate", str(tmp_path / "my-delta"), "--base_path", str(tmp_path / "base"), "--prompt", "Mei"]
     assert main([*argv, "--max_new_tokens", "9"]) == 0
     assert capsys.readouterr().out == plain_answer(tmp_path / "target", "Mei", 9) + "\n"
-    assert "is no delta" in refused(capsys, tmp_path / "target", "--base_path", tmp_path / "base")
+    assert "is not a delta" in refused(capsys, tmp_path / "target", "--base_path", tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +332,7 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
     export(tmp_path / "model", weights, tmp_path / "export")
-    assistant = assistant_of(tmp_path / "export", None, CPU)
+    assistant = described_in(tmp_path / "export").assistant(CPU)
     assert assistant.model.output.weight is assistant.model.embedding.weight
     assert torch.equal(assistant.model.bias, module.bias)
     ids = [1, 70, 80]
@@ -377,37 +376,6 @@ def test_help_has_an_example(capsys: Captured) -> None:
             main([command, "--help"])
         assert done.value.code == 0
         assert f"panda {command}" in capsys.readouterr().out.partition("example")[2]
-
-
-def test_weights_are_written_in_shards_that_plain_transformers_loads(tmp_path: Path) -> None:
-    from panda.weights.files import write_weights
-
-    model: Any = llama()
-    model.config.save_pretrained(tmp_path)
-    weights = {
-        name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
-        for name, tensor in model.named_parameters()
-    }
-    write_weights(weights, tmp_path, shard_bytes=20_000)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) > 4
-    biggest = max(parameter.numel() * 4 for parameter in model.parameters())
-    assert all(file.stat().st_size < max(biggest, 20_000) + 2_000 for file in files)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-
-
-def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
-    from panda.registry import UserError
-    from panda.weights.files import write_weights
-
-    weights = {
-        name: StoredTensor((2,), torch.float32, lambda v=value: torch.tensor([0.0, v]))
-        for name, value in (("a", 1.0), ("b", float("nan")))
-    }
-    with pytest.raises(UserError, match="1 tensors are not finite, b first"):
-        write_weights(weights, tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from panda.data.batches import IGNORED_LABEL
 from panda.data.batches import Batch
 from panda.data.batches import collate
 from panda.data.batches import step_batches
@@ -29,6 +28,7 @@ from panda.data.token_cache import _mapped
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
 from panda.registry import UserError
+from panda.registry.contexts import IGNORED_LABEL
 
 PAD = 0
 SAMPLES, SEED = 23, 5

@@ -157,7 +157,7 @@ def test_a_config_of_older_transformers_is_read() -> None:
         ({"num_key_value_heads": 3}, "num_heads 4 is not divisible by num_key_value_heads 3"),
         ({"rope_scaling": "linear"}, "they need each other"),
         ({"rope_scaling_factor": 2.0}, "they need each other"),
-        ({"rope_original_max_position_embeddings": 8}, "`rope_scaling: llama3` alone"),
+        ({"rope_original_max_position_embeddings": 8}, "only used with `rope_scaling: llama3`"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(values: dict[str, Any], message: str) -> None:

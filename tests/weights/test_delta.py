@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import llama
-from checkpoint_files import older_identity
 from checkpoint_files import save_delta
 from checkpoint_files import save_hf
 from safetensors.torch import load_file
@@ -84,7 +82,7 @@ def test_a_whole_model_is_not_applied(tmp_path: Path, capsys: Captured) -> None:
     save_hf(llama(2), tmp_path / "plain")
     argv = ["delta", "apply", "--delta", tmp_path / "plain", "--base", tmp_path / "base", "--output", tmp_path / "out"]
     assert main([*map(str, argv)]) == 2
-    assert "plain' is no delta" in capsys.readouterr().err
+    assert "plain' is not a delta" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +102,7 @@ def test_a_delta_is_applied_to_its_own_base_alone_wherever_that_is(tmp_path: Pat
     assert apply("other", "out") == 2
     error = capsys.readouterr().err
     assert f"a delta to another base: {tmp_path}/base, tensors-sha256:" in error
-    assert f"Now there is {tmp_path}/other, tensors-sha256:" in error
+    assert f", and not {tmp_path}/other, tensors-sha256:" in error
     assert not (tmp_path / "out").exists()
     generate = ["generate", tmp_path / "made", "--prompt", "x", "--base_path", tmp_path / "other"]
     assert main([*map(str, generate)]) == 2
@@ -112,10 +110,6 @@ def test_a_delta_is_applied_to_its_own_base_alone_wherever_that_is(tmp_path: Pat
     assert apply("made", "out") == 2
     assert "--base: " in (error := capsys.readouterr().err) and "is a delta itself" in error
     assert apply("moved", "out") == 0
-    mark = tmp_path / "made" / "delta.json"  # as an older version wrote it
-    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"base_weights": older_identity(tmp_path / "moved")}))
-    assert apply("moved", "again") == 0
-    assert apply("other", "others") == 2
 
 
 @pytest.mark.parametrize("mark", [None, '{"base": "elsewhere", "whole": []}'])

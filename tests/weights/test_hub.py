@@ -134,7 +134,7 @@ def test_a_download_that_breaks_off_is_told_and_what_came_whole_is_kept(
     hub.cut.clear()
     assert done.returncode == 2
     told = f"error: {hub.endpoint}/org/cut could not be fetched: RemoteProtocolError: peer closed connection"
-    assert told in done.stderr and "the same command again fetches the rest" in done.stderr
+    assert told in done.stderr and "running the command again fetches the rest" in done.stderr
     there = {file.name for file in snapshot(tmp_path, "cut").iterdir()}
     assert {first, "params.json", "tokenizer.json"} <= there and second not in there
     assert not (tmp_path / "delta").exists()
@@ -153,11 +153,11 @@ for words in json.loads(sys.argv[1]):
 assert "torch" not in sys.modules
 """
 TOLD = {
-    ("--ckpt_path", "org/nope"): r"there is no model at http:\S+/org/nope, or none that you may see",
+    ("--ckpt_path", "org/nope"): r"there is no model at http:\S+/org/nope, or you have no access to it",
     ("--ckpt_path", "org/gated"): r"gated: Access to model org/gated is restricted.*`hf auth login`.*HF_TOKEN",
-    ("--ckpt_path", "org/old"): r"holds its weights in pickles .* say `--allow_pickle`",
+    ("--ckpt_path", "org/old"): r"holds its weights in pickles .* add `--allow_pickle`",
     ("--ckpt_path", "org/bare"): r"has no tokenizer that transformers loads",
-    ("--tokenizer", "org/nope"): r"tokenizer: 'org/nope' is no folder .* there is no model at http",
+    ("--tokenizer", "org/nope"): r"tokenizer: 'org/nope' is neither a folder .* there is no model at http",
     ("--tokenizer", "org/bare"): r"tokenizer: 'org/bare' on the Hugging Face hub has no tokenizer",
 }
 

@@ -1,4 +1,4 @@
-"""The identity of weights: every tensor counts, files do not, and what older versions recorded still holds."""
+"""The identity of weights: every tensor counts, and how they are spread over files does not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import llama
-from checkpoint_files import older_identity
 from checkpoint_files import save_hf
 from checkpoint_files import save_meta
 from checkpoint_files import save_pickle
@@ -17,19 +16,20 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file
 
 from panda.registry import UserError
+from panda.weights.finding import Source
 from panda.weights.finding import pretrained_at
-from panda.weights.identity import identity
+from panda.weights.identity import identity_of
 
 LARGE = 2**20
 
 
-def identity_of(folder: Path, like: str | None = None) -> str:
-    return pretrained_at(str(folder), option="ckpt_path", allow_pickle=True).identity(like)
+def identity_at(folder: Path) -> str:
+    return pretrained_at(Source(str(folder), "ckpt_path", allow_pickle=True)).identity
 
 
 def saved(tensors: dict[str, torch.Tensor], file: Path) -> str:
     save_file(tensors, file)
-    return identity([file], "*.safetensors")
+    return identity_of([file])
 
 
 def test_every_element_of_small_tensors_and_every_large_tensor_counts(tmp_path: Path) -> None:
@@ -61,47 +61,39 @@ def test_the_same_tensors_in_other_files_are_the_same_weights(tmp_path: Path) ->
     model = llama()
     sharded, single = save_hf(model, tmp_path / "a"), save_hf(model, tmp_path / "b", shards=False)
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    assert identity_of(sharded) == identity_of(single) != identity_of(save_hf(llama(6), tmp_path / "c"))
+    assert identity_at(sharded) == identity_at(single) != identity_at(save_hf(llama(6), tmp_path / "c"))
     save_file(load_file(single / "model.safetensors"), single / "consolidated.safetensors")
-    assert identity_of(single) == identity_of(sharded), "what is not read does not count"
+    assert identity_at(single) == identity_at(sharded), "what is not read does not count"
 
 
 @pytest.mark.parametrize("save", [save_pickle, save_meta])
 def test_every_tensor_of_a_pickle_counts(tmp_path: Path, save: Any) -> None:
     model = llama()
-    found = {identity_of(save(model, tmp_path / "first"))}
-    assert identity_of(save(model, tmp_path / "again")) in found
+    found = {identity_at(save(model, tmp_path / "first"))}
+    assert identity_at(save(model, tmp_path / "again")) in found
     parameters = dict(model.named_parameters())
     for number, parameter in enumerate(parameters.values()):
         with torch.no_grad():
             parameter.view(-1)[-1] += 1
-        found.add(identity_of(save(model, tmp_path / f"{number}")))
+        found.add(identity_at(save(model, tmp_path / f"{number}")))
     assert len(found) == 1 + len(parameters)
 
 
-def test_what_an_older_version_recorded_still_holds(tmp_path: Path) -> None:
-    folder, other = save_hf(llama(), tmp_path / "a"), save_hf(llama(6), tmp_path / "b")
-    recorded = older_identity(folder)
-    assert identity_of(folder, recorded) == recorded != identity_of(other, recorded)
-    assert identity_of(folder, identity_of(folder)) == identity_of(folder) != recorded
+def test_the_identity_of_a_checkpoint_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrained = pretrained_at(Source(str(save_hf(llama(), tmp_path / "model")), "ckpt_path"))
+    found = pretrained.identity
+    monkeypatch.setattr("panda.weights.pretrained.identity_of", None)
+    assert pretrained.identity == found
 
 
-def test_what_an_older_version_recorded_of_metas_format_minds_no_other_pickle(tmp_path: Path) -> None:
-    folder = save_meta(llama(), tmp_path / "meta")
-    recorded = older_identity(folder, "consolidated.*.pth")
-    (folder / "optimizer.pth").write_bytes(b"of another program")
-    assert identity_of(folder, recorded) == recorded
-
-
-@pytest.mark.parametrize("recorded", [None, "sha256:0123456789abcdef"])
-def test_a_file_that_is_cut_off_or_missing_is_told_and_is_no_other_base(tmp_path: Path, recorded: str | None) -> None:
+def test_a_file_that_is_cut_off_or_missing_is_told_and_is_no_other_base(tmp_path: Path) -> None:
     folder = save_hf(llama(), tmp_path / "model")
     file = sorted(folder.glob("*.safetensors"))[1]
     content = file.read_bytes()
     for cut in (content[:-10], content[:20], b"", json.dumps({}).encode()):
         file.write_bytes(cut)
         with pytest.raises(UserError, match=f"{file.name}: damaged, or not safetensors: .*Fetch it again"):
-            identity_of(folder, recorded)
+            identity_at(folder)
     file.unlink()
     with pytest.raises(UserError, match=f"files of weights are missing, .*: {file.name}"):
-        identity_of(folder, recorded)
+        identity_at(folder)

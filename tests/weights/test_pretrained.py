@@ -168,7 +168,7 @@ def test_a_delta_is_added_to_its_base(tmp_path: Path) -> None:
     save_delta(target, base, tmp_path / "tiny-delta")
     module = loaded("--ckpt_path", tmp_path / "tiny-delta", "--base_path", tmp_path / "base")
     assert torch.allclose(logits(module), logits(target), atol=1e-4)
-    with pytest.raises(UserError, match=r"is a delta: the difference .* Name those with `base_path`"):
+    with pytest.raises(UserError, match=r"is a delta: the difference .* Name those weights with `base_path`"):
         configured("--ckpt_path", tmp_path / "tiny-delta")
 
 
@@ -190,7 +190,7 @@ def test_a_pickle_that_runs_code_is_refused_even_then(
     monkeypatch.chdir(tmp_path)
     path = save_pickle(model, tmp_path / "old")
     torch.save({"model.norm.weight": Evil()}, path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: damaged, or not a pickle of tensors alone"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: damaged, or not a pickle of tensors only"):
         loaded("--ckpt_path", path, "--allow_pickle")
     assert not (tmp_path / "was-run").exists()
 
@@ -207,7 +207,7 @@ def test_hf_takes_any_causal_language_model(name: str, tmp_path: Path) -> None:
     other = AutoModelForCausalLM.from_config(OTHERS[name]())
     path = save_hf(other, tmp_path / name, shards=False)
     assert torch.equal(logits(loaded("--model", "hf", "--ckpt_path", path)), logits(other))
-    with pytest.raises(UserError, match=f"model_type is '{name}'. `--model hf` takes any"):
+    with pytest.raises(UserError, match=f"model_type is '{name}'. `--model hf` accepts any"):
         configured("--ckpt_path", path)
 
 
@@ -262,7 +262,7 @@ def test_what_is_nowhere_is_told_with_every_place(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError) as caught:
         configured("--ckpt_path", "lama")
     assert str(caught.value) == (
-        f"ckpt_path: 'lama' is nowhere. Looked for the folder {tmp_path}/lama; the folder"
+        f"ckpt_path: 'lama' was not found. Looked for the folder {tmp_path}/lama; the folder"
         f" {tmp_path}/pretrained-models/lama; lama in the cache of the Hugging Face hub."
     )
 
@@ -345,7 +345,7 @@ def test_an_index_that_names_what_is_in_no_file_is_told(spoilt: Path) -> None:
     index = json.loads(file.read_text())
     index["weight_map"]["model.layers.9.x"] = next(iter(index["weight_map"].values()))
     file.write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"tensors that it lists are in no file: model\.layers\.9\.x"):
+    with pytest.raises(UserError, match=r"it lists tensors that are in no file: model\.layers\.9\.x"):
         loaded("--ckpt_path", spoilt)
 
 
@@ -362,7 +362,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_told_at_once(model: Any, t
         loaded("--ckpt_path", path)
     assert str(caught.value).splitlines()[1:4] == [
         "missing from it: model.layers.1.mlp.up_proj.weight",
-        "in it, and not in the model: model.layers.2.mlp.up_proj.weight",
+        "in it and not in the model: model.layers.2.mlp.up_proj.weight",
         "of another shape: model.norm.weight is [31] and should be [32]",
     ]
 
@@ -378,14 +378,16 @@ def test_a_folder_without_config_is_told_with_what_it_has(spoilt: Path, tmp_path
     ):
         (run / adds).parent.mkdir(parents=True, exist_ok=True)
         (run / adds).write_text("{}")
-        with pytest.raises(UserError, match=f"has no config.json, so it is no checkpoint of a model; .*{hint}"):
+        with pytest.raises(UserError, match=f"has no config.json, so it is not a checkpoint of a model; .*{hint}"):
             configured("--ckpt_path", run)
     with pytest.raises(UserError, match=r"holds adapters.* `panda export RUN --merge`"):
         alone = tmp_path / "alone"
         alone.mkdir()
         (alone / "adapter_config.json").write_text("{}")
         configured("--ckpt_path", alone)
-    with pytest.raises(UserError, match=r"has no config.json, so it is no checkpoint of a model; it has .*model-00001"):
+    with pytest.raises(
+        UserError, match=r"has no config.json, so it is not a checkpoint of a model; it has .*model-00001"
+    ):
         configured("--ckpt_path", spoilt)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="it is empty"):
@@ -425,7 +427,7 @@ def test_a_part_of_metas_that_is_missing_is_told(model: Any, tmp_path: Path) -> 
 
 
 def test_a_base_without_a_delta_and_a_delta_on_a_delta_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no delta, so nothing is added to it"):
+    with pytest.raises(UserError, match="is not a delta, so nothing is added to it"):
         configured("--ckpt_path", folder, "--base_path", folder)
     shutil.copytree(folder, tmp_path / "a-delta")
     with pytest.raises(UserError, match="is a delta itself"):
@@ -468,7 +470,7 @@ def test_a_configuration_that_says_too_little_or_nonsense_is_told(
     [
         ({"hidden_size": "big"}, r"config\.json: transformers cannot read it: .*expected int, got str"),
         ({"model_type": "lama"}, r"of model_type 'lama': Unrecognized model identifier: lama\."),
-        ({"model_type": "own", "auto_map": {}}, r"Its code comes with it \(auto_map\), and panda runs none that does"),
+        ({"model_type": "own", "auto_map": {}}, r"Its own code \(auto_map\) is not run"),
     ],
 )
 def test_what_transformers_cannot_make_of_a_configuration_is_told_in_brief(
@@ -491,7 +493,7 @@ def test_what_git_leaves_in_place_of_a_large_file_is_told(model: Any, spoilt: Pa
     pickled = save_pickle(model, tmp_path / "old") / "pytorch_model.bin"
     for file in (sorted(spoilt.glob("*.safetensors"))[1], pickled):
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-        with pytest.raises(UserError, match=f"{file.name}: what git leaves .*`git lfs pull`"):
+        with pytest.raises(UserError, match=f"{file.name}: this is the pointer that git leaves .*`git lfs pull`"):
             loaded("--ckpt_path", file.parent, "--allow_pickle")
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen base, through peft: on, and out."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen base, through peft: adding, loading and exporting them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.linear_layers import listed_names
 from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.weights.export import exporting
@@ -24,52 +25,54 @@ if TYPE_CHECKING:
 
 
 def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[str, Any] | None = None) -> PeftModel:
-    """``model`` with adapters on the linear layers that ``options`` chooses; all else of it is frozen.
+    """``model`` with adapters on the linear layers that ``options`` chooses; the rest of it is frozen.
 
-    By default on all of them but the output head. Their weights are drawn from torch's generator, in
-    float32; the engine casts them with the model, and the optimizer keeps its own in float32. ``spread_by``:
-    DeepSpeed's configuration, where that has spread the weights of ``model`` over ranks.
-    Raises UserError where there is nothing to put them on.
+    By default all linear layers except the output head get adapters. Their weights are drawn from torch's
+    generator, in float32; the engine casts them with the model, and the optimizer keeps its own in float32.
+    ``spread_by`` is DeepSpeed's configuration if it has partitioned the weights of ``model`` over ranks.
+    Raises UserError where there is no layer to put them on.
     """
     from peft import get_peft_model
     from transformers import PreTrainedModel
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     is_hugging_face = isinstance(model, PreTrainedModel)
-    linear = _linear_names(model)
+    linear = listed_names(model)
     targets = list(options.lora_target_modules)
     if not targets and not is_hugging_face:
         raise UserError(
-            f"use_lora: which linear layer of {type(model).__name__} is the output head is not known. Name those to"
-            f" adapt in `lora_target_modules`: it has {linear}."
+            f"use_lora: it is not known which linear layer of {type(model).__name__} is the output head. Name the"
+            f" layers to adapt in `lora_target_modules`: it has {linear}."
         )
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
             raise UserError(f"lora_target_modules: {type(model).__name__} has no {target!r}; it has {linear}.")
     config = adapter_config(options)
     config.target_modules, config.task_type = targets or "all-linear", "CAUSAL_LM" if is_hugging_face else None
-    # Where it looks at weights peft gathers what is spread, if transformers, which it asks, has such a configuration.
-    told = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
+    # As of peft 0.21 (2026-11), peft gathers partitioned weights before it reads them only if transformers has been
+    # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
+    zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that goes away
+            # As of peft 0.21 with transformers 5.23 (2026-11), peft calls a function that transformers has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
-    except ValueError as problem:  # of a layer that peft cannot adapt
+    except ValueError as problem:  # peft cannot adapt one of the layers
         raise UserError(f"lora_target_modules: {problem}") from problem
     finally:
-        del told  # transformers holds it weakly
+        del zero3  # transformers holds it weakly
     config.base_model_name_or_path = options.ckpt_path and from_anywhere(options.ckpt_path)
-    config.target_modules = sorted(config.target_modules or ())  # a set, written in another order each time
+    config.target_modules = sorted(config.target_modules or ())  # peft has a set, whose order differs between processes
     return adapted
 
 
 def adapter_config(options: RunOptions) -> LoraConfig:
-    """What adapters are like by ``options``, on whichever layers."""
+    """peft's configuration for adapters with ``options``, without the layers that they are on."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # a scale, and as good with a fraction
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # a scale, which need not be an integer
         lora_dropout=options.lora_dropout,
         use_dora=options.use_dora,
         use_rslora=options.use_rslora,
@@ -77,45 +80,45 @@ def adapter_config(options: RunOptions) -> LoraConfig:
 
 
 def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> None:
-    """Give ``model``, on ``device``, what training changed: ``weights``, by its own names, in the type that they have.
+    """Put ``weights``, all that training changed, into ``model`` on ``device``, by its names and in their own type.
 
-    Raises UserError where they are not of such adapters.
+    Raises UserError where they are not those of such adapters.
     """
     state = model.state_dict(keep_vars=True)
     absent = [name for name in weights if name not in state]
-    untold = [name for name, p in model.named_parameters() if p.requires_grad and name not in weights]
-    if absent or untold:
-        raise UserError(f"these adapters are of another model: one of them has no {(absent + untold)[0]}.")
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in weights]
+    if absent or lacking:
+        raise UserError(f"these adapters are of another model: only one of the two has {(absent + lacking)[0]}.")
     for name, stored in weights.items():
         state[name].data = stored.read().to(device, copy=True)
 
 
 def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any) -> None:
-    """Write the adapters among ``weights`` (of ``model``, by its names) so that plain peft loads them on the base."""
+    """Write the adapters among ``weights``, which have ``model``'s names, so that plain peft loads them on the base."""
     with exporting(folder) as new:
         new.mkdir(parents=True)
         tokenizer.save_pretrained(new)
-        # Embeddings are never trained here; asked to find out, peft looks for the base on the hub.
+        # Embeddings are never trained here. To find that out by itself, peft (0.21, 2026-11) would ask the hub.
         model.save_pretrained(str(new), state_dict=weights, save_embedding_layers=False)
-        (new / "README.md").unlink()  # a form that nobody has filled in
+        (new / "README.md").unlink()  # peft's template of a model card, not filled in
 
 
 def stored_adapters(folder: Path) -> Weights:
-    """The adapters that peft keeps in ``folder``; their headers are read. Raises UserError where it has none."""
+    """The adapters in ``folder`` as peft writes them; only headers are read. Raises UserError where it has none."""
     from peft import PeftConfig
 
     if not (folder / ADAPTERS).exists():
-        raise UserError(f"{folder}: no adapters there (no {ADAPTERS}).")
+        raise UserError(f"{folder}: it has no adapters (no {ADAPTERS}).")
     stored = safetensors_weights(folder)
     if not stored:  # peft would look for them on the hub
-        raise UserError(f"{folder}: it has {ADAPTERS}, and no safetensors with adapters; none are read from pickles.")
+        raise UserError(f"{folder}: it has {ADAPTERS}, but no safetensors with adapters; pickles are not read.")
     try:
         if PeftConfig.from_pretrained(str(folder)).peft_type is None:
             raise KeyError("peft_type")
-    except Exception as problem:  # peft raises what its parsers raise
+    except Exception as problem:  # peft lets the exceptions of its parsers through
         raise UserError(
-            f"{folder / ADAPTERS}: peft makes no adapters of it: {type(problem).__name__}: {in_brief(problem)}. Were"
-            " they made by a newer one? `pip install -U peft`."
+            f"{folder / ADAPTERS}: peft cannot read it: {type(problem).__name__}: {in_brief(problem)}. Was it written"
+            " by a newer version? `pip install -U peft`."
         ) from problem
     return stored
 
@@ -129,7 +132,8 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     unfit = f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
     layers = {name for name, _ in model.named_modules()}
     adapted = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in stored)
-    if absent := [layer for layer in adapted if layer not in layers]:  # peft leaves these out without a word
+    # As of 0.21 (2026-11), peft silently leaves out adapters of layers that the base lacks.
+    if absent := [layer for layer in adapted if layer not in layers]:
         raise UserError(f"{unfit} It has no {absent[0]}.")
     try:
         with warnings.catch_warnings():
@@ -145,9 +149,3 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     if unused := sorted(stored.keys() - taken):
         raise UserError(f"{folder}: its {ADAPTERS} does not name the layer of {unused[0]}, which it has weights for.")
     return loaded
-
-
-def _linear_names(model: torch.nn.Module) -> str:
-    """The last part of the name of each linear layer, for a message."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return ", ".join(sorted(names)) or "no linear layer"

@@ -1,4 +1,4 @@
-"""Adapters added to the weights that they were trained on: a model like any other, made a tensor at a time."""
+"""Merging adapters into the weights that they were trained on, one tensor at a time, to a plain model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 
 PREFIX = "base_model.model."
-"""What peft puts before the names of a base's modules."""
+"""The prefix that peft adds to the names of a base's modules."""
 
 
 def merged_weights(
     model: torch.nn.Module, base: Weights, adapters: Weights, config: Any, options: RunOptions, device: torch.device
 ) -> tuple[Weights, str]:
-    """The tensors of ``model`` with ``adapters`` added to ``base``, each made when it is read; and what was done.
+    """The tensors of ``model`` with ``adapters`` added to ``base``, each made when it is read; and a sentence on it.
 
-    ``model`` is the module itself, of which ``base`` are the weights by name, and ``adapters``, by the
-    names of the adapted model, are of peft's ``config``. peft adds them, in float32, and the sum is
-    rounded to the type that training computed with. A quantised base is dequantised first: the sum
-    rounded to few bits again would lose most of what was learned. Raises UserError where an adapted
-    weight is also another layer's.
+    ``model`` is the module without adapters, and ``base`` its weights by name. ``adapters`` have the names of the
+    adapted model, and peft's configuration ``config``. peft adds them, in float32, and the sum is rounded to the
+    type that training computed with. A quantised base is dequantised first, and not quantised again, which would
+    lose most of what was learned. Raises UserError where an adapted weight is shared with another layer.
     """
     dtype = next(iter(adapters.values())).dtype
     of_layer: dict[str, dict[str, StoredTensor]] = {}
@@ -48,8 +47,8 @@ def merged_weights(
     ]
     if shared:
         raise UserError(
-            f"--merge: the weight of {', '.join(shared)} is that of another layer too (tied embeddings), which has no"
-            " adapter; merged, they would differ. Export the adapters alone, without --merge."
+            f"--merge: {', '.join(shared)} shares its weight with another layer (tied embeddings), which has no"
+            " adapter; merged, the two would differ. Export only the adapters, without --merge."
         )
     quantised = set(quantised_names(model)) if options.use_quant else set()
     merged: dict[str, StoredTensor] = {}
@@ -80,9 +79,9 @@ def _merged(
     round_: Callable[[Any], torch.Tensor] | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What ``read`` gives, the weight of ``layer``, which has none itself, with ``adapters`` (or none) added.
+    """The weight of ``layer``, a module on the meta device, as ``read`` returns it, with any ``adapters`` added.
 
-    Before that it is rounded as training had it: by ``round_``, which quantises, or to ``dtype``.
+    Before that it is rounded as it was in training: by ``round_``, which quantises, or else to ``dtype``.
     """
     from peft import inject_adapter_in_model
 

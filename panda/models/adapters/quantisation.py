@@ -1,8 +1,8 @@
 """Quantised base weights under adapters (QLoRA, arXiv 2305.14314), through bitsandbytes.
 
-4 bits are NormalFloat, with their scales quantised too; 8 bits are LLM.int8 (arXiv 2208.07339). Each
-linear layer but the output head is quantised on the device where it will run, one after another, so
-that never more than one is there in full precision.
+4 bits are NormalFloat, with quantised scales; 8 bits are LLM.int8 (arXiv 2208.07339). Every linear layer
+except the output head is quantised on the device where it will run, one after another, so that at most one
+layer is on it in full precision.
 """
 
 from __future__ import annotations
@@ -15,49 +15,51 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.linear_layers import linear_names
 from panda.registry import UserError
 
-# It looks for kernels on the hub when it is imported on a CPU, and says that it has not found them.
+# When imported without a GPU, bitsandbytes (0.50, 2026-11) looks for kernels on the hub, and logs that there are none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTLIER = 6.0
-"""Activations above it are multiplied in 16 bits by LLM.int8, as its authors have it."""
+"""LLM.int8 multiplies activations above it in 16 bits, as its authors do."""
 
 
 def quantise(
     model: Any, options: RunOptions, device: torch.device, fill: Callable[[str, torch.nn.Module], None] | None = None
 ) -> None:
-    """Quantise the linear layers of ``model`` but its output head to ``options.quant_bits``, in place, on ``device``.
+    """Quantise the linear layers of ``model`` except its output head, in place, on ``device``, to ``quant_bits``.
 
-    They compute in the dtype of ``options.precision``. A model on the meta device is filled on the
-    way: ``fill(name, layer)`` is called with each, to put weights in the place of ``layer``'s.
-    Raises UserError where the output head is not known.
+    They compute in the dtype of ``options.precision``. For a model on the meta device, ``fill(name, layer)`` is
+    called before each is quantised, to give ``layer`` its weights.
+    Raises UserError where it is not known which layer is the output head.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise UserError(
-            f"use_quant: which linear layer of {type(model).__name__} is the output head, and must stay as it is, is"
-            " not known. Use a model of transformers, or leave `use_quant` out."
+            f"use_quant: it is not known which linear layer of {type(model).__name__} is the output head, which must"
+            " not be quantised. Use a model of transformers, or leave `use_quant` out."
         )
     for name in quantised_names(model):
         layer: Any = model.get_submodule(name)
         if fill is not None:
             fill(name, layer)
         _replace(model, name, _quantised(layer, options, device))
-    told: Any = model  # what peft asks to choose its layers by
-    told.is_loaded_in_4bit, told.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
+    # By these attributes peft (0.21, 2026-11) chooses the classes of its own layers.
+    marked: Any = model
+    marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
 
 
 def quantised_names(model: Any) -> list[str]:
-    """Names of the layers of ``model``, of transformers, that ``quantise`` quantises."""
+    """Names of the layers that ``quantise`` quantises in ``model``, a model of transformers."""
     head = model.get_output_embeddings()
-    return [name for name in _linear_names(model) if model.get_submodule(name) is not head]
+    return [name for name in linear_names(model) if model.get_submodule(name) is not head]
 
 
 def rounded(layer: torch.nn.Linear, options: RunOptions, device: torch.device) -> torch.Tensor:
-    """The weight of ``layer``, on the CPU in float32, as it is once quantised and dequantised."""
+    """The weight of ``layer`` after quantising and dequantising it, on the CPU in float32."""
     bnb = _bitsandbytes()
     quantised: Any = _quantised(layer, options, device)
     weight = quantised.weight
@@ -80,12 +82,13 @@ def _quantised(layer: torch.nn.Linear, options: RunOptions, device: torch.device
         kind = {
             "compress_statistics": True,
             "quant_type": "nf4",
-            # What ZeRO-3 spreads has to be of the dtype of the weights around it.
+            # ZeRO-3 partitions it, and needs the dtype of the other weights for that.
             "quant_storage": dtype if options.zero_stage == 3 else torch.uint8,
         }
         quantised = bnb.nn.Linear4bit(*shape, compute_dtype=dtype, device="meta", **kind)
-        # On a CPU with AVX512-BF16, evaluation would repack the weights in place for a product that
-        # has no gradient: adapters below would stop learning, and ZeRO-3 would lose the repacked ones.
+        # On a CPU with AVX512-BF16, evaluation in bitsandbytes 0.50 (2026-11) repacks the weights in place for a
+        # product without gradient: adapters in layers before it would stop learning, and ZeRO-3 would lose the
+        # repacked weights. Can go when it repacks a copy.
         quantised.support_avx512bf16_for_cpu = False
         weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=quantised, **kind)
     quantised.weight = weight.to(device)
@@ -95,12 +98,8 @@ def _quantised(layer: torch.nn.Linear, options: RunOptions, device: torch.device
 
 
 def _bitsandbytes() -> Any:
-    """bitsandbytes, which is an extra, and has no types to speak of."""
+    """bitsandbytes, an optional dependency without type hints."""
     return import_module("bitsandbytes")
-
-
-def _linear_names(model: torch.nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 def _replace(model: torch.nn.Module, name: str, other: torch.nn.Module) -> None:

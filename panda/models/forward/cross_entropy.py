@@ -1,9 +1,9 @@
 """Cross-entropy of an output head, without its logits.
 
-Logits are the largest tensor of a training step: 2,048 tokens over 32,000 entries are 262 MB in
-float32, and again for their gradient. Here they exist for a few tokens at a time, and only for tokens
-that carry loss. Each part's gradient is taken at once, while its logits are there, so nothing is
-computed twice and backward needs no weight: under ZeRO-3 it may be partitioned again by then.
+Logits are the largest tensor of a training step: for 2,048 tokens and 32,000 entries they take 262 MB in
+float32, and their gradient as much again. Here they exist for a few tokens at a time, and only for tokens
+that carry loss. The gradient of each part is computed while its logits exist, so nothing is computed
+twice, and backward does not need the weight, which ZeRO-3 may have partitioned again by then.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the customary name
 from torch.autograd.function import once_differentiable
 
-IGNORED_LABEL = -100
+from panda.registry.contexts import IGNORED_LABEL
+
 LOGITS_AT_ONCE = 2**26
-"""Logits that exist at a time, at most (256 MiB in float32)."""
+"""The most logits that exist at a time (256 MiB in float32)."""
 
 
 def linear_cross_entropy(
@@ -28,11 +29,11 @@ def linear_cross_entropy(
 
     ``hidden`` is [tokens, width] and ``weight`` [vocabulary, width], of one dtype. Logits are of that
     dtype too, as the head would compute them; softmax and sums are in float32 (float64 for float64).
-    The gradient is the true one: of ``weight`` it is summed in float32 and rounded once.
+    The gradient is exact: that of ``weight`` is summed in float32 and rounded once.
 
-    With ``group``, ``weight`` is this rank's part of the vocabulary, each rank of the group has one of as
-    many rows, in order, and all call this with the same ``hidden`` and ``labels``. Each gets the whole loss,
-    the gradient of ``hidden``, and that of its own part of the weight.
+    With ``group``, ``weight`` is this rank's part of the vocabulary. The parts have equally many rows, in the order
+    of the ranks, and all ranks of the group call this with the same ``hidden`` and ``labels``. Each gets the whole
+    loss, the gradient of ``hidden``, and that of its own part of the weight.
     """
     loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled(), group)  # type: ignore[no-untyped-call]
     return loss
@@ -97,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _over_vocabulary(
     normaliser: torch.Tensor, labelled: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normaliser and the label's logit over all parts of the vocabulary, from those of this rank's part."""
+    """The normaliser and the label's logit over the whole vocabulary, from those of this rank's part."""
     largest = normaliser.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     sums = torch.cat([(normaliser - largest).exp(), labelled], dim=1)
@@ -106,15 +107,15 @@ def _over_vocabulary(
 
 
 def offer_loss_sum(model: Any) -> None:
-    """Have ``model``, a causal language model of transformers, compute its loss without logits.
+    """Make ``model``, a causal language model of transformers, compute its loss without logits.
 
-    Its forward then returns, where it is given ``labels`` [rows, length] (the token at the same
-    place, or IGNORED_LABEL), their cross-entropy under the token before, summed: a scalar. The number
-    of labels that count may be given as ``supervised_tokens``, and spares waiting for the device to
-    count them. ``model.sums_loss`` says that it does. Without labels its forward is what it was.
+    If its forward is given ``labels`` [rows, length] (the token at the same place, or IGNORED_LABEL), it returns
+    their cross-entropy under the token before, summed: a scalar. ``supervised_tokens`` may give the number
+    of labels that are not ignored, which saves waiting for the device to count them. ``model.sums_loss``
+    becomes true. Without labels its forward is unchanged.
 
-    Right for a model whose logits are its output embedding's, with nothing behind it (no soft cap, no
-    factor). Where the head is no plain linear layer (an adapter is on it) logits are made after all.
+    Only for a model whose logits are the output of its head, unchanged (no soft cap, no factor). If the head is not
+    a plain linear layer, because an adapter is on it, logits are computed after all.
     """
     plain_forward = model.forward
 
@@ -135,12 +136,12 @@ def offer_loss_sum(model: Any) -> None:
         else:
             where = counts.nonzero_static(size=supervised_tokens).squeeze(1)
         head = self.get_output_embeddings()
-        group = getattr(head, "vocabulary_group", None)  # of tensor-parallel ranks, a part of the rows on each
+        group = getattr(head, "vocabulary_group", None)  # tensor-parallel ranks, each with a part of the rows
         if (type(head) is not torch.nn.Linear and group is None) or head.bias is not None:
             logits = plain_forward(input_ids, *arguments, **keywords).logits.flatten(0, 1)
             return F.cross_entropy(logits[where].float(), following[where], reduction="sum")
         hidden = self.base_model(input_ids, *arguments, **keywords).last_hidden_state.flatten(0, 1)
-        # Taken from the head within this forward, which is where ZeRO-3 gathers it.
+        # The weight is read from the head within this forward, where ZeRO-3 gathers it.
         return linear_cross_entropy(hidden[where], head.weight, following[where], group)
 
     model.forward = MethodType(forward, model)

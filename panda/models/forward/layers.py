@@ -1,4 +1,4 @@
-"""What is done to each layer of a model: activations recomputed instead of kept, and compilation.
+"""Recomputing the activations of each layer of a model instead of storing them, and compiling each layer.
 
 A layer is a module whose name ends with its first number, ``model.layers.0``, as in the parameter groups.
 """
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from panda.registry import UserError
 
 CHEAP_TERMS = 256
-"""A matrix product over fewer terms, such as an adapter's, is repeated for less than keeping it costs."""
+"""A matrix product over fewer terms, such as an adapter's, costs less to recompute than to store."""
 
 _PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"})
 _ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_attn::")
@@ -31,18 +31,18 @@ def numbered_layers(model: torch.nn.Module, key: str) -> list[torch.nn.Module]:
     layers = [module for name, module in model.named_modules() if re.fullmatch(r"([^.\d][^.]*\.)*\d+", name)]
     if not layers:
         raise UserError(
-            f"{key}: {type(model).__name__} has no numbered layers (`layers.0`, `layers.1`, ...), and it is layers that"
-            f" this works on. Leave `{key}` out."
+            f"{key}: {type(model).__name__} has no numbered layers (`layers.0`, `layers.1`, ...), to which it applies."
+            f" Leave `{key}` out."
         )
     return layers
 
 
 def recompute_activations(model: torch.nn.Module, *, selective: bool) -> None:
-    """Have each layer keep its input alone and run forward again in backward.
+    """Make each layer of ``model`` store only its input, and run forward again in the backward pass.
 
-    With ``selective`` it also keeps what is dear to compute, the results of attention and of large
-    matrix products, and repeats the rest: normalisation, activation functions, dropout, dequantisation
-    and adapters' products. Random numbers are those of the first forward, so that nothing changes.
+    With ``selective`` it also stores what is expensive to compute, the results of attention and of large
+    matrix products, and recomputes the rest: normalisation, activation functions, dropout, dequantisation
+    and adapters' products. Random numbers are those of the first forward, so results do not change.
     """
     contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_dear)} if selective else {}
     for layer in numbered_layers(model, "activation_checkpointing"):
@@ -50,14 +50,14 @@ def recompute_activations(model: torch.nn.Module, *, selective: bool) -> None:
 
 
 def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
-    """Have torch compile each layer when it first runs; layers that are alike share the work.
+    """Make torch compile each layer when it first runs; layers of the same kind share the work.
 
-    Raises UserError where code for ``device`` cannot be compiled here.
+    Raises UserError where this machine cannot compile code for ``device``.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(
-            f"compile: on a CPU torch compiles with a C++ compiler, and there is no {compiler!r}. Install one (`apt-get"
+            f"compile: on a CPU torch needs a C++ compiler, and {compiler!r} was not found. Install one (`apt-get"
             " install g++`), name one in the environment variable CXX, or leave `compile` out."
         )
     for layer in numbered_layers(model, "compile"):

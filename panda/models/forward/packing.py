@@ -1,8 +1,9 @@
-"""Whether rows hold several samples, told to transformers instead of asked of the device.
+"""Telling transformers whether rows hold several samples, so that it does not ask the device.
 
-Where there is no cache, transformers looks at the positions that a model is given and asks the device
-whether they are of one sample a row: in every forward the host waits for all work that is queued.
-panda knows: rows are packed where ``position_ids`` are given, and each sample begins at 0.
+Without a cache, transformers (5.23, 2026-11) compares the positions that a model is given on the device, to
+find out whether a row holds one sample: in every forward the host waits for all queued work. panda
+knows the answer: rows are packed if ``position_ids`` are given, and each sample starts at 0. This can go
+when transformers accepts the answer as an argument.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from transformers import masking_utils
 
 _packed: ContextVar[bool | None] = ContextVar("packed", default=None)
-"""Within the forward of a model that ``tell_packing`` was called with: whether its rows are."""
+"""During a forward of a model that ``tell_packing`` was called with: whether its rows are packed."""
 _ask = masking_utils.find_packed_sequence_indices
 
 
 def tell_packing(model: Any) -> None:
-    """Have ``model``, of transformers, take ``position_ids`` to mean that rows hold several samples, without a look."""
-    # A name that transformers looks up at each call. Should it look up another one day, it asks again.
+    """Make ``model``, of transformers, conclude from ``position_ids`` being given that rows are packed."""
+    # transformers looks this name up at each call. If a later version uses another name, it asks the device again.
     masking_utils.find_packed_sequence_indices = _sample_of_each_token
     base = model.base_model
     plain_forward = base.forward
@@ -37,7 +38,7 @@ def tell_packing(model: Any) -> None:
 
 
 def _sample_of_each_token(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """[rows, length], a number a sample of the row; None where each row is one sample."""
+    """For each token, [rows, length], the number of its sample in the row; None where each row is one sample."""
     packed = _packed.get()
     if packed is None:
         asked: torch.Tensor | None = _ask(position_ids)

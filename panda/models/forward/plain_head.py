@@ -1,7 +1,7 @@
-"""Whether a model's logits are its output head's, and that head's input its last hidden state: found out by asking it.
+"""Finding out whether a model's logits are exactly its output head applied to its last hidden state.
 
-Some models scale their logits, cap them, or shrink the hidden state before the head; what they are called in a
-configuration differs from family to family.
+Some models scale or cap their logits, or scale the hidden state before the head, and each family names that
+differently in its configuration: so a forward of the model is observed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 def has_plain_head(model: Any) -> bool:
     """Whether logits of ``model``, of transformers, are ``last_hidden_state @ head.weight.T`` and nothing else.
 
-    Its forward runs once, on a copy on the meta device: nothing is computed. False where it cannot run there.
+    Its forward runs once, on a copy on the meta device, where nothing is computed. False where it cannot run there.
     """
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
@@ -34,7 +34,7 @@ def has_plain_head(model: Any) -> bool:
     try:
         with torch.no_grad(), torch.device("meta"):
             logits = probe(torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=True).logits
-    except Exception:  # whatever its code does with numbers that are not there
+    except Exception:  # whatever its code does with values that do not exist
         return False
     if not {"hidden", "input", "output"} <= seen.keys():
         return False
@@ -42,7 +42,7 @@ def has_plain_head(model: Any) -> bool:
 
 
 def _is(tensor: torch.Tensor, other: torch.Tensor, version: int) -> bool:
-    """Whether ``tensor`` is all of ``other``, to which nothing was written since it had ``version``."""
+    """Whether ``tensor`` is the whole of ``other``, and unchanged since ``other`` had ``version``."""
     return (
         tensor.shape == other.shape
         and tensor.dtype == other.dtype

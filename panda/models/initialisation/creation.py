@@ -1,4 +1,4 @@
-"""Creating modules: without weights, where those come from a checkpoint; and what stays float32 in them."""
+"""Creating modules without weights, where those come from a checkpoint; and keeping computed buffers in float32."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules made meanwhile have their parameters on the meta device: nothing is stored, nothing initialised.
+    """Modules made inside it have their parameters on the meta device: nothing is stored or initialised.
 
-    Buffers are made as ever, since most are computed and in no checkpoint. A parameter that has
-    several names stays one.
+    Buffers are made as usual, since most are computed and not in a checkpoint. A parameter with several names
+    stays one parameter.
     """
     register = torch.nn.Module.register_parameter
 
@@ -32,11 +32,11 @@ def without_weights() -> Iterator[None]:
 
 
 def keep_computed_float32(model: torch.nn.Module) -> None:
-    """Have modules of ``model`` that hold nothing but computed buffers keep those when it is cast to 16 bits.
+    """Keep the type of the buffers in modules of ``model`` that hold only computed buffers, when it is cast to 16 bits.
 
-    DeepSpeed casts whole models, and with them the frequencies of a rotary embedding: positions past
-    a few hundred then share angles, and the trained model is another one than the exported, which
-    transformers loads with its frequencies in float32.
+    DeepSpeed (0.19, 2026-11) casts whole models, and with them the frequencies of a rotary embedding: positions past
+    a few hundred then share angles, and the trained model differs from its export, which transformers loads
+    with frequencies in float32.
     """
     for module in model.modules():
         buffers = set(module._buffers)

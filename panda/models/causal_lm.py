@@ -1,0 +1,54 @@
+"""Causal language models of transformers, made from a config.json; shared by training and answering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.registry import UserError
+from panda.registry.errors import in_brief
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build_causal_lm(
+    config: Mapping[str, Any], source: str, *, dtype: torch.dtype | None = None, use_cache: bool | None = None
+) -> Any:
+    """The model that transformers makes of ``config``, the content of a config.json.
+
+    It has random weights, or none inside ``without_weights()``. ``dtype`` and ``use_cache`` (of keys and values)
+    replace what ``config`` states; a type that neither states is float32. ``source`` is what errors call the
+    checkpoint. Raises UserError where transformers makes no such model.
+    """
+    import torch
+    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
+
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    try:
+        parsed = AutoConfig.for_model(model_type, **values)
+        if use_cache is not None:
+            parsed.use_cache = use_cache
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            parsed, dtype=dtype or parsed.dtype or torch.float32
+        )
+    except Exception as problem:  # transformers lets the exceptions of its parsers through
+        own = " Its own code (auto_map) is not run." if "auto_map" in values else ""
+        raise UserError(
+            f"{source}: transformers makes no causal language model of its config.json, of model_type"
+            f" {model_type!r}: {in_brief(problem)}.{own}"
+        ) from problem
+
+
+def is_converted_when_loaded(model: Any) -> bool:
+    """Whether transformers joins or renames tensors of a checkpoint when it loads them into ``model``.
+
+    It does for most mixtures of experts. Tensors that are loaded one by one, by name, do not fit such a model.
+    """
+    # As of transformers 5.23 (2026-11) this function is not documented. It can go once panda loads such checkpoints.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
