@@ -6,6 +6,7 @@ import os
 
 from panda.cli.command import run_command
 from panda.cli.configuration import configured
+from panda.engine.deepspeed_config import deepspeed_config
 from panda.registry.resolve import Resolved
 
 USAGE = """\
@@ -28,7 +29,9 @@ def _check(argv: list[str]) -> None:
     if resolved is None:
         return
     _print_settings(resolved)
-    _check_data_and_model(resolved)
+    world_size = int(os.environ.get("WORLD_SIZE", resolved.core.tensor_parallel_size))
+    deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)  # before torch is imported, for its errors
+    _check_data_and_model(resolved, world_size)
 
 
 def _print_settings(resolved: Resolved) -> None:
@@ -49,7 +52,7 @@ def _print_settings(resolved: Resolved) -> None:
         print(f"plugin {offer.name}: {offer.distribution} {offer.version}, {offer.module}")
 
 
-def _check_data_and_model(resolved: Resolved) -> None:
+def _check_data_and_model(resolved: Resolved, world_size: int) -> None:
     from panda.assembly import build_evaluation_task
     from panda.assembly import build_outline
     from panda.assembly import build_schedule
@@ -60,7 +63,6 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.assembly import refuse_splitting
     from panda.engine.checkpoint_folders import START
     from panda.engine.checkpoint_folders import read_progress
-    from panda.engine.deepspeed_config import deepspeed_config
     from panda.models.adapters import add_adapters
     from panda.models.finding import find_pretrained
     from panda.models.isolation import refuse_without_positions
@@ -68,8 +70,6 @@ def _check_data_and_model(resolved: Resolved) -> None:
     from panda.run_directory import find_directory
 
     tensor_ranks = resolved.core.tensor_parallel_size
-    world_size = int(os.environ.get("WORLD_SIZE", tensor_ranks))
-    deepspeed_config(resolved.core, world_size=world_size, on_gpu=False)
     directory, checkpoint = find_directory(resolved)
     tokenizer = load_tokenizer(resolved.core.tokenizer)
     task = build_task(resolved, tokenizer)

@@ -75,18 +75,14 @@ class Engine:
     ) -> None:
         import deepspeed
         from deepspeed.utils import groups
-        from pydantic import ValidationError
 
         self.processes = processes
         groups.mpu = processes.mpu  # DeepSpeed would keep that of an engine before
         # DeepSpeed prints its memory at each group of parameters, whatever its logger is set to.
         with _without_effect(optimizer), redirect_stdout(io.StringIO()):
-            try:
-                self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                    model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
-                )
-            except ValidationError as problem:  # of keys that panda does not own
-                raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
+            )
         # What DeepSpeed writes of the module. Left to itself it would keep the scales of frozen quantised weights.
         self.deepspeed.module_state_dict = lambda **_: {
             name: tensor.detach() for name, tensor in trained_state(self.module).items()

@@ -26,15 +26,14 @@ def refuse_without_room(
     where they are ``drawn``, the host's: by each rank, whole, in fp32. Gradients, optimizer state and activations
     come on top. They are not counted: what is refused cannot work, and what is not may run out of memory yet.
     """
-    zero = config["zero_optimization"]
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
     bits = options.quant_bits if options.use_quant else 32 if options.precision == "fp32" else 16
-    share = parameters * bits // 8 // (options.tensor_parallel_size * (world_size if zero["stage"] == 3 else 1))
+    share = parameters * bits // 8 // (options.tensor_parallel_size * (world_size if options.zero == 3 else 1))
     instead = "Take a smaller arch" + ("" if options.use_quant else ", `use_quant` for 4 bits")
     instead += ", or `zero_stage: 3` on more ranks"
     if device.type == "cpu":
         _refuse(parameters, bits, share * ranks_here, _host_memory(), "this machine has", instead)
-    elif "offload_param" not in zero:
+    elif "offload_param" not in config["zero_optimization"]:
         room = torch.cuda.get_device_properties(device).total_memory
         _refuse(parameters, bits, share, room, f"{device} has", instead)
     if drawn:

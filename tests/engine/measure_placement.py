@@ -21,6 +21,7 @@ from panda.engine.processes import leave_processes
 from panda.models.creation import without_weights
 from panda.models.matching import matched
 from panda.models.weight_files import safetensors_weights
+from panda.run_options import RunOptions
 
 SIDE, COUNT = 4096, 8
 
@@ -40,8 +41,6 @@ def measure(stage: int, folder: Path) -> None:
     config = {
         "train_batch_size": processes.world_size,
         "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
     }
     processes.barrier()
     before = peak = anonymous_bytes()
@@ -55,7 +54,7 @@ def measure(stage: int, folder: Path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    place(module, weights, config, processes)
+    place(module, weights, RunOptions(zero_stage=stage), config, processes)
     placed.set()
     watcher.join()
     kept = anonymous_bytes()  # on a busy machine the watcher may have slept through the last tensor

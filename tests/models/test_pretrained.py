@@ -35,8 +35,8 @@ from panda.models.finding import find_pretrained
 from panda.models.pretrained import fitted
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
+from panda.run_options import RunOptions
 
-FP32 = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}, "fp16": {"enabled": False}}
 IDS = torch.arange(80).reshape(2, 40) * 11 % 259
 
 
@@ -55,7 +55,7 @@ def loaded(*argv: object) -> Any:
     context = model_context(resolved, load_tokenizer(resolved.core.tokenizer), pretrained)
     module = build_model(resolved, context)
     assert all(parameter.is_meta for parameter in module.parameters()), "nothing is initialised"
-    place(module, fitted(module, pretrained), FP32, Processes(0, 1, torch.device("cpu")))
+    place(module, fitted(module, pretrained), RunOptions(), {}, Processes(0, 1, torch.device("cpu")))
     return module.eval()
 
 
