@@ -18,7 +18,8 @@ from panda.registry.errors import did_you_mean
 if TYPE_CHECKING:
     from panda.run_options import RunOptions
 
-# DeepSpeed allocates this many elements up front for ZeRO-3, and its default is 500 million.
+# DeepSpeed 0.19.8 allocates buckets up front for ZeRO-3, and its default is 500 million elements. Can go when it
+# allocates no more than the model needs.
 CPU_BUCKET_ELEMENTS = 1_000_000
 
 
@@ -45,12 +46,12 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
         "train_micro_batch_size_per_gpu": options.per_gpu_train_batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
         "train_batch_size": options.per_gpu_train_batch_size * options.gradient_accumulation_steps * copies,
-        # Always written: DeepSpeed's default was 0 until 0.19.3 and is 1.0 since.
+        # Always written: DeepSpeed's default was 0 before 0.19.3, and is 1.0 since.
         "gradient_clipping": options.max_grad_norm,
         "bf16": {"enabled": options.precision == "bf16"},
         "fp16": {"enabled": options.precision == "fp16"},
         "zero_optimization": zero,
-        # Whether an optimizer is right under ZeRO is settled by panda's own tests and refusals.
+        # DeepSpeed 0.19.8 knows optimizers under ZeRO by their class. panda's own tests and refusals decide instead.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,

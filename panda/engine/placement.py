@@ -1,4 +1,4 @@
-"""Weights from disk to where they belong: a device, or a rank's share of them under ZeRO-3."""
+"""Moves weights from disk to their place: a device, or under ZeRO-3 each rank's share."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def place(
         parameter = put(module, name, value)
         del value
         if partitions:
+            # `zero.Init` of DeepSpeed 0.19.8 partitions modules, not tensors: hence a list of one. Can go when it
+            # takes a parameter.
             deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=config)
     empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     assert not empty, f"no weights for {empty}"

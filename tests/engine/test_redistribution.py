@@ -225,7 +225,7 @@ def test_another_model_and_state_that_cannot_be_cut_are_told(processes: Processe
         for state in engine.own_optimizer.state.values():
             state[kind] = value
         saved = save_checkpoint(engine, tmp_path / kind, Progress(1), {})
-        with pytest.raises(UserError, match=f"{kind} of this optimizer is not a number an element"):
+        with pytest.raises(UserError, match=f"{kind} of this optimizer does not have one number per element"):
             load_checkpoint(make_engine(processes, 1, "fp32", "adamw"), saved)
         for state in engine.own_optimizer.state.values():
             del state[kind]
