@@ -64,7 +64,7 @@ def f():
 
 
 def test_what_a_run_needs_has_a_lowest_version() -> None:
-    """`.ci/low-ends` runs the tests with these."""
+    """`.ci/ends low` runs the tests with these."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
