@@ -7,6 +7,8 @@ from pathlib import Path
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import REFUSALS
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
+from panda.engine.deepspeed_config import OWNERS
+from panda.engine.deepspeed_config import REFUSED
 from panda.registry import Catalog
 from panda.registry.catalog import OWN_DISTRIBUTION
 from panda.registry.kinds import KINDS
@@ -51,9 +53,14 @@ def configuration() -> str:
 def refusals() -> str:
     """The table of refusals."""
     lines = [f"| {r.what} | {r.reason} | {r.instead} |" for r in REFUSALS]
+    owned = [f"| `{key}` | it follows from `{owner}` |" for key, owner in OWNERS.items()]
+    refused = [f"| `{key}` | {reason} |" for key, reason in REFUSED.items()]
     return (
         "# What cannot be combined\n\n" + GENERATED + "Refused by `panda-train` and `panda check` before anything is"
-        " built.\n\n| refused | since | instead |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+        " built.\n\n| refused | since | instead |\n|---|---|---|\n"
+        + "\n".join(lines)
+        + "\n\n## Keys of DeepSpeed\n\nRefused in the file that `deepspeed_config` names, as is every key that"
+        " DeepSpeed does not have.\n\n| refused | since |\n|---|---|\n" + "\n".join([*owned, *refused]) + "\n"
     )
 
 

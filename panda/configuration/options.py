@@ -172,6 +172,11 @@ class RunOptions:
             return 0 if self.precision == "fp32" else 1
         return self.zero_stage
 
+    @property
+    def dtype_name(self) -> str:
+        """The type of weights in the forward pass, as torch names it: `float32`, `bfloat16` or `float16`."""
+        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
+
 
 def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:
     """Factors by pattern, from the items of ``lr_multipliers``. Raises UserError for one that is not PATTERN=FACTOR."""

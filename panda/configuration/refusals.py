@@ -6,15 +6,14 @@ prints it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from panda.configuration.deepspeed_file import read_deepspeed_file
 from panda.configuration.options import LORA_KEYS
 from panda.configuration.options import RunOptions
 from panda.registry import UserError
@@ -33,13 +32,14 @@ class Refusal:
 
 
 def _asks(run: RunOptions, *path: str) -> Any:
-    """The value of ``deepspeed_config`` at ``path``; None without one, or if it cannot be read: reported later."""
-    try:
-        value = json.loads(Path(run.deepspeed_config or "").read_text(encoding="utf-8"))
-        for key in path:
-            value = value[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """What the file of ``deepspeed_config`` has at ``path``; None where it has nothing there.
+
+    Raises UserError where it cannot be read. What DeepSpeed cannot take in it is refused later, so it may
+    have any shape here.
+    """
+    value: Any = read_deepspeed_file(run)
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
@@ -150,18 +150,6 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "they step with DeepSpeed's own CPU Adam, a part of the weights at a time",
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
-    ),
-    Refusal(
-        "optimizer: nvlamb with MiCS",
-        lambda run: (_lamb_asks(run, "zero_optimization", "mics_shard_size") or 0) > 0,
-        "weights are spread over a part of the ranks, and whose norms to sum is not known here",
-        "`zero_stage: 3` without `mics_shard_size`, or `optimizer: adamw`",
-    ),
-    Refusal(
-        "optimizer: nvlamb with DeepCompile",
-        lambda run: bool(_lamb_asks(run, "compile", "deepcompile")),
-        "its passes move and free Adam's tensors, and were not tried with another optimizer",
-        "leave it out, or `optimizer: adamw`",
     ),
     Refusal(
         "compile with zero_stage: 3",

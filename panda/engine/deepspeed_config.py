@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import operator
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.configuration.deepspeed_file import place_of
+from panda.configuration.deepspeed_file import read_deepspeed_file
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
-from panda.registry.location import resolve_path
 
 if TYPE_CHECKING:
     from panda.configuration.options import RunOptions
 
-# DeepSpeed allocates this many elements up front for ZeRO-3, and its default is 500 million.
+# DeepSpeed 0.19.8 allocates buckets up front for ZeRO-3, and its default is 500 million elements. Can go when it
+# allocates no more than the model needs.
 CPU_BUCKET_ELEMENTS = 1_000_000
 
 
 def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """The dictionary that ``deepspeed.initialize`` is given and that the run directory records.
 
-    ``options.deepspeed_config`` names a JSON file of keys to add. Raises UserError for a key in it
-    that panda owns, and where ``world_size`` processes cannot hold whole copies of the model.
+    ``options.deepspeed_config`` names a JSON file of keys to add. Raises UserError for a key in it that
+    panda owns or that DeepSpeed would refuse or not read, and where ``world_size`` processes cannot hold
+    whole copies of the model. Imports neither torch nor DeepSpeed.
     """
     copies, left = divmod(world_size, options.tensor_parallel_size)
     if left:
@@ -39,12 +46,12 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
         "train_micro_batch_size_per_gpu": options.per_gpu_train_batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
         "train_batch_size": options.per_gpu_train_batch_size * options.gradient_accumulation_steps * copies,
-        # Always written: DeepSpeed's default was 0 until 0.19.3 and is 1.0 since.
+        # Always written: DeepSpeed's default was 0 before 0.19.3, and is 1.0 since.
         "gradient_clipping": options.max_grad_norm,
         "bf16": {"enabled": options.precision == "bf16"},
         "fp16": {"enabled": options.precision == "fp16"},
         "zero_optimization": zero,
-        # Whether an optimizer is right under ZeRO is settled by panda's own tests and refusals.
+        # DeepSpeed 0.19.8 knows optimizers under ZeRO by their class. panda's own tests and refusals decide instead.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -52,12 +59,13 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
     if options.precision != "fp32" and options.zero > 0:
         # Sums of many micro batches in 16 bits lose the small ones.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if options.deepspeed_config is not None:
-        _add(config, _load(options.deepspeed_config), options.deepspeed_config)
+    extra = read_deepspeed_file(options)
+    _check(extra, options)
+    _merge(config, extra)
     return config
 
 
-_OWNERS = {
+OWNERS = {
     "train_micro_batch_size_per_gpu": "per_gpu_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "managed_gradient_accumulation": "gradient_accumulation_steps",
@@ -65,7 +73,6 @@ _OWNERS = {
     "gradient_clipping": "max_grad_norm",
     "bf16": "precision",
     "bfloat16": "precision",
-    "amp": "precision",
     "torch_autocast": "precision",
     "fp16": "precision",
     "data_types": "precision",
@@ -75,12 +82,13 @@ _OWNERS = {
     "zero_allow_untested_optimizer": "optimizer",
     "zero_force_ds_cpu_optimizer": "optimizer",
 }
-"""Keys of DeepSpeed's that follow from one of panda's."""
+"""Keys of DeepSpeed that follow from one of panda's."""
 
 _LOSS = "it would change the loss, which panda divides by the supervised tokens of all ranks"
 _RANKS = "panda's ranks are data-parallel, and tensor-parallel by `tensor_parallel_size`"
 _BATCHES = "panda makes the batches, so it would do nothing"
-_REFUSED = {
+_WRITER = "panda declares a checkpoint complete when DeepSpeed returns, and this writer may still be writing then"
+REFUSED = {
     "gradient_allreduce_op": _LOSS,
     "prescale_gradients": _LOSS,
     "gradient_predivide_factor": _LOSS,
@@ -89,81 +97,154 @@ _REFUSED = {
     "pipeline": _RANKS,
     "expert_parallel": _RANKS,
     "use_data_before_expert_parallelism": _RANKS,
-    "curriculum_learning": _BATCHES,
     "data_efficiency": _BATCHES,
     "dataloader_drop_last": _BATCHES,
+    "activation_checkpointing": (
+        "models call torch's checkpointing, not DeepSpeed's, so it would do nothing;"
+        " `activation_checkpointing` of panda's own configuration is what recomputes"
+    ),
+    "autotuning": "DeepSpeed would end the process in the middle of the run to report a measurement",
+    "compile": "DeepSpeed compiles only on request, and nothing requests it; `compile` of panda's own does",
+    "hybrid_engine": "it alternates training and generation, and panda only trains with DeepSpeed",
+    "weight_quantization": "it is for inference; `use_quant` trains adapters on a quantised base",
+    "datastates_ckpt": _WRITER,
+    "checkpoint.writer": _WRITER,
+    "checkpoint.load_universal": (
+        "panda resumes from its own checkpoints, on any number of ranks, and writes none in DeepSpeed's universal"
+        " format: DeepSpeed would find no weights in them"
+    ),
+    "checkpoint.use_node_local_storage": "panda reads a checkpoint from one folder that every rank sees",
+    "zero_optimization.elastic_checkpoint": (
+        "panda's checkpoints continue on any number of ranks without it, and could not be read with it"
+    ),
+    "zero_optimization.compute_grad_norm": "panda needs the norm of the gradients: it clips by it and logs it",
 }
-"""Keys of DeepSpeed's that cannot be had, and why."""
-
-_TAKEN = [
-    "activation_checkpointing",
-    "aio",
-    "autotuning",
-    "checkpoint",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "compression_training",
-    "csv_monitor",
-    "datastates_ckpt",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "eigenvalue",
-    "elasticity",
-    "flops_profiler",
-    "graph_harvesting",
-    "hybrid_engine",
-    "log_level",
-    "memory_breakdown",
-    "nebula",
-    "progressive_layer_drop",
-    "quantize_training",
-    "seq_parallel_communication_data_type",
-    "sparse_attention",
-    "sparse_gradients",
-    "steps_per_print",
-    "tensorboard",
-    "timers",
-    "vocabulary_size",
-    "wall_clock_breakdown",
-    "wandb",
-    "weight_quantization",
-    "zero_optimization",
-]
-"""The other keys at the top that DeepSpeed 0.19 reads. It does not look at what it does not know."""
+"""Keys that DeepSpeed has and a run of panda cannot use, with the reason."""
 
 
-def _load(file: str) -> dict[str, Any]:
+@cache
+def _known() -> dict[str, Any]:
+    """What DeepSpeed's configuration may hold, as deepspeed_keys.py wrote it down: DeepSpeed itself imports torch."""
+    keys: dict[str, Any] = json.loads(Path(__file__).with_name("deepspeed_keys.json").read_text(encoding="utf-8"))
+    return keys
+
+
+def _check(extra: dict[str, Any], options: RunOptions) -> None:
+    """Raise UserError, with its place, for the first key of ``extra`` that DeepSpeed or panda refuses."""
     try:
-        loaded = json.loads(resolve_path(file).read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UserError(f"deepspeed_config: {file}: {problem.strerror}.") from None
-    except ValueError as problem:
-        raise UserError(f"deepspeed_config: {file}: not valid JSON: {problem}.") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"deepspeed_config: {file}: expected a JSON object.")
-    return loaded
+        _check_object(extra, _known()["properties"])
+        _check_together(extra, options)
+    except _RefusedError as problem:
+        path, text = problem.args
+        place = place_of(options.deepspeed_config or "", path)
+        raise UserError(f"deepspeed_config: {place}: {path!r}{text}") from None
 
 
-def _add(config: dict[str, Any], extra: dict[str, Any], file: str, prefix: str = "") -> None:
-    for key, value in extra.items():
+class _RefusedError(Exception):
+    """The dotted path of a key, and the rest of a sentence that begins with it."""
+
+
+def _check_object(held: dict[str, Any], properties: dict[str, Any], prefix: str = "") -> None:
+    for key, value in held.items():
         path = prefix + key
-        if path in _OWNERS:
-            raise UserError(
-                f"deepspeed_config: {file} sets {path!r}, which panda derives from `{_OWNERS[path]}`."
-                f" Take it out of {file} and set `{_OWNERS[path]}`."
+        if path in OWNERS:
+            owner = OWNERS[path]
+            raise _RefusedError(path, f" is derived from panda's `{owner}`. Take it out of the file and set `{owner}`.")
+        if path in REFUSED:
+            raise _RefusedError(path, f": refused, since {REFUSED[path]}. Take it out.")
+        if path in _known()["removed"]:
+            raise _RefusedError(
+                path, f" is no longer in DeepSpeed. Take it out. Its own words: {_known()['removed'][path].strip()}"
             )
-        if path in _REFUSED:
-            raise UserError(f"deepspeed_config: {file} sets {path!r}: refused, since {_REFUSED[path]}. Take it out.")
-        if not prefix and key not in _TAKEN:
-            raise UserError(
-                f"deepspeed_config: {file}: DeepSpeed has no key {key!r}.{did_you_mean(key, [*_TAKEN, *_OWNERS])}"
-            )
-        if isinstance(config.get(key), dict):
-            if not isinstance(value, dict):
-                raise UserError(f"deepspeed_config: {file}: {path!r} is {value!r}; expected an object, {{...}}.")
-            _add(config[key], value, file, f"{path}.")
+        if key not in properties:
+            names = [name for name in properties if prefix + name not in REFUSED]
+            known = f"DeepSpeed {_known()['version']}"
+            where = f"{known} has no such key" + (f" in {prefix[:-1]!r}" if prefix else "")
+            raise _RefusedError(path, f": {where}.{did_you_mean(key, names) or ' Take it out.'}")
+        schema = properties[key]
+        if "renamed" in schema:
+            raise _RefusedError(path, f" is an old name, which DeepSpeed will drop. Write `{schema['renamed']}`.")
+        _check_value(value, schema, path)
+
+
+def _check_value(value: Any, schema: dict[str, Any], path: str) -> None:
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    fits = value in schema["enum"] if "enum" in schema else any(_IS[kind](value) for kind in types) or not types
+    if fits and isinstance(value, int | float) and not isinstance(value, bool):
+        fits = all(compare(value, schema[bound]) for bound, compare in _BOUNDS.items() if bound in schema)
+    if not fits:
+        auto = " Only Hugging Face's Trainer fills in 'auto': leave the key out." * (value == "auto")
+        raise _RefusedError(path, f" is {json.dumps(value)}; expected {_expected(schema, types)}.{auto}")
+    if isinstance(value, dict) and "properties" in schema:
+        _check_object(value, schema["properties"], f"{path}.")
+    if isinstance(value, list) and "items" in schema:
+        for item in value:
+            _check_value(item, schema["items"], path)
+
+
+_IS: dict[str, Callable[[Any], bool]] = {
+    "boolean": lambda value: isinstance(value, bool),
+    # 5e8 is how DeepSpeed's documentation writes sizes, and a float to JSON.
+    "integer": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0,
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "string": lambda value: isinstance(value, str),
+    "object": lambda value: isinstance(value, dict),
+    "array": lambda value: isinstance(value, list),
+    "null": lambda value: value is None,
+}
+_WORDS = {
+    "boolean": "true or false",
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a text",
+    "object": "an object, {...}",
+    "array": "a list, [...]",
+    "null": "null",
+}
+_BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "minimum": operator.ge,
+    "maximum": operator.le,
+    "exclusiveMinimum": operator.gt,
+    "exclusiveMaximum": operator.lt,
+}
+_BOUND_WORDS = {
+    "minimum": "at least",
+    "maximum": "at most",
+    "exclusiveMinimum": "above",
+    "exclusiveMaximum": "below",
+}
+
+
+def _expected(schema: dict[str, Any], types: list[str]) -> str:
+    if "enum" in schema:
+        return " or ".join(json.dumps(value) for value in schema["enum"])
+    bounds = [f" {words} {schema[bound]}" for bound, words in _BOUND_WORDS.items() if bound in schema]
+    return " or ".join(_WORDS[kind] for kind in types) + " and".join(bounds)
+
+
+def _check_together(extra: dict[str, Any], options: RunOptions) -> None:
+    """What DeepSpeed refuses of keys that are right by themselves."""
+    zero = extra.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    if options.zero < 3 and offload.get("ratio", 1) < 1:
+        raise _RefusedError("zero_optimization.offload_optimizer.ratio", " below 1 needs `zero_stage: 3`.")
+    zenflow = zero.get("zenflow") or {}
+    strategy = zenflow.get("select_strategy", "auto")
+    if strategy not in ("auto", "step", "epoch"):
+        path = "zero_optimization.zenflow.select_strategy"
+        raise _RefusedError(path, f" is {strategy!r}; expected 'auto', 'step' or 'epoch'.")
+    for name in ("select_interval", "update_interval"):
+        interval = zenflow.get(name, "auto")
+        if interval != "auto" and (isinstance(interval, str) or (name == "update_interval" and interval < 1)):
+            path = f"zero_optimization.zenflow.{name}"
+            raise _RefusedError(path, f" is {interval!r}; expected 'auto' or a number of steps.")
+
+
+def _merge(config: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Add ``extra`` to ``config``, and sections that both have key by key."""
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _merge(config[key], value)
         else:
             config[key] = value

@@ -1,11 +1,11 @@
 """Optimizer steps: DeepSpeed's engine under panda's contract of the loss.
 
-The loss of a step is the **sum over its supervised tokens, divided by how many there are**, in all
-micro batches of all data-parallel ranks. DeepSpeed averages: over micro batches (``scale_wrt_gas``)
-and over ranks. So the count is taken before the first backward, every micro batch's loss *sum* is
-multiplied by ``ranks / count``, and the average over ranks makes of it the sum over ranks. How the
-step is split no longer matters, beyond rounding. Tensor-parallel ranks hold one copy of the model
-together: they have the same batches, and count once.
+The loss of a step is the **sum over its supervised tokens divided by their number**, over all micro
+batches of all data-parallel ranks. DeepSpeed averages over micro batches (``scale_wrt_gas``) and over
+ranks instead. So the tokens are counted before the first backward pass, the loss *sum* of every micro
+batch is multiplied by ``ranks / count``, and DeepSpeed's average over ranks turns that into the sum over
+ranks. How the step is split then matters only to rounding. Tensor-parallel ranks hold one copy of the
+model together: they have the same batches, and count once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BatchType = TypeVar("BatchType", bound="CountedBatch")
 
 
 class CountedBatch(Protocol):
-    """A micro batch that knows its tokens."""
+    """A micro batch that knows how many tokens it has."""
 
     @property
     def tokens(self) -> int: ...
@@ -56,47 +56,48 @@ class CountedBatch(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step gave, still on the device: reading a value waits for it."""
+    """The results of an optimizer step, still on the device: reading a value waits for it."""
 
     loss: torch.Tensor
     """Scalar: loss per supervised token, over the whole step and all ranks."""
     grad_norm: torch.Tensor | float
-    """Norm of all gradients before clipping."""
+    """Norm of all gradients, before clipping."""
     counts: torch.Tensor
     """float64 [2]: tokens, and supervised tokens, of the whole step on all ranks."""
     applied: bool
-    """False where gradients were not finite: then weights and optimizer are as they were before."""
+    """False if gradients were not finite: weights and optimizer are then as they were before the step."""
 
 
 class Engine:
-    """A module and its optimizer, trained in data-parallel processes, each of them one or more tensor-parallel."""
+    """A module and its optimizer, trained by data-parallel copies of one or more tensor-parallel processes each."""
 
     def __init__(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], processes: Processes
     ) -> None:
         import deepspeed
         from deepspeed.utils import groups
-        from pydantic import ValidationError
 
         self.processes = processes
-        groups.mpu = processes.mpu  # DeepSpeed would keep that of an engine before
-        # DeepSpeed prints its memory at each group of parameters, whatever its logger is set to.
+        # DeepSpeed 0.19.8 keeps the mpu of the previous engine in this process where none is given, and tests
+        # make several. Can go when `initialize(mpu=None)` resets it.
+        groups.mpu = processes.mpu
+        # ZeRO of DeepSpeed 0.19.8 prints its memory for each group of parameters, whatever the level of its
+        # logger. `redirect_stdout` can go when it logs instead.
         with _without_effect(optimizer), redirect_stdout(io.StringIO()):
-            try:
-                self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                    model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
-                )
-            except ValidationError as problem:  # of keys that panda does not own
-                raise UserError(f"deepspeed_config: DeepSpeed refuses it: {problem}") from problem
-        # What DeepSpeed writes of the module. Left to itself it would keep the scales of frozen quantised weights.
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
+            )
+        # What DeepSpeed writes of the module. `exclude_frozen_parameters` of 0.19.8 leaves out frozen parameters
+        # only, and not the scales of quantised ones, which bitsandbytes adds to the state dict; loading then fails.
+        # Can go when DeepSpeed lets the caller choose what is written.
         self.deepspeed.module_state_dict = lambda **_: {
             name: tensor.detach() for name, tensor in trained_state(self.module).items()
         }
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
-        self.own_optimizer = optimizer  # what ``self.optimizer`` may be wrapped around
+        self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        # In fp32 without ZeRO nothing wraps the optimizer, and nobody keeps the norm.
+        # In fp32 without ZeRO DeepSpeed does not wrap the optimizer, and then it does not keep the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
 
     @property
@@ -111,11 +112,11 @@ class Engine:
             group["lr"] = peak * factor
 
     def step(self, micro_batches: list[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]) -> StepResult:
-        """One optimizer step over ``micro_batches`` of this rank; every rank has as many.
+        """One optimizer step over the ``micro_batches`` of this rank; every rank has the same number.
 
         ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its supervised
         tokens. A step whose gradients are not finite changes nothing, in every precision and ZeRO
-        stage; finding that out is what the host waits for, once a step.
+        stage; the host waits for the device once a step, to find that out.
         """
         device = self.processes.device
         counts = torch.tensor(
@@ -141,10 +142,10 @@ class Engine:
     def evaluate(
         self, micro_batches: Iterable[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss per supervised token over ``micro_batches`` of all ranks, and ``counts`` as in a step.
+        """The loss per supervised token over the ``micro_batches`` of all ranks, and ``counts`` as in a step.
 
-        Every rank has to give as many micro batches, if need be some without tokens: under ZeRO-3 they
-        gather weights together. Sums are float64, and nothing is waited for.
+        Every rank must give the same number of micro batches, some of them without tokens if need be: under
+        ZeRO-3 the ranks gather weights together. Sums are float64. The host does not wait for the device.
         """
         module, device = self.evaluating(), self.processes.device
         loss = torch.zeros(1, dtype=torch.float64, device=device)
@@ -160,27 +161,27 @@ class Engine:
 
     @property
     def optimizer_observes(self) -> bool:
-        """Whether the optimizer has something to tell of each parameter."""
+        """Whether the optimizer reports quantities of each parameter."""
         return hasattr(self.own_optimizer, "observe")
 
     def observations(self) -> dict[str, dict[str, float]]:
-        """What the optimizer tells of each parameter at its last step: by quantity, by name. Waits for the device."""
+        """Quantities of each parameter at the last step: by quantity, then by name. Waits for the device."""
         observe = getattr(self.own_optimizer, "observe", dict)
         return {
             quantity: dict(zip(names, values.tolist(), strict=True)) for quantity, (names, values) in observe().items()
         }
 
     def evaluating(self) -> torch.nn.Module:
-        """The module in evaluation mode. Under ZeRO-3 every rank has to run it together."""
+        """The module in evaluation mode. Under ZeRO-3 all ranks must run it together."""
         self.deepspeed.eval()
         return self.module
 
     def weights(self, *, trained_only: bool = False) -> Weights:
-        """The module's state, each tensor once and under its first name, in the type that it is computed with.
+        """The module's state, each tensor once, under its first name and in the type of the forward pass.
 
-        Under ZeRO-3, and where it is split, a tensor is gathered when it is read: every rank has to read
-        all of them, in order. Only rank 0 is given them, on the CPU; other ranks get empty ones. ``trained_only``
-        leaves out what is frozen.
+        Under ZeRO-3, and where it is split, a tensor is gathered when it is read: every rank must read
+        all of them, in order. Rank 0 gets them, on the CPU; the other ranks get empty ones. ``trained_only``
+        leaves out frozen parameters.
         """
         state: dict[str, torch.Tensor] = (
             trained_state(self.module) if trained_only else self.module.state_dict(keep_vars=True)
@@ -227,11 +228,12 @@ class Engine:
             return whole.to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write what is trained, and the optimizer, to ``folder/tag``. Every rank has to call it.
+        """Write the trained parameters and the optimizer to ``folder/tag``. Every rank must call this.
 
-        Raises what writing did on this rank, once DeepSpeed is through on all: in between, its ranks wait
-        for each other.
+        If writing fails on this rank, raises that error when DeepSpeed has finished on all ranks.
         """
+        # In DeepSpeed 0.19.8 ranks wait for each other between the files of a checkpoint, so a rank that raises
+        # leaves the others waiting. Can go when `save_checkpoint` reports a failed write on all ranks.
         problems: list[Exception] = []
 
         def going_on(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,18 +263,18 @@ class Engine:
             raise problems[0]
 
     def load(self, folder: Path, tag: str) -> bool:
-        """Put back what ``save`` wrote; False where nothing was."""
-        with redirect_stdout(io.StringIO()):  # DeepSpeed names its internal formats
+        """Load what ``save`` wrote; False if nothing is there."""
+        with redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the names of its internal formats
             loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained_state)
         return loaded is not None
 
     @torch.no_grad()
     def take_partitions_from(self, masters: list[TensorLayout]) -> None:
-        """Under ZeRO-3, make each rank's part of each weight again from its ``masters``. Every rank has to call it."""
+        """Under ZeRO-3, set each rank's part of each weight from its ``masters``. Every rank must call this."""
         if not hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
             return
         parameters: dict[str, Any] = dict(self.module.named_parameters())
-        self.optimizer.checkpoint_event_prologue()  # small weights are whole on each rank: spread them for now
+        self.optimizer.checkpoint_event_prologue()  # small weights are whole on each rank: this partitions them for now
         for layout in masters:
             for segment in layout.segments:
                 part = parameters[layout.parameters[segment.parameter]].ds_tensor
@@ -284,12 +286,12 @@ class Engine:
         self.deepspeed.destroy()
 
     def _apply(self) -> tuple[torch.Tensor | float, bool]:
-        """Step the optimizer; the norm of all gradients before clipping, and whether the step was taken."""
+        """Step the optimizer. Returns the norm of all gradients before clipping, and whether the step was taken."""
         if self._keeps_grad_norm:
             self.deepspeed.step()
             return self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
-        # DeepSpeed's wrappers leave a step out that is not finite. In fp32 without ZeRO there is none,
-        # and one bad batch would make every weight NaN.
+        # DeepSpeed's wrappers skip a step whose gradients are not finite. In fp32 without ZeRO, 0.19.8 has no
+        # wrapper, and one bad batch would make every weight NaN. Can go when it checks there too.
         parameters = [p for p in self.module.parameters() if counts_here(p, self.processes)]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.processes.tensor_ranks > 1:
@@ -301,7 +303,7 @@ class Engine:
 
 
 def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What of the state dict of ``module`` training changes: parameters that are not frozen, and buffers."""
+    """The part of the state dict of ``module`` that training changes: parameters that are not frozen, and buffers."""
     state: dict[str, torch.Tensor] = {
         name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
     }
@@ -314,21 +316,22 @@ def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _load_trained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
-    """Copy ``src`` to the tensors of ``dst`` that it came from. The parameter names are those DeepSpeed calls with."""
+    """Copy ``src`` to the tensors of ``dst`` of the same names. DeepSpeed passes these two arguments by name."""
     state = trained_state(dst)
     if src.keys() != state.keys():
         differing = ", ".join(sorted(src.keys() ^ state.keys())[:5])
-        raise UserError(f"the checkpoint is of another model: one of them has not {differing}.")
+        raise UserError(f"the checkpoint is of another model: only one of the two has {differing}.")
     for name, tensor in state.items():
         tensor.copy_(src[name])
 
 
 @contextmanager
 def _without_effect(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Makes ``optimizer.step()`` do nothing meanwhile.
+    """Make ``optimizer.step()`` do nothing in the meantime.
 
-    DeepSpeed's 16-bit wrappers without ZeRO take a step with zero gradients when they are made, to
-    allocate its state. That step counts for bias correction, and decays weights.
+    The 16-bit wrappers of DeepSpeed 0.19.8 without ZeRO (``FP16_UnfusedOptimizer``) take a step with zero
+    gradients when they are made, to allocate the optimizer's state. That step counts for bias correction, and
+    decays weights. Around ``initialize`` this can go when they no longer do.
     """
     optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
     try:

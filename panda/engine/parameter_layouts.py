@@ -1,8 +1,9 @@
-"""Where parameters lie in the tensors that DeepSpeed has an optimizer step: the one place that knows.
+"""Where parameters lie in the tensors that DeepSpeed passes to an optimizer: the only place that knows.
 
-Each of DeepSpeed's wrappers flattens parameters in its own way, and none says how. What is read here
-from their attributes is checked: the ranks' segments have to tile every trainable parameter, and to
-hold its values. Attributes are those of DeepSpeed 0.19.
+Each of DeepSpeed's wrappers flattens parameters in its own way, and none says how. So their attributes
+are read, as DeepSpeed 0.19.8 names them, and checked: the ranks' segments must tile every trainable
+parameter, and hold its values. (Its own ``safe_get_full_fp32_param`` is wrong with ``round_robin_gradients``.)
+Can go when DeepSpeed states the layout.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from panda.registry.contexts import TensorLayout
 
 Parameters = list[torch.nn.Parameter]
 Read = Iterator[tuple[torch.Tensor, Parameters, list[Segment]]]
-"""Of each tensor: the parameters that the ranks' tensors hold together, and the segments of this rank."""
+"""For each tensor: the parameters that the ranks' tensors hold together, and the segments of this rank."""
 
 
 def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> ParameterLayout:
     """The layout of ``optimizer``, as ``deepspeed.initialize`` returned it for ``module``.
 
-    Every rank has to call it, before the first step. Raises UserError where the optimizer is wrapped
-    in a way that is not known here, and RuntimeError where DeepSpeed does not do what it did.
+    Every rank must call this, before the first step. Raises UserError if the optimizer's wrapper is not known
+    here, and RuntimeError if DeepSpeed lays parameters out differently than expected.
     """
     wrapper, tensors = read_layout(module, optimizer)
     if getattr(optimizer, "has_moe_layers", False):
-        raise UserError("optimizer: the experts of a mixture are spread over other ranks each; use `optimizer: adamw`.")
+        raise UserError("optimizer: the experts of a mixture are spread over different ranks; use `optimizer: adamw`.")
     for layout in tensors:
         if layout.tensor.dtype not in (torch.float32, torch.float64):
             raise UserError(
                 "optimizer: norms of layers need master weights in fp32, and DeepSpeed keeps them in"
-                f" {layout.tensor.dtype}. Take what asks for it out of `deepspeed_config`, or use `optimizer: adamw`."
+                f" {layout.tensor.dtype}. Remove the key of `deepspeed_config` that asks for it, or use"
+                " `optimizer: adamw`."
             )
     sharded = is_sharded(wrapper)
     check_values(module, tensors)
@@ -49,22 +51,22 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
     def sum_over_shards(tensor: torch.Tensor) -> torch.Tensor:
         if not sharded and processes.tensor_ranks == 1:
             return tensor
-        # Under optimizer offload the step runs on the CPU, and the collective still on the GPU.
+        # Under optimizer offload the step runs on the CPU, but the collective still on the GPU.
         return processes.sum_(tensor.to(processes.device), "all" if sharded else "tensor").to(tensor.device)
 
     return ParameterLayout(tuple(tensors), sum_over_shards)
 
 
 def read_layout(module: torch.nn.Module, optimizer: Any) -> tuple[str, list[TensorLayout]]:
-    """The name of the wrapper around ``optimizer`` ("none" without one), and what lies where in this rank's tensors.
+    """The name of the wrapper around ``optimizer`` ("none" without one), and the layout of this rank's tensors.
 
-    Nothing is checked. Raises UserError where the wrapper is not known.
+    The layout is not checked. Raises UserError if the wrapper is not known.
     """
     wrapper = "none" if isinstance(optimizer, torch.optim.Optimizer) else type(optimizer).__name__
     if wrapper not in _READERS:
         raise UserError(
             f"optimizer: it needs to know where each parameter lies, and DeepSpeed has put them into a {wrapper}, which"
-            " is not known to panda. Take what asks for it out of `deepspeed_config`, or use `optimizer: adamw`."
+            " panda does not know. Remove the key of `deepspeed_config` that asks for it, or use `optimizer: adamw`."
         )
     read, _ = _READERS[wrapper]
     names = {parameter: name for name, parameter in module.named_parameters()}
@@ -75,7 +77,7 @@ def read_layout(module: torch.nn.Module, optimizer: Any) -> tuple[str, list[Tens
 
 
 def is_sharded(wrapper: str) -> bool:
-    """Whether ranks hold parts of parameters in such a wrapper, or each all of them."""
+    """Whether each rank holds parts of the parameters in this wrapper, and not all of them."""
     _, sharded = _READERS[wrapper]
     return sharded
 
@@ -116,7 +118,7 @@ def _bf16_zero_1(optimizer: Any) -> Read:
 
 
 def _zero_3(optimizer: Any) -> Read:
-    """A rank's part of each parameter, one behind the other. The last rank's ends in whatever memory held."""
+    """A rank's part of each parameter, one after the other. The last rank's part is padded with arbitrary values."""
     for tensor, parameters, group in zip(
         optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, optimizer.sub_group_process_groups, strict=True
     ):
@@ -138,11 +140,11 @@ _READERS: dict[str, tuple[Callable[[Any], Read], bool]] = {
     "BF16_Optimizer": (_bf16_zero_1, True),
     "DeepSpeedZeroOptimizer_Stage3": (_zero_3, True),
 }
-"""By the wrapper's class: how to read it, and whether ranks hold parts of parameters, or each all."""
+"""By the wrapper's class: how to read it, and whether each rank holds parts of the parameters only."""
 
 
 def _partition(size: int, parameters: Parameters, offsets: list[int], rank: int) -> list[Segment]:
-    """What part ``rank``, of ``size`` elements, has of parameters that begin at ``offsets`` of the whole."""
+    """The segments in part ``rank``, of ``size`` elements, of parameters that begin at ``offsets`` of the whole."""
     begin, end = rank * size, (rank + 1) * size
     segments = []
     for number, (parameter, offset) in enumerate(zip(parameters, offsets, strict=True)):
@@ -162,7 +164,7 @@ def _ends(lengths: Iterable[int]) -> list[int]:
 # -- the check --------------------------------------------------------------------------------
 
 Described = list[tuple[tuple[str, ...], list[tuple[str, int, int]]]]
-"""Of each tensor: its parameters, and of each segment the parameter, its first element there, its length."""
+"""For each tensor: its parameters, and for each segment the parameter, its first element in it, its length."""
 
 
 def _described(tensors: list[TensorLayout]) -> Described:
@@ -173,7 +175,7 @@ def _described(tensors: list[TensorLayout]) -> Described:
 
 
 def _gather(tensors: list[TensorLayout], processes: Processes) -> list[Described]:
-    """What the ranks hold that have the same part of the model."""
+    """The layouts of the ranks that have the same part of the model."""
     everyone: list[Any] = [None] * processes.world_size
     dist.all_gather_object(everyone, _described(tensors))
     return everyone[processes.tensor_rank :: processes.tensor_ranks]
@@ -201,7 +203,7 @@ def _check_cover(module: torch.nn.Module, everyone: list[Described]) -> None:
 
 
 def check_values(module: torch.nn.Module, tensors: list[TensorLayout]) -> None:
-    """Raise RuntimeError unless each segment holds the parameter that it is said to be of, or its master weights."""
+    """Raise RuntimeError unless each segment holds the values of its parameter, or their fp32 master weights."""
     parameters = dict(module.named_parameters())
     for layout in tensors:
         flat = layout.tensor.detach().reshape(-1)
@@ -209,7 +211,7 @@ def check_values(module: torch.nn.Module, tensors: list[TensorLayout]) -> None:
             name = layout.parameters[segment.parameter]
             parameter: Any = parameters[name]
             held, first = parameter.detach().reshape(-1), 0
-            if hasattr(parameter, "ds_tensor"):  # ZeRO-3 leaves a rank its part
+            if hasattr(parameter, "ds_tensor"):  # ZeRO-3 leaves each rank its part only
                 held = parameter.ds_tensor
                 first = segment.source
             expected = held[segment.source - first : segment.source - first + segment.length]

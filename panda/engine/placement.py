@@ -1,4 +1,4 @@
-"""Weights from disk to where they belong: a device, or a rank's share of them under ZeRO-3."""
+"""Moves weights from disk to their place: a device, or under ZeRO-3 each rank's share."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from typing import Any
 
 import torch
 
+from panda.configuration.options import RunOptions
 from panda.engine.processes import Processes
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import put
 
 
-def place(module: torch.nn.Module, weights: Weights, config: dict[str, Any], processes: Processes) -> None:
-    """Give each parameter of ``module``, which are on the meta device, and each of its buffers the tensor of its name.
+def place(
+    module: torch.nn.Module, weights: Weights, options: RunOptions, config: dict[str, Any], processes: Processes
+) -> None:
+    """Give every parameter of ``module``, all on the meta device, and every buffer the tensor of its name.
 
-    One tensor at a time, in the type of DeepSpeed's ``config``. Under ZeRO-3 rank 0 reads it, every
-    rank keeps its share, and none ever holds more than its share and one tensor; in the other stages
-    every rank reads. Every rank has to call it.
+    One tensor at a time, in the precision of ``options``; ``config`` is DeepSpeed's. Under ZeRO-3 rank 0
+    reads it, each rank keeps its share, and none ever holds more than its share and one tensor; in the
+    other stages every rank reads. Every rank must call this.
     """
     import deepspeed
 
-    partitions = config["zero_optimization"]["stage"] == 3
-    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float16 if config["fp16"]["enabled"] else None
+    partitions = options.zero == 3
+    dtype = None if options.precision == "fp32" else getattr(torch, options.dtype_name)
     targets: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
     for name, stored in weights.items():
         target = targets[name]
@@ -36,6 +39,8 @@ def place(module: torch.nn.Module, weights: Weights, config: dict[str, Any], pro
         parameter = put(module, name, value)
         del value
         if partitions:
+            # `zero.Init` of DeepSpeed 0.19.8 partitions modules, not tensors: hence a list of one. Can go when it
+            # takes a parameter.
             deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=config)
     empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     assert not empty, f"no weights for {empty}"

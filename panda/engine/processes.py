@@ -1,4 +1,4 @@
-"""The processes of a run: joined where a launcher started them, alone where none did."""
+"""The processes of a run: a group if a launcher started them, or this one only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore  # its public name has no type in torch 2.13
 
 from panda.registry import UserError
 
@@ -28,37 +28,37 @@ class Processes:
     tensor_ranks: int = 1
     """Neighbouring ranks that hold one copy of the model together."""
     mpu: Any = None
-    """The groups of those ranks, and of the ranks that hold the same part, as DeepSpeed asks for them; None for 1."""
+    """The groups of those ranks, and of the ranks that hold the same part, in DeepSpeed's form; None for 1."""
 
     @property
     def tensor_rank(self) -> int:
-        """Which part of the model this rank holds."""
+        """The part of the model that this rank holds."""
         return self.rank % self.tensor_ranks
 
     @property
     def data_rank(self) -> int:
-        """Which copy of the model this rank holds, and so which data it is given."""
+        """The copy of the model that this rank holds, and so the data that it gets."""
         return self.rank // self.tensor_ranks
 
     @property
     def data_ranks(self) -> int:
-        """Copies of the model."""
+        """The number of copies of the model."""
         return self.world_size // self.tensor_ranks
 
     def barrier(self) -> None:
         dist.barrier()
 
     def from_rank_0(self, decide: Callable[[], Result]) -> Result:
-        """What ``decide()`` returns on rank 0, on every rank; where it fails, every rank raises, as in ``together``."""
+        """What ``decide()`` returns on rank 0, on every rank. If it fails, every rank raises, as in ``together``."""
         held: list[Any] = [self.together(lambda: decide() if self.rank == 0 else None)]
         dist.broadcast_object_list(held, src=0)
         result: Result = held[0]
         return result
 
     def together(self, do: Callable[[], Result]) -> Result:
-        """What ``do()`` returns here; where it fails on any rank, every rank raises. Waits for all of them.
+        """What ``do()`` returns on this rank. If it fails on any rank, every rank raises. Waits for all of them.
 
-        All raise the first UserError; a rank that fails in another way raises what it did.
+        All raise the first UserError; a rank that fails in another way raises its own error.
         """
         failure: Exception | None = None
         told = None
@@ -98,7 +98,7 @@ class Processes:
 def join_processes(tensor_ranks: int = 1) -> Processes:
     """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one.
 
-    ``tensor_ranks`` divides their number.
+    ``tensor_ranks`` must divide their number.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -109,14 +109,14 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        # DeepSpeed's own choice, said so that it does not go looking for another accelerator.
+        # DeepSpeed chooses this itself, but 0.19.8 first looks for other accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         if world_size > 1:
             dist.init_process_group(backend)
         else:
-            # No port is opened, so any number of single-process runs share a machine. DeepSpeed
-            # reads its place from the environment even where it is alone.
+            # No port is opened, so any number of single-process runs share a machine. DeepSpeed 0.19.8 reads these
+            # variables even when a process group exists; they can go when it asks the group.
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     _join_deepspeed()
@@ -128,7 +128,7 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
 
 
 def leave_processes() -> None:
-    """Take the process group down, so that the interpreter ends without threads in a collective."""
+    """Destroy the process group, so that the interpreter exits without threads in a collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -140,7 +140,7 @@ def _join_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # A shared-memory all-reduce that only inference uses, and that DeepSpeed would compile with a
-    # C++ compiler, for half a minute, at the first start on every machine without a GPU.
+    # DeepSpeed 0.19.8 compiles a shared-memory all-reduce at the first start on a machine without a GPU: it needs
+    # a C++ compiler and half a minute, and only inference uses the result. Can go when it is compiled on first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)

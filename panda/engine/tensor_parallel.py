@@ -1,7 +1,7 @@
-"""Tensor parallelism: one model held by several neighbouring ranks together, in FairScale's layers.
+"""Tensor parallelism: several neighbouring ranks hold one model together, in FairScale's layers.
 
-A model says which of its layers can be split (``TensorParallelPlan``); here they are. The one module
-that imports fairscale.
+A model states which of its layers can be split (``TensorParallelPlan``), and this module splits them. It is
+the only one that imports fairscale, whose last release is 0.4.13 of December 2022.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from panda.weights.stored_tensor import Weights
 
 
 def make_groups(size: int) -> Any:
-    """Join groups of ``size`` neighbouring ranks, and groups of those that have the same place in them.
+    """Join groups of ``size`` neighbouring ranks, and groups of the ranks with the same place in them.
 
-    Returns what DeepSpeed takes as ``mpu``. Every rank has to call it.
+    Returns what DeepSpeed takes as ``mpu``. Every rank must call this.
     """
     from fairscale.nn.model_parallel import initialize
 
-    initialize.destroy_model_parallel()  # of a run before in the same processes
-    with redirect_stdout(io.StringIO()):  # it prints its arguments
+    initialize.destroy_model_parallel()  # of an earlier run in the same processes: FairScale keeps groups in globals
+    with redirect_stdout(io.StringIO()):  # FairScale 0.4.13 prints its arguments
         initialize.initialize_model_parallel(size)
     return initialize
 
 
 def plan_of(module: Any, name: str, size: int) -> TensorParallelPlan:
-    """How model ``name`` is split over ``size`` ranks. Raises UserError where it cannot be."""
+    """How the model ``name`` is split over ``size`` ranks. Raises UserError if it cannot be."""
     plan: TensorParallelPlan | None = getattr(module, "tensor_parallel_plan", None)
     if plan is None:
         raise UserError(
@@ -57,10 +57,10 @@ def plan_of(module: Any, name: str, size: int) -> TensorParallelPlan:
 
 
 def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processes) -> None:
-    """Leave of each layer in ``plan`` this rank's shard, in a layer of FairScale's that works with the other ranks.
+    """Replace each layer in ``plan`` by one of FairScale's with this rank's shard, which works with the other ranks.
 
-    A parameter that is split says so, to DeepSpeed (``model_parallel``) and to panda (``split_dimension``).
-    One that several layers share stays one.
+    A split parameter is marked, for DeepSpeed (``model_parallel``) and for panda (``split_dimension``). A
+    parameter that several layers share stays one.
     """
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear
     from fairscale.nn.model_parallel.layers import RowParallelLinear
@@ -72,12 +72,14 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
         if parameter is not None and parameter not in shards:
             part = _part(parameter.detach(), dimension, processes).clone()
             new: Any = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
+            # FairScale 0.4.13 does not mark its parameters, and DeepSpeed 0.19.8 counts unmarked ones on one rank only:
+            # the norm of the gradients, and so clipping, would be wrong.
             new.model_parallel, new.split_dimension, new.whole_shape = True, dimension, tuple(parameter.shape)
             shards[parameter] = new
         return None if parameter is None else shards[parameter]
 
-    # FairScale initialises a whole weight on every rank, in host memory, and keeps a shard of it. Here the
-    # weights are there already, and its own are dropped layer by layer.
+    # FairScale 0.4.13 initialises a whole weight on every rank, in host memory, and keeps a shard of it. The weights
+    # are there already, so FairScale's are dropped, layer by layer.
     keywords: dict[str, Any] = {"init_method": lambda weight: weight}
     for name, layer in _layers(module, plan.column):
         column = ColumnParallelLinear(
@@ -95,7 +97,9 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
         if isinstance(layer, torch.nn.Embedding):
             rows: Any = VocabParallelEmbedding(layer.num_embeddings, layer.embedding_dim, **keywords)
             if layer.padding_idx is not None and rows.vocab_start_index <= layer.padding_idx < rows.vocab_end_index:
-                rows.padding_idx = layer.padding_idx - rows.vocab_start_index  # FairScale looks for it in the shard
+                rows.padding_idx = (
+                    layer.padding_idx - rows.vocab_start_index
+                )  # FairScale expects its place in the shard
         else:
             rows = ColumnParallelLinear(layer.in_features, layer.out_features, layer.bias is not None, **keywords)
             rows.bias = shard(layer.bias, 0)
@@ -105,7 +109,7 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
 
 
 def shards_of(weights: Weights, module: torch.nn.Module, processes: Processes) -> Weights:
-    """Of ``weights``, which are whole, what the split ``module`` has of them on this rank."""
+    """This rank's shards of ``weights``, which are whole, for the split ``module``."""
     parameters = dict(module.named_parameters())
     parts = dict(weights)
     for name, stored in weights.items():
@@ -117,13 +121,13 @@ def shards_of(weights: Weights, module: torch.nn.Module, processes: Processes) -
 
 
 def split_dimensions(module: torch.nn.Module) -> dict[str, int]:
-    """Along which dimension each parameter of ``module`` is split, by each of its names; those that are."""
+    """The dimension along which each split parameter of ``module`` is split, by each of its names."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: parameter.split_dimension for name, parameter in named if hasattr(parameter, "split_dimension")}
 
 
 def joined(tensor: torch.Tensor, processes: Processes) -> torch.Tensor:
-    """``tensor`` with the shards of all ranks, if it is split. Every rank has to call it."""
+    """``tensor`` joined from the shards of all ranks, if it is split. Every rank must call this."""
     dimension = getattr(tensor, "split_dimension", None)
     if dimension is None:
         return tensor.detach()
@@ -133,7 +137,7 @@ def joined(tensor: torch.Tensor, processes: Processes) -> torch.Tensor:
 
 
 def counts_here(parameter: torch.Tensor, processes: Processes) -> bool:
-    """Whether this rank adds ``parameter`` to a sum over the model: what is not split is added by one rank alone."""
+    """Whether this rank adds ``parameter`` to a sum over the model: one rank adds what is not split."""
     return processes.tensor_rank == 0 or hasattr(parameter, "split_dimension")
 
 

@@ -238,11 +238,10 @@ def make_trainable(
     if options.use_quant:
         quantise(model, options, processes.device, partial(_fill, model, left) if left else None)
     if left:
-        place(model, left, deepspeed, processes)
+        place(model, left, options, deepspeed, processes)
     if options.use_lora:
         seed_random(options.seed)  # adapters begin alike, however the base came to be
-        is_spread = deepspeed["zero_optimization"]["stage"] == 3
-        model = add_adapters(model, options, deepspeed if is_spread else None)
+        model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
     if options.activation_checkpointing != "none":
         recompute_activations(model, selective=options.activation_checkpointing == "selective")
     if options.compile:

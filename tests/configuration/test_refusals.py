@@ -32,8 +32,6 @@ REFUSED: dict[str, list[Any]] = {
             "offload_optimizer on NVMe": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             "offload_optimizer.ratio below 1": {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
             "ZenFlow or SuperOffload": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
-            "MiCS": {"zero_optimization": {"mics_shard_size": 2}},
-            "DeepCompile": {"compile": {"deepcompile": True}},
         }.items()
     },
     "compile with zero_stage: 3": ["--compile", "--zero_stage", "3"],

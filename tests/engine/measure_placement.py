@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from panda.configuration.options import RunOptions
 from panda.engine.placement import place
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
@@ -40,8 +41,6 @@ def measure(stage: int, folder: Path) -> None:
     config = {
         "train_batch_size": processes.world_size,
         "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
     }
     processes.barrier()
     before = peak = anonymous_bytes()
@@ -55,7 +54,7 @@ def measure(stage: int, folder: Path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    place(module, weights, config, processes)
+    place(module, weights, RunOptions(zero_stage=stage), config, processes)
     placed.set()
     watcher.join()
     kept = anonymous_bytes()  # on a busy machine the watcher may have slept through the last tensor

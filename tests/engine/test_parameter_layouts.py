@@ -81,7 +81,7 @@ def test_ranks_have_to_step_the_same_parameters_together() -> None:
 
 
 def test_a_wrapper_that_is_not_known_is_refused(processes: Processes) -> None:
-    with pytest.raises(UserError, match=r"a SimpleNamespace, which is not known to panda"):
+    with pytest.raises(UserError, match=r"a SimpleNamespace, which panda does not know"):
         layout_of(torch.nn.Linear(1, 1), SimpleNamespace(), processes)
 
 

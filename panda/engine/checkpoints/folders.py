@@ -1,9 +1,8 @@
-"""Folders of checkpoints, complete or absent: which there are, and what they say. Imports no torch.
+"""Folders of checkpoints, complete or absent: finds them and reads their manifests. Imports no torch.
 
-A checkpoint is written under a temporary name, by all ranks; then rank 0 writes the manifest, which
-lists every file with its size, renames the folder, and moves the pointer ``latest``. Whatever
-moment the process dies at, each ``step-...`` folder is complete, and one that lost a part of a file
-is told by its manifest.
+All ranks write a checkpoint under a temporary name; then rank 0 writes the manifest, which lists every
+file with its size, renames the folder, and moves the pointer ``latest``. At whatever moment the process
+dies, each ``step-...`` folder is complete, and a file that was cut short later does not match the manifest.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: all that resuming needs beside weights, optimizer and random state."""
+    """How far a run has come: all that resuming needs besides weights, optimizer and random state."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -42,9 +41,9 @@ START = Progress()
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The newest complete checkpoint at ``path``: itself, in it, or in its ``checkpoints``; None if there is none.
+    """The newest complete checkpoint: ``path`` itself, in it, or in its ``checkpoints``; None if there is none.
 
-    Raises UserError where ``path`` is a checkpoint that is damaged.
+    Raises UserError if ``path`` is a damaged checkpoint.
     """
     if (path / MANIFEST).exists():
         if problem := damage(path):
@@ -57,12 +56,12 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def passed_over(path: Path) -> dict[Path, str]:
-    """Damaged checkpoints at ``path`` that are newer than what ``find_checkpoint`` finds, and what is wrong with each.
+    """Damaged checkpoints at ``path`` that are newer than the one ``find_checkpoint`` finds, each with the damage.
 
     Newest first.
     """
     found = find_checkpoint(path)
-    if found == path:  # it was named
+    if found == path:  # the user named it
         return {}
     damaged: dict[Path, str] = {}
     for folder in (path, path / "checkpoints"):
@@ -80,7 +79,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with ``checkpoint``, by its manifest."""
+    """How ``checkpoint`` differs from its manifest; None if it does not."""
     try:
         for name, size in _manifest(checkpoint)["files"].items():
             found = (checkpoint / name).stat().st_size
@@ -92,9 +91,9 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def set_aside_later(checkpoint: Path) -> list[Path]:
-    """Rename the checkpoints behind ``checkpoint`` in its folder to ``abandoned-...``, and return them.
+    """Rename the checkpoints after ``checkpoint`` in its folder to ``abandoned-...``, and return them.
 
-    The run goes another way from there, and the newest checkpoint has to be one of its own.
+    The run takes another course from there, and the newest checkpoint must be one of its own.
     """
     aside = []
     for later in _checkpoints(checkpoint.parent):
@@ -107,15 +106,15 @@ def set_aside_later(checkpoint: Path) -> list[Path]:
 
 
 def check_contents(checkpoint: Path, files: Iterable[Path]) -> None:
-    """Compare ``files`` of ``checkpoint`` with the checksums that torch.save writes and torch.load does not look at.
+    """Compare ``files`` of ``checkpoint`` with the checksums that torch.save writes.
 
-    About as fast as they are loaded: 1.9 s and 2.3 s a gigabyte, on two CPU cores. Raises UserError for one that has
-    another content than was written.
+    torch.load of 2.14 does not read them; this can go when it does. About as fast as loading: 1.9 s and 2.3 s
+    a gigabyte, on two CPU cores. Raises UserError for a file that has another content than was written.
     """
     for file in files:
         try:
             with file.open("rb") as stream:
-                is_zip = stream.read(2) == b"PK"  # a key of DeepSpeed's can have another engine write
+                is_zip = stream.read(2) == b"PK"  # torch.save can be told to write its older format, without checksums
                 damaged = is_zip and ZipFile(stream).testzip() is not None
         except Exception:  # what zipfile raises depends on which byte it is
             damaged = True

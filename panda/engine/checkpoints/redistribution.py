@@ -1,10 +1,11 @@
-"""A checkpoint continued by other ranks or under another ZeRO stage: each element put where it lies now.
+"""Continues a checkpoint with another number of ranks or ZeRO stage: moves each element to its new place.
 
-DeepSpeed's way is its universal checkpoint: a conversion on disk first, then a loader that under ZeRO-3
-gives all parameter groups the options of the first and has all sub-groups count their steps together.
-Here a checkpoint says of each rank's flat tensors which stretches of which parameters they hold (see
-``parameter_layouts``), and a rank copies from all of them what it holds now. Options and learning rates
-are those of the run that goes on.
+DeepSpeed has its universal checkpoint for this: a conversion on disk first, then a loader. In 0.19.8 that
+loader gives all parameter groups the options of the first under ZeRO-3, and lets all sub-groups share one
+count of steps; and with ``round_robin_gradients`` the conversion is wrong. Here a checkpoint says which
+stretches of which parameters each rank's flat tensors hold (see ``parameter_layouts``), and each rank copies
+what it now holds from all of them. Options and learning rates are those of the new run. Can go when
+DeepSpeed's loader is right and needs no conversion.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from panda.registry.contexts import TensorLayout
 
 
 def describe_layout(engine: Engine) -> dict[str, Any] | None:
-    """Where this rank's optimizer holds what, as plain objects; None where DeepSpeed's way is not known to panda."""
+    """The layout of this rank's optimizer as plain objects; None if panda does not know DeepSpeed's wrapper."""
     try:
         wrapper, tensors = read_layout(engine.module, engine.optimizer)
     except UserError:
@@ -55,11 +56,11 @@ def layout_file(checkpoint: Path, rank: int) -> Path:
 
 @torch.no_grad()
 def redistribute(engine: Engine, checkpoint: Path) -> None:
-    """Put weights, and master weights and moments of this rank, back. Every rank has to call it; trust the path."""
+    """Restore weights, and this rank's master weights and moments. Every rank must call this; trust the path."""
     if engine.processes.tensor_ranks > 1:
         raise UserError(
-            f"{checkpoint}: with tensor_parallel_size a run is continued by as many processes and under the same"
-            " `zero_stage` as before. Give those that it had."
+            f"{checkpoint}: with tensor_parallel_size a run continues only with the same number of processes and the"
+            " same `zero_stage`. Give those that it had."
         )
     _, tensors = read_layout(engine.module, engine.optimizer)
     stretches = _Stretches(checkpoint)
@@ -84,7 +85,7 @@ class _Saved:
 
 
 class _Stretches:
-    """All stretches of parameters in the optimizer's files of a checkpoint."""
+    """All stretches of parameters in the optimizer files of a checkpoint."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
@@ -93,8 +94,8 @@ class _Stretches:
         described = json.loads(layouts[0].read_text(encoding="utf-8")) if layouts else None
         if described is None or len(layouts) != described["ranks"]:
             raise UserError(
-                f"{checkpoint}: it does not say where the optimizer of that run held what, so it can be continued with"
-                " the same number of ranks, ZeRO stage and `deepspeed_config` alone."
+                f"{checkpoint}: it does not describe the layout of its optimizer, so it continues only with the same"
+                " number of ranks, ZeRO stage and `deepspeed_config`."
             )
         self.wrapper = wrapper = described["wrapper"]
         for rank, file in enumerate(layouts if is_sharded(wrapper) else layouts[:1]):
@@ -106,19 +107,19 @@ class _Stretches:
                     self._of[tensor["parameters"][parameter]].append((source, length, start, saved))
 
     def _check(self, saved: _Saved) -> None:
-        # Every rank looks at the files of all, so that all stop. DeepSpeed takes padding at the end off
-        # the masters of ZeRO-1 and 2, and leaves it on the moments.
+        # Every rank checks the files of all ranks, so that all stop. DeepSpeed 0.19.8 removes the padding at the end
+        # from the masters of ZeRO-1 and 2, and leaves it on the moments.
         for key, value in saved.state.items():
             is_scalar = isinstance(value, (int, float)) or (torch.is_tensor(value) and value.dim() == 0)
             fits = torch.is_tensor(value) and value.is_floating_point() and value.numel() >= saved.master.numel()
             if not (is_scalar or fits):
                 raise UserError(
-                    f"{self.checkpoint}: {key} of this optimizer is not a number an element, and cannot be spread anew."
-                    " Continue with the same number of ranks and the same ZeRO stage."
+                    f"{self.checkpoint}: {key} of this optimizer does not have one number per element, and cannot be"
+                    " spread again. Continue with the same number of ranks and the same ZeRO stage."
                 )
 
     def overlapping(self, name: str, source: int, length: int) -> Iterator[tuple[int, int, int, _Saved]]:
-        """What holds ``length`` elements of ``name`` from ``source`` on, piece by piece: first one, how many, where."""
+        """The pieces of ``length`` elements of ``name`` from ``source`` on: first element, length, start, tensor."""
         covered = 0
         for first, count, start, saved in self._of[name]:
             left, right = max(first, source), min(first + count, source + length)
@@ -126,11 +127,11 @@ class _Stretches:
                 covered += right - left
                 yield left, right - left, start + left - first, saved
         if covered != length:
-            raise UserError(f"{self.checkpoint}: the checkpoint is of another model: it does not have all of {name}.")
+            raise UserError(f"{self.checkpoint}: the checkpoint is of another model: it lacks part of {name}.")
 
 
 def _fill(layout: TensorLayout, stretches: _Stretches, optimizer: torch.optim.Optimizer) -> None:
-    """Give the tensor of ``layout``, and its state in ``optimizer``, what the checkpoint has of its segments."""
+    """Fill the tensor of ``layout``, and its state in ``optimizer``, from the checkpoint."""
     tensor = layout.tensor
     state: dict[str, Any] = {}
     for segment in layout.segments:
@@ -152,7 +153,7 @@ def _fill(layout: TensorLayout, stretches: _Stretches, optimizer: torch.optim.Op
 
 
 def _carry_loss_scale(stretches: _Stretches, optimizer: Any) -> None:
-    """Go on with the dynamic loss scale of fp16, which the checkpoint and ``optimizer`` have or both have not."""
+    """Restore the dynamic loss scale of fp16, if the checkpoint and ``optimizer`` have one."""
     scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
     saved = _loss_scaler(stretches.checkpoint, stretches.wrapper)
     if scaler is not None and all(key in saved and hasattr(scaler, key) for key in _LOSS_SCALE):
@@ -164,10 +165,10 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
 
 
-# -- what DeepSpeed 0.19 writes ---------------------------------------------------------------
+# -- what DeepSpeed 0.19.8 writes -------------------------------------------------------------
 
 Tensors = Iterable[dict[str, Any]]
-"""The described tensors of a rank."""
+"""The tensors of a rank, as ``describe_layout`` describes them."""
 
 
 def _load(file: Path) -> Any:
@@ -175,11 +176,11 @@ def _load(file: Path) -> Any:
 
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")
-"""What the scalers of all wrappers have; which step the scale was lowered at says when it is raised."""
+"""Attributes of the scalers of all wrappers. The step at which the scale was last lowered decides when it is raised."""
 
 
 def _loss_scaler(checkpoint: Path, wrapper: str) -> dict[str, Any]:
-    """What the wrapper of rank 0 wrote of its loss scale, among other things."""
+    """What the wrapper of rank 0 wrote, its loss scale among it."""
     if wrapper == "FP16_UnfusedOptimizer":
         held: dict[str, Any] = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
         return held
@@ -223,4 +224,4 @@ _READERS: dict[str, Callable[[Path, int, Tensors], list[_Saved]]] = {
     "BF16_Optimizer": _parts("single_partition_of_fp32_groups", "base_optimizer_state"),
     "DeepSpeedZeroOptimizer_Stage3": _parts("fp32_flat_groups", "optimizer_state_dict"),
 }
-"""By DeepSpeed's wrapper: the tensors of a rank's file with their state, in order."""
+"""By DeepSpeed's wrapper: reads the tensors of a rank's file with their state, in order."""

@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, of any ZeRO stage, without a process group and without the model."""
+"""Reads the weights of a checkpoint of any ZeRO stage, without a process group and without the model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 
 SPLIT_DIMENSIONS = "panda_split_dimensions"
-"""In DeepSpeed's files: along which dimension tensor-parallel ranks split each parameter, by name; those that are."""
+"""Key in DeepSpeed's files: by name, the dimension along which tensor-parallel ranks split a parameter."""
 
 _WHOLE = "mp_rank_*_model_states.pt"
 _PARTITIONED = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
 def checkpoint_weights(checkpoint: Path) -> Weights:
-    """The module's tensors in ``checkpoint``, each under its first name, in the type that it is computed with.
+    """The module's tensors in ``checkpoint``, each under its first name, in the type of the forward pass.
 
-    Files are mapped, and a tensor that is partitioned is joined when it is read: under ZeRO-3 from
-    the fp32 master weights of all ranks, and rounded as DeepSpeed rounds them to compute; under tensor
-    parallelism from the ranks' shards. Loads pickles: trust the path. Raises UserError where what is read is
-    not what was written.
+    Files are memory-mapped, and a partitioned tensor is joined when it is read: under ZeRO-3 from the fp32
+    master weights of all ranks, rounded as DeepSpeed rounds them; under tensor parallelism from the ranks'
+    shards. Loads pickles: trust the path. Raises UserError if a file has another content than was written.
     """
     is_partitioned = (checkpoint / _PARTITIONED).exists()
     files = [checkpoint / _PARTITIONED] if is_partitioned else sorted(checkpoint.glob(_WHOLE))
@@ -50,18 +49,18 @@ def checkpoint_weights(checkpoint: Path) -> Weights:
 
 
 def _names_after_the_first(module: dict[str, torch.Tensor]) -> set[str]:
-    """Names of tensors that have one already; DeepSpeed writes which those are under ZeRO alone."""
+    """Names of tensors that have an earlier name. DeepSpeed 0.19.8 writes which those are only under ZeRO."""
     first: dict[int, str] = {}
     return {name for name, tensor in module.items() if first.setdefault(tensor.data_ptr(), name) != name}
 
 
 def _master_weights(checkpoint: Path) -> dict[str, Any]:
-    """fp32 tensors by name, most of them DeepSpeed's stand-ins that join the ranks' parts when asked."""
+    """fp32 tensors by name, most of them placeholders of DeepSpeed that join the ranks' parts on request."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not go looking, and warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed 0.19.8 warns otherwise
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    # It prints, and draws bars.
+    # In DeepSpeed 0.19.8 it prints, and draws progress bars. Can go when it logs.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.parent), checkpoint.name, lazy_mode=True

@@ -1,7 +1,7 @@
 """Writing and loading checkpoints.
 
-DeepSpeed writes module and optimizer; beside them each rank writes its random state.
-Frozen weights are not written: whoever makes the engine again makes them again.
+DeepSpeed writes module and optimizer, and each rank writes its random state beside them. Frozen weights
+are not written: they are there again when the engine is made again.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-N`` and point ``latest`` at it; then remove all but the newest ``keep``.
 
-    Every rank has to call it. ``agreement`` is what a run that loads it has to agree on. Raises UserError on
-    every rank where the disk of one is full; the checkpoints that were there are untouched then.
+    Every rank must call this. A run that loads the checkpoint has to agree with ``agreement``. Raises UserError
+    on every rank if the disk of one is full; earlier checkpoints are untouched then.
     """
     processes = engine.processes
     final = folder / f"step-{progress.step:08d}"
@@ -50,7 +50,7 @@ def save_checkpoint(
     def prepare() -> None:
         if processes.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".tmp-*"):  # by interrupted saves
+            for left in folder.glob(".tmp-*"):  # of interrupted saves
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             temporary.mkdir()
 
@@ -74,13 +74,13 @@ def save_checkpoint(
             processes.together(writing(f"{folder}: the checkpoint of step {progress.step:,}", then)(part))
     except Exception:
         if processes.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # it takes room that is wanted, and is of no use
+            shutil.rmtree(temporary, ignore_errors=True)  # it is of no use, and its room is needed
         raise
     return final
 
 
 def _complete(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Make what all ranks have written to ``temporary`` the checkpoint ``final``, and ``latest`` its name."""
+    """Turn ``temporary``, which all ranks have written, into the checkpoint ``final``, and point ``latest`` at it."""
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     manifest["files"] = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -91,14 +91,14 @@ def _complete(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
-    """Put weights, optimizer and this rank's random state back. Loads pickles: trust the path.
+    """Restore weights, optimizer and this rank's random state. Loads pickles: trust the path.
 
-    Where ranks, ZeRO stage and the like are what they were, it is to the bit. Where they are not, each
-    rank gets what is its own now; random state is left as it is then, and the result is False.
-    Raises UserError on every rank where the content of a file is another than was written.
+    With the same ranks, ZeRO stage and so on they are restored bit for bit. Otherwise each rank gets its
+    new part of them, random state stays as it is, and the result is False. Raises UserError on every rank
+    if a file has another content than was written.
     """
     processes = engine.processes
-    files = sorted(checkpoint.rglob("*.pt"))[processes.rank :: processes.world_size]  # each is looked at by one
+    files = sorted(checkpoint.rglob("*.pt"))[processes.rank :: processes.world_size]  # one rank checks each
     processes.together(partial(check_contents, checkpoint, files))
     if not _is_as_saved(engine, checkpoint):
         redistribute(engine, checkpoint)
@@ -110,7 +110,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
 
 
 def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
-    """Whether every rank holds what the rank of its number held."""
+    """Whether every rank holds what the rank of the same number held."""
     ranks = len(list(checkpoint.glob("random-*.pt")))
     file = layout_file(checkpoint, engine.processes.rank)
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

@@ -216,7 +216,7 @@ def test_another_model_and_state_that_cannot_be_cut_are_told(processes: Processe
     layout = json.loads((saved / "layout-00000.json").read_text())
     layout["tensors"][0]["segments"][0][2] -= 1
     (saved / "layout-00000.json").write_text(json.dumps(layout))
-    with pytest.raises(UserError, match=r"does not have all of 0\.weight"):
+    with pytest.raises(UserError, match=r"lacks part of 0\.weight"):
         load_checkpoint(make_engine(processes, 2, "fp32"), saved)
 
     engine = make_engine(processes, 0, "fp32", "adamw")
@@ -225,7 +225,7 @@ def test_another_model_and_state_that_cannot_be_cut_are_told(processes: Processe
         for state in engine.own_optimizer.state.values():
             state[kind] = value
         saved = save_checkpoint(engine, tmp_path / kind, Progress(1), {})
-        with pytest.raises(UserError, match=f"{kind} of this optimizer is not a number an element"):
+        with pytest.raises(UserError, match=f"{kind} of this optimizer does not have one number per element"):
             load_checkpoint(make_engine(processes, 1, "fp32", "adamw"), saved)
         for state in engine.own_optimizer.state.values():
             del state[kind]
