@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,14 @@ from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.engine import Engine
 from panda.engine.engine import trained_state
 from panda.engine.parameter_layouts import check_values
-from panda.engine.parameter_layouts import is_sharded
 from panda.engine.parameter_layouts import read_layout
+from panda.engine.wrappers import WRAPPERS
+from panda.engine.wrappers import Saved
 from panda.registry import UserError
 from panda.registry.contexts import TensorLayout
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")
+"""Attributes of the scalers of all wrappers. The step at which the scale was last lowered decides when it is raised."""
 
 
 def describe_layout(engine: Engine) -> dict[str, Any] | None:
@@ -39,7 +40,7 @@ def describe_layout(engine: Engine) -> dict[str, Any] | None:
         return None
     return {
         "ranks": engine.processes.world_size,
-        "wrapper": wrapper,
+        "wrapper": wrapper.name,
         "tensors": [
             {
                 "parameters": list(layout.parameters),
@@ -76,20 +77,12 @@ def redistribute(engine: Engine, checkpoint: Path) -> None:
     _carry_loss_scale(stretches, engine.optimizer)
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """One tensor that a rank's optimizer stepped, mapped from a file."""
-
-    master: torch.Tensor
-    state: dict[str, Any]
-
-
 class _Stretches:
     """All stretches of parameters in the optimizer files of a checkpoint."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self._of: dict[str, list[tuple[int, int, int, _Saved]]] = defaultdict(list)
+        self._of: dict[str, list[tuple[int, int, int, Saved]]] = defaultdict(list)
         layouts = sorted(checkpoint.glob("layout-*.json"))
         described = json.loads(layouts[0].read_text(encoding="utf-8")) if layouts else None
         if described is None or len(layouts) != described["ranks"]:
@@ -97,16 +90,16 @@ class _Stretches:
                 f"{checkpoint}: it does not describe the layout of its optimizer, so it continues only with the same"
                 " number of ranks, ZeRO stage and `deepspeed_config`."
             )
-        self.wrapper = wrapper = described["wrapper"]
-        for rank, file in enumerate(layouts if is_sharded(wrapper) else layouts[:1]):
+        self.wrapper = wrapper = WRAPPERS[described["wrapper"]]
+        for rank, file in enumerate(layouts if wrapper.partitioned else layouts[:1]):
             described = json.loads(file.read_text(encoding="utf-8"))
-            tensors = _READERS[wrapper](checkpoint, rank, described["tensors"])
+            tensors = wrapper.saved(checkpoint, rank, described["tensors"])
             for saved, tensor in zip(tensors, described["tensors"], strict=True):
                 self._check(saved)
                 for parameter, start, length, source in tensor["segments"]:
                     self._of[tensor["parameters"][parameter]].append((source, length, start, saved))
 
-    def _check(self, saved: _Saved) -> None:
+    def _check(self, saved: Saved) -> None:
         # Every rank checks the files of all ranks, so that all stop. DeepSpeed 0.19.8 removes the padding at the end
         # from the masters of ZeRO-1 and 2, and leaves it on the moments.
         for key, value in saved.state.items():
@@ -118,7 +111,7 @@ class _Stretches:
                     " spread again. Continue with the same number of ranks and the same ZeRO stage."
                 )
 
-    def overlapping(self, name: str, source: int, length: int) -> Iterator[tuple[int, int, int, _Saved]]:
+    def overlapping(self, name: str, source: int, length: int) -> Iterator[tuple[int, int, int, Saved]]:
         """The pieces of ``length`` elements of ``name`` from ``source`` on: first element, length, start, tensor."""
         covered = 0
         for first, count, start, saved in self._of[name]:
@@ -155,7 +148,7 @@ def _fill(layout: TensorLayout, stretches: _Stretches, optimizer: torch.optim.Op
 def _carry_loss_scale(stretches: _Stretches, optimizer: Any) -> None:
     """Restore the dynamic loss scale of fp16, if the checkpoint and ``optimizer`` have one."""
     scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-    saved = _loss_scaler(stretches.checkpoint, stretches.wrapper)
+    saved = stretches.wrapper.loss_scale(stretches.checkpoint)
     if scaler is not None and all(key in saved and hasattr(scaler, key) for key in _LOSS_SCALE):
         for key in _LOSS_SCALE:
             setattr(scaler, key, saved[key])
@@ -163,65 +156,3 @@ def _carry_loss_scale(stretches: _Stretches, optimizer: Any) -> None:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
-
-
-# -- what DeepSpeed 0.19.8 writes -------------------------------------------------------------
-
-Tensors = Iterable[dict[str, Any]]
-"""The tensors of a rank, as ``describe_layout`` describes them."""
-
-
-def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-
-
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")
-"""Attributes of the scalers of all wrappers. The step at which the scale was last lowered decides when it is raised."""
-
-
-def _loss_scaler(checkpoint: Path, wrapper: str) -> dict[str, Any]:
-    """What the wrapper of rank 0 wrote, its loss scale among it."""
-    if wrapper == "FP16_UnfusedOptimizer":
-        held: dict[str, Any] = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
-        return held
-    if not is_sharded(wrapper):
-        return {}
-    (file,) = checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    scaler = _load(file)["optimizer_state_dict"].get("loss_scaler")
-    return vars(scaler) if scaler is not None else {}
-
-
-def _states(base: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    return [base["state"].get(number, {}) for number in range(count)]
-
-
-def _whole(checkpoint: Path, rank: int, tensors: Tensors) -> list[_Saved]:
-    file = _load(checkpoint / "mp_rank_00_model_states.pt")
-    masters = [file["module"][parameter] for tensor in tensors for parameter in tensor["parameters"]]
-    return list(map(_Saved, masters, _states(file["optimizer"], len(masters))))
-
-
-def _whole_masters(checkpoint: Path, rank: int, tensors: Tensors) -> list[_Saved]:
-    optimizer = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
-    masters = [master for group in optimizer["fp32_groups"] for master in group]
-    return list(map(_Saved, masters, _states(optimizer["optimizer_state_dict"], len(masters))))
-
-
-def _parts(masters: str, base: str) -> Callable[[Path, int, Tensors], list[_Saved]]:
-    def read(checkpoint: Path, rank: int, tensors: Tensors) -> list[_Saved]:
-        (file,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        optimizer = _load(file)["optimizer_state_dict"]
-        found = optimizer[masters]
-        return list(map(_Saved, found, _states(optimizer[base], len(found))))
-
-    return read
-
-
-_READERS: dict[str, Callable[[Path, int, Tensors], list[_Saved]]] = {
-    "none": _whole,
-    "FP16_UnfusedOptimizer": _whole_masters,
-    "DeepSpeedZeroOptimizer": _parts("single_partition_of_fp32_groups", "base_optimizer_state"),
-    "BF16_Optimizer": _parts("single_partition_of_fp32_groups", "base_optimizer_state"),
-    "DeepSpeedZeroOptimizer_Stage3": _parts("fp32_flat_groups", "optimizer_state_dict"),
-}
-"""By DeepSpeed's wrapper: reads the tensors of a rank's file with their state, in order."""
