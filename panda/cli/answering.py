@@ -1,4 +1,4 @@
-"""What ``panda generate`` and ``panda chat`` share: where the model is, and how it answers."""
+"""What ``panda generate`` and ``panda chat`` share: finding the model, and how it is to answer."""
 
 from __future__ import annotations
 
@@ -34,15 +34,21 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how an answer is chosen."""
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="at most; default 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top_p", "--top-p", type=float, default=1.0, help="probability of what is drawn from")
-    parser.add_argument("--seed", type=int, help="of what is drawn")
+    parser.add_argument(
+        "--top_p",
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens that together have this much",
+    )
+    parser.add_argument("--seed", type=int, help="seed for sampling")
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where a base is, and how weights may be read."""
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
-    parser.add_argument("--base_path", "--base-path", help="of a delta: the whole model that it is added to")
-    parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="read weights from pickles too")
+    parser.add_argument("--base_path", "--base-path", help="for a delta: the whole model that it is added to")
+    parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="also read weights from pickles")
 
 
 def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False) -> tuple[Assistant, Sampling]:

@@ -1,4 +1,4 @@
-"""How a run follows its checkpoint: the options, the tokenizer and the vocabulary that it has a say on."""
+"""How a run follows its checkpoint: the options, the tokenizer and the vocabulary that the checkpoint determines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from panda.weights.tokenizers import TOKENIZER
 
 
 def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
-    """``resolved`` with what its checkpoint decides: options of the model that nobody set, and the tokenizer.
+    """``resolved`` with what its checkpoint determines: options of the model that were not set, and the tokenizer.
 
-    Raises UserError where what was set contradicts the checkpoint.
+    Raises UserError where an option that was set contradicts the checkpoint.
     """
     settings = resolved.settings
     says = f"checkpoint {pretrained.folder}"
@@ -30,7 +30,7 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
     positions = pretrained.config.get("max_position_embeddings")
     if positions is not None and core.max_seq_length > positions:
         raise UserError(
-            f"max_seq_length: {core.max_seq_length} ({settings['max_seq_length'].origin}), and {pretrained.folder} is"
+            f"max_seq_length: {core.max_seq_length} ({settings['max_seq_length'].origin}), but {pretrained.folder} is"
             f" made for {positions} positions (max_position_embeddings in its {CONFIG}). Lower max_seq_length."
         )
     if settings["tokenizer"].origin == "default":
@@ -38,12 +38,12 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
         if holder is None:
             raise UserError(
                 f"ckpt_path: {pretrained.folder} has no tokenizer that transformers loads (none of"
-                f" {', '.join(TOKENIZER)}), and panda's own is for other weights. Name the folder of one with"
-                " `tokenizer`."
+                f" {', '.join(TOKENIZER)}), and panda's own belongs to other weights. Name the folder of one"
+                " with `tokenizer`."
             )
         if pretrained.format is META and not (holder.folder / "tokenizer.json").exists():
             raise UserError(
-                f"ckpt_path: the tokenizer in {holder.folder} is a SentencePiece model alone, as Meta gives it. Name"
+                f"ckpt_path: the tokenizer in {holder.folder} is only a SentencePiece model, as Meta publishes it. Name"
                 " the folder of a Hugging Face tokenizer of this model with `tokenizer`."
             )
         location = holder.name or str(holder.folder)
@@ -52,33 +52,36 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
 
 
 def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping[str, Any]:
-    """``pretrained.config``, with rows for a tokenizer of ``entries`` entries if it may be extended.
+    """``pretrained.config``, with enough rows for a tokenizer of ``entries`` entries.
 
-    Raises UserError where it has too few, and may not.
+    Raises UserError where it has fewer, unless ``extend`` says that rows may be added.
     """
     rows = pretrained.config.get("vocab_size")
     if rows is None or entries <= rows:
         return pretrained.config
     if not extend:
         raise UserError(
-            f"tokenizer: it has {entries:,} entries, and the checkpoint in {pretrained.folder} {rows:,} rows for them"
-            " (vocab_size). Is it the tokenizer of these weights? If entries were added to it, `--extend_vocab` adds"
-            " rows, each the mean of those that are there."
+            f"tokenizer: it has {entries:,} entries, and the checkpoint in {pretrained.folder} has {rows:,} rows for"
+            " them (vocab_size). Is it the tokenizer of these weights? If entries were added to it, `--extend_vocab`"
+            " adds rows, each the mean of the existing ones."
         )
     return {**pretrained.config, "vocab_size": entries}
 
 
 class _Stated(dict[str, Any]):
-    """A configuration of which a model asks what it needs to know: what is not in it is the user's to mend."""
+    """The configuration of a checkpoint for a model to read: a key that it lacks is a UserError."""
 
     file: Path
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.file}: it does not state {key!r}. Is it the configuration of these weights, and whole?")
+        raise UserError(f"{self.file}: it does not state {key!r}. Is it the complete configuration of these weights?")
 
 
 def _follow_options(resolved: Resolved, config: _Stated, says: str) -> Resolved:
-    """``resolved`` with the options of the model that ``config`` gives."""
+    """``resolved`` with the options of the model that ``config`` determines.
+
+    Raises UserError for an option that was set to another value.
+    """
     model = resolved.components["model"]
     options_class: Any = model.component.options
     known = options_of(options_class)
@@ -98,12 +101,12 @@ def _follow_options(resolved: Resolved, config: _Stated, says: str) -> Resolved:
         if not is_given:
             values[written] = value
         elif setting.value != value:
-            contradictions.append(f"{key} is {setting.value} ({setting.origin}), and {value} in the checkpoint")
+            contradictions.append(f"{key} is {setting.value} ({setting.origin}), but {value} in the checkpoint")
     if contradictions:
         raise UserError(
             f"{says} is of another shape:\n"
             + "\n".join(contradictions)
-            + f"\nLeave arch and these options out: `model: {model.component.name}` takes the checkpoint's own shape."
+            + f"\nLeave arch and these options out: `model: {model.component.name}` follows the checkpoint."
         )
     try:
         return resolved.with_values(values, says)

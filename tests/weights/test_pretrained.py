@@ -289,8 +289,8 @@ def test_an_arch_that_contradicts_the_checkpoint_is_an_error_with_both_values(fo
         configured("--arch", "llama-7b", "--rms_norm_eps", "1e-6", "--ckpt_path", folder)
     message = str(caught.value)
     assert f"checkpoint {folder} is of another shape:" in message
-    assert "hidden_size is 4096 (arch llama-7b), and 32 in the checkpoint" in message
-    assert "rms_norm_eps is 1e-06 (--rms_norm_eps), and 1e-05 in the checkpoint" in message
+    assert "hidden_size is 4096 (arch llama-7b), but 32 in the checkpoint" in message
+    assert "rms_norm_eps is 1e-06 (--rms_norm_eps), but 1e-05 in the checkpoint" in message
     assert "vocab_size" not in message, "a fine-tune may have more entries than the family's first tokenizer"
 
 
@@ -319,7 +319,7 @@ def test_a_tokenizer_with_more_entries_is_an_error_or_adds_rows(tmp_path: Path) 
 
 
 def test_more_positions_than_the_checkpoint_has_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"max_seq_length: 129 \(--max_seq_length\), and .* is made for 128 positions"):
+    with pytest.raises(UserError, match=r"max_seq_length: 129 \(--max_seq_length\), but .* is made for 128 positions"):
         configure(parse_arguments(["--model", "llama", "--max_seq_length", "129", "--ckpt_path", str(folder)]))
 
 
