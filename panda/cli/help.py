@@ -11,14 +11,14 @@ from panda.configuration.options import RunOptions
 from panda.registry import Catalog
 from panda.registry import Component
 from panda.registry import UserError
+from panda.registry.choosing import NAMING
+from panda.registry.choosing import choose
+from panda.registry.choosing import model_of
 from panda.registry.kinds import KINDS
 from panda.registry.options import REQUIRED
 from panda.registry.options import Option
 from panda.registry.options import options_of
-from panda.registry.resolve import NAMING
-from panda.registry.resolve import choose
-from panda.registry.resolve import convert_options
-from panda.registry.resolve import model_of
+from panda.registry.settings import convert_options
 
 USAGE = """\
 usage: panda-train [--config FILE] [--KEY VALUE ...] [-p no:NAME]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
 from panda.registry import UserError
+from panda.registry.choosing import BLOCK
 from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.options import Given
-from panda.registry.resolve import BLOCK
 
 IGNORED = ("local_rank",)
 """Flags that launchers add: `deepspeed` passes --local_rank, which panda reads from the environment."""

@@ -15,56 +15,25 @@ from dataclasses import replace
 from typing import Any
 
 from panda.registry.catalog import Catalog
+from panda.registry.choosing import CHOSEN_BY_NAME
+from panda.registry.choosing import NAMING
+from panda.registry.choosing import Choice
+from panda.registry.choosing import choose
+from panda.registry.choosing import load_component
+from panda.registry.choosing import model_of
 from panda.registry.components import Component
 from panda.registry.components import NoOptions
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
-from panda.registry.kinds import KINDS
-from panda.registry.location import Location
-from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import Offer
 from panda.registry.offers import made_by
-from panda.registry.offers import with_readable_source
-from panda.registry.options import REQUIRED
 from panda.registry.options import Given
 from panda.registry.options import Option
 from panda.registry.options import options_of
-
-CHOSEN_BY_NAME = ("task", "optimizer", "lr_scheduler", "reader")
-"""Kinds of which the option of the same name chooses one. Model and arch choose each other."""
-
-BLOCK = "no:"
-"""``no:NAME`` among the plugins leaves one out, as ``-p no:NAME`` does."""
-
-CORE = "run"
-"""Owner of the core options."""
-
-NAMING = (*CHOSEN_BY_NAME, "arch", "model", "plugins")
-"""Core options that hold names of components."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The value of one key, and where it came from."""
-
-    key: str
-    value: Any
-    origin: str
-    """``default``, ``arch llama-7b``, ``run.yaml:3`` or ``--learning_rate``."""
-    owner: str
-    """``CORE`` for a core option, else the label of the component: ``optimizer adamw``."""
-    location: Location | None = None
-    """The mark of a path; None for other options."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The offers that a run names, none of them imported."""
-
-    offers: Mapping[str, Offer]
-    """By kind; of arch and model those that are named."""
-    plugins: tuple[Offer, ...]
-    """In the order of activation."""
+from panda.registry.settings import CORE
+from panda.registry.settings import Setting
+from panda.registry.settings import convert_options
+from panda.registry.unknown_keys import unknown_key_messages
 
 
 @dataclass(frozen=True)
@@ -173,158 +142,108 @@ def resolve(
         choice = choose(catalog, core_values, default_plugins)
     except UserError as problem:
         raise UserError("\n".join([*problems, str(problem)])) from None
-    offers = dict(choice.offers)
-    arch_offer = offers.pop("arch", None)
-    model_offer = offers.get("model")
-    if arch_offer is None and model_offer is None:
-        names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers("arch")))
-        problems.append(
-            "no model: name one with `arch` (or `--arch`), or a file that does with `--config`; that of a run is"
-            f" RUN/config.yaml. Installed: {names}."
-        )
-        # Perhaps it is misspelt. Keys of components that are not chosen yet are known, but not these.
-        suspects = [key for key in given if key not in core_values]
-        problems += [
-            text
-            for text in _unknown(catalog, suspects, given, [*core_options], renamed or {}, [])
-            if "unknown key" in text
-        ]
-        raise UserError("\n".join(problems))
-
-    arch = None
-    if arch_offer is not None:
-        arch = Chosen(arch_offer, _load(catalog, arch_offer), NoOptions())
-        model_offer = model_offer or model_of(catalog, arch_offer)
-    assert model_offer is not None
-    offers = {"task": offers["task"], "model": model_offer, **offers}
-    owners = [(offer, _load(catalog, offer)) for offer in offers.values()]
-    arch_values = _arch_values(arch, owners[1][1]) if arch else {}
-    plugins = [(offer, catalog.load(offer)) for offer in choice.plugins]
-    owners += [(offer, component) for offer, component in plugins if component is not None]
-
-    settings = dict(core_values)
-    chosen: list[Chosen] = []
-    used = set(core_options)
-    shared = _shared_keys(core_options, [component for _, component in owners])
-    for offer, component in owners:
-        mine, known, found = _given_to(component, given, shared)
-        used |= known
-        converted, more = convert_options(
-            options_of(component.options),
-            mine,
-            f"{component.kind} {component.name}",
-            arch_values if component.kind == "model" else {},
-            arch.label if arch else "",
-        )
-        problems += found + more
-        settings |= {_written(component, key, shared): setting for key, setting in converted.items()}
-        if not more:
-            values = {key: setting.value for key, setting in converted.items()}
-            try:
-                with offer.attributed("the options"):
-                    chosen.append(Chosen(offer, component, component.options(**values)))
-            except UserError as problem:  # of __post_init__: a combination that is refused
-                problems.append(str(problem))
-    known_keys = [*core_options, *settings]
-    components = [component for _, component in owners]
-    unused = [key for key in given if key not in used]
-    problems += _unknown(catalog, unused, given, known_keys, renamed or {}, components)
+    if "arch" not in choice.offers and "model" not in choice.offers:
+        raise UserError("\n".join([*problems, *_without_model(catalog, given, core_options, renamed or {})]))
+    named = _load(catalog, choice)
+    options = _convert_all(named, given, core_options)
+    known = [*core_options, *options.settings]
+    components = [component for _, component in named.owners]
+    unused = [key for key in given if key not in core_options and key not in options.used]
+    problems += options.problems + unknown_key_messages(catalog, unused, given, known, renamed or {}, components)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
-    by_kind = {item.component.kind: item for item in chosen if item.component.kind != "plugin"}
+    by_kind = {item.component.kind: item for item in options.chosen if item.component.kind != "plugin"}
     resolved = Resolved(
         core(**{key: core_values[key].value for key in core_options}),
-        by_kind | ({"arch": arch} if arch else {}),
-        tuple(item for item in chosen if item.component.kind == "plugin"),
-        tuple(offer for offer, component in plugins if component is None),
-        settings,
+        by_kind | ({"arch": named.arch} if named.arch else {}),
+        tuple(item for item in options.chosen if item.component.kind == "plugin"),
+        named.hook_modules,
+        core_values | options.settings,
     )
     # What the run directory records has to mean the same when it is named in a file.
     ambiguous = {
         kind: choice.offers[kind].qualified
         for kind in CHOSEN_BY_NAME
-        if settings[kind].origin == "default" and len(catalog.matches(kind, settings[kind].value)) > 1
+        if core_values[kind].origin == "default" and len(catalog.matches(kind, core_values[kind].value)) > 1
     }
     return resolved.with_values(ambiguous, "default")
 
 
-def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: tuple[str, ...] = ()) -> Choice:
-    """The components that the run names, found and not imported. Raises UserError for all unknown names at once."""
-    problems: list[str] = []
-    offers: dict[str, Offer] = {}
-    plugins: list[Offer] = []
-    for kind in CHOSEN_BY_NAME:
-        setting = settings[kind]
-        try:
-            if setting.origin == "default":
-                offers[kind] = catalog.find(kind, _own(setting.value))
-            else:
-                offers[kind] = catalog.find(kind, setting.value, setting.origin)
-        except UserError as problem:
-            problems.append(str(problem))
-    try:
-        offers.update(_find_model(catalog, settings["arch"], settings["model"]))
-    except UserError as problem:
-        problems.append(str(problem))
-    for name in default_plugins:
-        matches = catalog.matches("plugin", _own(name))
-        if not matches or not all(map(catalog.is_blocked, matches)):
-            plugins.append(catalog.find("plugin", _own(name)))
-    for name in settings["plugins"].value:
-        matches = catalog.matches("plugin", name)
-        if name.startswith(BLOCK) or (matches and all(map(catalog.is_blocked, matches))):
-            continue
-        try:
-            plugins.append(catalog.find("plugin", name, settings["plugins"].origin))
-        except UserError as problem:
-            problems.append(str(problem))
-    if problems:
-        raise UserError("\n".join(problems))
-    return Choice(offers, tuple(dict.fromkeys(plugins)))
-
-
-def _own(name: str) -> str:
-    """A default means panda's own component, even where an installed package has one of the same name."""
-    return name if ":" in name else f"{OWN_DISTRIBUTION}:{name}"
-
-
-def _find_model(catalog: Catalog, arch: Setting, model: Setting) -> dict[str, Offer]:
-    """The arch and the model that the run names. ``model`` may hold an arch, as PandaLLM's documentation writes it."""
-    found = {"arch": catalog.find("arch", arch.value, arch.origin)} if arch.value else {}
-    if not model.value:
-        return found
-    if catalog.matches("model", model.value):
-        return found | {"model": catalog.find("model", model.value, model.origin)}
-    if catalog.matches("arch", model.value):
-        model_as_arch = catalog.find("arch", model.value, model.origin)
-        if found and found["arch"] != model_as_arch:
-            raise UserError(
-                f"{model.origin}: model {model.value!r} is an arch, and arch {arch.value!r} ({arch.origin}) another."
-                " Give one of them."
-            )
-        return {"arch": model_as_arch}
-    known = [name for kind in ("arch", "model") for name in catalog.spellings(kind, model.value)]
-    raise UserError(
-        f"{model.origin}: unknown model or arch {model.value!r}.{did_you_mean(model.value, known)}"
-        " `panda list archs` and `panda list models` show what is installed."
+def _without_model(
+    catalog: Catalog, given: Mapping[str, Given], core_options: Mapping[str, Option], renamed: Mapping[str, str]
+) -> list[str]:
+    """The problems of a run that names no model: perhaps the key that does is misspelt."""
+    names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers("arch")))
+    missing = (
+        "no model: name one with `arch` (or `--arch`), or a file that does with `--config`; that of a run is"
+        f" RUN/config.yaml. Installed: {names}."
     )
+    # Keys of components that are not chosen yet are known, but not these.
+    suspects = [key for key in given if key not in core_options]
+    messages = unknown_key_messages(catalog, suspects, given, [*core_options], renamed, [])
+    return [missing, *(text for text in messages if "unknown key" in text)]
 
 
-def model_of(catalog: Catalog, offer: Offer) -> Offer:
-    """The model of the arch ``offer``: that of the same distribution, if it has one, whoever else has the name."""
-    arch = _load(catalog, offer)
-    assert arch.model is not None
-    beside = f"{offer.distribution}:{arch.model}"
-    if ":" not in arch.model and catalog.matches("model", beside):
-        return catalog.find("model", beside, arch.describe())
-    return catalog.find("model", arch.model, arch.describe())
+@dataclass(frozen=True)
+class _Named:
+    """The components that a run names, imported."""
+
+    arch: Chosen | None
+    owners: list[tuple[Offer, Component]]
+    """Those that have options, in the order of help: task, model, the other kinds, plugins."""
+    hook_modules: tuple[Offer, ...]
+
+    @property
+    def model(self) -> Component:
+        return next(component for _, component in self.owners if component.kind == "model")
 
 
-def _load(catalog: Catalog, offer: Offer) -> Component:
-    component = catalog.load(offer)
-    assert component is not None
-    return component
+def _load(catalog: Catalog, choice: Choice) -> _Named:
+    offers = dict(choice.offers)
+    arch_offer = offers.pop("arch", None)
+    arch = Chosen(arch_offer, load_component(catalog, arch_offer), NoOptions()) if arch_offer else None
+    if arch_offer and "model" not in offers:
+        offers["model"] = model_of(catalog, arch_offer)
+    offers = {"task": offers["task"], "model": offers["model"], **offers}
+    owners = [(offer, load_component(catalog, offer)) for offer in offers.values()]
+    plugins = [(offer, catalog.load(offer)) for offer in choice.plugins]
+    owners += [(offer, component) for offer, component in plugins if component is not None]
+    return _Named(arch, owners, tuple(offer for offer, component in plugins if component is None))
+
+
+@dataclass
+class _Converted:
+    """The options of the components that a run names."""
+
+    settings: dict[str, Setting]
+    chosen: list[Chosen]
+    used: set[str]
+    """Every key that some component answers to."""
+    problems: list[str]
+
+
+def _convert_all(named: _Named, given: Mapping[str, Given], core_options: Mapping[str, Option]) -> _Converted:
+    arch_values = _arch_values(named.arch, named.model) if named.arch else {}
+    arch_label = named.arch.label if named.arch else ""
+    shared = _shared_keys(core_options, [component for _, component in named.owners])
+    done = _Converted({}, [], set(), [])
+    for offer, component in named.owners:
+        mine, known, found = _given_to(component, given, shared)
+        done.used |= known
+        overrides = arch_values if component.kind == "model" else {}
+        owner = f"{component.kind} {component.name}"
+        converted, more = convert_options(options_of(component.options), mine, owner, overrides, arch_label)
+        done.problems += found + more
+        done.settings |= {_written(component, key, shared): setting for key, setting in converted.items()}
+        if not more:
+            values = {key: setting.value for key, setting in converted.items()}
+            try:
+                with offer.attributed("the options"):
+                    done.chosen.append(Chosen(offer, component, component.options(**values)))
+            except UserError as problem:  # of __post_init__: a combination that is refused
+                done.problems.append(str(problem))
+    return done
 
 
 def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
@@ -352,31 +271,6 @@ def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
         except ValueError as problem:
             raise UserError(f"{arch.describe()}: {key}: {value!r} is not {known[key].expects}. {problem}") from None
     return checked
-
-
-def convert_options(
-    options: Mapping[str, Option],
-    given: Mapping[str, Given],
-    owner: str = CORE,
-    overrides: Mapping[str, Any] | None = None,
-    overriding: str = "",
-) -> tuple[dict[str, Setting], list[str]]:
-    """The value of each of ``options``, and the problems of those that have none."""
-    settings: dict[str, Setting] = {}
-    problems: list[str] = []
-    for key, option in options.items():
-        if key in given:
-            try:
-                settings[key] = Setting(key, option.convert(given[key]), given[key].origin, owner, option.location)
-            except UserError as problem:
-                problems.append(str(problem))
-        elif overrides and key in overrides:
-            settings[key] = Setting(key, overrides[key], overriding, owner, option.location)
-        elif option.default is REQUIRED:
-            problems.append(f"{key}: {owner} needs a value: {option.expects}. {option.doc}")
-        else:
-            settings[key] = Setting(key, option.default, "default", owner, option.location)
-    return settings, problems
 
 
 def _given_to(
@@ -434,44 +328,3 @@ def _shared_keys(core_options: Mapping[str, Option], components: list[Component]
                 )
             owners.setdefault(key, []).append(component)
     return {key: having for key, having in owners.items() if len(having) > 1}
-
-
-def _unknown(
-    catalog: Catalog,
-    keys: list[str],
-    given: Mapping[str, Given],
-    known: list[str],
-    renamed: Mapping[str, str],
-    chosen: list[Component],
-) -> list[str]:
-    """A message for each of ``keys``, which nothing in this run takes."""
-    if not keys:
-        return []
-    offers = [offer for kind in KINDS for offer in catalog.offers(kind)]
-    readable = with_readable_source(offers)
-    unread = len({offer.module for offer in offers} - {offer.module for offer in readable})
-    declared: dict[str, list[str]] = {}
-    for offer in readable:
-        for key in offer.declaration.keys if offer.declaration else ():
-            declared.setdefault(key, []).append(f"{offer.kind} {offer.name}")
-
-    def message(key: str) -> str:
-        at = given[key].origin
-        if key in renamed:
-            return f"{at}: {key!r} is not what panda calls it: {renamed[key]}"
-        users = declared.get(key.rpartition(".")[2])
-        if users:
-            kinds = {user.split()[0] for user in users}
-            instead = ", ".join(f"{c.kind} {c.name}" for c in chosen if c.kind in kinds) or "none of these"
-            return (
-                f"{at}: {key!r} is known, but nothing that this run chose uses it: it is an option of"
-                f" {', '.join(users)}, and the run has {instead}. Leave it out, or choose what uses it."
-            )
-        hint = did_you_mean(key, known)
-        if not hint and (hint := did_you_mean(key, declared)):
-            hint += " That is an option of a component that this run did not choose."
-        hint = hint or " `panda-train --help` lists the keys; one from a newer panda is unknown to this one."
-        others = f" Options of {unread:,} modules of other packages were not looked through." if unread else ""
-        return f"{at}: unknown key {key!r}.{hint}{others}"
-
-    return [message(key) for key in keys]

@@ -70,10 +70,15 @@ def begin(
         if processes.rank == 0:
             _set_aside(directory, checkpoint)
             write_description(directory, resolved, model.config, _facts(run, prepared, model))
-            dtype = next(model.engine.module.parameters()).dtype
-            described = prepared.tokenizer, prepared.task.chat_template(), resolved.components["model"]
             describe_model(
-                directory / MODEL_FOLDER, model.base, dtype, *described, prepared.context, prepared.pretrained
+                directory / MODEL_FOLDER,
+                model.base,
+                next(model.engine.module.parameters()).dtype,
+                prepared.tokenizer,
+                chat_template=prepared.task.chat_template(),
+                model=resolved.components["model"],
+                context=prepared.context,
+                pretrained=prepared.pretrained,
             )
 
     processes.together(describe)

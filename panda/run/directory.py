@@ -22,7 +22,7 @@ from panda.files.whole import write_whole
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
-from panda.registry.resolve import Setting
+from panda.registry.settings import Setting
 from panda.run.lock import RunLock
 from panda.weights.finding import from_anywhere
 

@@ -34,6 +34,7 @@ def describe_model(
     module: torch.nn.Module,
     dtype: torch.dtype,
     tokenizer: Any,
+    *,
     chat_template: str | None,
     model: Chosen,
     context: ModelContext,

@@ -326,7 +326,16 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
     module = component.factory(chosen.options, context)
     module.bias.normal_()  # a buffer that training changed
     tokenizer = AutoTokenizer.from_pretrained(save_hf(llama(), tmp_path / "base"))
-    describe_model(tmp_path / "model", module, torch.float32, tokenizer, None, chosen, context, None)
+    describe_model(
+        tmp_path / "model",
+        module,
+        torch.float32,
+        tokenizer,
+        chat_template=None,
+        model=chosen,
+        context=context,
+        pretrained=None,
+    )
     weights = {
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]

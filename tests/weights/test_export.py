@@ -158,7 +158,16 @@ def test_an_answer_ends_at_the_token_that_training_taught_and_where_it_ended_bef
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token_id == 2
     nothing: Any = None  # of what describes models of other kinds
-    describe_model(tmp_path / "model", model, torch.float32, tokenizer, None, nothing, nothing, pretrained)
+    describe_model(
+        tmp_path / "model",
+        model,
+        torch.float32,
+        tokenizer,
+        chat_template=None,
+        model=nothing,
+        context=nothing,
+        pretrained=pretrained,
+    )
     described = GenerationConfig.from_pretrained(tmp_path / "model")
     assert described.eos_token_id == ends
     assert described.top_k == (said or {}).get("top_k", GenerationConfig().top_k)
