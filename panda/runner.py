@@ -57,7 +57,6 @@ from panda.run.assembly import build_outline
 from panda.run.assembly import build_schedule
 from panda.run.assembly import build_task
 from panda.run.assembly import build_weights
-from panda.run.assembly import drawn_one_by_one
 from panda.run.assembly import lay_out
 from panda.run.assembly import lay_out_evaluation
 from panda.run.assembly import load_tokenizer
@@ -221,7 +220,7 @@ def _build(
     schedule = build_schedule(resolved, layout.plan)
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
 
-    model, weights = build_weights(resolved, context, pretrained, later=drawn_one_by_one(options))
+    model, weights = build_weights(resolved, context, pretrained)
     model_name = resolved.components["model"].component.name
     if layout.packed:
         refuse_without_positions(model, model_name)

@@ -22,9 +22,9 @@ def refuse_without_room(
 ) -> None:
     """Raise UserError where ``parameters`` weights alone are more than all the memory that they are to be in.
 
-    That is the memory of ``device``, spread over ``world_size`` ranks as ``config`` tells DeepSpeed; and before,
-    where they are ``drawn``, the host's: by each rank, whole, in fp32. Gradients, optimizer state and activations
-    come on top. They are not counted: what is refused cannot work, and what is not may run out of memory yet.
+    That is the memory of ``device``, spread over ``world_size`` ranks as ``config`` tells DeepSpeed; and before that,
+    where they are ``drawn`` all at once, the host's: each rank draws them in fp32. Gradients, optimizer state and
+    activations are not counted: what is refused cannot work, and what is not may still run out of memory.
     """
     zero = config["zero_optimization"]
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
@@ -39,7 +39,7 @@ def refuse_without_room(
         _refuse(parameters, bits, share, room, f"{device} has", instead)
     if drawn:
         has = f"this machine, on which {ranks_here} rank(s) draw them, has"
-        instead = "With `zero_stage: 3` one tensor is drawn at a time, and with `ckpt_path` none"
+        instead = "Models of transformers are drawn one layer at a time. With `ckpt_path` nothing is drawn"
         _refuse(parameters, 32, 4 * parameters * ranks_here, _host_memory(), has, instead)
 
 

@@ -42,12 +42,10 @@ class AdapterRun:
         return options
 
     def base(self) -> tuple[torch.nn.Module, Weights]:
-        """The base without weights, and those; each is read, or drawn again, when it is wanted."""
+        """The base, and its weights, which it may still lack; each is read, or drawn again, when it is wanted."""
         from panda.run.assembly import build_weights
 
-        model, weights = build_weights(self.resolved, self.context, self.pretrained, later=True)
-        assert weights is not None
-        return model, weights
+        return build_weights(self.resolved, self.context, self.pretrained)
 
 
 def trained_adapters(run: Path) -> bool:

@@ -37,7 +37,7 @@ from panda.models.adapters.quantisation import quantise
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
 from panda.models.initialisation.creation import without_weights
-from panda.models.initialisation.drawing import drawn_later
+from panda.models.initialisation.drawing import initial_weights
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
 from panda.registry import UserError
@@ -53,6 +53,7 @@ from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import put
+from panda.weights.stored_tensor import weights_of
 from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import tokenizer_folder
 
@@ -152,28 +153,25 @@ def build_model(resolved: Resolved, context: ModelContext) -> torch.nn.Module:
 
 
 def build_weights(
-    resolved: Resolved, context: ModelContext, pretrained: Pretrained | None, *, later: bool
-) -> tuple[torch.nn.Module, Weights | None]:
-    """The module that ``resolved`` names, and weights for it: those of ``pretrained``, or random ones.
+    resolved: Resolved, context: ModelContext, pretrained: Pretrained | None
+) -> tuple[torch.nn.Module, Weights]:
+    """The module that ``resolved`` names, and its weights: those of ``pretrained``, or random ones by its seed.
 
-    With ``later`` random ones, too, are drawn one by one when they are read, to the same numbers; None
-    are returned where the module has them already. Draws by the seed of ``resolved``, which it sets.
+    Random weights of a transformers model are drawn when they are read, and depend on the seed and their names only.
+    Another model is built with its weights, after the generators were seeded, the same on every rank.
     """
-    seed_random(resolved.core.seed)  # the same on every rank, for equal weights
+    seed_random(resolved.core.seed)
     if pretrained:
         model = build_model(resolved, context)
         return model, fitted(model, pretrained)
-    if later:
-        return drawn_later(partial(build_model, resolved, context))
-    return build_model(resolved, context), None
-
-
-def drawn_one_by_one(options: RunOptions) -> bool:
-    """Whether random weights are drawn when they are read, since each rank holds a part, or few bits, of them.
-
-    DoRA looks at weights before they are rounded to 16 bits, and so at all of them.
-    """
-    return options.use_quant or (options.zero == 3 and not options.use_dora)
+    outline = build_outline(resolved, context)
+    if outline is not None:
+        drawn = initial_weights(outline, resolved.core.seed)
+        if drawn is not None:
+            return outline, drawn
+    seed_random(resolved.core.seed)
+    model = build_model(resolved, context)
+    return model, weights_of(model)
 
 
 def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module | None:
@@ -201,7 +199,7 @@ def refuse_too_large(outline: torch.nn.Module, resolved: Resolved, context: Mode
         deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu"),
         world_size=world_size,
-        drawn=context.config is None and not drawn_one_by_one(options),
+        drawn=context.config is None and initial_weights(outline, options.seed) is None,
     )
 
 
