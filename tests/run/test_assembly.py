@@ -14,9 +14,11 @@ from panda.engine.processes import Processes
 from panda.run.assembly import build_model
 from panda.run.assembly import build_optimizer
 from panda.run.assembly import build_outline
+from panda.run.assembly import build_weights
 from panda.run.assembly import load_tokenizer
 from panda.run.assembly import make_trainable
 from panda.run.assembly import model_context
+from panda.run.assembly import refuse_too_large
 from panda.runner import _shape
 
 
@@ -68,6 +70,35 @@ def test_a_run_that_differs_so_does_not_continue_another(flags: list[str]) -> No
         _shape(configure(parse_arguments(["--arch", "llama-tiny", *more]))[0], None, dataset) for more in ([], flags)
     ]
     assert shapes[0] != shapes[1]
+
+
+@pytest.mark.parametrize(("is_pretrained", "is_whole"), [(True, False), (False, True)])
+def test_only_models_that_are_not_of_transformers_are_drawn_whole(
+    is_pretrained: bool, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("panda.run.assembly.refuse_without_room", lambda *_, **keywords: told.update(keywords))
+    resolved, _ = configure(parse_arguments(["--arch", "llama-tiny", "--num_layers", "1"]))
+    context = model_context(resolved, load_tokenizer(resolved.core.tokenizer))
+    outline = build_outline(resolved, context)
+    assert outline is not None
+    refuse_too_large(outline if is_pretrained else torch.nn.Linear(2, 2), resolved, context)
+    assert told["drawn"] == is_whole
+
+
+def test_a_model_that_is_not_of_transformers_is_built_with_its_weights_by_the_seed() -> None:
+    def build(context: Any, kind: type) -> torch.nn.Module:
+        return torch.nn.Linear(4, 4)
+
+    context: Any = SimpleNamespace(config=None)
+    resolved: Any = SimpleNamespace(components={"model": SimpleNamespace(build=build)}, core=SimpleNamespace(seed=3))
+    torch.manual_seed(3)
+    expected = torch.nn.Linear(4, 4).state_dict()
+    module, weights = build_weights(resolved, context, None)
+    assert list(weights) == ["weight", "bias"]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+        assert torch.equal(weights[name].read(), expected[name])
 
 
 def test_a_model_that_wants_weights_while_it_is_made_has_no_outline_unless_a_checkpoint_has_them() -> None:

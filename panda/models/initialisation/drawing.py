@@ -83,7 +83,7 @@ class _Drawing:
     def _initialise(self, unit: str) -> None:
         """Do to ``unit`` what transformers does to a new model. Writes to the rest, on the meta device, do nothing."""
         # By this flag from_pretrained initialises only what a checkpoint lacks (transformers 5). Modules around the
-        # unit take part: T5's outermost module draws the embedding again, with another deviation.
+        # unit take part, since some draw parameters of others again, as T5's outermost module does its embedding.
         for name, part in self._model.named_modules():
             part._is_hf_initialized = not (_is_within(name, unit) or _is_within(unit, name))
         with torch.random.fork_rng(devices=[]):
