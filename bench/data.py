@@ -236,7 +236,7 @@ def measure_packing(flags: list[str], arguments: argparse.Namespace) -> None:
     import torch
 
     from panda.engine.processes import join_processes
-    from panda.run.assembly import model_context
+    from panda.run.model import model_context
 
     processes = join_processes()
     on_gpu = processes.device.type == "cuda"

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the customary name
+from initial_model import initial_model
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig
-from transformers import LlamaForCausalLM
 
 from panda.data.order import SampleOrder
 from panda.data.order import Source
@@ -49,8 +49,8 @@ def arguments(
 
 def plain_base(shape: dict[str, int]) -> Any:
     """The model that such a run begins with."""
-    torch.manual_seed(SEED)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=259, rms_norm_eps=1e-6, pad_token_id=0, use_cache=False, **shape))
+    config = LlamaConfig(vocab_size=259, rms_norm_eps=1e-6, pad_token_id=0, use_cache=False, **shape)  # type: ignore[arg-type]
+    return initial_model(config, SEED)
 
 
 def train_plainly(model: PeftModel, dtype: torch.dtype) -> list[float]:

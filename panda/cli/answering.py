@@ -119,7 +119,7 @@ def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import load_adapters
     from panda.models.adapters.lora import put_adapters
-    from panda.run.assembly import load_base
+    from panda.run.model import load_base
 
     model, weights = adapted.base()
     base = load_base(model, adapted.options, weights, device)

@@ -23,8 +23,8 @@ def refuse_without_room(
     """Raise UserError if the ``parameters`` weights by themselves exceed the memory that they have to fit into.
 
     That is the memory of ``device``, with the weights spread over ``world_size`` ranks as ``options`` say, unless
-    ``config`` tells DeepSpeed to offload them. Weights that are ``drawn`` also have to fit into the host's memory
-    first: each rank draws all of them, in fp32. Gradients, optimizer state and activations are not counted: a run
+    ``config`` tells DeepSpeed to offload them. Weights that are ``drawn`` all at once also have to fit into the host's
+    memory first: each rank draws them in fp32. Gradients, optimizer state and activations are not counted: a run
     that is refused cannot work, and one that is not may still run out of memory.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
@@ -39,7 +39,7 @@ def refuse_without_room(
         _refuse(parameters, bits, share, room, f"{device} has", instead)
     if drawn:
         has = f"this machine, on which {ranks_here} rank(s) draw them, has"
-        instead = "With `zero_stage: 3` one tensor is drawn at a time, and with `ckpt_path` none"
+        instead = "Models of transformers are drawn one layer at a time. With `ckpt_path` nothing is drawn"
         _refuse(parameters, 32, 4 * parameters * ranks_here, _host_memory(), has, instead)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from panda.registry import UserError
+from panda.weights.layer_names import layer_of
 from panda.weights.stored_tensor import whole_shape
 
 
@@ -23,9 +23,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """One group a layer, in the order of the module, and more where rate or decay differ within a layer.
 
-    A layer is what shares a name up to its first number: ``model.layers.0``. ZeRO-1 and 2 make an
-    fp32 copy of the gradients of one group at a time during the step; with one group for the whole
-    model that copy is as large as the model (25 GiB at 7B, measured).
+    ZeRO-1 and 2 make an fp32 copy of the gradients of one group at a time during the step; with one
+    group for the whole model that copy is as large as the model (25 GiB at 7B, measured).
 
     ``decay_on``: "all" parameters, or "matrices": not norms, biases and embeddings. ``multipliers``:
     factors of the learning rate, by pattern of names (``*`` is any text); the first that matches
@@ -35,17 +34,16 @@ def param_groups(
     # By what they have: those of tensor parallelism and of quantisation are classes of other libraries.
     embeddings = {id(part.weight) for part in module.modules() if hasattr(part, "num_embeddings")}
     unused = set(multipliers)
-    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[str | None, bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         matching = [pattern for pattern in multipliers if fnmatchcase(name, pattern)]
         unused -= set(matching)
         if not parameter.requires_grad:
             continue
-        layer = re.match(r"([^.]+\.)*?\d+(?=\.|$)", name)
         decayed = decay_on == "all" or (len(whole_shape(parameter)) > 1 and id(parameter) not in embeddings)
         factor = multipliers[matching[0]] if matching else 1.0
         group = groups.setdefault(
-            (layer.group() if layer else "", decayed, factor),
+            (layer_of(name), decayed, factor),
             {"params": [], "lr": learning_rate * factor, "weight_decay": weight_decay if decayed else 0.0},
         )
         group["params"].append(parameter)

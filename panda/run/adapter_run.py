@@ -42,12 +42,10 @@ class AdapterRun:
         return options
 
     def base(self) -> tuple[torch.nn.Module, Weights]:
-        """The base without weights, and those; each is read, or drawn again, when it is wanted."""
-        from panda.run.assembly import build_weights
+        """The base, and its weights, which it may still lack; each is read, or drawn again, when it is wanted."""
+        from panda.run.model import build_weights
 
-        model, weights = build_weights(self.resolved, self.context, self.pretrained, later=True)
-        assert weights is not None
-        return model, weights
+        return build_weights(self.resolved, self.context, self.pretrained)
 
 
 def trained_adapters(run: Path) -> bool:
@@ -86,7 +84,7 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
         )
 
     from panda.run.assembly import load_tokenizer
-    from panda.run.assembly import model_context
+    from panda.run.model import model_context
     from panda.weights.export import MODEL_FOLDER
     from panda.weights.pretrained import base_weights
 

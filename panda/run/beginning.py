@@ -12,11 +12,11 @@ from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.run.assembly import build_schedule
-from panda.run.assembly import seed_random
 from panda.run.continuation import Continuation
 from panda.run.directory import make_directory
 from panda.run.directory import write_description
 from panda.run.lock import RunLock
+from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel

@@ -14,13 +14,15 @@ from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
 from panda.run.assembly import build_evaluation_task
-from panda.run.assembly import build_outline
 from panda.run.assembly import build_task
 from panda.run.assembly import dataset_of
 from panda.run.assembly import load_tokenizer
-from panda.run.assembly import model_context
-from panda.run.assembly import refuse_splitting
-from panda.run.assembly import refuse_too_large
+from panda.run.model import build_outline
+from panda.run.model import build_with_weights
+from panda.run.model import model_context
+from panda.run.model import random_weights
+from panda.run.model import refuse_splitting
+from panda.run.model import refuse_too_large
 from panda.tasks.language_modelling import LanguageModelling
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
@@ -69,28 +71,41 @@ class Preparation:
         """What the model is given beside its options."""
         return model_context(self.resolved, self.tokenizer, self.pretrained)
 
-    @cached_property
+    @property
     def outline(self) -> torch.nn.Module | None:
         """The model without weights; None where a model needs weights while it is built.
 
         Raises UserError where it cannot be split over ranks as asked, or is larger than the memory here.
         """
-        outline = build_outline(self.resolved, self.context)
-        if outline is not None:
-            refuse_splitting(outline, self.resolved)
-            refuse_too_large(outline, self.resolved, self.context, self.world_size)
-        return outline
+        return self._outline_and_random_weights[0]
 
     @cached_property
     def weights(self) -> Weights | None:
-        """The checkpoint's tensors by their names in the model; None where weights are random.
+        """The tensors of the model, by name: the checkpoint's, or random ones; each is read or drawn when it is needed.
 
-        Raises UserError where they do not fit the model.
+        None where the model has to be built with its weights. Raises UserError where the checkpoint's do not fit.
         """
+        outline, drawn = self._outline_and_random_weights
         if self.pretrained is None:
-            return None
-        assert self.outline is not None, "a model is always built without weights where a checkpoint has them"
-        return fitted(self.outline, self.pretrained)
+            return drawn
+        assert outline is not None, "the model of a checkpoint is always built without weights"
+        return fitted(outline, self.pretrained)
+
+    @cached_property
+    def _outline_and_random_weights(self) -> tuple[torch.nn.Module | None, Weights | None]:
+        outline = build_outline(self.resolved, self.context)
+        drawn = random_weights(outline, self.options.seed) if self.pretrained is None else None
+        if outline is not None:
+            refuse_splitting(outline, self.resolved)
+            drawn_whole = self.pretrained is None and drawn is None
+            refuse_too_large(outline, self.options, self.world_size, drawn=drawn_whole)
+        return outline, drawn
+
+    def base(self) -> tuple[torch.nn.Module, Weights]:
+        """The model, and the weights that it may still lack."""
+        if self.outline is None or self.weights is None:
+            return build_with_weights(self.resolved, self.context)
+        return self.outline, self.weights
 
     @cached_property
     def dataset(self) -> SampleSet:

@@ -15,10 +15,8 @@ from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
 from panda.run.assembly import build_optimizer
-from panda.run.assembly import build_weights
-from panda.run.assembly import drawn_one_by_one
-from panda.run.assembly import make_trainable
-from panda.run.assembly import seed_random
+from panda.run.model import make_trainable
+from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.weights.stored_tensor import whole_shape
 
@@ -46,9 +44,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     name = prepared.resolved.components["model"].component.name
 
-    base, weights = prepared.outline, prepared.weights
-    if base is None or weights is None:
-        base, weights = build_weights(prepared.resolved, prepared.context, None, later=drawn_one_by_one(options))
+    base, weights = prepared.base()
     if layout.packed:
         refuse_without_positions(base, name)
     parameters = sum(parameter.numel() for parameter in base.parameters())

@@ -39,3 +39,14 @@ def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> torch.nn.Par
 
 Weights = Mapping[str, StoredTensor]
 """Every tensor of a model, by name, in the order of the file or the module."""
+
+
+def weights_of(module: torch.nn.Module) -> Weights:
+    """The parameters and persistent buffers that ``module`` has now, under their first names."""
+    weights: dict[str, StoredTensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            weights[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
+        seen.add(id(tensor))
+    return weights

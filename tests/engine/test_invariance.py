@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from initial_model import initial_model
 from launching import exported_weights
 from launching import losses
 from launching import metrics
 from launching import train_many
 from launching import zero3_at_once
 from transformers import LlamaConfig
-from transformers import LlamaForCausalLM
 
 from panda.data.order import SampleOrder
 from panda.data.order import Source
@@ -65,9 +65,7 @@ def warmup(completed: int) -> float:
 
 def plain_loop(*, mean_of_means: bool = False, schedule: Callable[[int], float] = warmup) -> Reference:
     """The same training without panda's engine, tasks or optimizer: a record of each step, and the weights."""
-    random.seed(SEED)
-    torch.manual_seed(SEED)
-    model = LlamaForCausalLM(
+    model = initial_model(
         LlamaConfig(
             vocab_size=259,
             hidden_size=32,
@@ -78,7 +76,8 @@ def plain_loop(*, mean_of_means: bool = False, schedule: Callable[[int], float] 
             rms_norm_eps=1e-6,
             tie_word_embeddings=False,
             pad_token_id=0,
-        )
+        ),
+        SEED,
     ).double()
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, eps=EPSILON, weight_decay=DECAY)
     data = rows()

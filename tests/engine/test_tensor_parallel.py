@@ -18,6 +18,7 @@ import torch
 import vocabulary_parts
 from checkpoint_files import llama
 from checkpoint_files import save_hf
+from initial_model import initial_model
 from lamb_reference import ReferenceLamb
 from launching import exported_weights
 from launching import losses
@@ -26,7 +27,6 @@ from launching import train_many
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig
-from transformers import LlamaForCausalLM
 
 from panda.cli.export import main as export_main
 from panda.cli.generate import main as generate_main
@@ -127,9 +127,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def plain_loop(start: str, optimizer_name: str) -> tuple[list[dict[str, float]], Any, dict[str, float]]:
     """The same training in one process: a record of each step, the model, and the last trust ratios of nvlamb."""
-    torch.manual_seed(SEED)
     drawn = LlamaConfig(**SHAPE, rms_norm_eps=1e-6, pad_token_id=0)  # type: ignore[arg-type]
-    model = (LlamaForCausalLM(drawn) if start == "drawn" else llama(3, **TIED)).double()
+    model = (initial_model(drawn, SEED) if start == "drawn" else llama(3, **TIED)).double()
     weights = dict(model.named_parameters())
     rate = RATES[optimizer_name]
     adamw = torch.optim.AdamW(model.parameters(), lr=rate, betas=BETAS, eps=EPSILON, weight_decay=DECAY)

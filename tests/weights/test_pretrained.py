@@ -31,9 +31,9 @@ from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
-from panda.run.assembly import build_model
 from panda.run.assembly import load_tokenizer
-from panda.run.assembly import model_context
+from panda.run.model import build_outline
+from panda.run.model import model_context
 from panda.weights.finding import find_pretrained
 from panda.weights.pretrained import fitted
 
@@ -53,7 +53,8 @@ def loaded(*argv: object) -> Any:
     pretrained = find_pretrained(resolved.core)
     assert pretrained is not None
     context = model_context(resolved, load_tokenizer(resolved.core.tokenizer), pretrained)
-    module = build_model(resolved, context)
+    module = build_outline(resolved, context)
+    assert module is not None
     assert all(parameter.is_meta for parameter in module.parameters()), "nothing is initialised"
     place(module, fitted(module, pretrained), RunOptions(), {}, Processes(0, 1, torch.device("cpu")))
     return module.eval()

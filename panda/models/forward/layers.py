@@ -1,13 +1,9 @@
-"""Recomputing the activations of each layer of a model instead of storing them, and compiling each layer.
-
-A layer is a module whose name ends with its first number, ``model.layers.0``, as in the parameter groups.
-"""
+"""Recomputing the activations of each layer of a model instead of storing them, and compiling each layer."""
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from panda.registry import UserError
+from panda.weights.layer_names import layer_of
 
 CHEAP_TERMS = 256
 """A matrix product over fewer terms, such as an adapter's, costs less to recompute than to store."""
@@ -28,7 +25,7 @@ _ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_eff
 
 def numbered_layers(model: torch.nn.Module, key: str) -> list[torch.nn.Module]:
     """The layers of ``model``. Raises UserError, about option ``key``, where it has none."""
-    layers = [module for name, module in model.named_modules() if re.fullmatch(r"([^.\d][^.]*\.)*\d+", name)]
+    layers = [module for name, module in model.named_modules() if layer_of(name) == name]
     if not layers:
         raise UserError(
             f"{key}: {type(model).__name__} has no numbered layers (`layers.0`, `layers.1`, ...), to which it applies."

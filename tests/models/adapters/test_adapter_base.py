@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoint_files import llama
 from checkpoint_files import save_hf
+from initial_model import initial_model
 from launching import ENVIRONMENT
 from launching import losses
 from launching import run_panda
@@ -95,9 +96,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_base(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The base of a run, without panda: from its folder, quantised by transformers where the run quantised it."""
     if "random" in name:
-        torch.manual_seed(3)
         config = AutoModelForCausalLM.from_pretrained(folder / "merged" / name).config
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / f"drawn-{name}")
+        initial_model(config, 3).save_pretrained(folder / f"drawn-{name}")
         source = folder / f"drawn-{name}"
     else:
         source = folder / "base"

@@ -1,225 +1,311 @@
-"""Weights that are drawn when they are read are those that the module would have had from the beginning."""
+"""Random weights follow from seed and name, are distributed as transformers has them, and come a unit at a time."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+import gc
+import hashlib
+import json
+import math
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from initial_model import without
+from launching import train_many
+from launching import zero3_at_once
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers import AutoModelForSeq2SeqLM
 from transformers import Gemma2Config
 from transformers import GPT2Config
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from transformers import OPTConfig
+from transformers import PreTrainedModel
+from transformers import T5Config
 
-from panda.models.initialisation.drawing import drawn_later
-from panda.run.assembly import seed_random
+from panda.models.initialisation.creation import without_weights
+from panda.models.initialisation.drawing import initial_weights
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 259,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
+    "pad_token_id": 0,
 }
-OPT = {"ffn_dim": 48, "word_embed_proj_dim": 16}
-
-
-def by_hand() -> torch.nn.Module:
-    """Draws in several steps, on parts, and beside parameters."""
-    layer = torch.nn.Linear(50, 51)
-    torch.nn.init.xavier_normal_(layer.weight)
-    with torch.no_grad():
-        layer.weight[3:7].fill_(2)
-        layer.weight[:, 1].uniform_()
-        layer.weight.mul_(3).add_(1)
-        layer.bias.copy_(torch.randn(51))
-    layer.drawn_before = torch.nn.Parameter(torch.randn(3))
-    layer.register_buffer("buffer", torch.rand(2))
-    return layer
-
-
-def orthogonal() -> torch.nn.Module:
-    """Looks at what it drew, which cannot be done later."""
-    layer = torch.nn.Linear(5, 5)
-    torch.nn.init.orthogonal_(layer.weight)
-    return layer
-
-
-def truncated() -> torch.nn.Module:
-    """Draws again what is too large."""
-    layer = torch.nn.Linear(50, 51)
-    torch.nn.init.trunc_normal_(layer.weight, std=2.0)
-    return layer
-
-
-def by_chance() -> torch.nn.Module:
-    """Draws from numpy and Python, too, and then does what cannot be done later."""
-    layer = torch.nn.Linear(5, 5)
-    with torch.no_grad():
-        layer.weight.fill_(random.random())
-        layer.bias.fill_(np.random.rand())
-        layer.weight.add_(float(layer.weight.sum()))
-    return layer
-
-
-def given_data() -> torch.nn.Module:
-    layer = torch.nn.Linear(5, 5)
-    layer.weight.data = torch.randn(5, 5)
-    return layer
-
-
-def through_numpy() -> torch.nn.Module:
-    layer = torch.nn.Linear(5, 5)
-    layer.weight.detach().numpy()[:] = np.eye(5)
-    return layer
-
-
-def goes_on_from_notes() -> torch.nn.Module:
-    """Catches what says that something cannot be noted."""
-    layer = torch.nn.Linear(5, 5)
-    try:
-        torch.nn.init.orthogonal_(layer.weight)
-    except Exception:
-        torch.nn.init.zeros_(layer.weight)
-    return layer
-
-
-def goes_on_from_torch() -> torch.nn.Module:
-    """Catches what torch says of the meta device."""
-    layer = torch.nn.Linear(5, 5)
-    try:
-        layer.weight.data = torch.randn(5, 5)
-    except Exception:
-        torch.nn.init.zeros_(layer.weight)
-    return layer
-
-
-def written_by_another_name() -> torch.nn.Module:
-    layer, weight = torch.nn.Module(), torch.empty(4, 4)
-    layer.weight = torch.nn.Parameter(weight)
-    weight.fill_(2)
-    return layer
-
-
-def written_by_another_name_in_numpy() -> torch.nn.Module:
-    layer, weight = torch.nn.Module(), torch.empty(4, 4)
-    array = weight.numpy()
-    layer.weight = torch.nn.Parameter(weight)
-    del weight
-    array[:] = 2
-    return layer
-
-
-def written_before_in_numpy() -> torch.nn.Module:
-    layer, weight = torch.nn.Module(), torch.empty(4, 4)
-    np.asarray(weight)[:] = 2
-    weights = [weight]
-    del weight
-    layer.weight = torch.nn.Parameter(weights.pop())
-    return layer
-
-
-def part_of_another() -> torch.nn.Module:
-    layer = torch.nn.Linear(5, 5)
-    layer.part = torch.nn.Parameter(layer.weight.detach()[2:])
-    return layer
-
-
-def written_as_another_type() -> torch.nn.Module:
-    layer = torch.nn.Linear(4, 4)
-    layer.weight.detach().view(torch.int32).fill_(7)
-    return layer
-
-
-def turned() -> torch.nn.Module:
-    """Written to through a view that is transposed in place."""
-    layer = torch.nn.Linear(4, 4)
-    view = layer.weight.detach()
-    view.t_()
-    view[0].fill_(3)
-    return layer
-
-
-def copied() -> torch.nn.Module:
-    return torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 2)
-
-
-BUILDERS: dict[str, tuple[Callable[[], torch.nn.Module], bool]] = {
-    "llama": (lambda: LlamaForCausalLM(LlamaConfig(pad_token_id=0, **SHAPE)), True),
-    "tied": (lambda: LlamaForCausalLM._from_config(LlamaConfig(tie_word_embeddings=True, **SHAPE)), True),
-    "gpt2": (
-        lambda: AutoModelForCausalLM.from_config(GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=2)),
-        True,
-    ),
-    "opt": (lambda: AutoModelForCausalLM.from_config(OPTConfig(**SHAPE | OPT)), True),
-    "gemma2": (lambda: AutoModelForCausalLM.from_config(Gemma2Config(head_dim=16, pad_token_id=0, **SHAPE)), True),
-    "gru": (lambda: torch.nn.Sequential(torch.nn.Embedding(7, 8, padding_idx=1), torch.nn.GRU(8, 8, 2)), True),
-    "convolution": (lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5)), True),
-    "by hand": (by_hand, True),
-    "truncated": (truncated, False),
-    "orthogonal": (orthogonal, False),
-    "copied": (copied, False),
-    "by chance": (by_chance, False),
-    "given data": (given_data, False),
-    "through numpy": (through_numpy, False),
-    "goes on from notes": (goes_on_from_notes, False),
-    "goes on from torch": (goes_on_from_torch, False),
-    "written by another name": (written_by_another_name, False),
-    "written by another name in numpy": (written_by_another_name_in_numpy, False),
-    "written before in numpy": (written_before_in_numpy, False),
-    "part of another": (part_of_another, False),
-    "written as another type": (written_as_another_type, False),
-    "turned": (turned, False),
-    "empty": (lambda: torch.nn.Linear(0, 4), True),
+T5 = {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SHAPE),
+    "tied": LlamaConfig(tie_word_embeddings=True, **SHAPE),
+    "biases": LlamaConfig(attention_bias=True, mlp_bias=True, **SHAPE),
+    "gpt2": GPT2Config(vocab_size=259, n_embd=32, n_layer=3, n_head=2, bos_token_id=1, eos_token_id=2),
+    "opt": OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
+    "gemma2": Gemma2Config(head_dim=16, **SHAPE),
+    "t5": T5Config(**T5, tie_word_embeddings=False),
 }
-"""What builds a module, and whether its weights can be left for later."""
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_in_any_order_each_tensor_is_the_same_bits(name: str) -> None:
-    build, is_later = BUILDERS[name]
-    seed_random(3)
-    expected = build()
-    generator_after, others_after = torch.get_rng_state(), (random.random(), np.random.rand())
-    seed_random(3)
-    module, weights = drawn_later(build)
-    assert torch.equal(torch.get_rng_state(), generator_after)
-    assert (random.random(), np.random.rand()) == others_after
-    state = expected.state_dict()
-    assert len(weights) == len({id(tensor) for tensor in expected.state_dict(keep_vars=True).values()})
+def build(name: str) -> Any:
+    config = CONFIGS[name]
+    kind: Any = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    return kind.from_config(config, dtype=torch.float32)
+
+
+def weights_of(name: str, seed: int = 3) -> Any:
+    with without_weights():
+        outline = build(name)
+    return initial_weights(outline, seed)
+
+
+def read_all(name: str, seed: int = 3) -> dict[str, torch.Tensor]:
+    return {key: stored.read() for key, stored in weights_of(name, seed).items()}
+
+
+def test_a_layer_is_drawn_from_a_generator_of_its_own_that_seed_and_name_give() -> None:
+    found = read_all("llama", seed=3)
+    for unit, first in {
+        "model.layers.2": "model.layers.2.self_attn.q_proj.weight",
+        "model.embed_tokens": "model.embed_tokens.weight",
+        "lm_head": "lm_head.weight",
+    }.items():
+        number = int.from_bytes(hashlib.sha256(f"3/{unit}".encode()).digest()[:8], "big")
+        expected = torch.empty_like(found[first]).normal_(std=0.02, generator=torch.Generator().manual_seed(number))
+        if unit == "model.embed_tokens":
+            expected[0] = 0.0  # of the padding token
+        assert torch.equal(found[first], expected), unit
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_order_of_reading_changes_nothing(name: str) -> None:
+    expected, weights = read_all(name), weights_of(name)
     for key in reversed(weights):
         for _ in range(2):
-            assert torch.equal(weights[key].read(), state[key]), key
+            assert torch.equal(weights[key].read(), expected[key]), key
             torch.rand(1)  # whatever is drawn in between
-    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
-    assert all(parameter.is_meta == is_later for parameter in matrices)
+    mixed = weights_of(name)
+    for key in sorted(mixed, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        assert torch.equal(mixed[key].read(), expected[key]), key
 
 
-def test_reading_leaves_the_generator_alone() -> None:
-    _, weights = drawn_later(BUILDERS["llama"][0])
+def test_every_tensor_is_there_once_in_the_order_of_the_module() -> None:
+    for name in CONFIGS:
+        plain = build(name).state_dict(keep_vars=True)
+        seen: dict[int, str] = {}
+        for key, tensor in plain.items():
+            seen.setdefault(id(tensor), key)
+        weights = weights_of(name)
+        assert list(weights) == list(seen.values())
+        for key, stored in weights.items():
+            assert (stored.shape, stored.dtype) == (tuple(plain[key].shape), plain[key].dtype)
+            assert stored.read().shape == stored.shape
+    assert "lm_head.weight" in weights_of("llama")
+    assert "lm_head.weight" not in weights_of("tied")
+
+
+def test_another_seed_and_another_name_give_other_numbers() -> None:
+    found, other = read_all("llama", 3), read_all("llama", 4)
+    matrices = {key: tensor for key, tensor in found.items() if tensor.dim() > 1}
+    assert len(matrices) == 2 + 3 * 7
+    for key, tensor in matrices.items():
+        assert (tensor != other[key]).float().mean() > 0.9, key
+        for sibling, same_shape in matrices.items():
+            if sibling != key and same_shape.shape == tensor.shape:
+                assert (tensor != same_shape).float().mean() > 0.9, (key, sibling)
+
+
+def test_a_layer_is_the_same_in_a_model_of_more_layers() -> None:
+    found = read_all("llama")
+    deeper = initial_weights(without(LlamaConfig(**SHAPE | {"num_hidden_layers": 5})), 3)
+    assert deeper is not None
+    assert len(deeper) > len(found)
+    assert all(torch.equal(deeper[key].read(), tensor) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_numbers_are_distributed_as_transformers_has_them(name: str) -> None:
+    torch.manual_seed(11)
+    plain = build(name).state_dict()
+    found = read_all(name)
+    for key, tensor in found.items():
+        expected, count = plain[key], tensor.numel()
+        if expected.std() == 0:  # norms are one, biases zero
+            assert torch.equal(tensor, expected), key
+            continue
+        # Both are samples: five standard errors of the difference.
+        deviation = expected.std()
+        assert abs(tensor.std() / deviation - 1) < 5 * math.sqrt(2 / (2 * count)), key
+        assert abs(tensor.mean() - expected.mean()) < 5 * deviation * math.sqrt(2 / count), key
+        assert torch.equal((tensor == 0).all(-1), (expected == 0).all(-1)), key  # the row of the padding token
+
+
+def test_residual_projections_of_gpt2_are_scaled_by_the_depth() -> None:
+    found = read_all("gpt2")
+    for layer in range(3):
+        for part in ("attn", "mlp"):
+            deviation = float(found[f"transformer.h.{layer}.{part}.c_proj.weight"].std())
+            assert deviation == pytest.approx(0.02 / math.sqrt(6), rel=0.1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generators_are_left_as_they_are(name: str) -> None:
+    with without_weights():
+        outline = build(name)
     before = torch.get_rng_state()
+    weights = initial_weights(outline, 3)
+    assert weights is not None
     for stored in weights.values():
         stored.read()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_error_of_the_model_is_the_one_that_building_it_raises() -> None:
-    def build() -> torch.nn.Module:
-        torch.nn.Linear(2, 2)
-        raise ValueError("hidden_size")
+def test_one_unit_is_in_memory_and_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of("llama")
+    drawn = []
+    initialise = LlamaForCausalLM.initialize_weights
+    monkeypatch.setattr(LlamaForCausalLM, "initialize_weights", lambda model: (drawn.append(1), initialise(model)))
+    sizes: dict[str, int] = {}
+    for key, stored in weights.items():
+        unit = ".".join(key.split(".")[:3]) if ".layers." in key else key
+        sizes[unit] = sizes.get(unit, 0) + math.prod(stored.shape)
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through again
+    most = 0
+    for stored in weights.values():
+        tensor = stored.read()
+        most = max(most, newly_in_memory())
+        del tensor
+    left = newly_in_memory()
+    gc.unfreeze()
+    assert len(drawn) == len(sizes) == 3 + 3
+    assert max(sizes.values()) // 2 < most <= max(sizes.values())
+    assert left == 0  # nothing is kept of what has been read
 
-    with pytest.raises(ValueError, match=r"^hidden_size$") as caught:
-        drawn_later(build)
-    assert caught.value.__context__ is None
+
+def newly_in_memory() -> int:
+    """Numbers in tensors that were made since ``gc.freeze()`` and are reachable, each memory counted once."""
+    gc.collect()
+    found = {}
+    for tensor in gc.get_objects():
+        if issubclass(type(tensor), torch.Tensor) and not tensor.is_meta:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return sum(found.values())
 
 
-def test_modules_and_tensors_built_afterwards_are_as_ever() -> None:
-    drawn_later(BUILDERS["gru"][0])
-    with torch.device("meta"):
-        assert torch.nn.Linear(2, 2).weight.is_meta
-    assert not torch.nn.Linear(2, 2).weight.is_meta
+def test_the_module_may_be_changed_before_weights_are_read() -> None:
+    outline = without(CONFIGS["llama"])
+    weights = initial_weights(outline, 3)
+    assert weights is not None
+    for layer in outline.model.layers:
+        layer.mlp.up_proj = torch.nn.Identity()
+    outline.model.embed_tokens.weight = torch.nn.Parameter(torch.zeros(259, 32))
+    for key, tensor in read_all("llama").items():
+        assert torch.equal(weights[key].read(), tensor)
+
+
+class Stated(PreTrainedModel):
+    """A matrix and a buffer that ``_init_weights`` does to what its configuration says."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.inner = torch.nn.Linear(4, 4)
+        self.scale = torch.nn.Parameter(torch.ones(8))
+        self.register_buffer("table", torch.rand(5))
+        self.post_init()
+
+    def _init_weights(self, module: Any) -> None:
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+        elif module is self:
+            if self.config.initializer_range == 0.5:
+                torch.nn.init.normal_(self.scale)
+            elif self.config.initializer_range == 0.25:
+                torch.nn.init.normal_(self.scale[:3])
+            torch.nn.init.uniform_(self.table)
+            torch.nn.init.normal_(self.inner.weight, mean=9.0)
+
+
+def stated(initializer_range: float) -> tuple[Any, Any]:
+    with without_weights():
+        outline = Stated(LlamaConfig(initializer_range=initializer_range))
+    return outline, initial_weights(outline, 3)
+
+
+def test_what_an_outer_module_draws_again_is_drawn_by_it() -> None:
+    assert (stated(0.5)[1]["inner.weight"].read() - 9).abs().max() < 6
+
+
+def test_a_buffer_is_the_modules_own() -> None:
+    outline, weights = stated(0.5)
+    table = outline.table.clone()
+    assert {key: stored.shape for key, stored in weights.items()} == {
+        "scale": (8,),
+        "table": (5,),
+        "inner.weight": (4, 4),
+        "inner.bias": (4,),
+    }
+    first = {key: stored.read().clone() for key, stored in weights.items()}
+    assert torch.equal(first["table"], table)
+    assert all(torch.equal(stored.read(), first[key]) for key, stored in weights.items())
+
+
+def test_what_is_not_initialised_by_part_is_not_drawn_by_part() -> None:
+    assert initial_weights(torch.nn.Linear(2, 2), 3) is None
+    with without_weights():
+        assert initial_weights(torch.nn.TransformerEncoderLayer(8, 2), 3) is None
+    assert stated(0.0)[1] is None  # `scale` would be what the constructor made of it
+
+
+def test_a_parameter_that_is_set_in_part_is_an_error_where_it_is_read() -> None:
+    _, weights = stated(0.25)
+    assert torch.isfinite(weights["inner.weight"].read()).all()
+    with pytest.raises(AssertionError, match=r"Stated\._init_weights sets only a part of scale"):
+        weights["scale"].read()
+
+
+RUNS: dict[str, tuple[int, tuple[object, ...]]] = {
+    "zero0": (1, ("--zero_stage", 0)),
+    "zero1": (2, ("--zero_stage", 1)),
+    "zero3": (2, ()),
+    "tensor-parallel": (2, ("--tensor_parallel_size", 2, "--vocab_size", 260)),
+    "bf16": (2, ("--zero_stage", 1, "--precision", "bf16")),
+}
+"""Ranks and flags of runs that end where they began: a step at a learning rate of next to nothing."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawing")
+    (folder / "rows.json").write_text(json.dumps([{"input": "a", "target": "b"}] * 8))
+    for ranks in (1, 2):
+        commands = [
+            [
+                *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48),
+                *("--num_heads", 2, "--instruction_tuning_data_dir", folder / "rows.json", "--seed", 3),
+                *("--output_dir", folder / name, "--max_steps", 1, "--learning_rate", 1e-30, "--num_workers", 0),
+                *("--per_gpu_train_batch_size", 1, "-p", "no:tensorboard", "-p", "no:plot"),
+                *(*more, *(zero3_at_once(folder) if name == "zero3" else ())),
+            ]
+            for name, (count, more) in RUNS.items()
+            if count == ranks
+        ]
+        train_many(commands, ranks=ranks, cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_begins_with_them_whatever_its_stage_its_ranks_and_its_precision(runs: Path, name: str) -> None:
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": 2, "vocab_size": 260 if "tensor" in name else 259})
+    expected = initial_weights(without(config), 3)
+    assert expected is not None
+    found = load_file(runs / name / "export" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, stored in expected.items():
+        tensor = stored.read().to(torch.bfloat16 if name == "bf16" else torch.float32)
+        assert found[key].dtype == tensor.dtype
+        assert (found[key] - tensor).abs().max() < 1e-25, key

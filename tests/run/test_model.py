@@ -11,13 +11,15 @@ import torch
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.engine.processes import Processes
-from panda.run.assembly import build_model
 from panda.run.assembly import build_optimizer
-from panda.run.assembly import build_outline
 from panda.run.assembly import load_tokenizer
-from panda.run.assembly import make_trainable
-from panda.run.assembly import model_context
 from panda.run.continuation import agreement_of
+from panda.run.model import build_outline
+from panda.run.model import build_weights
+from panda.run.model import build_with_weights
+from panda.run.model import make_trainable
+from panda.run.model import model_context
+from panda.run.preparation import Preparation
 
 
 def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
@@ -32,7 +34,7 @@ def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
         "lamb",
     ]
     resolved = configure(parse_arguments(flags)).resolved
-    model = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
+    model, _ = build_with_weights(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
     optimizer = build_optimizer(resolved, model, torch.device("cpu"))
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {
@@ -50,7 +52,8 @@ def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
 def test_what_is_asked_of_the_layers_is_done_to_them() -> None:
     flags = ["--arch", "llama-tiny", "--num_layers", "2", "--compile", "--activation_checkpointing", "full"]
     resolved = configure(parse_arguments(flags)).resolved
-    model: Any = build_model(resolved, model_context(resolved, load_tokenizer(resolved.core.tokenizer)))
+    context = model_context(resolved, load_tokenizer(resolved.core.tokenizer))
+    model: Any = build_with_weights(resolved, context)[0]
     processes = Processes(0, 1, torch.device("cpu"))
     assert make_trainable(model, resolved.core, None, {}, processes) is model
     for layer in model.model.layers:
@@ -69,6 +72,34 @@ def test_a_run_that_differs_so_does_not_continue_another(flags: list[str]) -> No
         for more in ([], flags)
     ]
     assert shapes[0] != shapes[1]
+
+
+@pytest.mark.parametrize(("of_transformers", "is_whole"), [(True, False), (False, True)])
+def test_only_models_that_are_not_of_transformers_are_drawn_whole(
+    of_transformers: bool, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("panda.run.model.refuse_without_room", lambda *_, **keywords: asked.update(keywords))
+    if not of_transformers:
+        monkeypatch.setattr("panda.run.preparation.build_outline", lambda *_: torch.nn.Linear(2, 2))
+    configuration = configure(parse_arguments(["--arch", "llama-tiny", "--num_layers", "1"]))
+    assert Preparation(configuration).outline is not None
+    assert asked["drawn"] == is_whole
+
+
+def test_a_model_that_is_not_of_transformers_is_built_with_its_weights_by_the_seed() -> None:
+    def build(context: Any, kind: type) -> torch.nn.Module:
+        return torch.nn.Linear(4, 4)
+
+    context: Any = SimpleNamespace(config=None)
+    resolved: Any = SimpleNamespace(components={"model": SimpleNamespace(build=build)}, core=SimpleNamespace(seed=3))
+    torch.manual_seed(3)
+    expected = torch.nn.Linear(4, 4).state_dict()
+    module, weights = build_weights(resolved, context, None)
+    assert list(weights) == ["weight", "bias"]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+        assert torch.equal(weights[name].read(), expected[name])
 
 
 def test_a_model_that_wants_weights_while_it_is_made_has_no_outline_unless_a_checkpoint_has_them() -> None:

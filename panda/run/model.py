@@ -1,0 +1,172 @@
+"""The model of a run, from a name to a module that is trained: its outline, its weights, and what is done to it."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from panda.configuration.following import config_for
+from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.memory import refuse_without_room
+from panda.engine.placement import place
+from panda.engine.processes import Processes
+from panda.engine.tensor_parallel import plan_of
+from panda.engine.tensor_parallel import shards_of
+from panda.engine.tensor_parallel import split
+from panda.models.adapters.lora import add_adapters
+from panda.models.adapters.quantisation import quantise
+from panda.models.forward.layers import compile_layers
+from panda.models.forward.layers import recompute_activations
+from panda.models.initialisation.creation import without_weights
+from panda.models.initialisation.drawing import initial_weights
+from panda.registry import UserError
+from panda.registry.contexts import ModelContext
+from panda.registry.resolve import Resolved
+from panda.weights.pretrained import Pretrained
+from panda.weights.pretrained import fitted
+from panda.weights.stored_tensor import StoredTensor
+from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import put
+from panda.weights.stored_tensor import weights_of
+
+
+def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
+    """What a model is told beside its options. Raises UserError where the tokenizer has more than ``pretrained``."""
+    return ModelContext(
+        vocab_size=len(tokenizer),
+        max_seq_length=resolved.core.max_seq_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        config=config_for(pretrained, len(tokenizer), extend=resolved.core.extend_vocab) if pretrained else None,
+    )
+
+
+def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module | None:
+    """The module that ``resolved`` names, without weights; None where a model needs weights while it is built."""
+    try:
+        with torch.device("cpu"), without_weights():
+            outline: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
+    except UserError:
+        raise
+    except Exception:
+        if context.config is not None:  # the model of a checkpoint is always built so
+            raise
+        return None
+    return outline
+
+
+def random_weights(outline: torch.nn.Module | None, seed: int) -> Weights | None:
+    """Random weights of ``outline``, drawn when they are read; None where it has to be built with its weights."""
+    return initial_weights(outline, seed) if outline is not None else None
+
+
+def build_with_weights(resolved: Resolved, context: ModelContext) -> tuple[torch.nn.Module, Weights]:
+    """The module that ``resolved`` names, built with random weights by its seed: the same on every rank; and those."""
+    # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and how a run is
+    # partitioned must not decide where it begins.
+    seed_random(resolved.core.seed)
+    with torch.device("cpu"):
+        model: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
+    return model, weights_of(model)
+
+
+def build_weights(
+    resolved: Resolved, context: ModelContext, pretrained: Pretrained | None
+) -> tuple[torch.nn.Module, Weights]:
+    """The module that ``resolved`` names, and its weights: those of ``pretrained``, or random ones by its seed.
+
+    The module lacks its weights, unless it had to be built with them; each is read or drawn when it is needed.
+    """
+    outline = build_outline(resolved, context)
+    if pretrained:
+        assert outline is not None, "the model of a checkpoint is always built without weights"
+        return outline, fitted(outline, pretrained)
+    weights = random_weights(outline, resolved.core.seed)
+    if outline is None or weights is None:
+        return build_with_weights(resolved, context)
+    return outline, weights
+
+
+def refuse_too_large(outline: torch.nn.Module, options: RunOptions, world_size: int, *, drawn: bool) -> None:
+    """Raise UserError where the weights of ``outline`` exceed the memory that they have to fit into.
+
+    ``drawn``: whether each rank draws all of them at once.
+    """
+    on_gpu = torch.cuda.is_available()
+    refuse_without_room(
+        sum(parameter.numel() for parameter in outline.parameters()),
+        options,
+        deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu"),
+        world_size=world_size,
+        drawn=drawn,
+    )
+
+
+def refuse_splitting(outline: torch.nn.Module, resolved: Resolved) -> None:
+    """Raise UserError where ``outline`` cannot be split over tensor-parallel ranks as asked."""
+    if resolved.core.tensor_parallel_size > 1:
+        plan_of(outline, resolved.components["model"].component.name, resolved.core.tensor_parallel_size)
+
+
+def make_trainable(
+    model: torch.nn.Module,
+    options: RunOptions,
+    weights: Weights | None,
+    deepspeed: dict[str, Any],
+    processes: Processes,
+) -> torch.nn.Module:
+    """``model`` as it is trained: with ``weights``, where it has none, split, quantised, adapted, compiled as asked.
+
+    The same object, but for adapters, which are around it. Every rank has to call it.
+    """
+    if processes.tensor_ranks > 1:
+        split(model, plan_of(model, type(model).__name__, processes.tensor_ranks), processes)
+        weights = shards_of(weights, model, processes) if weights else None
+    left = dict(weights or {})
+    if options.use_quant:
+        quantise(model, options, processes.device, partial(_fill, model, left) if left else None)
+    if left:
+        place(model, left, options, deepspeed, processes)
+    if options.use_lora:
+        seed_random(options.seed)  # adapters begin alike, however the base came to be
+        model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
+    if options.activation_checkpointing != "none":
+        recompute_activations(model, selective=options.activation_checkpointing == "selective")
+    if options.compile:
+        compile_layers(model, processes.device)
+    return model
+
+
+def load_base(
+    model: torch.nn.Module, options: RunOptions, weights: Weights | None, device: torch.device
+) -> torch.nn.Module:
+    """``model`` as adapters of a run with ``options`` were trained on it, whole, on ``device``, to answer."""
+    plain = replace(options, use_lora=False, zero_stage=0, activation_checkpointing="none", compile=False)
+    config = deepspeed_config(plain, world_size=1, on_gpu=device.type == "cuda")
+    base: Any = make_trainable(model, plain, weights, config, Processes(0, 1, device)).to(device)
+    if hasattr(base, "config"):
+        base.config.use_cache = True
+    loaded: torch.nn.Module = base.requires_grad_(False).eval()
+    return loaded
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
+    """Give ``layer`` of ``model``, by its ``name``, what is its own of ``weights``, and take that out of them."""
+    for key, _ in layer.named_parameters():
+        put(model, f"{name}.{key}", weights.pop(f"{name}.{key}").read())
+
+
+def seed_random(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
