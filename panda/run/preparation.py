@@ -101,11 +101,13 @@ class Preparation:
             refuse_too_large(outline, self.options, self.world_size, drawn=drawn_whole)
         return outline, drawn
 
-    def base(self) -> tuple[torch.nn.Module, Weights]:
-        """The model, and the weights that it may still lack."""
-        if self.outline is None or self.weights is None:
+    def take_base(self) -> tuple[torch.nn.Module, Weights]:
+        """The model, and the weights that it may still lack. They are not kept here: some are mapped files."""
+        outline, weights = self.outline, self.weights
+        del self.weights
+        if outline is None or weights is None:
             return build_with_weights(self.resolved, self.context)
-        return self.outline, self.weights
+        return outline, weights
 
     @cached_property
     def dataset(self) -> SampleSet:

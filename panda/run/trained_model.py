@@ -44,11 +44,12 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     name = prepared.resolved.components["model"].component.name
 
-    base, weights = prepared.base()
+    base, weights = prepared.take_base()
     if layout.packed:
         refuse_without_positions(base, name)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     model = make_trainable(base, options, weights, config, processes)
+    del weights
     seed_random(options.seed + processes.data_rank)  # different where data is, for dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
