@@ -16,8 +16,10 @@ from panda.run.adapter_run import AdapterRun
 from panda.run.adapter_run import adapter_run
 from panda.run.adapter_run import trained_adapters
 from panda.run.directory import EXPORT
+from panda.run.directory import MODEL_FOLDER
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
+from panda.weights.formats import format_among
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +58,14 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
     With ``chats`` it needs a chat template, and is not loaded if it lacks one.
     """
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
+    answering = _find(arguments)
+
     import torch
 
     from panda.answers.assistant import Sampling
 
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
-    answering = _find(arguments)
     if chats:
         answering.require_chat_template()
     assistant = answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -76,18 +79,9 @@ def _find(arguments: argparse.Namespace) -> Answering:
 
     Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it has been moved.
     """
-    from transformers.utils import logging
-
-    from panda.answers.loading import described_in
-    from panda.answers.loading import found_at
-    from panda.answers.loading import with_adapters
     from panda.engine.checkpoints.folders import find_checkpoint
-    from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.weights.export import MODEL_FOLDER
-    from panda.weights.finding import Source
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = Path(location)
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
@@ -96,6 +90,22 @@ def _find(arguments: argparse.Namespace) -> Answering:
     are_exported = (folder / ADAPTERS).exists()
     if base_path is not None and checkpoint:
         raise UserError(f"--base_path: {location!r} is a run and not a delta, so nothing is added to it. Leave it out.")
+    if not checkpoint and not are_exported:
+        folder = folder / EXPORT if (folder / EXPORT / CONFIG).exists() else folder
+        if not (folder / CONFIG).exists():
+            raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
+        if format_among([file.name for file in folder.iterdir()]) is None:
+            raise UserError(f"{folder}: it has a {CONFIG} but no weights. Copy or download the model again.")
+
+    from transformers.utils import logging
+
+    from panda.answers.loading import described_in
+    from panda.answers.loading import found_at
+    from panda.answers.loading import with_adapters
+    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.weights.finding import Source
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = Source(location, "RUN", base_path, arguments.allow_pickle)
     if are_exported and not trained_adapters(folder.parent):
         return with_adapters(source, ckpt_path)
@@ -108,9 +118,6 @@ def _find(arguments: argparse.Namespace) -> Answering:
     if checkpoint and (run / MODEL_FOLDER).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
         return described_in(run / MODEL_FOLDER, checkpoint_weights(checkpoint))
-    folder = folder / EXPORT if (folder / EXPORT / CONFIG).exists() else folder
-    if not (folder / CONFIG).exists():
-        raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
     return found_at(replace(source, location=str(folder)))
 
 

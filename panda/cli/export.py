@@ -13,6 +13,7 @@ from panda.run.adapter_run import CKPT_PATH_HELP
 from panda.run.adapter_run import AdapterRun
 from panda.run.adapter_run import adapter_run
 from panda.run.directory import EXPORT
+from panda.run.directory import MODEL_FOLDER
 
 if TYPE_CHECKING:
     from panda.weights.stored_tensor import Weights
@@ -42,9 +43,6 @@ def _export(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
-    from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.weights.export import MODEL_FOLDER
-    from panda.weights.export import export
 
     checkpoint = find_checkpoint(arguments.run)
     tell_passed_over(arguments.run)
@@ -61,6 +59,10 @@ def _export(argv: list[str]) -> None:
     output = arguments.output or run / ("merged" if arguments.merge else EXPORT)
     if arguments.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {str(output)!r} is not empty. Name a folder that does not exist.")
+
+    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.weights.export import export
+
     weights, done = checkpoint_weights(checkpoint), ""
     if adapted and not arguments.merge:
         _export_adapters(adapted, weights, output)
@@ -88,7 +90,6 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> Non
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
     from panda.run.assembly import load_tokenizer
-    from panda.weights.export import MODEL_FOLDER
 
     model = add_adapters(adapted.base()[0], adapted.options)
     tokenizer = load_tokenizer(str(adapted.directory / MODEL_FOLDER))

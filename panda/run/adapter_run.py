@@ -16,6 +16,7 @@ from panda.configuration.options import RunOptions
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
+from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import PROVENANCE
 
 if TYPE_CHECKING:
@@ -85,7 +86,6 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
 
     from panda.run.assembly import load_tokenizer
     from panda.run.model import model_context
-    from panda.weights.export import MODEL_FOLDER
     from panda.weights.pretrained import base_weights
 
     moved = ["--ckpt_path", ckpt_path] if ckpt_path else []

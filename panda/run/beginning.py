@@ -13,6 +13,7 @@ from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.run.assembly import build_schedule
 from panda.run.continuation import Continuation
+from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
 from panda.run.directory import write_description
 from panda.run.lock import RunLock
@@ -20,7 +21,6 @@ from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
-from panda.weights.export import MODEL_FOLDER
 from panda.weights.export import describe_model
 from panda.weights.pretrained import base_weights
 

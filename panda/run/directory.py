@@ -29,6 +29,9 @@ from panda.weights.finding import from_anywhere
 PROVENANCE = "provenance.json"
 """The file that makes a folder a run directory."""
 
+MODEL_FOLDER = "model"
+"""The folder in it that describes its model: all of an export but the weights."""
+
 EXPORT = "export"
 """The folder in it with the trained model."""
 

@@ -15,8 +15,8 @@ from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
+from panda.run.directory import MODEL_FOLDER
 from panda.run.state import Run
-from panda.weights.export import MODEL_FOLDER
 from panda.weights.export import export
 from panda.weights.stored_tensor import Weights
 
