@@ -16,7 +16,7 @@ from panda.run.assembly import lay_out_evaluation
 from panda.run.beginning import NO_ROOM_LEFT
 from panda.run.beginning import begin
 from panda.run.continuation import continuation_of
-from panda.run.directory import write_end
+from panda.run.description import write_end
 from panda.run.ending import done_at_the_end
 from panda.run.ending import finish
 from panda.run.lock import RunLock

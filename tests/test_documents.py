@@ -294,3 +294,16 @@ def test_the_walk_sees_every_import() -> None:
     assert not is_promised("panda.models.forward.isolation.refuse_without_positions") and not is_promised(
         "panda.registry"
     )
+
+
+def test_the_map_of_the_code_is_that_of_the_code() -> None:
+    """Rooms in CONTRIBUTING.md are those of ``panda/``, and the files that it names are there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    drawn = text.partition("panda/\n")[2].partition("plugins/")[0]
+    rooms = set(re.findall(r"^  ([\w.]+)", drawn, re.MULTILINE))
+    package = ROOT / "panda"
+    there = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert rooms == there | {"runner.py"}
+    table = text.partition("## Where would I change")[2].partition("\n## ")[0]
+    for name in re.findall(r"`([\w/]+\.py)`", table):
+        assert (package / name).exists(), name

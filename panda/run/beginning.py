@@ -13,9 +13,9 @@ from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.run.assembly import build_schedule
 from panda.run.continuation import Continuation
+from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
-from panda.run.directory import write_description
 from panda.run.lock import RunLock
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation

@@ -16,8 +16,8 @@ from panda.engine.checkpoints.folders import read_progress
 from panda.engine.processes import Processes
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
+from panda.run.description import is_at_end
 from panda.run.directory import hold_continued
-from panda.run.directory import is_at_end
 from panda.run.ending import done_at_the_end
 from panda.run.lock import RunLock
 from panda.run.preparation import Preparation

@@ -1,30 +1,17 @@
-"""The run directory: which one it is, and the files that say what ran.
+"""The run directory: which one a run has, and its parts.
 
 docs/concepts.md lists what it holds.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
-from dataclasses import replace
-from datetime import UTC
-from datetime import datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from panda.engine.checkpoints.folders import find_checkpoint
-from panda.files.whole import write_whole
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
-from panda.registry.settings import Setting
 from panda.run.lock import RunLock
-from panda.weights.finding import from_anywhere
 
 PROVENANCE = "provenance.json"
 """The file that makes a folder a run directory."""
@@ -34,9 +21,6 @@ MODEL_FOLDER = "model"
 
 EXPORT = "export"
 """The folder in it with the trained model."""
-
-_PLACE_KEYS = ("output_dir", "resume")
-"""Keys that say where a run is and not what it does: left out of config.yaml, so that it runs again as it stands."""
 
 
 def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path | None]:
@@ -131,98 +115,6 @@ def run_name(resolved: Resolved) -> str:
     return resolved.core.run_name or f"{components['task'].component.name}-{shape}"
 
 
-def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write config.yaml, provenance.json (with ``facts``) and deepspeed.json.
-
-    What provenance.json said of earlier starts of the same run is kept in it. Each file is there whole, the one
-    before or the new one, whatever happens meanwhile.
-    """
-    try:
-        before = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = None
-    earlier = [*before.pop("earlier_starts", []), before] if before else []
-    write_whole(directory / "config.yaml", config_text(resolved))
-    _write_json(directory / "deepspeed.json", deepspeed)
-    packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
-    packages += ["bitsandbytes"] * resolved.core.use_quant
-    packages += ["fairscale"] * (resolved.core.tensor_parallel_size > 1)
-    components = {
-        chosen.label: {
-            "distribution": chosen.offer.distribution,
-            "version": chosen.offer.version,
-            "module": chosen.offer.module,
-            "source": "{}:{}".format(*chosen.component.source),
-        }
-        for chosen in resolved.chosen
-    } | {
-        f"plugin {offer.name}": {"distribution": offer.distribution, "version": offer.version, "module": offer.module}
-        for offer in resolved.hook_modules
-    }
-    _write_json(
-        directory / PROVENANCE,
-        {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
-            "components": components,
-            "origins": {key: setting.origin for key, setting in resolved.settings.items()},
-            "python": platform.python_version(),
-            "machine": platform.platform(),
-            "packages": {name: metadata.version(name) for name in packages},
-            **facts,
-            "earlier_starts": earlier,
-        },
-    )
-
-
-def write_end(directory: Path, step: int, **done: Any) -> None:
-    """Note in provenance.json that the run is at its end after ``step``, and what else was ``done`` there."""
-    described = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
-    _write_json(directory / PROVENANCE, described | {"end": {"step": step, **done}})
-
-
-def is_at_end(directory: Path, step: int, **wanted: Any) -> bool:
-    """Whether the run in ``directory`` has been at its end after ``step``, with an export that is still there.
-
-    And has done what else is ``wanted``, where that is anything.
-    """
-    try:
-        end = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["end"]
-    except (OSError, ValueError, KeyError):
-        return False
-    is_done = all(end.get(key) == value for key, value in wanted.items() if value)
-    return is_done and end["step"] == step and (directory / EXPORT).is_dir()
-
-
-def config_text(resolved: Resolved) -> str:
-    """The resolved configuration as flat YAML that runs again as it stands, wherever it is read."""
-    lines = ["# The whole configuration of a run, resolved. `panda-train --config` with this file runs it again."]
-    owner = None
-    for key, setting in resolved.settings.items():
-        if key in _PLACE_KEYS or (key == "tokenizer" and setting.origin.startswith("checkpoint ")):
-            continue  # the second goes with `ckpt_path`, wherever that is
-        if setting.owner != owner:
-            owner = setting.owner
-            lines += ["", f"# {owner}"]
-        value = _from_anywhere(setting)
-        written = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6)
-        lines.append(f"{key}: {written.strip()[1:-1]}")
-    return "\n".join(lines) + "\n"
-
-
-def _from_anywhere(setting: Setting) -> Any:
-    """The value of ``setting`` for YAML, paths absolute."""
-    if setting.location is None or setting.value is None:
-        return list(setting.value) if isinstance(setting.value, tuple) else setting.value
-    if isinstance(setting.value, tuple):
-        return [_from_anywhere(replace(setting, value=text)) for text in setting.value]
-    if not setting.value or setting.value.startswith("panda:") or "://" in setting.value:
-        return setting.value
-    if not setting.location.on_hub:
-        return str(resolve_path(setting.value).absolute())
-    return from_anywhere(setting.value)
-
-
 def _numbered(path: Path, *, exists: bool) -> Path:
     """``path``, ``path-2``, ``path-3``, ...: the first that does not exist, or the last that does."""
     number = 1
@@ -233,7 +125,3 @@ def _numbered(path: Path, *, exists: bool) -> Path:
             return last if exists else candidate
         last = candidate
         number += 1
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -29,8 +29,8 @@ from panda.cli.main import main
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.models.adapters import quantisation
-from panda.run.directory import write_description
-from panda.run.directory import write_end
+from panda.run.description import write_description
+from panda.run.description import write_end
 
 Captured = pytest.CaptureFixture[str]
 QUANTISED = ("--use_quant", "--precision", "fp32")
