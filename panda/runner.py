@@ -17,9 +17,9 @@ from panda.run.beginning import NO_ROOM_LEFT
 from panda.run.beginning import begin
 from panda.run.continuation import continuation_of
 from panda.run.description import write_end
+from panda.run.directory_lock import RunLock
 from panda.run.ending import done_at_the_end
 from panda.run.ending import finish
-from panda.run.lock import RunLock
 from panda.run.loop import Loop
 from panda.run.preparation import prepare
 from panda.run.state import Run as Run

@@ -11,7 +11,7 @@ from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
 
 if TYPE_CHECKING:
-    from panda.data.layouts import Layout
+    from panda.data.packing import Layout
     from panda.data.token_dataset import SampleSet
     from panda.run.preparation import Preparation
 

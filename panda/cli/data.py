@@ -54,7 +54,7 @@ def _data(argv: list[str]) -> None:
     import numpy as np
     from rich.console import Console
 
-    from panda.data.layouts import LAYOUTS
+    from panda.data.packing import LAYOUTS
     from panda.run.assembly import lay_out
     from panda.run.directory import run_name
     from panda.run.preparation import Preparation

@@ -55,7 +55,7 @@ def configure(arguments: Arguments) -> Configuration:
     if resolved.core.ckpt_path is None:
         return Configuration(resolved, hooks, None)
 
-    from panda.configuration.following import follow_checkpoint
+    from panda.configuration.from_checkpoint import follow_checkpoint
     from panda.weights.finding import find_pretrained
 
     pretrained = find_pretrained(resolved.core)

@@ -9,10 +9,10 @@ import torch
 
 from panda.configuration.options import RunOptions
 from panda.configuration.options import rate_multipliers
-from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.order import Source
+from panda.data.packing import Layout
 from panda.data.reading import Reader
 from panda.data.token_cache import TokenCache
 from panda.data.token_cache import cache_folder

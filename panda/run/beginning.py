@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import set_aside_later
 from panda.engine.checkpoints.writing import load_checkpoint
@@ -16,7 +16,7 @@ from panda.run.continuation import Continuation
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
-from panda.run.lock import RunLock
+from panda.run.directory_lock import RunLock
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.run.state import Run

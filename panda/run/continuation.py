@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panda.configuration.options import LORA_KEYS
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
@@ -18,8 +18,8 @@ from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run.description import is_at_end
 from panda.run.directory import hold_continued
+from panda.run.directory_lock import RunLock
 from panda.run.ending import done_at_the_end
-from panda.run.lock import RunLock
 from panda.run.preparation import Preparation
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import base_weights

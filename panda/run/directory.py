@@ -11,7 +11,7 @@ from panda.engine.checkpoints.folders import find_checkpoint
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
-from panda.run.lock import RunLock
+from panda.run.directory_lock import RunLock
 
 PROVENANCE = "provenance.json"
 """The file that makes a folder a run directory."""

@@ -13,7 +13,7 @@ from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
 from panda.run.directory import find_directory
 from panda.run.directory import goes_on
-from panda.run.lock import check_free
+from panda.run.directory_lock import check_free
 from panda.weights.tokenizers import tokenizer_folder
 
 

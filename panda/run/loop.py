@@ -12,7 +12,7 @@ import torch
 
 from panda.data.batches import Batch
 from panda.data.batches import step_batches
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.engine import StepResult

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from panda.configuration.following import config_for
+from panda.configuration.from_checkpoint import config_for
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory import refuse_without_room

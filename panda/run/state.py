@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from panda.configuration.options import RunOptions
-from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
+from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes

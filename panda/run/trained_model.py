@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes

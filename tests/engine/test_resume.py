@@ -31,9 +31,9 @@ from panda.registry import UserError
 from panda.run.directory import find_directory
 from panda.run.directory import hold_continued
 from panda.run.directory import make_directory
-from panda.run.lock import FILE
-from panda.run.lock import RunLock
-from panda.run.lock import check_free
+from panda.run.directory_lock import FILE
+from panda.run.directory_lock import RunLock
+from panda.run.directory_lock import check_free
 from panda.runner import train
 
 SHAPE = ("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2)
