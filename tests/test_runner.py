@@ -299,9 +299,9 @@ def test_a_full_disk_is_told_without_a_traceback(processes: Any, recorded: Any) 
 
 
 def test_a_run_that_never_takes_a_step_gives_up(processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("panda.run.loop.HOPELESS", 3)
+    monkeypatch.setattr("panda.run.loop.MOST_SKIPPED", 3)
     monkeypatch.setattr("panda.tasks.instruct.Instruct.loss", _not_a_number)
-    with pytest.raises(UserError, match="step 3: the last 3 steps had gradients that are not finite"):
+    with pytest.raises(UserError, match="step 3: the last 3 steps were skipped"):
         recorded("--per_gpu_train_batch_size", "1")
 
 
