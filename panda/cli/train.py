@@ -46,7 +46,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _stop(signal_number: int, frame: object) -> None:
-    """Turn SIGTERM, with which schedulers end a job, into an exception, which hooks are told of as of Ctrl-C."""
+    """Turn SIGTERM, with which schedulers end a job, into an exception, as Ctrl-C does, so that hooks are called."""
     raise SystemExit(128 + signal_number)
 
 

@@ -134,7 +134,7 @@ class NVLamb(torch.optim.Optimizer):
                     rows += [before + segment.parameter for segment in layout.segments]
                 before += len(layout.parameters)
             device = layouts[0].tensor.device
-            self._row_indices[key] = torch.tensor(rows, dtype=torch.long, device=device)  # waits
+            self._row_indices[key] = torch.tensor(rows, dtype=torch.long, device=device)  # this copy waits
         return self._row_indices[key]
 
 

@@ -37,7 +37,7 @@ class CosineOptions(WarmupOptions):
     """Options of the cosine schedule."""
 
     min_lr_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Learning rate at the end, as a part of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class WSDOptions(WarmupOptions):
     decay_shape: Literal["sqrt", "linear"] = "sqrt"
     """How it falls, with x from 0 to 1 over the decay: as 1 - sqrt(x) (arXiv 2405.18392), or as 1 - x."""
     min_lr_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Learning rate at the end, as a part of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
