@@ -1,4 +1,4 @@
-"""Tests import the helpers beside this file by name, from any folder below."""
+"""Tests in every folder import the helpers in this one by name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from distributions import distributions as distributions
 
-# Tokenised data of the tests is kept apart from the user's, in the processes that tests start as well.
+# Tests have a token cache of their own, also in the processes that they start.
 os.environ["PANDA_CACHE"] = tempfile.mkdtemp(prefix="panda-test-cache-")
 
-# A machine that others share is slow now and then, and that is no failure.
+# A shared machine is sometimes slow, which is no failure.
 settings.register_profile("panda", deadline=None)
 settings.load_profile("panda")
 
@@ -38,7 +38,7 @@ LONGEST = (
     "test_resume.py",
     "test_invariance.py",
 )
-"""Files that take longest, which begin first: last, one would keep one process busy while the other has nothing."""
+"""The files that take longest run first: at the end, one would keep one process busy while the other is idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,12 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Any]:
-    """This process as the only one of a run. Once a session, and commands that tests call do not leave it meanwhile:
-    DeepSpeed keeps groups that are gone."""
+    """This process as the only rank of a run, joined once a session. Commands that tests call do not leave the process
+    group, since DeepSpeed would keep using the one that is gone."""
     from panda.engine import processes as room
 
     joined, leave = room.join_processes(), room.leave_processes
-    gc.freeze()  # DeepSpeed collects garbage at each group of a BF16_Optimizer: half a second, of what was imported
+    gc.freeze()  # DeepSpeed collects garbage for each group of a BF16_Optimizer: half a second for imported objects
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "leave_processes", lambda: None)
         yield joined
@@ -62,7 +62,7 @@ def processes() -> Iterator[Any]:
 
 @pytest.fixture
 def full_disk() -> Any:
-    """``with full_disk(bytes):`` files may not grow beyond that, which the system tells as it tells of a full disk."""
+    """``with full_disk(bytes):`` no file may grow beyond that size, which the system reports like a full disk."""
 
     @contextmanager
     def limited(size: int) -> Iterator[None]:

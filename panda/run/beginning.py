@@ -1,4 +1,4 @@
-"""A run begins: its state is loaded, its directory made, and what it is written down."""
+"""The beginning of a run: loads the state to continue from, and makes and describes the run directory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from panda.run.trained_model import TrainedModel
 from panda.weights.export import describe_model
 from panda.weights.pretrained import base_weights
 
-NO_ROOM_LEFT = (
-    "Checkpoints that were complete are untouched: make room, and go on from the newest with `--resume auto`."
-)
+NO_ROOM_LEFT = "Complete checkpoints are untouched: make room, and continue from the newest one with `--resume auto`."
 
 
 def begin(
@@ -37,13 +35,13 @@ def begin(
     processes: Processes,
     lock: RunLock,
 ) -> Run:
-    """The run, at the step that it continues from, with a directory that describes it. Every rank has to call it.
+    """The run, ready for its next step, with a directory that describes it. Every rank has to call it.
 
-    ``layouts``: the rows to train on and to evaluate on.
+    ``layouts``: the rows to train on, and those to evaluate on.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
     if checkpoint and not load_checkpoint(model.engine, checkpoint):
-        # The random numbers of ranks that are no more, or were not yet, are nobody's: a stretch of new ones.
+        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
         seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
         if processes.rank == 0:
             print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
@@ -86,16 +84,16 @@ def begin(
 
 
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
-    """Rename the checkpoints of the run in ``directory`` after ``checkpoint``, from which it takes another way."""
+    """Rename the checkpoints in ``directory`` that are later than ``checkpoint``, from which the run continues."""
     if checkpoint and checkpoint.parent == directory / "checkpoints":
         for path in set_aside_later(checkpoint):
             problem = damage(path)
-            why = f"it is damaged: {problem}" if problem else "the run takes another way from here"
+            why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
             print(f"set aside: {path}, since {why}", flush=True)
 
 
 def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:
-    """What provenance.json records of a run beside its configuration."""
+    """What provenance.json records of a run besides its configuration."""
     dataset, pretrained = run.dataset, prepared.pretrained
     return {
         "ranks": run.processes.world_size,

@@ -23,14 +23,13 @@ from panda.run.directory import PROVENANCE
 from panda.weights.finding import from_anywhere
 
 _PLACE_KEYS = ("output_dir", "resume")
-"""Keys that say where a run is and not what it does: left out of config.yaml, so that it runs again as it stands."""
+"""Keys that say where a run is stored, not what it does: left out of config.yaml, so that it can be run again."""
 
 
 def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write config.yaml, provenance.json (with ``facts``) and deepspeed.json.
 
-    What provenance.json said of earlier starts of the same run is kept in it. Each file is there whole, the one
-    before or the new one, whatever happens meanwhile.
+    provenance.json keeps what it recorded of earlier starts of the run. Each file is replaced atomically.
     """
     try:
         before = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
@@ -71,31 +70,31 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
 
 
 def write_end(directory: Path, step: int, **done: Any) -> None:
-    """Note in provenance.json that the run is at its end after ``step``, and what else was ``done`` there."""
+    """Record in provenance.json that the run ended after ``step``, and the work that was ``done`` at its end."""
     described = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
     _write_json(directory / PROVENANCE, described | {"end": {"step": step, **done}})
 
 
-def is_at_end(directory: Path, step: int, **wanted: Any) -> bool:
-    """Whether the run in ``directory`` has been at its end after ``step``, with an export that is still there.
+def has_ended(directory: Path, step: int, **expected: Any) -> bool:
+    """Whether the run in ``directory`` ended after ``step``, did all that is ``expected``, and still has its export.
 
-    And has done what else is ``wanted``, where that is anything.
+    An empty value of ``expected`` asks for nothing.
     """
     try:
         end = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["end"]
     except (OSError, ValueError, KeyError):
         return False
-    is_done = all(end.get(key) == value for key, value in wanted.items() if value)
+    is_done = all(end.get(key) == value for key, value in expected.items() if value)
     return is_done and end["step"] == step and (directory / EXPORT).is_dir()
 
 
 def config_text(resolved: Resolved) -> str:
-    """The resolved configuration as flat YAML that runs again as it stands, wherever it is read."""
-    lines = ["# The whole configuration of a run, resolved. `panda-train --config` with this file runs it again."]
+    """The resolved configuration as flat YAML that can be run again as it is, from any directory."""
+    lines = ["# The whole configuration of a run, resolved. `panda-train --config THIS_FILE` runs it again."]
     owner = None
     for key, setting in resolved.settings.items():
         if key in _PLACE_KEYS or (key == "tokenizer" and setting.origin.startswith("checkpoint ")):
-            continue  # the second goes with `ckpt_path`, wherever that is
+            continue  # such a tokenizer follows from `ckpt_path` again, also where that has been moved
         if setting.owner != owner:
             owner = setting.owner
             lines += ["", f"# {owner}"]
@@ -106,7 +105,7 @@ def config_text(resolved: Resolved) -> str:
 
 
 def _from_anywhere(setting: Setting) -> Any:
-    """The value of ``setting`` for YAML, paths absolute."""
+    """The value of ``setting`` for YAML, with absolute paths."""
     if setting.location is None or setting.value is None:
         return list(setting.value) if isinstance(setting.value, tuple) else setting.value
     if isinstance(setting.value, tuple):

@@ -1,6 +1,6 @@
-"""The run directory: which one a run has, and its parts.
+"""The run directory: how it is chosen, and its parts.
 
-docs/concepts.md lists what it holds.
+docs/concepts.md lists its contents.
 """
 
 from __future__ import annotations
@@ -20,62 +20,62 @@ MODEL_FOLDER = "model"
 """The folder in it that describes its model: all of an export but the weights."""
 
 EXPORT = "export"
-"""The folder in it with the trained model."""
+"""The folder of a run directory that holds the trained model."""
 
 
 def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path | None]:
-    """The run directory that is continued, held by ``lock``, and the checkpoint to continue from; None for neither.
+    """The run directory to continue, held by ``lock``, and the checkpoint to continue from; each may be None.
 
-    Raises UserError as ``find_directory`` does, and where another process is at work in the directory.
+    Raises UserError as ``find_directory`` does, and if another process holds the directory.
     """
     directory, checkpoint = find_directory(resolved)
-    if not goes_on(resolved, directory, checkpoint):
+    if not continues_in_place(resolved, directory, checkpoint):
         return None, checkpoint
     lock.take(directory)
-    # As whoever held it before has left it.
+    # Looked up again: the previous holder of the lock may have saved checkpoints since.
     return directory, find_checkpoint(directory) if resolved.core.resume == "auto" else find_directory(resolved)[1]
 
 
 def make_directory(resolved: Resolved, lock: RunLock) -> Path:
-    """The directory of a run that continues none in its own, made, and held by ``lock``.
+    """Make the directory of a run that does not continue one in place, and hold it by ``lock``.
 
-    Raises UserError where that would mix two runs.
+    Raises UserError if that would mix two runs.
     """
     while True:
         directory, _ = find_directory(resolved)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / PROVENANCE).open("x").close()  # of several runs that start at once, one gets it
+            (directory / PROVENANCE).open("x").close()  # of several runs that start at once, one succeeds
         except FileExistsError:
             if resolved.core.resume == "auto":
                 lock.take(directory)
                 raise UserError(
-                    f"{directory}: another run began in it meanwhile. Start again to continue it."
+                    f"{directory}: another run has just started in it. Start again to continue that run."
                 ) from None
-            continue  # the next number is free, or it is an error now
+            continue  # takes the next number, or raises UserError if this directory was given
         except OSError as problem:
             raise UserError(f"output_dir: cannot make {str(directory)!r}: {problem.strerror}.") from None
         lock.take(directory)
         return directory
 
 
-def goes_on(resolved: Resolved, directory: Path, checkpoint: Path | None) -> bool:
-    """Whether a run in ``directory``, from ``checkpoint``, is the one that is there already."""
+def continues_in_place(resolved: Resolved, directory: Path, checkpoint: Path | None) -> bool:
+    """Whether a run in ``directory``, from ``checkpoint``, continues the run that is already there."""
     owner = checkpoint.resolve().parent.parent if checkpoint else None
     return (directory / PROVENANCE).exists() and (resolved.core.resume == "auto" or owner == directory.resolve())
 
 
 def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
-    """The run directory, and the checkpoint to continue from if there is one; makes and holds nothing.
+    """The run directory, and the checkpoint to continue from, if any. Creates and locks nothing.
 
-    Raises UserError where that would mix two runs or the checkpoint is not there.
+    Raises UserError if that would mix two runs, or if the checkpoint does not exist.
     """
     options = resolved.core
     given = resolve_path(options.output_dir) if options.output_dir else None
     default = Path("runs") / run_name(resolved)
     if options.resume == "auto":
         directory = given or _numbered(default, exists=True)
-        if not (directory / PROVENANCE).exists():  # where it is, a run is what the directory holds
+        if not (directory / PROVENANCE).exists():  # else it holds a run to continue
             _check_empty(directory)
         return directory, find_checkpoint(directory)
     if options.resume is None:
@@ -93,7 +93,7 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
 
 
 def _new(given: Path | None, default: Path) -> Path:
-    """The directory of a new run. Raises UserError where the one that was given is not empty."""
+    """The directory of a new run. Raises UserError if ``given`` is not empty."""
     if given is None:
         return _numbered(default, exists=False)
     _check_empty(given)

@@ -1,4 +1,4 @@
-"""The model that a run trains: from weights to an engine."""
+"""The model that a run trains, in its engine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from panda.weights.stored_tensor import whole_shape
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in an engine, with what was counted on the way."""
+    """A model in its engine, with its numbers of parameters."""
 
     base: torch.nn.Module
-    """The model without what is around it for adapters."""
+    """The model without peft's wrapper, if it has adapters."""
     engine: Engine
     config: dict[str, Any]
     """What DeepSpeed was given."""
@@ -37,8 +37,8 @@ class TrainedModel:
 def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -> TrainedModel:
     """The model of ``prepared`` with its weights, in an engine with its optimizer. Every rank has to call it.
 
-    Leaves the random generators seeded for training. Raises UserError where packed rows of ``layout``
-    would let samples see each other.
+    Seeds the random generators for training. Raises UserError if the samples in a packed row of ``layout``
+    would see each other.
     """
     options = prepared.options
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
@@ -50,7 +50,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     parameters = sum(parameter.numel() for parameter in base.parameters())
     model = make_trainable(base, options, weights, config, processes)
     del weights
-    seed_random(options.seed + processes.data_rank)  # different where data is, for dropout
+    seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
