@@ -19,7 +19,7 @@ from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
-from panda.weights.formats import format_among
+from panda.weights.formats import format_of
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,7 @@ def _find(arguments: argparse.Namespace) -> Answering:
         folder = folder / EXPORT if (folder / EXPORT / CONFIG).exists() else folder
         if not (folder / CONFIG).exists():
             raise UserError(f"{location!r} contains no model: no complete checkpoint, no export, no config.json.")
-        if format_among([file.name for file in folder.iterdir()]) is None:
-            raise UserError(f"{folder}: it has a {CONFIG} but no weights. Copy or download the model again.")
+        format_of(folder, [file.name for file in folder.iterdir()], "RUN")
 
     from transformers.utils import logging
 
