@@ -41,7 +41,7 @@ def train(configuration: Configuration) -> Run | None:
         continuation = continuation_of(prepared, processes, lock)
         progress, ranks = continuation.progress, processes.data_ranks
         layout = lay_out(options, prepared.dataset, ranks, progress)
-        evaluation = lay_out_evaluation(options, prepared.held_out, ranks) if prepared.held_out is not None else None
+        evaluation = lay_out_evaluation(options, prepared.held_out, ranks)
         if continuation.is_finished(prepared, layout, processes):
             if processes.rank == 0:
                 print(

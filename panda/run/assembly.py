@@ -89,11 +89,13 @@ def lay_out(
     return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
 
 
-def lay_out_evaluation(options: RunOptions, dataset: SampleSet, ranks: int) -> Layout:
+def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: int) -> Layout | None:
     """The rows in which an evaluation reads ``dataset``: each sample once, and as many micro batches on every rank.
 
     Rows are packed if the run's are, and otherwise grouped by length, which costs nothing here.
     """
+    if dataset is None:
+        return None
     order = SampleOrder([Source(len(dataset), len(dataset))], seed=0)
     plan = BatchPlan(
         samples=len(dataset),

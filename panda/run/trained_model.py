@@ -14,7 +14,9 @@ from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
+from panda.optim.schedules import Schedule
 from panda.run.assembly import build_optimizer
+from panda.run.assembly import build_schedule
 from panda.run.model import make_trainable
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
@@ -23,11 +25,13 @@ from panda.weights.stored_tensor import whole_shape
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in its engine, with its numbers of parameters."""
+    """A model in its engine, with its schedule and its numbers of parameters."""
 
     base: torch.nn.Module
     """The model without peft's wrapper, if it has adapters."""
     engine: Engine
+    schedule: Schedule
+    """Completed optimizer steps to a factor of the peak learning rate."""
     config: dict[str, Any]
     """What DeepSpeed was given."""
     parameters: int
@@ -43,6 +47,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     options = prepared.options
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     name = prepared.resolved.components["model"].component.name
+    schedule = build_schedule(prepared.resolved, layout.plan)  # before the model: its errors are found at once
 
     base, weights = prepared.take_base()
     if layout.packed:
@@ -56,4 +61,4 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
-    return TrainedModel(base, engine, config, parameters, trained)
+    return TrainedModel(base, engine, schedule, config, parameters, trained)
