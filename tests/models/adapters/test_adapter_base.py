@@ -261,7 +261,7 @@ def test_another_base_is_an_error_with_both_named(
 ) -> None:
     assert main([command[0], str(folder / "lora"), *command[1:], "--ckpt_path", str(other)]) == 2
     error = capsys.readouterr().err
-    assert f"trained on {folder}/base, " in error and f"the base found is {other}" in error
+    assert f"trained on {folder}/base (" in error and f"the base found is {other}" in error
 
 
 def test_a_base_that_was_replaced_where_it_was_is_told_and_one_that_was_moved_is_taken(
@@ -408,7 +408,7 @@ def test_a_run_that_does_not_say_what_it_trained_is_damaged_and_not_a_whole_mode
     (run / "provenance.json").write_text(whole[:3000])
     for command in (["export", str(run), "--output", str(tmp_path / "out")], ["generate", str(run), "--prompt", "x"]):
         assert main(command) == 2
-        assert f"{run}/provenance.json: damaged" in capsys.readouterr().err
+        assert f"{run}/provenance.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
