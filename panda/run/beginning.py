@@ -11,7 +11,6 @@ from panda.engine.checkpoints.folders import set_aside_later
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
 from panda.files.disk_full import writing
-from panda.run.assembly import build_schedule
 from panda.run.continuation import Continuation
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
@@ -57,7 +56,7 @@ def begin(
         prepared.dataset,
         layout,
         evaluation,
-        build_schedule(resolved, layout.plan),
+        model.schedule,
         model.engine,
         prepared.configuration.hooks.call,
         continuation.agreement,

@@ -14,7 +14,9 @@ from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
+from panda.optim.schedules import Schedule
 from panda.run.assembly import build_optimizer
+from panda.run.assembly import build_schedule
 from panda.run.model import make_trainable
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
@@ -28,6 +30,8 @@ class TrainedModel:
     base: torch.nn.Module
     """The model without what is around it for adapters."""
     engine: Engine
+    schedule: Schedule
+    """Completed optimizer steps to a factor of the peak learning rate."""
     config: dict[str, Any]
     """What DeepSpeed was given."""
     parameters: int
@@ -43,6 +47,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     options = prepared.options
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     name = prepared.resolved.components["model"].component.name
+    schedule = build_schedule(prepared.resolved, layout.plan)  # which may be refused: before anything slow
 
     base, weights = prepared.take_base()
     if layout.packed:
@@ -56,4 +61,4 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
-    return TrainedModel(base, engine, config, parameters, trained)
+    return TrainedModel(base, engine, schedule, config, parameters, trained)
