@@ -99,3 +99,13 @@ def test_a_schedule_that_is_refused_leaves_no_run_behind(
     with pytest.raises(UserError, match="lr_end"):
         train(configure(parse_arguments(flags.split())))
     assert not (folder / "runs").exists()
+
+
+def test_check_refuses_to_continue_another_run_as_training_does(
+    processes: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json --output_dir run"
+    assert train(configure(parse_arguments(flags.split()))) is not None
+    assert check(f"{flags} --resume auto".split()) == 0
+    assert check(f"{flags} --resume auto --seed 7".split()) == 2
+    assert "seed was 42 and is 7" in capsys.readouterr().err
