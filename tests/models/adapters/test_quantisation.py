@@ -200,7 +200,9 @@ def test_a_model_without_weights_is_filled_one_layer_at_a_time() -> None:
 
 
 def test_a_model_whose_head_is_not_known_is_refused() -> None:
-    with pytest.raises(UserError, match="use_quant: it is not known which linear layer of Sequential is the output head"):
+    with pytest.raises(
+        UserError, match="use_quant: it is not known which linear layer of Sequential is the output head"
+    ):
         quantise(torch.nn.Sequential(torch.nn.Linear(1, 1)), options(4), torch.device("cpu"))
 
 
