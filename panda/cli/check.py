@@ -66,13 +66,15 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     from panda.engine.checkpoints.folders import read_progress
     from panda.run.assembly import build_schedule
     from panda.run.assembly import lay_out
+    from panda.run.continuation import agreement_of
     from panda.run.directory import find_directory
     from panda.run.preparation import prepare
 
     resolved, options = configuration.resolved, configuration.options
     directory, checkpoint = find_directory(resolved)
     prepared = prepare(configuration, world_size)
-    progress = read_progress(checkpoint, {}) if checkpoint else START
+    agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
+    progress = read_progress(checkpoint, agreement) if checkpoint else START
     layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)
     build_schedule(resolved, layout.plan)
     _print_data(prepared.dataset, prepared.held_out)

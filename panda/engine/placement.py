@@ -15,11 +15,12 @@ from panda.weights.stored_tensor import put
 def place(
     module: torch.nn.Module, weights: Weights, options: RunOptions, config: dict[str, Any], processes: Processes
 ) -> None:
-    """Give every parameter of ``module``, all on the meta device, and every buffer the tensor of its name.
+    """Give every parameter of ``module`` and every buffer the tensor of its name.
 
-    One tensor at a time, in the precision of ``options``; ``config`` is DeepSpeed's. Under ZeRO-3 rank 0
-    reads it, each rank keeps its share, and none ever holds more than its share and one tensor; in the
-    other stages every rank reads. Every rank must call this.
+    Parameters are on the meta device, or have these tensors already: then they are copied only if they have to move.
+    One tensor at a time, in the precision of ``options``; ``config`` is DeepSpeed's. Under ZeRO-3 rank 0 reads it,
+    each rank keeps its share, and none ever holds more than its share and one tensor; in the other stages every rank
+    reads. Every rank must call this.
     """
     import deepspeed
 
@@ -35,7 +36,9 @@ def place(
         if partitions and processes.rank > 0:
             value = torch.empty(target.shape, dtype=kind, device=processes.device)  # rank 0 sends it
         else:
-            value = stored.read().to(processes.device, kind, copy=True)
+            value = stored.read()
+            is_in_module = value.data_ptr() == target.data_ptr()
+            value = value.to(processes.device, kind, copy=not is_in_module)
         parameter = put(module, name, value)
         del value
         if partitions:

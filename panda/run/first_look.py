@@ -11,6 +11,7 @@ from panda.data.reading import data_files
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
+from panda.registry.settings import CORE
 from panda.run.directory import continues_in_place
 from panda.run.directory import find_directory
 from panda.run.directory_lock import check_free
@@ -21,9 +22,13 @@ def look_for_inputs(configuration: Configuration) -> None:
     """Raise UserError if the data or the tokenizer that the configuration names is missing."""
     resolved = configuration.resolved
     reader = resolved.components["reader"].build(ReaderContext(), Reader)
-    for setting in resolved.settings.values():
-        if setting.location and setting.location.holds_data and setting.value is not None:
-            data_files(setting.value, reader.suffixes, setting.key)
+    settings = [setting for setting in resolved.settings.values() if setting.location and setting.location.holds_data]
+    if all(setting.owner == CORE for setting in settings):
+        settings = []  # the task has no files for the reader, so what it is evaluated on need not be such files
+    for setting in settings:
+        for location in setting.value if isinstance(setting.value, tuple) else (setting.value,):
+            if location is not None:
+                data_files(location, reader.suffixes, setting.key)
     tokenizer_folder(resolved.core.tokenizer)
 
 

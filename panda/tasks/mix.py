@@ -38,6 +38,11 @@ class MixOptions(InstructFormat, PretrainFormat):
     pretrain_weight: Annotated[float, Meta(gt=0)] = 1.0
     """Passes over the pretrain data in an epoch."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.instruction_tuning_data_dir is None and self.pretraining_data_dir is None:
+            raise UserError("mix: give instruction_tuning_data_dir, pretraining_data_dir, or both.")
+
 
 @register_task("mix", options=MixOptions)
 class Mix(LanguageModelling):
@@ -52,8 +57,6 @@ class Mix(LanguageModelling):
         if options.pretraining_data_dir is not None:
             pretrain = Pretrain(_part(PretrainOptions, options), context)
             self.parts.append(("pretrain", pretrain, options.pretrain_weight))
-        if not self.parts:
-            raise UserError("mix: give instruction_tuning_data_dir, pretraining_data_dir, or both.")
         self.first = self.parts[0][1]
         self.special_tokens_in_text = self.first.special_tokens_in_text
 

@@ -127,13 +127,14 @@ def _write_shard(weights: Weights, file: Path) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    addresses: set[int] = set()
+    buffers: set[int] = set()
     for name, stored in weights.items():
         tensor = stored.read().detach().to("cpu", stored.dtype).contiguous()
         assert tensor.shape == torch.Size(stored.shape), name
         # The library refuses tensors that share memory, as those of tied layers do in a pickle.
-        tensors[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
-        addresses.add(tensor.data_ptr())
+        buffer = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if buffer in buffers else tensor
+        buffers.add(buffer)
     if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise UserError(f"nothing is written: {len(broken)} tensors are not finite, {broken[0]} first.")
     save_file(tensors, file, metadata={"format": "pt"})

@@ -20,6 +20,7 @@ from panda.engine.processes import Processes
 from panda.models.initialisation.creation import without_weights
 from panda.weights.files import safetensors_weights
 from panda.weights.matching import matched
+from panda.weights.stored_tensor import weights_of
 
 TENSOR = SIDE * SIDE * 4
 SLACK = 8 * 2**20
@@ -66,3 +67,10 @@ def test_buffers_get_what_is_stored_and_keep_their_type(
     assert set(buffers) == {"running_mean", "running_var", "num_batches_tracked"}
     for name, buffer in module.named_buffers():
         assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
+
+
+def test_weights_that_a_module_has_already_are_not_copied(processes: Processes) -> None:
+    module = torch.nn.Linear(3, 2)
+    held = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    place(module, weights_of(module), RunOptions(), {}, processes)
+    assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == held

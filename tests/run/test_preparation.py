@@ -16,6 +16,7 @@ from checkpoint_files import save_hf
 from panda.cli.check import main as check
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.registry import UserError
 from panda.runner import train
 
 SMALL = "--gradient_accumulation_steps 1 --max_steps 1 --max_seq_length 64 --num_workers 0 -p no:tensorboard -p no:plot"
@@ -88,3 +89,23 @@ def test_check_refuses_a_model_that_does_not_fit_as_training_does(
 def test_check_refuses_what_training_refuses(folder: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json {flags}".split()) == 2
     assert flags.split()[0].removeprefix("--") in capsys.readouterr().err
+
+
+def test_a_schedule_that_is_refused_leaves_no_run_behind(
+    processes: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.run.trained_model.make_trainable", lambda *_: pytest.fail("it read the weights"))
+    flags = f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json --lr_scheduler poly --lr_end 1"
+    with pytest.raises(UserError, match="lr_end"):
+        train(configure(parse_arguments(flags.split())))
+    assert not (folder / "runs").exists()
+
+
+def test_check_refuses_to_continue_another_run_as_training_does(
+    processes: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json --output_dir run"
+    assert train(configure(parse_arguments(flags.split()))) is not None
+    assert check(f"{flags} --resume auto".split()) == 0
+    assert check(f"{flags} --resume auto --seed 7".split()) == 2
+    assert "seed was 42 and is 7" in capsys.readouterr().err

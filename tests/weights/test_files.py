@@ -46,7 +46,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_are_each_written_whole(tmp_path: Path) -> None:
     """As those of tied layers in a pickle, and parts of one buffer."""
     whole = torch.arange(6.0)
-    tensors = {"a": whole, "b": whole, "first": whole[:2], "columns": whole.view(2, 3)[:, 1:]}
+    tensors = {"a": whole, "b": whole, "first": whole[:2], "last": whole[2:], "columns": whole.view(2, 3)[:, 1:]}
     weights = {name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
     write_weights(weights, tmp_path)
     written = load_file(tmp_path / "model.safetensors")
