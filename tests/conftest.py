@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from distributions import distributions as distributions
 
+# One thread a process, set before torch is imported: the models of tests are so small that a second thread only spins
+# while it waits, and pytest runs as many processes as there are cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Tokenised data of the tests is kept apart from the user's, in the processes that tests start as well.
 os.environ["PANDA_CACHE"] = tempfile.mkdtemp(prefix="panda-test-cache-")
 
