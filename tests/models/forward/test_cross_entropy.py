@@ -193,7 +193,7 @@ def zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """Losses and weights of steps on two ranks under ZeRO-3, and of the same in one process with full logits."""
     folder = tmp_path_factory.mktemp("zero3")
     for ranks in (1, 2):
-        run_script(TESTS / "models/train_with_loss_sum.py", folder / f"{ranks}.json", ranks=ranks, cwd=folder)
+        run_script(TESTS / "models/forward/train_with_loss_sum.py", folder / f"{ranks}.json", ranks=ranks, cwd=folder)
     return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in ("1", "2")}
 
 
