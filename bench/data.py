@@ -391,9 +391,9 @@ def measure_scale(samples: int, folder: Path) -> None:
 
     from panda.cli.data import draw_lengths
     from panda.cli.data import histogram
-    from panda.data.layouts import Layout
     from panda.data.order import BatchPlan
     from panda.data.order import SampleOrder
+    from panda.data.packing import Layout
     from panda.data.token_dataset import DataReport
     from panda.data.token_dataset import TokenDataset
 

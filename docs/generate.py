@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md and docs/refusals.md from the code: `python docs/generate.py`."""
+"""Generates docs/configuration.md and docs/refusals.md from the code: `python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def configuration() -> str:
         "A configuration is a flat YAML file, `key: value`, and every key is a flag: `--learning_rate 2e-5`. Per key,"
         " a flag wins over the file, the file over the arch, the arch over the default. `panda check FILE` prints each"
         " value with where it came from.\n\nA list is written `[a, b]` in YAML, and `--key a b` or `--key a,b` as a"
-        " flag; a list of texts only as `--key a b`, since a text may hold commas. A switch"
-        " alone, `--key`, is true. Of PandaLLM's spellings, "
+        " flag; a list of texts only as `--key a b`, since a text may contain commas. `--key`"
+        " without a value is true. Of PandaLLM's spellings, "
         + " and ".join(f"`{old}` is taken as `{new}`" for old, new in ACCEPTED_SPELLINGS.items())
         + ", with a warning.\n\n## Every run\n\n",
         _table(options_of(RunOptions)),

@@ -1,6 +1,6 @@
 """panda trains large language models: names become training runs.
 
-What a package that adds components imports, and nothing that is slow to import.
+These are the names that a package with components imports. Importing them is fast.
 """
 
 from panda.registry import Location as Location

@@ -1,4 +1,4 @@
-"""The central runner: names -> objects -> engine -> loop. Read it first; each line is a module of ``panda/run``."""
+"""The central runner: names -> objects -> engine -> loop. Read it first; each step is a module of ``panda/run``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from panda.run.assembly import lay_out_evaluation
 from panda.run.beginning import NO_ROOM_LEFT
 from panda.run.beginning import begin
 from panda.run.continuation import continuation_of
-from panda.run.directory import write_end
-from panda.run.ending import done_at_the_end
+from panda.run.description import write_end
+from panda.run.directory_lock import RunLock
 from panda.run.ending import finish
-from panda.run.lock import RunLock
+from panda.run.ending import work_at_the_end
 from panda.run.loop import Loop
 from panda.run.preparation import prepare
 from panda.run.state import Run as Run
@@ -28,9 +28,9 @@ from panda.run.trained_model import trained_model
 
 @explaining_lack_of_memory()
 def train(configuration: Configuration) -> Run | None:
-    """Train what ``configuration`` describes and return the finished run; None where it continues a finished one.
+    """Train what ``configuration`` describes and return the finished run; None if that run was already finished.
 
-    Started by a launcher, every process calls this; process groups stay up for the caller to leave.
+    Under a launcher, every process calls this. The caller has to leave the process groups afterwards.
     """
     options = configuration.options
     for plugin in configuration.resolved.plugins:
@@ -41,13 +41,13 @@ def train(configuration: Configuration) -> Run | None:
         continuation = continuation_of(prepared, processes, lock)
         progress, ranks = continuation.progress, processes.data_ranks
         layout = lay_out(options, prepared.dataset, ranks, progress)
-        evaluation = lay_out_evaluation(options, prepared.held_out, ranks) if prepared.held_out is not None else None
+        evaluation = lay_out_evaluation(options, prepared.held_out, ranks)
         if continuation.is_finished(prepared, layout, processes):
             if processes.rank == 0:
                 print(
                     f"{continuation.directory}: nothing is left to do: {progress.step:,} steps are done and exported."
-                    " A larger `max_steps` or `num_train_epochs` trains on; `panda generate"
-                    f" {continuation.directory}` answers."
+                    " To train further, raise `max_steps` or `num_train_epochs`; to get answers, run `panda generate"
+                    f" {continuation.directory} --prompt TEXT`."
                 )
             return None
         model = trained_model(prepared, layout, processes)
@@ -58,13 +58,13 @@ def train(configuration: Configuration) -> Run | None:
             finish(run)
             run.hook.panda_run_end(run=run)
             if processes.rank == 0:
-                write_end(run.directory, run.step, **done_at_the_end(options, prepared.held_out))
+                write_end(run.directory, run.step, **work_at_the_end(options, prepared.held_out))
     return run
 
 
 @contextmanager
 def _to_its_end(run: Run, configuration: Configuration) -> Iterator[None]:
-    """Tells hooks of an exception that ends ``run``, and closes its engine in any case."""
+    """Report an exception that ends ``run`` to the hooks, and close its engine in any case."""
     try:
         with writing(f"{run.directory}: a file of the run or of a plugin", NO_ROOM_LEFT):
             yield

@@ -1,4 +1,4 @@
-"""Ten steps of adapters on a tiny LLaMA: as flags of panda's, and as a plain loop over plain peft."""
+"""Ten training steps of adapters on a tiny LLaMA: as flags for panda, and as a plain loop with plain peft."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows() -> list[dict[str, str]]:
 def arguments(
     shape: dict[str, int], data: Path, output: Path, micro: int, accumulation: int, *more: object
 ) -> list[object]:
-    """Flags of a run over ``data``, where ``rows()`` are, for a LLaMA of ``shape`` (in transformers' words)."""
+    """Flags of a run over ``data``, which contains ``rows()``, for a LLaMA of ``shape`` (transformers' names)."""
     width, inner = shape["hidden_size"], shape["intermediate_size"]
     layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
     return [
@@ -48,13 +48,13 @@ def arguments(
 
 
 def plain_base(shape: dict[str, int]) -> Any:
-    """The model that such a run begins with."""
+    """The model with which such a run starts."""
     config = LlamaConfig(vocab_size=259, rms_norm_eps=1e-6, pad_token_id=0, use_cache=False, **shape)  # type: ignore[arg-type]
     return initial_model(config, SEED)
 
 
 def train_plainly(model: PeftModel, dtype: torch.dtype) -> list[float]:
-    """The same training with nothing of panda's but the order of samples; the losses, computed in ``dtype``."""
+    """The losses of the same training, computed in ``dtype``, with nothing from panda but the order of samples."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), eps=EPSILON, weight_decay=0.0)
     torch.manual_seed(SEED)
@@ -80,5 +80,5 @@ def train_plainly(model: PeftModel, dtype: torch.dtype) -> list[float]:
 
 
 def exported(run: Path) -> dict[str, torch.Tensor]:
-    """The adapters that a run left, by name."""
+    """The adapters that a run exported, by name."""
     return load_file(run / "export" / "adapter_model.safetensors")

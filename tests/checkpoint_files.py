@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {
 
 
 def llama(seed: int = 5, **changes: Any) -> Any:
-    """A LLaMA with weights far enough from zero that each of them matters."""
+    """A LLaMA whose weights are far enough from zero that each of them matters."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE | changes))
     with torch.no_grad():
@@ -52,7 +52,7 @@ def save_hf(model: Any, folder: Path, *, shards: bool = True) -> Path:
 
 
 def save_pickle(model: Any, folder: Path) -> Path:
-    """``model`` as transformers once saved it: one pickle."""
+    """``model`` as older versions of transformers saved it: one pickle."""
     folder.mkdir(parents=True)
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -110,7 +110,7 @@ def save_meta(model: Any, folder: Path, *, ranks: int = 2, split_vocabulary: boo
 
 
 def save_delta(target: Any, base: Any, folder: Path) -> Path:
-    """``target - base`` by PandaLLM's make_delta: all subtracted, but embedding and output as they are."""
+    """``target - base`` by PandaLLM's make_delta: every tensor is subtracted but the embedding and the output head."""
     save_hf(target, folder, shards=False)
     theirs = base.state_dict()
     state = load_file(folder / "model.safetensors")

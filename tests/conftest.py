@@ -1,4 +1,4 @@
-"""Tests import the helpers beside this file by name, from any folder below."""
+"""Tests in every folder import the helpers in this one by name."""
 
 from __future__ import annotations
 
@@ -23,25 +23,30 @@ from distributions import distributions as distributions
 # One thread a process, set before torch is imported: the models of tests are so small that a second thread only spins
 # while it waits, and pytest runs as many processes as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Tokenised data of the tests is kept apart from the user's, in the processes that tests start as well.
+# Tests have a token cache of their own, also in the processes that they start.
 os.environ["PANDA_CACHE"] = tempfile.mkdtemp(prefix="panda-test-cache-")
 
-# A machine that others share is slow now and then, and that is no failure.
+# A shared machine is sometimes slow, which is no failure.
 settings.register_profile("panda", deadline=None)
 settings.load_profile("panda")
 
 
 LONGEST = (
     "test_example_plugin.py",
-    "test_adapters.py",
-    "test_model_layers.py",
     "test_sharded_lamb.py",
+    "test_adapters.py",
+    "test_redistribution.py",
     "test_quantisation.py",
-    "test_evaluation.py",
+    "test_tensor_parallel.py",
+    "test_hub.py",
+    "test_adapter_base.py",
+    "test_drawing.py",
     "test_resume.py",
-    "test_invariance.py",
+    "test_model_layers.py",
+    "test_from_checkpoint.py",
+    "test_evaluation.py",
 )
-"""Files that take longest, which begin first: last, one would keep one process busy while the other has nothing."""
+"""The files that take longest run first: at the end, one would keep one process busy while the other is idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,12 +56,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Any]:
-    """This process as the only one of a run. Once a session, and commands that tests call do not leave it meanwhile:
-    DeepSpeed keeps groups that are gone."""
+    """This process as the only rank of a run, joined once a session. Commands that tests call do not leave the process
+    group, since DeepSpeed would keep using the one that is gone."""
     from panda.engine import processes as room
 
     joined, leave = room.join_processes(), room.leave_processes
-    gc.freeze()  # DeepSpeed collects garbage at each group of a BF16_Optimizer: half a second, of what was imported
+    gc.freeze()  # DeepSpeed collects garbage for each group of a BF16_Optimizer: half a second for imported objects
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "leave_processes", lambda: None)
         yield joined
@@ -65,7 +70,7 @@ def processes() -> Iterator[Any]:
 
 @pytest.fixture
 def full_disk() -> Any:
-    """``with full_disk(bytes):`` files may not grow beyond that, which the system tells as it tells of a full disk."""
+    """``with full_disk(bytes):`` no file may grow beyond that size, which the system reports like a full disk."""
 
     @contextmanager
     def limited(size: int) -> Iterator[None]:

@@ -21,7 +21,7 @@ from typing import Annotated
 from typing import Literal
 from panda.registry import *
 """
-"""What the modules of these tests begin with."""
+"""The beginning of every module that these tests install."""
 
 
 class Distributions:
@@ -62,7 +62,7 @@ class Distributions:
         return site
 
     def imported(self) -> set[str]:
-        """Which modules of these distributions are imported, less packages that hold others."""
+        """Which modules of these distributions have been imported, except packages that contain others."""
         found = {name for name in sys.modules if name.partition(".")[0] in self.modules}
         return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 

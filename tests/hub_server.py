@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: folders, served in the protocol that huggingface_hub speaks."""
+"""A Hugging Face hub on this machine: serves folders by the protocol of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from urllib.parse import urlsplit
 
 LARGE = (".safetensors", ".bin", ".pth")
-"""Ends of the names of files that the hub has elsewhere, and sends its clients to."""
+"""Suffixes of files that the hub stores elsewhere, and to which it redirects its clients."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -39,18 +39,18 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def cdn(self) -> str:
-        """Where large files are: to clients another host, which is given no token."""
+        """Where large files are: for clients another host, to which they send no token."""
         return f"http://localhost:{self.server_address[1]}/cdn"
 
     def fetched(self) -> list[str]:
-        """Names of the files whose bytes were asked for, sorted; as often as they were."""
+        """Sorted names of the files whose content was requested, each as often as it was."""
         gets = (asked.removeprefix("GET ") for asked in self.asked if asked.startswith("GET "))
         return sorted(path.rpartition("/")[2] for path in gets if "/resolve/" in path or path.startswith("/cdn/"))
 
 
 @contextmanager
 def hub_of(root: Path) -> Iterator[Hub]:
-    """A hub with the folders in ``root``, while the context lasts."""
+    """A hub with the folders in ``root``, for the duration of the context."""
     with Hub(root) as hub:
         threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
         yield hub

@@ -1,4 +1,4 @@
-"""A plain model of transformers with the weights that a run of panda's begins with."""
+"""A plain transformers model with the weights with which a run of panda starts."""
 
 from __future__ import annotations
 

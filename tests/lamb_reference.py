@@ -1,4 +1,4 @@
-"""NVLAMB in float64 on the CPU, parameter by parameter: what panda's has to agree with.
+"""NVLAMB in float64 on the CPU, parameter by parameter: the reference for panda's.
 
 Written from its definition (arXiv 1904.00962; NVIDIA's apex, FusedLAMB with use_nvlamb), in numpy.
 """
@@ -29,7 +29,7 @@ class ReferenceLamb:
     ) -> None:
         """``rates``: factors of the rate that ``step`` is given, by name.
 
-        ``naive``: names of parameters that are taken for one layer, as LAMB on flat tensors does: wrong.
+        ``naive``: names of parameters that are taken for one layer, as LAMB on flat tensors does, which is wrong.
         """
         self.weights, self.betas, self.epsilon, self.decay = weights, betas, epsilon, decay
         self.rates = rates or dict.fromkeys(weights, 1.0)

@@ -1,7 +1,7 @@
-"""Runs panda as a user does: in processes of its own, from the command line.
+"""Runs panda as a user does: from the command line, in separate processes.
 
-They are forks of a process that has imported torch, DeepSpeed and transformers (warm.py). What a shell and torchrun
-start is tried in test_installed_plugin.py and, through the plugin's own tests, in test_example_plugin.py.
+They are forks of a process that has imported torch, DeepSpeed and transformers (warm.py). Starts by a shell and
+by torchrun are tested in test_installed_plugin.py and, through the plugin's own tests, in test_example_plugin.py.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ZERO3_AT_ONCE = {
     "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0,
 }
-"""ZeRO-3 that spreads every weight, and again as soon as it has been used. By default it keeps the weights of a
-model as small as a test's whole, and what needs them gathered is not tried."""
+"""ZeRO-3 that partitions every weight, and releases it as soon as it has been used. By default it keeps the weights
+of such small models whole, and code that needs them gathered would not be tested."""
 
 
 def zero3_at_once(folder: Path) -> list[object]:
-    """Flags of a run under such a ZeRO-3; writes a file to ``folder``."""
+    """Flags of a run with this ZeRO-3; writes a file to ``folder``."""
     file = folder / "zero3_at_once.json"
     file.write_text(json.dumps({"zero_optimization": ZERO3_AT_ONCE}))
     return ["--zero_stage", 3, "--deepspeed_config", file]
@@ -47,7 +47,7 @@ def zero3_at_once(folder: Path) -> list[object]:
 
 @cache
 def _warm() -> subprocess.Popen[str]:
-    """The process that the others are forks of, one for all tests of this process."""
+    """The process from which the others are forked: one for all tests of this process."""
     command = [sys.executable, str(TESTS / "warm.py")]
     return subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -64,7 +64,7 @@ def _answer() -> list[int]:
 
 @dataclass
 class Started:
-    """Processes of one command, as many as it has ranks."""
+    """The processes of one command, one for each rank."""
 
     command: list[str]
     pids: list[int]
@@ -74,14 +74,14 @@ class Started:
     """The exit code of each."""
 
     def kill(self) -> None:
-        """End them at once, as `kill -9` would."""
+        """Kill the processes, as `kill -9` would."""
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def wait(self, timeout: float = 900) -> subprocess.CompletedProcess[str]:
-        """What they printed and the exit code of one that failed, when all have ended. Processes that run for longer
-        than ``timeout`` seconds are ended, and that is an AssertionError with what they printed."""
+        """The output of the processes and the exit code of one that failed, once all have ended. If they run for longer
+        than ``timeout`` seconds, kills them and raises AssertionError with their output."""
         late = threading.Event()
 
         def stop() -> None:
@@ -100,11 +100,11 @@ class Started:
 
 @contextmanager
 def start(script: Path, *argv: object, cwd: Path, ranks: int = 0, **environment: str) -> Iterator[Started]:
-    """Start a script of Python's: alone, or as each of the ``ranks`` that torchrun would start. One at a time; what
-    runs on is ended."""
+    """Start a Python script: by itself, or as each of the ``ranks`` that torchrun would start. One at a time; processes
+    that still run at the end are killed."""
     environments = [environment]
     if ranks:
-        # This process keeps the store that they meet at, as torchrun's does: its port is taken when it is chosen.
+        # As torchrun does, this process hosts the store at which the ranks meet: its port is taken once chosen.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -133,7 +133,7 @@ def run_panda(command: str, *argv: object, cwd: Path, **environment: str) -> sub
 
 
 def run_script(script: Path, *argv: object, cwd: Path, ranks: int = 1, **environment: str) -> str:
-    """Run a script alone, or on each of several ``ranks``; what was printed. Fails with it."""
+    """Run a script by itself, or on several ``ranks``, and return its output. Raises AssertionError if it fails."""
     with start(script, *argv, cwd=cwd, ranks=ranks if ranks > 1 else 0, **environment) as started:
         done = started.wait()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,14 +141,14 @@ def run_script(script: Path, *argv: object, cwd: Path, ranks: int = 1, **environ
 
 
 def run_code(code: str, *argv: object, cwd: Path) -> str:
-    """Run ``code`` in a process that has nothing of panda's; what was printed. Fails with it."""
+    """Run ``code`` in a process without panda, and return its output. Raises AssertionError if it fails."""
     script = cwd / "code.py"
     script.write_text(code)
     return run_script(script, *argv, cwd=cwd)
 
 
 def train_many(configurations: list[list[object]], *, ranks: int = 1, cwd: Path, **environment: str) -> str:
-    """Train each of ``configurations`` on ``ranks`` processes; what was printed. Fails with it."""
+    """Train each of ``configurations`` on ``ranks`` processes, and return the output. Fails if they do."""
     given = json.dumps([list(map(str, argv)) for argv in configurations])
     return run_script(TESTS / "train_many.py", given, cwd=cwd, ranks=ranks, **environment)
 
@@ -164,5 +164,5 @@ def losses(run: Path) -> list[float]:
 
 
 def exported_weights(run: Path) -> dict[str, Any]:
-    """The weights that a run left, by name."""
+    """The weights that a run exported, by name."""
     return load_file(run / "export" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The scripts in bench/ run, on the CPU and at a size that says nothing of speed."""
+"""The scripts in bench/ run; on the CPU, at a size that says nothing about speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every configuration that panda ships trains, and its resolved form runs again as it stands."""
+"""Every configuration that panda ships trains, and its resolved form can be run again."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def normalised(name: str) -> str:
-    """One spelling of a distribution's name: PyYAML, pyyaml and Py_YAML are one."""
+    """A distribution's name in its normal form: PyYAML, pyyaml and Py_YAML are the same."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def declared() -> set[str]:
-    """Distributions that a user is told to install. What only the tests need is not among them."""
+    """The distributions that setup.cfg has users install, without those that only the tests need."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     extras = [text for name, text in setup["options.extras_require"].items() if name != "test"]
@@ -27,7 +27,7 @@ def declared() -> set[str]:
 
 
 def imported(source: str) -> set[str]:
-    """First parts of the modules that ``source`` imports, wherever it does, also for the type checker only."""
+    """The top-level packages that ``source`` imports anywhere, also those only for the type checker."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -50,7 +50,7 @@ def test_every_import_is_of_a_declared_distribution() -> None:
     assert undeclared == set()
 
 
-def test_an_import_is_seen_wherever_it_stands() -> None:
+def test_an_import_is_found_anywhere_in_a_module() -> None:
     source = """
 import a.b, c
 def f():

@@ -1,4 +1,4 @@
-"""What the documents say is what happens."""
+"""What the documentation says is true."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def console_lines() -> list[str]:
 def exit_code(command: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return command(argv)
-    except SystemExit as end:  # argparse leaves that way where it is asked for help
+    except SystemExit as end:  # argparse exits this way after printing help
         return int(end.code or 0)
 
 
@@ -87,10 +87,10 @@ def test_the_readme_lists_every_page() -> None:
 def test_a_documented_command_resolves(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every panda command of the documents, after any launcher, is checked on a copy of its data; `.ci/run` runs the
-    README's two blocks as they stand. In this process: starting one takes seconds each."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)  # a test before may have been a process group of one
-    monkeypatch.setattr("panda.engine.memory._host_memory", lambda: 2**42)  # the documents name models of any size
+    """Every panda command in the documentation, without its launcher, is checked on a copy of its data; `.ci/run` runs
+    the README's first two blocks. In this process, since starting another takes seconds."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # an earlier test may have joined a process group of one
+    monkeypatch.setattr("panda.engine.memory._host_memory", lambda: 2**42)  # the documentation names models of any size
     words = shlex.split(line)
     names = [word.rpartition("/")[2] for word in words]
     if "panda" in names:
@@ -199,8 +199,8 @@ def test_a_python_block_is_a_component_that_works(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each block is all of a module: installed with entry points, found by name, built and used."""
-    monkeypatch.syspath_prepend(str(EXAMPLE))  # for what a factory imports of the example
+    """Each block is a complete module: it is installed with entry points, found by name, built and used."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))  # for the imports that a factory makes from the example
     registered = re.findall(r'^@register_(\w+)\("([^"]+)"', block, re.MULTILINE)
     assert registered
     entry_points: dict[str, dict[str, str]] = {}
@@ -244,7 +244,7 @@ PROMISED = re.findall(r"`(panda(?:\.\w+)+)`", promises())
 
 
 def imported_from_panda(source: str) -> set[str]:
-    """The dotted names of panda that ``source`` imports, for the type checker too."""
+    """The dotted names of panda that ``source`` imports, also those only for the type checker."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -267,7 +267,7 @@ def test_a_promised_name_is_there(name: str) -> None:
 
 
 def test_the_list_of_promised_names_is_whole() -> None:
-    """All that `panda` itself exports is in it, and the attributes of a run in it exist."""
+    """It has all that `panda` itself exports, and the attributes of a run that it names exist."""
     exported = [name for name, value in vars(sys.modules["panda"]).items() if name[0] != "_" and callable(value)]
     assert {f"panda.{name}" for name in exported} | {"panda.hookimpl"} <= set(PROMISED)
     described = promises().partition("Of a `Run`")[2]
@@ -294,3 +294,16 @@ def test_the_walk_sees_every_import() -> None:
     assert not is_promised("panda.models.forward.isolation.refuse_without_positions") and not is_promised(
         "panda.registry"
     )
+
+
+def test_the_map_of_the_code_is_that_of_the_code() -> None:
+    """Rooms in CONTRIBUTING.md are those of ``panda/``, and the files that it names are there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    drawn = text.partition("panda/\n")[2].partition("plugins/")[0]
+    rooms = set(re.findall(r"^  ([\w.]+)", drawn, re.MULTILINE))
+    package = ROOT / "panda"
+    there = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert rooms == there | {"runner.py"}
+    table = text.partition("## Where would I change")[2].partition("\n## ")[0]
+    for name in re.findall(r"`([\w/]+\.py)`", table):
+        assert (package / name).exists(), name

@@ -1,6 +1,6 @@
-"""plugins/panda-example as a stranger gets it: built, installed outside this environment, used by name.
+"""plugins/panda-example as other users get it: built, installed outside this environment, used by name.
 
-All that these processes have of it is a folder on PYTHONPATH with a wheel's content.
+These processes know it only by a folder on PYTHONPATH with the content of its wheel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALL_RUN = (
 
 
 def run(*command: str | Path, cwd: Path, site: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` with ``site`` as all that PYTHONPATH holds."""
+    """Run ``command`` with ``site`` as PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(site)} if site else {})
     return subprocess.run(
@@ -37,7 +37,7 @@ def run(*command: str | Path, cwd: Path, site: Path | None = None) -> subprocess
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the plugin's wheel is installed in."""
     folder = tmp_path_factory.mktemp("plugin")
-    # setuptools builds in the source tree, and what an older build left there gets into the wheel.
+    # setuptools builds in the source tree, and files of an older build there would get into the wheel.
     leftovers = shutil.ignore_patterns("build", "dist", "*.egg-info", "__pycache__", ".*")
     shutil.copytree(PLUGIN, folder / "source", ignore=leftovers)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
@@ -73,7 +73,7 @@ def test_lists_and_shows_it(site: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tested(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """Its own tests, which start runs as a user does, where it is installed; and a run that they left."""
+    """The output of the plugin's own tests, which start runs as a user does, and a run that they trained."""
     folder = tmp_path_factory.mktemp("tested")
     options = ("-q", "-p", "no:cacheprovider", "--basetemp", folder / "base")
     tests = site.parent / "source" / "tests"
@@ -100,14 +100,14 @@ def test_trains_by_name(site: Path, tested: tuple[subprocess.CompletedProcess[st
         (("--arch", "llama-tiny", "--optimizer", "lion"), "optimizer 'lion'"),
     ],
 )
-def test_blocked_its_names_are_not_there(site: Path, tmp_path: Path, flags: tuple[str, ...], name: str) -> None:
+def test_a_blocked_plugin_provides_no_names(site: Path, tmp_path: Path, flags: tuple[str, ...], name: str) -> None:
     data = ("--instruction_tuning_data_dir", "panda:data/sample/instruct")
     blocked = run(SCRIPTS / "panda-train", *data, *flags, "-p", "no:panda-example", cwd=tmp_path, site=site)
     assert blocked.returncode == 2
     assert f"{name} is provided by panda-example 0.1.0" in blocked.stderr
 
 
-def test_without_it_its_names_are_unknown(tmp_path: Path) -> None:
+def test_names_are_unknown_without_the_plugin(tmp_path: Path) -> None:
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('panda_example') is not None)"
     if run(sys.executable, "-c", code, cwd=tmp_path).returncode:
         pytest.skip("panda-example is installed in this environment")

@@ -1,4 +1,4 @@
-"""What the other tests start their runs with: forks are as processes of their own, and none is waited for in vain."""
+"""How tests start runs: forks behave like new processes, and no process is waited for in vain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(json.dumps({
 """
 
 
-def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path) -> None:
+def test_a_fork_behaves_like_a_new_process(tmp_path: Path) -> None:
     (tmp_path / "facts.py").write_text(FACTS)
     with start(tmp_path / "facts.py", 1, "b", cwd=tmp_path, PYTHONPATH="/nowhere") as started:
         facts = json.loads(started.wait().stdout)
@@ -67,5 +67,5 @@ def test_a_hang_ends_with_what_was_printed_and_another_can_start(tmp_path: Path)
             time.sleep(0.01)
         it.wait(0)
     with pytest.raises(ZeroDivisionError), start(hanging, cwd=tmp_path):
-        _ = 1 / 0  # a test that fails meanwhile
+        _ = 1 / 0  # a test that fails while they run
     assert run_code("print('next')", cwd=tmp_path) == "next\n"

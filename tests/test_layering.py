@@ -1,4 +1,4 @@
-"""Imports point one way, by the syntax trees of all modules. What stands under TYPE_CHECKING does not run."""
+"""Imports point one way, judged by the syntax trees of all modules. Code under TYPE_CHECKING does not count."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST, *, nested: bool = True) -> Iterator[tuple[str, int]]:
-    """Dotted names that ``tree`` imports, with lines; with ``nested`` also those inside functions."""
+    """Dotted names that ``tree`` imports, with their lines; with ``nested``, also imports inside functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for other in node.orelse:
@@ -87,7 +87,9 @@ def test_imports_point_one_way() -> None:
         if parts[0] != "panda" or len(parts) == 1:
             continue
         target = parts[1]
-        is_module = (PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").exists()  # else a name of panda itself
+        is_module = (PACKAGE / target).is_dir() or (
+            PACKAGE / f"{target}.py"
+        ).exists()  # else it is a name in panda/__init__.py
         if is_module and target != room and target not in MAY_IMPORT[room]:
             wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {name}")
     assert wrong == []
@@ -113,7 +115,7 @@ def registering() -> list[Path]:
 
 
 def panda_imports_at_top(path: Path, seen: set[Path]) -> set[Path]:
-    """Modules of panda that importing ``path`` imports, with packages and all that they import."""
+    """The modules of panda that importing ``path`` imports, directly or not, including packages."""
     for name, _ in imports(ast.parse(path.read_text()), nested=False):
         parts = name.split(".")
         if parts[0] != "panda":
@@ -153,7 +155,7 @@ def test_the_init_of_a_package_imports_nothing_heavy() -> None:
 
 
 def test_every_import_is_seen_by_this_test() -> None:
-    """The walk itself: at the top, in functions and classes, in branches, and not for the type checker."""
+    """The walk finds imports at the top, in functions, classes and branches, but not those for the type checker."""
     source = """
 import a
 from b.c import d
@@ -183,7 +185,7 @@ EXCUSED = {
     "optim/layerwise_triton.py:_move": "a Triton kernel: what it reads is what it is given",
     "optim/layerwise_triton.py:_update": "a Triton kernel: what it reads is what it is given",
 }
-"""Functions that are longer or take more parameters, each with the reason."""
+"""Functions that may be longer or take more parameters, each with the reason."""
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -194,7 +196,7 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def test_functions_are_short_and_take_few_parameters() -> None:
-    """What a reader can hold at once. Parameters given by keyword do not count: the call names them."""
+    """So that a reader can keep them in mind. Keyword-only parameters do not count, since a call names them."""
     found = set()
     for name, node in functions():
         lines = (node.end_lineno or 0) - node.lineno + 1

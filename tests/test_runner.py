@@ -1,4 +1,4 @@
-"""What a run calls, and when, seen by a plugin that writes it down."""
+"""Which hooks a run calls, and when, as recorded by a plugin."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_hooks_are_called_at_their_moments(processes: Any, recorded: Any) -> Non
         ("step", 2),
         ("log", 2),
         ("saved", "step-00000002"),
-        ("step", 3),  # with the last row of the first epoch
+        ("step", 3),  # which ends with the last row of the first epoch
         ("epoch", 0),
         ("step", 4),
         ("log", 4),
@@ -187,13 +187,13 @@ def test_evaluations_come_before_the_checkpoint_of_their_step(processes: Any, re
     ]
 
 
-def test_a_run_that_is_done_can_be_evaluated(processes: Any, recorded: Any) -> None:
+def test_a_finished_run_can_be_evaluated(processes: Any, recorded: Any) -> None:
     recorded("--max_steps", "1", "--output_dir", "out")
     calls = recorded("--max_steps", "1", "--output_dir", "out", "--resume", "auto", "--eval_data_dir", "rows.jsonl")
     assert [call for call in calls if call[0] in ("step", "evaluated", "saved")] == [("evaluated", 1)]
 
 
-def test_a_run_that_is_done_is_left_as_it_is(
+def test_a_finished_run_is_left_as_it_is(
     processes: Any, recorded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--output_dir", "out", "--save_steps", "1")
@@ -211,21 +211,21 @@ def test_a_run_that_is_done_is_left_as_it_is(
     assert "samples a row" not in capsys.readouterr().out
     assert ("step", 3) in recorded(*flags, "--resume", "auto", "--max_steps", "3")
     assert recorded(*flags, "--resume", "auto", "--max_steps", "3") == []
-    # Other prompts are answered, and an export that was taken away is written.
+    # New prompts are answered, and a missing export is written.
     asked = (*flags, "--resume", "auto", "--max_steps", "3", "--prompts", "z")
     assert ("end", 1) in recorded(*asked)
     assert recorded(*asked) == []
     shutil.rmtree(tmp_path / "out" / "export")
     assert ("end", 1) in recorded(*asked)
     assert (tmp_path / "out" / "export" / "model.safetensors").exists()
-    # One step back is another way, with an end of its own.
+    # From an earlier step, the run trains again and ends again.
     assert ("end", 2) in recorded("--max_steps", "1", "--resume", "out/checkpoints/step-00000001")
 
 
-def test_a_run_that_was_stopped_before_its_end_comes_to_it(
+def test_a_run_that_stopped_before_its_export_is_completed(
     processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its last checkpoint is there, and not its export."""
+    """Its last checkpoint exists, but its export does not."""
     flags = ("--max_steps", "1", "--output_dir", "out")
     with monkeypatch.context() as patch:
         patch.setattr("panda.runner.finish", lambda run: 1 / 0)
@@ -234,7 +234,7 @@ def test_a_run_that_was_stopped_before_its_end_comes_to_it(
     assert ("end", 2) in recorded(*flags, "--resume", "auto")
 
 
-def test_missing_data_to_evaluate_on_is_told_before_anything_is_built(
+def test_missing_held_out_data_is_reported_before_anything_is_built(
     recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("panda.runner.trained_model", lambda *_, **__: pytest.fail("it built a model"))
@@ -264,7 +264,7 @@ def test_the_first_error_is_the_one_that_is_seen(
     assert "the run stopped after step 2" in capsys.readouterr().out, "the others are called all the same"
 
 
-def test_a_hook_that_came_with_a_component_is_named_with_it(processes: Any, recorded: Any) -> None:
+def test_a_failing_hook_in_the_module_of_a_component_is_named(processes: Any, recorded: Any) -> None:
     with pytest.raises(RuntimeError, match="boom") as caught:
         recorded("--optimizer", "hooked")
     assert caught.value.__notes__[0] == (
@@ -273,7 +273,7 @@ def test_a_hook_that_came_with_a_component_is_named_with_it(processes: Any, reco
     )
 
 
-def test_an_exception_in_a_task_names_whose_it_is(
+def test_an_exception_in_a_task_names_its_distribution(
     processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in ("dataset", "loss"):
@@ -286,23 +286,25 @@ def test_an_exception_in_a_task_names_whose_it_is(
         )
 
 
-def test_what_the_user_can_put_right_is_no_fault_of_a_hook(processes: Any, recorded: Any) -> None:
+def test_a_user_error_in_a_hook_is_not_blamed_on_it(processes: Any, recorded: Any) -> None:
     with pytest.raises(UserError, match="--max_steps 3") as caught:
         recorded("refusing")
     assert not any("came out of the hook panda_step_end" in note for note in caught.value.__notes__)
 
 
-def test_a_full_disk_is_told_without_a_traceback(processes: Any, recorded: Any) -> None:
+def test_a_full_disk_is_reported_without_a_traceback(processes: Any, recorded: Any) -> None:
     with pytest.raises(
-        UserError, match=r"out: a file of the run or of a plugin .* the disk is full \(pictures\)\. Check"
+        UserError, match=r"out: a file of the run or of a plugin .* the disk is full \(pictures\)\. Complete"
     ):
         recorded("full", "--output_dir", "out")
 
 
-def test_a_run_that_never_takes_a_step_gives_up(processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("panda.run.loop.HOPELESS", 3)
+def test_a_run_that_skips_every_step_ends_with_an_error(
+    processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.run.loop.MOST_SKIPPED", 3)
     monkeypatch.setattr("panda.tasks.instruct.Instruct.loss", _not_a_number)
-    with pytest.raises(UserError, match="step 3: the last 3 steps had gradients that are not finite"):
+    with pytest.raises(UserError, match="step 3: the last 3 steps were skipped"):
         recorded("--per_gpu_train_batch_size", "1")
 
 
@@ -310,7 +312,7 @@ def _not_a_number(task: Any, model: Any, batch: Any) -> Any:
     return model(batch.input_ids).logits.sum() * float("nan")
 
 
-def test_steps_that_changed_nothing_are_counted_over_all_starts(
+def test_skipped_steps_are_counted_across_resumes(
     processes: Any, recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, calls = Instruct.loss, count(1)
@@ -326,7 +328,7 @@ def test_steps_that_changed_nothing_are_counted_over_all_starts(
     assert read_progress(tmp_path / "out/checkpoints/step-00000005", {}).skipped_steps == 2
 
 
-def test_speed_is_that_of_the_steps_and_not_of_saving_and_evaluating(
+def test_speed_excludes_saving_and_evaluating(
     processes: Any, recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock on which a step takes 2 seconds, and saving and evaluating many."""
@@ -353,9 +355,7 @@ def test_speed_is_that_of_the_steps_and_not_of_saving_and_evaluating(
     assert len(records) == 6 and now == 3 * 6002, "each was saved and evaluated"
 
 
-def test_a_run_that_is_spread_in_another_way_draws_random_numbers_that_it_has_not_drawn(
-    processes: Any, recorded: Any
-) -> None:
+def test_a_run_on_other_ranks_draws_new_random_numbers(processes: Any, recorded: Any) -> None:
     recorded("drawing", "--max_steps", "2", "--output_dir", "out", "--zero_stage", "0", "--save_steps", "1")
     for step in ("1", "2"):
         checkpoint = f"out/checkpoints/step-0000000{step}"

@@ -1,4 +1,4 @@
-"""The embedded sample: what its generator writes, and a tokenizer that any text goes through."""
+"""The sample data in the package: it is what its generator writes, and its tokenizer takes any text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_generator_writes_the_files_of_the_package_byte_for_byte(tmp_path: P
 @given(st.text())
 @example("  two spaces, \t tab,\r\n newlines \n\n")
 @example("don't , stop . 日本語 🐼 e\u0301 \u200b \x00 \ufeff")
-def test_any_text_comes_back_from_the_tokenizer_as_it_went_in(tokenizer: Any, text: str) -> None:
+def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert ids == [byte + 3 for byte in text.encode()]
     assert tokenizer.decode(ids) == text

@@ -1,4 +1,4 @@
-"""Trains several configurations one after another in one group of processes: starting one takes seconds.
+"""Trains several configurations one after another in one process group, since starting one takes seconds.
 
 torchrun --nproc_per_node 2 tests/train_many.py '[["--config", "a.yaml"], ["--config", "b.yaml"]]'
 """
@@ -17,7 +17,7 @@ from panda.runner import train
 panda.run.ending.ANSWER_TOKENS = 2  # under ZeRO-3 answers take longer than the training
 
 NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard"]
-"""A picture takes longer than the steps that it shows."""
+"""Drawing a plot takes longer than the steps that it shows."""
 
 for argv in json.loads(sys.argv[1]):
     train(configure(parse_arguments([*argv, *NOTHING_DRAWN])))

@@ -1,4 +1,4 @@
-"""Forks processes that have imported what a run imports: each would spend ten seconds of a core on that.
+"""Forks processes that have already imported what a run imports, which would take each ten seconds of CPU time.
 
 Started by launching.py. A line of its input asks for processes that run one script, one for each ``environments``;
 the answers are their process ids at once, and their exit codes when all have ended. As torchrun does, it ends the
@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 
 ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what imports print is no answer
+os.dup2(2, 1)  # text that imports print must not look like an answer
 
 IMPORTED = (
     "accelerate",
@@ -40,7 +40,7 @@ SECONDS_TO_SAY_WHY = 5
 
 
 def become(order: dict[str, Any], environment: dict[str, str]) -> None:
-    """Make of this fork what a process of that command line would be."""
+    """Make this fork like a new process with that command line."""
     ANSWERS.close()
     os.chdir(order["cwd"])
     os.environ.update(environment)
@@ -50,12 +50,12 @@ def become(order: dict[str, Any], environment: dict[str, str]) -> None:
         os.close(opened)
     sys.argv = order["argv"]
     sys.path[:1] = [os.path.dirname(sys.argv[0]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    numpy.random.seed()  # Python's own generator is seeded anew in each fork
+    numpy.random.seed()  # Python reseeds its own generator in each fork
 
 
 def end(pids: list[int]) -> list[int]:
-    """Exit codes of ``pids``, in their order, when all have ended. Seconds after one failed, those that still run are
-    killed: they wait for it, and what they had to say of it is said."""
+    """Exit codes of ``pids``, in order, once all have ended. Seconds after one has failed, those that still run are
+    killed: they wait for the failed one, and have reported that by then."""
     codes: dict[int, int] = {}
 
     def kill_others(*_: object) -> None:
@@ -74,7 +74,7 @@ def end(pids: list[int]) -> list[int]:
 
 
 def serve() -> dict[str, Any] | None:
-    """Answer each line of stdin. In a fork: what it is to run."""
+    """Answer each line of stdin. In a fork, returns what it has to run."""
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)
         assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork has no other thread's locks to wait for"

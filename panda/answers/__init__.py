@@ -1,1 +1,1 @@
-"""Answers of trained models: loading a model for inference, generation, dialogues."""
+"""Inference with a trained model: loading it, generation, dialogues."""

@@ -1,1 +1,1 @@
-"""One module a command; each imports what it runs only when it runs."""
+"""One module for each command; it imports heavy modules only when it runs."""

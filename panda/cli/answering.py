@@ -1,4 +1,4 @@
-"""What ``panda generate`` and ``panda chat`` share: finding the model, and how it is to answer."""
+"""What ``panda generate`` and ``panda chat`` share: finding and loading the model, and the options of sampling."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from panda.cli.passed_over import tell_passed_over
+from panda.cli.passed_over import report_passed_over
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
 from panda.run.adapter_run import AdapterRun
 from panda.run.adapter_run import adapter_run
 from panda.run.adapter_run import trained_adapters
 from panda.run.directory import EXPORT
+from panda.run.directory import MODEL_FOLDER
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
+from panda.weights.formats import format_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,91 +33,99 @@ RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how an answer is chosen."""
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="at most; default 256")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    """Add the options of sampling."""
+    parser.add_argument(
+        "--max_new_tokens", "--max-new-tokens", type=int, default=256, help="most tokens in an answer; default 256"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, always takes the most likely token"
+    )
     parser.add_argument(
         "--top_p",
         "--top-p",
         type=float,
         default=1.0,
-        help="sample from the likeliest tokens that together have this much",
+        help="sample from the most likely tokens whose probabilities add up to this; default 1, from all",
     )
-    parser.add_argument("--seed", type=int, help="seed for sampling")
+    parser.add_argument("--seed", type=int, help="seed of sampling")
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where a base is, and how weights may be read."""
+    """Add the options that locate a base, and that allow pickles."""
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
-    parser.add_argument("--base_path", "--base-path", help="for a delta: the whole model that it is added to")
+    parser.add_argument("--base_path", "--base-path", help="for a delta: the model that it is added to")
     parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="also read weights from pickles")
 
 
 def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False) -> tuple[Assistant, Sampling]:
-    """The model that ``arguments`` name, loaded, and how it is to answer. Raises UserError for values out of bounds.
+    """The model that ``arguments`` name, loaded, and how to sample from it. Raises UserError for values out of bounds.
 
-    With ``chats`` it needs a chat template, and is not loaded if it lacks one.
+    With ``chats``, a model without a chat template is an error, which is raised before the model is loaded.
     """
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
+    answering = _find(arguments)
+
     import torch
 
     from panda.answers.assistant import Sampling
 
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
-    answering = _find(arguments)
     if chats:
         answering.require_chat_template()
     assistant = answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.seed is not None:
-        torch.manual_seed(arguments.seed)  # after a base has been drawn, by the seed of its run
+        torch.manual_seed(arguments.seed)  # after loading, which may draw a base from its run's seed
     return assistant, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
 
 
 def _find(arguments: argparse.Namespace) -> Answering:
-    """The model that ``arguments`` name; of a run its newest checkpoint, or its export where there is none.
+    """The model that ``arguments`` name; for a run, its newest checkpoint, or its export if there is no checkpoint.
 
-    Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it has been moved.
+    Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it was moved.
     """
+    from panda.engine.checkpoints.folders import find_checkpoint
+
+    location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
+    folder = Path(location)
+    if not folder.is_dir():
+        raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
+    checkpoint = find_checkpoint(folder)
+    report_passed_over(folder)
+    holds_adapters = (folder / ADAPTERS).exists()
+    if base_path is not None and checkpoint:
+        raise UserError(f"--base_path: {location!r} is a run, not a delta, and needs no base. Leave --base_path out.")
+    if not checkpoint and not holds_adapters:
+        folder = folder / EXPORT if (folder / EXPORT / CONFIG).exists() else folder
+        if not (folder / CONFIG).exists():
+            raise UserError(f"{location!r} contains no model: no complete checkpoint, no export, no config.json.")
+        format_of(folder, [file.name for file in folder.iterdir()], "RUN")
+
     from transformers.utils import logging
 
     from panda.answers.loading import described_in
     from panda.answers.loading import found_at
     from panda.answers.loading import with_adapters
-    from panda.engine.checkpoints.folders import find_checkpoint
     from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.weights.export import MODEL_FOLDER
     from panda.weights.finding import Source
 
-    location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    folder = Path(location)
-    if not folder.is_dir():
-        raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
-    checkpoint = find_checkpoint(folder)
-    tell_passed_over(folder)
-    are_exported = (folder / ADAPTERS).exists()
-    if base_path is not None and checkpoint:
-        raise UserError(f"--base_path: {location!r} is a run and not a delta, so nothing is added to it. Leave it out.")
     source = Source(location, "RUN", base_path, arguments.allow_pickle)
-    if are_exported and not trained_adapters(folder.parent):
+    if holds_adapters and not trained_adapters(folder.parent):
         return with_adapters(source, ckpt_path)
-    run = checkpoint.parent.parent if checkpoint else folder.parent if are_exported else folder
+    run = checkpoint.parent.parent if checkpoint else folder.parent if holds_adapters else folder
     adapted = adapter_run(run, ckpt_path)
-    if adapted and (checkpoint or are_exported):
+    if adapted and (checkpoint or holds_adapters):
         print(f"{checkpoint or folder}", file=sys.stderr)
         adapters = checkpoint_weights(checkpoint) if checkpoint else folder
         return described_in(run / MODEL_FOLDER, load=partial(_adapted_module, adapted, adapters))
     if checkpoint and (run / MODEL_FOLDER).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
         return described_in(run / MODEL_FOLDER, checkpoint_weights(checkpoint))
-    folder = folder / EXPORT if (folder / EXPORT / CONFIG).exists() else folder
-    if not (folder / CONFIG).exists():
-        raise UserError(f"{location!r} holds no model: no complete checkpoint, no export, no config.json.")
     return found_at(replace(source, location=str(folder)))
 
 
 def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch.device) -> torch.nn.Module:
-    """The base of ``adapted``, on ``device``, with ``adapters``: tensors by name, or the folder of an export."""
+    """The base of ``adapted`` with ``adapters`` (tensors by name, or the folder of an export), on ``device``."""
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import load_adapters
     from panda.models.adapters.lora import put_adapters
@@ -133,5 +143,5 @@ def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch
 
 
 def write(text: str) -> None:
-    """Print a piece of an answer at once."""
+    """Print a piece of an answer, and flush it."""
     print(text, end="", flush=True)

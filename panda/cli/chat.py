@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from panda.answers.assistant import Message
 
 NEW = "/new"
-"""What begins a new dialogue."""
+"""The line that starts a new dialogue."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 def _chat(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda chat",
-        description=f"Talk with a model, a line a turn, in the chat template that training used. {NEW} begins a new"
-        " dialogue; an empty line or the end of input ends it.",
+        description=f"Chat with a model, one line a turn, in the chat template that it was trained with. {NEW} starts a"
+        " new dialogue; an empty line or the end of input ends the chat.",
         epilog="example: panda chat runs/instruct-llama-tiny",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -49,7 +49,7 @@ def _chat(argv: list[str]) -> None:
 
 
 def _read() -> str:
-    """A line of the user's; empty at the end of input. The prompt is shown to a terminal alone."""
+    """The user's next line; empty at the end of input. Only a terminal is shown the prompt."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

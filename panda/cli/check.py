@@ -1,4 +1,4 @@
-"""``panda check``: what a configuration means, and whether its data is there. Trains nothing."""
+"""``panda check``: resolves a configuration, and checks its data and model. Trains nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
 
 if TYPE_CHECKING:
-    from panda.data.layouts import Layout
+    from panda.data.packing import Layout
     from panda.data.token_dataset import SampleSet
     from panda.run.preparation import Preparation
 
@@ -78,7 +78,7 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     _print_data(prepared.dataset, prepared.held_out)
     print(
         f"run: {layout.plan.total_steps:,} optimizer steps of {layout.plan.step_samples:,} samples on {world_size}"
-        f" rank(s)\nrun: in {directory}" + (f", on from {checkpoint}" if checkpoint else "")
+        f" rank(s)\nrun: in {directory}" + (f", continuing from {checkpoint}" if checkpoint else "")
     )
     _print_model(prepared, layout)
 
@@ -102,7 +102,7 @@ def _print_model(prepared: Preparation, layout: Layout) -> None:
 
     outline, options = prepared.outline, prepared.options
     if outline is None:
-        print("model: it needs weights while it is built, so how many it has is not known before a run")
+        print("model: it can only be built with weights, so its size is not known before a run")
         return
     if layout.packed:
         refuse_without_positions(outline, prepared.resolved.components["model"].component.name)

@@ -1,4 +1,4 @@
-"""What every command line shares: user errors without a traceback, and the exit code."""
+"""What all commands share: user errors without a traceback, and exit codes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from panda.registry import UserError
 
 USAGE_ERROR = 2
 BROKEN_PIPE = 128 + 13
-"""What a shell says of a program that SIGPIPE ended. Not 0: a run that could not print did not finish."""
+"""The exit code of a program that SIGPIPE ended, in a shell. Not 0: a run that could not print did not finish."""
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None) -> int:
-    """Run ``command`` on ``argv`` (by default the process's) and return its exit code.
+    """Run ``command`` on ``argv`` (by default ``sys.argv``) and return its exit code.
 
-    A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment shows where it came
-    from. Any other exception is a bug, and keeps its traceback.
+    A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback.
+    Any other exception is a bug, and keeps its traceback.
     """
     try:
         command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # here, where a pipe that is closed is caught
+        sys.stdout.flush()  # here, where the error of a closed pipe is caught
     except UserError as error:
         if os.environ.get("PANDA_TRACEBACK"):
             traceback.print_exc()

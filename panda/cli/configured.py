@@ -1,4 +1,4 @@
-"""The configuration of a command that takes CONFIG and flags, as panda-train does."""
+"""The configuration of a command that takes CONFIG and the flags of panda-train."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from panda.registry import UserError
 
 
 def configured(argv: list[str], usage: str) -> Configuration | None:
-    """The configuration in ``argv``; None where help was asked for, which is then printed."""
+    """The configuration that ``argv`` describes; None if it asks for help, which is then printed."""
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     arguments = parse_arguments(argv)
     if arguments.help:
         print(usage)
         return None
-    if not argv:  # not a success: `panda check $CONFIG` with nothing in it has checked nothing
+    if not argv:  # an error: `panda check $CONFIG` with an empty variable would check nothing
         raise UserError(f"no configuration is given.\n{usage}")
     return configure(arguments)

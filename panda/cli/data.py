@@ -1,4 +1,4 @@
-"""``panda data``: what a configuration's data looks like once it is tokenised."""
+"""``panda data``: shows a configuration's data as the model will see it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: panda data CONFIG [--KEY VALUE ...] [-p no:NAME]
 
-Show what the data of a configuration becomes: how many samples and tokens, how long they are, which
-rows are left out and why, how full rows are, and the first samples of the run, decoded, with the
-part that carries loss in colour (between » and « where there is no terminal). Draws the lengths into
-runs/NAME-lengths.png.
+Show what the data of a configuration becomes: the numbers of samples and tokens, which rows of files
+cannot be used and why, the lengths of samples, how full each `batching` makes the rows of a step, and
+the first samples of the run, decoded, with the part that carries loss in colour (between » and « if
+the output is not a terminal). Draws the lengths into runs/NAME-lengths.png.
 
 example: panda data configs/instruct-tiny.yaml"""
 
 BINS = 12
 BAR = 40
-"""Characters of the longest bar."""
+"""Width of the longest bar, in characters."""
 SAMPLES = 3
 LONGEST_SHOWN = 600
-"""Tokens of a sample that are shown."""
+"""Most tokens of a sample that are shown."""
 SUPERVISED = "bold green"
 
 
@@ -54,7 +54,7 @@ def _data(argv: list[str]) -> None:
     import numpy as np
     from rich.console import Console
 
-    from panda.data.layouts import LAYOUTS
+    from panda.data.packing import LAYOUTS
     from panda.run.assembly import lay_out
     from panda.run.directory import run_name
     from panda.run.preparation import Preparation
@@ -69,7 +69,7 @@ def _data(argv: list[str]) -> None:
             console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")
     share = dataset.supervised_tokens / dataset.tokens
     console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
-    console.print(f"the tokenizer is {resolved.core.tokenizer}, of {len(task.tokenizer):,} tokens", markup=False)
+    console.print(f"tokenizer: {resolved.core.tokenizer}, with {len(task.tokenizer):,} entries", markup=False)
     if report.truncated:
         console.print(f"{report.truncated:,} samples are longer than max_seq_length and were cut")
     if report.bad_rows:
@@ -89,7 +89,7 @@ def _data(argv: list[str]) -> None:
     draw_lengths(lengths, picture, title=f"{len(dataset):,} samples, {dataset.tokens:,} tokens")
 
     rows = f"per_gpu_train_batch_size {resolved.core.per_gpu_train_batch_size}"
-    console.print(f"\nwhat the model is given at the start of a run, on one rank and with {rows}")
+    console.print(f"\nrows at the start of a run, on one rank and with {rows}")
     for batching in LAYOUTS:
         layout = lay_out(resolved.core, dataset, 1, batching=batching)
         chosen = "  <- this run" if batching == resolved.core.batching else ""
@@ -99,11 +99,11 @@ def _data(argv: list[str]) -> None:
     for position, index in zip(positions, layout.order.samples(positions), strict=True):
         console.print(f"\n-- sample {position + 1} of the run, number {int(index):,} of the data")
         console.print(shown(task, dataset, int(index), coloured=sys.stdout.isatty()))
-    console.print(f"\n{picture} has the lengths as a picture", markup=False)
+    console.print(f"\n{picture}: the lengths as a picture", markup=False)
 
 
 def histogram(lengths: np.ndarray, bins: int) -> list[str]:
-    """A bar for each stretch of lengths, as lines of text."""
+    """A histogram of ``lengths`` as lines of text, one a bin."""
     import numpy as np
 
     counts, edges = np.histogram(lengths, bins=_edges(lengths, bins))
@@ -131,25 +131,25 @@ def draw_lengths(lengths: np.ndarray, path: Path, *, title: str) -> None:
 
 
 def _edges(lengths: np.ndarray, bins: int) -> list[int]:
-    """Whole numbers, at equal distances, that begin each stretch and end the last."""
+    """The edges of at most ``bins`` bins of equal whole width that cover ``lengths``."""
     low, high = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(high - low + 1) // bins))
     return list(range(low, high + width + 1, width))
 
 
 def shown(task: LanguageModelling, dataset: SampleSet, index: int, *, coloured: bool) -> Text:
-    """A sample, decoded, with the stretches that carry loss in colour or between marks."""
+    """A decoded sample, with the parts that carry loss in colour, or between » and «."""
     from rich.text import Text
 
     token_ids, supervised = dataset[index]
     text = Text()
     pairs = zip(token_ids[:LONGEST_SHOWN].tolist(), supervised[:LONGEST_SHOWN].tolist(), strict=True)
-    for carries_loss, stretch in groupby(pairs, key=lambda pair: pair[1]):
-        decoded = task.tokenizer.decode([token for token, _ in stretch])
+    for carries_loss, part in groupby(pairs, key=lambda pair: pair[1]):
+        decoded = task.tokenizer.decode([token for token, _ in part])
         if carries_loss:
             text.append(decoded if coloured else f"»{decoded}«", style=SUPERVISED)
         else:
             text.append(decoded)
     if len(token_ids) > LONGEST_SHOWN:
-        text.append(f" ... and {len(token_ids) - LONGEST_SHOWN:,} tokens more")
+        text.append(f" ... and {len(token_ids) - LONGEST_SHOWN:,} more tokens")
     return text

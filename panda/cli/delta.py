@@ -16,8 +16,8 @@ def main(argv: list[str] | None = None) -> int:
 def _delta(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda delta",
-        description="Make a delta, or apply one. Tensors are subtracted or added in float32, one at a time; a delta has"
-        " the embedding and the output whole, so that vocabularies may differ.",
+        description="Make a delta, or apply one. Tensors are subtracted or added in float32, one at a time; a delta"
+        " contains the embedding and the output head whole, so that the vocabularies may differ.",
         epilog="examples:\n  panda delta make --target my-llama --base llama-7b --output my-llama-delta\n"
         "  panda delta apply --delta my-llama-delta --base llama-7b --output my-llama",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,9 +30,9 @@ def _delta(argv: list[str]) -> None:
     apply.add_argument("--delta", "--delta_model", "--delta-path", required=True, help="the delta")
     for command in (make, apply):
         command.add_argument(
-            "--base", "--base_model", "--base-model-path", required=True, help="the model that it was tuned from"
+            "--base", "--base_model", "--base-model-path", required=True, help="the model that was fine-tuned"
         )
-        command.add_argument("--output", required=True, type=Path, help="the folder to write; new, or empty")
+        command.add_argument("--output", required=True, type=Path, help="the folder to write; must be new or empty")
         command.add_argument("--allow_pickle", action="store_true", help="also read weights from pickles")
     arguments = parser.parse_args(argv)
 
@@ -50,13 +50,13 @@ def _delta(argv: list[str]) -> None:
         target = pretrained_at(Source(arguments.target, "--target", allow_pickle=arguments.allow_pickle))
         print(f"target: {target.describe()}\nbase: {base.describe()}")
         differs = write_delta(target, base, arguments.output)
-        print(f"{arguments.output}: a delta. Applied again, no weight differs by more than {differs:.3g}.")
+        print(f"{arguments.output}: a delta. Applied to the base, it restores each weight to within {differs:.3g}.")
     else:
         delta = pretrained_at(Source(arguments.delta, "--delta", allow_pickle=arguments.allow_pickle))
         if not is_delta(delta.folder, arguments.delta):
             raise UserError(
                 f"--delta: {arguments.delta!r} is not a delta, and its sum with a base would not be a model. A delta"
-                " has panda's delta.json, or a name that ends in `-delta`: if this is one, rename its folder."
+                " contains panda's delta.json or has a name that ends in `-delta`: if this is one, rename its folder."
             )
         merged = added_to(delta, base_source)
         print(f"delta: {merged.describe()}")

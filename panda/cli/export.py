@@ -1,4 +1,4 @@
-"""``panda export``: a run's checkpoint as a folder that the whole ecosystem loads."""
+"""``panda export``: writes a run's checkpoint as a folder that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
-from panda.cli.passed_over import tell_passed_over
+from panda.cli.passed_over import report_passed_over
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
 from panda.run.adapter_run import AdapterRun
 from panda.run.adapter_run import adapter_run
 from panda.run.directory import EXPORT
+from panda.run.directory import MODEL_FOLDER
 
 if TYPE_CHECKING:
     from panda.weights.stored_tensor import Weights
@@ -26,34 +27,31 @@ def main(argv: list[str] | None = None) -> int:
 def _export(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda export",
-        description="Write the newest checkpoint of a run, or the one that is named, as safetensors with configuration,"
-        " tokenizer, chat template and generation config. From any ZeRO stage, in this one process, a file at a time.",
+        description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
+        " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
         epilog="example: panda export runs/instruct-llama-7b --output my-llama",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
-    parser.add_argument("--output", type=Path, help="a folder to make; by default RUN/export, which is replaced")
+    parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="of a run of adapters: the whole model, with them added to its base, to RUN/merged by default. Without,"
-        " the adapters alone are written, as peft has them",
+        help="for adapters: merge them into their base and write the whole model, by default to RUN/merged. Without"
+        " this, only the adapters are written, in peft's format",
     )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     arguments = parser.parse_args(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
-    from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.weights.export import MODEL_FOLDER
-    from panda.weights.export import export
 
     checkpoint = find_checkpoint(arguments.run)
-    tell_passed_over(arguments.run)
+    report_passed_over(arguments.run)
     if checkpoint is None:
         raise UserError(f"{arguments.run}: no complete checkpoint there. Name a run directory, or a `step-...` folder.")
     run = checkpoint.parent.parent
     if not (run / MODEL_FOLDER).is_dir():
         raise UserError(
-            f"{run}: it has no folder {MODEL_FOLDER!r}, which says what the weights in {checkpoint} are of."
+            f"{run}: its folder {MODEL_FOLDER!r}, which describes the model of the weights in {checkpoint}, is missing."
         )
     adapted = adapter_run(run, arguments.ckpt_path)
     if arguments.merge and adapted is None:
@@ -61,14 +59,18 @@ def _export(argv: list[str]) -> None:
     output = arguments.output or run / ("merged" if arguments.merge else EXPORT)
     if arguments.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {str(output)!r} is not empty. Name a folder that does not exist.")
-    weights, done = checkpoint_weights(checkpoint), ""
+
+    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.weights.export import export
+
+    weights, note = checkpoint_weights(checkpoint), ""
     if adapted and not arguments.merge:
         _export_adapters(adapted, weights, output)
     else:
         if adapted:
-            weights, done = _merged(adapted, weights)
+            weights, note = _merged(adapted, weights)
         export(run / MODEL_FOLDER, weights, output)
-    print(f"{output}: {checkpoint.name} of {run}{done}")
+    print(f"{output}: {checkpoint.name} of {run}{note}")
 
 
 def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
@@ -77,18 +79,17 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     from panda.models.adapters.lora import adapter_config
     from panda.models.adapters.merging import merged_weights
 
-    # bitsandbytes rounds on a GPU where there is one, as training did.
+    # On a GPU if there is one, so that bitsandbytes rounds the base as it did in training.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, base = adapted.base()
-    merged, done = merged_weights(model, base, weights, adapter_config(adapted.options), adapted.options, device)
-    return merged, f"; {done}"
+    merged, note = merged_weights(model, base, weights, adapter_config(adapted.options), adapted.options, device)
+    return merged, f"; {note}"
 
 
 def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> None:
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
     from panda.run.assembly import load_tokenizer
-    from panda.weights.export import MODEL_FOLDER
 
     model = add_adapters(adapted.base()[0], adapted.options)
     tokenizer = load_tokenizer(str(adapted.directory / MODEL_FOLDER))

@@ -1,4 +1,4 @@
-"""``panda generate``: what a trained model answers, printed as it comes."""
+"""``panda generate``: answers prompts with a trained model, and prints each token as it is generated."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda generate",
-        description="Answer prompts, as the model saw them in training: in its chat template where it has one, as the"
-        " beginning of a text where it has none.",
+        description="Answer prompts, in the form in which the model saw them in training: in its chat template if it"
+        " has one, and otherwise as the beginning of a text.",
         epilog='example: panda generate runs/instruct-llama-tiny --prompt "Write panda in capitals."',
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--prompt", nargs="+", required=True, help="one or several")
+    parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""``panda-train --help``: every flag of what would run, from the options themselves."""
+"""``panda-train --help``: every flag of the run that the other arguments describe."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ examples:
   torchrun --nproc_per_node 8 --no-python panda-train --config run.yaml --zero_stage 2
 
   --config FILE          flat YAML, one `key: value` a line (also --conf_path)
-  -p no:NAME             leave a plugin, or everything of a distribution, out
-  -h, --help             this"""
+  -p no:NAME             leave out a plugin, or everything that a distribution provides
+  -h, --help             show this help"""
 
 
 def print_train_help(arguments: Arguments) -> None:
     """Print the flags of every run, and of the components that ``arguments`` choose."""
     catalog = Catalog(arguments.blocked)
-    components = _chosen(catalog, arguments)  # first of all: an unknown name is the answer then, not a page of flags
+    components = _chosen(catalog, arguments)  # first, so that an unknown name is reported instead of a page of flags
     print(USAGE)
     print_options("options of every run", options_of(RunOptions))
     for component in components:
@@ -66,7 +66,7 @@ def _chosen(catalog: Catalog, arguments: Arguments) -> list[Component]:
 
 
 def print_options(title: str, options: dict[str, Option]) -> None:
-    """Print flags, defaults and help of ``options`` under ``title``."""
+    """Print the flags, defaults and help of ``options`` under ``title``."""
     if options:
         print(f"\n{_wrapped(title, indent=0)}")
     for key, option in options.items():

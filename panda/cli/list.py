@@ -1,4 +1,4 @@
-"""``panda list``: what is installed, read from metadata and source; nothing is imported."""
+"""``panda list``: the installed components, read from metadata and source; none of them is imported."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
 def _list(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda list",
-        description="List what is installed: names, who provides them, and what they are. Imports none of it.",
+        description="List the installed components: their names, packages and descriptions. Imports none of them.",
         epilog="example: panda list optimizers --json",
     )
     parser.add_argument("kind", nargs="?", help=", ".join(kind.plural for kind in KINDS.values()) + "; by default all")
     parser.add_argument("--json", action="store_true", help="one JSON array of objects")
-    parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave a distribution or plugin out")
+    parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave out a plugin or distribution")
     arguments = parser.parse_args(argv)
     kinds = [kind_named(arguments.kind)] if arguments.kind else list(KINDS.values())
     catalog = Catalog(map(blocked_name, arguments.p))
@@ -50,7 +50,7 @@ def _list(argv: list[str]) -> None:
         if not offers:
             print("  none")
     if unread := len(every) - len(readable):
-        print(f"\nSummaries of {unread:,} components of other packages are left out: `--json` reads them all.")
+        print(f"\nDescriptions of {unread:,} components of other packages are left out; `--json` shows all.")
 
 
 def _provider(offer: Offer) -> str:

@@ -1,4 +1,4 @@
-"""``panda``: look at what is installed and at what a configuration means."""
+"""``panda COMMAND``: runs the module of this package that has the command's name."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from panda.registry import UserError
 from panda.registry.errors import did_you_mean
 
 COMMANDS = {
-    "list": "what is installed, by kind",
-    "show": "one component: its options, and where it comes from",
-    "check": "resolve a configuration, verify its data, train nothing",
-    "data": "what its data looks like: counts, lengths, what carries loss",
-    "prepare": "tokenise its data ahead of time",
+    "list": "list the installed components, by kind",
+    "show": "show one component: its options, and where it comes from",
+    "check": "resolve a configuration, check its data and model, train nothing",
+    "data": "show a configuration's data: counts, lengths, what carries loss",
+    "prepare": "tokenise a configuration's data ahead of time",
     "plot": "draw the learning-rate schedule of a configuration",
-    "train": "the same as panda-train",
-    "export": "a run's checkpoint as a folder that plain transformers loads",
-    "generate": "what a trained model answers",
-    "chat": "talk with a trained model",
+    "train": "train; the same as panda-train",
+    "export": "write a run's checkpoint as a folder that plain transformers loads",
+    "generate": "answer prompts with a trained model",
+    "chat": "chat with a trained model",
     "delta": "make or apply the difference between a fine-tune and its base",
 }
-"""Each is a module of this package with ``main(argv)``."""
+"""Each command is a module of this package with ``main(argv)``."""
 
 USAGE = (
     "usage: panda COMMAND ...\n\ncommands:\n"
@@ -34,7 +34,7 @@ examples:
   panda show model llama
   panda check configs/instruct-tiny.yaml
 
-`panda COMMAND --help` says more."""
+`panda COMMAND --help` explains a command."""
 )
 
 

@@ -1,4 +1,4 @@
-"""What ``panda generate``, ``chat`` and ``export`` say of checkpoints that they cannot take."""
+"""What ``panda generate``, ``chat`` and ``export`` report of damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from panda.engine.checkpoints.folders import passed_over
 
 
-def tell_passed_over(path: Path) -> None:
-    """Say on stderr which checkpoints at ``path`` are newer than the one that is taken, and damaged.
+def report_passed_over(path: Path) -> None:
+    """Report on stderr the damaged checkpoints at ``path`` that are newer than the one that is used.
 
-    An older one answers otherwise than the run's user expects, who has to know.
+    The user has to know that the model is older than expected.
     """
     for checkpoint, problem in passed_over(path).items():
         print(f"{checkpoint}: passed over, since it is damaged: {problem}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``panda plot``: a picture of what a configuration means."""
+"""``panda plot``: draws the learning-rate schedule of a configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _plot(argv: list[str]) -> None:
         print(USAGE)
         return
     if argv[:1] != ["schedule"]:
-        raise UserError(f"expected `schedule`, the one thing that it draws.\n{USAGE}")
+        raise UserError(f"expected `schedule`, the only thing that it draws.\n{USAGE}")
     flags, out = _without_out(argv[1:])
     configuration = configured(flags, USAGE)
     if configuration is None:
@@ -47,14 +47,14 @@ def _plot(argv: list[str]) -> None:
 
 
 def _without_out(argv: list[str]) -> tuple[list[str], Path]:
-    """``argv`` without ``--out FILE``, which is no key of a run, and FILE."""
+    """``argv`` without ``--out FILE``, which is not a key of a run, and FILE."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
     if "--out" not in words:
         return words, Path("schedule.png")
     at = words.index("--out")
     out = Path(words[at + 1]) if at + 1 < len(words) else Path()
     if out.suffix != ".png" or not out.parent.is_dir():
-        raise UserError(f"--out: {str(out)!r} is not a .png file in a folder that is there.")
+        raise UserError(f"--out: {str(out)!r} is not a .png file in an existing folder.")
     return words[:at] + words[at + 2 :], out
 
 

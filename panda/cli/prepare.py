@@ -1,4 +1,4 @@
-"""``panda prepare``: tokenise a configuration's data into the token cache, ahead of time and without a GPU."""
+"""``panda prepare``: tokenises a configuration's data into the token cache, ahead of time and without a GPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from panda.cli.configured import configured
 USAGE = """\
 usage: panda prepare CONFIG [--KEY VALUE ...] [-p no:NAME]
 
-Read and tokenise the data of a configuration on all cores, as panda-train would at its start, into
-the token cache. Runs that use the same data, tokenizer and options then start at once. Needs no GPU
-and starts no process group; PANDA_CACHE or `token_cache` says where the cache is.
+Read the data of a configuration and tokenise it into the token cache, on all cores, as panda-train
+would at its start. Runs with the same data, tokenizer and options then start at once. Needs no GPU
+and no launcher; PANDA_CACHE or `token_cache` says where the cache is.
 
 example: panda prepare configs/instruct-tiny.yaml"""
 

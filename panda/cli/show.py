@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 def _show(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda show",
-        description="Show one component: what it is, its options with their defaults, and where it comes from.",
+        description="Show one component: its description, its options with their defaults, and where it comes from.",
         epilog="example: panda show model llama",
     )
     parser.add_argument("kind", help="task, model, arch, optimizer, lr_scheduler, reader or plugin")

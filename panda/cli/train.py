@@ -1,4 +1,4 @@
-"""``panda-train``: train what the flags and the YAML file describe."""
+"""``panda-train``: trains what the flags and the YAML file describe."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def _train(argv: list[str]) -> None:
     from panda.run.first_look import look_first
 
     look_first(configuration, int(os.environ.get("WORLD_SIZE", 1)))
-    # Threads that wait for others by spinning slow down a hundredfold, measured, as soon as anything
-    # else wants one of their cores. The OpenMP of torch reads this when it is loaded.
+    # By default the OpenMP threads of torch (2.13, 2026-11) spin while they wait for each other, which makes them a
+    # hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable
+    # when torch loads it; it can go when torch's threads sleep by default.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from panda.engine.processes import leave_processes
@@ -45,7 +46,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _stop(signal_number: int, frame: object) -> None:
-    """Schedulers end a job with SIGTERM: hooks hear of it, as of Ctrl-C."""
+    """Turn SIGTERM, with which schedulers end a job, into an exception, as Ctrl-C does, so that hooks are called."""
     raise SystemExit(128 + signal_number)
 
 

@@ -1,1 +1,1 @@
-"""What a run was told: its options, arguments, refusals, and what follows from its checkpoint. Imports no torch."""
+"""The configuration of a run: its options, arguments and refusals, and what follows from its checkpoint. No torch."""

@@ -1,7 +1,7 @@
 """The command line and the YAML file, as given values with their origins.
 
-Which flags exist depends on the components that the flags choose, so the line is split here without
-knowing any: ``--key value``, ``--key=value``, ``--key a b`` for a list, and ``--key`` alone for true.
+Which flags exist depends on the components that the flags choose, so the line is parsed here without
+knowing any: ``--key value``, ``--key=value``, ``--key a b`` for a list, and ``--key`` for true.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ IGNORED = ("local_rank",)
 
 @dataclass(frozen=True)
 class Arguments:
-    """What was asked for on a command line."""
+    """A command line and the YAML file that it names, parsed."""
 
     given: dict[str, Given]
-    """Keys from the YAML file with the flags laid over them."""
+    """Keys of the YAML file, overridden by the flags."""
     help: bool
 
     @property
     def blocked(self) -> tuple[str, ...]:
-        """NAME of each ``no:NAME`` among the plugins."""
+        """NAME of each ``no:NAME`` in ``plugins``."""
         return tuple(blocked_name(text) for text in _texts(self.given.get("plugins")) if text.startswith(BLOCK))
 
 
@@ -38,13 +38,13 @@ def parse_arguments(argv: list[str]) -> Arguments:
     """Read the flags in ``argv`` and the YAML file that ``--config`` names."""
     blocked: list[str] = []
     flags: dict[str, Given] = {}
-    help_wanted = False
+    asks_for_help = False
     position = 0
     while position < len(argv):
         word = argv[position]
         position += 1
         if word in ("-h", "--help"):
-            help_wanted = True
+            asks_for_help = True
         elif word == "-p" or word.startswith("-p="):
             blocked.append(blocked_name(word[3:] if word != "-p" else argv[position] if position < len(argv) else ""))
             position += word == "-p"
@@ -71,7 +71,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     config = flags.pop("config", None)
     if config is not None:
         if not isinstance(config.value, str):
-            more = f", and one alone: {config.text!r} is not" if isinstance(config.value, tuple) else ""
+            more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
             raise UserError(f"--config needs the path of a YAML file, as in --config configs/instruct-tiny.yaml{more}.")
         given = _with_accepted_spellings(load_flat_yaml(Path(config.value)))
         if "config" in given:
@@ -81,17 +81,17 @@ def parse_arguments(argv: list[str]) -> Arguments:
         named = given.get("plugins")
         items = (*_texts(named), *(BLOCK + name for name in blocked))
         given["plugins"] = Given(items, named.origin if named else "-p", ", ".join(items))
-    return Arguments(given, help_wanted)
+    return Arguments(given, asks_for_help)
 
 
 def _texts(given: Given | None) -> tuple[str, ...]:
-    """The items of a list of texts, as far as they are texts."""
+    """Those items of a list that are texts."""
     values = () if given is None else given.value if isinstance(given.value, tuple) else (given.value,)
     return tuple(value for value in values if isinstance(value, str))
 
 
 def blocked_name(text: str) -> str:
-    """NAME of ``-p no:NAME``. Raises UserError for anything else behind ``-p``."""
+    """NAME of ``-p no:NAME``. Raises UserError for anything else after ``-p``."""
     if not text.startswith(BLOCK) or text == BLOCK:
         raise UserError(f"-p {text}: expected `-p no:NAME`. To add a plugin, write `--plugins NAME`.")
     return text.removeprefix(BLOCK)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a run was told: names are components, values have their types, the checkpoint is found."""
+    """The configuration of a run: components in place of names, typed values, and the checkpoint that was found."""
 
     resolved: Resolved
     hooks: Hooks
-    """Those in the modules of what was chosen; the objects that plugins make are added when the run starts."""
+    """The hooks in the modules of the chosen components. Objects that plugins make are added when the run starts."""
     pretrained: Pretrained | None
-    """The checkpoint at ``ckpt_path``; nothing of its weights is read yet."""
+    """The checkpoint at ``ckpt_path``, of which no weights have been read yet."""
 
     @property
     def options(self) -> RunOptions:
@@ -45,7 +45,7 @@ def configure(arguments: Arguments) -> Configuration:
     catalog = Catalog(arguments.blocked)
     for name in catalog.unused_blocks():
         print(
-            f"warning: -p no:{name}: no distribution, module or plugin that is installed has that name.",
+            f"warning: -p no:{name}: no installed distribution, module or plugin has that name.",
             file=sys.stderr,
         )
     resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
@@ -55,7 +55,7 @@ def configure(arguments: Arguments) -> Configuration:
     if resolved.core.ckpt_path is None:
         return Configuration(resolved, hooks, None)
 
-    from panda.configuration.following import follow_checkpoint
+    from panda.configuration.from_checkpoint import follow_checkpoint
     from panda.weights.finding import find_pretrained
 
     pretrained = find_pretrained(resolved.core)
@@ -68,13 +68,13 @@ def configure(arguments: Arguments) -> Configuration:
 
 
 def _with_implied(resolved: Resolved) -> Resolved:
-    """``resolved`` with the defaults that its switches imply, each of which is reported."""
+    """``resolved`` with the defaults that its switches imply; prints each."""
     for switch, (values, reason) in IMPLIED.items():
         if not getattr(resolved.core, switch):
             continue
-        unsaid = {key: value for key, value in values.items() if resolved.settings[key].origin == "default"}
-        resolved = resolved.with_values(unsaid, f"implied by {switch}")
-        if unsaid and os.environ.get("RANK", "0") == "0":
-            named = " and ".join(f"{key} {value}" for key, value in unsaid.items())
+        implied = {key: value for key, value in values.items() if resolved.settings[key].origin == "default"}
+        resolved = resolved.with_values(implied, f"implied by {switch}")
+        if implied and os.environ.get("RANK", "0") == "0":
+            named = " and ".join(f"{key} {value}" for key, value in implied.items())
             print(f"note: {switch} implies {named}: {reason}.", file=sys.stderr)
     return resolved

@@ -1,4 +1,4 @@
-"""The JSON file that ``deepspeed_config`` names: what it holds, and where in it a key stands."""
+"""The JSON file that ``deepspeed_config`` names: its content, and the line of a key."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
 
 def read_deepspeed_file(options: RunOptions) -> dict[str, Any]:
-    """What the file of ``options.deepspeed_config`` holds; nothing where none is named.
+    """The content of the file that ``options.deepspeed_config`` names; empty if it names none.
 
-    Raises UserError where it cannot be read, is no JSON object, or has a key twice.
+    Raises UserError if it cannot be read, is not a JSON object, or has a key twice.
     """
     file = options.deepspeed_config
     if file is None:
         return {}
     try:
         text = resolve_path(file).read_text(encoding="utf-8")
-        held = json.loads(text, object_pairs_hook=_without_repetition)
+        content = json.loads(text, object_pairs_hook=_without_repetition)
     except OSError as problem:
         raise UserError(f"deepspeed_config: {file}: {problem.strerror}.") from None
     except ValueError as problem:
         raise UserError(f"deepspeed_config: {file}: not valid JSON: {problem}.") from None
-    if not isinstance(held, dict):
+    if not isinstance(content, dict):
         raise UserError(f"deepspeed_config: {file}: expected a JSON object, {{...}}.")
-    return held
+    return content
 
 
 def place_of(file: str, path: str) -> str:
-    """``FILE:LINE`` of the key at the dotted ``path``; ``FILE`` where the line is not known."""
-    import yaml  # which keeps the lines that json forgets, and reads JSON but for some of its white space
+    """``FILE:LINE`` of the key at the dotted ``path``; ``FILE`` if the line cannot be found."""
+    import yaml  # json gives no line numbers, and yaml reads JSON, except for some white space
 
     try:
         node: Any = yaml.compose(resolve_path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -47,9 +47,9 @@ def place_of(file: str, path: str) -> str:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    held = dict(pairs)
-    if len(held) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object")
-    return held
+        raise ValueError(f"the key {repeated!r} appears twice in one object")
+    return content

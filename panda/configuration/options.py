@@ -51,7 +51,7 @@ class RunOptions:
     output_dir: Annotated[str, Location()] | None = None
     """The run directory. By default `runs/RUN_NAME`, with a number appended if that exists."""
     run_name: str | None = None
-    """Name of the run; by default TASK-ARCH."""
+    """Name of the run, a folder in `runs`; by default TASK-ARCH."""
     resume: str | None = None
     """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
     tokenizer: Annotated[str, Location(on_hub=True)] = "panda:data/sample/tokenizer"
@@ -77,7 +77,7 @@ class RunOptions:
     gradient_accumulation_steps: Annotated[int, Meta(ge=1)] = 64
     """Micro batches per optimizer step on each GPU."""
     batching: Literal["padded", "grouped", "packed"] = "padded"
-    """Rows of a step: `padded`, a sample each; `grouped`, similar lengths together; `packed`, several samples a row."""
+    """Rows of a step: `padded`, one sample each; `grouped`, and similar lengths together; `packed`, several samples."""
     num_train_epochs: Annotated[float, Meta(gt=0)] = 1.0
     """Passes over the data."""
     max_steps: Annotated[int, Meta(ge=-1)] = -1
@@ -163,7 +163,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         rate_multipliers(self.lr_multipliers)
         if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
-            raise UserError(f"run_name: {self.run_name!r} is not a name of one folder. A path goes into `output_dir`.")
+            raise UserError(f"run_name: {self.run_name!r} is not the name of a folder. For a path, use `output_dir`.")
 
     @property
     def zero(self) -> int:

@@ -1,7 +1,7 @@
 """Combinations that cannot work, as data: each with its reason and what to use instead.
 
-``panda-train`` and ``panda check`` ask it before anything is imported or built, and docs/refusals.md
-prints it.
+``panda-train`` and ``panda check`` apply the table before anything is imported or built, and
+docs/refusals.md prints it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ class Refusal:
     """One combination that panda refuses."""
 
     what: str
-    """The combination, as it is written."""
+    """The combination, as users write it."""
     applies: Callable[[RunOptions], bool]
     reason: str
     instead: str
 
 
-def _asks(run: RunOptions, *path: str) -> Any:
-    """What the file of ``deepspeed_config`` has at ``path``; None where it has nothing there.
+def _in_file(run: RunOptions, *path: str) -> Any:
+    """The value at ``path`` in the file of ``deepspeed_config``, or None.
 
-    Raises UserError where it cannot be read. What DeepSpeed cannot take in it is refused later, so it may
-    have any shape here.
+    Raises UserError if the file cannot be read. It is validated later, so its values may be of any type here.
     """
     value: Any = read_deepspeed_file(run)
     for key in path:
@@ -43,9 +42,9 @@ def _asks(run: RunOptions, *path: str) -> Any:
     return value
 
 
-def _lamb_asks(run: RunOptions, *path: str) -> Any:
+def _in_file_of_lamb(run: RunOptions, *path: str) -> Any:
     """The same if the optimizer needs the norm of whole layers, else None."""
-    return _asks(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
+    return _in_file(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
 
 
 def _optimizer(run: RunOptions) -> str:
@@ -66,7 +65,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "eval_steps without eval_data_dir",
         lambda run: run.eval_steps > 0 and run.eval_data_dir is None,
         "there is nothing to evaluate on",
-        "name data that is not trained on with `eval_data_dir`, or leave it out",
+        "name held-out data with `eval_data_dir`, or leave `eval_steps` out",
     ),
     Refusal(
         "base_path, allow_pickle or extend_vocab without ckpt_path",
@@ -77,8 +76,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "model: hf without ckpt_path",
         lambda run: run.ckpt_path is None and (run.model or "").lower().rpartition(":")[2] == "hf",
-        "the checkpoint gives it its shape",
-        "name the checkpoint with `ckpt_path`, or a shape with `arch`",
+        "its architecture and sizes come from the checkpoint",
+        "name the checkpoint with `ckpt_path`, or use `arch` in place of `model`",
     ),
     Refusal(
         "lora_*, use_dora or use_rslora without use_lora",
@@ -89,13 +88,13 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "use_quant with use_lora: false",
         lambda run: run.use_quant and not run.use_lora,
-        "quantised weights cannot be trained, and nothing else would be",
-        "leave `use_lora` out, which `use_quant` implies, or `use_quant`",
+        "quantised weights cannot be trained, so without adapters nothing would be",
+        "leave `use_lora` out, which `use_quant` implies, or leave `use_quant` out",
     ),
     Refusal(
         "use_quant without bitsandbytes",
         lambda run: run.use_quant and find_spec("bitsandbytes") is None,
-        "bitsandbytes quantises, and it is not installed",
+        "bitsandbytes, which quantises, is not installed",
         "`pip install bitsandbytes`, or `pip install panda-train[gpu]`; it works on CPUs too",
     ),
     Refusal(
@@ -116,7 +115,7 @@ REFUSALS: tuple[Refusal, ...] = (
             (run.bit_training or _optimizer(run) in ("adamw8bit", "paged_adamw8bit"))
             and find_spec("bitsandbytes") is None
         ),
-        "bitsandbytes keeps it, and it is not installed",
+        "bitsandbytes, which provides it, is not installed",
         "`pip install bitsandbytes`, or `pip install panda-train[gpu]`; or `optimizer: adamw`",
     ),
     Refusal(
@@ -129,26 +128,26 @@ REFUSALS: tuple[Refusal, ...] = (
         "precision: fp16 with zero_stage: 0",
         lambda run: run.precision == "fp16" and run.zero_stage == 0,
         "DeepSpeed without ZeRO sums the gradients of micro batches in fp16, where they over- and underflow",
-        "leave `zero_stage` out: it is then 1, which is the same on one GPU and sums in fp32",
+        "leave `zero_stage` out: it is then 1, which sums in fp32 and on one GPU is otherwise the same",
     ),
     Refusal(
         "optimizer: nvlamb with offload_optimizer on NVMe",
-        lambda run: _lamb_asks(run, *_OFFLOAD, "device") == "nvme",
+        lambda run: _in_file_of_lamb(run, *_OFFLOAD, "device") == "nvme",
         "the norm of a layer needs the whole layer, and DeepSpeed keeps most of it on the disk",
         '`offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
     ),
     Refusal(
         "optimizer: nvlamb with offload_optimizer.ratio below 1",
-        lambda run: _lamb_asks(run, *_OFFLOAD, "ratio") not in (None, 1),
-        "DeepSpeed steps the part that stays on the GPU with its own AdamW",
+        lambda run: _in_file_of_lamb(run, *_OFFLOAD, "ratio") not in (None, 1),
+        "DeepSpeed updates the part that stays on the GPU with its own AdamW",
         "leave `ratio` out, or `optimizer: adamw`",
     ),
     Refusal(
         "optimizer: nvlamb with ZenFlow or SuperOffload",
         lambda run: bool(
-            _lamb_asks(run, "zero_optimization", "zenflow") or _lamb_asks(run, *_OFFLOAD, "super_offload")
+            _in_file_of_lamb(run, "zero_optimization", "zenflow") or _in_file_of_lamb(run, *_OFFLOAD, "super_offload")
         ),
-        "they step with DeepSpeed's own CPU Adam, a part of the weights at a time",
+        "they update with DeepSpeed's own CPU Adam, a part of the weights at a time",
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
     ),
     Refusal(
@@ -161,7 +160,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "tensor_parallel_size with zero_stage: 3",
         lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 3,
         "both partition the weights, and a checkpoint of the two together cannot be read back whole",
-        "`zero_stage: 2`, or `zero_stage: 3` alone",
+        "`zero_stage: 2`, or `zero_stage: 3` without `tensor_parallel_size`",
     ),
     Refusal(
         "tensor_parallel_size with use_lora or use_quant",
@@ -184,7 +183,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "tensor_parallel_size with compile",
         lambda run: run.tensor_parallel_size > 1 and run.compile,
-        "compiled layers that communicate with other ranks were not tried on a GPU",
+        "compiled layers that communicate with other ranks have not been tested on a GPU",
         "leave one of them out",
     ),
 )
@@ -202,7 +201,7 @@ def refuse(resolved: Resolved) -> None:
 
 
 def _origins(resolved: Resolved, refusal: Refusal) -> str:
-    """Where in a file the keys that ``refusal`` names were written; flags need no such place."""
+    """The places in files of the keys that ``refusal`` names, before a message; keys given as flags need none."""
     settings = (resolved.settings[word] for word in re.findall(r"\w+", refusal.what) if word in resolved.settings)
     places = dict.fromkeys(setting.origin for setting in settings if ":" in setting.origin)
     return f"{', '.join(places)}: " if places else ""

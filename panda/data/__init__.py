@@ -1,4 +1,4 @@
-"""Where text comes from and how it reaches the device: readers, token data sets, order, batches."""
+"""From files to batches: readers, tokenised data sets, the order of samples, rows."""
 
 from panda.data.reading import BadRow as BadRow
 from panda.data.reading import Reader as Reader

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
 
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.registry import UserError
 from panda.registry.contexts import IGNORED_LABEL
 

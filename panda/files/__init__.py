@@ -1,1 +1,1 @@
-"""What panda asks of a file system: locks, files and folders that are whole or absent, and words for a full disk."""
+"""Work with the file system: locks, files and folders that are complete or absent, and errors of a full disk."""

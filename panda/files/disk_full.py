@@ -1,4 +1,4 @@
-"""A full disk, in words. Libraries report it in ways of their own, some of them without a word of it."""
+"""Recognises the errors of a full disk. Each library reports it in its own way, some without saying so."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing(what: str, then: str) -> Iterator[None]:
-    """Where the body fails because the disk is full, raise UserError; all other errors pass.
+    """If the body fails because the disk is full, raise UserError; all other errors pass.
 
-    It says: ``WHAT cannot be written: the disk is full. THEN``.
+    The message is ``WHAT cannot be written: the disk is full. THEN``.
     """
     try:
         yield
@@ -31,18 +31,19 @@ def writing(what: str, then: str) -> Iterator[None]:
 
 
 def disk_full(error: BaseException | None) -> str | None:
-    """Words for a full disk, with the file where it is known, if that is why ``error`` was raised; otherwise None."""
+    """Text that says that the disk is full, with the file if known, if that is what ``error`` means; else None."""
     if error is None:
         return None
     file = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # the target of a copy
     at = f" ({file})" if file else ""
     number = getattr(error, "errno", None)
     if number is None and (given := re.search(r"\((?:os error|Errno) (\d+)\)|\[Errno (\d+)\]", str(error))):
-        number = int(given[1] or given[2])  # in the messages of safetensors and shutil
+        number = int(given[1] or given[2])  # only in the text of safetensors' and shutil's errors
     if number in _NO_ROOM:
         return f"the disk is full{at}"
     if found := disk_full(error.__cause__ or error.__context__):
         return found
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save does not give the reason
-        return "the disk is full, or fails"
+    # torch.save (2.13, 2026-11) does not give the reason. This can go when it raises OSError.
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return "the disk is full or failing"
     return None

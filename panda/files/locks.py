@@ -1,6 +1,6 @@
-"""Locks between processes. The system frees them when their holder ends, in whatever way it does.
+"""Locks between processes. The operating system frees them when their holder ends, however it ends.
 
-The file of a lock stays when the lock is free; while it is held it says by whom.
+A lock's file stays after the lock is freed; while the lock is held, the file names the holder.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from datetime import datetime
 from pathlib import Path
 
 TRIES, SECONDS_BETWEEN = 10, 0.05
-"""How often a lock is tried before it counts as held by another process: ``holder_of`` holds it for an instant."""
+"""How often a lock is tried before it counts as held: ``holder_of`` also holds it for an instant."""
 POLL_SECONDS = 0.2
-"""Between two tries of a process that waits."""
+"""Seconds between two tries of a process that waits."""
 
 _descriptors: set[int] = set()
 """Open files of the locks that this process holds or waits for."""
@@ -33,16 +33,16 @@ class HeldError(Exception):
     def __init__(self, holder: str) -> None:
         super().__init__(holder)
         self.holder = holder
-        """Which process that is, in words."""
+        """A description of that process."""
 
 
 @contextmanager
 def held(file: Path, *, waiting: Callable[[str], None] | None = None, unlocked: str | None = None) -> Iterator[bool]:
-    """Hold the lock ``file``, which is made where it is missing; other threads of this process are kept out, too.
+    """Hold the lock ``file``, which is created if missing. It excludes other threads of this process, too.
 
-    Where another process holds it, HeldError is raised; with ``waiting`` that is called instead, once, with who holds
-    the lock, and the lock is waited for. Raises OSError where the file cannot be opened. Yields whether the lock is
-    held: on a file system without locks it is not, and ``unlocked`` then tells the user what that means.
+    If another process holds it, raises HeldError; or, with ``waiting``, calls that once with a description of the
+    holder, and waits for the lock. Raises OSError if the file cannot be opened. Yields whether the lock is held: on a
+    file system without locks it is not, and a note with ``unlocked``, which says what the user has to do, is printed.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     _descriptors.add(descriptor)
@@ -59,13 +59,13 @@ def held(file: Path, *, waiting: Callable[[str], None] | None = None, unlocked: 
                 with suppress(OSError):
                     os.ftruncate(descriptor, 0)
     finally:
-        if os.getpid() == process:  # in a forked one it is closed already
+        if os.getpid() == process:  # a forked process has closed it already
             _descriptors.discard(descriptor)
             os.close(descriptor)
 
 
 def holder_of(file: Path) -> str | None:
-    """Which process holds the lock ``file``, in words; None where none does or that cannot be known. Makes nothing."""
+    """A description of the process that holds the lock ``file``; None if none does, or if that cannot be known."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError:
@@ -113,7 +113,7 @@ def _written_in(descriptor: int) -> str:
 def _leave_to_parent() -> None:
     """Close the locks in a process that was just forked, say to prepare batches.
 
-    It shares them with its parent, and would hold them on when that is killed.
+    It shares them with its parent, and would still hold them after the parent is killed.
     """
     for descriptor in _descriptors:
         os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all.
+"""Files and folders that are complete or absent.
 
-Each is made under another name beside its own, written through to the disk, and renamed. A file is replaced in that
-instant. A folder that is replaced is renamed as well: between the two renames nothing has its name.
+Each is written under a temporary name in the same folder, synced to the disk, and renamed. A file is replaced
+atomically. A folder that is replaced is renamed first, so for an instant nothing has its name.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 
 
 def aside(path: Path) -> Path:
-    """The name under which ``path`` is made."""
+    """The temporary name under which ``path`` is written."""
     return path.with_name(f".tmp-{path.name}")
 
 
 @contextmanager
 def whole(path: Path, *, alone: bool = True) -> Iterator[Path]:
-    """Yields the path of a file or folder to make, which becomes ``path``, in place of what was there, at the end.
+    """Yields the path of a file or folder to write, which replaces ``path`` at the end of the ``with`` statement.
 
-    Where that fails, what was there stays and nothing else is left. What a process that was killed left is removed by
-    the next one. Without ``alone`` several processes may make it at the same time: of files the last one stays, and
-    where there is a folder already OSError is raised.
+    If that fails, ``path`` is left as it was, and nothing else is left. What a killed process left is removed by the
+    next one. Without ``alone``, several processes may write ``path`` at the same time: of files the last one stays;
+    for a folder that exists already, raises OSError.
     """
     path = path.resolve()  # a link, say to a larger disk, stays a link
     new = aside(path) if alone else aside(path).with_name(f".tmp-{path.name}-{secrets.token_hex(8)}")
@@ -37,20 +37,20 @@ def whole(path: Path, *, alone: bool = True) -> Iterator[Path]:
         yield new
         put(new, path, replace_folder=alone)
     except BaseException:
-        _discard(new)  # it may take room that is needed
+        _discard(new)  # it may take up space that is needed
         raise
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Make ``path`` a file of ``text``, in place of the one that was there."""
+    """Write ``text`` to the file ``path``, in place of any that is there."""
     with whole(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def put(new: Path, path: Path, *, replace_folder: bool = True) -> None:
-    """Give ``new``, a file or folder beside ``path``, that name, once all of it is on the disk.
+    """Rename ``new``, a file or folder beside ``path``, to ``path``, after all of it is synced to the disk.
 
-    When this returns the renaming is on the disk, too. Where the renaming fails, what had the name has it still.
+    The rename itself is synced before this returns. If it fails, what was at ``path`` is still there.
     """
     for each in (*(new.rglob("*") if new.is_dir() else ()), new):
         if not each.is_symlink():
@@ -73,13 +73,13 @@ def put(new: Path, path: Path, *, replace_folder: bool = True) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove ``folder``, which loses its name before it loses a file."""
+    """Remove ``folder``. It is renamed first, so that nobody finds it with files missing."""
     os.replace(folder, aside(folder))
     shutil.rmtree(aside(folder))
 
 
 def sync(path: Path) -> None:
-    """Have the system write the file or folder ``path`` to the disk before this returns."""
+    """Sync the file or folder ``path`` to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

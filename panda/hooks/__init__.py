@@ -1,1 +1,1 @@
-"""What happens around a step: panda's own lifecycle plugins, with no privileged access."""
+"""panda's own lifecycle plugins. They have no access that other packages lack."""

@@ -20,7 +20,7 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
     from panda.models.causal_lm import build_causal_lm
     from panda.models.causal_lm import is_converted_when_loaded
     from panda.models.forward.cross_entropy import offer_loss_sum
-    from panda.models.forward.packing import tell_packing
+    from panda.models.forward.packed_rows import tell_packing
     from panda.models.forward.plain_head import has_plain_head
     from panda.models.initialisation.creation import keep_computed_float32
 

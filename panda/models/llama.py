@@ -148,7 +148,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     from transformers import LlamaForCausalLM
 
     from panda.models.forward.cross_entropy import offer_loss_sum
-    from panda.models.forward.packing import tell_packing
+    from panda.models.forward.packed_rows import tell_packing
     from panda.models.initialisation.creation import keep_computed_float32
 
     config = LlamaConfig(

@@ -1,1 +1,1 @@
-"""Optimizers and learning-rate schedules, and nothing that knows a model or a file."""
+"""Optimizers, parameter groups and learning-rate schedules; none of them knows a model or a file."""

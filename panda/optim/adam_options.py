@@ -1,4 +1,4 @@
-"""The options that optimizers of Adam's kind have in common."""
+"""The options that all variants of Adam share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class AdamOptions:
     """Options of Adam."""
 
     adam_betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.99)
-    """Decay rates of the running means of gradients and of squared gradients."""
+    """Decay rates of the moving averages of gradients and of squared gradients."""
     adam_epsilon: Annotated[float, Meta(gt=0)] = 1e-6
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""

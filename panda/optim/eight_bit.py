@@ -1,4 +1,4 @@
-"""Optimizers with 8-bit state, of bitsandbytes (arXiv 2110.02861), which is an extra of panda's."""
+"""Optimizers with 8-bit state (arXiv 2110.02861) from bitsandbytes, an optional dependency."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 @register_optimizer("adamw8bit", options=AdamOptions)
 def build_adamw8bit(options: AdamOptions, context: OptimizerContext) -> torch.optim.Optimizer:
-    """AdamW whose two means take a byte each, not four; bitsandbytes'. The same as adamw with bit_training."""
+    """bitsandbytes' AdamW, whose two moments take one byte each, not four. The same as adamw with bit_training."""
     return adamw8bit(context.param_groups, betas=options.adam_betas, eps=options.adam_epsilon)
 
 
 @register_optimizer("paged_adamw8bit", options=AdamOptions)
 def build_paged_adamw8bit(options: AdamOptions, context: OptimizerContext) -> torch.optim.Optimizer:
-    """adamw8bit whose state moves to host memory while a GPU has no room for it; on a CPU the same as adamw8bit."""
+    """adamw8bit whose state moves to host memory when the GPU's is full; on a CPU the same as adamw8bit."""
     return adamw8bit(context.param_groups, betas=options.adam_betas, eps=options.adam_epsilon, is_paged=True)
 
 
 def adamw8bit(
     param_groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, is_paged: bool = False
 ) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW8bit. Raises UserError where bitsandbytes is not installed."""
+    """bitsandbytes' AdamW8bit. Raises UserError if bitsandbytes is not installed."""
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
         from bitsandbytes.optim.adamw import PagedAdamW8bit

@@ -1,4 +1,4 @@
-"""The arithmetic behind ``nvlamb``: steps whose length is decided layer by layer."""
+"""The arithmetic of ``nvlamb``: the length of each layer's step follows the norm of its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from panda.registry.contexts import TensorLayout
 
 
 class NVLamb(torch.optim.Optimizer):
-    """LAMB as NVIDIA's apex has it (``FusedLAMB`` with ``use_nvlamb``), without its clipping.
+    """LAMB as in NVIDIA's apex (``FusedLAMB`` with ``use_nvlamb``), without its clipping.
 
     For each parameter tensor w, at its step t::
 
@@ -25,14 +25,15 @@ class NVLamb(torch.optim.Optimizer):
         r = ||w|| / ||u||  where both norms are above 0, else 1
         w = w - lr r u
 
-    DeepSpeed puts flat tensors in the place of parameters, each a rank's part of several, and steps
-    them one or more at a time. ``bind`` says what lies where; then r is the ratio of the parameter
-    whose part it is: the squared norms of all segments of a call are summed over ranks in one
-    all-reduce, in float64. Unbound, each tensor is a parameter.
+    DeepSpeed replaces parameters by flat tensors, each one rank's part of several parameters, and
+    steps one or more of them at a time. ``bind`` says where each parameter lies in them. r is then the
+    ratio of whole parameters: the squared norms of all segments in a call are summed over ranks in one
+    all-reduce, in float64. Without ``bind``, each tensor is one parameter.
 
-    Gradients have to be averaged and clipped before; they are **overwritten**, by u and then by zeros:
-    with it the peak of memory is that of AdamW. Nothing waits for the device. State of a tensor: ``step`` (an int, of
-    that tensor alone, since DeepSpeed's calls are of one group or sub-group), ``exp_avg``, ``exp_avg_sq``.
+    Gradients have to be averaged and clipped before. They are **overwritten**, by u and then by zeros,
+    so that the memory peak is that of AdamW. Nothing waits for the device. The state of a tensor is
+    ``step`` (an int for each tensor, since DeepSpeed steps one group or sub-group in a call),
+    ``exp_avg`` and ``exp_avg_sq``.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class NVLamb(torch.optim.Optimizer):
         *,
         adapt: str = "all",
     ) -> None:
-        """``adapt``: "all" tensors get a trust ratio, or the "decayed" ones, of groups with weight decay."""
+        """``adapt``: which tensors get a trust ratio: "all", or "decayed", those in groups with weight decay."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adapt = adapt
         self._layouts: dict[torch.Tensor, TensorLayout] = {}
@@ -54,14 +55,14 @@ class NVLamb(torch.optim.Optimizer):
         self._ratios: dict[torch.Tensor, torch.Tensor] = {}
 
     def bind(self, layout: ParameterLayout) -> None:
-        """Learn what lies where in the tensors that it will step."""
+        """Learn where each parameter lies in the tensors that will be stepped."""
         self._layouts = {described.tensor: described for described in layout.tensors}
         self._sum_over_shards = layout.sum_over_shards
 
     def observe(self) -> dict[str, tuple[list[str], torch.Tensor]]:
         """``trust_ratio``: names of the parameters, and the ratio that each had in its last step, on the device.
 
-        The same on every rank. Without those that have not been stepped or get no ratio.
+        The same on every rank. Parameters that were never stepped, or get no ratio, are left out.
         """
         names = [name for tensor in self._ratios for name in self._layouts[tensor].parameters]
         ratios = list(self._ratios.values())
@@ -86,13 +87,13 @@ class NVLamb(torch.optim.Optimizer):
                 continue
             states = [self._state_of(layout.tensor) for layout in stepped]
             arithmetic = _arithmetic(stepped)
-            found = arithmetic.replace_gradients(stepped, states, group)
+            norms = arithmetic.replace_gradients(stepped, states, group)
             for state in states:
                 state["step"] += 1
             if adapts:
-                squares.append(found)
+                squares.append(norms)
             else:
-                arithmetic.move(stepped, group["lr"], torch.ones_like(found[:, 0]))
+                arithmetic.move(stepped, group["lr"], torch.ones_like(norms[:, 0]))
         if adapting:
             self._move_by_trust_ratios(adapting, squares)
         return loss
@@ -108,7 +109,7 @@ class NVLamb(torch.optim.Optimizer):
     def _move_by_trust_ratios(
         self, adapting: list[tuple[TensorLayout, float]], squares_of_segments: list[torch.Tensor]
     ) -> None:
-        """Move each tensor, given with its rate, by its update times the ratio of each parameter in it."""
+        """Move each tensor (given with its rate) by its update, scaled by the ratio of each parameter in it."""
         counts = [len(layout.parameters) for layout, _ in adapting]
         rows = self._rows([layout for layout, _ in adapting])
         squares = torch.zeros(sum(counts), 2, dtype=torch.float64, device=rows.device)
@@ -124,7 +125,7 @@ class NVLamb(torch.optim.Optimizer):
         self._ratios |= {layout.tensor: part for (layout, _), part in zip(adapting, parts, strict=True)}
 
     def _rows(self, layouts: list[TensorLayout]) -> torch.Tensor:
-        """For each segment that has a gradient, the row of its parameter among all that ``layouts`` name."""
+        """For each segment that has a gradient, the index of its parameter among all parameters of ``layouts``."""
         key = tuple((layout.tensor, layout.tensor.grad is None) for layout in layouts)
         if key not in self._row_indices:
             rows, before = [], 0
@@ -133,12 +134,12 @@ class NVLamb(torch.optim.Optimizer):
                     rows += [before + segment.parameter for segment in layout.segments]
                 before += len(layout.parameters)
             device = layouts[0].tensor.device
-            self._row_indices[key] = torch.tensor(rows, dtype=torch.long, device=device)  # once: it waits for it
+            self._row_indices[key] = torch.tensor(rows, dtype=torch.long, device=device)  # this copy waits
         return self._row_indices[key]
 
 
 def _arithmetic(layouts: list[TensorLayout]) -> Any:
-    """The module that has the arithmetic for such tensors."""
+    """The module that computes steps of the tensors in ``layouts``: with Triton kernels if it can, else with torch."""
     fits = all(
         layout.tensor.is_cuda and layout.tensor.dtype == torch.float32 and layout.tensor.is_contiguous()
         for layout in layouts
@@ -150,7 +151,7 @@ def _arithmetic(layouts: list[TensorLayout]) -> Any:
 def _kernels() -> Any:
     try:
         from panda.optim import layerwise_triton
-    except ImportError:  # a torch without triton
+    except ImportError:  # this torch comes without triton
         return layerwise_torch
     return layerwise_triton
 

@@ -10,14 +10,14 @@ from torch.optim.adamw import adamw
 from panda.registry.contexts import TensorLayout
 
 NORM_ROW = 4096
-"""Elements that are summed in fp32 before the sums are summed in float64, on the CPU."""
+"""On the CPU, the squares of so many elements are summed in fp32, and these sums in float64."""
 
 
 def replace_gradients(layouts: list[TensorLayout], states: list[dict[str, Any]], group: dict[str, Any]) -> torch.Tensor:
-    """Put the update u in the place of each gradient, and move the moments on.
+    """Replace each gradient by the update u, and update the moments.
 
-    ``states`` have ``step`` as it was before. Returns float64 [segments of all, 2]: the squared norms
-    of the weights and of the updates.
+    ``step`` in ``states`` is the number of steps before this one. Returns float64 [segments of all, 2]:
+    the squared norms of the weights and of the updates.
     """
     weights, gradients, means, squares = ([] for _ in range(4))
     steps = []
@@ -31,9 +31,9 @@ def replace_gradients(layouts: list[TensorLayout], states: list[dict[str, Any]],
     if not weights:
         return torch.zeros(0, 2, dtype=torch.float64, device=device)
     beta1, beta2 = group["betas"]
-    # torch's fused kernel, with the gradient in the place of the weight too. A rate and a decay of
-    # -1 make of it g - (-1)(-1) g + m / (sqrt(v) + eps), and the first two are 0, exactly: one pass
-    # over memory, and none of it new.
+    # torch's fused kernel, given the gradient as the weight too. With a rate and a decay of -1 it
+    # computes g - (-1)(-1) g + m / (sqrt(v) + eps), whose first two terms cancel exactly. This takes
+    # one pass over memory, and no new memory.
     adamw(
         gradients,
         gradients,
@@ -58,8 +58,8 @@ def replace_gradients(layouts: list[TensorLayout], states: list[dict[str, Any]],
 def move(layouts: list[TensorLayout], rate: float, factors: torch.Tensor) -> None:
     """Move each segment's weights by its update, times ``-rate`` and its one of ``factors`` [segments of all].
 
-    Updates are zero afterwards: the gradient of a parameter that a step does not use stays what it was
-    where DeepSpeed keeps it in a buffer, and must not be the update of the step before.
+    Sets the updates to zero: where DeepSpeed keeps gradients in a buffer, the gradient of a parameter
+    that the next step does not use stays as it is, and must not be the update of this step.
     """
     weights = [stretch for layout in layouts for stretch in _stretches(layout, layout.tensor)]
     updates = [stretch for layout in layouts for stretch in _stretches(layout, _gradient(layout.tensor))]
@@ -75,8 +75,8 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _stretches(layout: TensorLayout, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The segments of ``tensor``, which is laid out so. What lies between them is DeepSpeed's, and is not touched:
-    with one parameter in a sub-group, the gradient of ZeRO-3 is the buffer whose norm it takes, padding included."""
+    """The segments of ``tensor``, which has this layout. The padding between them is not touched: if a sub-group of
+    ZeRO-3 has one parameter, its gradient is the buffer whose norm DeepSpeed takes, padding included."""
     return [
         tensor  # of any shape and strides
         if segment.length == tensor.numel()
@@ -89,8 +89,9 @@ def _squared_norms(tensors: list[torch.Tensor]) -> torch.Tensor:
     """float64 [len(tensors)]."""
     if not tensors[0].is_cpu:
         return torch.stack(torch._foreach_norm(tensors, dtype=torch.float64)).square()
-    # On the CPU torch sums one fp32 after another: off by 3e-3 at the size of a LLaMA-7B matrix. Asked
-    # for float64 it is right, and twenty times slower than rows of fp32 sums, summed in float64.
+    # On the CPU, torch 2.13 (2026-11) adds up fp32 squares one after another, which is off by 3e-3 for a
+    # matrix of LLaMA-7B. With dtype=float64 it is right, but twenty times slower than fp32 sums of rows,
+    # summed in float64. This can go when torch sums pairwise, or in float64 at the speed of fp32.
     return torch.stack([_squared_norm(tensor.reshape(-1)) for tensor in tensors])
 
 

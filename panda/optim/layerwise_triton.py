@@ -1,6 +1,6 @@
 """NVLAMB's arithmetic on a GPU, in fp32, in the fewest passes over memory: one before the norms are known, one after.
 
-What is computed is what ``layerwise_torch`` computes; that is the place to read it.
+It computes the same as ``layerwise_torch``, which is easier to read.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton.language as tl
 from panda.registry.contexts import TensorLayout
 
 CHUNK = 8192
-"""Elements that one program of the grid takes; all are of one segment."""
+"""Elements that one program of the grid handles, all of one segment."""
 BLOCK = 2048
-"""Of them at once."""
+"""Elements that a program handles at once."""
 CHUNKS_AT_ONCE = 256
 
 
@@ -83,19 +83,19 @@ def move(layouts: list[TensorLayout], rate: float, factors: torch.Tensor) -> Non
 
 @dataclass(frozen=True)
 class _Chunks:
-    """The segments of a tensor, cut into pieces for the programs of a grid; int64 on the device."""
+    """The segments of a tensor, cut into chunks for the programs of a grid; int64 on the device."""
 
     count: int
     aligned: bool
-    """Whether 16 bytes can be loaded at once everywhere."""
+    """Whether every chunk can be loaded 16 bytes at a time."""
     starts: torch.Tensor
-    """[count]: first element in the tensor."""
+    """[count]: index of the first element in the tensor."""
     lengths: torch.Tensor
     """[count]"""
     segments: torch.Tensor
-    """[count]: whose piece it is."""
+    """[count]: index of the segment that it belongs to."""
     first_of_segment: torch.Tensor
-    """[segments + 1]: first chunk of each, and the end."""
+    """[segments + 1]: first chunk of each segment, and the number of chunks."""
 
 
 _made: WeakKeyDictionary[TensorLayout, _Chunks] = WeakKeyDictionary()
@@ -166,7 +166,7 @@ def _update(
 
 @triton.jit
 def _sum_chunks(partial, first_of_segment, squares, count, block: tl.constexpr):
-    # In an order of its own, and not as programs end: the same bits each time.
+    # In a fixed order, not in that in which programs end, so that the bits are the same each time.
     segment, side = tl.program_id(0), tl.program_id(1)
     first, end = tl.load(first_of_segment + segment), tl.load(first_of_segment + segment + 1)
     total = tl.zeros((block,), tl.float64)

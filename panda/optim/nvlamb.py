@@ -19,16 +19,16 @@ class NVLambOptions(AdamOptions):
     """Options of NVLAMB."""
 
     trust_ratio: Literal["all", "decayed"] = "all"
-    """Tensors whose step is scaled to their norm: all, or those with weight decay, as apex's FusedLAMB has it."""
+    """Tensors whose step is scaled to their norm: all, or only those with weight decay, apex's default."""
 
 
 @register_optimizer("nvlamb", options=NVLambOptions, aliases=("lamb",))
 def build_nvlamb(options: NVLambOptions, context: OptimizerContext) -> torch.optim.Optimizer:
-    """NVLAMB: AdamW with a step as long as the layer's norm asks for, exact under every ZeRO stage.
+    """NVLAMB: AdamW with each layer's step scaled to the norm of its weights, exact under every ZeRO stage.
 
-    Each parameter tensor moves by learning_rate times its own norm, in Adam's direction, for large
-    batches (arXiv 1904.00962, and NVIDIA's apex with use_nvlamb). With bias correction; gradients are
-    clipped by max_grad_norm, once and over all of them; no bounds on the trust ratio.
+    Each parameter tensor moves by learning_rate times its own norm, in AdamW's direction, for large
+    batches (arXiv 1904.00962, and NVIDIA's apex with use_nvlamb). With bias correction, and without
+    bounds on the trust ratio; gradients are clipped once, over the whole model, by max_grad_norm.
     """
     from panda.optim.layerwise import NVLamb
 

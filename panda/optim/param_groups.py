@@ -21,17 +21,18 @@ def param_groups(
     decay_on: str = "all",
     multipliers: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One group a layer, in the order of the module, and more where rate or decay differ within a layer.
+    """One group a layer, in the order of the module, and more if rate or decay differ within a layer.
 
-    ZeRO-1 and 2 make an fp32 copy of the gradients of one group at a time during the step; with one
-    group for the whole model that copy is as large as the model (25 GiB at 7B, measured).
+    During a step, ZeRO-1 and 2 (DeepSpeed 0.19.8, 2026-11) make an fp32 copy of the gradients of one
+    group at a time. With one group for the whole model, that copy is as large as the model: 25 GiB at
+    7B, measured. Groups for rate and decay are enough once DeepSpeed makes no such copy.
 
-    ``decay_on``: "all" parameters, or "matrices": not norms, biases and embeddings. ``multipliers``:
+    ``decay_on``: "all" parameters, or "matrices": no norms, biases or embeddings. ``multipliers``:
     factors of the learning rate, by pattern of names (``*`` is any text); the first that matches
     counts. Raises UserError for a pattern that matches nothing.
     """
     multipliers = multipliers or {}
-    # By what they have: those of tensor parallelism and of quantisation are classes of other libraries.
+    # By attribute, not by class: tensor parallelism and quantisation have embedding classes of their own.
     embeddings = {id(part.weight) for part in module.modules() if hasattr(part, "num_embeddings")}
     unused = set(multipliers)
     groups: dict[tuple[str | None, bool, float], dict[str, Any]] = {}
@@ -49,5 +50,7 @@ def param_groups(
         group["params"].append(parameter)
     if unused:
         names = ", ".join(name for name, _ in module.named_parameters())
-        raise UserError(f"lr_multipliers: {', '.join(sorted(unused))} matches no parameter. They are: {names}.")
+        raise UserError(
+            f"lr_multipliers: {', '.join(sorted(unused))} matches no parameter. The parameters are: {names}."
+        )
     return list(groups.values())

@@ -1,8 +1,8 @@
 """Learning-rate schedules: a factor of the peak as a function of completed optimizer steps.
 
-With W warm-up steps of T, the step after s completed ones has the factor (s + 1) / W while s < W:
-transformers and DeepSpeed begin with s / W, which makes the first step of every run do nothing.
-What follows the warm-up is PandaLLM's, by name, and ``wsd``.
+During a warm-up of W steps, the step after s completed ones has the factor (s + 1) / W. With the s / W
+of transformers and DeepSpeed, the first step of every run does nothing. The schedules have PandaLLM's
+names; ``wsd`` is an addition.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from panda.registry import register_lr_scheduler
 from panda.registry.contexts import LRSchedulerContext
 
 Schedule = Callable[[int], float]
-"""Completed optimizer steps to a factor of the peak learning rate."""
+"""Maps the number of completed optimizer steps to a factor of the peak learning rate."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class WarmupOptions:
     warmup_steps: Annotated[int, Meta(ge=0)] = 50
     """Optimizer steps over which the learning rate rises to its peak."""
     warmup_proportion: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """The same as a part of all steps; where it is not 0 it counts, and warmup_steps does not."""
+    """Length of the warm-up as a fraction of all steps; if it is not 0, warmup_steps is ignored."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CosineOptions(WarmupOptions):
     """Options of the cosine schedule."""
 
     min_lr_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Learning rate at the end, as a part of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class WSDOptions(WarmupOptions):
     """Options of warm-up, stable, decay."""
 
     decay_proportion: Annotated[float, Meta(gt=0, le=1)] = 0.2
-    """Part of all steps, the last, in which the learning rate falls."""
+    """Fraction of all steps, at the end of the run, over which the learning rate falls."""
     decay_shape: Literal["sqrt", "linear"] = "sqrt"
-    """How it falls over the part x of the decay: as 1 - sqrt(x) (arXiv 2405.18392), or as 1 - x."""
+    """How it falls, with x from 0 to 1 over the decay: as 1 - sqrt(x) (arXiv 2405.18392), or as 1 - x."""
     min_lr_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Learning rate at the end, as a part of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def warmup(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
 
 @register_lr_scheduler("constant", options=WarmupOptions)
 def constant(options: WarmupOptions, context: LRSchedulerContext) -> Schedule:
-    """The same curve as warmup, under the name that transformers gives it."""
+    """Linear warm-up to the peak, then the peak; the same as warmup."""
     return warmup(options, context)
 
 
@@ -93,10 +93,10 @@ def cosine(options: CosineOptions, context: LRSchedulerContext) -> Schedule:
 
 @register_lr_scheduler("wsd", options=WSDOptions)
 def wsd(options: WSDOptions, context: LRSchedulerContext) -> Schedule:
-    """Linear warm-up to the peak, then the peak, and in the last steps down to min_lr_ratio (arXiv 2404.06395).
+    """Linear warm-up to the peak, then the peak, and in the last steps decay to min_lr_ratio (arXiv 2404.06395).
 
-    A run with max_steps S that resumes a checkpoint from before its decay goes on as one that was
-    planned for S steps: up to there the curve does not depend on the length of the run.
+    Until the decay, the curve does not depend on the length of the run. So a checkpoint from before the
+    decay can be resumed with another max_steps, as if the run had been planned for it.
     """
     total, end = context.total_steps, options.min_lr_ratio
     start = max(_warm_steps(options, context), total - round(total * options.decay_proportion))
@@ -120,7 +120,7 @@ def poly(options: PolyOptions, context: LRSchedulerContext) -> Schedule:
 
 
 def _after_warmup(options: WarmupOptions, context: LRSchedulerContext, decay: Callable[[float], float]) -> Schedule:
-    """``decay`` maps the part of the steps behind the warm-up that is completed, 0 to 1, to a factor."""
+    """``decay`` maps the completed fraction of the steps after the warm-up, 0 to 1, to a factor."""
     total, warm = context.total_steps, _warm_steps(options, context)
 
     def factor(completed: int) -> float:

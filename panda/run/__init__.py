@@ -1,1 +1,1 @@
-"""A run, from its preparation to its end."""
+"""A run, from its preparation to its export."""

@@ -1,4 +1,4 @@
-"""A run that trained adapters: the base that it trained them on, for the commands that need both."""
+"""A run directory with adapters, and the base model that they were trained on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from panda.configuration.options import RunOptions
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
+from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import PROVENANCE
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from panda.weights.pretrained import Pretrained
     from panda.weights.stored_tensor import Weights
 
-CKPT_PATH_HELP = "of adapters: the weights that they were trained on, where these have been moved"
+CKPT_PATH_HELP = "for adapters: where their base is now, if it has been moved"
 
 
 @dataclass(frozen=True)
 class AdapterRun:
-    """A run directory with adapters, and how its base is made."""
+    """A run directory with adapters, and all that is needed to rebuild their base."""
 
     directory: Path
     resolved: Resolved
@@ -42,14 +43,14 @@ class AdapterRun:
         return options
 
     def base(self) -> tuple[torch.nn.Module, Weights]:
-        """The base, and its weights, which it may still lack; each is read, or drawn again, when it is wanted."""
+        """The base, and the weights to load into it; each is read, or drawn again, when it is needed."""
         from panda.run.model import build_weights
 
         return build_weights(self.resolved, self.context, self.pretrained)
 
 
 def trained_adapters(run: Path) -> bool:
-    """Whether ``run`` is a run directory, of adapters."""
+    """Whether ``run`` is the directory of a run that trains adapters."""
     return "base_weights" in _facts(run)
 
 
@@ -61,22 +62,22 @@ def _facts(run: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as problem:
         raise UserError(
-            f"{file}: damaged: {problem}. It says what {run} trained, adapters or a whole model; `panda-train` with"
-            " `--resume` writes it again."
+            f"{file} is damaged: {problem}. It records whether {run} trained adapters or a whole model. Resume the run"
+            " with `panda-train --resume`, which writes the file again."
         ) from None
     return facts
 
 
 def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
-    """The run of adapters in ``run``; None where it is no run, or trained a whole model.
+    """The adapter run in ``run``; None if that is not a run directory, or the run trained a whole model.
 
-    ``ckpt_path`` says where its base is now. Raises UserError where that is not the base that the
-    adapters were trained on.
+    ``ckpt_path``: where the base is now, if it was moved. Raises UserError if the base found is not the
+    one that the adapters were trained on.
     """
     facts = _facts(run)
     if "base_weights" not in facts:
         if ckpt_path is not None:
-            raise UserError(f"--ckpt_path: {run} is no run of adapters, so there is no base to name.")
+            raise UserError(f"--ckpt_path: {run} did not train adapters, so it has no base. Leave --ckpt_path out.")
         return None
     if ckpt_path is not None and facts["checkpoint"] is None:
         raise UserError(
@@ -85,24 +86,23 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
 
     from panda.run.assembly import load_tokenizer
     from panda.run.model import model_context
-    from panda.weights.export import MODEL_FOLDER
     from panda.weights.pretrained import base_weights
 
     moved = ["--ckpt_path", ckpt_path] if ckpt_path else []
-    with redirect_stdout(sys.stderr):  # what is printed is an answer
+    with redirect_stdout(sys.stderr):  # stdout is for the model's answers
         try:
             configuration = configure(parse_arguments(["--config", str(run / "config.yaml"), *moved]))
         except UserError as problem:
             if moved or facts["checkpoint"] is None:
                 raise
-            hint = f"Where the base of the adapters in {run} has been moved, `--ckpt_path` names its new place."
+            hint = f"If the base of the adapters in {run} was moved, give its new location with `--ckpt_path`."
             raise UserError(f"{problem} {hint}") from problem
     resolved, pretrained = configuration.resolved, configuration.pretrained
     found = base_weights(pretrained)
     if pretrained and found != facts["base_weights"]:
         raise UserError(
-            f"{run}: its adapters were trained on another base: {facts['checkpoint']}, {facts['base_weights']}. Now"
-            f" there is {pretrained.describe()}, {found}. Name the folder of the first with `--ckpt_path`."
+            f"{run}: its adapters were trained on {facts['checkpoint']}, {facts['base_weights']}, but the base found is"
+            f" {pretrained.describe()}, {found}. Give the location of the original base with `--ckpt_path`."
         )
     tokenizer: Any = load_tokenizer(str(run / MODEL_FOLDER))
     return AdapterRun(run, resolved, model_context(resolved, tokenizer, pretrained), pretrained)

@@ -1,4 +1,4 @@
-"""Names to objects: what a resolved configuration is made into, by a run and by the commands that only look."""
+"""From names to objects: builds the parts that a resolved configuration names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 from panda.configuration.options import RunOptions
 from panda.configuration.options import rate_multipliers
-from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.order import Source
+from panda.data.packing import Layout
 from panda.data.reading import Reader
 from panda.data.token_cache import TokenCache
 from panda.data.token_cache import cache_folder
@@ -31,16 +31,16 @@ from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import tokenizer_folder
 
 EVALUATED_TOGETHER = 16
-"""Micro batches of an evaluation, on each rank, whose samples are laid out in rows together and held in memory."""
+"""Micro batches that each rank lays out in rows together, and holds in memory, during an evaluation."""
 
 
 def load_tokenizer(location: str) -> Any:
-    """The Hugging Face tokenizer in the folder, or on the hub, that ``location`` means. Raises UserError if none is."""
+    """The Hugging Face tokenizer at ``location``, a folder or a name on the hub. Raises UserError if there is none."""
     return read_tokenizer(tokenizer_folder(location))
 
 
 def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
-    """The task that ``resolved`` names, with its reader. Raises UserError where its data is not there."""
+    """The task that ``resolved`` names, with its reader. Raises UserError if its data is missing."""
     reader = resolved.components["reader"]
     context = TaskContext(
         tokenizer=tokenizer,
@@ -54,9 +54,9 @@ def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
 
 
 def build_evaluation_task(resolved: Resolved, task: LanguageModelling) -> LanguageModelling | None:
-    """``task`` over the data that ``resolved`` is evaluated on; None where it names none.
+    """``task`` over the held-out data that ``resolved`` names; None if it names none.
 
-    Raises UserError where that is not there.
+    Raises UserError if that data is missing.
     """
     location = resolved.core.eval_data_dir
     if location is None:
@@ -66,7 +66,7 @@ def build_evaluation_task(resolved: Resolved, task: LanguageModelling) -> Langua
 
 
 def dataset_of(resolved: Resolved, task: LanguageModelling) -> SampleSet:
-    """The samples of ``task``, the one that ``resolved`` names or that one over other data."""
+    """The samples of ``task``: the task that ``resolved`` names, over training or held-out data."""
     with resolved.components["task"].attributed("`dataset`"):
         return task.dataset()
 
@@ -74,7 +74,7 @@ def dataset_of(resolved: Resolved, task: LanguageModelling) -> SampleSet:
 def lay_out(
     options: RunOptions, dataset: SampleSet, ranks: int, progress: Progress = START, *, batching: str | None = None
 ) -> Layout:
-    """How a run with these options goes through ``dataset``, from ``progress`` on."""
+    """The order and the rows in which a run with ``options`` reads ``dataset``, from ``progress`` on."""
     order = SampleOrder(dataset.sources, options.seed)
     plan = BatchPlan(
         samples=order.epoch_samples,
@@ -89,11 +89,13 @@ def lay_out(
     return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
 
 
-def lay_out_evaluation(options: RunOptions, dataset: SampleSet, ranks: int) -> Layout:
-    """How an evaluation goes through ``dataset``: each sample once, and each rank through as many micro batches.
+def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: int) -> Layout | None:
+    """The rows in which an evaluation reads ``dataset``: each sample once, and as many micro batches on every rank.
 
-    Rows are packed where those of the run are, and otherwise grouped by length, which loses nothing here.
+    Rows are packed if the run's are, and otherwise grouped by length, which costs nothing here.
     """
+    if dataset is None:
+        return None
     order = SampleOrder([Source(len(dataset), len(dataset))], seed=0)
     plan = BatchPlan(
         samples=len(dataset),
@@ -114,7 +116,7 @@ def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
 
 
 def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that ``resolved`` names, over the parameters of ``model`` that are trained."""
+    """The optimizer that ``resolved`` names, over the trainable parameters of ``model``."""
     options = resolved.core
     groups = param_groups(
         model,

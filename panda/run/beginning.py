@@ -1,32 +1,29 @@
-"""A run begins: its state is loaded, its directory made, and what it is written down."""
+"""The beginning of a run: loads the state to continue from, and makes and describes the run directory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import set_aside_later
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
 from panda.files.disk_full import writing
-from panda.run.assembly import build_schedule
 from panda.run.continuation import Continuation
+from panda.run.description import write_description
+from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
-from panda.run.directory import write_description
-from panda.run.lock import RunLock
+from panda.run.directory_lock import RunLock
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
-from panda.weights.export import MODEL_FOLDER
 from panda.weights.export import describe_model
 from panda.weights.pretrained import base_weights
 
-NO_ROOM_LEFT = (
-    "Checkpoints that were complete are untouched: make room, and go on from the newest with `--resume auto`."
-)
+NO_ROOM_LEFT = "Complete checkpoints are untouched: make room, and continue from the newest one with `--resume auto`."
 
 
 def begin(
@@ -37,13 +34,13 @@ def begin(
     processes: Processes,
     lock: RunLock,
 ) -> Run:
-    """The run, at the step that it continues from, with a directory that describes it. Every rank has to call it.
+    """The run, ready for its next step, with a directory that describes it. Every rank has to call it.
 
-    ``layouts``: the rows to train on and to evaluate on.
+    ``layouts``: the rows to train on, and those to evaluate on.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
     if checkpoint and not load_checkpoint(model.engine, checkpoint):
-        # The random numbers of ranks that are no more, or were not yet, are nobody's: a stretch of new ones.
+        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
         seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
         if processes.rank == 0:
             print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
@@ -57,7 +54,7 @@ def begin(
         prepared.dataset,
         layout,
         evaluation,
-        build_schedule(resolved, layout.plan),
+        model.schedule,
         model.engine,
         prepared.configuration.hooks.call,
         continuation.agreement,
@@ -86,16 +83,16 @@ def begin(
 
 
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
-    """Rename the checkpoints of the run in ``directory`` after ``checkpoint``, from which it takes another way."""
+    """Rename the checkpoints in ``directory`` that are later than ``checkpoint``, from which the run continues."""
     if checkpoint and checkpoint.parent == directory / "checkpoints":
         for path in set_aside_later(checkpoint):
             problem = damage(path)
-            why = f"it is damaged: {problem}" if problem else "the run takes another way from here"
+            why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
             print(f"set aside: {path}, since {why}", flush=True)
 
 
 def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:
-    """What provenance.json records of a run beside its configuration."""
+    """What provenance.json records of a run besides its configuration."""
     dataset, pretrained = run.dataset, prepared.pretrained
     return {
         "ranks": run.processes.world_size,

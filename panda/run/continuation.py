@@ -1,4 +1,4 @@
-"""What a run continues: a run directory, a checkpoint, and what the two runs have to agree on."""
+"""What a run continues: a run directory, a checkpoint, and the facts that must not change between the two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panda.configuration.options import LORA_KEYS
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
@@ -16,10 +16,10 @@ from panda.engine.checkpoints.folders import read_progress
 from panda.engine.processes import Processes
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
+from panda.run.description import has_ended
 from panda.run.directory import hold_continued
-from panda.run.directory import is_at_end
-from panda.run.ending import done_at_the_end
-from panda.run.lock import RunLock
+from panda.run.directory_lock import RunLock
+from panda.run.ending import work_at_the_end
 from panda.run.preparation import Preparation
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import base_weights
@@ -27,31 +27,31 @@ from panda.weights.pretrained import base_weights
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a run goes on from; a new run begins at its start."""
+    """The run directory and the checkpoint that a run continues; a new run has neither."""
 
     directory: Path | None
     """The run directory that is continued; None for a new one."""
     checkpoint: Path | None
     progress: Progress
     agreement: dict[str, Any]
-    """What a run that continues this one has to agree on."""
+    """The facts that must be the same in a run that continues this one."""
 
     def is_finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> bool:
-        """Whether the run that is continued has taken all its steps and done what is done at the end.
+        """Whether the continued run has taken all its steps and finished the work at its end.
 
         Every rank has to call it.
         """
         directory, step = self.directory, self.progress.step
         if directory is None or self.checkpoint is None or step < layout.plan.total_steps:
             return False
-        wanted = done_at_the_end(prepared.options, prepared.held_out)
-        return processes.from_rank_0(lambda: is_at_end(directory, step, **wanted))
+        expected = work_at_the_end(prepared.options, prepared.held_out)
+        return processes.from_rank_0(lambda: has_ended(directory, step, **expected))
 
 
 def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:
-    """What the run of ``prepared`` continues, held by ``lock``. Every rank has to call it.
+    """What the run of ``prepared`` continues, its directory held by ``lock``. Every rank has to call it.
 
-    Raises UserError where the checkpoint was made by a run that differs in what the two have to agree on.
+    Raises UserError if a fact that must stay the same differs from the run that made the checkpoint.
     """
     resolved = prepared.resolved
     directory, checkpoint = processes.from_rank_0(lambda: hold_continued(resolved, lock))
@@ -61,7 +61,7 @@ def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) 
 
 
 def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:
-    """What a run and one that continues it have to agree on."""
+    """The facts that a run and its continuation have to share."""
     options = resolved.core
     adapters = ", ".join(f"{key} {getattr(options, key)}" for key in LORA_KEYS)
     names = {kind: chosen.component.name for kind, chosen in resolved.components.items() if kind != "arch"}

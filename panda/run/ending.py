@@ -1,4 +1,4 @@
-"""The end of a run: its export, its answers, and a note that it is done."""
+"""The end of a run: its export and its answers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
+from panda.run.directory import MODEL_FOLDER
 from panda.run.state import Run
-from panda.weights.export import MODEL_FOLDER
 from panda.weights.export import export
 from panda.weights.stored_tensor import Weights
 
@@ -28,7 +28,7 @@ ANSWER_TOKENS = 64
 
 
 def finish(run: Run) -> None:
-    """Export the model and have it answer. Every rank has to call it."""
+    """Export the model, and let it answer the prompts. Every rank has to call it."""
     run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
     tokenizer = run.task.tokenizer
     of_task = run.resolved.components["task"].attributed
@@ -55,8 +55,8 @@ def finish(run: Run) -> None:
         write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
 
 
-def done_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
-    """What is done at the end beside the export, in words to compare: a finished run need not do it again."""
+def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
+    """The work at the end of a run besides the export, as values to compare: a finished run need not repeat it."""
     return {"eval_data": held_out.fingerprint if held_out else None, "prompts": list(options.prompts)}
 
 

@@ -1,4 +1,4 @@
-"""What a run lacks, as far as that can be seen without torch: reported before anything slow is imported."""
+"""Checks that need no torch: what a run lacks is reported before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from panda.data.reading import data_files
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
+from panda.run.directory import continues_in_place
 from panda.run.directory import find_directory
-from panda.run.directory import goes_on
-from panda.run.lock import check_free
+from panda.run.directory_lock import check_free
 from panda.weights.tokenizers import tokenizer_folder
 
 
 def look_for_inputs(configuration: Configuration) -> None:
-    """Raise UserError where the data, the tokenizer or a file that the configuration names is missing."""
+    """Raise UserError if the data or the tokenizer that the configuration names is missing."""
     resolved = configuration.resolved
     reader = resolved.components["reader"].build(ReaderContext(), Reader)
     for setting in resolved.settings.values():
@@ -28,19 +28,19 @@ def look_for_inputs(configuration: Configuration) -> None:
 
 
 def look_first(configuration: Configuration, world_size: int) -> None:
-    """Raise UserError for what a run of ``world_size`` processes lacks, and where it cannot write."""
+    """Raise UserError if a run of ``world_size`` processes cannot work: settings, inputs, or a place to write."""
     resolved = configuration.resolved
     deepspeed_config(configuration.options, world_size=world_size, on_gpu=False)
     directory, checkpoint = find_directory(resolved)
     _check_can_be_made(directory)
     look_for_inputs(configuration)
-    if goes_on(resolved, directory, checkpoint):
+    if continues_in_place(resolved, directory, checkpoint):
         check_free(directory)
 
 
 def _check_can_be_made(directory: Path) -> None:
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"output_dir: cannot make {str(directory)!r}: {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir: cannot make {str(directory)!r}: {there} cannot be written to.")
+    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output_dir: cannot make {str(directory)!r}: {nearest} is a file.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: cannot make {str(directory)!r}: {nearest} cannot be written to.")

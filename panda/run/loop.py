@@ -12,7 +12,7 @@ import torch
 
 from panda.data.batches import Batch
 from panda.data.batches import step_batches
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.engine import StepResult
@@ -22,15 +22,15 @@ from panda.run.records import evaluation_record
 from panda.run.records import log_record
 from panda.run.state import Run
 
-HOPELESS = 50
-"""Steps in a row that change nothing before the run is given up; fp16 may need some twenty to find its scale."""
+MOST_SKIPPED = 50
+"""Skipped steps in a row that end the run with an error; fp16 may need some twenty to find its loss scale."""
 
 
 class Loop:
     """Trains a run from where it is to its last step. Reads numbers from the device only to log or save them."""
 
     def __init__(self, run: Run, start: Progress) -> None:
-        """``start``: how far the checkpoint that the run continues had come."""
+        """``start``: the progress of the checkpoint that the run continues."""
         self.run = run
         self.options = run.options
         self.loss = _attributed_loss(run)
@@ -42,17 +42,17 @@ class Loop:
         self.saved_step = start.step if run.resumed_from else -1
 
     def train(self) -> None:
-        """Every step that is left, an evaluation and a checkpoint at the end."""
+        """Take the remaining steps; evaluate and save at the end."""
         run, first = self.run, self.run.step + 1
         for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
             self.step(step, micro_batches)
-        if run.step < first:  # nothing was left to train
+        if run.step < first:  # no steps remained
             self.evaluate()
         if self.saved_step != run.step:
             self.save()
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
-        """Optimizer step ``step`` (counted from 1), with what is logged, evaluated and saved after it."""
+        """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
         run, options, plan = self.run, self.options, self.run.plan
         factor = run.schedule(step - 1)
         run.engine.scale_learning_rate(factor)
@@ -64,13 +64,13 @@ class Loop:
         run.hook.panda_step_end(run=run, step=step)
         if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
             self.log(result, factor * options.learning_rate)
-        if self.skipped_in_a_row == HOPELESS:
+        if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
-                f"step {step}: the last {HOPELESS} steps had gradients that are not finite and changed nothing. Lower"
+                f"step {step}: the last {MOST_SKIPPED} steps were skipped, since their gradients were not finite. Lower"
                 " `learning_rate`, look at the data, or write `precision: bf16` in place of fp16. `--resume` continues"
                 " from an earlier checkpoint."
             )
-        # Before it is saved: a run that goes on from this checkpoint has the record.
+        # Before saving, so that a run that resumes this checkpoint already has the record.
         if step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0):
             self.evaluate()
         for epoch in range(plan.step_end(step - 1) // plan.samples, plan.step_end(step) // plan.samples):
@@ -102,7 +102,7 @@ class Loop:
         self.clock.leave_out(time.perf_counter() - begun)
 
     def evaluate(self) -> None:
-        """The loss on data that is not trained on, if there is any. Draws no random numbers, and leaves no trace."""
+        """Compute the loss on the held-out data, if any. Draws no random numbers, and does not affect training."""
         run, begun = self.run, time.perf_counter()
         if run.evaluation is None:
             return
@@ -114,7 +114,7 @@ class Loop:
 
 
 def _attributed_loss(run: Run) -> Callable[[Any, Batch], torch.Tensor]:
-    """The task's loss. It calls the model, so if it fails and the model is another package's, both are named."""
+    """The task's loss. It calls the model, so its errors name the packages of both, unless the model is panda's."""
     task, model = run.resolved.components["task"], run.resolved.components["model"]
     called = f" (which calls {model.label} of {model.offer.distribution} {model.offer.version})"
     part = "the loss" + called * (not model.offer.is_own)

@@ -1,4 +1,4 @@
-"""The model of a run, from a name to a module that is trained: its outline, its weights, and what is done to it."""
+"""The model of a run: its outline (the module without weights), its weights, and how it is made trainable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from panda.configuration.following import config_for
+from panda.configuration.from_checkpoint import config_for
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory import refuse_without_room
@@ -38,7 +38,10 @@ from panda.weights.stored_tensor import weights_of
 
 
 def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
-    """What a model is told beside its options. Raises UserError where the tokenizer has more than ``pretrained``."""
+    """What a model's factory is given besides its options.
+
+    Raises UserError if the tokenizer has more entries than ``pretrained`` has rows.
+    """
     return ModelContext(
         vocab_size=len(tokenizer),
         max_seq_length=resolved.core.max_seq_length,
@@ -50,28 +53,31 @@ def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | N
 
 
 def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module | None:
-    """The module that ``resolved`` names, without weights; None where a model needs weights while it is built."""
+    """The module that ``resolved`` names, without weights; None if it can only be built with weights."""
     try:
         with torch.device("cpu"), without_weights():
             outline: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
     except UserError:
         raise
     except Exception:
-        if context.config is not None:  # the model of a checkpoint is always built so
+        if context.config is not None:  # the model of a checkpoint is always built without weights
             raise
         return None
     return outline
 
 
 def random_weights(outline: torch.nn.Module | None, seed: int) -> Weights | None:
-    """Random weights of ``outline``, drawn when they are read; None where it has to be built with its weights."""
+    """Random weights of ``outline``, drawn when they are read; None for no outline: a model built with its weights."""
     return initial_weights(outline, seed) if outline is not None else None
 
 
 def build_with_weights(resolved: Resolved, context: ModelContext) -> tuple[torch.nn.Module, Weights]:
-    """The module that ``resolved`` names, built with random weights by its seed: the same on every rank; and those."""
-    # In host memory, whatever the device and the ZeRO stage: a GPU draws other numbers from a seed, and how a run is
-    # partitioned must not decide where it begins.
+    """The module that ``resolved`` names, built with random weights from its seed, and these weights.
+
+    They are the same on every rank.
+    """
+    # Always in host memory: a GPU draws other numbers from the same seed, and neither the device nor the ZeRO stage
+    # may change the initial weights.
     seed_random(resolved.core.seed)
     with torch.device("cpu"):
         model: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
@@ -81,9 +87,9 @@ def build_with_weights(resolved: Resolved, context: ModelContext) -> tuple[torch
 def build_weights(
     resolved: Resolved, context: ModelContext, pretrained: Pretrained | None
 ) -> tuple[torch.nn.Module, Weights]:
-    """The module that ``resolved`` names, and its weights: those of ``pretrained``, or random ones by its seed.
+    """The module that ``resolved`` names, and its weights: those of ``pretrained``, or random ones from its seed.
 
-    The module lacks its weights, unless it had to be built with them; each is read or drawn when it is needed.
+    The module is still without weights, unless it had to be built with them; each is read or drawn when needed.
     """
     outline = build_outline(resolved, context)
     if pretrained:
@@ -96,7 +102,7 @@ def build_weights(
 
 
 def refuse_too_large(outline: torch.nn.Module, options: RunOptions, world_size: int, *, drawn: bool) -> None:
-    """Raise UserError where the weights of ``outline`` exceed the memory that they have to fit into.
+    """Raise UserError if the weights of ``outline`` exceed the memory that they have to fit into.
 
     ``drawn``: whether each rank draws all of them at once.
     """
@@ -112,7 +118,7 @@ def refuse_too_large(outline: torch.nn.Module, options: RunOptions, world_size: 
 
 
 def refuse_splitting(outline: torch.nn.Module, resolved: Resolved) -> None:
-    """Raise UserError where ``outline`` cannot be split over tensor-parallel ranks as asked."""
+    """Raise UserError if ``outline`` cannot be split over as many tensor-parallel ranks as ``resolved`` says."""
     if resolved.core.tensor_parallel_size > 1:
         plan_of(outline, resolved.components["model"].component.name, resolved.core.tensor_parallel_size)
 
@@ -124,9 +130,9 @@ def make_trainable(
     deepspeed: dict[str, Any],
     processes: Processes,
 ) -> torch.nn.Module:
-    """``model`` as it is trained: with ``weights``, where it has none, split, quantised, adapted, compiled as asked.
+    """``model`` ready to be trained: with ``weights``, and split, quantised, adapted and compiled by ``options``.
 
-    The same object, but for adapters, which are around it. Every rank has to call it.
+    Returns the same object, or with adapters peft's wrapper around it. Every rank has to call it.
     """
     if processes.tensor_ranks > 1:
         split(model, plan_of(model, type(model).__name__, processes.tensor_ranks), processes)
@@ -137,7 +143,7 @@ def make_trainable(
     if left:
         place(model, left, options, deepspeed, processes)
     if options.use_lora:
-        seed_random(options.seed)  # adapters begin alike, however the base came to be
+        seed_random(options.seed)  # so adapters start the same, whatever random numbers the base took
         model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
     if options.activation_checkpointing != "none":
         recompute_activations(model, selective=options.activation_checkpointing == "selective")
@@ -149,7 +155,7 @@ def make_trainable(
 def load_base(
     model: torch.nn.Module, options: RunOptions, weights: Weights | None, device: torch.device
 ) -> torch.nn.Module:
-    """``model`` as adapters of a run with ``options`` were trained on it, whole, on ``device``, to answer."""
+    """``model`` as the base on which a run with ``options`` trained adapters: whole, on ``device``, for inference."""
     plain = replace(options, use_lora=False, zero_stage=0, activation_checkpointing="none", compile=False)
     config = deepspeed_config(plain, world_size=1, on_gpu=device.type == "cuda")
     base: Any = make_trainable(model, plain, weights, config, Processes(0, 1, device)).to(device)
@@ -160,7 +166,7 @@ def load_base(
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
-    """Give ``layer`` of ``model``, by its ``name``, what is its own of ``weights``, and take that out of them."""
+    """Move the weights of ``layer``, called ``name`` in ``model``, from ``weights`` into the model."""
     for key, _ in layer.named_parameters():
         put(model, f"{name}.{key}", weights.pop(f"{name}.{key}").read())
 

@@ -1,4 +1,4 @@
-"""What a run is made of before there are processes and an engine: the same for training it and for looking at it."""
+"""The parts of a run before there are process groups and an engine: the same for training and for inspection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from panda.weights.stored_tensor import Weights
 
 
 class Preparation:
-    """The parts of a run that need no other process. Each is made once, when it is first asked for."""
+    """The parts of a run that need no other process, each built on first use."""
 
     def __init__(self, configuration: Configuration, world_size: int = 1) -> None:
         """``world_size``: how many processes the run has, or will have."""
@@ -52,7 +52,7 @@ class Preparation:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, of transformers."""
+        """The tokenizer, from transformers."""
         return load_tokenizer(self.options.tokenizer)
 
     @property
@@ -62,20 +62,20 @@ class Preparation:
 
     @cached_property
     def _tasks(self) -> tuple[LanguageModelling, LanguageModelling | None]:
-        """The task, and the task over the data to evaluate on. Raises UserError where data of either is missing."""
+        """The task, and the task over the held-out data. Raises UserError if data of either is missing."""
         task = build_task(self.resolved, self.tokenizer)
         return task, build_evaluation_task(self.resolved, task)
 
     @cached_property
     def context(self) -> ModelContext:
-        """What the model is given beside its options."""
+        """What the model's factory is given besides its options."""
         return model_context(self.resolved, self.tokenizer, self.pretrained)
 
     @property
     def outline(self) -> torch.nn.Module | None:
-        """The model without weights; None where a model needs weights while it is built.
+        """The model without weights; None if it can only be built with weights.
 
-        Raises UserError where it cannot be split over ranks as asked, or is larger than the memory here.
+        Raises UserError if it cannot be split over the tensor-parallel ranks, or exceeds the memory here.
         """
         return self._outline_and_random_weights[0]
 
@@ -83,7 +83,7 @@ class Preparation:
     def weights(self) -> Weights | None:
         """The tensors of the model, by name: the checkpoint's, or random ones; each is read or drawn when it is needed.
 
-        None where the model has to be built with its weights. Raises UserError where the checkpoint's do not fit.
+        None if the model can only be built with its weights. Raises UserError if the checkpoint does not fit the model.
         """
         outline, drawn = self._outline_and_random_weights
         if self.pretrained is None:
@@ -102,7 +102,7 @@ class Preparation:
         return outline, drawn
 
     def take_base(self) -> tuple[torch.nn.Module, Weights]:
-        """The model, and the weights that it may still lack. They are not kept here: some are mapped files."""
+        """The model, and the weights to load into it. They are not kept here, since some are memory-mapped files."""
         outline, weights = self.outline, self.weights
         del self.weights
         if outline is None or weights is None:
@@ -124,7 +124,8 @@ class Preparation:
 def prepare(configuration: Configuration, world_size: int) -> Preparation:
     """All that a run of ``world_size`` processes needs before they join. Raises UserError for what cannot work.
 
-    The model is looked at before the data is read, which may take long; whether there is data, before the model.
+    Missing data is reported before the model is built, and errors of the model before the data is read, which may
+    take long.
     """
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():

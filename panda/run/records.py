@@ -1,4 +1,4 @@
-"""Log records: the numbers of a step, and how fast steps come."""
+"""Log records: the numbers of a step, and the speed of training."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Clock:
         self.waited = 0.0
 
     def waiting_for(self, batches: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-        """``batches``, with the time measured that each takes to come."""
+        """``batches``; measures the time that is spent waiting for each."""
         arriving = iter(batches)
         while True:
-            asked = time.perf_counter()
+            begun = time.perf_counter()
             batch = next(arriving, None)
-            self.waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - begun
             if batch is None:
                 return
             yield batch
 
     def rates(self, progress: Progress) -> dict[str, float]:
-        """What a record says of speed, since the last call."""
+        """The speed of training since the last call, as entries of a record."""
         now = time.perf_counter()
         seconds, waited = now - self.time, self.waited
         tokens, steps = progress.tokens - self.last.tokens, progress.step - self.last.step
@@ -49,7 +49,7 @@ class Clock:
         }
 
     def leave_out(self, seconds: float) -> None:
-        """Do not count ``seconds`` that went into something else."""
+        """Do not count ``seconds`` that were spent on something other than training."""
         self.time += seconds
 
 
@@ -60,7 +60,7 @@ def log_record(
     clock: Clock,
     observations: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """What ``panda_log`` is given; its documentation says what the keys are."""
+    """The record that ``panda_log`` is given, whose documentation explains the keys."""
     loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
     return {
         "step": progress.step,
@@ -76,7 +76,7 @@ def log_record(
 
 
 def evaluation_record(step: int, loss: torch.Tensor, counts: torch.Tensor, begun: float) -> dict[str, Any]:
-    """What ``panda_evaluation`` is given, of an evaluation that began at ``begun``."""
+    """The record that ``panda_evaluation`` is given, of an evaluation that began at ``begun`` (``perf_counter``)."""
     tokens, supervised = counts.tolist()  # waits for the device
     return {
         "step": step,
@@ -88,7 +88,7 @@ def evaluation_record(step: int, loss: torch.Tensor, counts: torch.Tensor, begun
 
 
 def _summary(observations: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Least, middle and largest of each quantity, for the record."""
+    """Minimum, median and maximum of each quantity, as entries of a record."""
     parts: dict[str, Callable[[Any], Any]] = {"min": min, "median": statistics.median, "max": max}
     return {
         f"{quantity}_{part}": take(values.values())

@@ -1,4 +1,4 @@
-"""A run in progress: what hooks are given."""
+"""A run in progress, as hooks see it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from panda.configuration.options import RunOptions
-from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
+from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
@@ -20,7 +20,7 @@ from panda.tasks.language_modelling import LanguageModelling
 
 @dataclass
 class Run:
-    """A run in progress. Hooks are given it; they may rely on what is documented here."""
+    """A run in progress, which hooks are given. docs/plugins.md lists the attributes that they may rely on."""
 
     resolved: Resolved
     """The configuration."""
@@ -33,14 +33,14 @@ class Run:
     layout: Layout
     """The rows of each step."""
     evaluation: Layout | None
-    """The rows of the data that the run is evaluated on; None where there is none."""
+    """The rows of the held-out data; None without any."""
     schedule: Schedule
-    """Completed optimizer steps to a factor of the peak learning rate."""
+    """Maps the number of completed optimizer steps to a factor of the peak learning rate."""
     engine: Engine
     hook: Any
     """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
     agreement: dict[str, Any]
-    """What a run that continues this one has to agree on."""
+    """The facts that must be the same in a run that continues this one."""
     resumed_from: Path | None = None
     """The checkpoint that the run continues from."""
     step: int = 0
@@ -48,9 +48,9 @@ class Run:
     checkpoints: list[Path] = field(default_factory=list)
     """Checkpoints that this process has saved."""
     observations: dict[str, dict[str, float]] = field(default_factory=dict)
-    """On rank 0, of the last log record: what the optimizer reports of each parameter, by quantity, by name."""
+    """On rank 0, as of the last log record: what the optimizer reports of each parameter, by quantity and name."""
     answers: list[dict[str, str]] = field(default_factory=list)
-    """At the end: ``prompt`` and ``answer`` of each prompt."""
+    """At the end of the run: ``prompt`` and ``answer`` for each prompt."""
 
     @property
     def plan(self) -> BatchPlan:

@@ -1,4 +1,4 @@
-"""The model that a run trains: from weights to an engine."""
+"""The model that a run trains, in its engine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from panda.data.layouts import Layout
+from panda.data.packing import Layout
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
+from panda.optim.schedules import Schedule
 from panda.run.assembly import build_optimizer
+from panda.run.assembly import build_schedule
 from panda.run.model import make_trainable
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
@@ -23,11 +25,13 @@ from panda.weights.stored_tensor import whole_shape
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in an engine, with what was counted on the way."""
+    """A model in its engine, with its schedule and its numbers of parameters."""
 
     base: torch.nn.Module
-    """The model without what is around it for adapters."""
+    """The model without peft's wrapper, if it has adapters."""
     engine: Engine
+    schedule: Schedule
+    """Completed optimizer steps to a factor of the peak learning rate."""
     config: dict[str, Any]
     """What DeepSpeed was given."""
     parameters: int
@@ -37,12 +41,13 @@ class TrainedModel:
 def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -> TrainedModel:
     """The model of ``prepared`` with its weights, in an engine with its optimizer. Every rank has to call it.
 
-    Leaves the random generators seeded for training. Raises UserError where packed rows of ``layout``
-    would let samples see each other.
+    Seeds the random generators for training. Raises UserError if the samples in a packed row of ``layout``
+    would see each other.
     """
     options = prepared.options
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     name = prepared.resolved.components["model"].component.name
+    schedule = build_schedule(prepared.resolved, layout.plan)  # before the model: its errors are found at once
 
     base, weights = prepared.take_base()
     if layout.packed:
@@ -50,10 +55,10 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     parameters = sum(parameter.numel() for parameter in base.parameters())
     model = make_trainable(base, options, weights, config, processes)
     del weights
-    seed_random(options.seed + processes.data_rank)  # different where data is, for dropout
+    seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
         refuse_leaking(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
-    return TrainedModel(base, engine, config, parameters, trained)
+    return TrainedModel(base, engine, schedule, config, parameters, trained)

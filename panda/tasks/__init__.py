@@ -1,1 +1,1 @@
-"""What is learned: text to token ids and labels, and the loss."""
+"""What is learned: from text to token ids and labels, and the loss."""

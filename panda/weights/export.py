@@ -25,9 +25,6 @@ from panda.weights.files import write_weights
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
 
-MODEL_FOLDER = "model"
-"""The folder in a run directory that describes its model."""
-
 
 def describe_model(
     folder: Path,

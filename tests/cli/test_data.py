@@ -41,7 +41,7 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
     assert lines[0] == "1 files, 7 rows, 4 samples"
     # BOS, prompt, newline, three letters, EOS: 7, 11, 11, and 36 cut to 24
     assert lines[1] == f"{7 + 11 + 11 + 24} tokens, 16 with loss (30.2%)"
-    assert lines[2] == "the tokenizer is panda:data/sample/tokenizer, of 259 tokens"
+    assert lines[2] == "tokenizer: panda:data/sample/tokenizer, with 259 entries"
     assert lines[3] == "1 samples are longer than max_seq_length and were cut"
     assert lines[4] == "3 rows cannot be used and are left out:"
     assert lines[5] == "          2  field 'target' is empty"

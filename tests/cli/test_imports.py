@@ -44,7 +44,9 @@ def outcome(module: str, *argv: str) -> tuple[int, set[str]]:
     return int(code.split()[1]), set(modules.split()[1:])
 
 
-COMMANDS = {
+SAMPLE = ("--arch", "llama-tiny", "--instruction_tuning_data_dir", "panda:data/sample/instruct")
+
+COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "help": ("train", ["--help"], 0),
     "help of an arch": ("train", ["--arch", "llama-65b", "--help"], 0),
     "list": ("main", ["list"], 0),
@@ -58,6 +60,13 @@ COMMANDS = {
     "tokenizer": ("train", ["--arch", "llama-tiny", "--tokenizer", "nowhere"], 2),
     "resume": ("train", ["--arch", "llama-tiny", "--resume", "nowhere"], 2),
     "deepspeed": ("train", ["--arch", "llama-tiny", "--deepspeed_config", "nowhere.json"], 2),
+    "data": ("train", ["--arch", "llama-tiny", "--instruction_tuning_data_dir", "nowhere"], 2),
+    "evaluation data": ("main", ["check", *SAMPLE, "--eval_data_dir", "nowhere"], 2),
+    "data to prepare": ("main", ["prepare", *SAMPLE, "--eval_data_dir", "nowhere"], 2),
+    "output folder": ("train", [*SAMPLE, "--output_dir", "/dev/null/run"], 2),
+    "generate": ("main", ["generate", "/dev", "--prompt", "x"], 2),
+    "chat": ("main", ["chat", "nowhere"], 2),
+    "export": ("main", ["export", "/dev"], 2),
     "fp16 without ZeRO": ("train", ["--arch", "llama-65b", "--precision", "fp16", "--zero_stage", "0"], 2),
 }
 

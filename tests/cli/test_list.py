@@ -71,7 +71,7 @@ def test_summaries_of_very_many_packages_are_left_to_json(
 ) -> None:
     monkeypatch.setattr("panda.registry.offers.SOURCES_READ", 1)
     listed = lines(capsys)
-    assert listed[-1] == "Summaries of 2 components of other packages are left out: `--json` reads them all."
+    assert listed[-1] == "Descriptions of 2 components of other packages are left out; `--json` shows all."
     assert "tiny acme-panda 2.5" in listed and "watch acme-panda 2.5" in listed
     assert any(line.startswith("cosine panda-train ") and line.endswith(".") for line in listed), "panda's own are read"
     assert "tiny acme-panda 2.5 Tiny model." in lines(capsys, "models"), "one module"

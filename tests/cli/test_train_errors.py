@@ -59,7 +59,7 @@ def test_a_refusal_says_where_the_key_stands(refused: Refused, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "zz/../yy"])
 def test_a_run_name_is_one_folder(refused: Refused, name: str) -> None:
-    assert f"run_name: {name!r} is not a name of one folder" in refused("--arch", "llama-tiny", "--run_name", name)
+    assert f"run_name: {name!r} is not the name of a folder" in refused("--arch", "llama-tiny", "--run_name", name)
 
 
 def test_an_unknown_component_is_told_the_nearest(refused: Refused) -> None:
@@ -112,7 +112,7 @@ def test_the_traceback_is_there_for_who_asks(
 
 def test_a_misspelt_block_is_a_warning(refused: Refused) -> None:
     message = refused("--arch", "llama-tiny", "-p", "no:tensorbord", "-p", "no:plot", "--max_steps", "0")
-    warning = "warning: -p no:tensorbord: no distribution, module or plugin that is installed has that name.\n"
+    warning = "warning: -p no:tensorbord: no installed distribution, module or plugin has that name.\n"
     assert message.startswith(warning + "error: max_steps: 0")
 
 

@@ -20,10 +20,10 @@ import torch
 from panda.data.batches import Batch
 from panda.data.batches import collate
 from panda.data.batches import step_batches
-from panda.data.layouts import LAYOUTS
-from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
+from panda.data.packing import LAYOUTS
+from panda.data.packing import Layout
 from panda.data.token_cache import _mapped
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset

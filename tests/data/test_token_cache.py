@@ -378,7 +378,7 @@ def test_a_hash_that_was_half_written_is_computed_again(tmp_path: Path) -> None:
 def test_of_several_that_start_at_once_one_hashes_and_the_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads: each opens the lock anew, which is what the system tells apart, as it does processes."""
+    """Threads: each opens the lock file itself, and the system tells these apart, as it does processes."""
     file = tmp_path / "rows.json"
     file.write_text("[]")
     os.utime(file, (1, 1))

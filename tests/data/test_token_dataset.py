@@ -1,4 +1,4 @@
-"""Samples in flat arrays, and what is told of the rows that are not among them."""
+"""Samples in flat arrays, and the report of the rows that were left out."""
 
 from __future__ import annotations
 

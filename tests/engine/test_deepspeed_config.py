@@ -147,8 +147,8 @@ def test_a_key_of_which_the_line_is_not_known_is_refused_all_the_same(tmp_path: 
         ("{", "not valid JSON"),
         ("[1]", "expected a JSON object"),
         (None, "No such file"),
-        ('{"dump_state": true, "dump_state": false}', "'dump_state' stands twice"),
-        ('{"aio": {"block_size": 1, "block_size": 2}}', "'block_size' stands twice"),
+        ('{"dump_state": true, "dump_state": false}', "'dump_state' appears twice"),
+        ('{"aio": {"block_size": 1, "block_size": 2}}', "'block_size' appears twice"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, text: str | None, words: str) -> None:

@@ -174,7 +174,7 @@ def test_every_split_follows_the_plain_loop(
 
 def test_a_mean_of_means_does_not(runs: Path) -> None:
     loss, weight = difference(runs / "1x8", plain_loop(mean_of_means=True))
-    assert loss > 1e-2
+    assert loss > 1e-3
     assert weight > 1e-4
 
 

@@ -14,6 +14,7 @@ from measure_placement import COUNT
 from measure_placement import SIDE
 from safetensors.torch import save_file
 
+from panda.configuration.options import RunOptions
 from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.models.initialisation.creation import without_weights
@@ -59,7 +60,8 @@ def test_buffers_get_what_is_stored_and_keep_their_type(
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": False},
     }
-    place(module, matched(module, safetensors_weights(tmp_path), source="here"), config, processes)
+    weights = matched(module, safetensors_weights(tmp_path), source="here")
+    place(module, weights, RunOptions(zero_stage=stage, precision=precision), config, processes)
     buffers = dict(stored.named_buffers())
     assert set(buffers) == {"running_mean", "running_var", "num_batches_tracked"}
     for name, buffer in module.named_buffers():

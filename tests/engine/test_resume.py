@@ -31,9 +31,9 @@ from panda.registry import UserError
 from panda.run.directory import find_directory
 from panda.run.directory import hold_continued
 from panda.run.directory import make_directory
-from panda.run.lock import FILE
-from panda.run.lock import RunLock
-from panda.run.lock import check_free
+from panda.run.directory_lock import FILE
+from panda.run.directory_lock import RunLock
+from panda.run.directory_lock import check_free
 from panda.runner import train
 
 SHAPE = ("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2)
@@ -226,7 +226,7 @@ def test_the_directory_of_a_run(two_runs: Path, argv: str, directory: str, check
         continued, found = hold_continued(resolved, lock)
         assert (continued or make_directory(resolved, lock), found) == expected
         assert Path(directory).is_dir()
-        with pytest.raises(UserError, match=f"{directory}: another run is at work in it: process {os.getpid()} on "):
+        with pytest.raises(UserError, match=f"{directory}: another run is using it: process {os.getpid()} on "):
             check_free(Path(directory))
     check_free(Path(directory))
 
@@ -259,7 +259,7 @@ def test_of_runs_that_continue_one_at_once_the_second_is_told_who_is_at_work(two
     resolved = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "other"])).resolved
     with RunLock() as first, RunLock() as second:
         hold_continued(resolved, first)
-        with pytest.raises(UserError, match=rf"another run is at work in it: process {os.getpid()} on .*output_dir"):
+        with pytest.raises(UserError, match=rf"another run is using it: process {os.getpid()} on .*output_dir"):
             hold_continued(resolved, second)
     with RunLock() as third:
         hold_continued(resolved, third)
@@ -270,9 +270,9 @@ def test_a_run_that_begins_where_another_just_began_is_refused(two_runs: Path, m
     resolved = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "auto", "--output_dir", "new"])).resolved
     with RunLock() as first, RunLock() as second:
         make_directory(resolved, first)
-        with pytest.raises(UserError, match="another run is at work in it"):
+        with pytest.raises(UserError, match="another run is using it"):
             make_directory(resolved, second)
-    with RunLock() as third, pytest.raises(UserError, match="another run began in it meanwhile"):
+    with RunLock() as third, pytest.raises(UserError, match="another run has just started in it"):
         make_directory(resolved, third)
 
 

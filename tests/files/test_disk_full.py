@@ -1,4 +1,4 @@
-"""A full disk is told in words, in whichever way a library reports it; other errors pass."""
+"""A full disk is recognised however a library reports it; other errors pass."""
 
 from __future__ import annotations
 

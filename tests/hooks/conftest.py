@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from panda.data.layouts import Layout
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
+from panda.data.packing import Layout
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
 

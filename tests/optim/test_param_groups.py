@@ -94,7 +94,7 @@ def test_the_first_multiplier_whose_pattern_matches_scales_the_rate() -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_the_names() -> None:
-    with pytest.raises(UserError, match=r"\*wte\* matches no parameter. They are: embed.weight, head.weight"):
+    with pytest.raises(UserError, match=r"\*wte\* matches no parameter. The parameters are: embed.weight, head.weight"):
         described(build(embed=nn.Embedding(3, 2), head=nn.Linear(2, 3)), multipliers={"*wte*": 0.1})
 
 

@@ -20,7 +20,7 @@ from panda.registry.contexts import LRSchedulerContext
 
 PEAK = 2e-3
 
-# the factor of the step after s completed ones, behind a warm-up of w, in a run of t.
+# the factor of the step after s completed ones, after a warm-up of w, in a run of t.
 FORMULAE: dict[str, Callable[[int, int, int], float]] = {
     "warmup": lambda s, w, t: 1.0,
     "constant": lambda s, w, t: 1.0,

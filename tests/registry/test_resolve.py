@@ -16,8 +16,8 @@ from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.options import Given
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import resolve
-from panda.run.directory import config_text
-from panda.run.directory import write_description
+from panda.run.description import config_text
+from panda.run.description import write_description
 
 ACME = """
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pytest
 from panda.data.json_reader import JsonReader
 from panda.data.text_reader import TextOptions
 from panda.data.text_reader import TextReader
+from panda.data.token_cache import TokenCache
 from panda.registry import NoOptions
 from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
@@ -55,7 +56,7 @@ def cached(tmp_path: Path, tokenizer: Any) -> Callable[..., Path | None]:
     ) -> Path | None:
         reader_options = reader_options or NoOptions()
         read = reader(reader_options, ReaderContext())
-        context = TaskContext(tokenizer, read, max_seq_length, reader_options, tmp_path / "cache")
+        context = TaskContext(tokenizer, read, max_seq_length, reader_options, TokenCache(tmp_path / "cache"))
         made = task(options or PretrainOptions(pretraining_data_dir=str(file)), context)
         found: Path | None = made.dataset().directory
         return found

@@ -20,6 +20,7 @@ from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
 from panda.weights.export import describe_model
+from panda.weights.finding import Source
 from panda.weights.finding import pretrained_at
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "rms_norm_eps": 1e-5}
@@ -154,7 +155,7 @@ def test_an_answer_ends_at_the_token_that_training_taught_and_where_it_ended_bef
     pretrained = None
     if said is not None:
         (folder / "generation_config.json").write_text(json.dumps(said))
-        pretrained = pretrained_at(str(folder), option="ckpt_path")
+        pretrained = pretrained_at(Source(str(folder), "ckpt_path"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token_id == 2
     nothing: Any = None  # of what describes models of other kinds

@@ -116,9 +116,12 @@ def test_two_ranks_fetch_what_they_need_once_and_a_run_without_network_takes_it_
 def test_no_weights_are_fetched_for_a_run_that_is_wrong_otherwise_nor_for_a_tokenizer(
     hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    wrong = ["--instruction_tuning_data_dir", "nowhere", "--tokenizer", "org/cut", "--max_seq_length", 64]
+    wrong = ["--instruction_tuning_data_dir", "nowhere", "--max_seq_length", 64]
     done = run("panda-train", "--model", "llama", "--ckpt_path", "org/tiny", *wrong, cwd=tmp_path, **environment)
     assert done.returncode == 2 and "'nowhere' does not exist" in done.stderr
+    right = ["--instruction_tuning_data_dir", "panda:data/sample/instruct", "--tokenizer", "org/cut"]
+    done = run("panda", "prepare", "--arch", "llama-tiny", *right, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
     assert not [name for name in hub.fetched() if name.endswith((".safetensors", ".bin"))]
     assert (snapshot(tmp_path, "cut") / "tokenizer.json").exists()
 

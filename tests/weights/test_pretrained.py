@@ -289,7 +289,7 @@ def test_an_arch_that_contradicts_the_checkpoint_is_an_error_with_both_values(fo
     with pytest.raises(UserError) as caught:
         configured("--arch", "llama-7b", "--rms_norm_eps", "1e-6", "--ckpt_path", folder)
     message = str(caught.value)
-    assert f"checkpoint {folder} is of another shape:" in message
+    assert f"checkpoint {folder} has another shape:" in message
     assert "hidden_size is 4096 (arch llama-7b), but 32 in the checkpoint" in message
     assert "rms_norm_eps is 1e-06 (--rms_norm_eps), but 1e-05 in the checkpoint" in message
     assert "vocab_size" not in message, "a fine-tune may have more entries than the family's first tokenizer"

@@ -35,8 +35,8 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def train(directory: Path, *flags: str, launcher: list[str] | None = None) -> str:
     """What a run of three steps of 8 samples prints."""
     done = run(
-        *(launcher or []), PANDA_TRAIN, *SAMPLE, *NOTHING_DRAWN, "--max_steps", "3", "--gradient_accumulation_steps", "1",
-        *flags, "--output_dir", str(directory),
+        *(launcher or []), PANDA_TRAIN, *SAMPLE, *NOTHING_DRAWN, *flags, "--output_dir", str(directory),
+        "--max_steps", "3", "--gradient_accumulation_steps", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

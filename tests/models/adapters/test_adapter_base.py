@@ -29,8 +29,8 @@ from panda.cli.main import main
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.models.adapters import quantisation
-from panda.run.directory import write_description
-from panda.run.directory import write_end
+from panda.run.description import write_description
+from panda.run.description import write_end
 
 Captured = pytest.CaptureFixture[str]
 QUANTISED = ("--use_quant", "--precision", "fp32")
@@ -261,7 +261,7 @@ def test_another_base_is_an_error_with_both_named(
 ) -> None:
     assert main([command[0], str(folder / "lora"), *command[1:], "--ckpt_path", str(other)]) == 2
     error = capsys.readouterr().err
-    assert f"trained on another base: {folder}/base" in error and f"Now there is {other}" in error
+    assert f"trained on {folder}/base (" in error and f"the base found is {other}" in error
 
 
 def test_a_base_that_was_replaced_where_it_was_is_told_and_one_that_was_moved_is_taken(
@@ -272,13 +272,13 @@ def test_a_base_that_was_replaced_where_it_was_is_told_and_one_that_was_moved_is
     try:
         shutil.copytree(other, folder / "base")
         assert main(["export", str(folder / "lora"), "--merge", "--output", str(tmp_path / "a")]) == 2
-        assert "trained on another base" in capsys.readouterr().err
+        assert "but the base found is" in capsys.readouterr().err
         flags_ = ["--merge", "--ckpt_path", str(tmp_path / "moved"), "--output", str(tmp_path / "b")]
         assert main(["export", str(folder / "lora"), *flags_]) == 0
         shutil.rmtree(folder / "base")
         assert main(["export", str(folder / "lora"), "--merge", "--output", str(tmp_path / "c")]) == 2
         told = capsys.readouterr().err
-        assert "was not found" in told and "`--ckpt_path` names its new place" in told
+        assert "was not found" in told and "give its new location with `--ckpt_path`" in told
         moved = ["--config", str(folder / "lora" / "config.yaml"), "--ckpt_path", str(tmp_path / "moved")]
         resolved = configure(parse_arguments(moved)).resolved
         assert resolved.core.tokenizer == str(tmp_path / "moved"), "which goes with the base"
@@ -305,7 +305,7 @@ def test_what_cannot_be_merged_or_answered_is_told(folder: Path, tmp_path: Path,
     assert main(["export", str(folder / "whole"), "--merge"]) == 2
     assert "trained a whole model, so there is nothing to merge" in capsys.readouterr().err
     assert main(["generate", str(folder / "whole"), "--prompt", "x", "--ckpt_path", "base"]) == 2
-    assert "is no run of adapters" in capsys.readouterr().err
+    assert "did not train adapters" in capsys.readouterr().err
     assert main(["generate", str(folder / "random"), "--prompt", "x", "--ckpt_path", str(folder / "base")]) == 2
     assert "trained on random weights" in capsys.readouterr().err
 
@@ -408,7 +408,7 @@ def test_a_run_that_does_not_say_what_it_trained_is_damaged_and_not_a_whole_mode
     (run / "provenance.json").write_text(whole[:3000])
     for command in (["export", str(run), "--output", str(tmp_path / "out")], ["generate", str(run), "--prompt", "x"]):
         assert main(command) == 2
-        assert f"{run}/provenance.json: damaged" in capsys.readouterr().err
+        assert f"{run}/provenance.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

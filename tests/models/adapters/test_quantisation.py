@@ -19,7 +19,6 @@ from adapter_training import plain_base
 from adapter_training import rows
 from adapter_training import train_plainly
 from launching import losses
-from launching import run_panda
 from launching import train_many
 from launching import zero3_at_once
 from peft import LoraConfig
@@ -29,6 +28,7 @@ from transformers import BitsAndBytesConfig
 from transformers import LlamaForCausalLM
 
 from panda.answers.generation import greedy
+from panda.cli.main import main
 from panda.configuration.options import RunOptions
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import quantise
@@ -108,7 +108,8 @@ def test_ten_steps_follow_plain_peft_and_bitsandbytes(runs: Path, name: str) -> 
     found = exported(runs / name)
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert (found[key.replace(".default", "")] - parameter).abs().max() < 1e-6, key
+            # Both in float32: where a gradient is nearly zero, Adam makes a larger step of its rounding.
+            assert (found[key.replace(".default", "")] - parameter).abs().max() < 3e-6, key
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16-zero3"])
@@ -199,13 +200,19 @@ def test_a_model_without_weights_is_filled_one_layer_at_a_time() -> None:
 
 
 def test_a_model_whose_head_is_not_known_is_refused() -> None:
-    with pytest.raises(UserError, match="use_quant: which linear layer of Sequential is the output head"):
+    with pytest.raises(
+        UserError, match="use_quant: it is not known which linear layer of Sequential is the output head"
+    ):
         quantise(torch.nn.Sequential(torch.nn.Linear(1, 1)), options(4), torch.device("cpu"))
 
 
-def test_what_is_implied_is_told_and_65b_has_the_published_counts(tmp_path: Path) -> None:
+def test_what_is_implied_is_reported_and_65b_has_the_published_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("panda.engine.memory._host_memory", lambda: 2**40)
     flags = ("--arch", "llama-65b", "--instruction_tuning_data_dir", "panda:data/sample/instruct", "--use_quant")
-    done = run_panda("panda", "check", *flags, cwd=tmp_path)
-    assert done.returncode == 0
-    assert done.stderr.startswith("note: use_quant implies use_lora True and precision bf16: quantised weights cannot")
-    assert "implied by use_quant" in done.stdout and "model: 65,285,660,672 parameters; 799,539,200 of" in done.stdout
+    assert main(["check", *flags]) == 0
+    done = capsys.readouterr()
+    assert done.err.startswith("note: use_quant implies use_lora True and precision bf16: quantised weights cannot")
+    assert "implied by use_quant" in done.out and "model: 65,285,660,672 parameters; 799,539,200 of" in done.out

@@ -1,4 +1,4 @@
-"""`--model hf` goes without logits where they are its head's alone, and keeps them where something is behind it."""
+"""`--model hf` trains without logits if they are its head's output, and computes them if anything follows the head."""
 
 from __future__ import annotations
 

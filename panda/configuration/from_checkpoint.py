@@ -1,4 +1,4 @@
-"""How a run follows its checkpoint: the options, the tokenizer and the vocabulary that the checkpoint determines."""
+"""What a checkpoint determines in the configuration of a run: model options, tokenizer and vocabulary."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from panda.weights.tokenizers import TOKENIZER
 def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
     """``resolved`` with what its checkpoint determines: options of the model that were not set, and the tokenizer.
 
-    Raises UserError where an option that was set contradicts the checkpoint.
+    Raises UserError if an option that was set contradicts the checkpoint.
     """
     settings = resolved.settings
-    says = f"checkpoint {pretrained.folder}"
+    origin = f"checkpoint {pretrained.folder}"
     if hasattr(resolved.components["model"].component.options, "of_checkpoint"):
         stated = _Stated(pretrained.config)
         stated.file = pretrained.config_file
-        resolved = _follow_options(resolved, stated, says)
+        resolved = _follow_options(resolved, stated, origin)
     core = resolved.core
     positions = pretrained.config.get("max_position_embeddings")
     if positions is not None and core.max_seq_length > positions:
@@ -47,14 +47,14 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
                 " the folder of a Hugging Face tokenizer of this model with `tokenizer`."
             )
         location = holder.name or str(holder.folder)
-        resolved = resolved.with_values({"tokenizer": location}, says)
+        resolved = resolved.with_values({"tokenizer": location}, origin)
     return resolved
 
 
 def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping[str, Any]:
-    """``pretrained.config``, with enough rows for a tokenizer of ``entries`` entries.
+    """``pretrained.config``, with enough rows in its vocabulary for a tokenizer of ``entries`` entries.
 
-    Raises UserError where it has fewer, unless ``extend`` says that rows may be added.
+    Raises UserError if the checkpoint has fewer rows, unless ``extend`` says that rows may be added.
     """
     rows = pretrained.config.get("vocab_size")
     if rows is None or entries <= rows:
@@ -69,7 +69,7 @@ def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping
 
 
 class _Stated(dict[str, Any]):
-    """The configuration of a checkpoint for a model to read: a key that it lacks is a UserError."""
+    """The configuration of a checkpoint, for a model to read: a missing key raises UserError."""
 
     file: Path
 
@@ -77,7 +77,7 @@ class _Stated(dict[str, Any]):
         raise UserError(f"{self.file}: it does not state {key!r}. Is it the complete configuration of these weights?")
 
 
-def _follow_options(resolved: Resolved, config: _Stated, says: str) -> Resolved:
+def _follow_options(resolved: Resolved, config: _Stated, origin: str) -> Resolved:
     """``resolved`` with the options of the model that ``config`` determines.
 
     Raises UserError for an option that was set to another value.
@@ -96,7 +96,7 @@ def _follow_options(resolved: Resolved, config: _Stated, says: str) -> Resolved:
             value = known[key].check(value)
         except ValueError:
             raise UserError(f"{config.file}: {key}: {value!r} is not {known[key].expects}.") from None
-        # A fine-tune may have more entries than the family's first tokenizer, which an arch states.
+        # An arch states the vocabulary of the original tokenizer; a fine-tuned model may have more entries.
         is_given = setting.origin != "default" and not (key == "vocab_size" and setting.origin.startswith("arch "))
         if not is_given:
             values[written] = value
@@ -104,11 +104,11 @@ def _follow_options(resolved: Resolved, config: _Stated, says: str) -> Resolved:
             contradictions.append(f"{key} is {setting.value} ({setting.origin}), but {value} in the checkpoint")
     if contradictions:
         raise UserError(
-            f"{says} is of another shape:\n"
+            f"{origin} has another shape:\n"
             + "\n".join(contradictions)
-            + f"\nLeave arch and these options out: `model: {model.component.name}` follows the checkpoint."
+            + f"\nLeave arch and these options out: `model: {model.component.name}` takes them from the checkpoint."
         )
     try:
-        return resolved.with_values(values, says)
+        return resolved.with_values(values, origin)
     except UserError as problem:
-        raise UserError(f"{says}: {problem}") from None
+        raise UserError(f"{origin}: {problem}") from None

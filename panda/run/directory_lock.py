@@ -14,26 +14,26 @@ FILE = ".lock"
 
 
 class RunLock(ExitStack):
-    """Holds a run directory from ``take`` until the end of a ``with`` statement."""
+    """Holds a run directory from ``take`` to the end of the ``with`` statement."""
 
     def take(self, directory: Path) -> None:
-        """Hold ``directory``. Raises UserError, which says who holds it, where another process does."""
+        """Hold ``directory``. Raises UserError, which names the holder, if another process holds it."""
         try:
-            self.enter_context(held(directory / FILE, unlocked="see that only one run at a time is in it."))
+            self.enter_context(held(directory / FILE, unlocked="make sure that only one run at a time uses it."))
         except HeldError as problem:
-            raise _at_work(directory, problem.holder) from None
+            raise _in_use(directory, problem.holder) from None
         except OSError as problem:
             raise UserError(f"{directory}: cannot be written to: {problem.strerror}.") from None
 
 
 def check_free(directory: Path) -> None:
-    """Raise UserError where a process holds ``directory``. Holds and makes nothing."""
+    """Raise UserError if a process holds ``directory``. Creates and holds nothing."""
     if holder := holder_of(directory / FILE):
-        raise _at_work(directory, holder)
+        raise _in_use(directory, holder)
 
 
-def _at_work(directory: Path, holder: str) -> UserError:
+def _in_use(directory: Path, holder: str) -> UserError:
     return UserError(
-        f"{directory}: another run is at work in it: {holder}. Wait until it has ended, or stop it; for another run"
-        " give another `output_dir`."
+        f"{directory}: another run is using it: {holder}. Wait for it to end, or stop it; for a separate run,"
+        " choose another `output_dir`."
     )

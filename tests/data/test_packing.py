@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panda.data.layouts import FILLING_SAMPLES
-from panda.data.layouts import LAYOUTS
-from panda.data.layouts import Layout
-from panda.data.layouts import best_fit
-from panda.data.layouts import by_length
-from panda.data.layouts import in_order
-from panda.data.layouts import packed
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
+from panda.data.packing import FILLING_SAMPLES
+from panda.data.packing import LAYOUTS
+from panda.data.packing import Layout
+from panda.data.packing import best_fit
+from panda.data.packing import by_length
+from panda.data.packing import in_order
+from panda.data.packing import packed
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
 

@@ -1,0 +1,121 @@
+"""What a run directory records of its run: config.yaml, provenance.json, deepspeed.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import replace
+from datetime import UTC
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from panda.files.whole import write_whole
+from panda.registry.location import resolve_path
+from panda.registry.resolve import Resolved
+from panda.registry.settings import Setting
+from panda.run.directory import EXPORT
+from panda.run.directory import PROVENANCE
+from panda.weights.finding import from_anywhere
+
+_PLACE_KEYS = ("output_dir", "resume")
+"""Keys that say where a run is stored, not what it does: left out of config.yaml, so that it can be run again."""
+
+
+def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write config.yaml, provenance.json (with ``facts``) and deepspeed.json.
+
+    provenance.json keeps what it recorded of earlier starts of the run. Each file is replaced atomically.
+    """
+    try:
+        before = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    earlier = [*before.pop("earlier_starts", []), before] if before else []
+    write_whole(directory / "config.yaml", config_text(resolved))
+    _write_json(directory / "deepspeed.json", deepspeed)
+    packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
+    packages += ["bitsandbytes"] * resolved.core.use_quant
+    packages += ["fairscale"] * (resolved.core.tensor_parallel_size > 1)
+    components = {
+        chosen.label: {
+            "distribution": chosen.offer.distribution,
+            "version": chosen.offer.version,
+            "module": chosen.offer.module,
+            "source": "{}:{}".format(*chosen.component.source),
+        }
+        for chosen in resolved.chosen
+    } | {
+        f"plugin {offer.name}": {"distribution": offer.distribution, "version": offer.version, "module": offer.module}
+        for offer in resolved.hook_modules
+    }
+    _write_json(
+        directory / PROVENANCE,
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "components": components,
+            "origins": {key: setting.origin for key, setting in resolved.settings.items()},
+            "python": platform.python_version(),
+            "machine": platform.platform(),
+            "packages": {name: metadata.version(name) for name in packages},
+            **facts,
+            "earlier_starts": earlier,
+        },
+    )
+
+
+def write_end(directory: Path, step: int, **done: Any) -> None:
+    """Record in provenance.json that the run ended after ``step``, and the work that was ``done`` at its end."""
+    described = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
+    _write_json(directory / PROVENANCE, described | {"end": {"step": step, **done}})
+
+
+def has_ended(directory: Path, step: int, **expected: Any) -> bool:
+    """Whether the run in ``directory`` ended after ``step``, did all that is ``expected``, and still has its export.
+
+    An empty value of ``expected`` asks for nothing.
+    """
+    try:
+        end = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["end"]
+    except (OSError, ValueError, KeyError):
+        return False
+    is_done = all(end.get(key) == value for key, value in expected.items() if value)
+    return is_done and end["step"] == step and (directory / EXPORT).is_dir()
+
+
+def config_text(resolved: Resolved) -> str:
+    """The resolved configuration as flat YAML that can be run again as it is, from any directory."""
+    lines = ["# The whole configuration of a run, resolved. `panda-train --config THIS_FILE` runs it again."]
+    owner = None
+    for key, setting in resolved.settings.items():
+        if key in _PLACE_KEYS or (key == "tokenizer" and setting.origin.startswith("checkpoint ")):
+            continue  # such a tokenizer follows from `ckpt_path` again, also where that has been moved
+        if setting.owner != owner:
+            owner = setting.owner
+            lines += ["", f"# {owner}"]
+        value = _from_anywhere(setting)
+        written = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6)
+        lines.append(f"{key}: {written.strip()[1:-1]}")
+    return "\n".join(lines) + "\n"
+
+
+def _from_anywhere(setting: Setting) -> Any:
+    """The value of ``setting`` for YAML, with absolute paths."""
+    if setting.location is None or setting.value is None:
+        return list(setting.value) if isinstance(setting.value, tuple) else setting.value
+    if isinstance(setting.value, tuple):
+        return [_from_anywhere(replace(setting, value=text)) for text in setting.value]
+    if not setting.value or setting.value.startswith("panda:") or "://" in setting.value:
+        return setting.value
+    if not setting.location.on_hub:
+        return str(resolve_path(setting.value).absolute())
+    return from_anywhere(setting.value)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
