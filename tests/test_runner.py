@@ -128,6 +128,7 @@ def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.M
         {f"recording.{name}": source for name, source in (sources | {"hooked": HOOKED, "torn": TORN}).items()},
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("panda.run.ending.ANSWER_TOKENS", 2)  # answers take longer than the training
     rows = "\n".join(f'{{"input": "{letter}", "target": "{letter}"}}' for letter in "abcde")
     (tmp_path / "rows.jsonl").write_text(rows)
 

@@ -1,9 +1,10 @@
-"""What answers without training imports nothing heavy, and a mistake is explained in under a second."""
+"""What answers without training imports nothing heavy, so that a mistake is explained in under a second."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -20,27 +21,27 @@ ROOMS = (
 )
 
 PROGRAM = """
-import sys, time
-started = time.process_time()
+import sys
 from panda.cli.{module} import main
 code = main({argv!r})
-print("seconds", time.process_time() - started)
 print("code", code)
 print("modules", *sys.modules)
 """
 
 
-def outcome(module: str, argv: list[str]) -> tuple[int, set[str], float]:
+@cache
+def outcome(module: str, *argv: str) -> tuple[int, set[str]]:
+    """The exit code of a command, and the modules that it imported."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(module=module, argv=argv)],
+        [sys.executable, "-c", PROGRAM.format(module=module, argv=list(argv))],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
-    seconds, code, modules = done.stdout.splitlines()[-3:]
+    code, modules = done.stdout.splitlines()[-2:]
     assert "Traceback" not in done.stderr
-    return int(code.split()[1]), set(modules.split()[1:]), float(seconds.split()[1])
+    return int(code.split()[1]), set(modules.split()[1:])
 
 
 SAMPLE = ("--arch", "llama-tiny", "--instruction_tuning_data_dir", "panda:data/sample/instruct")
@@ -73,22 +74,21 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_needs_no_torch_imports_none(name: str) -> None:
     module, argv, expected = COMMANDS[name]
-    code, modules, seconds = outcome(module, argv)
+    code, modules = outcome(module, *argv)
     assert code == expected
     assert not modules & set(HEAVY)
-    assert seconds < 3, "of this processor: a second, where nothing else runs on it"
 
 
 def test_list_imports_no_component_of_panda() -> None:
-    _, modules, _ = outcome("main", ["list"])
+    _, modules = outcome("main", "list")
     assert [name for name in modules if name.startswith(ROOMS)] == []
 
 
 def test_show_imports_the_one_component_that_is_shown() -> None:
-    _, modules, _ = outcome("main", ["show", "model", "llama"])
+    _, modules = outcome("main", "show", "model", "llama")
     assert sorted(name for name in modules if name.startswith(ROOMS)) == ["panda.models", "panda.models.llama"]
 
 
 def test_a_misspelt_name_imports_no_component_of_panda() -> None:
-    _, modules, _ = outcome("train", ["--arch", "lama"])
+    _, modules = outcome("train", "--arch", "lama")
     assert [name for name in modules if name.startswith(ROOMS)] == []

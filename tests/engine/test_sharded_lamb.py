@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def reference(configuration: dict[str, Any]) -> tuple[ReferenceLamb, list[float]]:
     """Where one process in float64 comes to without panda's engine and optimizer; and the norm at each step."""
-    module = lamb_steps.make_network(configuration["network"])
-    if configuration["options"].get("precision") == "bf16":
+    return _reference(
+        configuration["network"],
+        configuration["options"].get("precision", "fp32"),
+        configuration["options"]["max_grad_norm"],
+        configuration.get("adapt", "all"),
+    )
+
+
+@cache
+def _reference(network: str, precision: str, max_grad_norm: float, adapt: str) -> tuple[ReferenceLamb, list[float]]:
+    module = lamb_steps.make_network(network)
+    if precision == "bf16":
         module = module.bfloat16()  # what the masters are copied from
     module = module.double()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -85,8 +96,8 @@ def reference(configuration: dict[str, Any]) -> tuple[ReferenceLamb, list[float]
         epsilon=lamb_steps.EPSILON,
         decay={name: lamb_steps.DECAY * (p.ndim > 1) for name, p in trained.items()},
         rates={name: lamb_steps.RATE * (1 if p.ndim > 1 else 2) for name, p in trained.items()},
-        max_grad_norm=configuration["options"]["max_grad_norm"],
-        only_decayed=configuration.get("adapt") == "decayed",
+        max_grad_norm=max_grad_norm,
+        only_decayed=adapt == "decayed",
     )
     norms = []
     for step in range(lamb_steps.STEPS):

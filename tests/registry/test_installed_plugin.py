@@ -210,7 +210,10 @@ learning_rate: 1e-2
 instruction_tuning_data_dir: panda:data/sample/instruct
 """
 DATA = ("--instruction_tuning_data_dir", "panda:data/sample/instruct")
-SMALL = ("--num_workers", "0", "--gradient_accumulation_steps", "1", "--max_seq_length", "64", "--max_steps", "2")
+SMALL = (
+    *("--num_workers", "0", "--gradient_accumulation_steps", "1", "--max_seq_length", "64", "--max_steps", "2"),
+    *("-p", "no:plot", "-p", "no:tensorboard"),
+)
 
 
 def test_a_yaml_trains_what_an_installed_package_adds_beside_broken_ones(site: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ PANDA_TRAIN = str(Path(sys.executable).with_name("panda-train"))
 PANDA = str(Path(sys.executable).with_name("panda"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
 SAMPLE = ["--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "64", "--num_workers", "0"]
+NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard"]
+"""A picture takes longer than the steps that it shows."""
 GRU_AND_LION = ["--arch", "gru-tiny", "--optimizer", "lion", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
 CONFIG = Path(__file__).parents[1] / "configs" / "gru-tiny.yaml"
 
@@ -33,8 +35,8 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def train(directory: Path, *flags: str, launcher: list[str] | None = None) -> str:
     """What a run of three steps of 8 samples prints."""
     done = run(
-        *(launcher or []), PANDA_TRAIN, *SAMPLE, "--max_steps", "3", "--gradient_accumulation_steps", "1",
-        *flags, "--output_dir", str(directory),
+        *(launcher or []), PANDA_TRAIN, *SAMPLE, *NOTHING_DRAWN, *flags, "--output_dir", str(directory),
+        "--max_steps", "3", "--gradient_accumulation_steps", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -116,7 +118,7 @@ def test_packed_rows_are_refused() -> None:
 
 def test_the_configuration_learns(tmp_path: Path) -> None:
     half = ("--num_train_epochs", "0.75")  # half of the file's 1.5: 254 steps
-    done = run(PANDA_TRAIN, "--config", str(CONFIG), *half, "--output_dir", str(tmp_path / "run"))
+    done = run(PANDA_TRAIN, "--config", str(CONFIG), *half, *NOTHING_DRAWN, "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     course = losses(tmp_path / "run")
     assert course[0] > 5

@@ -25,11 +25,20 @@ from panda.engine.processes import Processes
 from panda.optim.layerwise import NVLamb
 from panda.registry import UserError
 
-SAMPLES_A_STEP, STEPS, MIDDLE = 12, 6, 3
+SAMPLES_A_STEP, ACCUMULATION, STEPS, MIDDLE = 12, 2, 6, 3
 RUN: tuple[object, ...] = (
     *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2),
     *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 48, "--num_workers", 0),
-    *("--per_gpu_train_batch_size", 2, "--lr_scheduler", "cosine", "--warmup_steps", 2, "--learning_rate", 0.003),
+    *(
+        "--gradient_accumulation_steps",
+        ACCUMULATION,
+        "--lr_scheduler",
+        "cosine",
+        "--warmup_steps",
+        2,
+        "--learning_rate",
+        0.003,
+    ),
     *("--weight_decay", 0.5, "--weight_decay_on", "matrices", "--max_grad_norm", 0.5),
     *("--max_steps", STEPS, "--save_steps", MIDDLE, "--prompts", "a"),
 )
@@ -51,9 +60,9 @@ MOVES = [  # ranks and ZeRO stage, before and after; the folder of the run befor
 
 def flags(optimizer: str, place: tuple[int, int]) -> list[object]:
     ranks, stage = place
-    accumulation = SAMPLES_A_STEP // (2 * ranks)
+    micro = SAMPLES_A_STEP // (ACCUMULATION * ranks)
     more = ["--deepspeed_config", "zero3.json"] if stage == 3 else []
-    return [*RUN, "--optimizer", optimizer, "--zero_stage", stage, "--gradient_accumulation_steps", accumulation, *more]
+    return [*RUN, "--optimizer", optimizer, "--zero_stage", stage, "--per_gpu_train_batch_size", micro, *more]
 
 
 @pytest.fixture(scope="module")
