@@ -294,7 +294,7 @@ def test_a_reader_may_be_a_class(distributions: Distributions) -> None:
             return Plain
         """
     distributions.install("acme", {"readers": {"plain": "acme.plain"}}, {"acme.plain": source})
-    chosen = configure(parse_arguments("--arch llama-tiny --reader plain".split())).resolved.components["reader"]
+    chosen = configure(parse_arguments(["--arch", "llama-tiny", "--reader", "plain"])).resolved.components["reader"]
     reader = chosen.build(ReaderContext(), Reader)
     assert list(rows_of(reader, Path("a.plain"))) == []
 
