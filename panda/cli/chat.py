@@ -49,7 +49,7 @@ def _chat(argv: list[str]) -> None:
 
 
 def _read() -> str:
-    """A line of the user's; empty at the end of input. The prompt is shown to a terminal alone."""
+    """A line of the user's; empty at the end of input. The prompt is shown only on a terminal."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

@@ -37,7 +37,7 @@ def _export(argv: list[str]) -> None:
         "--merge",
         action="store_true",
         help="of a run of adapters: the whole model, with them added to its base, to RUN/merged by default. Without,"
-        " the adapters alone are written, as peft has them",
+        " only the adapters are written, as peft has them",
     )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     arguments = parser.parse_args(argv)

@@ -91,7 +91,7 @@ def _texts(given: Given | None) -> tuple[str, ...]:
 
 
 def blocked_name(text: str) -> str:
-    """NAME of ``-p no:NAME``. Raises UserError for anything else behind ``-p``."""
+    """NAME of ``-p no:NAME``. Raises UserError for anything else after ``-p``."""
     if not text.startswith(BLOCK) or text == BLOCK:
         raise UserError(f"-p {text}: expected `-p no:NAME`. To add a plugin, write `--plugins NAME`.")
     return text.removeprefix(BLOCK)

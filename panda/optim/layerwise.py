@@ -1,4 +1,4 @@
-"""The arithmetic behind ``nvlamb``: steps whose length is decided layer by layer."""
+"""The arithmetic of ``nvlamb``: steps whose length is decided layer by layer."""
 
 from __future__ import annotations
 

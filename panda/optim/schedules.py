@@ -120,7 +120,7 @@ def poly(options: PolyOptions, context: LRSchedulerContext) -> Schedule:
 
 
 def _after_warmup(options: WarmupOptions, context: LRSchedulerContext, decay: Callable[[float], float]) -> Schedule:
-    """``decay`` maps the part of the steps behind the warm-up that is completed, 0 to 1, to a factor."""
+    """``decay`` maps the completed part of the steps after the warm-up, 0 to 1, to a factor."""
     total, warm = context.total_steps, _warm_steps(options, context)
 
     def factor(completed: int) -> float:

@@ -38,7 +38,7 @@ from panda.weights.stored_tensor import weights_of
 
 
 def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
-    """What a model is told beside its options. Raises UserError where the tokenizer has more than ``pretrained``."""
+    """What a model is given beside its options. Raises UserError where the tokenizer has more than ``pretrained``."""
     return ModelContext(
         vocab_size=len(tokenizer),
         max_seq_length=resolved.core.max_seq_length,
