@@ -20,9 +20,12 @@ usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
 
 Resolve a configuration as panda-train would, print each value with where it came from, load the
 tokenizer, read and tokenise all the data, count the model's parameters; train nothing, and write
-nothing but the token cache.
+nothing but the token cache. What panda-train would refuse on this machine is refused, such as a model
+that does not fit: for a run of several processes set WORLD_SIZE, as its launcher does.
 
-example: panda check configs/instruct-tiny.yaml --learning_rate 2e-3"""
+examples:
+  panda check configs/instruct-tiny.yaml --learning_rate 2e-3
+  WORLD_SIZE=8 panda check run.yaml --zero_stage 3"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -69,8 +69,9 @@ def _total_steps(configuration: Configuration) -> int:
     from panda.run.assembly import lay_out
     from panda.run.preparation import Preparation
 
-    prepared = Preparation(configuration)
-    return max(1, lay_out(options, prepared.dataset, int(os.environ.get("WORLD_SIZE", 1))).plan.total_steps)
+    prepared, tensor_ranks = Preparation(configuration), options.tensor_parallel_size
+    ranks = int(os.environ.get("WORLD_SIZE", tensor_ranks)) // tensor_ranks
+    return max(1, lay_out(options, prepared.dataset, ranks).plan.total_steps)
 
 
 def draw_schedule(rates: list[float], path: Path, *, title: str) -> None:

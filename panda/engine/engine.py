@@ -201,8 +201,9 @@ class Engine:
     def give_weights(self, use: Callable[[Weights], None], *, trained_only: bool = False) -> None:
         """Call ``use`` with the module's weights, as from ``weights``, on rank 0; the other ranks help to gather them.
 
-        Every rank has to call it. ``use`` reads each tensor at most once, and what it left unread is gathered
-        after it, so that no rank waits. Where it fails, every rank raises.
+        Every rank has to call it. ``use`` reads tensors in their order, each at most once, since the other ranks
+        gather them in that order. What it left unread is gathered after it, so that no rank waits. Where it fails,
+        every rank raises.
         """
 
         def gather() -> None:

@@ -85,7 +85,7 @@ class Offer:
 
 def made_by(offer: Offer, built: object) -> None:
     """Remember on ``built``, for ``maker``, that it came with ``offer``. Copies of it remember that, too."""
-    with suppress(AttributeError):  # one without a __dict__ cannot remember
+    with suppress(AttributeError, TypeError):  # one without a __dict__ cannot remember, nor can a class or a module
         object.__setattr__(built, _MAKER, offer)
 
 

@@ -5,6 +5,8 @@ docs/concepts.md lists its contents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from panda.engine.checkpoints.folders import find_checkpoint
@@ -75,9 +77,10 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     default = Path("runs") / run_name(resolved)
     if options.resume == "auto":
         directory = given or _numbered(default, exists=True)
-        if not (directory / PROVENANCE).exists():  # else it holds a run to continue
-            _check_empty(directory)
-        return directory, find_checkpoint(directory)
+        with _reaching(directory):
+            if not (directory / PROVENANCE).exists():  # else it holds a run to continue
+                _check_empty(directory)
+            return directory, find_checkpoint(directory)
     if options.resume is None:
         return _new(given, default), None
     checkpoint = find_checkpoint(resolve_path(options.resume))
@@ -96,8 +99,18 @@ def _new(given: Path | None, default: Path) -> Path:
     """The directory of a new run. Raises UserError if ``given`` is not empty."""
     if given is None:
         return _numbered(default, exists=False)
-    _check_empty(given)
+    with _reaching(given):
+        _check_empty(given)
     return given
+
+
+@contextmanager
+def _reaching(directory: Path) -> Iterator[None]:
+    """Goes around looking at ``directory``: raises UserError where that is not permitted, or its name is too long."""
+    try:
+        yield
+    except OSError as problem:
+        raise UserError(f"output_dir: cannot look at {str(directory)!r}: {problem.strerror}.") from None
 
 
 def _check_empty(directory: Path) -> None:

@@ -41,6 +41,16 @@ def test_what_is_drawn_is_what_the_run_does(config: str, monkeypatch: pytest.Mon
     assert path == Path("a.png") and title == "wsd: 10 steps"
 
 
+def test_ranks_that_hold_a_copy_together_take_one_part_of_the_data(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["schedule", config, "--tensor_parallel_size", "2"]) == 0
+    assert capsys.readouterr().out.startswith("schedule.png: 169 steps, ")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["schedule", config, "--tensor_parallel_size", "2"]) == 0
+    assert capsys.readouterr().out.startswith("schedule.png: 85 steps, ")
+
+
 def test_without_max_steps_the_data_decides(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule", config, "--out=steps.png"]) == 0
     assert capsys.readouterr().out.startswith("steps.png: 169 steps, ")  # 5,400 rows by 32

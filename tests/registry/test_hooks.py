@@ -12,6 +12,7 @@ from distributions import Distributions
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.data.reading import Reader
 from panda.data.reading import Row
 from panda.data.reading import rows_of
 from panda.registry import Catalog
@@ -277,6 +278,25 @@ def test_an_exception_in_a_factory_names_whose_it_is(failing: Any) -> None:
     assert notes(failing.components["lr_scheduler"].build, context, Callable) == [
         of_acme("the factory", "lr_scheduler", "steep")
     ]
+
+
+def test_a_reader_may_be_a_class(distributions: Distributions) -> None:
+    source = """
+        class Plain:
+            suffixes = (".plain",)
+
+            @staticmethod
+            def read(file):
+                yield from ()
+
+        @register_reader("plain")
+        def plain(options, context):
+            return Plain
+        """
+    distributions.install("acme", {"readers": {"plain": "acme.plain"}}, {"acme.plain": source})
+    chosen = configure(parse_arguments(["--arch", "llama-tiny", "--reader", "plain"])).resolved.components["reader"]
+    reader = chosen.build(ReaderContext(), Reader)
+    assert list(rows_of(reader, Path("a.plain"))) == []
 
 
 def test_an_exception_in_a_schedule_that_a_hook_calls_is_the_schedules(failing: Any) -> None:

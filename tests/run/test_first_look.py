@@ -11,6 +11,7 @@ from distributions import Distributions
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.registry import UserError
+from panda.run.first_look import look_first
 from panda.run.first_look import look_for_inputs
 
 Look = Callable[[str], None]
@@ -63,3 +64,11 @@ def test_each_place_of_a_list_is_looked_for(look: Look) -> None:
 def test_a_mix_of_nothing_is_refused_with_its_options(look: Look) -> None:
     with pytest.raises(UserError, match="mix: give instruction_tuning_data_dir"):
         look("--task mix")
+
+
+@pytest.mark.parametrize("resume", ["", "--resume auto"])
+def test_a_folder_that_cannot_be_looked_at_is_reported(look: Look, resume: str) -> None:
+    """As one in a folder that the user may not enter, which the user of these tests, perhaps root, may."""
+    flags = f"--arch llama-tiny --instruction_tuning_data_dir a.json --output_dir {'x' * 300} {resume}"
+    with pytest.raises(UserError, match=r"output_dir: cannot look at 'xxx.*File name too long"):
+        look_first(configure(parse_arguments(flags.split())), 1)
