@@ -195,7 +195,7 @@ def run(site: Path, cwd: Path, program: str, *argv: str) -> subprocess.Completed
     return subprocess.run(
         [str(Path(sys.executable).with_name(program)), *argv],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)},
+        env=os.environ | {"PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
         timeout=900,
