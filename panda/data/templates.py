@@ -12,7 +12,7 @@ from panda.data.conversations import UnusableRowError
 from panda.registry import UserError
 
 
-class Segment(NamedTuple):
+class Span(NamedTuple):
     """A part of the text of a sample. Segments are tokenised separately, so that the border of the loss is exact."""
 
     text: str
@@ -29,7 +29,7 @@ class Template(Protocol):
     last_token: int
     """The token that ends an answer: where generation stops."""
 
-    def samples(self, turns: Sequence[Turn]) -> list[list[Segment]]:
+    def samples(self, turns: Sequence[Turn]) -> list[list[Span]]:
         """The segments of each sample that a conversation makes. Raises UnusableRowError."""
         ...
 
@@ -52,12 +52,12 @@ class Plain:
         self.last_token: int = tokenizer.eos_token_id
         self.end = [self.last_token]
 
-    def samples(self, turns: Sequence[Turn]) -> list[list[Segment]]:
-        segments: list[Segment] = []
+    def samples(self, turns: Sequence[Turn]) -> list[list[Span]]:
+        segments: list[Span] = []
         pending = ""
         for turn in turns:
             if turn.role == "assistant":
-                segments += [Segment(pending, False), Segment(turn.text, True)]
+                segments += [Span(pending, False), Span(turn.text, True)]
                 pending = ""
             else:
                 pending += turn.text + self.separator
@@ -100,14 +100,14 @@ class Chat:
             )
         self.last_token: int = tokenizer.convert_tokens_to_ids(ending)
 
-    def samples(self, turns: Sequence[Turn]) -> list[list[Segment]]:
+    def samples(self, turns: Sequence[Turn]) -> list[list[Span]]:
         for turn in turns:
             if spelt := next((token for token in self.specials if token in turn.text), None):
                 raise UnusableRowError(
                     f"a turn spells the special token {spelt!r}, and the chat template would turn it into one"
                 )
-        whole: list[Segment] = []
-        single: list[list[Segment]] = []
+        whole: list[Span] = []
+        single: list[list[Span]] = []
         done = ""
         continues = True
         for number, turn in enumerate(turns):
@@ -120,8 +120,8 @@ class Chat:
             # Space after the end token belongs to the next turn: generation has stopped before it.
             answer = after[len(before) :].rstrip()
             continues = continues and before.startswith(done)
-            whole += [Segment(before[len(done) :], False), Segment(answer, True)]
-            single.append([Segment(before, False), Segment(answer, True)])
+            whole += [Span(before[len(done) :], False), Span(answer, True)]
+            single.append([Span(before, False), Span(answer, True)])
             done = before + answer
         return [whole] if continues else single
 

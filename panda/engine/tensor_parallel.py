@@ -86,13 +86,13 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
             layer.in_features, layer.out_features, layer.bias is not None, gather_output=False, **keywords
         )
         column.weight, column.bias = shard(layer.weight, 0), shard(layer.bias, 0)
-        _replace(module, name, column)
+        module.set_submodule(name, column)
     for name, layer in _layers(module, plan.row):
         row = RowParallelLinear(
             layer.in_features, layer.out_features, layer.bias is not None, input_is_parallel=True, **keywords
         )
         row.weight, row.bias = shard(layer.weight, 1), layer.bias
-        _replace(module, name, row)
+        module.set_submodule(name, row)
     for name, layer in _layers(module, plan.vocabulary):
         if isinstance(layer, torch.nn.Embedding):
             rows: Any = VocabParallelEmbedding(layer.num_embeddings, layer.embedding_dim, **keywords)
@@ -105,7 +105,7 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
             rows.bias = shard(layer.bias, 0)
             rows.vocabulary_group = processes.mpu.get_model_parallel_group()
         rows.weight = shard(layer.weight, 0)
-        _replace(module, name, rows)
+        module.set_submodule(name, rows)
 
 
 def shards_of(weights: Weights, module: torch.nn.Module, processes: Processes) -> Weights:
@@ -146,11 +146,6 @@ def _layers(module: torch.nn.Module, patterns: tuple[str, ...]) -> Iterator[tupl
         matching = [(name, layer) for name, layer in module.named_modules() if fnmatchcase(name, pattern)]
         assert matching, f"the plan of {type(module).__name__} has a pattern that matches no layer: {pattern}"
         yield from matching
-
-
-def _replace(module: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(module.get_submodule(parent), last, layer)
 
 
 def _part(whole: torch.Tensor, dimension: int, processes: Processes) -> torch.Tensor:

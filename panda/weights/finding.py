@@ -14,8 +14,8 @@ from panda.weights.formats import format_among
 from panda.weights.formats import format_of
 from panda.weights.hub import Repository
 from panda.weights.hub import cached
-from panda.weights.hub import described
 from panda.weights.hub import is_name
+from panda.weights.hub import repository_of
 from panda.weights.pretrained import Pretrained
 from panda.weights.shards import index_of
 from panda.weights.shards import shard_names
@@ -152,7 +152,7 @@ def _locate(source: Source) -> tuple[Path, str, str | None, Repository | None]:
         )
     if name:  # a name without an owner is that of a few old models, and more often that of a misspelt folder
         try:
-            repository = described(name)
+            repository = repository_of(name)
         except UserError as problem:
             if snapshot and _has_weights(name, snapshot, allow_pickle=True):
                 return snapshot, _FROM_CACHE, name, None

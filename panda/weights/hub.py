@@ -69,7 +69,7 @@ def cached(name: str, patterns: Iterable[str] = ()) -> Path | None:
 
 
 @cache
-def described(name: str) -> Repository:
+def repository_of(name: str) -> Repository:
     """The current model ``name`` on the hub, which is asked once in a process. Raises UserError where that fails."""
     from huggingface_hub import HfApi
     from huggingface_hub import snapshot_download

@@ -9,8 +9,8 @@ from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.registry.location import resolve_path
 from panda.weights.hub import cached
-from panda.weights.hub import described
 from panda.weights.hub import is_name
+from panda.weights.hub import repository_of
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with one of these files has a tokenizer."""
@@ -38,7 +38,7 @@ def tokenizer_folder(location: str) -> Path:
     snapshot = cached(location)
     if snapshot is None or not has_tokenizer(snapshot):
         try:
-            snapshot = described(location).folder
+            snapshot = repository_of(location).folder
         except UserError as problem:
             raise UserError(
                 f"tokenizer: {location!r} is neither a folder ({folder.absolute()}) nor in the cache of the Hugging"

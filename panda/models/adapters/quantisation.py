@@ -21,7 +21,6 @@ from panda.registry import UserError
 # When imported without a GPU, bitsandbytes (0.50, 2026-11) looks for kernels on the hub, and logs that there are none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTLIER = 6.0
 """LLM.int8 multiplies activations above it in 16 bits, as its authors do."""
 
@@ -46,7 +45,7 @@ def quantise(
         layer: Any = model.get_submodule(name)
         if fill is not None:
             fill(name, layer)
-        _replace(model, name, _quantised(layer, options, device))
+        model.set_submodule(name, _quantised(layer, options, device))
     # By these attributes peft (0.21, 2026-11) chooses the classes of its own layers.
     marked: Any = model
     marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
@@ -78,12 +77,12 @@ def _quantised(layer: torch.nn.Linear, options: RunOptions, device: torch.device
         quantised = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIER, device="meta")
         weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     else:
-        dtype = DTYPES[options.precision]
+        dtype: torch.dtype = getattr(torch, options.dtype_name)
         kind = {
             "compress_statistics": True,
             "quant_type": "nf4",
             # ZeRO-3 partitions it, and needs the dtype of the other weights for that.
-            "quant_storage": dtype if options.zero_stage == 3 else torch.uint8,
+            "quant_storage": dtype if options.zero == 3 else torch.uint8,
         }
         quantised = bnb.nn.Linear4bit(*shape, compute_dtype=dtype, device="meta", **kind)
         # On a CPU with AVX512-BF16, evaluation in bitsandbytes 0.50 (2026-11) repacks the weights in place for a
@@ -100,8 +99,3 @@ def _quantised(layer: torch.nn.Linear, options: RunOptions, device: torch.device
 def _bitsandbytes() -> Any:
     """bitsandbytes, an optional dependency without type hints."""
     return import_module("bitsandbytes")
-
-
-def _replace(model: torch.nn.Module, name: str, other: torch.nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, other)
