@@ -36,6 +36,7 @@ def _delta(argv: list[str]) -> None:
         command.add_argument("--allow_pickle", action="store_true", help="also read weights from pickles")
     arguments = parser.parse_args(argv)
 
+    from panda.files.whole import check_can_be_made
     from panda.registry import UserError
     from panda.weights.delta import is_delta
     from panda.weights.delta import write_applied
@@ -44,6 +45,7 @@ def _delta(argv: list[str]) -> None:
     from panda.weights.finding import added_to
     from panda.weights.finding import pretrained_at
 
+    check_can_be_made(arguments.output, "--output")
     base_source = Source(arguments.base, "--base", allow_pickle=arguments.allow_pickle)
     if arguments.command == "make":
         base = pretrained_at(base_source)

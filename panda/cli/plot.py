@@ -10,6 +10,7 @@ from typing import Any
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
+from panda.files.whole import check_can_be_made
 from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
 
@@ -55,6 +56,7 @@ def _without_out(argv: list[str]) -> tuple[list[str], Path]:
     out = Path(words[at + 1]) if at + 1 < len(words) else Path()
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UserError(f"--out: {str(out)!r} is not a .png file in an existing folder.")
+    check_can_be_made(out, "--out")
     return words[:at] + words[at + 2 :], out
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from typing import Any
 
@@ -202,6 +203,7 @@ def refuse(resolved: Resolved) -> None:
 
 def _origins(resolved: Resolved, refusal: Refusal) -> str:
     """The places in files of the keys that ``refusal`` names, before a message; keys given as flags need none."""
-    settings = (resolved.settings[word] for word in re.findall(r"\w+", refusal.what) if word in resolved.settings)
+    patterns = re.findall(r"[\w*]+", refusal.what)  # `lora_*` names several
+    settings = (setting for key, setting in resolved.settings.items() if any(fnmatch(key, p) for p in patterns))
     places = dict.fromkeys(setting.origin for setting in settings if ":" in setting.origin)
     return f"{', '.join(places)}: " if places else ""

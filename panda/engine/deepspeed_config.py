@@ -69,7 +69,7 @@ OWNERS = {
     "train_micro_batch_size_per_gpu": "per_gpu_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "managed_gradient_accumulation": "gradient_accumulation_steps",
-    "train_batch_size": "per_gpu_train_batch_size and gradient_accumulation_steps",
+    "train_batch_size": "per_gpu_train_batch_size` and `gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
     "bf16": "precision",
     "bfloat16": "precision",

@@ -10,10 +10,13 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
 from pathlib import Path
+
+from panda.registry import UserError
 
 
 def aside(path: Path) -> Path:
@@ -76,6 +79,20 @@ def remove(folder: Path) -> None:
     """Remove ``folder``. It is renamed first, so that nobody finds it with files missing."""
     os.replace(folder, aside(folder))
     shutil.rmtree(aside(folder))
+
+
+def check_can_be_made(path: Path, option: str) -> None:
+    """Raise UserError, about ``option``, if ``path`` does not exist and nothing can be made there. Leaves no trace."""
+    there = path.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        if there != path.absolute() and there.is_dir():
+            os.rmdir(tempfile.mkdtemp(prefix=".tmp-", dir=there))  # os.access does not know every reason
+    except OSError as problem:
+        raise UserError(f"{option}: cannot make {str(path)!r}: {there}: {problem.strerror}.") from None
+    if there != path.absolute() and not there.is_dir():
+        raise UserError(f"{option}: cannot make {str(path)!r}: {there} is a file.")
 
 
 def sync(path: Path) -> None:

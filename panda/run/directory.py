@@ -114,7 +114,9 @@ def _reaching(directory: Path) -> Iterator[None]:
 
 
 def _check_empty(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output_dir: {str(directory)!r} is a file. Name a folder.")
+    if directory.exists() and any(directory.iterdir()):
         raise UserError(
             f"output_dir: {str(directory)!r} is not empty. `--resume auto` continues the run in it; for a new run"
             " choose another directory, or move this one away."

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from panda.configuration.configure import Configuration
 from panda.data.reading import Reader
 from panda.data.reading import data_files
 from panda.engine.deepspeed_config import deepspeed_config
-from panda.registry import UserError
+from panda.files.whole import check_can_be_made
 from panda.registry.contexts import ReaderContext
 from panda.registry.settings import CORE
 from panda.run.directory import continues_in_place
@@ -37,15 +34,7 @@ def look_first(configuration: Configuration, world_size: int) -> None:
     resolved = configuration.resolved
     deepspeed_config(configuration.options, world_size=world_size, on_gpu=False)
     directory, checkpoint = find_directory(resolved)
-    _check_can_be_made(directory)
+    check_can_be_made(directory, "output_dir")
     look_for_inputs(configuration)
     if continues_in_place(resolved, directory, checkpoint):
         check_free(directory)
-
-
-def _check_can_be_made(directory: Path) -> None:
-    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"output_dir: cannot make {str(directory)!r}: {nearest} is a file.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir: cannot make {str(directory)!r}: {nearest} cannot be written to.")

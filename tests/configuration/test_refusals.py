@@ -120,3 +120,9 @@ def test_a_refusal_reads_as_a_sentence() -> None:
     for refusal in REFUSALS:
         for text in (refusal.reason, refusal.instead):
             assert text and text.strip() == text and not text.endswith(".")
+
+
+def test_a_refusal_of_several_keys_says_where_each_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("arch: llama-tiny\nlora_r: 4\n")
+    assert main(["--config", str(tmp_path / "run.yaml")]) == 2
+    assert f"{tmp_path / 'run.yaml'}:2: lora_*" in capsys.readouterr().err

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from panda.files.whole import check_can_be_made
 from panda.files.whole import remove
 from panda.files.whole import sync
 from panda.files.whole import whole
 from panda.files.whole import write_whole
+from panda.registry import UserError
 
 OLD, NEW = "old", "new and longer"
 CALLS = ((os, "replace"), (os, "fsync"), (Path, "write_text"), (Path, "mkdir"))
@@ -219,3 +221,14 @@ def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path: Path, monk
     number = errno.EIO
     with pytest.raises(OSError, match="Input/output"):
         sync(tmp_path)
+
+
+def test_what_cannot_be_made_is_said_beforehand_and_nothing_is_left(tmp_path: Path) -> None:
+    check_can_be_made(tmp_path / "a" / "b", "output")
+    check_can_be_made(tmp_path, "output")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output: cannot make .*file is a file\.$"):
+        check_can_be_made(tmp_path / "file" / "a", "output")
+    with pytest.raises(UserError, match=r"^output: cannot make '/proc/a': /proc: "):
+        check_can_be_made(Path("/proc/a"), "output")  # where even root makes nothing
