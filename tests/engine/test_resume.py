@@ -239,7 +239,7 @@ def test_the_directory_of_a_run(two_runs: Path, argv: str, directory: str, check
 )
 def test_a_directory_of_something_else_is_refused(two_runs: Path, argv: str) -> None:
     resolved = configure(parse_arguments(["--arch", "llama-tiny", *argv.split()])).resolved
-    with pytest.raises(UserError, match="is not empty|is a file"), RunLock() as lock:
+    with pytest.raises(UserError, match=r"is not empty|is a file"), RunLock() as lock:
         make_directory(resolved, lock)
 
 
