@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
@@ -39,8 +38,9 @@ def _check(argv: list[str]) -> None:
         return
 
     from panda.run.first_look import look_first
+    from panda.run.first_look import planned_world_size
 
-    world_size = int(os.environ.get("WORLD_SIZE", configuration.options.tensor_parallel_size))
+    world_size = planned_world_size(configuration)
     _print_settings(configuration.resolved)
     look_first(configuration, world_size)
     _check_data_and_model(configuration, world_size)

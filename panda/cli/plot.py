@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,15 +64,15 @@ def _total_steps(configuration: Configuration) -> int:
     if options.max_steps > 0:
         return int(options.max_steps)
     from panda.run.first_look import look_for_inputs
+    from panda.run.first_look import planned_world_size
 
     look_for_inputs(configuration)
 
     from panda.run.assembly import lay_out
     from panda.run.preparation import Preparation
 
-    prepared, tensor_ranks = Preparation(configuration), options.tensor_parallel_size
-    ranks = int(os.environ.get("WORLD_SIZE", tensor_ranks)) // tensor_ranks
-    return max(1, lay_out(options, prepared.dataset, ranks).plan.total_steps)
+    copies = max(1, planned_world_size(configuration) // options.tensor_parallel_size)
+    return max(1, lay_out(options, Preparation(configuration).dataset, copies).plan.total_steps)
 
 
 def draw_schedule(rates: list[float], path: Path, *, title: str) -> None:

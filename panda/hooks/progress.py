@@ -127,8 +127,12 @@ class ProgressDisplay:
         self._close_bar()
         if run.processes.rank == 0:
             kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
-            how = f"`--resume {kept[-1]}` continues" if kept else "no checkpoint was saved (`save_steps`)"
-            print(f"the run stopped after step {run.step}, in {run.directory}; {how}", flush=True)
+            print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
+            if kept:
+                again = f"panda-train --config {run.directory / 'config.yaml'} --resume {kept[-1]}"
+                print(f"to continue it: {again}", flush=True)
+            else:
+                print("no checkpoint was saved, so it cannot be continued: set `save_steps`", flush=True)
 
     def _open_bar(self, run: Run) -> None:
         from rich.progress import BarColumn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from panda.configuration.configure import Configuration
 from panda.data.reading import Reader
 from panda.data.reading import data_files
@@ -13,6 +15,11 @@ from panda.run.directory import continues_in_place
 from panda.run.directory import find_directory
 from panda.run.directory_lock import check_free
 from panda.weights.tokenizers import tokenizer_folder
+
+
+def planned_world_size(configuration: Configuration) -> int:
+    """The processes that a run will have: as many as a launcher started, else the fewest that hold the model."""
+    return int(os.environ.get("WORLD_SIZE", configuration.options.tensor_parallel_size))
 
 
 def look_for_inputs(configuration: Configuration) -> None:

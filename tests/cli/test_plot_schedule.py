@@ -44,8 +44,10 @@ def test_what_is_drawn_is_what_the_run_does(config: str, monkeypatch: pytest.Mon
 def test_ranks_that_hold_a_copy_together_take_one_part_of_the_data(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["schedule", config, "--tensor_parallel_size", "2"]) == 0
-    assert capsys.readouterr().out.startswith("schedule.png: 169 steps, ")
+    for processes in (None, "1", "2"):  # of the second, a run would be refused
+        monkeypatch.setenv("WORLD_SIZE", processes) if processes else monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert main(["schedule", config, "--tensor_parallel_size", "2"]) == 0
+        assert capsys.readouterr().out.startswith("schedule.png: 169 steps, ")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["schedule", config, "--tensor_parallel_size", "2"]) == 0
     assert capsys.readouterr().out.startswith("schedule.png: 85 steps, ")

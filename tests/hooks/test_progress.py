@@ -151,11 +151,11 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 ) -> None:
     run = make_run(step=7)
     started(run).panda_exception(run)
-    assert f"the run stopped after step 7, in {run.directory}; no checkpoint was saved" in capsys.readouterr().out
+    assert f"the run stopped after step 7, in {run.directory}\nno checkpoint was saved" in capsys.readouterr().out
     run.checkpoints = [tmp_path / "step-00000005", tmp_path / "gone"]
     run.checkpoints[0].mkdir()
     started(run).panda_exception(run)
-    assert f"`--resume {tmp_path / 'step-00000005'}` continues" in capsys.readouterr().out
+    assert f"/config.yaml --resume {tmp_path / 'step-00000005'}\n" in capsys.readouterr().out
 
 
 def test_a_run_with_nothing_left_to_train_says_so(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
