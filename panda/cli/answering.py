@@ -132,11 +132,11 @@ def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch
     from panda.run.model import load_base
 
     model, weights = adapted.base()
-    base = load_base(model, adapted.options, weights, device)
+    base = load_base(model, adapted.configuration.options, weights, device)
     if isinstance(adapters, Path):
         peft_model = load_adapters(base, adapters)
     else:
-        peft_model = add_adapters(base, adapted.options)
+        peft_model = add_adapters(base, adapted.configuration.options)
         put_adapters(peft_model, adapters, device)
     module: torch.nn.Module = peft_model.eval().get_base_model()
     return module

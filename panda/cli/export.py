@@ -84,7 +84,9 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     # On a GPU if there is one, so that bitsandbytes rounds the base as it did in training.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, base = adapted.base()
-    merged, note = merged_weights(model, base, weights, adapter_config(adapted.options), adapted.options, device)
+    merged, note = merged_weights(
+        model, base, weights, adapter_config(adapted.configuration.options), adapted.configuration.options, device
+    )
     return merged, f"; {note}"
 
 
@@ -93,6 +95,6 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> Non
     from panda.models.adapters.lora import export_adapters
     from panda.run.assembly import load_tokenizer
 
-    model = add_adapters(adapted.base()[0], adapted.options)
+    model = add_adapters(adapted.base()[0], adapted.configuration.options)
     tokenizer = load_tokenizer(str(adapted.directory / MODEL_FOLDER))
     export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, tokenizer)

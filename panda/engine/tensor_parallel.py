@@ -137,7 +137,7 @@ def joined(tensor: torch.Tensor, processes: Processes) -> torch.Tensor:
 
 
 def counts_here(parameter: torch.Tensor, processes: Processes) -> bool:
-    """Whether this rank adds ``parameter`` to a sum over the model: one rank adds what is not split."""
+    """Whether ``parameter`` counts on this rank in a sum over the model. One that is not split counts on one rank."""
     return processes.tensor_rank == 0 or hasattr(parameter, "split_dimension")
 
 

@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
-from panda.configuration.options import RunOptions
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
-from panda.registry.resolve import Resolved
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import PROVENANCE
 
 if TYPE_CHECKING:
     import torch
 
-    from panda.weights.pretrained import Pretrained
     from panda.weights.stored_tensor import Weights
 
 CKPT_PATH_HELP = "for adapters: where their base is now, if it has been moved"
@@ -33,20 +31,14 @@ class AdapterRun:
     """A run directory with adapters, and all that is needed to rebuild their base."""
 
     directory: Path
-    resolved: Resolved
+    configuration: Configuration
     context: ModelContext
-    pretrained: Pretrained | None
-
-    @property
-    def options(self) -> RunOptions:
-        options: RunOptions = self.resolved.core
-        return options
 
     def base(self) -> tuple[torch.nn.Module, Weights]:
         """The base, and the weights to load into it; each is read, or drawn again, when it is needed."""
         from panda.run.model import build_weights
 
-        return build_weights(self.resolved, self.context, self.pretrained)
+        return build_weights(self.configuration.resolved, self.context, self.configuration.pretrained)
 
 
 def trained_adapters(run: Path) -> bool:
@@ -97,7 +89,7 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
                 raise
             hint = f"If the base of the adapters in {run} was moved, give its new location with `--ckpt_path`."
             raise UserError(f"{problem} {hint}") from problem
-    resolved, pretrained = configuration.resolved, configuration.pretrained
+    pretrained = configuration.pretrained
     found = base_weights(pretrained)
     if pretrained and found != facts["base_weights"]:
         raise UserError(
@@ -105,4 +97,4 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
             f" {pretrained.describe()}, {found}. Give the location of the original base with `--ckpt_path`."
         )
     tokenizer: Any = load_tokenizer(str(run / MODEL_FOLDER))
-    return AdapterRun(run, resolved, model_context(resolved, tokenizer, pretrained), pretrained)
+    return AdapterRun(run, configuration, model_context(configuration.resolved, tokenizer, pretrained))
