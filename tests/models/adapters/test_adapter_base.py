@@ -392,7 +392,8 @@ def test_a_merged_layer_is_made_when_it_is_read(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("panda.models.adapters.merging.rounded", lambda *a, **k: rounded.append(1) or plain(*a, **k))
     model, base = run.base()
     adapters = checkpoint_weights(folder / "nf4" / "checkpoints" / "step-00000004")
-    weights, _ = merged_weights(model, base, adapters, adapter_config(run.options), run.options, torch.device("cpu"))
+    options = run.configuration.options
+    weights, _ = merged_weights(model, base, adapters, adapter_config(options), options, torch.device("cpu"))
     assert rounded == []
     weights["model.layers.0.self_attn.q_proj.weight"].read()
     assert len(rounded) == 1 and all(p.is_meta for p in model.parameters() if p.dim() > 1)
