@@ -11,6 +11,11 @@ from typing import Any
 import torch
 
 from panda.answers.generation import continuation
+from panda.data.conversations import Turn
+from panda.data.conversations import UnusableRowError
+from panda.data.encoding import Encoder
+from panda.data.templates import ChatTemplate
+from panda.registry import UserError
 
 _GENERATION = "generation_config.json"
 Message = dict[str, str]
@@ -47,15 +52,19 @@ class Assistant:
         return bool(self.tokenizer.chat_template)
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """Token ids of a dialogue up to the assistant's turn; without a template, of the text only."""
-        if self.has_template:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return ids
-        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        text = "".join(message["content"] for message in messages)
-        return [*begin, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        """Token ids of a dialogue up to the assistant's turn; without a template, of the text only.
+
+        Special tokens that it spells are characters, as in training. Raises UserError where the template refuses it.
+        """
+        encoder = Encoder(self.tokenizer)
+        try:
+            if self.has_template:
+                template = ChatTemplate(self.tokenizer)
+                return encoder.encode([template.prompt([Turn(each["role"], each["content"]) for each in messages])])[0]
+            text = encoder.as_characters("".join(message["content"] for message in messages))
+        except UnusableRowError as problem:
+            raise UserError(str(problem)) from None
+        return [*encoder.begin, *encoder.encode([text])[0]]
 
     def answer(self, ids: list[int], sampling: Sampling, write: Callable[[str], None]) -> str:
         """Continue ``ids``, and call ``write`` with each piece of text as it comes. Returns the whole text."""

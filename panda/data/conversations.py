@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 
 from panda.data.reading import kind_of
@@ -24,6 +25,19 @@ class Turn:
     role: str
     """system, user or assistant"""
     text: str
+    supervised: bool = True
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def message(self) -> dict[str, Any]:
+        return {"role": self.role, "content": self.text, **self.extras}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns."""
+
+    turns: list[Turn]
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ def missing(fields: Mapping[str, Any], names: list[str], instead: str = "") -> U
     return UnusableRowError(f"no field {' and no '.join(map(repr, names))}{instead}; its fields are: {found}")
 
 
-def conversation_of(fields: Mapping[str, Any], input_field: str | None, target_field: str | None) -> list[Turn]:
+def conversation_of(fields: Mapping[str, Any], input_field: str | None, target_field: str | None) -> Conversation:
     """The turns of a row, from the fields that are named or else from those that are recognised.
 
     Raises UnusableRowError where there is no answer to learn from.
@@ -93,7 +107,7 @@ def conversation_of(fields: Mapping[str, Any], input_field: str | None, target_f
             raise UnusableRowError(f"{f'field {target_field!r}' if target_field else where} is empty")
     if all(turn.role != "assistant" for turn in turns):
         raise UnusableRowError("no turn of the assistant, so nothing to learn from")
-    return turns
+    return Conversation(turns)
 
 
 def _exchange(fields: Mapping[str, Any]) -> list[Turn]:

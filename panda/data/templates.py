@@ -1,140 +1,197 @@
-"""How a conversation is written as text: in segments, each of which carries loss or does not."""
+"""How a conversation is written as text: by a chat template, the tokenizer's or the plain one."""
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+from datetime import date
 from typing import Any
-from typing import NamedTuple
-from typing import Protocol
 
+from panda.data.conversations import Conversation
 from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
+from panda.data.encoding import Encoder
 from panda.registry import UserError
 
-
-class Span(NamedTuple):
-    """A part of the text of a sample. Segments are tokenised separately, so that the border of the loss is exact."""
-
-    text: str
-    supervised: bool
+_DIRECTIVE = re.compile("""(['"])((?:(?!\\1)[^\\\\])*%[A-Za-z-](?:(?!\\1)[^\\\\])*)\\1""")
+"""A string in a template with a directive of strftime."""
+_PROBE = "Panda"
+"""An answer that is in no template."""
 
 
-class Template(Protocol):
-    """A way to write conversations as text."""
+@dataclass(frozen=True)
+class Exchange:
+    """An answer, and all of the text that the model is given to answer. Both as ``Encoder.encode`` reads them."""
 
-    special: bool
-    """Whether special tokens in the text are encoded as such, or as characters like any others."""
-    end: list[int]
-    """Token ids after each supervised segment."""
-    last_token: int
-    """The token that ends an answer: where generation stops."""
-
-    def samples(self, turns: Sequence[Turn]) -> list[list[Span]]:
-        """The segments of each sample that a conversation makes. Raises UnusableRowError."""
-        ...
-
-    def prompt(self, prompt: str) -> str:
-        """The text that the model is given to answer ``prompt``."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Everything that decides what is written."""
-        ...
+    before: str
+    answer: str
+    """Ends with the token that ends it."""
 
 
-class Plain:
-    """Turns one after another, with a separator before each answer and the end-of-sequence token after it."""
-
-    special = False
-
-    def __init__(self, separator: str, tokenizer: Any) -> None:
-        self.separator = separator
-        self.last_token: int = tokenizer.eos_token_id
-        self.end = [self.last_token]
-
-    def samples(self, turns: Sequence[Turn]) -> list[list[Span]]:
-        segments: list[Span] = []
-        pending = ""
-        for turn in turns:
-            if turn.role == "assistant":
-                segments += [Span(pending, False), Span(turn.text, True)]
-                pending = ""
-            else:
-                pending += turn.text + self.separator
-        return [segments]
-
-    def prompt(self, prompt: str) -> str:
-        return prompt + self.separator
-
-    def describe(self) -> dict[str, Any]:
-        return {"template": "plain", "separator": self.separator}
-
-
-class Chat:
-    """The tokenizer's chat template.
-
-    An answer is found in the text by rendering the conversation up to it, with the generation prompt,
-    and up to its end. Where a template changes earlier turns once there are later ones (say, leaves
-    their reasoning out), each answer becomes a sample of its own, after the text that the model will be
-    given to answer.
-    """
-
-    special = True
+class ChatTemplate:
+    """The chat template of a tokenizer. Whatever text content has, it stays characters: see ``Encoder``."""
 
     def __init__(self, tokenizer: Any) -> None:
+        """Raises UserError where the template cannot be used, or a model could not learn where an answer ends."""
         self.tokenizer = tokenizer
-        self.end: list[int] = []  # the template writes its own
-        if not tokenizer.chat_template:
-            raise UserError(
-                "template: chat needs a tokenizer with a chat template (chat_template.jinja beside tokenizer.json), and"
-                " this one has none. Write `template: plain`, or give the tokenizer one."
-            )
-        self.specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        [_, answer] = self.samples([Turn("user", "a"), Turn("assistant", "b")])[0]
-        # A model that never learns how an answer ends does not stop.
-        ending = next((token for token in self.specials if answer.text.endswith(token)), None)
-        if ending is None:
-            raise UserError(
-                f"template: the tokenizer's chat template ends an answer with {answer.text[-20:]!r}, not a special"
-                " token: a model could not learn where to stop. Write `template: plain`, or correct the template."
-            )
-        self.last_token: int = tokenizer.convert_tokens_to_ids(ending)
+        self.encoder = Encoder(tokenizer)
+        self._any_special = re.compile("|".join(map(re.escape, sorted(self.encoder.special, key=len, reverse=True))))
+        self._opening, self._ending = self._probe()
+        self._end = self._any_special.findall(self._ending)[0]
+        self.end_tokens: list[int] = [self.encoder.special[self._end]]
+        """The tokens at which an answer ends."""
 
-    def samples(self, turns: Sequence[Turn]) -> list[list[Span]]:
-        for turn in turns:
-            if spelt := next((token for token in self.specials if token in turn.text), None):
-                raise UnusableRowError(
-                    f"a turn spells the special token {spelt!r}, and the chat template would turn it into one"
-                )
-        whole: list[Span] = []
-        single: list[list[Span]] = []
-        done = ""
-        continues = True
-        for number, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            before = self._render(turns[:number], ask=True)
-            after = self._render(turns[: number + 1], ask=False)
-            if not after.startswith(before):
-                raise UnusableRowError(f"the chat template writes turn {number + 1} differently from the prompt for it")
-            # Space after the end token belongs to the next turn: generation has stopped before it.
-            answer = after[len(before) :].rstrip()
-            continues = continues and before.startswith(done)
-            whole += [Span(before[len(done) :], False), Span(answer, True)]
-            single.append([Span(before, False), Span(answer, True)])
-            done = before + answer
-        return [whole] if continues else single
+    def exchanges(self, conversation: Conversation) -> tuple[list[Exchange], list[str]]:
+        """Each supervised answer with the text before it; and the names of what the template does not use.
 
-    def prompt(self, prompt: str) -> str:
-        return self._render([Turn("user", prompt)], ask=True)
+        Raises UnusableRowError where the template refuses the conversation, or cannot be continued with an answer.
+        """
+        exchanges = self._exchanges(conversation)
+        unused = []
+        for name in sorted({name for turn in conversation.turns for name in turn.extras}):
+            less = [
+                replace(turn, extras={key: value for key, value in turn.extras.items() if key != name})
+                for turn in conversation.turns
+            ]
+            if self._is_same(replace(conversation, turns=less), exchanges):
+                unused.append(f"messages[].{name}")
+        if conversation.tools and self._is_same(replace(conversation, tools=None), exchanges):
+            unused.append("tools")
+        return exchanges, unused
 
-    def describe(self) -> dict[str, Any]:
-        return {"template": "chat", "chat_template": self.tokenizer.chat_template}
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The text that the model is given to answer the last of ``turns``. Raises UnusableRowError."""
+        return self._render(turns, None, ask=True)
 
-    def _render(self, turns: Sequence[Turn], *, ask: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    def _is_same(self, conversation: Conversation, exchanges: list[Exchange]) -> bool:
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+            return self._exchanges(conversation) == exchanges
+        except UnusableRowError:
+            return False
+
+    def _exchanges(self, conversation: Conversation) -> list[Exchange]:
+        turns, tools = conversation.turns, conversation.tools
+        exchanges = []
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant" and turn.supervised:
+                before = self._render(turns[:number], tools, ask=True)
+                after = self._render(turns[: number + 1], tools, ask=False)
+                answer = after[len(before) :] if after.startswith(before) else self._joined(before, turn, number + 1)
+                exchanges.append(Exchange(before, self._ended(answer, number + 1)))
+        return exchanges
+
+    def _ended(self, answer: str, number: int) -> str:
+        """``answer`` without what the template writes after its end: generation has stopped before that."""
+        end = answer.find(self._end)
+        if end >= 0:
+            return answer[: end + len(self._end)]
+        answer = answer.rstrip()
+        last = next((token for token in self.encoder.special if answer.endswith(token)), None)
+        if last is None:
+            raise UnusableRowError(f"the chat template ends turn {number} with {answer[-20:]!r}, not a special token")
+        return answer
+
+    def _joined(self, before: str, turn: Turn, number: int) -> str:
+        """The answer of ``turn`` after a generation prompt that begins it, while finished answers begin otherwise.
+
+        Such a template opens the block of thoughts for the model (``<think>``), and leaves thoughts out of answers.
+        """
+        if not (self._opening and before.endswith(self._opening)):
+            raise UnusableRowError(f"the chat template writes turn {number} differently from the prompt for it")
+        tag, space = self._opening.strip(), self._opening[len(self._opening.rstrip()) :]
+        said: str = self.encoder.as_characters(turn.text).lstrip()
+        thoughts: str | None = self.encoder.as_characters(turn.extras.get("reasoning_content"))
+        if thoughts and re.fullmatch(r"<\w+>", tag):
+            said = f"{tag}\n{thoughts.strip()}\n</{tag[1:]}\n\n{said}"
+        if not tag or not said.startswith(tag):
+            raise UnusableRowError(
+                f"the chat template begins an answer with {self._opening!r}, and turn {number} does not begin so"
+            )
+        rest = said[len(tag) :]
+        while space and rest[:1] == space[0]:
+            space, rest = space[1:], rest[1:]
+        return rest + self._ending
+
+    def _render(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None, *, ask: bool) -> str:
+        messages = self.encoder.as_characters([turn.message() for turn in turns])
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=self.encoder.as_characters(tools), tokenize=False, add_generation_prompt=ask
+            )
         except Exception as problem:  # a template can raise errors of jinja's and of its own
             raise UnusableRowError(f"the chat template refuses it: {problem}") from None
         return text
+
+    def _probe(self) -> tuple[str, str]:
+        """What the template begins an answer with that finished answers lack; and its text after one, up to its end.
+
+        Raises UserError where there is no such end.
+        """
+        turns = [Turn("user", "a"), Turn("assistant", _PROBE)]
+        try:
+            after = self._render(turns, None, ask=False)
+        except UnusableRowError as problem:
+            turns.insert(0, Turn("system", "a"))  # which some want
+            try:
+                after = self._render(turns, None, ask=False)
+            except UnusableRowError:
+                raise UserError(
+                    f"template: {problem} (a question and an answer). Write `template: plain`, or correct the"
+                    " tokenizer's chat template."
+                ) from None
+        ending = after.rpartition(_PROBE)[2]
+        end = self._any_special.search(ending) if self.encoder.special else None
+        if end is None:
+            # A model that never learns how an answer ends does not stop.
+            raise UserError(
+                f"template: the tokenizer's chat template ends an answer with {ending[-20:]!r}, not a special token:"
+                " a model could not learn where to stop. Write `template: plain`, or correct the template."
+            )
+        before = self._render(turns[:-1], None, ask=True)
+        common = next((n for n, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
+        return "" if common is None else before[common:], ending[: end.end()]
+
+
+def with_template(tokenizer: Any, chat_template: Any) -> Any:
+    """A copy of ``tokenizer`` with ``chat_template``, which may be None."""
+    copied = copy.copy(tokenizer)
+    copied.chat_template = chat_template
+    return copied
+
+
+def plain_template(separator: str) -> str:
+    """The chat template that writes turns one after another.
+
+    ``separator`` comes after each turn that is not an answer, and the end-of-sequence token after an answer.
+    """
+    # As JSON a string is quoted as Jinja wants it; in ASCII it could hold halves of a surrogate pair.
+    after_prompt = json.dumps(separator, ensure_ascii=False)
+    return (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+        f"{{% else %}}{{{{ message['content'] + {after_prompt} }}}}{{% endif %}}"
+        "{% endfor %}"
+    )
+
+
+def dated(chat_template: Any, day: date) -> Any:
+    """``chat_template``, or each of several by name, with ``day`` where it would write today's date.
+
+    transformers gives templates the function ``strftime_now``: a macro takes its place.
+    """
+    if isinstance(chat_template, dict):
+        return {name: dated(text, day) for name, text in chat_template.items()}
+    if not chat_template or "strftime_now" not in chat_template or "macro strftime_now" in chat_template:
+        return chat_template
+    formats = sorted({found[2] for found in _DIRECTIVE.finditer(chat_template)})
+    dates = json.dumps({text: day.strftime(text) for text in formats}, ensure_ascii=False)
+    # transformers removes the newline after a block, so that the template begins on a line of its own as before.
+    return (
+        f"{{%- macro strftime_now(format) -%}}{{{{- {dates}.get(format, '{day.isoformat()}') -}}}}{{%- endmacro %}}\n"
+        f"{chat_template}"
+    )

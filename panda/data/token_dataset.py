@@ -34,6 +34,9 @@ class DataReport:
     first_bad_rows: list[BadRow] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     """Bad rows by reason, with the numbers in it left out."""
+    inexact: int = 0
+    """Answers that could not be tokenised so that they decode to their text after the prompt."""
+    unused: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     """Samples that were longer than max_seq_length and lost tokens."""
 
@@ -43,12 +46,17 @@ class DataReport:
         reason = re.sub(r"\d+", "…", bad.problem)
         self.reasons[reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"] += 1
 
+    def add_unused(self, name: str, rows: int = 1) -> None:
+        self.unused[name] += rows
+
     def add(self, other: DataReport) -> None:
         """Add what ``other`` counted."""
         self.files += other.files
         self.rows += other.rows
         self.bad_rows += other.bad_rows
         self.truncated += other.truncated
+        self.inexact += other.inexact
+        self.unused += other.unused
         self.reasons += other.reasons
         for bad in other.first_bad_rows:
             self._keep(bad)
@@ -62,6 +70,8 @@ class DataReport:
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
             lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
+        if self.inexact:
+            lines.append(f"{self.inexact} answers decode to another text than theirs after the prompt.")
         if self.truncated:
             lines.append(f"{self.truncated} samples are longer than max_seq_length and were cut.")
         return lines
@@ -78,12 +88,14 @@ class DataReport:
     def as_json(self) -> dict[str, Any]:
         """Plain objects from which ``from_json`` makes an equal report."""
         bad = [[str(row.file), row.number, row.problem] for row in self.first_bad_rows]
-        return {**vars(self), "first_bad_rows": bad, "reasons": dict(self.reasons)}
+        return {**vars(self), "first_bad_rows": bad, "reasons": dict(self.reasons), "unused": dict(self.unused)}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> DataReport:
         bad = [BadRow(Path(file), number, problem) for file, number, problem in plain["first_bad_rows"]]
-        return cls(**plain | {"first_bad_rows": bad, "reasons": Counter(plain["reasons"])})
+        return cls(
+            **plain | {"first_bad_rows": bad, "reasons": Counter(plain["reasons"]), "unused": Counter(plain["unused"])}
+        )
 
 
 class SampleBlock:

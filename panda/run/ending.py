@@ -45,7 +45,7 @@ def finish(run: Run) -> None:
             encoded[start : start + rows],
             max_new_tokens=ANSWER_TOKENS,
             pad_token_id=tokenizer.pad_token_id or 0,
-            eos_token_id=run.task.last_token,
+            eos_token_id=run.task.end_tokens[0],
             device=run.processes.device,
         )
         run.answers += [

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 from typing import Literal
 
 from panda.data.conversations import Turn
+from panda.data.conversations import UnusableRowError
 from panda.data.conversations import conversation_of
 from panda.data.reading import Row
-from panda.data.templates import Chat
-from panda.data.templates import Plain
-from panda.data.templates import Template
+from panda.data.templates import ChatTemplate
+from panda.data.templates import Exchange
+from panda.data.templates import dated
+from panda.data.templates import plain_template
+from panda.data.templates import with_template
 from panda.registry import Location
 from panda.registry import UserError
 from panda.registry import register_task
@@ -34,14 +37,20 @@ class InstructFormat:
     """Field of the prompt, with target_field. By default the common names: instruction/input/output, messages, ..."""
     target_field: str | None = None
     """Field of the answer, with input_field."""
-    template: Literal["plain", "chat"] = "plain"
-    """`plain` writes turns one after another; `chat` uses the tokenizer's chat template."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """`chat`: the tokenizer's chat template; `plain`: turns one after another; `auto`: `chat` where there is one."""
+    template_date: str | None = None
+    """The date that a chat template writes where it asks for today's, YYYY-MM-DD; by default the day the run began."""
     separator: str = "\n"
     """Text between prompt and answer in the plain template; it is part of the prompt."""
 
     def __post_init__(self) -> None:
         if (self.input_field is None) != (self.target_field is None):
             raise UserError("input_field and target_field are given together, or neither is.")
+        try:
+            date.fromisoformat(self.template_date or "2026-01-01")
+        except ValueError:
+            raise UserError(f"template_date: {self.template_date!r} is not a date. Write YYYY-MM-DD.") from None
 
 
 @dataclass(frozen=True)
@@ -59,31 +68,47 @@ class Instruct(TextTask):
     option = "instruction_tuning_data_dir"
 
     def __init__(self, options: InstructOptions, context: TaskContext) -> None:
-        super().__init__(options.instruction_tuning_data_dir, context)
+        super().__init__(options.instruction_tuning_data_dir, replace(context, tokenizer=_templated(options, context)))
         self.options = options
-        self.template: Template = (
-            Chat(self.tokenizer) if options.template == "chat" else Plain(options.separator, self.tokenizer)
-        )
-        self.special_tokens_in_text = self.template.special
+        self.template = ChatTemplate(self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
-        fields = asdict(self.options)
-        return {key: fields[key] for key in ("input_field", "target_field")} | self.template.describe()
+        fields = {key: getattr(self.options, key) for key in ("input_field", "target_field")}
+        return fields | {"chat_template": self.tokenizer.chat_template}
 
-    def parse(self, row: Row) -> tuple[str, list[list[tuple[str, bool]]]]:
-        """The first thing that the user asks, and the segments of each sample."""
-        turns: list[Turn] = conversation_of(row.fields, self.options.input_field, self.options.target_field)
-        asked = next((turn.text for turn in turns if turn.role == "user"), "")
-        return asked, [list(segments) for segments in self.template.samples(turns)]
+    def text_format(self) -> str:
+        if _is_plain(self.options, self.context):
+            return f"plain, {self.options.separator!r} after each turn that is not an answer"
+        return "the tokenizer's chat template" + ", which writes the date" * self._writes_the_date()
+
+    def parse(self, row: Row) -> tuple[str, list[Exchange], list[str]]:
+        """The first thing that the user asks, the answers with what comes before each, and unused names."""
+        conversation = conversation_of(row.fields, self.options.input_field, self.options.target_field)
+        asked = next((turn.text for turn in conversation.turns if turn.role == "user"), "")
+        return asked, *self.template.exchanges(conversation)
 
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
-        samples = [segments for _, of_row in parsed for segments in of_row]
-        ids = iter(self.encode([text for segments in samples for text, _ in segments]))
-        for segments in samples:
-            exchanges = []
-            for _ in segments[::2]:
-                exchanges.append((next(ids), [*next(ids), *self.template.end]))
-            self._add(exchanges, block)
+        for _, _, unused in parsed:
+            for name in unused:
+                block.report.add_unused(name)
+        rows = [exchanges for _, exchanges, _ in parsed]
+        ids = iter(self.encoder.encode([text for row in rows for each in row for text in _texts(each)]))
+        for row in rows:
+            sample: list[tuple[list[int], list[int]]] = []
+            done: list[int] = []
+            for exchange in row:
+                prompt, whole = next(ids), next(ids)
+                if whole[: len(prompt)] == prompt:
+                    answer = whole[len(prompt) :]
+                else:
+                    answer, exact = self.encoder.continuation(exchange.before, exchange.answer)
+                    block.report.inexact += not exact
+                if prompt[: len(done)] != done:  # the template, or the tokenizer, writes earlier turns otherwise
+                    self._add(sample, block)
+                    sample, done = [], []
+                sample.append((prompt[len(done) :], answer))
+                done = [*prompt, *answer]
+            self._add(sample, block)
 
     def _add(self, exchanges: list[tuple[list[int], list[int]]], block: SampleBlock) -> None:
         """Add a sample of prompts and answers in turn.
@@ -93,14 +118,11 @@ class Instruct(TextTask):
         """
         limit = self.context.max_seq_length
         prompt, answer = exchanges[0]
-        prompt = self.without_bos(prompt)
-        whole = len(self.bos) + len(prompt) + len(answer)
-        room = limit - len(self.bos) - len(answer)
-        kept = prompt[max(0, len(prompt) - max(0, room)) :]
-        start = [*self.bos, *kept] or prompt[-1:] or [self.tokenizer.eos_token_id]
+        whole = len(prompt) + len(answer)
+        start = self.encoder.cut(prompt, max(0, limit - len(answer))) or prompt[-1:] or [self.tokenizer.eos_token_id]
         token_ids = [*start, *answer][:limit]
         supervised = bytes(len(start)) + b"\1" * (len(token_ids) - len(start))
-        cut = len(kept) < len(prompt) or max(whole, len(start) + len(answer)) > limit
+        cut = len(start) < len(prompt) or max(whole, len(start) + len(answer)) > limit
         for prompt, answer in exchanges[1:]:
             if cut or len(token_ids) + len(prompt) + len(answer) > limit:
                 cut = True
@@ -111,24 +133,41 @@ class Instruct(TextTask):
         block.add(token_ids, supervised)
 
     @property
-    def last_token(self) -> int:
-        return self.template.last_token
+    def end_tokens(self) -> list[int]:
+        return self.template.end_tokens
 
-    def prompt_text(self, prompt: str) -> str:
-        return self.template.prompt(prompt)
-
-    def chat_template(self) -> str | None:
-        if self.options.template == "chat":
-            return None
-        after_input = json.dumps(self.options.separator)
-        return (
-            "{{ bos_token }}"
-            "{% for message in messages %}"
-            "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-            f"{{% else %}}{{{{ message['content'] + {after_input} }}}}{{% endif %}}"
-            "{% endfor %}"
-        )
+    def encode_prompt(self, prompt: str) -> list[int]:
+        try:
+            text = self.template.prompt([Turn("user", prompt)])
+        except UnusableRowError as problem:
+            raise UserError(f"{prompt!r}: {problem}") from None
+        return self.encoder.encode([text])[0] or [self.tokenizer.eos_token_id]
 
     def example_prompt(self, parsed: Any) -> str:
         asked: str = parsed[0]
         return asked
+
+    def _writes_the_date(self) -> bool:
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
+
+def _is_plain(options: InstructOptions, context: TaskContext) -> bool:
+    return options.template == "plain" or (options.template == "auto" and not context.tokenizer.chat_template)
+
+
+def _templated(options: InstructOptions, context: TaskContext) -> Any:
+    """The tokenizer with the chat template that ``options`` choose, for a day that does not change."""
+    tokenizer = context.tokenizer
+    if _is_plain(options, context):
+        return with_template(tokenizer, plain_template(options.separator))
+    if not tokenizer.chat_template:
+        raise UserError(
+            "template: chat needs a tokenizer with a chat template (chat_template.jinja beside tokenizer.json), and"
+            " this one has none. Write `template: plain`, or give the tokenizer one."
+        )
+    day = date.fromisoformat(options.template_date) if options.template_date else date.today()
+    return with_template(tokenizer, dated(tokenizer.chat_template, day))
+
+
+def _texts(exchange: Exchange) -> tuple[str, str]:
+    return exchange.before, exchange.before + exchange.answer

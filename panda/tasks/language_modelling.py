@@ -1,7 +1,7 @@
 """Next-token prediction: what all tasks of causal language models share.
 
-A task says which samples there are, what the loss of a micro batch is, how a prompt is written for the
-model, and which prompts to try it with. The factories of ``register_task`` return one.
+A task says which samples there are, what the loss of a micro batch is, which tokens a prompt becomes, and
+which prompts to try the model with. The factories of ``register_task`` return one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.data.encoding import Encoder
 from panda.registry import UserError
 from panda.registry.contexts import IGNORED_LABEL
 from panda.registry.contexts import TaskContext
@@ -28,6 +29,8 @@ class LanguageModelling(ABC):
     def __init__(self, context: TaskContext) -> None:
         self.context = context
         self.tokenizer = context.tokenizer
+        """As it is exported: its chat template, if it has one, writes a dialogue as in training."""
+        self.encoder = Encoder(self.tokenizer)
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 "tokenizer: it has no end-of-sequence token, so a model could not learn where to stop. Set `eos_token`"
@@ -49,27 +52,19 @@ class LanguageModelling(ABC):
     def example_prompts(self, count: int) -> list[str]:
         """Prompts made from the first ``count`` rows that can be used."""
 
-    @abstractmethod
-    def prompt_text(self, prompt: str) -> str:
-        """The text that the model is given for ``prompt``, written as in training."""
-
-    special_tokens_in_text = False
-    """Whether special tokens spelt in a text are encoded as such, as in a chat template's text, or as characters."""
-
-    def chat_template(self) -> str | None:
-        """A Jinja template that renders a dialogue as in training; None where the tokenizer's own does."""
-        return None
+    def text_format(self) -> str:
+        """How text is written for the model, for the first lines of a run."""
+        return "text as it is"
 
     @property
-    def last_token(self) -> int:
-        """The token at which an answer ends."""
-        end: int = self.tokenizer.eos_token_id
-        return end
+    def end_tokens(self) -> list[int]:
+        """The tokens at which an answer ends, of which training teaches at least one."""
+        return [self.tokenizer.eos_token_id]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` as in training; cut on the left where it is too long."""
-        ids = self.without_bos(self.encode([self.prompt_text(prompt)])[0])
-        return [*self.bos, *ids[-(self.context.max_seq_length // 2) :]] or [self.tokenizer.eos_token_id]
+        """Token ids of ``prompt`` as in training. Raises UserError where it cannot be written so."""
+        text = self.encoder.as_characters(prompt)
+        return [*self.encoder.begin, *self.encoder.encode([text])[0]] or [self.tokenizer.eos_token_id]
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the supervised tokens of ``batch``, **summed**, in float32; a scalar.
@@ -92,40 +87,3 @@ class LanguageModelling(ABC):
             ignore_index=IGNORED_LABEL,
             reduction="sum",
         )
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens around it, which the task adds by id.
-
-        ``</s>`` in a text, which in HTML ends a struck-out passage, is four characters and not the end of a
-        sequence, unless a chat template wrote the text.
-        """
-        if not texts:
-            return []
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            # As transformers does, without each token's place in the text, which takes a fifth of the time.
-            backend.no_padding()
-            backend.no_truncation()
-            backend.encode_special_tokens = not self.special_tokens_in_text
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        ids: list[list[int]] = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=not self.special_tokens_in_text,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning that a text is too long for the model: it is cut
-        )["input_ids"]
-        return ids
-
-    @property
-    def bos(self) -> list[int]:
-        """The beginning-of-sequence token; empty for tokenizers without one."""
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-
-    def without_bos(self, ids: list[int]) -> list[int]:
-        """``ids`` without beginning-of-sequence tokens that a template wrote: the task adds one, by id."""
-        written = 0
-        while self.bos and ids[written : written + 1] == self.bos:
-            written += 1
-        return ids[written:]

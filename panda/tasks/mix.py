@@ -58,7 +58,7 @@ class Mix(LanguageModelling):
             pretrain = Pretrain(_part(PretrainOptions, options), context)
             self.parts.append(("pretrain", pretrain, options.pretrain_weight))
         self.first = self.parts[0][1]
-        self.special_tokens_in_text = self.first.special_tokens_in_text
+        self.tokenizer = self.first.tokenizer
 
     def dataset(self) -> SampleSet:
         from panda.data.token_dataset import MixedDataset
@@ -69,11 +69,14 @@ class Mix(LanguageModelling):
         return self.first.reading(location, option)
 
     @property
-    def last_token(self) -> int:
-        return self.first.last_token
+    def end_tokens(self) -> list[int]:
+        return self.first.end_tokens
 
-    def prompt_text(self, prompt: str) -> str:
-        return self.first.prompt_text(prompt)
+    def text_format(self) -> str:
+        return "; ".join(f"{name}: {task.text_format()}" for name, task, _ in self.parts)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        return self.first.encode_prompt(prompt)
 
     def example_prompts(self, count: int) -> list[str]:
         return self.first.example_prompts(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
@@ -11,6 +12,7 @@ from panda.data.conversations import UnusableRowError
 from panda.data.conversations import missing
 from panda.data.conversations import text_of
 from panda.data.reading import Row
+from panda.data.templates import with_template
 from panda.registry import Location
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
@@ -49,7 +51,9 @@ class Pretrain(TextTask):
     option = "pretraining_data_dir"
 
     def __init__(self, options: PretrainOptions, context: TaskContext) -> None:
-        super().__init__(options.pretraining_data_dir, context)
+        # What is learned is text as it is, and no dialogue: the export must not write prompts as one.
+        tokenizer = with_template(context.tokenizer, None)
+        super().__init__(options.pretraining_data_dir, replace(context, tokenizer=tokenizer))
         self.title_field, self.content_field = options.title_field, options.content_field
 
     def describe(self) -> dict[str, Any]:
@@ -73,17 +77,14 @@ class Pretrain(TextTask):
         return f"{title}\n{content}"
 
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
-        for document in self.encode(parsed):
-            tokens = [*self.bos, *document, self.tokenizer.eos_token_id]
+        for document in self.encoder.encode(self.encoder.as_characters(parsed)):
+            tokens = [*self.encoder.begin, *document, self.tokenizer.eos_token_id]
             # A window begins with the last token of the previous one, so that every token except the
             # document's first is predicted exactly once.
             stride = self.context.max_seq_length - 1
             for start in range(0, len(tokens) - 1, stride):
                 window = tokens[start : start + stride + 1]
                 block.add(window, b"\0" + b"\1" * (len(window) - 1))
-
-    def prompt_text(self, prompt: str) -> str:
-        return prompt
 
     def example_prompt(self, parsed: Any) -> str:
         text: str = parsed

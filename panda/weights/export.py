@@ -32,7 +32,6 @@ def describe_model(
     dtype: torch.dtype,
     tokenizer: Any,
     *,
-    chat_template: str | None,
     model: Chosen,
     context: ModelContext,
     pretrained: Pretrained | None,
@@ -40,14 +39,11 @@ def describe_model(
     """Write to ``folder`` all files of an export except its weights, which will have ``dtype``.
 
     A model of transformers is described as transformers does it; any other by the arguments of the factory of
-    ``model``. ``chat_template`` replaces the tokenizer's, unless it is None.
+    ``model``.
     """
     from transformers import PreTrainedModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    if chat_template is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)

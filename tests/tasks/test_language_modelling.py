@@ -99,25 +99,6 @@ def test_special_tokens_spelt_out_in_a_text_are_text(instruct: Any) -> None:
     assert task.encode_prompt(text) == [1, *written, ord("\n") + 3]
 
 
-@pytest.mark.parametrize("template_text", [False, True])
-def test_ids_are_those_that_transformers_gives_whatever_lengths_the_tokenizer_was_saved_with(
-    instruct: Any, tokenizer: Any, template_text: bool
-) -> None:
-    texts = ["<s>no</s> é", "a much longer text", ""]
-    expected = tokenizer(texts, add_special_tokens=False, split_special_tokens=not template_text)["input_ids"]
-    task = instruct([GOOD])
-    task.special_tokens_in_text = template_text
-    task.tokenizer.backend_tokenizer.enable_padding(length=50)
-    task.tokenizer.backend_tokenizer.enable_truncation(5)
-    assert task.encode(texts) == expected
-
-
-def test_a_long_prompt_keeps_its_end_and_leaves_room_for_an_answer(instruct: Any) -> None:
-    task = instruct([GOOD], max_seq_length=10)
-    encoded = task.encode_prompt("0123456789")
-    assert encoded == [1, *(byte + 3 for byte in b"6789\n")]
-
-
 class Table(torch.nn.Module):
     """Logits that depend on a token alone: a model that can be written in one line elsewhere too."""
 
@@ -227,7 +208,6 @@ def test_a_task_that_reads_no_other_data_says_so(tokenizer: Any) -> None:
     class Fixed(LanguageModelling):
         def dataset(self) -> Any: ...
         def example_prompts(self, count: int) -> list[str]: ...
-        def prompt_text(self, prompt: str) -> str: ...
 
     with pytest.raises(UserError, match="eval_data_dir: the task Fixed reads only its own data"):
         Fixed(TaskContext(tokenizer, None, 10)).reading("anywhere", "eval_data_dir")

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from panda.registry import UserError
 
@@ -24,6 +25,13 @@ def ids(text: str) -> list[int]:
 def samples(task: Any) -> list[tuple[list[int], list[bool]]]:
     dataset = task.dataset()
     return [(dataset[index][0].tolist(), dataset[index][1].tolist()) for index in range(len(dataset))]
+
+
+def begins_with_bos(tokenizer: Any, does: bool) -> None:
+    """Make ``tokenizer`` write <s> before each text, or nothing."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A" if does else "$A", special_tokens=[("<s>", BOS)]
+    )
 
 
 def test_title_and_content_are_one_text_that_carries_loss(pretrain: Any) -> None:
@@ -50,7 +58,7 @@ def test_a_document_that_just_fits_is_one_sample_and_a_longer_one_two(pretrain: 
 def test_every_token_but_the_first_of_a_document_is_predicted_exactly_once(
     pretrain: Any, tokenizer: Any, documents: list[tuple[str, str]], limit: int, has_bos: bool
 ) -> None:
-    tokenizer.bos_token = "<s>" if has_bos else None
+    begins_with_bos(tokenizer, has_bos)
     task = pretrain([{"title": title, "content": content} for title, content in documents], max_seq_length=limit)
     predicted = []
     for tokens, supervised in samples(task):
@@ -115,5 +123,13 @@ def test_the_prompt_of_generation_is_the_beginning_of_a_document(pretrain: Any) 
 def test_an_empty_prompt_is_the_start_of_a_document(pretrain: Any, tokenizer: Any) -> None:
     task = pretrain([{"title": "a", "content": "b"}])
     assert task.encode_prompt("") == [BOS]
-    tokenizer.bos_token = None
-    assert task.encode_prompt("") == [EOS]
+    begins_with_bos(tokenizer, False)
+    assert pretrain([{"title": "a", "content": "b"}]).encode_prompt("") == [EOS]
+
+
+def test_the_export_of_a_chat_model_writes_no_dialogue(pretrain: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    task = pretrain([{"text": "a <user>"}])
+    assert task.tokenizer.chat_template is None and tokenizer.chat_template
+    [(tokens, _)] = samples(task)
+    assert tokens == [BOS, *ids("a <user>"), EOS]

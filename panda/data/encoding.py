@@ -1,0 +1,163 @@
+"""Text to token ids: special tokens where a template wrote them, characters where content spells them.
+
+Content is marked by ``as_characters`` before it goes into a text: wherever it spells a special token, a
+mark stands in its place. ``encode`` gives the same ids as the tokenizer does for a text without marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from panda.data.conversations import UnusableRowError
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+"""Around the number of a spelt token: characters that Unicode reserves for uses within a program."""
+_STAND_IN = "PandaSpecialToken"
+"""What special tokens are called where their own names are characters. No text may contain it."""
+_PRECEDING = ("\n", "a", ".", "0", "\u4e00", " ")
+"""Characters to tokenise a text after, so that it does not begin as the beginning of a text does."""
+
+
+class Encoder:
+    """Encodes texts with a Hugging Face tokenizer, without adding special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+        tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special: Mapping[str, int] = tokens
+        """Ids of the special tokens, by their text."""
+        self._spelt = [_OPEN, _CLOSE, *tokens]
+        longest_first = sorted(self._spelt, key=len, reverse=True)
+        self._spellings = re.compile("|".join(map(re.escape, longest_first)))
+        # Some tokenizers have thousands: few texts have the first two characters of one, which is fast to find out.
+        self._beginnings = re.compile("|".join(map(re.escape, sorted({token[:2] for token in self._spelt}))))
+        self._marks_and_tokens = re.compile(f"{_OPEN}([0-9]+){_CLOSE}|{self._spellings.pattern}")
+
+    def as_characters(self, content: Any) -> Any:
+        """``content``, a text or plain objects with texts, with marks where it spells a special token.
+
+        Raises UnusableRowError where it spells one and the tokenizer cannot write that as characters.
+        """
+        if isinstance(content, str):
+            if not self._beginnings.search(content):
+                return content
+            if (found := self._spellings.search(content)) and (not self._is_fast or _STAND_IN in content):
+                raise UnusableRowError(
+                    f"it spells the special token {found[0]!r}, which this tokenizer cannot write as characters"
+                )
+            return self._spellings.sub(lambda found: f"{_OPEN}{self._spelt.index(found[0])}{_CLOSE}", content)
+        if isinstance(content, Mapping):
+            return {self.as_characters(key): self.as_characters(value) for key, value in content.items()}
+        if isinstance(content, list):
+            return [self.as_characters(item) for item in content]
+        return content
+
+    def readable(self, text: str) -> str:
+        """``text`` with what was spelt in place of the marks."""
+        return re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda found: self._spelt[int(found[1])], text)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        if not texts:
+            return []
+        marked = [number for number, text in enumerate(texts) if _OPEN in text]
+        if not marked:
+            return self._encode(texts)
+        ids = self._encode(["" if _OPEN in text else text for text in texts])
+        for number in marked:
+            ids[number] = self._encode_marked(texts[number])
+        return ids
+
+    def continuation(self, before: str, after: str) -> tuple[list[int], bool]:
+        """Token ids of ``after`` where the tokens of ``before`` end at its border, which the tokenizer would merge.
+
+        And whether both decode together to what the tokenizer makes of both texts. It is not enough to encode
+        ``after`` on its own: many tokenizers begin a text with a space.
+        """
+        expected = self.decode(self.encode([before + after])[0])
+        [begun] = self.encode([before])
+        candidates = []
+        for character in _PRECEDING:
+            [first], [both] = self.encode([character]), self.encode([character + after])
+            if both[: len(first)] == first:
+                candidates.append(both[len(first) :])
+        candidates += self.encode([after])
+        exact = (ids for ids in candidates if self.decode([*begun, *ids]) == expected)
+        found = next(exact, None)
+        return (candidates[0], False) if found is None else (found, True)
+
+    def cut(self, ids: list[int], length: int) -> list[int]:
+        """The last ``length`` of ``ids``, with the token that begins a sequence first if they begin with it."""
+        if len(ids) <= length:
+            return ids
+        begin = ids[:1] if ids[:1] == [self.tokenizer.bos_token_id] else []
+        return [*begin, *ids[len(ids) - max(0, length - len(begin)) :]]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``, special tokens included."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    @cached_property
+    def begin(self) -> list[int]:
+        """The special tokens with which the tokenizer itself begins a text; most often one or none."""
+        whole: list[int] = self.tokenizer("a")["input_ids"]
+        [text] = self._encode(["a"])
+        start = next((n for n in range(len(whole)) if whole[n : n + len(text)] == text), 0)
+        return whole[:start]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if self._is_fast:
+            backend = self.tokenizer.backend_tokenizer
+            # As transformers does, without each token's place in the text, which takes a fifth of the time.
+            backend.no_padding()
+            backend.no_truncation()
+            backend.encode_special_tokens = False
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        ids: list[list[int]] = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning that a text is too long for the model: it is cut
+        )["input_ids"]
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        def written(found: re.Match[str]) -> str:
+            return self._spelt[int(found[1])] if found[1] else self._stand_ins[found[0]]
+
+        ids: list[int] = self._renamed.encode(self._marks_and_tokens.sub(written, text), add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _stand_ins(self) -> dict[str, str]:
+        return {text: f"{_STAND_IN}{number}." for number, text in enumerate(self._spelt)}
+
+    @cached_property
+    def _renamed(self) -> Any:
+        """The tokenizer with other names for its special tokens: in its texts, their own names are characters.
+
+        transformers' ``sanitize_control_tokens`` (5.23, 2026-11) encodes such characters apart from the text around
+        them, which gives other ids than the text has without a template.
+        """
+        from tokenizers import Tokenizer
+
+        described = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        described |= {"post_processor": None, "padding": None, "truncation": None}
+        names, model = self._stand_ins, described["model"]
+        for token in described["added_tokens"]:
+            if token["special"]:
+                token["content"] = names.get(token["content"], token["content"])
+        if isinstance(model["vocab"], list):
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+        else:
+            model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        return Tokenizer.from_str(json.dumps(described))
