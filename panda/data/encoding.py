@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from panda.data.conversations import UnusableRowError
@@ -29,6 +30,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
         tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self.special: Mapping[str, int] = tokens
         """Ids of the special tokens, by their text."""
         self._spelt = [_OPEN, _CLOSE, *tokens]
@@ -82,8 +84,9 @@ class Encoder:
         expected = self.decode(self.encode([before + after])[0])
         [begun] = self.encode([before])
         candidates = []
-        for character in _PRECEDING:
-            [first], [both] = self.encode([character]), self.encode([character + after])
+        # Some tokenizers make one space of several, of which ``before`` may have the first.
+        for text, character in product((after, after.lstrip()), _PRECEDING):
+            [first], [both] = self.encode([character]), self.encode([character + text])
             if both[: len(first)] == first:
                 candidates.append(both[len(first) :])
         candidates += self.encode([after])
@@ -152,8 +155,7 @@ class Encoder:
         described |= {"post_processor": None, "padding": None, "truncation": None}
         names, model = self._stand_ins, described["model"]
         for token in described["added_tokens"]:
-            if token["special"]:
-                token["content"] = names.get(token["content"], token["content"])
+            token["content"] = names.get(token["content"], token["content"])
         if isinstance(model["vocab"], list):
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
         else:
