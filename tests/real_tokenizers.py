@@ -60,7 +60,7 @@ def _mistral(file: str) -> Callable[[Path, Path], None]:
             _unpacked("mistral-common==1.13.1", work) / "mistral_common" / "data" / file, source / "tokenizer.model"
         )
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        _configure(source, "LlamaTokenizer", legacy=False, **names)
+        _configure(source, "LlamaTokenizer", legacy=False, add_bos_token=True, **names)
         _saved(source, folder)
 
     make.__doc__ = f"Mistral's {file}: BPE of sentencepiece (Apache-2.0, 7 MB)."
@@ -73,8 +73,8 @@ def _unigram(file: str) -> Callable[[Path, Path], None]:
         [model] = _unpacked("sentencepiece==0.2.3", work, *options).rglob(f"test/{file}")
         source = work / model.stem
         source.mkdir()
-        shutil.copy(model, source / "spiece.model")
-        _configure(source, "T5Tokenizer", extra_ids=0, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+        shutil.copy(model, source / "tokenizer.model")
+        _configure(source, "PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
         _saved(source, folder)
 
     make.__doc__ = f"sentencepiece's own {file} (Apache-2.0, 4 MB)."
