@@ -10,7 +10,6 @@ from typing import Annotated
 from typing import Any
 from typing import Literal
 
-from panda.data.conversations import Turn
 from panda.data.conversations import conversation_of
 from panda.data.reading import Row
 from panda.data.templates import Chat
@@ -72,7 +71,7 @@ class Instruct(TextTask):
 
     def parse(self, row: Row) -> tuple[str, list[list[tuple[str, bool]]]]:
         """The first thing that the user asks, and the segments of each sample."""
-        turns: list[Turn] = conversation_of(row.fields, self.options.input_field, self.options.target_field)
+        turns = conversation_of(row.fields, self.options.input_field, self.options.target_field).turns
         asked = next((turn.text for turn in turns if turn.role == "user"), "")
         return asked, [list(segments) for segments in self.template.samples(turns)]
 
