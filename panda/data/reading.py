@@ -35,6 +35,69 @@ class Row:
         return f"{self.file}, row {self.number}"
 
 
+class Fields(dict[str, Any]):
+    """An object of a row, which remembers the fields that were read: what nobody read is reported, not dropped.
+
+    ``in``, ``len`` and iteration do not read a field; anything that returns its value does. A field that is null
+    says nothing, and is never reported.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self._read: set[str] = set()
+        self._unused: dict[str, None] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        return super().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self._read.add(name)
+        return super().pop(name, *default)
+
+    def __iter__(self) -> Iterator[str]:  # without it, dict(fields) copies the values past __getitem__
+        return super().__iter__()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self)
+
+    def values(self) -> Any:
+        self._read.update(super().keys())
+        return super().values()
+
+    def items(self) -> Any:
+        self._read.update(super().keys())
+        return super().items()
+
+    def has(self, name: str) -> bool:
+        """Whether there is a field ``name`` that is not null, without reading it."""
+        return super().get(name) is not None
+
+    def leave(self, path: str) -> None:
+        """Note that ``path``, a field or one within a field (``messages[].weight``), is not used, read or not."""
+        self._unused[path] = None
+
+    def leave_unread(self, within: str, inner: Fields) -> None:
+        """Note the unused fields of ``inner``, an object that was found at the path ``within``."""
+        for path in inner.unused():
+            self.leave(f"{within}.{path}")
+
+    def unused(self) -> list[str]:
+        """The paths of the fields that were not used, each once."""
+        unread = {name: None for name in self if name not in self._read and self.has(name)}
+        return list(unread | self._unused)
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be used, and why."""

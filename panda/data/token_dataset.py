@@ -22,11 +22,15 @@ from panda.data.reading import BadRow
 SHOWN_BAD_ROWS = 10
 """Bad rows that are kept with their place and reason; the others are only counted, by reason."""
 KEPT_REASONS = 50
+KEPT_FIELDS = 200
+"""Unused fields that are counted by name; the rows of the others are counted together."""
+SHOWN_FIELDS = 20
+OTHER_FIELDS = "..."
 
 
 @dataclass
 class DataReport:
-    """How many rows were read, and which were left out or cut."""
+    """How many rows were read, which were left out or cut, and which of their fields were not used."""
 
     files: int = 0
     rows: int = 0
@@ -34,11 +38,12 @@ class DataReport:
     first_bad_rows: list[BadRow] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     """Bad rows by reason, with the numbers in it left out."""
+    truncated: int = 0
+    """Samples that were longer than max_seq_length and lost tokens."""
     inexact: int = 0
     """Answers that could not be tokenised so that they decode to their text after the prompt."""
     unused: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    """Samples that were longer than max_seq_length and lost tokens."""
+    """Fields that rows have and nothing used, with the number of rows; nested ones by a path, ``messages[].id``."""
 
     def add_bad(self, bad: BadRow) -> None:
         self.bad_rows += 1
@@ -47,7 +52,9 @@ class DataReport:
         self.reasons[reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"] += 1
 
     def add_unused(self, name: str, rows: int = 1) -> None:
-        self.unused[name] += rows
+        """Count a field that ``rows`` rows have and that was not used."""
+        kept = name in self.unused or len(self.unused) < KEPT_FIELDS
+        self.unused[name if kept else OTHER_FIELDS] += rows
 
     def add(self, other: DataReport) -> None:
         """Add what ``other`` counted."""
@@ -56,8 +63,9 @@ class DataReport:
         self.bad_rows += other.bad_rows
         self.truncated += other.truncated
         self.inexact += other.inexact
-        self.unused += other.unused
         self.reasons += other.reasons
+        for name, rows in other.unused.items():
+            self.add_unused(name, rows)
         for bad in other.first_bad_rows:
             self._keep(bad)
 
@@ -70,10 +78,23 @@ class DataReport:
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
             lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
-        if self.inexact:
-            lines.append(f"{self.inexact} answers decode to another text than theirs after the prompt.")
         if self.truncated:
             lines.append(f"{self.truncated} samples are longer than max_seq_length and were cut.")
+        if self.inexact:
+            lines.append(f"{self.inexact} answers have tokens that decode to another text than theirs.")
+        return lines + self.unused_lines()
+
+    def unused_lines(self) -> list[str]:
+        """The fields that nothing used, a line each; those in most rows first."""
+        named = [(name, rows) for name, rows in self.unused.most_common() if name != OTHER_FIELDS]
+        lines = [
+            f"the field {name!r} is not used ({rows:,} {'row' if rows == 1 else 'rows'})"
+            for name, rows in named[:SHOWN_FIELDS]
+        ]
+        more = len(named) - SHOWN_FIELDS
+        if more > 0:
+            at_least = "at least " if OTHER_FIELDS in self.unused else ""
+            lines.append(f"{at_least}{more:,} more fields are not used")
         return lines
 
     def first_bad_lines(self) -> list[str]:
@@ -88,14 +109,14 @@ class DataReport:
     def as_json(self) -> dict[str, Any]:
         """Plain objects from which ``from_json`` makes an equal report."""
         bad = [[str(row.file), row.number, row.problem] for row in self.first_bad_rows]
-        return {**vars(self), "first_bad_rows": bad, "reasons": dict(self.reasons), "unused": dict(self.unused)}
+        counted = {"reasons": dict(self.reasons), "unused": dict(self.unused)}
+        return vars(self) | counted | {"first_bad_rows": bad}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> DataReport:
         bad = [BadRow(Path(file), number, problem) for file, number, problem in plain["first_bad_rows"]]
-        return cls(
-            **plain | {"first_bad_rows": bad, "reasons": Counter(plain["reasons"]), "unused": Counter(plain["unused"])}
-        )
+        counted = {name: Counter(plain[name]) for name in ("reasons", "unused")}
+        return cls(**plain | counted | {"first_bad_rows": bad})
 
 
 class SampleBlock:

@@ -10,6 +10,7 @@ from typing import Any
 
 from panda.data.conversations import UnusableRowError
 from panda.data.conversations import missing
+from panda.data.conversations import refuse_weight
 from panda.data.conversations import text_of
 from panda.data.reading import Row
 from panda.data.templates import with_template
@@ -60,14 +61,16 @@ class Pretrain(TextTask):
         return {"title_field": self.title_field, "content_field": self.content_field}
 
     def parse(self, row: Row) -> str:
-        fields = row.fields
+        fields = row.fields  # of which those that are null count as absent
+        refuse_weight(fields)
         names = (self.content_field,) if self.content_field else CONTENT_FIELDS
-        content_field = next((name for name in names if name in fields), None)
+        present = [name for name in names if name in fields]
+        content_field = next((name for name in present if fields.get(name) is not None), next(iter(present), None))
         if content_field is None:
             instead = "" if self.content_field else " (content_field names another)"
             raise missing(fields, list(names), instead)
         content = text_of(fields, content_field)
-        if self.title_field not in fields:
+        if fields.get(self.title_field) is None:
             if not content:
                 raise UnusableRowError(f"field {content_field!r} is empty")
             return content

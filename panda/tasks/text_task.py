@@ -8,6 +8,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import Any
 
 from panda.data.conversations import UnusableRowError
 from panda.data.reading import BadRow
+from panda.data.reading import Fields
 from panda.data.reading import Row
 from panda.data.reading import data_files
 from panda.data.reading import rows_of
@@ -40,7 +42,10 @@ class TextTask(LanguageModelling):
 
     @abstractmethod
     def parse(self, row: Row) -> Any:
-        """The meaning of ``row``, for ``add_samples``. Raises UnusableRowError where it cannot be trained on."""
+        """The meaning of ``row``, for ``add_samples``. Raises UnusableRowError where it cannot be trained on.
+
+        ``row.fields`` remembers which fields were read; the others are reported as unused.
+        """
 
     @abstractmethod
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
@@ -84,7 +89,7 @@ class TextTask(LanguageModelling):
         )
 
     def tokenise(self, rows: list[Row | BadRow]) -> SampleBlock:
-        """The samples of ``rows``, and a report of the rows that make none."""
+        """The samples of ``rows``, and a report of the rows that make none and of the fields that were not used."""
         from panda.data.token_dataset import SampleBlock
 
         block = SampleBlock()
@@ -92,7 +97,11 @@ class TextTask(LanguageModelling):
         parsed = []
         for row in rows:
             try:
-                parsed.append(self.parse(_good(row)))
+                good = _good(row)
+                fields = Fields(good.fields)
+                parsed.append(self.parse(replace(good, fields=fields)))
+                for name in fields.unused():
+                    block.report.add_unused(name)
             except UnusableRowError as problem:
                 block.report.add_bad(BadRow(row.file, row.number, str(problem)))
         self.add_samples(parsed, block)

@@ -199,9 +199,9 @@ def test_one_field_name_alone_is_refused(instruct: Any) -> None:
         ([{"role": "user", "content": "a"}], "no turn of the assistant, so nothing to learn from"),
         ([{"role": "user"}], "turn 1 of 'messages' is no object with 'role' and 'content'"),
         (["a"], "turn 1 of 'messages' is no object with 'role' and 'content'"),
-        ([{"role": "tool", "content": "a"}], "turn 1 of 'messages' has the role 'tool'"),
+        ([{"role": "judge", "content": "a"}], "turn 1 of 'messages' has the role 'judge'"),
         ([{"role": ["user"], "content": "a"}], "turn 1 of 'messages' has the role ['user']"),
-        ([{"role": "user", "content": [{"text": "a"}]}], "turn 1 of 'messages': field 'content' is an array, not text"),
+        ([{"role": "user", "content": {"text": "a"}}], "turn 1 of 'messages': field 'content' is an object, not text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], "turn 2, an answer, is empty"),
     ],
 )
