@@ -60,7 +60,7 @@ class Assistant:
         try:
             if self.has_template:
                 template = ChatTemplate(self.tokenizer)
-                return encoder.encode([template.prompt([Turn(each["role"], each["content"]) for each in messages])])[0]
+                return template.encode([template.prompt([Turn(each["role"], each["content"]) for each in messages])])[0]
             text = encoder.as_characters("".join(message["content"] for message in messages))
         except UnusableRowError as problem:
             raise UserError(str(problem)) from None

@@ -40,6 +40,20 @@ class Encoder:
         self._beginnings = re.compile("|".join(map(re.escape, sorted({token[:2] for token in self._spelt}))))
         self._marks_and_tokens = re.compile(f"{_OPEN}([0-9]+){_CLOSE}|{self._spellings.pattern}")
 
+    @cached_property
+    def borders(self) -> set[str]:
+        """Special tokens at which a text can be divided: what is encoded from one on does not depend on the rest.
+
+        Not those that take space beside them, or are looked for after a normaliser has changed the text.
+        """
+        if not self._is_fast:
+            return set()
+        return {
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.special and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        }
+
     def as_characters(self, content: Any) -> Any:
         """``content``, a text or plain objects with texts, with marks where it spells a special token.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 from datetime import date
+from itertools import pairwise
 from typing import Any
 
 from panda.data.conversations import Conversation
@@ -40,6 +41,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
         self._any_special = re.compile("|".join(map(re.escape, sorted(self.encoder.special, key=len, reverse=True))))
+        self._borders: re.Pattern[str] | None = None
         self._opening, self._ending = self._probe()
         self._end = self._any_special.findall(self._ending)[0]
         self.end_tokens: list[int] = [self.encoder.special[self._end]]
@@ -62,6 +64,22 @@ class ChatTemplate:
         if conversation.tools and self._is_same(replace(conversation, tools=None), exchanges):
             unused.append("tools")
         return exchanges, unused
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts that the template wrote, as ``Encoder.encode`` gives them.
+
+        The texts of a conversation have most of their parts in common: each is encoded once.
+        """
+        divided = [self._parts(text) for text in texts]
+        parts = list(dict.fromkeys(part for of_text in divided for part in of_text))
+        ids = dict(zip(parts, self.encoder.encode(parts), strict=True))
+        return [[token for part in of_text for token in ids[part]] for of_text in divided]
+
+    def _parts(self, text: str) -> list[str]:
+        if self._borders is None:
+            return [text]
+        starts = [0, *(found.start() for found in self._borders.finditer(text)), len(text)]
+        return [text[start:end] for start, end in pairwise(starts) if start < end]
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model is given to answer the last of ``turns``. Raises UnusableRowError."""
@@ -152,6 +170,8 @@ class ChatTemplate:
                 " a model could not learn where to stop. Write `template: plain`, or correct the template."
             )
         before = self._render(turns[:-1], None, ask=True)
+        if borders := self.encoder.borders & set(self._any_special.findall(before + after)):
+            self._borders = re.compile("|".join(map(re.escape, borders)))
         common = next((n for n, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
         return "" if common is None else before[common:], ending[: end.end()]
 

@@ -15,6 +15,9 @@ from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.run.directory_lock import RunLock
 
+CONFIG = "config.yaml"
+"""The file in it that has the whole configuration."""
+
 PROVENANCE = "provenance.json"
 """The file that makes a folder a run directory."""
 

@@ -23,6 +23,7 @@ from panda.run.model import model_context
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
 from panda.run.model import refuse_too_large
+from panda.run.template_date import with_template_date
 from panda.tasks.language_modelling import LanguageModelling
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
@@ -34,7 +35,7 @@ class Preparation:
 
     def __init__(self, configuration: Configuration, world_size: int = 1) -> None:
         """``world_size``: how many processes the run has, or will have."""
-        self.configuration = configuration
+        self.configuration = with_template_date(configuration)
         self.world_size = world_size
 
     @property

@@ -79,7 +79,8 @@ class Instruct(TextTask):
     def text_format(self) -> str:
         if _is_plain(self.options, self.context):
             return f"plain, {self.options.separator!r} after each turn that is not an answer"
-        return "the tokenizer's chat template" + ", which writes the date" * self._writes_the_date()
+        dated = "strftime_now" in str(self.tokenizer.chat_template)
+        return "the tokenizer's chat template" + f", with the date {_day(self.options)}" * dated
 
     def parse(self, row: Row) -> tuple[str, list[Exchange], list[str]]:
         """The first thing that the user asks, the answers with what comes before each, and unused names."""
@@ -92,7 +93,7 @@ class Instruct(TextTask):
             for name in unused:
                 block.report.add_unused(name)
         rows = [exchanges for _, exchanges, _ in parsed]
-        ids = iter(self.encoder.encode([text for row in rows for each in row for text in _texts(each)]))
+        ids = iter(self.template.encode([text for row in rows for each in row for text in _texts(each)]))
         for row in rows:
             sample: list[tuple[list[int], list[int]]] = []
             done: list[int] = []
@@ -141,14 +142,11 @@ class Instruct(TextTask):
             text = self.template.prompt([Turn("user", prompt)])
         except UnusableRowError as problem:
             raise UserError(f"{prompt!r}: {problem}") from None
-        return self.encoder.encode([text])[0] or [self.tokenizer.eos_token_id]
+        return self.template.encode([text])[0] or [self.tokenizer.eos_token_id]
 
     def example_prompt(self, parsed: Any) -> str:
         asked: str = parsed[0]
         return asked
-
-    def _writes_the_date(self) -> bool:
-        return "strftime_now" in str(self.tokenizer.chat_template)
 
 
 def _is_plain(options: InstructOptions, context: TaskContext) -> bool:
@@ -165,8 +163,11 @@ def _templated(options: InstructOptions, context: TaskContext) -> Any:
             "template: chat needs a tokenizer with a chat template (chat_template.jinja beside tokenizer.json), and"
             " this one has none. Write `template: plain`, or give the tokenizer one."
         )
-    day = date.fromisoformat(options.template_date) if options.template_date else date.today()
-    return with_template(tokenizer, dated(tokenizer.chat_template, day))
+    return with_template(tokenizer, dated(tokenizer.chat_template, _day(options)))
+
+
+def _day(options: InstructOptions) -> date:
+    return date.fromisoformat(options.template_date) if options.template_date else date.today()
 
 
 def _texts(exchange: Exchange) -> tuple[str, str]:
