@@ -318,6 +318,14 @@ def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], problem: str) -
     assert str(caught.value).startswith(problem)
 
 
+def test_calls_that_are_nested_too_deeply_are_a_bad_row() -> None:
+    deep: Any = 1
+    for _ in range(2000):
+        deep = {"a": deep}
+    with pytest.raises(UnusableRowError, match="'arguments' is nested too deeply"):
+        read(answering(tool_calls=[{"name": "f", "arguments": deep}]))
+
+
 def test_named_fields_may_be_text_or_messages_and_the_others_are_reported() -> None:
     row = {"q": "1 + 1?", "a": [ANSWERED], "system": "S", "input": "x", "messages": [ASKED]}
     assert read(row, "q", "a") == (Conversation(told("S")), ["input", "messages"])
