@@ -87,7 +87,7 @@ class DataReport:
         """The fields that nothing used, a line each; those in most rows first."""
         named = [(name, rows) for name, rows in self.unused.most_common() if name != OTHER_FIELDS]
         lines = [
-            f"the field {printable_line(name)!r} is not used ({rows:,} {'row' if rows == 1 else 'rows'})"
+            f"the field {name!r} is not used ({rows:,} {'row' if rows == 1 else 'rows'})"
             for name, rows in named[:SHOWN_FIELDS]
         ]
         more = len(named) - SHOWN_FIELDS

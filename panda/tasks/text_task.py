@@ -82,7 +82,7 @@ class TextTask(LanguageModelling):
         dataset = cache.samples(self.recipe()) if cache else self.recipe().in_memory()
         if self.held_out_files:
             files = "1 file is" if self.held_out_files == 1 else f"{self.held_out_files:,} files are"
-            dataset.report.notes.append(f"{files} held out by eval_data_dir, and not trained on")
+            dataset.report.notes.append(f"{self.option}: {files} held out by eval_data_dir, and not trained on")
         return dataset
 
     def recipe(self) -> Recipe:

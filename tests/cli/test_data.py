@@ -71,7 +71,7 @@ def test_data_and_check_name_unused_fields_and_what_is_held_out(
         lines = capsys.readouterr().out.splitlines()
         assert f"{prefix}the field 'id' is not used (2 rows)" in lines
         assert f"{prefix}the field 'turns' is not used (1 row)" in lines
-        assert f"{prefix}1 file is held out by eval_data_dir, and not trained on" in lines
+        assert f"{prefix}instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on" in lines
         held = "  " if command is data else "evaluation data: "
         assert f"{held}the field 'id' is not used (1 row)" in lines
         assert f"{held}1 of 2 held-out samples are also in the training data, and are trained on" in lines

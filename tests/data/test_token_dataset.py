@@ -108,7 +108,7 @@ def test_unused_fields_are_named_with_their_rows_and_not_without_end() -> None:
     report = DataReport()
     report.add_unused("id", 7473)
     report.add_unused("a\x1b")
-    assert report.lines() == ["the field 'id' is not used (7,473 rows)", "the field 'a\\\\x1b' is not used (1 row)"]
+    assert report.lines() == ["the field 'id' is not used (7,473 rows)", "the field 'a\\x1b' is not used (1 row)"]
     for number in range(1000):
         report.add_unused(f"key {number}")
     lines = report.lines()

@@ -104,7 +104,9 @@ def test_what_is_held_out_is_left_out_of_each_part(mix: Any, tmp_path: Path) -> 
     places = {"instruction_tuning_data_dir": str(tmp_path / "i"), "pretraining_data_dir": str(tmp_path / "p")}
     task = Mix(MixOptions(**places), replace(context, held_out=str(tmp_path / "held")))
     assert epoch(task) == Counter(ASKED + TOLD)
-    assert task.dataset().report.lines() == ["1 file is held out by eval_data_dir, and not trained on"] * 2
+    assert task.dataset().report.lines() == [
+        f"{key}: 1 file is held out by eval_data_dir, and not trained on" for key in places
+    ]
 
 
 @pytest.mark.parametrize("instruct", [True, False])

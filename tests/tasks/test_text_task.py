@@ -184,7 +184,9 @@ def test_files_that_are_held_out_are_not_trained_on_whatever_leads_to_them(
     assert [file.name for file in task.files] == ["rows.json"]
     dataset = task.dataset()
     assert len(dataset) == 1
-    assert dataset.report.lines() == ["1 file is held out by eval_data_dir, and not trained on"]
+    assert dataset.report.lines() == [
+        "instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on"
+    ]
     other = task.reading(str(tmp_path / held_out), "eval_data_dir").dataset()
     assert (len(other), other.report.lines()) == (1, [])
 
