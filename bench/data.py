@@ -402,7 +402,8 @@ def measure_scale(samples: int, folder: Path) -> None:
     tokens = int(offsets[-1])
     offsets.tofile(folder / "offsets.bin")
     arrays = []
-    for name, kind, count in (("ids", "uint16", tokens), ("mask", "bool", tokens), ("offsets", "int64", len(offsets))):
+    kinds = (("ids", "uint16", tokens), ("mask", "bool", tokens), ("offsets", "int64", len(offsets)))
+    for name, kind, count in (*kinds, ("hashes", "uint64", samples)):
         with (folder / f"{name}.bin").open("ab") as file:
             file.truncate(count * np.dtype(kind).itemsize)
         arrays.append(np.asarray(np.memmap(folder / f"{name}.bin", dtype=kind, mode="r")))

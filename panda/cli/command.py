@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from panda.files.terminal import printable
 from panda.registry import UserError
 
 USAGE_ERROR = 2
@@ -28,7 +29,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error on rank {rank}"
-        print(f"{prefix}: " + "\n  ".join(str(error).splitlines()), file=sys.stderr)
+        print(f"{prefix}: " + "\n  ".join(printable(str(error)).splitlines()), file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.files.terminal import printable
+from panda.files.terminal import printable_line
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
     from rich.text import Text
 
     from panda.data.token_dataset import SampleSet
+    from panda.run.preparation import Preparation
     from panda.tasks.language_modelling import LanguageModelling
 
 USAGE = """\
@@ -59,26 +63,11 @@ def _data(argv: list[str]) -> None:
     from panda.run.directory import run_name
     from panda.run.preparation import Preparation
 
-    console = Console(highlight=False, soft_wrap=True)
+    # Without rich's own reading of text, [b] in a row is three characters, and :smile: is seven.
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     resolved, prepared = configuration.resolved, Preparation(configuration)
     task, dataset = prepared.task, prepared.dataset
-    report = dataset.report
-    console.print(f"{report.files:,} files, {report.rows:,} rows, {len(dataset):,} samples")
-    if len(dataset.sources) > 1:
-        for source in dataset.sources:
-            console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")
-    share = dataset.supervised_tokens / dataset.tokens
-    console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
-    console.print(f"tokenizer: {resolved.core.tokenizer}, with {len(task.tokenizer):,} entries", markup=False)
-    if report.truncated:
-        console.print(f"{report.truncated:,} samples are longer than max_seq_length and were cut")
-    if report.bad_rows:
-        console.print(f"{report.bad_rows:,} rows cannot be used and are left out:")
-        for reason, count in report.reasons.most_common():
-            console.print(f"  {count:>9,}  {reason}", markup=False)
-        console.print("the first of them:")
-        for line in report.first_bad_lines():
-            console.print(f"  {line}", markup=False)
+    _print_report(console, prepared)
 
     lengths = dataset.lengths(np.arange(len(dataset)))
     console.print("\ntokens of a sample")
@@ -99,7 +88,34 @@ def _data(argv: list[str]) -> None:
     for position, index in zip(positions, layout.order.samples(positions), strict=True):
         console.print(f"\n-- sample {position + 1} of the run, number {int(index):,} of the data")
         console.print(shown(task, dataset, int(index), coloured=sys.stdout.isatty()))
-    console.print(f"\n{picture}: the lengths as a picture", markup=False)
+    console.print(f"\n{picture}: the lengths as a picture")
+
+
+def _print_report(console: Console, prepared: Preparation) -> None:
+    dataset, held_out = prepared.dataset, prepared.held_out
+    report = dataset.report
+    console.print(f"{report.files:,} files, {report.rows:,} rows, {len(dataset):,} samples")
+    if len(dataset.sources) > 1:
+        for source in dataset.sources:
+            console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")
+    share = dataset.supervised_tokens / dataset.tokens
+    console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
+    console.print(f"tokenizer: {prepared.options.tokenizer}, with {len(prepared.tokenizer):,} entries")
+    if report.truncated:
+        console.print(f"{report.truncated:,} samples are longer than max_seq_length and were cut")
+    if report.bad_rows:
+        console.print(f"{report.bad_rows:,} rows cannot be used and are left out:")
+        for reason, count in report.reasons.most_common():
+            console.print(f"  {count:>9,}  {printable_line(reason)}")
+        console.print("the first of them:")
+        for line in report.first_bad_lines():
+            console.print(f"  {line}")
+    for line in (*report.unused_lines(), *map(printable_line, report.notes)):
+        console.print(line)
+    if held_out is not None:
+        console.print(f"{len(held_out):,} samples are held out, to evaluate on")
+        for line in held_out.report.lines():
+            console.print(f"  {line}")
 
 
 def histogram(lengths: np.ndarray, bins: int) -> list[str]:
@@ -145,7 +161,7 @@ def shown(task: LanguageModelling, dataset: SampleSet, index: int, *, coloured: 
     text = Text()
     pairs = zip(token_ids[:LONGEST_SHOWN].tolist(), supervised[:LONGEST_SHOWN].tolist(), strict=True)
     for carries_loss, part in groupby(pairs, key=lambda pair: pair[1]):
-        decoded = task.tokenizer.decode([token for token, _ in part])
+        decoded = printable(task.tokenizer.decode([token for token, _ in part]))
         if carries_loss:
             text.append(decoded if coloured else f"»{decoded}«", style=SUPERVISED)
         else:

@@ -388,10 +388,13 @@ def _plain(value: Any, name: str) -> Any:
 
     Raises UnusableRowError where a text in it cannot be encoded.
     """
-    if isinstance(value, Mapping):
-        return {key: _plain(each, name) for key, each in value.items() if each is not None}
-    if isinstance(value, list):
-        return [_plain(each, name) for each in value]
+    try:
+        if isinstance(value, Mapping):
+            return {key: _plain(each, name) for key, each in value.items() if each is not None}
+        if isinstance(value, list):
+            return [_plain(each, name) for each in value]
+    except RecursionError:
+        raise UnusableRowError(f"field {name!r} is nested too deeply") from None
     return _inner_text(name, value) if isinstance(value, str) else value
 
 

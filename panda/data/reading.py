@@ -158,6 +158,23 @@ def open_binary(file: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{file}: cannot be read: {problem.strerror or problem}.") from None
 
 
+def identities(location: str) -> set[tuple[int, int]]:
+    """Device and inode of each file at ``location``, a file or a folder: a link to one has the same. Empty for none."""
+    path = resolve_path(location)
+    files = _files_below(path) if path.is_dir() else [path] if path.is_file() else []
+    return {_identity(file) for file in files}
+
+
+def without(files: list[Path], held_out: set[tuple[int, int]]) -> list[Path]:
+    """``files`` without those whose identities are in ``held_out``."""
+    return [file for file in files if _identity(file) not in held_out]
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino
+
+
 def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Path]:
     """The files to read at ``location`` (a file, or a folder, read recursively), sorted by their paths.
 

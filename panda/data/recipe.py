@@ -38,6 +38,7 @@ class Recipe:
             block.token_ids.extend(part.token_ids)
             block.supervised += part.supervised
             block.lengths.extend(part.lengths)
+            block.sample_hashes.extend(part.sample_hashes)
             block.report.add(part.report)
         return self.usable(TokenDataset.of(block))
 

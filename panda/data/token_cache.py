@@ -1,6 +1,6 @@
 """Data sets tokenised once: memory-mapped files, addressed by the content that they were made of.
 
-    CACHE/<key>/token_ids.bin supervised.bin offsets.bin manifest.json
+    CACHE/<key>/token_ids.bin supervised.bin offsets.bin sample_hashes.bin manifest.json
     CACHE/<key>.lock          held by the one process that makes the folder, while the others wait
     CACHE/hashes/             hashes of file contents, remembered by size and time
 
@@ -42,7 +42,9 @@ VERSION = 2
 """Raised by whoever changes the layout of the files, or which tokens a reader or a task of panda's makes of data."""
 
 MANIFEST = "manifest.json"
-ARRAYS = ("token_ids", "supervised", "offsets")
+SAMPLES = ("token_ids", "supervised", "offsets")
+"""The arrays that are the samples; what else there is derives from them."""
+ARRAYS = (*SAMPLES, "sample_hashes")
 
 
 def cache_folder(option: str | None) -> Path:
@@ -142,10 +144,11 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
                 raise ValueError(f"{name} does not have {size:,} bytes")
             if cache and content_hash(folder / name, cache / "hashes", progress) != manifest["hashes"][name]:
                 raise ValueError(f"{name} does not have the content that was written")
-        ids, mask, offsets = (_mapped(folder / f"{name}.bin", manifest["types"][name]) for name in ARRAYS)
+        ids, mask, offsets, hashes = (_mapped(folder / f"{name}.bin", manifest["types"][name]) for name in ARRAYS)
         report = DataReport.from_json(manifest["report"])
-        samples = hashlib.sha256(json.dumps(manifest["hashes"]).encode()).hexdigest()
-        return TokenDataset(ids, mask, offsets, report, manifest["supervised_tokens"], samples, folder)
+        contents = {f"{name}.bin": manifest["hashes"][f"{name}.bin"] for name in SAMPLES}
+        samples = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        return TokenDataset(ids, mask, offsets, hashes, report, manifest["supervised_tokens"], samples, folder)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, UserError) as problem:
@@ -157,7 +160,9 @@ def _write(folder: Path, blocks: Iterable[SampleBlock], token_type: type) -> dic
     """Write the arrays of ``blocks`` to files in ``folder``, and return what the manifest says of them."""
     report = DataReport()
     supervised_tokens = end = 0
-    with _Writer(folder, "token_ids") as ids, _Writer(folder, "supervised") as mask, _Writer(folder, "offsets") as ends:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(_Writer(folder, name)) for name in ARRAYS]
+        ids, mask, ends, hashes = writers
         ends.write(np.zeros(1, dtype=np.int64))
         for block in blocks:
             report.add(block.report)
@@ -167,12 +172,17 @@ def _write(folder: Path, blocks: Iterable[SampleBlock], token_type: type) -> dic
             mask.write(supervised)
             offsets = end + np.cumsum(np.array(block.lengths, dtype=np.int64))
             ends.write(offsets)
+            hashes.write(np.array(block.sample_hashes, dtype=np.uint64))
             end = int(offsets[-1]) if len(offsets) else end
-    writers = (ids, mask, ends)
     return {
         "sizes": {f"{writer.name}.bin": writer.size for writer in writers},
         "hashes": {f"{writer.name}.bin": writer.hash.hexdigest() for writer in writers},
-        "types": {"token_ids": np.dtype(token_type).name, "supervised": "bool", "offsets": "int64"},
+        "types": {
+            "token_ids": np.dtype(token_type).name,
+            "supervised": "bool",
+            "offsets": "int64",
+            "sample_hashes": "uint64",
+        },
         "supervised_tokens": supervised_tokens,
         "report": report.as_json(),
     }

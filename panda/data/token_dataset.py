@@ -18,6 +18,7 @@ import numpy as np
 
 from panda.data.order import Source
 from panda.data.reading import BadRow
+from panda.files.terminal import printable_line
 
 SHOWN_BAD_ROWS = 10
 """Bad rows that are kept with their place and reason; the others are only counted, by reason."""
@@ -44,6 +45,8 @@ class DataReport:
     """Answers that could not be tokenised so that they decode to their text after the prompt."""
     unused: Counter[str] = field(default_factory=Counter)
     """Fields that rows have and nothing used, with the number of rows; nested ones by a path, ``messages[].id``."""
+    notes: list[str] = field(default_factory=list)
+    """What is said of the data besides its rows, a line each: files and samples that are held out."""
 
     def add_bad(self, bad: BadRow) -> None:
         self.bad_rows += 1
@@ -66,6 +69,7 @@ class DataReport:
         self.reasons += other.reasons
         for name, rows in other.unused.items():
             self.add_unused(name, rows)
+        self.notes += other.notes
         for bad in other.first_bad_rows:
             self._keep(bad)
 
@@ -74,7 +78,7 @@ class DataReport:
             self.first_bad_rows.append(bad)
 
     def lines(self) -> list[str]:
-        """The report, line by line; empty where nothing was left out or cut."""
+        """The report, line by line, for a terminal; empty where nothing was left out, cut or not used."""
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
             lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
@@ -82,7 +86,7 @@ class DataReport:
             lines.append(f"{self.truncated} samples are longer than max_seq_length and were cut.")
         if self.inexact:
             lines.append(f"{self.inexact} answers have tokens that decode to another text than theirs.")
-        return lines + self.unused_lines()
+        return [*lines, *self.unused_lines(), *map(printable_line, self.notes)]
 
     def unused_lines(self) -> list[str]:
         """The fields that nothing used, a line each; those in most rows first."""
@@ -103,7 +107,7 @@ class DataReport:
         for (file, problem), alike in groupby(self.first_bad_rows, key=lambda bad: (bad.file, bad.problem)):
             first, *more = alike
             numbers = ", ".join(str(bad.number) for bad in (first, *more))
-            lines.append(f"{file}, rows {numbers}: {problem}" if more else str(first))
+            lines.append(printable_line(f"{file}, rows {numbers}: {problem}" if more else str(first)))
         return lines
 
     def as_json(self) -> dict[str, Any]:
@@ -119,6 +123,12 @@ class DataReport:
         return cls(**plain | counted | {"first_bad_rows": bad})
 
 
+def sample_hash(token_ids: Sequence[int] | np.ndarray) -> int:
+    """A hash of the tokens of a sample, of 64 bits."""
+    tokens = np.asarray(token_ids, dtype="<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
+
+
 class SampleBlock:
     """The samples of some rows, and the report of those rows: what tokenising processes return."""
 
@@ -127,6 +137,7 @@ class SampleBlock:
         self.token_ids = array("i")
         self.supervised = bytearray()
         self.lengths = array("q")
+        self.sample_hashes = array("Q")
 
     def add(self, token_ids: Sequence[int], supervised: bytes) -> None:
         """Add a sample. ``supervised`` has a byte a token, 1 for a token to predict; the first cannot be predicted: 0.
@@ -137,6 +148,7 @@ class SampleBlock:
         self.token_ids.extend(token_ids)
         self.supervised += supervised
         self.lengths.append(len(token_ids))
+        self.sample_hashes.append(sample_hash(token_ids))
 
 
 class SampleSet(Protocol):
@@ -178,6 +190,8 @@ class TokenDataset:
     """bool [tokens]: whether the token is one to predict. The first token of a sample never is."""
     offsets: np.ndarray
     """int64 [samples + 1]"""
+    sample_hashes: np.ndarray
+    """uint64 [samples]: of each, ``sample_hash`` of its tokens"""
     report: DataReport
     supervised_tokens: int
     fingerprint: str
@@ -192,7 +206,8 @@ class TokenDataset:
         supervised = np.frombuffer(bytes(block.supervised), dtype=np.bool_)
         offsets = np.concatenate([[0], np.cumsum(np.array(block.lengths, dtype=np.int64))]).astype(np.int64)
         digest = hashlib.sha256(b"".join(part.tobytes() for part in (token_ids, supervised, offsets))).hexdigest()
-        return cls(token_ids, supervised, offsets, block.report, sum(block.supervised), digest)
+        hashes = np.array(block.sample_hashes, dtype=np.uint64)
+        return cls(token_ids, supervised, offsets, hashes, block.report, sum(block.supervised), digest)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -238,6 +253,11 @@ class MixedDataset:
         self.report = DataReport()
         for dataset in self.parts:
             self.report.add(dataset.report)
+
+    @property
+    def sample_hashes(self) -> np.ndarray:
+        """uint64 [samples]"""
+        return np.concatenate([dataset.sample_hashes for dataset in self.parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.files.terminal import printable
 from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
@@ -119,7 +120,7 @@ class ProgressDisplay:
             if (run.directory / name).exists():
                 print(f"  {name:16} {what}")
         for answer in run.answers:
-            print(f"\n> {answer['prompt']}\n{answer['answer']}")
+            print(printable(f"\n> {answer['prompt']}\n{answer['answer']}"))
         sys.stdout.flush()
 
     @hookimpl

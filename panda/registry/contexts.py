@@ -36,6 +36,8 @@ class TaskContext:
     """The reader's options: they are part of the token cache's address."""
     token_cache: TokenCache | None = None
     """Keeps tokenised data: ``token_cache.samples(recipe)``; without one it is tokenised in memory."""
+    held_out: str | None = None
+    """Where the data to evaluate on is, which a task does not train on."""
 
 
 IGNORED_LABEL = -100

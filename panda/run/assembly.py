@@ -48,6 +48,7 @@ def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
         max_seq_length=resolved.core.max_seq_length,
         reader_options=reader.options,
         token_cache=TokenCache(cache_folder(resolved.core.token_cache)),
+        held_out=resolved.core.eval_data_dir,
     )
     task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
     return task

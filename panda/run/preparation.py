@@ -9,6 +9,7 @@ import torch
 
 from panda.configuration.configure import Configuration
 from panda.configuration.options import RunOptions
+from panda.data.held_out import note_shared_samples
 from panda.data.token_dataset import SampleSet
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
@@ -119,7 +120,11 @@ class Preparation:
     def held_out(self) -> SampleSet | None:
         """The samples to evaluate on, tokenised; None where there are none."""
         evaluated = self._tasks[1]
-        return dataset_of(self.resolved, evaluated) if evaluated else None
+        if evaluated is None:
+            return None
+        held_out = dataset_of(self.resolved, evaluated)
+        note_shared_samples(self.dataset, held_out)
+        return held_out
 
 
 def prepare(configuration: Configuration, world_size: int) -> Preparation:

@@ -19,7 +19,9 @@ from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
 from panda.data.reading import data_files
+from panda.data.reading import identities
 from panda.data.reading import rows_of
+from panda.data.reading import without
 from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
 
@@ -39,6 +41,16 @@ class TextTask(LanguageModelling):
         super().__init__(context)
         self.location = location
         self.files = data_files(location, context.reader.suffixes, self.option)
+        self.held_out_files = 0
+        """Files at ``location`` that are not read, since they are held out."""
+        if context.held_out is not None:
+            self._leave_out(identities(context.held_out))
+
+    def _leave_out(self, held_out: set[tuple[int, int]]) -> None:
+        """Leave the files ``held_out`` out, unless there are no others: the run evaluates on what it trains on."""
+        if kept := without(self.files, held_out):
+            self.held_out_files = len(self.files) - len(kept)
+            self.files = kept
 
     @abstractmethod
     def parse(self, row: Row) -> Any:
@@ -61,13 +73,17 @@ class TextTask(LanguageModelling):
 
     def reading(self, location: str, option: str) -> TextTask:
         other = copy(self)
-        other.option, other.location = option, location
+        other.option, other.location, other.held_out_files = option, location, 0
         other.files = data_files(location, self.context.reader.suffixes, option)
         return other
 
     def dataset(self) -> TokenDataset:
         cache = self.context.token_cache
-        return cache.samples(self.recipe()) if cache else self.recipe().in_memory()
+        dataset = cache.samples(self.recipe()) if cache else self.recipe().in_memory()
+        if self.held_out_files:
+            files = "1 file is" if self.held_out_files == 1 else f"{self.held_out_files:,} files are"
+            dataset.report.notes.append(f"{self.option}: {files} held out by eval_data_dir, and not trained on")
+        return dataset
 
     def recipe(self) -> Recipe:
         """The files, how they become samples, and everything else that decides which tokens come out."""

@@ -56,6 +56,47 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
     assert Path("runs/instruct-llama-tiny-lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_data_and_check_name_unused_fields_and_what_is_held_out(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file below the training data is held out; of the rows in it, one is also in another file."""
+    held_out = [{"input": "q", "target": "r"}, {"input": "s", "target": "t", "id": "u"}]
+    Path("data/val").mkdir(parents=True)
+    Path("data/val/held.json").write_text(json.dumps(held_out))
+    copy = {"target": "r", "input": "q", "id": 1, "turns": [1]}
+    Path("data/rows.json").write_text(json.dumps([{"input": "a", "target": "b", "id": 2}, copy]))
+    flags = ["--instruction_tuning_data_dir", "data", "--eval_data_dir", "data/val"]
+    for command, prefix in ((data, ""), (check, "data: ")):
+        assert command.main([config, *flags]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"{prefix}the field 'id' is not used (2 rows)" in lines
+        assert f"{prefix}the field 'turns' is not used (1 row)" in lines
+        assert f"{prefix}instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on" in lines
+        held = "  " if command is data else "evaluation data: "
+        assert f"{held}the field 'id' is not used (1 row)" in lines
+        assert f"{held}1 of 2 held-out samples are also in the training data, and are trained on" in lines
+        assert any(line.startswith(("1 files, 2 rows, 2 samples", "data: 2 samples, ")) for line in lines)
+
+
+STEERING = "\x1b]0;x\x07[bold]b[/bold] :smile:\u202e"
+
+
+def test_text_of_data_is_shown_as_it_is_and_never_steers_the_terminal(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"input": f"a{STEERING}", "target": f"b\r{STEERING}"}, {"messages": [{"role": STEERING, "content": ""}]}]
+    Path("rows.json").write_text(json.dumps(rows))
+    assert data.main([config, "--max_seq_length", "200"]) == 0
+    out = capsys.readouterr().out
+    shown = "\\x1b]0;x\\x07[bold]b[/bold] :smile:\\u202e"
+    assert f"a{shown}" in out and f"b\\r{shown}" in out
+    assert f"turn 1 of 'messages' has the role '{shown}'" in out
+    assert "\x1b" not in out and "\u202e" not in out
+    Path("rows.json").write_text(json.dumps(rows[1:]))
+    assert data.main([config]) == 2
+    assert shown in (error := capsys.readouterr().err) and "\x1b" not in error
+
+
 def test_a_histogram_counts_every_sample_once_and_its_bars_are_to_scale() -> None:
     lines = data.histogram(np.array([2] * 10 + [3] * 5 + [8]), bins=4)
     assert [line.split()[-1] for line in lines] == ["15", "0", "0", "1"]

@@ -25,6 +25,7 @@ JUNK = bytes(range(256)) * 40
         ("a.json", '{"input": "caf\xe9"}'.encode("latin-1"), ["a.json:1: not UTF-8: byte 0xe9", "Convert the file"]),
         ("a.json", b'[1, "a", null, [], {"input": 1, "target": []}]', ["found a number", "'input' is a number"]),
         ("a.json.gz", b"\x1f\x8b\x08\x00cut", ["a.json.gz: not a complete gzip file"]),
+        ("a\x1b[2J.json", b"", ["a\\x1b[2J.json: the file is empty"]),
         ("a.txt", b"text", ["no file that ends in .json or .jsonl or .ndjson; it has .txt", "panda list readers"]),
     ],
     ids=[
@@ -37,6 +38,7 @@ JUNK = bytes(range(256)) * 40
         "not UTF-8",
         "mixed types",
         "gzip",
+        "a name that steers the terminal",
         "other files",
     ],
 )
@@ -48,7 +50,7 @@ def test_bad_input_is_one_clear_error(
     flags = ["--arch", "llama-tiny", "--instruction_tuning_data_dir", str(tmp_path / "data")]
     assert prepare.main([*flags, "--token_cache", str(tmp_path / "cache")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "Traceback" not in error
+    assert error.startswith("error: ") and "Traceback" not in error and "\x1b" not in error
     for word in words:
         assert word in error
 

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panda.data.reading import BadRow
+from panda.data.token_dataset import KEPT_FIELDS
 from panda.data.token_dataset import SHOWN_BAD_ROWS
+from panda.data.token_dataset import SHOWN_FIELDS
 from panda.data.token_dataset import DataReport
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
@@ -84,7 +86,11 @@ def test_bad_rows_are_counted_by_reason_without_their_numbers() -> None:
     report.add_bad(BadRow(Path("a.json"), 1, "not valid JSON at line 17"))
     report.add_bad(BadRow(Path("a.json"), 2, "not valid JSON at line 18"))
     other.add_bad(BadRow(Path("b.json"), 1, "empty"))
+    report.add_unused("id", 3)
+    other.add_unused("id")
+    other.add_unused("messages[].weight")
     report.add(other)
+    assert report.unused == {"id": 4, "messages[].weight": 1}
     assert report.reasons == {"not valid JSON at line …": 2, "empty": 1}
     assert (report.rows, report.bad_rows, len(report.first_bad_rows)) == (5, 3, 3)
     assert DataReport.from_json(json.loads(json.dumps(report.as_json()))) == report
@@ -96,3 +102,27 @@ def test_the_report_of_faultless_data_is_empty() -> None:
 
 def test_cut_samples_are_reported() -> None:
     assert DataReport(rows=5, truncated=2).lines() == ["2 samples are longer than max_seq_length and were cut."]
+
+
+def test_unused_fields_are_named_with_their_rows_and_not_without_end() -> None:
+    report = DataReport()
+    report.add_unused("id", 7473)
+    report.add_unused("a\x1b")
+    assert report.lines() == ["the field 'id' is not used (7,473 rows)", "the field 'a\\x1b' is not used (1 row)"]
+    for number in range(1000):
+        report.add_unused(f"key {number}")
+    lines = report.lines()
+    assert lines[0] == "the field 'id' is not used (7,473 rows)"
+    assert len(lines) == SHOWN_FIELDS + 1
+    assert lines[-1] == f"at least {KEPT_FIELDS - SHOWN_FIELDS} more fields are not used"
+    assert report.unused.total() == 7474 + 1000 and len(report.unused) == KEPT_FIELDS + 1
+
+
+def test_a_report_is_safe_to_print() -> None:
+    report = DataReport(rows=1, notes=["\x1b[2J"])
+    report.add_bad(BadRow(Path("a\x07.json"), 1, "role \x1b]0;x\nb"))
+    assert report.lines() == [
+        "bad row: a\\x07.json, row 1: role \\x1b]0;x\\nb",
+        "1 of 1 rows cannot be used and are left out.",
+        "\\x1b[2J",
+    ]

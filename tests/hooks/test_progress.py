@@ -86,7 +86,7 @@ def test_the_end_says_what_was_reached_where_everything_is_and_what_the_model_an
     make_run: Any, record: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run()
-    run.answers = [{"prompt": "Spell panda.", "answer": "p-a-n-d-a"}]
+    run.answers = [{"prompt": "Spell panda.", "answer": "p-a-n-d-a\n\x1b[2J"}]
     (run.directory / "loss.png").touch()
     (run.directory / "export").mkdir()
     plugin = started(run)
@@ -100,7 +100,7 @@ def test_the_end_says_what_was_reached_where_everything_is_and_what_the_model_an
     assert "  loss.png " in out
     assert "  export " in out
     assert "tensorboard" not in out
-    assert out.endswith("\n> Spell panda.\np-a-n-d-a\n")
+    assert out.endswith("\n> Spell panda.\np-a-n-d-a\n\\x1b[2J\n")
 
 
 def test_a_run_without_a_record_ends_all_the_same(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:

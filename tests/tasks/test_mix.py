@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_neither_is_refused(mix: Any) -> None:
 
 def test_it_is_asked_as_in_instruct(mix: Any) -> None:
     assert mix().encode_prompt("ask 1") == [1, *(byte + 3 for byte in b"ask 1\n")]
+
+
+def test_what_is_held_out_is_left_out_of_each_part(mix: Any, tmp_path: Path) -> None:
+    context = mix().context
+    (tmp_path / "held").mkdir()
+    for name in ("i", "p"):
+        (tmp_path / name / "val").mkdir(parents=True)
+        (tmp_path / f"{name}.json").rename(tmp_path / name / "a.json")
+        (tmp_path / name / "val" / "b.json").write_text(json.dumps([{"input": "x", "target": "y", "text": "z"}]))
+        (tmp_path / "held" / name).symlink_to(tmp_path / name / "val")
+    places = {"instruction_tuning_data_dir": str(tmp_path / "i"), "pretraining_data_dir": str(tmp_path / "p")}
+    task = Mix(MixOptions(**places), replace(context, held_out=str(tmp_path / "held")))
+    assert epoch(task) == Counter(ASKED + TOLD)
+    assert task.dataset().report.lines() == [
+        f"{key}: 1 file is held out by eval_data_dir, and not trained on" for key in places
+    ]
 
 
 @pytest.mark.parametrize("instruct", [True, False])

@@ -9,12 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from panda.data.json_reader import JsonReader
+from panda.data.reading import Row
 from panda.data.text_reader import TextOptions
 from panda.data.text_reader import TextReader
 from panda.data.token_cache import TokenCache
@@ -29,6 +31,7 @@ from panda.tasks.pretrain import PretrainOptions
 ROW = {"input": "a", "target": "b", "text": "c"}
 PLUGIN = """
 from panda.data.json_reader import JsonReader
+from panda.data.reading import Row
 from panda.tasks.pretrain import Pretrain
 
 class Task(Pretrain):
@@ -117,3 +120,84 @@ def test_the_vocabulary_decides(cached: Any, tokenizer: Any) -> None:
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens(["panda"])
     assert cached(tokenizer=larger) != cached()
+
+
+class Upper(Pretrain):
+    """As a plugin's task: it reads fields of its own."""
+
+    def parse(self, row: Row) -> str:
+        return str(row.fields["shout"]).upper() + row.fields.get("end", "")
+
+
+def context_over(folder: Path, tokenizer: Any, rows: dict[str, list[dict[str, Any]]], **held_out: str) -> TaskContext:
+    """The context of a task, with the files of ``rows`` in ``folder``."""
+    for name, of_file in rows.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(of_file))
+    return TaskContext(tokenizer, JsonReader(NoOptions(), ReaderContext()), 50, **held_out)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_fields_that_a_task_does_not_read_are_counted(tmp_path: Path, tokenizer: Any, cache: bool) -> None:
+    rows = [{"shout": "a", "id": 1, "title": None}, {"shout": "b", "end": "!", "id": 2, "text": "x"}, {"id": 3}]
+    context = context_over(tmp_path, tokenizer, {"rows.json": rows[:2]})
+    if cache:
+        context = replace(context, token_cache=TokenCache(tmp_path / "cache"))
+    task = Upper(PretrainOptions(pretraining_data_dir=str(tmp_path / "rows.json")), context)
+    for _ in range(2):
+        dataset = task.dataset()
+        assert [tokenizer.decode(dataset[n][0], skip_special_tokens=True) for n in (0, 1)] == ["A", "B!"]
+        assert dataset.report.unused == {"id": 2, "text": 1}
+
+
+def test_fields_of_documents_and_of_answers_are_counted_and_those_of_bad_rows_are_not(
+    pretrain: Any, instruct: Any
+) -> None:
+    rows = [
+        {"text": "a", "content": None, "title": None, "url": "x"},
+        {"text": "a", "content": "b", "url": "y"},
+        {"text": "a", "weight": 0, "url": "z"},
+    ]
+    report = pretrain(rows).dataset().report
+    assert report.unused == {"url": 2, "text": 1}
+    assert report.reasons == {"its weight is …": 1}
+    answers = [{"input": "a", "target": "b", "id": 1}, {"input": "a", "target": "", "id": 1}]
+    assert instruct(answers).dataset().report.unused == {"id": 1}
+
+
+TRAINED, HELD = {"input": "a", "target": "b"}, {"input": "c", "target": "d"}
+
+
+@pytest.mark.parametrize(
+    "held_out", ["data/val", "data/val/held.json", "link", "link.json", "hard", "copy/../data/val"]
+)
+def test_files_that_are_held_out_are_not_trained_on_whatever_leads_to_them(
+    tmp_path: Path, tokenizer: Any, held_out: str
+) -> None:
+    rows = {"data/rows.json": [TRAINED], "data/val/held.json": [HELD], "copy/other.json": [TRAINED]}
+    context = context_over(tmp_path, tokenizer, rows, held_out=str(tmp_path / held_out))
+    (tmp_path / "link").symlink_to("data/val")
+    (tmp_path / "link.json").symlink_to("data/val/held.json")
+    (tmp_path / "hard").mkdir()
+    os.link(tmp_path / "data/val/held.json", tmp_path / "hard/held.json")
+    task = Instruct(InstructOptions(instruction_tuning_data_dir=str(tmp_path / "data")), context)
+    assert [file.name for file in task.files] == ["rows.json"]
+    dataset = task.dataset()
+    assert len(dataset) == 1
+    assert dataset.report.lines() == [
+        "instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on"
+    ]
+    other = task.reading(str(tmp_path / held_out), "eval_data_dir").dataset()
+    assert (len(other), other.report.lines()) == (1, [])
+
+
+def test_nothing_is_left_out_where_nothing_would_be_left(tmp_path: Path, tokenizer: Any) -> None:
+    context = context_over(tmp_path, tokenizer, {"rows.json": [TRAINED]}, held_out=str(tmp_path))
+    task = Instruct(InstructOptions(instruction_tuning_data_dir=str(tmp_path / "rows.json")), context)
+    assert (len(task.dataset()), task.dataset().report.lines()) == (1, [])
+
+
+def test_what_is_held_out_need_not_be_files(tmp_path: Path, tokenizer: Any) -> None:
+    """A plugin's task may read other things; `reading` says what is wrong with a place."""
+    context = context_over(tmp_path, tokenizer, {"rows.json": [TRAINED]}, held_out="split:validation")
+    assert Instruct(InstructOptions(instruction_tuning_data_dir=str(tmp_path / "rows.json")), context).files

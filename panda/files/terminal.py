@@ -1,0 +1,30 @@
+"""Text from data, for a terminal: characters that would steer it are written as escapes."""
+
+from __future__ import annotations
+
+import re
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 except tab and newline, DEL, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings, overrides and isolates of bidirectional text
+    "\u2028\u2029"  # separators of lines and paragraphs
+    "\ud800-\udfff]"  # halves of surrogate pairs, which cannot be printed at all
+)
+_BREAKING = re.compile("[\t\n]")
+
+
+def printable(text: str) -> str:
+    r"""``text`` with the characters that steer a terminal as escapes: ``\x1b``, ``\u202e``. Tab and newline are kept.
+
+    Any part of a text may be given by itself, so it also serves text that is printed as it comes.
+    """
+    return _STEERING.sub(_escaped, text)
+
+
+def printable_line(text: str) -> str:
+    r"""``text`` on one line: as ``printable`` writes it, with tab and newline as ``\t`` and ``\n``."""
+    return _BREAKING.sub(_escaped, printable(text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape", "surrogatepass").decode("ascii")
