@@ -42,9 +42,11 @@ class ChatTemplate:
         self.encoder = Encoder(tokenizer)
         self._any_special = re.compile("|".join(map(re.escape, sorted(self.encoder.special, key=len, reverse=True))))
         self._borders: re.Pattern[str] | None = None
+        self._asked = [Turn("user", "a")]
         self._opening, self._ending = self._probe()
         self._end = self._any_special.findall(self._ending)[0]
-        self.end_tokens: list[int] = [self.encoder.special[self._end]]
+        ends = dict.fromkeys([self._end, *self._ends_of_calls()])
+        self.end_tokens: list[int] = [self.encoder.special[end] for end in ends]
         """The tokens at which an answer ends."""
 
     def exchanges(self, conversation: Conversation) -> tuple[list[Exchange], list[str]]:
@@ -149,13 +151,13 @@ class ChatTemplate:
 
         Raises UserError where there is no such end.
         """
-        turns = [Turn("user", "a"), Turn("assistant", _PROBE)]
+        answer = Turn("assistant", _PROBE)
         try:
-            after = self._render(turns, None, ask=False)
+            after = self._render([*self._asked, answer], None, ask=False)
         except UnusableRowError as problem:
-            turns.insert(0, Turn("system", "a"))  # which some want
+            self._asked.insert(0, Turn("system", "a"))  # which some want
             try:
-                after = self._render(turns, None, ask=False)
+                after = self._render([*self._asked, answer], None, ask=False)
             except UnusableRowError:
                 raise UserError(
                     f"template: {problem} (a question and an answer). Write `template: plain`, or correct the"
@@ -169,11 +171,22 @@ class ChatTemplate:
                 f"template: the tokenizer's chat template ends an answer with {ending[-20:]!r}, not a special token:"
                 " a model could not learn where to stop. Write `template: plain`, or correct the template."
             )
-        before = self._render(turns[:-1], None, ask=True)
+        before = self._render(self._asked, None, ask=True)
         if borders := self.encoder.borders & set(self._any_special.findall(before + after)):
             self._borders = re.compile("|".join(map(re.escape, borders)))
         common = next((n for n, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
         return "" if common is None else before[common:], ending[: end.end()]
+
+    def _ends_of_calls(self) -> list[str]:
+        """The token that ends an answer which calls a tool, where there are such: another one in some templates."""
+        function = {"name": "a", "description": "a", "parameters": {"type": "object", "properties": {}}}
+        call = {"type": "function", "function": {"name": "a", "arguments": {}}}
+        turns = [*self._asked, Turn("assistant", "", extras={"tool_calls": [call]})]
+        try:
+            [exchange] = self._exchanges(Conversation(turns, [{"type": "function", "function": function}]))
+        except UnusableRowError:
+            return []
+        return [token for token in self.encoder.special if exchange.answer.endswith(token)]
 
 
 def with_template(tokenizer: Any, chat_template: Any) -> Any:
