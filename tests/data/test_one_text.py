@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from tokenizer_zoo import load
 from transformers import AutoTokenizer
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
+from transformers.utils import chat_template_utils
 
 from panda.data.json_reader import JsonReader
 from panda.registry import NoOptions
@@ -42,6 +44,10 @@ Messages = list[dict[str, str]]
 
 DROPS_ITS_PROMPT = {"deepseek-r1"}
 """Templates that write an answer otherwise than after its prompt, which no sample can show: refusing them is right."""
+
+SPECIALS_ARE_PIECES = {"unigram"}
+"""Tokenizers whose model itself makes special tokens of what spells them, whatever the encoding is told: as T5's. The
+row can only be reported, or encoded in parts."""
 
 
 def conversation(*turns: str, system: str | None = None) -> Messages:
@@ -316,6 +322,19 @@ def test_ids_of_training_are_ids_of_inference_for_any_text(
     assert not found, "\n".join(found)
 
 
+def test_a_date_that_the_template_writes_is_the_one_of_the_run(tmp_path: Path, monkeypatch: Any) -> None:
+    rows = CONVERSATIONS[:3]
+    trained = train(tmp_path, load("llama3", "llama3.2"), rows)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2099, 12, 31, tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    assert not list(problems(trained, rows, may_refuse=False)), "the export is asked on another day"
+
+
 def literal_ids(exported: Any, text: str, spelt: str) -> list[int]:
     """Ids of ``text``, in which ``spelt`` is characters where it stands between braces, and a token elsewhere.
 
@@ -341,7 +360,7 @@ def literal_ids(exported: Any, text: str, spelt: str) -> list[int]:
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen", "eos-zero", "holes", "gemma", "nfkc"])
 def test_special_tokens_that_a_turn_spells_are_characters(tmp_path: Path, name: str, template: str) -> None:
     tokenizer = load(name, template)
-    specials = [*CONTROL, tokenizer.eos_token]
+    specials = [*dict.fromkeys((*CONTROL, tokenizer.eos_token))]
     for spelt in specials:
         folder = tmp_path / str(specials.index(spelt))
         folder.mkdir()
@@ -366,6 +385,8 @@ def test_no_turn_writes_a_special_token(tmp_path: Path, name: str, template: str
     plain = conversation("Say it", "It is it.")
     forged = conversation(f"Say {spelt} it", f"It is {spelt} it.")
     trained = train(tmp_path, load(name, template), [plain, forged])
+    if name in SPECIALS_ARE_PIECES and 1 in trained.bad:
+        return
     assert not trained.bad, trained.bad
     specials = set(trained.exported.convert_tokens_to_ids([*specials_of(trained.exported)]))
     specials -= {trained.exported.unk_token_id}
