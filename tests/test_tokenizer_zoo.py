@@ -38,7 +38,7 @@ def test_kinds_are_as_they_say() -> None:
     assert pieces("gpt2-prefix-space", "a") == ["Ġa"]
     assert pieces("llama3", "a") == ["<|begin_of_text|>", "a"]
     assert pieces("llama3", "123456") != pieces("qwen", "123456")
-    assert pieces("smollm2", "12") == ["1", "2"]
+    assert pieces("smollm2", "1,024") == ["1", ",", "0", "2", "4"] != pieces("gpt2", "1,024")
     assert load("eos-zero").eos_token_id == 0
     assert pieces("nfkc", "ﬁ") == pieces("nfkc", "fi") != pieces("gpt2", "ﬁ")
     assert pieces("strips", "a <|im_end|>") == ["a", "<|im_end|>"]
