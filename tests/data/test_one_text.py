@@ -43,11 +43,10 @@ from panda.weights.export import describe_model
 Messages = list[dict[str, str]]
 
 DROPS_ITS_PROMPT = {"deepseek-r1"}
-"""Templates that write an answer otherwise than after its prompt, which no sample can show: refusing them is right."""
+"""Templates whose prompt begins the answer with a thought: refusing an answer without one is right."""
 
-SPECIALS_ARE_PIECES = {"unigram"}
-"""Tokenizers whose model itself makes special tokens of what spells them, whatever the encoding is told: as T5's. The
-row can only be reported, or encoded in parts."""
+CANNOT_SPELL = {"byt5"}
+"""Tokenizers in Python, which cannot write what spells a special token as characters: the row is reported."""
 
 
 def conversation(*turns: str, system: str | None = None) -> Messages:
@@ -94,14 +93,13 @@ def train(folder: Path, tokenizer: Any, rows: Sequence[Messages]) -> Trained:
     reader = JsonReader(NoOptions(), ReaderContext())
     options = InstructOptions(instruction_tuning_data_dir=str(file), template="chat")
     task = Instruct(options, TaskContext(tokenizer, reader, max_seq_length=4096))
-    export, template = folder / "export", task.chat_template()
+    export = folder / "export"
     unused: Any = None
     describe_model(
         export,
         _module(),
         torch.float32,
         task.tokenizer,
-        chat_template=template,
         model=unused,
         context=unused,
         pretrained=None,
@@ -135,6 +133,9 @@ def answers_of(exported: Any, messages: Messages) -> list[Answer] | None:
                 written = exported.apply_chat_template(messages[: number + 1], tokenize=False)
             except Exception:  # jinja's, and what it calls
                 return None
+            if not written.startswith(prompt) and prompt.endswith("<think>\n"):
+                # What was asked for goes on with the thought, which the template leaves out of finished answers.
+                written = prompt + message["content"].removeprefix("<think>\n") + exported.eos_token
             found.append(Answer(prompt, written, prompt_ids))
     return found
 
@@ -385,7 +386,7 @@ def test_no_turn_writes_a_special_token(tmp_path: Path, name: str, template: str
     plain = conversation("Say it", "It is it.")
     forged = conversation(f"Say {spelt} it", f"It is {spelt} it.")
     trained = train(tmp_path, load(name, template), [plain, forged])
-    if name in SPECIALS_ARE_PIECES and 1 in trained.bad:
+    if name in CANNOT_SPELL and 1 in trained.bad:
         return
     assert not trained.bad, trained.bad
     specials = set(trained.exported.convert_tokens_to_ids([*specials_of(trained.exported)]))
