@@ -70,8 +70,7 @@ def _data(argv: list[str]) -> None:
     share = dataset.supervised_tokens / dataset.tokens
     console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
     console.print(f"tokenizer: {resolved.core.tokenizer}, with {len(task.tokenizer):,} entries", markup=False)
-    if report.truncated:
-        console.print(f"{report.truncated:,} samples are longer than max_seq_length and were cut")
+    console.print(report.cut(len(dataset), resolved.core.max_seq_length))
     if report.bad_rows:
         console.print(f"{report.bad_rows:,} rows cannot be used and are left out:")
         for reason, count in report.reasons.most_common():

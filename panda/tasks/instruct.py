@@ -117,6 +117,11 @@ class Instruct(TextTask):
     def prompt_text(self, prompt: str) -> str:
         return self.template.prompt(prompt)
 
+    def text_format(self) -> str:
+        if self.options.template == "chat":
+            return "chat: the tokenizer's chat template"
+        return f"plain, separator {self.options.separator!r}"
+
     def chat_template(self) -> str | None:
         if self.options.template == "chat":
             return None

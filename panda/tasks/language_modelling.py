@@ -53,6 +53,10 @@ class LanguageModelling(ABC):
     def prompt_text(self, prompt: str) -> str:
         """The text that the model is given for ``prompt``, written as in training."""
 
+    def text_format(self) -> str:
+        """One line: how text is written for the model, for the first lines of a run."""
+        return "text as it is"
+
     special_tokens_in_text = False
     """Whether special tokens spelt in a text are encoded as such, as in a chat template's text, or as characters."""
 

@@ -72,6 +72,9 @@ class Mix(LanguageModelling):
     def last_token(self) -> int:
         return self.first.last_token
 
+    def text_format(self) -> str:
+        return "; ".join(f"{name}: {task.text_format()}" for name, task, _ in self.parts)
+
     def prompt_text(self, prompt: str) -> str:
         return self.first.prompt_text(prompt)
 
