@@ -117,7 +117,8 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
     yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {options.lora_dropout:g}"
     if adapted is not None:
         config = cast("LoraConfig", adapted.peft_config["default"])
-        yield f"on {', '.join(sorted(config.target_modules or ()))}"
+        names = options.lora_target_modules or sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
+        yield f"on {', '.join(names)}"
 
 
 def _weights(prepared: Preparation) -> str:
@@ -150,6 +151,10 @@ def _has_own_tokenizer(prepared: Preparation) -> bool:
     return holder is not None and tokenizer_folder(prepared.options.tokenizer).resolve() == holder.folder.resolve()
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 # -- the data -----------------------------------------------------------------------------------
 
 
@@ -159,8 +164,8 @@ def _data(prepared: Preparation, dataset: SampleSet, location: str | None = None
     named = [s.value for s in settings if s.location and s.location.holds_data and s.owner != CORE and s.value]
     where = location or ", ".join(value if isinstance(value, str) else ", ".join(value) for value in named)
     report = dataset.report
-    read = f" of {report.rows:,} rows in {report.files:,} file{'s' * (report.files != 1)}" if report.files else ""
-    yield f"{where}{': ' * bool(where)}{len(dataset):,} samples{read}"
+    read = f" of {_count(report.rows, 'row')} in {_count(report.files, 'file')}" if report.files else ""
+    yield f"{where}{': ' * bool(where)}{_count(len(dataset), 'sample')}{read}"
     yield f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} of them with loss"
     yield report.cut(len(dataset), prepared.options.max_seq_length)
     yield from report.lines()
@@ -183,7 +188,7 @@ def _evaluation(prepared: Preparation) -> Iterator[str]:
 def _steps(layout: Layout) -> Iterator[str]:
     plan, rows = layout.plan, layout.filling()
     split = f"{plan.micro_batch} x {plan.accumulation} x {plan.ranks}, micro batch x accumulation x ranks"
-    yield f"{plan.total_steps:,} steps of {plan.step_samples:,} samples ({split}): {_epochs(layout)}"
+    yield f"{_count(plan.total_steps, 'step')} of {_count(plan.step_samples, 'sample')} ({split}): {_epochs(layout)}"
     if rows.steps:
         tokens = plan.step_samples * rows.tokens / rows.samples
         long = f" of up to {layout.max_seq_length:,}" * layout.packed
@@ -220,8 +225,8 @@ def _engine(prepared: Preparation) -> str:
         said.append(f"{options.activation_checkpointing} activation checkpointing")
     if options.compile:
         said.append("compiled")
-    count, device = prepared.world_size, torch.cuda.get_device_name() if on_gpu else "CPU"
-    return f"{', '.join(said)}; {count:,} process{'es' * (count != 1)} on {device}"
+    where = f"{_count(prepared.world_size, 'rank')} on {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
+    return f"{', '.join(said)}; {where}"
 
 
 def _saves(options: RunOptions) -> str:
