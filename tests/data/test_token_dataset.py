@@ -103,6 +103,6 @@ def test_the_report_of_faultless_data_is_empty() -> None:
     ],
 )
 def test_cut_samples_are_reported_with_their_share(truncated: int, line: str) -> None:
-    report = DataReport(rows=8000, truncated=truncated)
+    report = DataReport(rows=4000, truncated=truncated)
     assert report.cut(7473, 512) == line
     assert report.lines() == []
