@@ -21,6 +21,7 @@ from panda.run.directory_lock import RunLock
 from panda.run.ending import finish
 from panda.run.ending import work_at_the_end
 from panda.run.loop import Loop
+from panda.run.outlook import announce
 from panda.run.preparation import prepare
 from panda.run.state import Run as Run
 from panda.run.trained_model import trained_model
@@ -50,6 +51,7 @@ def train(configuration: Configuration) -> Run | None:
                     f" {continuation.directory} --prompt TEXT`."
                 )
             return None
+        announce(prepared, continuation, layout, processes)
         model = trained_model(prepared, layout, processes)
         run = begin(prepared, continuation, (layout, evaluation), model, processes, lock)
         with _to_its_end(run, configuration):

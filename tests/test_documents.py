@@ -21,6 +21,7 @@ from checkpoint_files import llama
 from checkpoint_files import save_hf
 from distributions import Distributions
 from distributions import forget_installed
+from launching import run_panda
 
 from panda.cli.main import main as panda
 from panda.cli.train import main as panda_train
@@ -45,11 +46,17 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+(OWN_RUN,) = (block for block in blocks(README, "console") if "\npanda generate " in block)
+"""The README's own run, which is trained in a test of its own."""
+
+
 def console_lines() -> list[str]:
-    """Every command of every ``console`` block, continuation lines joined."""
+    """Every command of every other ``console`` block, continuation lines joined."""
     lines = []
     for page in PAGES:
         for block in blocks(page, "console"):
+            if block == OWN_RUN:
+                continue
             lines += block.replace("\\\n", " ").splitlines()
     return sorted({line.split(" # ")[0].strip() for line in lines if line.strip()})
 
@@ -109,9 +116,28 @@ def test_a_documented_command_resolves(
         assert (ROOT / words[1]).exists()
         return
     else:
-        assert names[0] in ("python3", "pytest") or line == "source .venv/bin/activate", f"who runs {line!r}?"
+        assert names[0] in ("python3", "pytest"), f"who runs {line!r}?"
         return
     assert code == 0, capsys.readouterr().err
+
+
+def test_the_readmes_own_run_fine_tunes_a_checkpoint_and_says_so_first(tmp_path: Path) -> None:
+    """Its commands, with small stand-ins for the checkpoint and the chats, and only one step."""
+    _, train, generate = map(shlex.split, OWN_RUN.replace("\\\n", " ").splitlines())
+    save_hf(llama(max_position_embeddings=2048), tmp_path / "SmolLM2-135M-Instruct")
+    given = re.search(r"^`(\{.*\})`", README.read_text(), re.MULTILINE)
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "a.jsonl").write_text(f"{given[1]}\n" if given else "")
+    trained = run_panda(*train, "--max_steps", 1, "--num_workers", 0, "-p", "no:plot", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    (shown,) = (block for block in blocks(README, "text") if block.startswith("loading torch"))
+    begun, loading, _ = trained.stdout.partition("loading the weights ...\n")
+    labels = [[line[:12] for line in text.splitlines() if not line.startswith("note: ")] for text in (shown, begun)]
+    assert labels[0] == labels[1] and len(labels[0]) > 10 and loading
+    assert "\nweights     SmolLM2-135M-Instruct (a folder): " in begun and "random" not in begun
+    assert "is high for" not in begun
+    answered = run_panda(*generate, cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
 
 
 def test_the_readme_names_what_there_is() -> None:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from panda.cli.command import announce_loading
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
-
-if TYPE_CHECKING:
-    from panda.data.packing import Layout
-    from panda.data.token_dataset import SampleSet
-    from panda.run.preparation import Preparation
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -65,12 +59,16 @@ def _print_settings(resolved: Resolved) -> None:
 
 
 def _check_data_and_model(configuration: Configuration, world_size: int) -> None:
+    print()
+    announce_loading()
+
     from panda.engine.checkpoints.folders import START
     from panda.engine.checkpoints.folders import read_progress
-    from panda.run.assembly import build_schedule
+    from panda.models.forward.isolation import refuse_without_positions
     from panda.run.assembly import lay_out
     from panda.run.continuation import agreement_of
     from panda.run.directory import find_directory
+    from panda.run.outlook import outlook
     from panda.run.preparation import prepare
 
     resolved, options = configuration.resolved, configuration.options
@@ -79,41 +77,6 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
     layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)
-    build_schedule(resolved, layout.plan)
-    _print_data(prepared.dataset, prepared.held_out)
-    print(
-        f"run: {layout.plan.total_steps:,} optimizer steps of {layout.plan.step_samples:,} samples on {world_size}"
-        f" rank(s)\nrun: in {directory}" + (f", continuing from {checkpoint}" if checkpoint else "")
-    )
-    _print_model(prepared, layout)
-
-
-def _print_data(dataset: SampleSet, held_out: SampleSet | None) -> None:
-    print(f"\ndata: {dataset.report.files} files, {dataset.report.rows:,} rows")
-    for line in dataset.report.lines():
-        print(f"data: {line}")
-    print(f"data: {len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss")
-    if held_out:
-        for line in held_out.report.lines():
-            print(f"evaluation data: {line}")
-        print(f"evaluation data: {len(held_out):,} samples, {held_out.supervised_tokens:,} tokens with loss")
-
-
-def _print_model(prepared: Preparation, layout: Layout) -> None:
-    import torch
-
-    from panda.models.adapters.lora import add_adapters
-    from panda.models.forward.isolation import refuse_without_positions
-
-    outline, options = prepared.outline, prepared.options
-    if outline is None:
-        print("model: it can only be built with weights, so its size is not known before a run")
-        return
-    if layout.packed:
-        refuse_without_positions(outline, prepared.resolved.components["model"].component.name)
-    parameters = sum(parameter.numel() for parameter in outline.parameters())
-    if options.use_lora:
-        with torch.device("meta"):
-            outline = add_adapters(outline, options)
-    trained = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
-    print(f"model: {parameters:,} parameters" + (f"; {trained:,} of adapters are trained" * options.use_lora))
+    if layout.packed and prepared.outline is not None:
+        refuse_without_positions(prepared.outline, resolved.components["model"].component.name)
+    print("\n".join(outlook(prepared, layout, directory, checkpoint)))

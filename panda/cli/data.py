@@ -101,8 +101,7 @@ def _print_report(console: Console, prepared: Preparation) -> None:
     share = dataset.supervised_tokens / dataset.tokens
     console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
     console.print(f"tokenizer: {prepared.options.tokenizer}, with {len(prepared.tokenizer):,} entries")
-    if report.truncated:
-        console.print(f"{report.truncated:,} samples are longer than max_seq_length and were cut")
+    console.print(report.cut(len(dataset), prepared.options.max_seq_length))
     if report.bad_rows:
         console.print(f"{report.bad_rows:,} rows cannot be used and are left out:")
         for reason, count in report.reasons.most_common():

@@ -42,4 +42,5 @@ def _prepare(argv: list[str]) -> None:
             f"{name}{dataset.report.files:,} files, {dataset.report.rows:,} rows: {len(dataset):,} samples,"
             f" {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss"
         )
+        print(f"{name}{dataset.report.cut(len(dataset), configuration.options.max_seq_length)}")
     print(f"in {cache_folder(configuration.options.token_cache)}")

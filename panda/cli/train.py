@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+from panda.cli.command import announce_loading
 from panda.cli.command import run_command
 from panda.cli.help import print_train_help
 from panda.configuration.arguments import parse_arguments
@@ -32,6 +33,7 @@ def _train(argv: list[str]) -> None:
     # hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable
     # when torch loads it; it can go when torch's threads sleep by default.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    announce_loading()
 
     from panda.engine.processes import leave_processes
     from panda.runner import train

@@ -60,11 +60,7 @@ def configure(arguments: Arguments) -> Configuration:
 
     pretrained = find_pretrained(resolved.core)
     assert pretrained is not None
-    resolved = follow_checkpoint(resolved, pretrained)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"weights: {pretrained.describe()}")
-        print(f"tokenizer: {resolved.core.tokenizer} ({resolved.settings['tokenizer'].origin})")
-    return Configuration(resolved, hooks, pretrained)
+    return Configuration(follow_checkpoint(resolved, pretrained), hooks, pretrained)
 
 
 def _with_implied(resolved: Resolved) -> Resolved:

@@ -77,13 +77,20 @@ class DataReport:
         if len(self.first_bad_rows) < SHOWN_BAD_ROWS:
             self.first_bad_rows.append(bad)
 
+    def cut(self, samples: int, limit: int) -> str:
+        """One line: how many of the ``samples`` were cut to ``limit`` tokens, max_seq_length."""
+        if not self.truncated:
+            return f"no sample is cut to {limit:,} tokens"
+        share = self.truncated / samples
+        written = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
+        verb = "is" if self.truncated == 1 else "are"
+        return f"{self.truncated:,} of {samples:,} samples ({written}) {verb} cut to {limit:,} tokens (max_seq_length)"
+
     def lines(self) -> list[str]:
-        """The report, line by line, for a terminal; empty where nothing was left out, cut or not used."""
+        """The report, line by line, for a terminal; empty where nothing was left out or not used."""
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
             lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
-        if self.truncated:
-            lines.append(f"{self.truncated} samples are longer than max_seq_length and were cut.")
         if self.inexact:
             lines.append(f"{self.inexact} answers have tokens that decode to another text than theirs.")
         return [*lines, *self.unused_lines(), *map(printable_line, self.notes)]

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 2.0
 """Minimum time between two plain lines."""
-PEAK_SOUGHT_STEPS = 10_000
-"""Steps among which the peak of the learning rate is sought: a warm-up is thought to be shorter."""
 
 
 @register_plugin("progress")
@@ -40,41 +38,10 @@ class ProgressDisplay:
     def panda_run_start(self, run: Run) -> None:
         if run.processes.rank != 0:
             return
-        for line in run.dataset.report.lines():
-            print(f"data: {line}", flush=True)
-        if run.resumed_from:
-            print(f"resumed from {run.resumed_from}, step {run.step}", flush=True)
-        elif run.options.resume == "auto":
-            print(f"resume: no checkpoint in {run.directory} yet, so the run starts from the beginning", flush=True)
-        data, plan = run.dataset, run.plan
-        if len(data.sources) > 1:
-            drawn = " and ".join(f"{s.per_epoch:,} of {s.samples:,} samples of {s.name}" for s in data.sources)
-            print(f"an epoch is {drawn}", flush=True)
-        rows = run.layout.filling()
-        if rows.steps:
-            print(f"{run.layout.batching} rows, in the first {rows.steps:,} steps: {rows}", flush=True)
-        print(
-            f"{len(data):,} samples, {data.tokens:,} tokens, {data.supervised_tokens:,} with loss;"
-            f" {plan.total_steps:,} steps of {plan.micro_batch} x {plan.accumulation} x {plan.ranks} samples"
-            f" (micro batch x accumulation x ranks) on {run.processes.device.type}",
-            flush=True,
-        )
-        if run.evaluation is not None:
-            held_out = run.evaluation.dataset
-            for line in held_out.report.lines():
-                print(f"evaluation data: {line}", flush=True)
-            when = f"every {run.options.eval_steps:,} steps and " * (run.options.eval_steps > 0)
-            print(
-                f"evaluated {when}at the end on {len(held_out):,} samples, {held_out.tokens:,} tokens,"
-                f" {held_out.supervised_tokens:,} with loss",
-                flush=True,
-            )
-        if plan.total_steps <= run.step:
-            print(f"nothing is left to train: {run.step} of {plan.total_steps} steps are done", flush=True)
-        elif max(map(run.schedule, range(min(plan.total_steps, PEAK_SOUGHT_STEPS)))) < 1:
-            print("note: the learning rate does not reach its peak: the run ends within the warm-up", flush=True)
         if sys.stdout.isatty():
             self._open_bar(run)
+        else:
+            print("training ...", flush=True)
 
     @hookimpl
     def panda_log(self, run: Run, record: dict[str, Any]) -> None:

@@ -78,9 +78,9 @@ class Instruct(TextTask):
 
     def text_format(self) -> str:
         if _is_plain(self.options, self.context):
-            return f"plain, {self.options.separator!r} after each turn that is not an answer"
+            return f"plain, separator {self.options.separator!r}"
         dated = "strftime_now" in str(self.tokenizer.chat_template)
-        return "the tokenizer's chat template" + f", with the date {_day(self.options)}" * dated
+        return "chat: the tokenizer's chat template" + f", with the date {_day(self.options)}" * dated
 
     def parse(self, row: Row) -> tuple[str, list[Exchange], list[str]]:
         """The first thing that the user asks, the answers with what comes before each, and unused names."""

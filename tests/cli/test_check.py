@@ -25,10 +25,10 @@ def test_each_value_is_printed_with_its_origin_and_the_data_is_counted(tmp_path:
     assert ["save_steps", "0", "default"] in lines
     assert ["adam_betas", "0.9,", "0.99", "default"] in lines
     assert "\noptimizer adamw: panda-train " in done.stdout
-    assert "data: 1 files, 5,400 rows" in done.stdout
-    assert "optimizer steps of 32 samples on 1 rank(s)" in done.stdout
-    assert "run: in runs/instruct-llama-tiny" in done.stdout
-    assert "model: 722,816 parameters" in done.stdout
+    assert "\ndata        panda:data/sample/instruct: 5,400 samples of 5,400 rows in 1 file\n" in done.stdout
+    assert "\nsteps       169 steps of 32 samples (32 x 1 x 1, " in done.stdout
+    assert "\noutput      runs/instruct-llama-tiny\n" in done.stdout
+    assert "\nmodel       llama (llama-tiny), 722,816 parameters, all trained\n" in done.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"], "it writes nothing"
 
 

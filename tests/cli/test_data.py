@@ -42,7 +42,7 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
     # BOS, prompt, newline, three letters, EOS: 7, 11, 11, and 36 cut to 24
     assert lines[1] == f"{7 + 11 + 11 + 24} tokens, 16 with loss (30.2%)"
     assert lines[2] == "tokenizer: panda:data/sample/tokenizer, with 259 entries"
-    assert lines[3] == "1 samples are longer than max_seq_length and were cut"
+    assert lines[3] == "1 of 4 samples (25.0%) is cut to 24 tokens (max_seq_length)"
     assert lines[4] == "3 rows cannot be used and are left out:"
     assert lines[5] == "          2  field 'target' is empty"
     assert "          1  no field 'target'" in lines[6]
@@ -109,14 +109,14 @@ def test_a_histogram_counts_every_sample_once_and_its_bars_are_to_scale() -> Non
 def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare.main([config]) == 0
     out = capsys.readouterr().out
-    assert "1 files, 7 rows: 4 samples, 53 tokens, 16 with loss\nin cache\n" in out
+    assert "1 files, 7 rows: 4 samples, 53 tokens, 16 with loss\n1 of 4 samples (25.0%) is cut to 24 tokens" in out
     assert "bad row: rows.json, row 5: no field 'target'" in out
     [made] = [path for path in Path("cache").iterdir() if (path / "manifest.json").exists()]
     before = os.stat(made / "manifest.json").st_mtime_ns
     flags = ["--max_steps", 1, "--output_dir", "run", "--num_layers", 1, "--hidden_size", 32, "-p", "no:tensorboard"]
     done = run_panda("panda-train", "--config", config, *flags, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
-    assert "packed rows, in the first 1 steps: 100.0% data, " in done.stdout
+    assert " in packed rows of up to 24: 100.0% data, " in done.stdout
     assert [path for path in Path("cache").iterdir() if (path / "manifest.json").exists()] == [made]
     assert os.stat(made / "manifest.json").st_mtime_ns == before
 
@@ -129,7 +129,10 @@ def test_prepare_and_check_read_what_is_evaluated_on(config: str, capsys: pytest
     assert "evaluation data: 1 files, 2 rows: 1 samples, 5 tokens, 2 with loss\n" in out
     assert len(list(Path("cache").glob("*/manifest.json"))) == 2
     assert check.main([config, "--eval_data_dir", "held_out.jsonl"]) == 0
-    assert "evaluation data: 1 samples, 2 tokens with loss\n" in capsys.readouterr().out
+    assert (
+        "held_out.jsonl: 1 sample of 2 rows in 1 file\n            5 tokens, 2 of them with loss\n"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("command", [data, prepare])

@@ -63,5 +63,5 @@ def test_a_line_of_a_megabyte_among_others_is_a_sample_that_is_cut(
     flags = ["--arch", "llama-tiny", "--instruction_tuning_data_dir", str(tmp_path / "a.jsonl")]
     assert prepare.main([*flags, "--token_cache", str(tmp_path / "cache")]) == 0
     out = capsys.readouterr().out
-    assert "1 samples are longer than max_seq_length and were cut." in out
+    assert "1 of 3 samples (33.3%) is cut to 2,048 tokens (max_seq_length)" in out
     assert f"3 rows: 3 samples, {5 + 2048 + 5:,} tokens" in out

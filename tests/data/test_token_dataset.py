@@ -100,10 +100,6 @@ def test_the_report_of_faultless_data_is_empty() -> None:
     assert DataReport(files=3, rows=100).lines() == []
 
 
-def test_cut_samples_are_reported() -> None:
-    assert DataReport(rows=5, truncated=2).lines() == ["2 samples are longer than max_seq_length and were cut."]
-
-
 def test_unused_fields_are_named_with_their_rows_and_not_without_end() -> None:
     report = DataReport()
     report.add_unused("id", 7473)
@@ -126,3 +122,17 @@ def test_a_report_is_safe_to_print() -> None:
         "1 of 1 rows cannot be used and are left out.",
         "\\x1b[2J",
     ]
+
+
+@pytest.mark.parametrize(
+    ("truncated", "line"),
+    [
+        (0, "no sample is cut to 512 tokens"),
+        (1, "1 of 7,473 samples (less than 0.1%) is cut to 512 tokens (max_seq_length)"),
+        (12, "12 of 7,473 samples (0.2%) are cut to 512 tokens (max_seq_length)"),
+    ],
+)
+def test_cut_samples_are_reported_with_their_share(truncated: int, line: str) -> None:
+    report = DataReport(rows=4000, truncated=truncated)
+    assert report.cut(7473, 512) == line
+    assert report.lines() == []

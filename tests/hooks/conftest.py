@@ -44,7 +44,6 @@ def make_run(tmp_path: Path) -> MakeRun:
             step=step,
             answers=[],
             checkpoints=[],
-            options=SimpleNamespace(resume=None, eval_steps=0),
             schedule=lambda completed: 1.0,
             observations={},
             engine=SimpleNamespace(optimizer_observes=True),

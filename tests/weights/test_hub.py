@@ -91,8 +91,8 @@ def test_two_ranks_fetch_what_they_need_once_and_a_run_without_network_takes_it_
     done = run("torchrun", *launcher, *command, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     weights = snapshot(tmp_path, "tiny")
-    assert f"weights: {weights} (Hugging Face hub): safetensors, llama\n" in done.stdout
-    assert f"tokenizer: org/tiny (checkpoint {weights})" in done.stdout
+    assert f"weights     {weights} (Hugging Face hub): safetensors, llama\n" in done.stdout
+    assert "tokenizer   org/tiny, the checkpoint's own, 259 entries\n" in done.stdout
     tiny = hub.root / "org" / "tiny"
     shards = [file.name for file in tiny.glob("model-*")]
     assert len(shards) > 2
@@ -108,7 +108,7 @@ def test_two_ranks_fetch_what_they_need_once_and_a_run_without_network_takes_it_
     again = ["--model", "hf", "--ckpt_path", "org/tiny", "--tokenizer", "org/tiny", *DATA, *RUN]
     done = run("panda-train", *again, "--output_dir", "second", cwd=tmp_path, **offline)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"weights: {weights} (Hugging Face hub, from its cache): safetensors, llama\n" in done.stdout
+    assert f"weights     {weights} (Hugging Face hub, from its cache): safetensors, llama\n" in done.stdout
     assert hub.asked == []
     assert_exported(tmp_path / "second", model)
 

@@ -268,13 +268,6 @@ def test_what_is_nowhere_is_told_with_every_place(tmp_path: Path, monkeypatch: p
     )
 
 
-def test_what_is_taken_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    configured("--ckpt_path", folder)
-    assert capsys.readouterr().out == (
-        f"weights: {folder} (a folder): safetensors, llama\ntokenizer: {folder} (checkpoint {folder})\n"
-    )
-
-
 # -- what a run follows, and what contradicts ------------------------------------------------
 
 

@@ -213,4 +213,4 @@ def test_what_is_implied_is_reported_and_65b_has_the_published_counts(
     assert main(["check", *flags]) == 0
     done = capsys.readouterr()
     assert done.err.startswith("note: use_quant implies use_lora True and precision bf16: quantised weights cannot")
-    assert "implied by use_quant" in done.out and "model: 65,285,660,672 parameters; 799,539,200 of" in done.out
+    assert "implied by use_quant" in done.out and " 65,285,660,672 parameters; 799,539,200 of adapters" in done.out

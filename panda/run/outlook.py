@@ -1,0 +1,288 @@
+"""The outlook: what a run is going to do, in the lines with which it and ``panda check`` begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import cast
+
+import torch
+
+from panda.configuration.options import RunOptions
+from panda.data.packing import Layout
+from panda.data.token_dataset import SampleSet
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.processes import Processes
+from panda.models.adapters.lora import add_adapters
+from panda.optim.adam_options import AdamOptions
+from panda.registry import UserError
+from panda.registry.settings import CORE
+from panda.run.assembly import build_schedule
+from panda.run.directory import find_directory
+from panda.run.preparation import Preparation
+from panda.weights.tokenizers import read_tokenizer
+from panda.weights.tokenizers import tokenizer_folder
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft import PeftModel
+
+    from panda.run.continuation import Continuation
+
+HIGH_RATE = 1e-4
+"""Peak learning rate from which on training all weights of a checkpoint with Adam is noted.
+
+Published recipes of supervised fine-tuning have 5e-6 to 5e-5: Alpaca, Llama 2 and TRL's default 2e-5, Tulu 3 5e-6,
+transformers' default 5e-5. Only models of a few hundred million weights are tuned at more.
+"""
+HIGH_ADAPTER_RATE = 1e-3
+"""The same for adapters, which have rates ten times as high: LoRA and QLoRA (arXiv 2305.14314) 1e-4 to 3e-4. Noted
+above this."""
+PEAK_SOUGHT_STEPS = 10_000
+"""Steps among which the peak of the learning rate is sought: a warm-up is thought to be shorter."""
+_WIDTH = 12
+
+
+def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: Path | None) -> list[str]:
+    """What the run of ``prepared`` is going to do in ``directory``, continuing from ``checkpoint``, line by line.
+
+    ``layout``: the rows that it trains on. Raises UserError if the model has no layers for the adapters.
+    """
+    adapted = _adapted(prepared)
+    parts = {
+        "model": [_model(prepared, adapted), *_adapters(prepared, adapted)],
+        "weights": [_weights(prepared)],
+        "tokenizer": [_tokenizer(prepared)],
+        "text": [prepared.task.text_format()],
+        "data": [*_data(prepared, prepared.dataset), *_epoch(prepared.dataset)],
+        "evaluation": list(_evaluation(prepared)),
+        "steps": list(_steps(layout)),
+        "optimizer": [_optimizer(prepared)],
+        "engine": [_engine(prepared)],
+        "saves": [_saves(prepared.options)],
+        "output": [_output(prepared.options, layout, directory, checkpoint)],
+    }
+    lines = [
+        f"{'' if number else label:{_WIDTH}}{line}" for label, part in parts.items() for number, line in enumerate(part)
+    ]
+    return [*lines, *(f"note: {note}" for note in _notes(prepared, layout))]
+
+
+def announce(prepared: Preparation, continuation: Continuation, layout: Layout, processes: Processes) -> None:
+    """Print the outlook of the run, on rank 0. Every rank has to call it, and all raise where it cannot be made."""
+
+    def tell() -> None:
+        if processes.rank == 0:
+            directory = continuation.directory or find_directory(prepared.resolved)[0]
+            print("\n".join(outlook(prepared, layout, directory, continuation.checkpoint)))
+            print("loading the weights ..." if prepared.pretrained else "drawing the weights ...", flush=True)
+
+    processes.together(tell)
+
+
+# -- the model ----------------------------------------------------------------------------------
+
+
+def _adapted(prepared: Preparation) -> PeftModel | None:
+    """A copy of the model without weights, with the run's adapters; None for a run that has none, or no such model."""
+    if prepared.outline is None or not prepared.options.use_lora:
+        return None
+    with torch.device("meta"):
+        return add_adapters(deepcopy(prepared.outline), prepared.options)
+
+
+def _model(prepared: Preparation, adapted: PeftModel | None) -> str:
+    components, outline = prepared.resolved.components, prepared.outline
+    name = components["model"].component.name
+    of_checkpoint = (prepared.context.config or {}).get("model_type", name)
+    kind = components["arch"].component.name if "arch" in components else of_checkpoint
+    called = name if kind == name else f"{name} ({kind})"
+    if outline is None:
+        return f"{called}, which can only be built with weights, so its size is not known before"
+    parameters = sum(parameter.numel() for parameter in outline.parameters())
+    trained = sum(parameter.numel() for parameter in (adapted or outline).parameters() if parameter.requires_grad)
+    if adapted is not None:
+        return f"{called}, {parameters:,} parameters; {trained:,} of adapters are trained"
+    return f"{called}, {parameters:,} parameters, {'all' if trained == parameters else f'{trained:,}'} trained"
+
+
+def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]:
+    options = prepared.options
+    if not options.use_lora:
+        return
+    kind = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
+    yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {options.lora_dropout:g}"
+    if adapted is not None:
+        config = cast("LoraConfig", adapted.peft_config["default"])
+        names = options.lora_target_modules or sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
+        yield f"on {', '.join(names)}"
+
+
+def _weights(prepared: Preparation) -> str:
+    options, pretrained = prepared.options, prepared.pretrained
+    source = pretrained.describe() if pretrained else f"random, drawn from seed {options.seed}"
+    if options.use_quant:
+        return f"{source}; frozen, in {options.quant_bits} bits ({'NF4' if options.quant_bits == 4 else 'LLM.int8'})"
+    return source + "; frozen" * options.use_lora
+
+
+def _tokenizer(prepared: Preparation) -> str:
+    location, pretrained = prepared.options.tokenizer, prepared.pretrained
+    whose = ""
+    if _has_own_tokenizer(prepared):
+        whose = ", the checkpoint's own"
+    elif pretrained:
+        whose = ", not the checkpoint's"
+    elif prepared.resolved.settings["tokenizer"].origin == "default":
+        whose = " (the default, which reads bytes)"
+    return f"{location}{whose}, {len(prepared.tokenizer):,} entries"
+
+
+def _has_own_tokenizer(prepared: Preparation) -> bool:
+    """Whether the run has the tokenizer of its checkpoint."""
+    if prepared.pretrained is None:
+        return False
+    if prepared.resolved.settings["tokenizer"].origin.startswith("checkpoint "):
+        return True
+    holder = prepared.pretrained.with_tokenizer()
+    return holder is not None and tokenizer_folder(prepared.options.tokenizer).resolve() == holder.folder.resolve()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+# -- the data -----------------------------------------------------------------------------------
+
+
+def _data(prepared: Preparation, dataset: SampleSet, location: str | None = None) -> Iterator[str]:
+    """What ``dataset`` holds, and what was left out of it."""
+    settings = prepared.resolved.settings.values()
+    named = [s.value for s in settings if s.location and s.location.holds_data and s.owner != CORE and s.value]
+    where = location or ", ".join(value if isinstance(value, str) else ", ".join(value) for value in named)
+    report = dataset.report
+    read = f" of {_count(report.rows, 'row')} in {_count(report.files, 'file')}" if report.files else ""
+    yield f"{where}{': ' * bool(where)}{_count(len(dataset), 'sample')}{read}"
+    yield f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} of them with loss"
+    yield report.cut(len(dataset), prepared.options.max_seq_length)
+    yield from report.lines()
+
+
+def _epoch(dataset: SampleSet) -> Iterator[str]:
+    if len(dataset.sources) > 1:
+        drawn = (f"{s.per_epoch:,} of {s.samples:,} samples of {s.name}" for s in dataset.sources)
+        yield f"an epoch is {' and '.join(drawn)}"
+
+
+def _evaluation(prepared: Preparation) -> Iterator[str]:
+    options = prepared.options
+    if prepared.held_out is None:
+        return
+    yield f"every {options.eval_steps:,} steps and at the end" if options.eval_steps else "only at the end"
+    yield from _data(prepared, prepared.held_out, options.eval_data_dir)
+
+
+def _steps(layout: Layout) -> Iterator[str]:
+    plan, rows = layout.plan, layout.filling()
+    split = f"{plan.micro_batch} x {plan.accumulation} x {plan.ranks}, micro batch x accumulation x ranks"
+    yield f"{_count(plan.total_steps, 'step')} of {_count(plan.step_samples, 'sample')} ({split}): {_epochs(layout)}"
+    if rows.steps:
+        tokens = plan.step_samples * rows.tokens / rows.samples
+        long = f" of up to {layout.max_seq_length:,}" * layout.packed
+        shared = f", {rows.samples:,.1f} samples a row" * layout.packed
+        yield f"about {tokens:,.0f} tokens a step, in {layout.batching} rows{long}: {rows.share:.1%} data{shared}"
+
+
+def _epochs(layout: Layout) -> str:
+    epochs = layout.plan.end_position / layout.plan.samples
+    written = f"{epochs:,.2f}".rstrip("0").rstrip(".")
+    return f"{written} epoch{'s' * (written != '1')}" if epochs >= 0.01 else "less than 0.01 epochs"
+
+
+# -- how it is trained --------------------------------------------------------------------------
+
+
+def _optimizer(prepared: Preparation) -> str:
+    components, rate = prepared.resolved.components, prepared.resolved.settings["learning_rate"]
+    name, schedule = components["optimizer"].component.name, components["lr_scheduler"].component.name
+    return f"{name}, learning_rate {rate.value:g} ({rate.origin}), schedule {schedule}"
+
+
+def _engine(prepared: Preparation) -> str:
+    options, on_gpu = prepared.options, torch.cuda.is_available()
+    config: dict[str, Any] = deepspeed_config(options, world_size=prepared.world_size, on_gpu=on_gpu)
+    said = [options.precision, f"ZeRO stage {options.zero}"]
+    for key, what in {"offload_optimizer": "optimizer state", "offload_param": "weights"}.items():
+        device = (config["zero_optimization"].get(key) or {}).get("device", "none")
+        if device != "none":
+            said.append(f"{what} offloaded to {device}")
+    if options.tensor_parallel_size > 1:
+        said.append(f"tensor parallel over {options.tensor_parallel_size}")
+    if options.activation_checkpointing != "none":
+        said.append(f"{options.activation_checkpointing} activation checkpointing")
+    if options.compile:
+        said.append("compiled")
+    where = f"{_count(prepared.world_size, 'rank')} on {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
+    return f"{', '.join(said)}; {where}"
+
+
+def _saves(options: RunOptions) -> str:
+    if not options.save_steps:
+        return "only at the end: with `save_steps` an interrupted run can be continued"
+    kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
+    return f"every {options.save_steps:,} steps and at the end{kept}"
+
+
+def _output(options: RunOptions, layout: Layout, directory: Path, checkpoint: Path | None) -> str:
+    if checkpoint:
+        done, total = layout.plan.start_step, layout.plan.total_steps
+        left = "" if done < total else "; nothing is left to train"
+        return f"{directory}, resumed from {checkpoint}, step {done:,} of {total:,}{left}"
+    if options.resume == "auto":
+        return f"{directory}, where there is no checkpoint yet: the run starts from the beginning"
+    return str(directory)
+
+
+# -- what may not be meant ----------------------------------------------------------------------
+
+
+def _notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
+    yield from _tokenizer_note(prepared)
+    yield from _rate_note(prepared)
+    schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
+    if layout.plan.start_step < steps and max(map(schedule, range(min(steps, PEAK_SOUGHT_STEPS)))) < 1:
+        yield "the learning rate does not reach its peak: the run ends within the warm-up"
+
+
+def _tokenizer_note(prepared: Preparation) -> Iterator[str]:
+    if prepared.pretrained is None or _has_own_tokenizer(prepared):
+        return
+    holder = prepared.pretrained.with_tokenizer()
+    if holder is None:
+        yield "the checkpoint has no tokenizer of its own: panda cannot see whether this one belongs to its weights"
+        return
+    try:
+        theirs = read_tokenizer(holder.folder).get_vocab()
+    except UserError:
+        yield f"the tokenizer in {holder.folder} cannot be read: panda cannot see whether this one is the same"
+        return
+    entries = prepared.tokenizer.get_vocab()
+    other = sum(theirs.get(entry) != number for entry, number in entries.items())
+    if other:
+        share = f"{other:,} of the {len(entries):,} entries of this tokenizer"
+        yield f"{share} have another id in the checkpoint's own, or none"
+
+
+def _rate_note(prepared: Preparation) -> Iterator[str]:
+    options, optimizer = prepared.options, prepared.resolved.components["optimizer"]
+    if prepared.pretrained is None or type(optimizer.options) is not AdamOptions:
+        return  # LAMB's rate, with options derived from Adam's, is relative to the norm of a weight
+    rate = f"learning_rate {options.learning_rate:g} is high for"
+    if options.use_lora:
+        if options.learning_rate > HIGH_ADAPTER_RATE:
+            yield f"{rate} adapters: 1e-4 to 1e-3 are usual"
+    elif options.learning_rate >= HIGH_RATE:
+        yield f"{rate} full fine-tuning of a checkpoint: 1e-6 to 5e-5 are usual"
