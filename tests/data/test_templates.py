@@ -51,7 +51,7 @@ def test_a_separator_that_no_json_in_ascii_could_hold_is_whole_in_the_template()
     plain_template(" 🐼 ").encode()
 
 
-@pytest.mark.parametrize("written_at_the_front", ["", "  \n", "{# a note #}\n"])
+@pytest.mark.parametrize("written_at_the_front", ["", "  \n x", "{# a note #}\n"])
 def test_a_template_is_dated_for_good(monkeypatch: Any, written_at_the_front: str) -> None:
     source = written_at_the_front + TEMPLATES["llama3.2"]
     tokenizer = with_template(load("llama3"), source)

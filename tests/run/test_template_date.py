@@ -1,0 +1,78 @@
+"""A chat template writes the day on which the run began: another day, and a resumed run trains on the same tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tokenizer_zoo import folder_of
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.registry import UserError
+from panda.run import template_date
+from panda.run.preparation import Preparation
+from panda.runner import train
+
+TINY = "--arch llama-tiny --num_layers 1 --hidden_size 16 --intermediate_size 16 --num_heads 1 --num_workers 0"
+SHORT = "--gradient_accumulation_steps 1 --max_seq_length 256 --per_gpu_train_batch_size 4 --save_steps 1 --prompts a"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input": letter, "target": letter} for letter in "abcd"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    shutil.copytree(folder_of("llama3", "llama3.2"), tmp_path / "tokenizer")
+    return tmp_path
+
+
+def arguments(*more: str) -> list[str]:
+    data = ["--tokenizer", "tokenizer", "--instruction_tuning_data_dir", "rows.json", "--output_dir", "run"]
+    return [*TINY.split(), *SHORT.split(), *data, *more]
+
+
+def on_day(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2024, 2, day, tzinfo=tz)
+
+    monkeypatch.setattr(template_date, "datetime", Day)
+
+
+def test_a_run_that_is_resumed_on_another_day_keeps_its_date(
+    processes: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_day(monkeypatch, 3)
+    first = train(configure(parse_arguments(arguments("--max_steps", "1"))))
+    assert first is not None
+    assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["template_date"] == "2024-02-03"
+    on_day(monkeypatch, 4)
+    for resume in ("auto", "run"):  # refused where the data differs
+        steps = "2" if resume == "auto" else "3"
+        resumed = train(configure(parse_arguments(arguments("--max_steps", steps, "--resume", resume))))
+        assert resumed is not None and resumed.dataset.fingerprint == first.dataset.fingerprint
+    text = (folder / "run" / "export" / "chat_template.jinja").read_text()
+    assert "03 Feb 2024" in text and "04 Feb 2024" not in text
+    again = Preparation(configure(parse_arguments(["--config", "run/config.yaml", "--output_dir", "again"])))
+    assert again.dataset.fingerprint == first.dataset.fingerprint
+    new = ["other" if word == "run" else word for word in arguments()]
+    other = Preparation(configure(parse_arguments(new)))
+    assert other.dataset.fingerprint != first.dataset.fingerprint
+
+
+def test_the_date_can_be_given_and_is_checked(folder: Path) -> None:
+    (folder / "run.yaml").write_text("template_date: 2023-01-02\n")  # which YAML itself reads as a date
+    prepared = Preparation(configure(parse_arguments(["--config", "run.yaml", *arguments()])))
+    assert "02 Jan 2023" in prepared.task.tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}], tokenize=False
+    )
+    assert prepared.task.text_format() == "chat: the tokenizer's chat template, with the date 2023-01-02"
+    with pytest.raises(UserError, match=r"template_date: '2023-13-02' is not a date\. Write YYYY-MM-DD"):
+        configure(parse_arguments(arguments("--template_date", "2023-13-02")))
