@@ -11,6 +11,7 @@ from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.registry.terminal import escaped
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -119,7 +120,8 @@ class ProgressDisplay:
             if (run.directory / name).exists():
                 print(f"  {name:16} {what}")
         for answer in run.answers:
-            print(f"\n> {answer['prompt']}\n{answer['answer']}")
+            text = f"\n> {answer['prompt']}\n{answer['answer']}"
+            print(escaped(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     @hookimpl

@@ -9,6 +9,8 @@ from typing import Any
 from typing import cast
 
 from panda.answers.generation import greedy
+from panda.answers.positions import held_positions
+from panda.answers.text import decoded
 from panda.configuration.options import RunOptions
 from panda.data.token_dataset import SampleSet
 from panda.files.whole import write_whole
@@ -37,6 +39,8 @@ def finish(run: Run) -> None:
     with of_task("`encode_prompt`"):
         encoded = [run.task.encode_prompt(prompt) for prompt in prompts]
     module = run.engine.evaluating()
+    criteria = run.decoding.criteria(tokenizer, timed=False)
+    most = min(run.options.max_seq_length, held_positions(module) or run.options.max_seq_length)
     rows = run.options.per_gpu_eval_batch_size
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
@@ -44,12 +48,15 @@ def finish(run: Run) -> None:
             module,
             encoded[start : start + rows],
             max_new_tokens=ANSWER_TOKENS,
+            max_length=most,
             pad_token_id=tokenizer.pad_token_id or 0,
-            eos_token_id=run.task.last_token,
+            end_tokens=run.decoding.ends,
+            processors=run.decoding.processors,
+            criteria=criteria,
             device=run.processes.device,
         )
         run.answers += [
-            {"prompt": prompt, "answer": tokenizer.decode(ids)} for prompt, ids in zip(some, continued, strict=True)
+            {"prompt": prompt, "answer": decoded(tokenizer, ids)} for prompt, ids in zip(some, continued, strict=True)
         ]
     if run.processes.rank == 0:
         write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
@@ -64,6 +71,7 @@ def _export(run: Run, weights: Weights) -> None:
     description, folder = run.directory / MODEL_FOLDER, run.directory / EXPORT
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
-        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, load_tokenizer(str(description)))
+        tokenizer = load_tokenizer(str(description))
+        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer)
     else:
         export(description, weights, folder)

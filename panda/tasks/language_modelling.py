@@ -66,6 +66,11 @@ class LanguageModelling(ABC):
         end: int = self.tokenizer.eos_token_id
         return end
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """All tokens with which training ends an answer."""
+        return [self.last_token]
+
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` as in training; cut on the left where it is too long."""
         ids = self.without_bos(self.encode([self.prompt_text(prompt)])[0])
