@@ -77,7 +77,7 @@ def answer_ends(taught: Iterable[int], tokenizer: Any, *described: Mapping[str, 
     """
     stated = [_as_list(content.get("eos_token_id")) for content in described]
     found = [*(token for tokens in stated for token in tokens), *_as_list(tokenizer.eos_token_id), *taught]
-    return [token for token in dict.fromkeys(found) if _is_token(token)]
+    return list(dict.fromkeys(filter(_is_token, found)))
 
 
 def generation_values(*folders: Path) -> list[dict[str, Any]]:
@@ -105,10 +105,14 @@ def decoding(values: Mapping[str, Any], ends: list[int], tokenizer: Any, vocabul
     Whatever they are, an answer can be decoded, and plain transformers loads, uses and saves what an export says.
     """
     if "model_type" in values or "panda_model" in values:
-        values = {key: value for key, value in values.items() if key in _PROCESSORS or key in _CARRIED}
+        values = {
+            key: value for key, value in values.items() if key in _PROCESSORS or key in (*_CARRIED, *_DESCRIPTIVE)
+        }
     honoured: dict[str, Any] = {}
     carried: dict[str, Any] = {}
     left_out: dict[str, str] = {}
+    if wrong := [end for end in _as_list(values.get("eos_token_id")) if not _is_token(end)]:
+        left_out["eos_token_id"] = f"{', '.join(map(repr, wrong))} is not a token"
     # In transformers' order of processors; do_sample first, on which depends what is said of the other keys.
     order = [*_STOPS, *_PROCESSORS, "do_sample", *_CARRIED]
     for key in sorted(values, key=lambda key: order.index(key) if key in order else len(order)):
