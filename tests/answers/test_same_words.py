@@ -20,6 +20,7 @@ from transformers import GPT2Config
 from transformers import GPT2LMHeadModel
 
 from panda.answers.assistant import Assistant
+from panda.answers.loading import Answering
 from panda.answers.loading import described_in
 from panda.cli.main import main
 
@@ -122,6 +123,21 @@ def test_stdout_has_the_answers_and_nothing_else(folder: Path, capfd: Any) -> No
     assert len(captured.out) <= 2
     assert "its generation config asks for what panda leaves out: num_beams (beam search" in captured.err
     assert "the answer was cut after 1 tokens: `--max_new_tokens`" in captured.err
+
+
+def test_what_libraries_print_while_they_load_is_not_on_stdout(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Answering.assistant
+
+    def noisy(self: Answering, device: torch.device) -> Assistant:
+        print("Setting accelerator to CPU")  # as DeepSpeed does when it is imported
+        return load(self, device)
+
+    monkeypatch.setattr(Answering, "assistant", noisy)
+    assert main(["generate", str(folder / "full"), "--prompt", "Say heron"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "heron\n" and "Setting accelerator" in captured.err
 
 
 def test_a_terminal_is_not_obedient_to_a_model(folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,24 @@ def test_an_export_and_its_configuration_name_the_same_ends(
     assert Assistant(None, tokenizer, CPU, tmp_path / "model").decoding.ends == found.ends
 
 
+def test_a_configuration_names_ends_beside_the_generation_config(tokenizer: Any, model: Any, tmp_path: Path) -> None:
+    base = save_hf(llama(4, eos_token_id=[72, 0]), tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert Assistant(None, tokenizer, CPU, base).decoding.ends == [0, 72, 2]
+    assert decoding_of(model, tokenizer, pretrained_at(Source(str(base), "ckpt_path")), [2]).ends == [0, 72, 2]
+
+
+def test_a_configuration_that_takes_one_end_only_names_the_first() -> None:
+    from transformers import AutoConfig
+
+    from panda.weights.export import _state_ends
+
+    for kind, expected in (("nomic_bert", 5), ("llama", [5, 6])):
+        config = AutoConfig.for_model(kind)
+        _state_ends(config, [5, 6])
+        assert config.eos_token_id == expected
+
+
 def test_sampling_that_the_file_asks_for_is_said(base: Path, tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_k": 20}')
     [note] = Assistant(None, tokenizer, CPU, tmp_path).notes
