@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,22 @@ from typing import Any
 import torch
 
 from panda.answers.generation import continuation
+from panda.answers.positions import held_positions
+from panda.answers.text import Pieces
+from panda.answers.text import decoded
 from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
 from panda.data.encoding import Encoder
 from panda.data.templates import ChatTemplate
 from panda.registry import UserError
+from panda.weights.generation_config import answer_ends
+from panda.weights.generation_config import asks_to_sample
+from panda.weights.generation_config import decoding
+from panda.weights.generation_config import generation_values
+from panda.weights.generation_config import vocabulary_of
 
-_GENERATION = "generation_config.json"
 Message = dict[str, str]
-"""``role`` (``user`` or ``assistant``) and ``content``."""
+"""``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +40,37 @@ class Sampling:
     """Samples only from the likeliest tokens, as many as have this probability together."""
 
 
+def to_stderr(text: str) -> None:
+    """Print a note: stdout is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Assistant:
     """A model and its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device, described: Path) -> None:
-        """``model`` is on ``device``; it uses the generation config in the folder ``described``, if there is one."""
-        from transformers import GenerationConfig
+    def __init__(
+        self, model: Any, tokenizer: Any, device: torch.device, described: Path, base: Path | None = None
+    ) -> None:
+        """``model`` is on ``device``. The folder ``described`` says how it answers and where answers end, with the
+        folder ``base`` of the model under adapters.
 
+        Raises UserError where a file in them is not a JSON object.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.device = device
-        if (described / _GENERATION).exists() and hasattr(model, "generation_config"):
-            model.generation_config = GenerationConfig.from_pretrained(described)
+        contents = generation_values(described, *([base] if base else []))
+        values = contents[0] if contents else {}
+        ends = answer_ends([], tokenizer, *contents)
+        self.decoding = decoding(values, ends, tokenizer, vocabulary_of(model, tokenizer))
+        self.notes = [note for note in [self.decoding.note(described)] if note]
+        """What a user should know before the first answer, in lines."""
+        if asked := asks_to_sample(values):
+            self.notes.append(
+                f"{described}: its generation config asks for sampling ({asked}); panda takes the likeliest token, or"
+                " samples as --temperature and --top_p say"
+            )
+        self.positions = held_positions(model) if isinstance(model, torch.nn.Module) else None
 
     @property
     def has_template(self) -> bool:
@@ -59,62 +85,111 @@ class Assistant:
         encoder = Encoder(self.tokenizer)
         try:
             if self.has_template:
-                template = ChatTemplate(self.tokenizer)
-                return template.encode([template.prompt([Turn(each["role"], each["content"]) for each in messages])])[0]
+                turns = [Turn(message["role"], message["content"]) for message in messages]
+                return encoder.encode([ChatTemplate(self.tokenizer).prompt(turns)])[0]
             text = encoder.as_characters("".join(message["content"] for message in messages))
         except UnusableRowError as problem:
             raise UserError(str(problem)) from None
         return [*encoder.begin, *encoder.encode([text])[0]]
 
-    def answer(self, ids: list[int], sampling: Sampling, write: Callable[[str], None]) -> str:
-        """Continue ``ids``, and call ``write`` with each piece of text as it comes. Returns the whole text."""
+    def room(self, sampling: Sampling) -> int | None:
+        """The most tokens of a prompt, so that an answer has as many positions as asked, or half of all."""
+        return self.positions and self.positions - min(sampling.max_new_tokens, self.positions // 2)
+
+    def answer(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        write: Callable[[str], None],
+        note: Callable[[str], None] = to_stderr,
+    ) -> str:
+        """Continue ``ids``, and call ``write`` with each piece of text as it comes. Returns the whole text.
+
+        ``note`` is called with a line for whatever is cut: of a prompt the beginning, of an answer the end. Raises
+        UserError for no ids.
+        """
         from transformers import GenerationMixin
-        from transformers import TextStreamer
 
-        class Streamer(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                write(text)
+        if not ids:
+            raise UserError(
+                "the prompt is empty, and the tokenizer has no token with which a text begins. Write a prompt."
+            )
+        room, most = self.room(sampling), sampling.max_new_tokens
+        if self.positions and room and len(ids) > room:
+            note(
+                f"prompt: its first {len(ids) - room:,} of {len(ids):,} tokens were left out; the model has"
+                f" {self.positions:,} positions for prompt and answer"
+            )
+            ids = ids[-room:]
+        if self.positions:
+            most = min(most, self.positions - len(ids))
+        pieces = Pieces(self.tokenizer)
+        tokens = self._generated if isinstance(self.model, GenerationMixin) else self._continued
+        answer = tokens(ids, most, sampling, lambda token: write(pieces.add(token)))
+        write(pieces.rest())
+        if len(answer) == most:
+            all_asked = most == sampling.max_new_tokens
+            why = "`--max_new_tokens`" if all_asked else f"the model has {self.positions:,} positions"
+            note(f"the answer was cut after {most:,} tokens: {why}")
+        return decoded(self.tokenizer, answer)
 
-        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        prompt = torch.tensor([ids], device=self.device)
-        if isinstance(self.model, GenerationMixin):
-            answer = self._generate(prompt, sampling, streamer)
-        else:
-            streamer.put(prompt[0])  # type: ignore[no-untyped-call]
-            answer = []
-            for token in self._continue(ids, sampling):
-                streamer.put(torch.tensor([token]))  # type: ignore[no-untyped-call]
-                answer.append(token)
-            streamer.end()  # type: ignore[no-untyped-call]
-        text: str = self.tokenizer.decode(answer, skip_special_tokens=True)
-        return text
+    def _generated(self, ids: list[int], most: int, sampling: Sampling, hear: Callable[[int], None]) -> list[int]:
+        """The answer by transformers, which keeps keys and values; ``hear`` is called with each token."""
+        import transformers
 
-    def _generate(self, prompt: torch.Tensor, sampling: Sampling, streamer: Any) -> list[int]:
-        model: Any = self.model
+        config: Any = transformers.GenerationConfig
         draws = sampling.temperature > 0
-        settings = model.generation_config
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        # What was asked for overrides what the checkpoint's generation config says about sampling.
-        settings.update(
-            do_sample=draws,
-            temperature=sampling.temperature if draws else None,
-            top_p=sampling.top_p if draws else None,
-            top_k=0 if draws else None,
-            max_new_tokens=sampling.max_new_tokens,
-            max_length=None,
-            pad_token_id=pad,
+        drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
+        settings = config(
+            do_sample=draws, max_new_tokens=most, eos_token_id=self.decoding.ends or None, pad_token_id=pad, **drawing
         )
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=streamer)
-        answer: list[int] = output[0, prompt.shape[1] :].tolist()
-        return answer
+        # What `settings` lack is taken from here: all that is followed of the model's own is in `decoding`.
+        self.model.generation_config = config()
+        prompt = torch.tensor([ids], device=self.device)
+        output = self.model.generate(
+            prompt,
+            generation_config=settings,
+            attention_mask=torch.ones_like(prompt),
+            logits_processor=self.decoding.processors(ids, len(ids) + most, self.device),
+            stopping_criteria=self.decoding.criteria(self.tokenizer, timed=True),
+            streamer=_Heard(self.decoding.ends, hear),
+        )
+        answer: list[int] = output[0, len(ids) :].tolist()
+        return answer[:-1] if answer and answer[-1] in self.decoding.ends else answer
 
-    def _continue(self, ids: list[int], sampling: Sampling) -> Iterator[int]:
-        return continuation(
+    def _continued(self, ids: list[int], most: int, sampling: Sampling, hear: Callable[[int], None]) -> list[int]:
+        """The answer of any other model; ``hear`` is called with each token."""
+        answer = []
+        for token in continuation(
             self.model,
             ids,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
+            max_new_tokens=most,
+            end_tokens=self.decoding.ends,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            processors=self.decoding.processors,
+            criteria=self.decoding.criteria(self.tokenizer, timed=True),
             device=self.device,
-        )
+        ):
+            hear(token)
+            answer.append(token)
+        return answer
+
+
+class _Heard:
+    """A streamer of transformers, which is given the prompt and then each token: passes on those of the answer."""
+
+    def __init__(self, ends: list[int], hear: Callable[[int], None]) -> None:
+        self.ends, self.hear = ends, hear
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            for token in value.flatten().tolist():
+                if token not in self.ends:
+                    self.hear(token)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """Called after the last token."""

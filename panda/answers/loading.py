@@ -28,6 +28,7 @@ from panda.weights.finding import pretrained_at
 from panda.weights.finding import whole_at
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
+from panda.weights.generation_config import GENERATION_CONFIG
 from panda.weights.hub import is_name
 from panda.weights.json_object import read_json_object
 from panda.weights.matching import matched
@@ -53,7 +54,9 @@ class Answering:
     tokenizer: Any
     load: Load
     described: Path
-    """The folder with its generation config, if it has one."""
+    """The folder that says where its answers end and how it generates."""
+    base: Path | None = None
+    """The same of the model under adapters."""
 
     def require_chat_template(self) -> None:
         """Raise UserError where a dialogue cannot be rendered for the model."""
@@ -65,7 +68,7 @@ class Answering:
 
     def assistant(self, device: torch.device) -> Assistant:
         """The model on ``device``, loaded, with its tokenizer. Raises UserError where it cannot be loaded."""
-        return Assistant(self.load(device), self.tokenizer, device, self.described)
+        return Assistant(self.load(device), self.tokenizer, device, self.described, self.base)
 
 
 def described_in(folder: Path, weights: Weights | None = None, *, load: Load | None = None) -> Answering:
@@ -108,7 +111,8 @@ def with_adapters(source: Source, ckpt_path: str | None) -> Answering:
     base = whole_at(replace(source, location=ckpt_path or named, option=option, quantised=True))
     stored_adapters(folder)  # so that what is wrong with them is reported before a base is loaded
     tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
-    return Answering(folder, tokenizer, partial(_adapted_module, base, folder), base.folder)
+    described = folder if (folder / GENERATION_CONFIG).exists() else base.folder
+    return Answering(folder, tokenizer, partial(_adapted_module, base, folder), described, base.folder)
 
 
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panda.cli.passed_over import report_passed_over
+from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
 from panda.run.adapter_run import AdapterRun
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from panda.answers.assistant import Assistant
+    from panda.answers.assistant import Message
     from panda.answers.assistant import Sampling
     from panda.answers.loading import Answering
     from panda.weights.stored_tensor import Weights
@@ -33,7 +36,8 @@ RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options of sampling."""
+    """Add what precedes a dialogue, and the options of sampling."""
+    parser.add_argument("--system", metavar="TEXT", help="a system turn before the dialogue, for the chat template")
     parser.add_argument(
         "--max_new_tokens", "--max-new-tokens", type=int, default=256, help="most tokens in an answer; default 256"
     )
@@ -62,20 +66,36 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
     With ``chats``, a model without a chat template is an error, which is raised before the model is loaded.
     """
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+    if arguments.max_new_tokens < 1 or not arguments.temperature >= 0 or not 0 < arguments.top_p <= 1:
         raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
-    answering = _find(arguments)
+    with redirect_stdout(sys.stderr):  # stdout is for the answers; DeepSpeed writes its warnings there
+        assistant = _loaded(arguments, chats=chats)
+    for line in assistant.notes:
+        note(line)
 
     import torch
 
     from panda.answers.assistant import Sampling
 
-    if chats:
-        answering.require_chat_template()
-    assistant = answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)  # after loading, which may draw a base from its run's seed
     return assistant, Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+
+
+def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
+    answering = _find(arguments)
+    if chats:
+        answering.require_chat_template()
+    if arguments.system is not None and (problem := problem_of(arguments.system)):
+        raise UserError(f"--system: {problem}")
+    if arguments.system is not None and not answering.tokenizer.chat_template:
+        raise UserError(
+            f"--system: the tokenizer of {answering.folder} has no chat template, so a system turn is unknown to the"
+            " model. Leave --system out."
+        )
+    import torch
+
+    return answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _find(arguments: argparse.Namespace) -> Answering:
@@ -142,6 +162,27 @@ def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch
     return module
 
 
+def opening(arguments: argparse.Namespace) -> list[Message]:
+    """The turn that ``--system`` gives, if it is given."""
+    return [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+
+
+def problem_of(text: str) -> str | None:
+    """Why ``text`` of the command line or of stdin cannot be given to a model; None where it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        byte = ord(text[problem.start])
+        what = f"the byte 0x{byte - 0xDC00:02x}" if 0xDC80 <= byte <= 0xDCFF else "half of a surrogate pair"
+        return f"{what} after {problem.start} characters is not UTF-8. Write the text in UTF-8."
+    return None
+
+
 def write(text: str) -> None:
-    """Print a piece of an answer, and flush it."""
-    print(text, end="", flush=True)
+    """Print a piece of an answer, and flush it. A terminal must not obey the model: it is shown what it would obey."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def note(text: str) -> None:
+    """Print a line about an answer where it does not mix with it."""
+    print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)

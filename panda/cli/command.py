@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -27,6 +28,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback.
     Any other exception is a bug, and keeps its traceback.
     """
+    _replace_what_cannot_be_written()
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where the error of a closed pipe is caught
@@ -44,3 +46,14 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return 0
+
+
+def _replace_what_cannot_be_written() -> None:
+    """Let the standard streams write ``\\u7af9`` for a character that their encoding lacks, instead of failing.
+
+    A run must not end with a traceback because of a character of its data. An error handler that the user chose, as in
+    ``PYTHONIOENCODING=ascii:replace``, stays.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")

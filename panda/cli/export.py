@@ -96,5 +96,6 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> Non
     from panda.run.assembly import load_tokenizer
 
     model = add_adapters(adapted.base()[0], adapted.configuration.options)
-    tokenizer = load_tokenizer(str(adapted.directory / MODEL_FOLDER))
-    export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, tokenizer)
+    description = adapted.directory / MODEL_FOLDER
+    tokenizer = load_tokenizer(str(description))
+    export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, description, tokenizer)

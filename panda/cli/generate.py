@@ -8,8 +8,12 @@ from panda.cli.answering import RUN_HELP
 from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
 from panda.cli.answering import assistant_and_sampling
+from panda.cli.answering import note
+from panda.cli.answering import opening
+from panda.cli.answering import problem_of
 from panda.cli.answering import write
 from panda.cli.command import run_command
+from panda.registry import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +25,8 @@ def _generate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda generate",
         description="Answer prompts, in the form in which the model saw them in training: in its chat template if it"
-        " has one, and otherwise as the beginning of a text.",
+        " has one, and otherwise as the beginning of a text. stdout has the answers, each with a newline after it, and"
+        " an empty line between two; all else is on stderr.",
         epilog='example: panda generate runs/instruct-llama-tiny --prompt "Write panda in capitals."',
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -29,9 +34,18 @@ def _generate(argv: list[str]) -> None:
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
-    assistant, sampling = assistant_and_sampling(arguments)
     for prompt in arguments.prompt:
-        if len(arguments.prompt) > 1:
-            print(f"> {prompt}")
-        assistant.answer(assistant.encode([{"role": "user", "content": prompt}]), sampling, write)
-        print()
+        if problem := problem_of(prompt):
+            raise UserError(f"--prompt: {problem}")
+    assistant, sampling = assistant_and_sampling(arguments)
+    # Encoded before the first answer, so that a prompt which cannot be given stops the command and not the rest.
+    encoded = [
+        assistant.encode([*opening(arguments), {"role": "user", "content": prompt}]) for prompt in arguments.prompt
+    ]
+    for number, (prompt, ids) in enumerate(zip(arguments.prompt, encoded, strict=True)):
+        if number:
+            write("\n")
+        if len(encoded) > 1:
+            note(f"> {prompt}")
+        assistant.answer(ids, sampling, write, note)
+        write("\n")

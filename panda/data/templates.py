@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 from datetime import date
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -33,21 +34,36 @@ class Exchange:
     """Ends with the token that ends it."""
 
 
+@dataclass(frozen=True)
+class _Habits:
+    """What a template writes around any answer."""
+
+    opening: str
+    """What the text before an answer ends in, and finished answers lack: a thought that begins, where there is one."""
+    ending: str
+    """What comes after an answer, up to the token that ends it, which is the last of it."""
+    end: str
+    """That token."""
+    borders: re.Pattern[str] | None
+    """Tokens of the template at which its texts can be divided; see ``Encoder.borders``."""
+
+
 class ChatTemplate:
     """The chat template of a tokenizer. Whatever text content has, it stays characters: see ``Encoder``."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Raises UserError where the template cannot be used, or a model could not learn where an answer ends."""
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
-        self._any_special = re.compile("|".join(map(re.escape, sorted(self.encoder.special, key=len, reverse=True))))
-        self._borders: re.Pattern[str] | None = None
         self._asked = [Turn("user", "a")]
-        self._opening, self._ending = self._probe()
-        self._end = self._any_special.findall(self._ending)[0]
-        ends = dict.fromkeys([self._end, *self._ends_of_calls()])
-        self.end_tokens: list[int] = [self.encoder.special[end] for end in ends]
-        """The tokens at which an answer ends."""
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """The tokens at which an answer ends.
+
+        Raises UserError where there is none, so that a model could not learn it, or the template refuses any dialogue.
+        """
+        ends = dict.fromkeys([self._habits.end, *self._ends_of_calls()])
+        return [self.encoder.special[end] for end in ends]
 
     def exchanges(self, conversation: Conversation) -> tuple[list[Exchange], list[str]]:
         """Each supervised answer with the text before it; and the names of what the template does not use.
@@ -78,9 +94,9 @@ class ChatTemplate:
         return [[token for part in of_text for token in ids[part]] for of_text in divided]
 
     def _parts(self, text: str) -> list[str]:
-        if self._borders is None:
+        if self._habits.borders is None:
             return [text]
-        starts = [0, *(found.start() for found in self._borders.finditer(text)), len(text)]
+        starts = [0, *(found.start() for found in self._habits.borders.finditer(text)), len(text)]
         return [text[start:end] for start, end in pairwise(starts) if start < end]
 
     def prompt(self, turns: Sequence[Turn]) -> str:
@@ -106,9 +122,9 @@ class ChatTemplate:
 
     def _ended(self, answer: str, number: int) -> str:
         """``answer`` without what the template writes after its end: generation has stopped before that."""
-        end = answer.find(self._end)
+        end = answer.find(self._habits.end)
         if end >= 0:
-            return answer[: end + len(self._end)]
+            return answer[: end + len(self._habits.end)]
         answer = answer.rstrip()
         last = next((token for token in self.encoder.special if answer.endswith(token)), None)
         if last is None:
@@ -120,21 +136,22 @@ class ChatTemplate:
 
         Such a template opens the block of thoughts for the model (``<think>``), and leaves thoughts out of answers.
         """
-        if not (self._opening and before.endswith(self._opening)):
+        opening = self._habits.opening
+        if not (opening and before.endswith(opening)):
             raise UnusableRowError(f"the chat template writes turn {number} differently from the prompt for it")
-        tag, space = self._opening.strip(), self._opening[len(self._opening.rstrip()) :]
+        tag, space = opening.strip(), opening[len(opening.rstrip()) :]
         said: str = self.encoder.as_characters(turn.text).lstrip()
         thoughts: str | None = self.encoder.as_characters(turn.extras.get("reasoning_content"))
         if thoughts and re.fullmatch(r"<\w+>", tag):
             said = f"{tag}\n{thoughts.strip()}\n</{tag[1:]}\n\n{said}"
         if not tag or not said.startswith(tag):
             raise UnusableRowError(
-                f"the chat template begins an answer with {self._opening!r}, and turn {number} does not begin so"
+                f"the chat template begins an answer with {opening!r}, and turn {number} does not begin so"
             )
         rest = said[len(tag) :]
         while space and rest[:1] == space[0]:
             space, rest = space[1:], rest[1:]
-        return rest + self._ending
+        return rest + self._habits.ending
 
     def _render(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None, *, ask: bool) -> str:
         messages = self.encoder.as_characters([turn.message() for turn in turns])
@@ -146,11 +163,8 @@ class ChatTemplate:
             raise UnusableRowError(f"the chat template refuses it: {problem}") from None
         return text
 
-    def _probe(self) -> tuple[str, str]:
-        """What the template begins an answer with that finished answers lack; and its text after one, up to its end.
-
-        Raises UserError where there is no such end.
-        """
+    @cached_property
+    def _habits(self) -> _Habits:
         answer = Turn("assistant", _PROBE)
         try:
             after = self._render([*self._asked, answer], None, ask=False)
@@ -164,18 +178,27 @@ class ChatTemplate:
                     " tokenizer's chat template."
                 ) from None
         ending = after.rpartition(_PROBE)[2]
-        end = self._any_special.search(ending) if self.encoder.special else None
-        if end is None:
+        special = self._special.findall(ending)
+        if not special:
             # A model that never learns how an answer ends does not stop.
             raise UserError(
                 f"template: the tokenizer's chat template ends an answer with {ending[-20:]!r}, not a special token:"
                 " a model could not learn where to stop. Write `template: plain`, or correct the template."
             )
         before = self._render(self._asked, None, ask=True)
-        if borders := self.encoder.borders & set(self._any_special.findall(before + after)):
-            self._borders = re.compile("|".join(map(re.escape, borders)))
         common = next((n for n, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
-        return "" if common is None else before[common:], ending[: end.end()]
+        borders = self.encoder.borders & set(self._special.findall(before + after))
+        return _Habits(
+            opening="" if common is None else before[common:],
+            ending=ending[: ending.index(special[0]) + len(special[0])],
+            end=special[0],
+            borders=re.compile("|".join(map(re.escape, borders))) if borders else None,
+        )
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        longest_first = sorted(self.encoder.special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _ends_of_calls(self) -> list[str]:
         """The token that ends an answer which calls a tool, where there are such: another one in some templates."""

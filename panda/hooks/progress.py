@@ -87,7 +87,8 @@ class ProgressDisplay:
             if (run.directory / name).exists():
                 print(f"  {name:16} {what}")
         for answer in run.answers:
-            print(printable(f"\n> {answer['prompt']}\n{answer['answer']}"))
+            text = f"\n> {answer['prompt']}\n{answer['answer']}"
+            print(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
+from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 from panda.weights.pretrained import base_weights
 
@@ -58,6 +60,7 @@ def begin(
         model.engine,
         prepared.configuration.hooks.call,
         continuation.agreement,
+        decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens),
         resumed_from=checkpoint,
         step=continuation.progress.step,
     )
@@ -74,8 +77,10 @@ def begin(
                 prepared.task.tokenizer,
                 model=resolved.components["model"],
                 context=prepared.context,
-                pretrained=prepared.pretrained,
+                generation=run.decoding,
             )
+            if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
+                print(note, file=sys.stderr, flush=True)
 
     processes.together(describe)
     return run

@@ -9,10 +9,14 @@ from typing import Any
 from typing import cast
 
 from panda.answers.generation import greedy
+from panda.answers.positions import held_positions
+from panda.answers.text import decoded
 from panda.configuration.options import RunOptions
 from panda.data.token_dataset import SampleSet
+from panda.files.terminal import printable
 from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
+from panda.registry import UserError
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
@@ -35,8 +39,10 @@ def finish(run: Run) -> None:
     with of_task("`example_prompts`"):
         prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
     with of_task("`encode_prompt`"):
-        encoded = [run.task.encode_prompt(prompt) for prompt in prompts]
+        prompts, encoded = _encoded(run, prompts)
     module = run.engine.evaluating()
+    criteria = run.decoding.criteria(tokenizer, timed=False)
+    most = min(run.options.max_seq_length, held_positions(module) or run.options.max_seq_length)
     rows = run.options.per_gpu_eval_batch_size
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
@@ -44,15 +50,30 @@ def finish(run: Run) -> None:
             module,
             encoded[start : start + rows],
             max_new_tokens=ANSWER_TOKENS,
+            max_length=most,
             pad_token_id=tokenizer.pad_token_id or 0,
-            eos_token_id=run.task.end_tokens[0],
+            end_tokens=run.decoding.ends,
+            processors=run.decoding.processors,
+            criteria=criteria,
             device=run.processes.device,
         )
         run.answers += [
-            {"prompt": prompt, "answer": tokenizer.decode(ids)} for prompt, ids in zip(some, continued, strict=True)
+            {"prompt": prompt, "answer": decoded(tokenizer, ids)} for prompt, ids in zip(some, continued, strict=True)
         ]
     if run.processes.rank == 0:
         write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
+
+
+def _encoded(run: Run, prompts: list[str]) -> tuple[list[str], list[list[int]]]:
+    """Those of ``prompts`` that can be written as in training, and their tokens."""
+    encoded = {}
+    for prompt in prompts:
+        try:
+            encoded[prompt] = run.task.encode_prompt(prompt)
+        except UserError as problem:  # a template that wants a system turn, say: no reason to lose what was trained
+            if run.processes.rank == 0:
+                print(printable(f"note: no answer to {problem}"), flush=True)
+    return list(encoded), list(encoded.values())
 
 
 def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
@@ -64,6 +85,7 @@ def _export(run: Run, weights: Weights) -> None:
     description, folder = run.directory / MODEL_FOLDER, run.directory / EXPORT
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
-        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, load_tokenizer(str(description)))
+        tokenizer = load_tokenizer(str(description))
+        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer)
     else:
         export(description, weights, folder)

@@ -16,6 +16,7 @@ from panda.engine.processes import Processes
 from panda.optim.schedules import Schedule
 from panda.registry.resolve import Resolved
 from panda.tasks.language_modelling import LanguageModelling
+from panda.weights.generation_config import Decoding
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Run:
     """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
     agreement: dict[str, Any]
     """The facts that must be the same in a run that continues this one."""
+    decoding: Decoding
+    """How its answers are decoded, and where they end: what the export says too."""
     resumed_from: Path | None = None
     """The checkpoint that the run continues from."""
     step: int = 0

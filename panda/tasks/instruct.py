@@ -71,6 +71,7 @@ class Instruct(TextTask):
         super().__init__(options.instruction_tuning_data_dir, replace(context, tokenizer=_templated(options, context)))
         self.options = options
         self.template = ChatTemplate(self.tokenizer)
+        _ = self.template.end_tokens  # so that a template that cannot be used is refused before the data is read
 
     def describe(self) -> dict[str, Any]:
         fields = {key: getattr(self.options, key) for key in ("input_field", "target_field")}

@@ -22,6 +22,12 @@ from panda.files.whole import whole
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 from panda.weights.files import write_weights
+from panda.weights.generation_config import GENERATION_CONFIG
+from panda.weights.generation_config import Decoding
+from panda.weights.generation_config import answer_ends
+from panda.weights.generation_config import decoding
+from panda.weights.generation_config import generation_values
+from panda.weights.generation_config import vocabulary_of
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
 
@@ -34,7 +40,7 @@ def describe_model(
     *,
     model: Chosen,
     context: ModelContext,
-    pretrained: Pretrained | None,
+    generation: Decoding,
 ) -> None:
     """Write to ``folder`` all files of an export except its weights, which will have ``dtype``.
 
@@ -45,11 +51,12 @@ def describe_model(
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
+    _write_json(folder / GENERATION_CONFIG, generation.written())
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)
         config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
+        _state_ends(config, generation.ends)
         config.save_pretrained(folder)
-        _write_json(folder / "generation_config.json", _generation_config(module, tokenizer, pretrained))
         return
     # If there are adapters: the base, by the names that it has without them.
     state = {
@@ -91,18 +98,27 @@ def exporting(folder: Path) -> Iterator[Path]:
         yield new
 
 
-def _generation_config(module: Any, tokenizer: Any, pretrained: Pretrained | None) -> dict[str, Any]:
-    """The checkpoint's own generation config, or the model's, ending also at the token that training taught."""
-    file = pretrained.folder / "generation_config.json" if pretrained else None
-    # Read as JSON: some in use have values that transformers refuses to write (as of 5.23, 2026-11).
-    values: dict[str, Any] = (
-        json.loads(file.read_text()) if file and file.exists() else module.generation_config.to_diff_dict()
-    )
-    ends = values.get("eos_token_id") or []
-    ends = ends if isinstance(ends, list) else [ends]
-    if tokenizer.eos_token_id not in ends:
-        ends = [*ends, tokenizer.eos_token_id]
-    return values | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+def decoding_of(module: Any, tokenizer: Any, pretrained: Pretrained | None, taught: list[int]) -> Decoding:
+    """How an export of ``module`` answers: as ``pretrained`` says, ending also at the tokens that training ``taught``.
+
+    Raises UserError where the generation config of ``pretrained`` is not a JSON object.
+    """
+    folders = [checkpoint.folder for checkpoint in (pretrained, pretrained and pretrained.base) if checkpoint]
+    contents = generation_values(*folders)
+    if pretrained is None and hasattr(module, "generation_config"):
+        contents = [module.generation_config.to_diff_dict()]
+    ends = answer_ends(taught, tokenizer, *contents)
+    return decoding(contents[0] if contents else {}, ends, tokenizer, vocabulary_of(module, tokenizer))
+
+
+def _state_ends(config: Any, ends: list[int]) -> None:
+    """Let ``config`` name the ends, since a class of it names one of its own (LLaMA's is 2) where none is stated."""
+    try:
+        config.update({"eos_token_id": ends[0] if len(ends) == 1 else ends or None})
+    except (
+        Exception
+    ):  # of 802 classes of transformers 5.23 (2026-11), 13 take one end only, by a check of huggingface_hub
+        config.update({"eos_token_id": ends[0]})
 
 
 def _write_json(file: Path, content: Any) -> None:

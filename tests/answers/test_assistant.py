@@ -29,6 +29,7 @@ from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
 from panda.registry.options import build
 from panda.registry.resolve import Chosen
+from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 from panda.weights.export import export
 from panda.weights.stored_tensor import StoredTensor
@@ -79,7 +80,9 @@ def test_a_run_a_checkpoint_and_an_export_answer_as_plain_transformers(
 def test_a_pretrained_model_continues_the_text(folder: Path, capsys: Captured) -> None:
     assert main(["generate", str(folder / "pretrain"), "--prompt", "Mei", "Bao", "--max_new_tokens", "9"]) == 0
     mei, bao = (plain_answer(folder / "pretrain/export", name, 9) for name in ("Mei", "Bao"))
-    assert capsys.readouterr().out == f"> Mei\n{mei}\n> Bao\n{bao}\n"
+    captured = capsys.readouterr()
+    assert captured.out == f"{mei}\n\n{bao}\n"
+    assert "> Mei\n" in captured.err and "> Bao\n" in captured.err
 
 
 def test_the_template_gives_the_tokens_that_training_gave(folder: Path) -> None:
@@ -334,7 +337,7 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
         chat_template=None,
         model=chosen,
         context=context,
-        pretrained=None,
+        generation=decoding_of(module, tokenizer, None, [2]),
     )
     weights = {
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
@@ -347,7 +350,7 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
     ids = [1, 70, 80]
     pieces: list[str] = []
     answer = assistant.answer(ids, Sampling(10), pieces.append)
-    (expected,) = greedy(module, [ids], max_new_tokens=10, pad_token_id=0, eos_token_id=2, device=CPU)
+    (expected,) = greedy(module, [ids], max_new_tokens=10, pad_token_id=0, end_tokens=[2], device=CPU)
     assert answer == "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
     assert len(answer) > 2
 
@@ -364,7 +367,7 @@ def test_tokens_are_drawn_by_temperature_from_the_likeliest() -> None:
             model,
             [0],
             max_new_tokens=3000,
-            eos_token_id=9,
+            end_tokens=[9],
             temperature=temperature,
             top_p=top_p,
             device=CPU,

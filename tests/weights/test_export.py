@@ -19,6 +19,7 @@ from panda.cli.main import main
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
+from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 from panda.weights.finding import Source
 from panda.weights.finding import pretrained_at
@@ -127,7 +128,7 @@ def test_greedy_answers_are_those_of_transformers(run: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(run / "export").eval()
     prompts = [[1, 70, 80, 90], [1, 100], [1, 71, 72, 73, 74, 75, 76]]
-    ours = greedy(model, prompts, max_new_tokens=6, pad_token_id=0, eos_token_id=2, device=torch.device("cpu"))
+    ours = greedy(model, prompts, max_new_tokens=6, pad_token_id=0, end_tokens=[2], device=torch.device("cpu"))
     for prompt, answer in zip(prompts, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2)[0]
         ended = [*theirs[len(prompt) :].tolist(), 2]
@@ -141,7 +142,8 @@ def test_greedy_answers_are_those_of_transformers(run: Path) -> None:
         ({}, 2),
         ({"eos_token_id": 2}, 2),
         ({"eos_token_id": 70}, [70, 2]),
-        ({"eos_token_id": [70, 71], "top_k": 3}, [70, 71, 2]),
+        ({"eos_token_id": [70, 71], "do_sample": True, "top_k": 3}, [70, 71, 2]),
+        ({"eos_token_id": 0}, [0, 2]),
         ({"eos_token_id": [2, 70]}, [2, 70]),
     ],
     ids=str,
@@ -167,7 +169,7 @@ def test_an_answer_ends_at_the_token_that_training_taught_and_where_it_ended_bef
         chat_template=None,
         model=nothing,
         context=nothing,
-        pretrained=pretrained,
+        generation=decoding_of(model, tokenizer, pretrained, [2]),
     )
     described = GenerationConfig.from_pretrained(tmp_path / "model")
     assert described.eos_token_id == ends

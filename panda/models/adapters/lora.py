@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from panda.weights.export import exporting
 from panda.weights.files import safetensors_weights
 from panda.weights.finding import from_anywhere
 from panda.weights.formats import ADAPTERS
+from panda.weights.generation_config import GENERATION_CONFIG
 from panda.weights.stored_tensor import Weights
 
 if TYPE_CHECKING:
@@ -93,11 +95,18 @@ def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> No
         state[name].data = stored.read().to(device, copy=True)
 
 
-def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Any) -> None:
-    """Write the adapters among ``weights``, which have ``model``'s names, so that plain peft loads them on the base."""
+def export_adapters(
+    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, description: Path, tokenizer: Any
+) -> None:
+    """Write the adapters among ``weights``, which have ``model``'s names, so that plain peft loads them on the base.
+
+    The folder ``description`` of the model says where answers end, which the base alone does not.
+    """
     with exporting(folder) as new:
         new.mkdir(parents=True)
         tokenizer.save_pretrained(new)
+        if (description / GENERATION_CONFIG).exists():
+            shutil.copy(description / GENERATION_CONFIG, new)
         # Embeddings are never trained here. To find that out by itself, peft (0.21, 2026-11) would ask the hub.
         model.save_pretrained(str(new), state_dict=weights, save_embedding_layers=False)
         (new / "README.md").unlink()  # peft's template of a model card, not filled in
