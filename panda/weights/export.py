@@ -22,8 +22,10 @@ from panda.files.whole import whole
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 from panda.weights.files import write_weights
+from panda.weights.model_config import model_config
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
+from panda.weights.tokenizers import write_tokenizer
 
 
 def describe_model(
@@ -45,14 +47,11 @@ def describe_model(
     from transformers import PreTrainedModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    if chat_template is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder, chat_template)
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)
         config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
-        config.save_pretrained(folder)
+        _write_json(folder / "config.json", model_config(config, pretrained.config if pretrained else None))
         _write_json(folder / "generation_config.json", _generation_config(module, tokenizer, pretrained))
         return
     # If there are adapters: the base, by the names that it has without them.
@@ -110,4 +109,4 @@ def _generation_config(module: Any, tokenizer: Any, pretrained: Pretrained | Non
 
 
 def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from panda.weights.files import safetensors_weights
 from panda.weights.finding import from_anywhere
 from panda.weights.formats import ADAPTERS
 from panda.weights.stored_tensor import Weights
+from panda.weights.tokenizers import write_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -97,7 +98,7 @@ def export_adapters(model: PeftModel, weights: dict[str, torch.Tensor], folder: 
     """Write the adapters among ``weights``, which have ``model``'s names, so that plain peft loads them on the base."""
     with exporting(folder) as new:
         new.mkdir(parents=True)
-        tokenizer.save_pretrained(new)
+        write_tokenizer(tokenizer, new)
         # Embeddings are never trained here. To find that out by itself, peft (0.21, 2026-11) would ask the hub.
         model.save_pretrained(str(new), state_dict=weights, save_embedding_layers=False)
         (new / "README.md").unlink()  # peft's template of a model card, not filled in
