@@ -39,20 +39,21 @@ def model_config(config: Any, base: Mapping[str, Any] | None) -> dict[str, Any]:
     if base is not None and base.get("model_type") == values.get("model_type"):
         given = copy.deepcopy({key: value for key, value in base.items() if key not in _NEVER_FROM_BASE})
         # As this version of transformers reads the base: what differs from that was changed by the run.
-        read = _written(type(config)(**{key: value for key, value in copy.deepcopy(given).items() if key != "model_type"}))
-        same_rope = values.get("rope_parameters") == read.get("rope_parameters")
-        of_rope = () if same_rope else _keys_of_rope(values)
+        read = _written(
+            type(config)(**{key: value for key, value in copy.deepcopy(given).items() if key != "model_type"})
+        )
+        of_rope = () if _rope(values) == _rope(read) else _keys_of_rope(values)
         for key, value in given.items():
             if key in of_rope or (key in values and values[key] != read.get(key)):
                 continue
             values[key] = value
-    return for_all_readers(values)
+    return for_all_readers(dict(sorted(values.items())))
 
 
 def for_all_readers(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values``, the content of a config.json, with what the class of any version reads, and without ``auto_map``.
 
-    Keys that are there keep their values.
+    Keys that are there keep their values, unless these are null.
     """
     read = {key: for_all_readers(value) if _is_config(value) else value for key, value in values.items()}
     for key in _LEFT_OUT:
@@ -62,7 +63,7 @@ def for_all_readers(values: Mapping[str, Any]) -> dict[str, Any]:
         read |= {"dtype": dtype, "torch_dtype": dtype}
     parameters = read.get("rope_parameters")
     if parameters:
-        read = _old_rope(parameters, read) | read
+        read |= {key: value for key, value in _old_rope(parameters, read).items() if read.get(key) is None}
     elif "rope_parameters" in read:
         del read["rope_parameters"]
     return read
@@ -80,6 +81,11 @@ def _written(config: Any) -> dict[str, Any]:
 
     values: dict[str, Any] = json.loads(config.to_json_string(), object_hook=plain)
     return values
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of RoPE, without the older name of ``rope_type`` that a base may give beside it."""
+    return {key: value for key, value in (values.get("rope_parameters") or {}).items() if key != "type"}
 
 
 def _keys_of_rope(values: Mapping[str, Any]) -> set[str]:

@@ -98,8 +98,8 @@ def write_tokenizer(tokenizer: Any, folder: Path, chat_template: str | None = No
         # their own from the vocabulary in version 5, and other ones in version 4.
         values |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_prefix_space": _adds_prefix_space(folder / "tokenizer.json"),
-            # What the class that is no longer named has as its defaults, which differ between versions.
+            **_prefix_space(folder / "tokenizer.json"),
+            # What the class that is no longer named has as its defaults.
             "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
             "model_input_names": list(tokenizer.model_input_names),
             "padding_side": tokenizer.padding_side,
@@ -126,7 +126,10 @@ def write_tokenizer_config(values: Mapping[str, Any], folder: Path) -> None:
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def _adds_prefix_space(tokenizer_json: Path) -> bool:
-    """Whether its pre-tokenizer does; transformers 4.57 (2026-11) changes that to what tokenizer_config.json says."""
+def _prefix_space(tokenizer_json: Path) -> dict[str, bool]:
+    """What its pre-tokenizer says of a space before a text; 4.57 does what tokenizer_config.json says, by default no.
+
+    Empty where it says nothing, as one that replaces spaces.
+    """
     pre_tokenizer = json.loads(tokenizer_json.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
-    return bool(pre_tokenizer.get("add_prefix_space", False))
+    return {key: pre_tokenizer[key] for key in ("add_prefix_space",) if key in pre_tokenizer}
