@@ -132,7 +132,6 @@ def write_tokenizer(kind: str, folder: Path) -> int:
     from tokenizers import Tokenizer
     from tokenizers import decoders
     from tokenizers import models
-    from tokenizers import normalizers
     from tokenizers import pre_tokenizers
     from tokenizers import processors
     from tokenizers import trainers
@@ -172,21 +171,7 @@ def write_tokenizer(kind: str, folder: Path) -> int:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     else:
         legacy = kind != "sentencepiece"
-        pieces = [*special, *fallback, "▁", *sorted({*"".join(WORDS)} - {" "}), "▁H", "▁He", "ll", "▁t"]
-        merges = [("▁", "H"), ("▁H", "e"), ("l", "l"), ("▁", "t")]
-        tokenizer = Tokenizer(
-            models.BPE(
-                {p: n for n, p in enumerate(pieces)}, merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"
-            )
-        )
-        replace = normalizers.Replace(" ", "▁")
-        decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        if legacy:
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
-            decoder.append(decoders.Strip(" ", 1, 0))
-        else:
-            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        tokenizer.decoder = decoders.Sequence(decoder)
+        tokenizer = _like_sentencepiece([*special, *fallback], legacy)
         tokenizer.post_processor = bos
         config |= {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "clean_up_tokenization_spaces": False}
         (folder / "tokenizer.model").write_bytes(b"as if it were sentencepiece's")
@@ -199,7 +184,31 @@ def write_tokenizer(kind: str, folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def make_base(kind: str, folder: Path, *, weights: bool = True) -> Path:
+def _like_sentencepiece(special: list[str], legacy: bool) -> Any:
+    """A tokenizer as those converted from sentencepiece are, with ``special`` entries first."""
+    from tokenizers import Tokenizer
+    from tokenizers import decoders
+    from tokenizers import models
+    from tokenizers import normalizers
+    from tokenizers import pre_tokenizers
+
+    pieces = [*special, "▁", *sorted({*"".join(WORDS)} - {" "}), "▁H", "▁He", "ll", "▁t"]
+    merges = [("▁", "H"), ("▁H", "e"), ("l", "l"), ("▁", "t")]
+    tokenizer = Tokenizer(
+        models.BPE({p: n for n, p in enumerate(pieces)}, merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>")
+    )
+    replace = normalizers.Replace(" ", "▁")
+    decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        decoder.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(decoder)
+    return tokenizer
+
+
+def make_base(kind: str, folder: Path) -> Path:
     """Write the base of ``kind`` to ``folder``."""
     import torch
     from transformers import AutoConfig
@@ -209,12 +218,11 @@ def make_base(kind: str, folder: Path, *, weights: bool = True) -> Path:
     folder.mkdir(parents=True)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     config = {**config, "vocab_size": write_tokenizer(tokenizer, folder), **ids}
-    if weights:
-        given = json.loads(json.dumps({key: value for key, value in config.items() if key != "model_type"}))
-        torch.manual_seed(1)
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **given))
-        made.to(getattr(torch, config["torch_dtype"])).save_pretrained(folder)
-        (folder / "generation_config.json").unlink(missing_ok=True)
+    given = json.loads(json.dumps({key: value for key, value in config.items() if key != "model_type"}))
+    torch.manual_seed(1)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **given))
+    made.to(getattr(torch, config["torch_dtype"])).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
 
