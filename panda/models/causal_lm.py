@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import Any
@@ -26,7 +27,8 @@ def build_causal_lm(
     from transformers import AutoConfig
     from transformers import AutoModelForCausalLM
 
-    values = dict(config)
+    # As of 5.23 (2026-11), transformers writes into the dictionaries that it is given.
+    values = copy.deepcopy(dict(config))
     model_type = values.pop("model_type", None)
     try:
         parsed = AutoConfig.for_model(model_type, **values)

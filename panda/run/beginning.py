@@ -77,6 +77,7 @@ def begin(
                 prepared.task.tokenizer,
                 model=resolved.components["model"],
                 context=prepared.context,
+                pretrained=prepared.pretrained,
                 generation=run.decoding,
             )
             if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):

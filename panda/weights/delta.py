@@ -18,6 +18,9 @@ from panda.files.disk_full import writing
 from panda.files.whole import whole
 from panda.registry import UserError
 from panda.weights.json_object import read_json_object
+from panda.weights.model_config import for_all_readers
+from panda.weights.tokenizers import CONFIG
+from panda.weights.tokenizers import write_tokenizer_config
 
 if TYPE_CHECKING:
     import torch
@@ -119,9 +122,12 @@ def _writing(output: Path, source: Pretrained) -> Iterator[Path]:
         whole(output) as new,
     ):
         new.mkdir(parents=True)
-        (new / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
+        config = json.dumps(for_all_readers(source.config), indent=2, ensure_ascii=False)
+        (new / "config.json").write_text(config + "\n", encoding="utf-8")
         for file in source.files_beside():
             shutil.copy(file, new / file.name)
+        if (new / CONFIG).exists():
+            write_tokenizer_config(read_json_object(new / CONFIG), new)
         yield new
 
 

@@ -28,8 +28,10 @@ from panda.weights.generation_config import answer_ends
 from panda.weights.generation_config import decoding
 from panda.weights.generation_config import generation_values
 from panda.weights.generation_config import vocabulary_of
+from panda.weights.model_config import model_config
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
+from panda.weights.tokenizers import write_tokenizer
 
 
 def describe_model(
@@ -40,23 +42,24 @@ def describe_model(
     *,
     model: Chosen,
     context: ModelContext,
+    pretrained: Pretrained | None,
     generation: Decoding,
 ) -> None:
     """Write to ``folder`` all files of an export except its weights, which will have ``dtype``.
 
-    A model of transformers is described as transformers does it; any other by the arguments of the factory of
-    ``model``.
+    A model of transformers is described as transformers does it, with what ``pretrained`` says of it; any other by the
+    arguments of the factory of ``model``. ``generation``: how it answers.
     """
     from transformers import PreTrainedModel
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
     _write_json(folder / GENERATION_CONFIG, generation.written())
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)
         config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
         _state_ends(config, generation.ends)
-        config.save_pretrained(folder)
+        _write_json(folder / "config.json", model_config(config, pretrained.config if pretrained else None))
         return
     # If there are adapters: the base, by the names that it has without them.
     state = {
@@ -115,11 +118,10 @@ def _state_ends(config: Any, ends: list[int]) -> None:
     """Let ``config`` name the ends, since a class of it names one of its own (LLaMA's is 2) where none is stated."""
     try:
         config.update({"eos_token_id": ends[0] if len(ends) == 1 else ends or None})
-    except (
-        Exception
-    ):  # of 802 classes of transformers 5.23 (2026-11), 13 take one end only, by a check of huggingface_hub
+    # Of 802 classes of transformers 5.23 (2026-11), 13 take one end only, by a check of huggingface_hub.
+    except Exception:
         config.update({"eos_token_id": ends[0]})
 
 
 def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,11 @@
-"""Finding a tokenizer, in a folder or on the Hugging Face hub, and reading it. Imports no torch."""
+"""Finding a tokenizer, in a folder or on the Hugging Face hub, reading it and writing it. Imports no torch."""
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +71,62 @@ def read_tokenizer(folder: Path) -> Any:
             if str(other) == str(problem):  # transformers reads the model's configuration first
                 what = f"{folder / 'config.json'}: transformers cannot read it"
         raise UserError(f"{what}: {in_brief(problem)}.") from problem
+
+
+SENTENCEPIECE = "tokenizer.model"
+"""sentencepiece's own file, which tools other than transformers read."""
+
+CONFIG = "tokenizer_config.json"
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write ``tokenizer`` to ``folder``, so that transformers 4.57 and 5, and tokenizers itself, read the same one.
+
+    Where it was read from a folder with a sentencepiece model, that is copied.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.is_fast:  # a length that an earlier program cut or padded texts to, which tokenizers would do
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if tokenizer.is_fast:
+        # The one class that takes tokenizer.json as it is in both versions. Classes of models build a pipeline of
+        # their own from the vocabulary in version 5, and other ones in version 4.
+        values |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **_prefix_space(folder / "tokenizer.json"),
+            # What the class that is no longer named has as its defaults.
+            "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+            "model_input_names": list(tokenizer.model_input_names),
+            "padding_side": tokenizer.padding_side,
+        }
+    write_tokenizer_config(values, folder)
+    source = Path(tokenizer.name_or_path) / SENTENCEPIECE
+    if source.is_file() and not (folder / SENTENCEPIECE).exists():
+        shutil.copy(source, folder / SENTENCEPIECE)
+
+
+def write_tokenizer_config(values: Mapping[str, Any], folder: Path) -> None:
+    """Write ``values``, those of a tokenizer_config.json, to ``folder``, under the names that 4.57 and 5 both read."""
+    # Code that is not copied, and how the tokenizer was loaded.
+    left_out = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path", "files_loaded")
+    written = {key: value for key, value in values.items() if key not in left_out}
+    extra = written.get("extra_special_tokens")
+    if isinstance(extra, list):  # as of 5.23 (2026-11); in 4.57 it is a dictionary, and a list is an error
+        del written["extra_special_tokens"]
+        if extra:
+            written["additional_special_tokens"] = extra
+    if written.get("tokenizer_class") == "TokenizersBackend":  # its name in 5, where the older one is an alias
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(written, indent=2, ensure_ascii=False, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _prefix_space(tokenizer_json: Path) -> dict[str, bool]:
+    """What its pre-tokenizer says of a space before a text; 4.57 does what tokenizer_config.json says, by default no.
+
+    Empty where it says nothing, as one that replaces spaces.
+    """
+    pre_tokenizer = json.loads(tokenizer_json.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    return {key: pre_tokenizer[key] for key in ("add_prefix_space",) if key in pre_tokenizer}

@@ -334,9 +334,9 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
         module,
         torch.float32,
         tokenizer,
-        chat_template=None,
         model=chosen,
         context=context,
+        pretrained=None,
         generation=decoding_of(module, tokenizer, None, [2]),
     )
     weights = {

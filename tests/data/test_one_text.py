@@ -38,6 +38,7 @@ from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
 from panda.tasks.instruct import Instruct
 from panda.tasks.instruct import InstructOptions
+from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 
 Messages = list[dict[str, str]]
@@ -103,6 +104,7 @@ def train(folder: Path, tokenizer: Any, rows: Sequence[Messages]) -> Trained:
         model=unused,
         context=unused,
         pretrained=None,
+        generation=decoding_of(_module(), task.tokenizer, None, task.end_tokens),
     )
     (export / "config.json").unlink()  # the model is of another kind than the tokenizer's class may be
     data = task.dataset()

@@ -166,9 +166,9 @@ def test_an_answer_ends_at_the_token_that_training_taught_and_where_it_ended_bef
         model,
         torch.float32,
         tokenizer,
-        chat_template=None,
         model=nothing,
         context=nothing,
+        pretrained=pretrained,
         generation=decoding_of(model, tokenizer, pretrained, [2]),
     )
     described = GenerationConfig.from_pretrained(tmp_path / "model")

@@ -243,8 +243,8 @@ def test_an_export_and_its_configuration_name_the_same_ends(
     assert found.ends == ([70, 2, 71] if said else [2, 71])
     nothing: Any = None
     describe_model(
-        tmp_path / "model", model, torch.float32, tokenizer, chat_template=None, model=nothing, context=nothing,
-        generation=found,
+        tmp_path / "model", model, torch.float32, tokenizer, model=nothing, context=nothing,
+        pretrained=pretrained, generation=found,
     )  # fmt: skip
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert written.get("repetition_penalty") == (said or {}).get("repetition_penalty") and "num_beams" not in written

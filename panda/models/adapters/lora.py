@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -20,10 +21,17 @@ from panda.weights.finding import from_anywhere
 from panda.weights.formats import ADAPTERS
 from panda.weights.generation_config import GENERATION_CONFIG
 from panda.weights.stored_tensor import Weights
+from panda.weights.tokenizers import write_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft import PeftModel
+
+_STATED = (
+    *("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias"),
+    *("target_modules", "modules_to_save", "fan_in_fan_out", "init_lora_weights", "use_dora", "use_rslora"),
+)
+"""Keys of adapter_config.json that readers look for, also where they have their default value."""
 
 
 def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[str, Any] | None = None) -> PeftModel:
@@ -104,12 +112,27 @@ def export_adapters(
     """
     with exporting(folder) as new:
         new.mkdir(parents=True)
-        tokenizer.save_pretrained(new)
+        write_tokenizer(tokenizer, new)
         if (description / GENERATION_CONFIG).exists():
             shutil.copy(description / GENERATION_CONFIG, new)
         # Embeddings are never trained here. To find that out by itself, peft (0.21, 2026-11) would ask the hub.
         model.save_pretrained(str(new), state_dict=weights, save_embedding_layers=False)
         (new / "README.md").unlink()  # peft's template of a model card, not filled in
+        _shorten(new / ADAPTERS)
+
+
+def _shorten(file: Path) -> None:
+    """Leave out of ``file``, as peft wrote it, what only newer versions of peft know and has its default value.
+
+    Versions before 0.14 refuse keys that they do not know, and those since then warn of them.
+    """
+    from peft import LoraConfig
+
+    default: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in values.items() if key in _STATED or value != default.get(key)}
+    kept.pop("peft_version", None)
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def stored_adapters(folder: Path) -> Weights:
