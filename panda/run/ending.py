@@ -38,11 +38,11 @@ def finish(run: Run) -> None:
     of_task = run.resolved.components["task"].attributed
     with of_task("`example_prompts`"):
         prompts = list(run.options.prompts) or run.task.example_prompts(ANSWERED_PROMPTS)
-    with of_task("`encode_prompt`"):
-        prompts, encoded = _encoded(run, prompts)
     module = run.engine.evaluating()
     criteria = run.decoding.criteria(tokenizer, timed=False)
     most = min(run.options.max_seq_length, held_positions(module) or run.options.max_seq_length)
+    with of_task("`encode_prompt`"):
+        prompts, encoded = _encoded(run, prompts, most - min(ANSWER_TOKENS, most // 2))
     rows = run.options.per_gpu_eval_batch_size
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
@@ -64,15 +64,23 @@ def finish(run: Run) -> None:
         write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
 
 
-def _encoded(run: Run, prompts: list[str]) -> tuple[list[str], list[list[int]]]:
-    """Those of ``prompts`` that can be written as in training, and their tokens."""
-    encoded = {}
+def _encoded(run: Run, prompts: list[str], room: int) -> tuple[list[str], list[list[int]]]:
+    """Those of ``prompts`` that can be written as in training, and their tokens, ``room`` at most: the last ones."""
+    encoded, notes = {}, []
     for prompt in prompts:
         try:
-            encoded[prompt] = run.task.encode_prompt(prompt)
+            ids = run.task.encode_prompt(prompt)
         except UserError as problem:  # a template that wants a system turn, say: no reason to lose what was trained
-            if run.processes.rank == 0:
-                print(printable(f"note: no answer to {problem}"), flush=True)
+            notes.append(f"no answer to {problem}")
+            continue
+        encoded[prompt] = run.task.encoder.cut(ids, room)
+        if len(ids) > room:
+            notes.append(
+                f"prompt {prompt[:20]!r}...: {len(ids) - room:,} of {len(ids):,} tokens of its beginning are cut"
+            )
+    if run.processes.rank == 0:
+        for note in notes:
+            print(printable(f"note: {note}"), flush=True)
     return list(encoded), list(encoded.values())
 
 

@@ -197,7 +197,7 @@ def test_a_template_that_raises_is_told_with_its_reason(folder: Path, capsys: Ca
     (base / "chat_template.jinja").write_text("{{ raise_exception('no system turns here') }}")
     assert main(["generate", str(base), "--prompt", "a", "--system", "b"]) == 2
     captured = capsys.readouterr()
-    assert "the chat template refuses the dialogue: no system turns here." in captured.err and captured.out == ""
+    assert "the chat template refuses it: no system turns here" in captured.err and captured.out == ""
 
 
 def test_an_empty_prompt_is_refused_where_nothing_begins_a_text(capsys: Captured, tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ def test_an_empty_prompt_is_refused_where_nothing_begins_a_text(capsys: Captured
     assert main(["generate", str(base), "--prompt", "a", "--system", "b"]) == 2
     assert "has no chat template, so a system turn is unknown" in capsys.readouterr().err
     assert main(["generate", str(base), "--prompt", "", "--max_new_tokens", "2"]) == 0  # <s> begins it
-    config = json.loads((base / "tokenizer_config.json").read_text()) | {"bos_token": None}
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((base / "tokenizer.json").read_text()) | {"post_processor": None}
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     capsys.readouterr()
     assert main(["generate", str(base), "--prompt", "", "--max_new_tokens", "2"]) == 2
     assert "the prompt is empty" in capsys.readouterr().err

@@ -217,9 +217,9 @@ def problems(trained: Trained, rows: Sequence[Messages], may_refuse: bool) -> It
     exported, samples = trained.exported, iter(trained.samples)
     for number, messages in enumerate(rows):
         answers = answers_of(exported, messages)
+        said = [message["content"] for message in messages if message["role"] == "assistant"]
+        blank = {place for place, content in enumerate(said) if not content.strip()}
         if number in trained.bad:
-            # Tokens that strip space take that of an answer of space only, and even what is before it.
-            blank = any(message["role"] == "assistant" and not message["content"].strip() for message in messages)
             if answers is not None and not (may_refuse or blank):
                 yield f"row {number} is refused: {trained.bad[number]}"
             continue
@@ -237,6 +237,8 @@ def problems(trained: Trained, rows: Sequence[Messages], may_refuse: bool) -> It
             yield f"row {number}: {len(places)} answers are learnt, of {len(answers)}"
             return
         for place, answer in enumerate(answers):
+            if place in blank:
+                continue  # tokens that strip space take that of an answer of space only, and even what is before it
             if wrong := wrong_with(exported, answer, *places[place]):
                 yield f"row {number}, answer {place}: {wrong}"
     if next(samples, None) is not None:

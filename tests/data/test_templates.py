@@ -144,7 +144,7 @@ def test_a_template_that_wants_a_system_turn_is_used_where_there_is_one() -> Non
 def test_a_template_that_refuses_every_conversation_is_refused() -> None:
     tokenizer = with_template(load("qwen"), "{{ raise_exception('never') }}")
     with pytest.raises(UserError, match=r"template: the chat template refuses it: never \(a question and an answer\)"):
-        ChatTemplate(tokenizer)
+        _ = ChatTemplate(tokenizer).end_tokens
 
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))

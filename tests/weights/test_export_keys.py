@@ -202,7 +202,8 @@ def test_what_a_program_left_in_a_tokenizer_is_not_exported(tmp_path: Path) -> N
     file.write_text(json.dumps(json.loads(file.read_text()) | left))
     tokenizer = read_tokenizer(tmp_path)
     tokenizer(["a long text"], truncation=True, max_length=2)
-    write_tokenizer(tokenizer, tmp_path / "out", "{{ '\u2028\x85\x0b \\ud83d \U0001f44b' }}{# \ufeff #}")
+    tokenizer.chat_template = "{{ '\u2028\x85\x0b \\ud83d \U0001f44b' }}{# \ufeff #}"
+    write_tokenizer(tokenizer, tmp_path / "out")
     said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert not said.keys() & {"auto_map", "is_local", "backend", "extra_special_tokens"}
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["truncation"] is None
