@@ -66,22 +66,23 @@ def finish(run: Run) -> None:
 
 def _encoded(run: Run, prompts: list[str], room: int) -> tuple[list[str], list[list[int]]]:
     """Those of ``prompts`` that can be written as in training, and their tokens, ``room`` at most: the last ones."""
-    encoded, notes = {}, []
+    written: list[str] = []
+    encoded: list[list[int]] = []
+    notes = []
     for prompt in prompts:
         try:
             ids = run.task.encode_prompt(prompt)
         except UserError as problem:  # a template that wants a system turn, say: no reason to lose what was trained
             notes.append(f"no answer to {problem}")
             continue
-        encoded[prompt] = run.task.encoder.cut(ids, room)
+        written.append(prompt)
+        encoded.append(run.task.encoder.cut(ids, room))
         if len(ids) > room:
-            notes.append(
-                f"prompt {prompt[:20]!r}...: {len(ids) - room:,} of {len(ids):,} tokens of its beginning are cut"
-            )
+            notes.append(f"of {prompt[:20]!r}... the first {len(ids) - room:,} of {len(ids):,} tokens are cut")
     if run.processes.rank == 0:
         for note in notes:
             print(printable(f"note: {note}"), flush=True)
-    return list(encoded), list(encoded.values())
+    return written, encoded
 
 
 def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
