@@ -88,7 +88,7 @@ class ProgressDisplay:
                 print(f"  {name:16} {what}")
         for answer in run.answers:
             text = f"\n> {answer['prompt']}\n{answer['answer']}"
-            print(printable(text) if sys.stdout.isatty() else text)
+            print(printable(text))
         sys.stdout.flush()
 
     @hookimpl

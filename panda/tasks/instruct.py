@@ -70,6 +70,7 @@ class Instruct(TextTask):
     def __init__(self, options: InstructOptions, context: TaskContext) -> None:
         super().__init__(options.instruction_tuning_data_dir, replace(context, tokenizer=_templated(options, context)))
         self.options = options
+        self.is_plain = _is_plain(options, context)
         self.template = ChatTemplate(self.tokenizer)
         _ = self.template.end_tokens  # so that a template that cannot be used is refused before the data is read
 
@@ -78,7 +79,7 @@ class Instruct(TextTask):
         return fields | {"chat_template": self.tokenizer.chat_template}
 
     def text_format(self) -> str:
-        if _is_plain(self.options, self.context):
+        if self.is_plain:
             return f"plain, separator {self.options.separator!r}"
         dated = "strftime_now" in str(self.tokenizer.chat_template)
         return "chat: the tokenizer's chat template" + f", with the date {_day(self.options)}" * dated

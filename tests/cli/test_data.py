@@ -66,16 +66,18 @@ def test_data_and_check_name_unused_fields_and_what_is_held_out(
     copy = {"target": "r", "input": "q", "id": 1, "turns": [1]}
     Path("data/rows.json").write_text(json.dumps([{"input": "a", "target": "b", "id": 2}, copy]))
     flags = ["--instruction_tuning_data_dir", "data", "--eval_data_dir", "data/val"]
-    for command, prefix in ((data, ""), (check, "data: ")):
+    for command in (data, check):
         assert command.main([config, *flags]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert f"{prefix}the field 'id' is not used (2 rows)" in lines
-        assert f"{prefix}the field 'turns' is not used (1 row)" in lines
-        assert f"{prefix}instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on" in lines
-        held = "  " if command is data else "evaluation data: "
-        assert f"{held}the field 'id' is not used (1 row)" in lines
-        assert f"{held}1 of 2 held-out samples are also in the training data, and are trained on" in lines
-        assert any(line.startswith(("1 files, 2 rows, 2 samples", "data: 2 samples, ")) for line in lines)
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        for expected in (
+            "the field 'id' is not used (2 rows)",
+            "the field 'turns' is not used (1 row)",
+            "instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on",
+            "the field 'id' is not used (1 row)",
+            "1 of 2 held-out samples are also in the training data, and are trained on",
+        ):
+            assert expected in lines, command.__name__
+        assert any("2 samples" in line for line in lines)
 
 
 STEERING = "\x1b]0;x\x07[bold]b[/bold] :smile:\u202e"

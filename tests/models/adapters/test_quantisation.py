@@ -171,7 +171,7 @@ def test_gradients_are_the_same_after_an_evaluation(precision: str) -> None:
                 torch.nn.init.normal_(parameter, std=0.1)
         if evaluated:
             adapted.eval()
-            greedy(adapted, [[1, 2, 3]], max_new_tokens=3, pad_token_id=0, eos_token_id=2, device=torch.device("cpu"))
+            greedy(adapted, [[1, 2, 3]], max_new_tokens=3, pad_token_id=0, end_tokens=[2], device=torch.device("cpu"))
             adapted.train()
         adapted(ids).logits.float().logsumexp(-1).sum().backward()
         gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
