@@ -81,7 +81,7 @@ class ChatTemplate:
                 unused.append(f"messages[].{name}")
         if conversation.tools and self._is_same(replace(conversation, tools=None), exchanges):
             unused.append("tools")
-        return exchanges, unused
+        return exchanges, [*unused, *self._unwritten(conversation, exchanges)]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts that the template wrote, as ``Encoder.encode`` gives them.
@@ -102,6 +102,20 @@ class ChatTemplate:
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model is given to answer the last of ``turns``. Raises UnusableRowError."""
         return self._render(turns, None, ask=True)
+
+    def _unwritten(self, conversation: Conversation, exchanges: list[Exchange]) -> list[str]:
+        """The roles whose content the template leaves out, before the last answer."""
+        written = exchanges[-1].before + exchanges[-1].answer
+        last = max(n for n, turn in enumerate(conversation.turns) if turn.role == "assistant" and turn.supervised)
+        roles = {}
+        for number, turn in enumerate(conversation.turns[:last]):
+            if self.encoder.as_characters(turn.text).strip() in written:
+                continue
+            other = [*conversation.turns]  # it may be written in other words, or in an earlier prompt only
+            other[number] = replace(turn, text=_PROBE)
+            if self._is_same(replace(conversation, turns=other), exchanges):
+                roles[f"messages[].content of {turn.role}"] = True
+        return list(roles)
 
     def _is_same(self, conversation: Conversation, exchanges: list[Exchange]) -> bool:
         try:

@@ -133,6 +133,17 @@ def test_the_fields_and_tools_that_a_template_does_not_use_are_named() -> None:
         assert ChatTemplate(load("qwen", name)).exchanges(conversation)[1] == unused
 
 
+def test_content_that_a_template_leaves_out_is_named_by_its_role() -> None:
+    source = TEMPLATES["chatml"].replace(
+        "{% for message in messages -%}", "{% for message in messages if message.role != 'system' -%}"
+    )
+    turns = [Turn("system", "Be brief."), *ASKED, Turn("assistant", "Here."), *ASKED, Turn("assistant", "There.")]
+    template = ChatTemplate(with_template(load("qwen"), source))
+    assert template.exchanges(Conversation(turns))[1] == ["messages[].content of system"]
+    thought = Turn("assistant", "<think>\nReeds.\n</think>\n\nHere.")  # of which later prompts lack the first part
+    assert ChatTemplate(load("qwen", "qwen3")).exchanges(Conversation([*turns[:2], thought, *turns[3:]]))[1] == []
+
+
 def test_a_template_that_wants_a_system_turn_is_used_where_there_is_one() -> None:
     template = ChatTemplate(load("qwen", "wants-system"))
     turns = [Turn("system", "S"), *ASKED, Turn("assistant", "Here.")]
