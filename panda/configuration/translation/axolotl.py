@@ -195,7 +195,7 @@ def _read_adapters(theirs: Theirs, found: Translation) -> None:
     if not adapter:
         return
     found.set("use_lora", True, f"adapter: {adapter}")
-    if adapter == "qlora" and not theirs("load_in_8bit"):
+    if adapter == "qlora" and not found.value("use_quant"):
         found.set("use_quant", True, "adapter: qlora")
         found.set("quant_bits", 4, "adapter: qlora")
     modules = theirs("lora_target_modules")
@@ -209,36 +209,36 @@ def _read_adapters(theirs: Theirs, found: Translation) -> None:
 
 def _read_data(theirs: Theirs, found: Translation) -> None:
     """The data sets: those of documents are pretrain data, all others instruct data, and both at once a mix."""
-    documents: list[Mapping[str, Any]] = []
-    answers: list[Mapping[str, Any]] = []
-    for key in ("datasets", "pretraining_dataset"):
-        written = theirs(key) or []
-        for item in (
-            [{"path": written}] if isinstance(written, str) else [written] if isinstance(written, Mapping) else written
-        ):
-            kind = item.get("type")
-            is_document = key == "pretraining_dataset" or (
-                isinstance(kind, str) and kind.startswith(("completion", "pretrain"))
-            )
-            (documents if is_document else answers).append(item)
+    sets, pretraining = _items(theirs("datasets")), _items(theirs("pretraining_dataset"))
+    in_sets = [item for item in sets if str(item.get("type")).startswith(("completion", "pretrain"))]
+    documents, answers = pretraining + in_sets, [item for item in sets if item not in in_sets]
     task = "mix" if documents and answers else "pretrain" if documents else "instruct"
-    found.set("task", task, "the types of datasets")
+    found.set("task", task, "pretraining_dataset" if pretraining else "datasets[].type")
     if answers:
-        _write_folder(answers, "instruction_tuning_data_dir", theirs, found)
+        _write_folder(answers, "instruction_tuning_data_dir", "datasets", theirs, found)
         _read_answers(answers, theirs, found)
     if documents:
-        _write_folder(documents, "pretraining_data_dir", theirs, found)
+        said = "datasets" if in_sets else "pretraining_dataset"
+        _write_folder(documents, "pretraining_data_dir", said, theirs, found)
         fields = {item.get("field") or item.get("text_column") or "text" for item in documents}
         if len(fields) == 1 and not fields & {"text", "content"}:
-            found.set("content_field", fields.pop(), "datasets[].field")
+            found.set(
+                "content_field", fields.pop(), "datasets[].field" if in_sets else "pretraining_dataset[].text_column"
+            )
         elif len(fields) > 1:
             found.lost[f"datasets[].field: {', '.join(sorted(fields))}"] = "panda reads one `content_field`"
-    tests = [item for item in theirs("test_datasets") or [] if isinstance(item, Mapping)]
-    if tests:
-        _write_folder(tests, "eval_data_dir", theirs, found)
+    if tests := _items(theirs("test_datasets")):
+        _write_folder(tests, "eval_data_dir", "test_datasets", theirs, found)
 
 
-def _write_folder(items: list[Mapping[str, Any]], key: str, theirs: Theirs, found: Translation) -> None:
+def _items(written: Any) -> list[Mapping[str, Any]]:
+    """The data sets of a key: a path, one data set, or a list of them."""
+    items = written if isinstance(written, list) else [written] if written else []
+    return [item if isinstance(item, Mapping) else {"path": item} for item in items]
+
+
+def _write_folder(items: list[Mapping[str, Any]], key: str, said: str, theirs: Theirs, found: Translation) -> None:
+    """Write the place of ``items``, which are below the key ``said``, as panda's ``key``."""
     paths = []
     for item in items:
         files = item.get("data_files")
@@ -251,13 +251,13 @@ def _write_folder(items: list[Mapping[str, Any]], key: str, theirs: Theirs, foun
             parts.pop("data_files")
         if parts:
             named = ", ".join(f"{part} {value}" for part, value in parts.items())
-            found.lost[f"datasets[]: {paths[-1]}: {named}"] = HUB_PART.reason
+            found.lost[f"{said}[]: {paths[-1]}: {named}"] = HUB_PART.reason
     if len(paths) == 1:
-        found.set(key, paths[0], "datasets[].path: a file or folder of its rows")
+        found.set(key, paths[0], f"{said}[].path: a file or folder of its rows")
     else:
         folder = f"datasets/{theirs.stem}/{key.removesuffix('_data_dir').removesuffix('_dir')}"
-        found.set(key, folder, "datasets: put the files of all into this folder")
-        found.lost[f"datasets: {', '.join(paths)}"] = f"panda reads one file or folder: put these into {folder}"
+        found.set(key, folder, f"{said}: put the files of all into this folder")
+        found.lost[f"{said}: {', '.join(paths)}"] = f"panda reads one file or folder: put these into {folder}"
 
 
 def _read_answers(items: list[Mapping[str, Any]], theirs: Theirs, found: Translation) -> None:
@@ -265,8 +265,11 @@ def _read_answers(items: list[Mapping[str, Any]], theirs: Theirs, found: Transla
     kinds = [item.get("type") for item in items]
     chat = [kind for kind in kinds if str(kind).startswith(("chat_template", "sharegpt"))]
     template = theirs("chat_template")
-    found.set("template", "chat" if chat or template else "plain", "chat_template" if template else "datasets[].type")
-    if (chat or template) and template not in (None, "tokenizer_default"):
+    is_chat = bool(chat) or (template is not None and not any(kinds))
+    found.set(
+        "template", "chat" if is_chat else "plain", "chat_template" if is_chat and template else "datasets[].type"
+    )
+    if is_chat and template not in (None, "tokenizer_default"):
         found.different.append(
             f"chat_template: {template} is text of axolotl's; panda uses the chat template of the tokenizer, as"
             " inference does. A base model without one needs a tokenizer that has it."

@@ -44,6 +44,9 @@ def read_sharding(theirs: Theirs, found: Translation) -> None:
     if fsdp and stage is None:
         found.set("zero_stage", 3, "fsdp: weights, gradients and optimizer state are partitioned")
         offload = [key for key in theirs.given if key.endswith("offload_params") and theirs(key)]
+        for key in theirs.given:
+            if key.startswith("fsdp_") and key not in offload and not key.endswith("activation_checkpointing"):
+                found.ignored[key] = "ZeRO-3 gathers and releases each module's weights without being told how"
     for name in offload:
         found.lost[name] = (
             'write a JSON file with {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, and name it with'

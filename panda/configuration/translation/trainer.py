@@ -83,7 +83,11 @@ KEYS: dict[str, Rule] = {
     "seed": To("seed"),
     "bf16": BF16,
     "fp16": FP16,
-    **each("gradient_checkpointing activation_checkpointing", RECOMPUTE),
+    **each(
+        "gradient_checkpointing activation_checkpointing fsdp_config.activation_checkpointing"
+        " fsdp_config.fsdp_activation_checkpointing",
+        RECOMPUTE,
+    ),
     "group_by_length": Sets({True: {"batching": "grouped"}}, "`batching` takes padded, grouped and packed"),
     "train_sampling_strategy": Sets(
         {"random": {}, "group_by_length": {"batching": "grouped"}}, "panda's order of samples is random"
@@ -181,7 +185,7 @@ def combine(theirs: Theirs, found: Translation) -> None:
     if not found.value("use_lora") and not found.value("use_quant"):
         for key in [key for key in found.lines if key.startswith("lora_") or key in ("use_dora", "use_rslora")]:
             found.drop(key)
-    elif found.value("use_quant"):
+    elif found.value("use_quant") and not found.value("use_lora"):
         found.set("use_lora", True, found.lines["use_quant"].because)
     if found.value("batching") == "packed" and found.value("task") != "pretrain":
         found.different.append(

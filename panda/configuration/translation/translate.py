@@ -214,7 +214,7 @@ def _ours() -> frozenset[str]:
     rules = [rule for tool in TOOLS.values() for rule in tool.keys.values()]
     keys |= {rule.key for rule in rules if isinstance(rule, To)}
     keys |= {key for rule in rules if isinstance(rule, Sets) for values in rule.values.values() for key in values}
-    return frozenset(keys | {"template", "warmup_steps", "warmup_proportion", "content_field"})
+    return frozenset(keys | {"template", "warmup_steps", "warmup_proportion", "content_field", "rope_scaling"})
 
 
 OURS = _ours()
