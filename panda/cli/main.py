@@ -20,13 +20,14 @@ COMMANDS = {
     "export": "write a run's checkpoint as a folder that plain transformers loads",
     "generate": "answer prompts with a trained model",
     "chat": "chat with a trained model",
+    "translate": "write a configuration of another tool in panda's keys",
     "delta": "make or apply the difference between a fine-tune and its base",
 }
 """Each command is a module of this package with ``main(argv)``."""
 
 USAGE = (
     "usage: panda COMMAND ...\n\ncommands:\n"
-    + "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items())
+    + "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
     + """
 
 examples:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
+from panda.configuration.translation.translate import looks_like
 from panda.registry import UserError
 from panda.registry.choosing import BLOCK
 from panda.registry.flat_yaml import load_flat_yaml
@@ -73,6 +74,12 @@ def parse_arguments(argv: list[str]) -> Arguments:
         if not isinstance(config.value, str):
             more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
             raise UserError(f"--config needs the path of a YAML file, as in --config configs/instruct-tiny.yaml{more}.")
+        if tool := looks_like(Path(config.value)):
+            raise UserError(
+                f"{config.value}: looks like a file of {tool}, and panda's keys are others."
+                f" `panda translate {config.value} --output run.yaml` writes it in panda's keys, and lists what has no"
+                " counterpart."
+            )
         given = _with_accepted_spellings(load_flat_yaml(Path(config.value)))
         if "config" in given:
             raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")

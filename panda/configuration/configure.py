@@ -13,6 +13,7 @@ from panda.configuration.options import IMPLIED
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import refuse
 from panda.configuration.spellings import RENAMED
+from panda.configuration.translation.translate import advice
 from panda.registry import Catalog
 from panda.registry.hooks import Hooks
 from panda.registry.hooks import live_hooks
@@ -48,7 +49,9 @@ def configure(arguments: Arguments) -> Configuration:
             f"warning: -p no:{name}: no installed distribution, module or plugin has that name.",
             file=sys.stderr,
         )
-    resolved = resolve(catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=RENAMED)
+    resolved = resolve(
+        catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=advice() | RENAMED
+    )
     hooks = live_hooks(resolved)
     resolved = _with_implied(resolved)
     refuse(resolved)

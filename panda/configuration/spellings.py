@@ -28,7 +28,7 @@ RENAMED = {
     "fp16": "write `precision: fp16`.",
     "deepspeed": "write `zero_stage`, or `deepspeed_config: FILE` for keys that panda does not own.",
     "resume_from_checkpoint": "write `resume`.",
-    "model_name_or_path": "write `ckpt_path` for weights and `arch` for the shape.",
+    "model_name_or_path": "write `ckpt_path`, with `model: hf` or the `arch` of that checkpoint.",
     "dataloader_num_workers": "write `num_workers`.",
     "use_nvlamb": "write `optimizer: nvlamb`.",
     "dev_file": "write `eval_data_dir`.",

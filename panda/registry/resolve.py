@@ -182,7 +182,7 @@ def _without_model(
     # Keys of components that are not chosen yet are known, but not these.
     suspects = [key for key in given if key not in core_options]
     messages = unknown_key_messages(catalog, suspects, given, [*core_options], renamed, [])
-    return [missing, *(text for text in messages if "unknown key" in text)]
+    return [missing, *(text for text in messages if "is known, but" not in text)]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def unknown_key_messages(
     def message(key: str) -> str:
         at = given[key].origin
         if key in renamed:
-            return f"{at}: {key!r} is not what panda calls it: {renamed[key]}"
+            return f"{at}: {key!r} is not one of panda's keys: {renamed[key]}"
         users = declared.get(key.rpartition(".")[2])
         if users:
             kinds = {user.split()[0] for user in users}

@@ -67,6 +67,8 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "generate": ("main", ["generate", "/dev", "--prompt", "x"], 2),
     "chat": ("main", ["chat", "nowhere"], 2),
     "export": ("main", ["export", "/dev"], 2),
+    "translate": ("main", ["translate", "tests/configuration/other_tools/trl_sft.yaml"], 0),
+    "a file of another tool": ("train", ["--config", "tests/configuration/other_tools/trl_sft.yaml"], 2),
     "fp16 without ZeRO": ("train", ["--arch", "llama-65b", "--precision", "fp16", "--zero_stage", "0"], 2),
 }
 

@@ -39,7 +39,7 @@ def test_unknown_unused_and_renamed_keys_are_three_messages_at_once(refused: Ref
     lines = refused("--config", str(file)).splitlines()
     assert lines[0].startswith(f"error: {file}:3: unknown key 'warmup_step'. Did you mean 'warmup_steps'")
     assert lines[1].startswith(f"  {file}:4: 'power' is known, but nothing that this run chose uses it")
-    assert lines[2] == f"  {file}:5: 'lr' is not what panda calls it: write `learning_rate`."
+    assert lines[2] == f"  {file}:5: 'lr' is not one of panda's keys: write `learning_rate`."
     assert len(lines) == 3
 
 

@@ -319,7 +319,7 @@ def test_sources_of_very_many_packages_are_not_looked_through(
 
 def test_a_renamed_key_is_told_its_name_here() -> None:
     message = refused("--arch", "llama-tiny", "--lr", "1e-3")
-    assert message == "--lr: 'lr' is not what panda calls it: write `learning_rate`."
+    assert message == "--lr: 'lr' is not one of panda's keys: write `learning_rate`."
 
 
 def test_several_problems_are_told_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,482 @@
+"""Files of other tools mean the same in panda's keys.
+
+The examples in other_tools/ are written for these tests, with keys as the tools' repositories show them. Tried by hand
+on 2026-11-26, with model and data replaced by local ones, `panda check` passed for these files of the tools' own:
+LLaMA-Factory (ff6d4d12e) train_lora/qwen3_lora_{sft,sft_ds3,pretrain}, train_full/qwen3_full_sft,
+train_qlora/qwen3_lora_sft_{bnb_npu,otfq}; axolotl (067b021c8) llama-3/{qlora-1b,lora-8b,instruct-lora-8b,fft-8b},
+qwen3/32b-qlora, phi/phi-ft, archived/tiny-llama/pretrain, gemma3/gemma-3-270m-qlora; TRL (f2cd57710)
+cli_configs/example_config, and the alignment handbook's (925acdf) zephyr-7b-beta/sft/config_{qlora,full},
+smollm2/sft/config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chat_templates import LLAMA2
+from checkpoint_files import llama
+from checkpoint_files import save_hf
+
+from panda.cli.main import main as panda
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.configuration.options import RunOptions
+from panda.configuration.translation.rules import Sets
+from panda.configuration.translation.rules import To
+from panda.configuration.translation.rules import Translation
+from panda.configuration.translation.translate import TOOLS
+from panda.configuration.translation.translate import advice
+from panda.configuration.translation.translate import looks_like
+from panda.configuration.translation.translate import translate
+from panda.configuration.translation.translate import written
+from panda.registry import Catalog
+from panda.registry import UserError
+from panda.registry.flat_yaml import load_flat_yaml
+from panda.registry.kinds import KINDS
+from panda.registry.resolve import resolve
+
+EXAMPLES = Path(__file__).parent / "other_tools"
+CONFIGS = Path(__file__).parents[2] / "configs"
+ADAM = {"adam_betas": [0.9, 0.999], "adam_epsilon": 1e-8, "max_grad_norm": 1.0}
+"""What all of them take by default, and panda does not."""
+
+EXPECTED: dict[str, dict[str, Any]] = {
+    "llama_factory_lora.yaml": ADAM
+    | {
+        "task": "instruct",
+        "model": "hf",
+        "ckpt_path": "some-org/Base-4B-Instruct",
+        "instruction_tuning_data_dir": "alpha",
+        "template": "chat",
+        "max_seq_length": 1536,
+        "output_dir": "saves/base-4b/lora",
+        "per_gpu_train_batch_size": 2,
+        "per_gpu_eval_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "num_train_epochs": 2.0,
+        "learning_rate": 1e-4,
+        "lr_scheduler": "cosine",
+        "warmup_proportion": 0.1,
+        "precision": "bf16",
+        "zero_stage": 3,
+        "activation_checkpointing": "full",
+        "use_lora": True,
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "num_workers": 4,
+        "logging_steps": 10,
+        "save_steps": 250,
+    },
+    "axolotl_qlora.yml": ADAM
+    | {
+        "task": "instruct",
+        "model": "hf",
+        "ckpt_path": "some-org/Base-1B",
+        "instruction_tuning_data_dir": "datasets/axolotl_qlora/instruction_tuning",
+        "template": "chat",
+        "max_seq_length": 4096,
+        "batching": "packed",
+        "output_dir": "./outputs/out",
+        "per_gpu_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 3,
+        "optimizer": "paged_adamw8bit",
+        "learning_rate": 2e-4,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 10,
+        "precision": "bf16",
+        "activation_checkpointing": "full",
+        "use_lora": True,
+        "use_quant": True,
+        "quant_bits": 4,
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "logging_steps": 1,
+    },
+    "axolotl_pretrain.yaml": ADAM
+    | {
+        "task": "pretrain",
+        "model": "hf",
+        "ckpt_path": "some-org/Base-1B",
+        "pretraining_data_dir": "some-org/texts",
+        "content_field": "body",
+        "max_steps": 200,
+        "max_seq_length": 2048,
+        "batching": "packed",
+        "output_dir": "./outputs/pretrained",
+        "per_gpu_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 1,
+        "optimizer": "adamw",
+        "learning_rate": 0.0002,
+        "lr_scheduler": "cosine",
+        "warmup_proportion": 0.1,
+        "weight_decay": 0.1,
+        "weight_decay_on": "matrices",
+        "precision": "bf16",
+        "zero_stage": 3,
+    },
+    "trl_sft.yaml": ADAM
+    | {
+        "task": "instruct",
+        "model": "hf",
+        "ckpt_path": "some-org/Base-7B",
+        "instruction_tuning_data_dir": "some-org/chats",
+        "template": "chat",
+        "max_seq_length": 2048,
+        "per_gpu_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 3,
+        "optimizer": "adamw8bit",
+        "learning_rate": 2e-4,
+        "lr_scheduler": "cosine",
+        "min_lr_ratio": 0.1,
+        "warmup_proportion": 0.03,
+        "precision": "bf16",
+        "activation_checkpointing": "full",
+        "use_lora": True,
+        "use_quant": True,
+        "quant_bits": 4,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "seed": 7,
+    },
+    "training_arguments.json": ADAM
+    | {
+        "task": "instruct",
+        "model": "hf",
+        "output_dir": "out",
+        "per_gpu_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1.0,
+        "learning_rate": 5e-05,
+        "lr_scheduler": "linear",
+        "warmup_steps": 100,
+        "precision": "fp16",
+        "logging_steps": 50,
+    },
+}
+LOST = {
+    "llama_factory_lora.yaml": ["max_samples: 1000", "val_size: 0.1", "eval_steps: 500"],
+    "axolotl_qlora.yml": [
+        "datasets[]: some-org/chats: split train[:20%]",
+        "datasets: some-org/chats, some-org/more-chats",
+        "val_set_size: 0.05",
+        "wandb_project: herons",
+        "evals_per_epoch: 4",
+        "saves_per_epoch: 1",
+    ],
+    "axolotl_pretrain.yaml": [],
+    "trl_sft.yaml": ["push_to_hub: true", "report_to: wandb"],
+    "training_arguments.json": ["model and data", "optim: lion_8bit", "save_strategy: epoch"],
+}
+TOOL_OF = {"llama": "LLaMA-Factory", "axolotl": "axolotl", "trl": "TRL", "training": "transformers"}
+
+
+def values(found: Translation) -> dict[str, Any]:
+    return {key: line.value for key, line in found.lines.items()}
+
+
+@pytest.fixture
+def translated(tmp_path: Path) -> Any:
+    """The translation of a file with a text."""
+
+    def of(text: str, tool: str | None = None) -> Translation:
+        file = tmp_path / "theirs.yaml"
+        file.write_text(text)
+        return translate(file, tool)
+
+    return of
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_whole_file_is_translated_and_what_has_no_counterpart_is_listed(name: str) -> None:
+    found = translate(EXAMPLES / name)
+    assert found.tool == TOOL_OF[name.partition("_")[0]]
+    assert values(found) == EXPECTED[name]
+    assert sorted(found.lost) == sorted(LOST[name])
+
+
+QUIET = {
+    # left out, or off in both
+    *("resume_from_checkpoint", "load_in_8bit", "wandb_entity", "wandb_name", "neftune_noise_alpha", "bf16", "packing"),
+    *("push_to_hub", "report_to", "label_smoothing_factor", "gradient_checkpointing", "weight_decay", "strict", "tf32"),
+    # with what panda does anyway: every linear layer, the whole of the data, saving by steps or not at all
+    *("lora_target_linear", "dataset_train_split", "eval_strategy", "save_strategy"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_no_key_of_a_file_is_dropped_in_silence(name: str) -> None:
+    """Each is the origin of a line, or listed, or off."""
+    found = translate(EXAMPLES / name)
+    said = {word for line in found.lines.values() for word in re.findall(r"\w+", line.because)}
+    said |= {word for what in (*found.lost, *found.ignored, *found.different) for word in re.findall(r"\w+", what)}
+    keys = yaml.safe_load((EXAMPLES / name).read_text()).keys()
+    assert [key for key in keys if key not in said | QUIET] == []
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that put a tiny checkpoint and data in the place of those that a file names."""
+    folder = tmp_path_factory.mktemp("local")
+    checkpoint = save_hf(llama(max_position_embeddings=4096), folder / "checkpoint")
+    (checkpoint / "chat_template.jinja").write_text(LLAMA2)
+    return ["--ckpt_path", str(checkpoint), "--instruction_tuning_data_dir", "panda:data/sample/instruct"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_is_written_is_flat_yaml_that_panda_takes(name: str, local: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(written(translate(EXAMPLES / name), EXAMPLES / name))
+    assert set(load_flat_yaml(file)) == set(EXPECTED[name])
+    pretrain = EXPECTED[name]["task"] == "pretrain"
+    flags = local[:2] + (["--pretraining_data_dir", "panda:data/sample/pretrain"] if pretrain else local[2:])
+    resolved = configure(parse_arguments(["--config", str(file), *flags])).resolved
+    found = {key: resolved.settings[key].value for key in EXPECTED[name]}
+    replaced = {flag.removeprefix("--") for flag in flags}
+    for key, value in EXPECTED[name].items():
+        assert key in replaced or found[key] == (tuple(value) if isinstance(value, list) else value), key
+
+
+@pytest.mark.parametrize("name", ["llama_factory_lora.yaml", "axolotl_qlora.yml", "trl_sft.yaml"])
+def test_panda_check_passes_with_model_and_data_replaced(
+    name: str, local: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert panda(["translate", str(EXAMPLES / name), "--output", "run.yaml"]) == 0
+    code = panda(["check", "run.yaml", *local])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "text        chat: the tokenizer's chat template" in printed.out
+
+
+AXOLOTL = "base_model: b\nmicro_batch_size: 2\nsequence_len: 64\n"
+TRL = "model_name_or_path: b\ndataset_name: d\n"
+FACTORY = "model_name_or_path: b\nstage: sft\ndataset: d\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (AXOLOTL + "adapter: lora\nload_in_8bit: true\n", {"use_lora": True, "use_quant": True, "quant_bits": 8}),
+        (AXOLOTL + "adapter: lora\nlora_target_modules: [a, b]\n", {"lora_target_modules": ["a", "b"]}),
+        (AXOLOTL + "batch_size: 8\n", {"gradient_accumulation_steps": 4, "per_gpu_train_batch_size": 2}),
+        (AXOLOTL, {"warmup_proportion": 0.03, "lr_scheduler": "cosine", "gradient_accumulation_steps": 1}),
+        (AXOLOTL + "warmup_steps: 0\n", {"warmup_steps": 0, "warmup_proportion": None}),
+        (AXOLOTL + "lr_scheduler: constant\n", {"warmup_steps": 0, "warmup_proportion": None}),
+        (AXOLOTL + "lr_scheduler: cosine\ncosine_min_lr_ratio: 0.1\n", {"min_lr_ratio": 0.1}),
+        (AXOLOTL + "lora_r: 8\n", {"lora_r": None, "use_lora": None}),
+        (AXOLOTL + "tokenizer_config: t\ngroup_by_length: true\n", {"tokenizer": "t", "batching": "grouped"}),
+        (AXOLOTL + "auto_resume_from_checkpoints: true\n", {"resume": "auto"}),
+        (
+            AXOLOTL + "datasets:\n- {path: a, type: completion}\n- {path: b, type: alpaca}\n",
+            {
+                "task": "mix",
+                "pretraining_data_dir": "a",
+                "instruction_tuning_data_dir": "b",
+                "template": "plain",
+                "content_field": None,
+            },
+        ),
+        (
+            AXOLOTL + "datasets:\n- {path: a, type: {field_instruction: ask, field_output: say}}\n",
+            {"input_field": "ask", "target_field": "say"},
+        ),
+        (
+            AXOLOTL
+            + "datasets: [{path: json, data_files: x.jsonl}]\ntest_datasets: [{path: t.jsonl}]\neval_steps: 9\n",
+            {"instruction_tuning_data_dir": "x.jsonl", "eval_data_dir": "t.jsonl", "eval_steps": 9},
+        ),
+        (TRL, {"bf16": None, "precision": "bf16", "max_seq_length": 1024, "learning_rate": 2e-5, "use_lora": None}),
+        (TRL + "fp16: true\n", {"precision": "fp16"}),
+        (TRL + "bf16: false\n", {"precision": None}),
+        (TRL + "gradient_checkpointing: false\n", {"activation_checkpointing": None}),
+        (TRL + "max_length: null\n", {"max_seq_length": None}),
+        (TRL + "warmup_ratio: 0.1\nwarmup_steps: 5\n", {"warmup_steps": 5, "warmup_proportion": None}),
+        (TRL + "warmup_ratio: 0.1\nwarmup_steps: 0\n", {"warmup_proportion": 0.1}),
+        (TRL + "use_peft: true\nlora_target_modules: all-linear\n", {"lora_target_modules": None, "use_lora": True}),
+        (TRL + "packing: true\nresume_from_checkpoint: true\n", {"batching": "packed", "resume": "auto"}),
+        (
+            TRL + "dataset_text_field: body\n",
+            {"task": "pretrain", "content_field": "body", "pretraining_data_dir": "d"},
+        ),
+        (TRL + "optim: adamw_torch\nlr_scheduler_type: polynomial\n", {"optimizer": "adamw", "lr_scheduler": "poly"}),
+        (FACTORY, {"use_lora": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": None, "save_steps": 500}),
+        (FACTORY + "finetuning_type: full\n", {"use_lora": None, "lora_r": None, "lora_alpha": None}),
+        (FACTORY + "quantization_bit: 8\n", {"use_quant": True, "quant_bits": 8}),
+        (FACTORY + "disable_gradient_checkpointing: true\n", {"activation_checkpointing": None}),
+        (FACTORY + "neat_packing: true\nresize_vocab: true\n", {"batching": "packed", "extend_vocab": True}),
+        (FACTORY + "eval_dataset: e\neval_steps: 5\n", {"eval_data_dir": "e", "eval_steps": 5}),
+        (FACTORY.replace("sft", "pt"), {"task": "pretrain", "pretraining_data_dir": "d", "batching": "packed"}),
+    ],
+)
+def test_values_are_translated(translated: Any, text: str, expected: dict[str, Any]) -> None:
+    found = values(translated(text))
+    assert {key: found.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        (AXOLOTL + "optimizer: lion_8bit\n", "optimizer: lion_8bit"),
+        (AXOLOTL + "lora_modules_to_save: [embed_tokens]\n", 'lora_modules_to_save: ["embed_tokens"]'),
+        (AXOLOTL + "train_on_inputs: true\n", "train_on_inputs: true"),
+        (AXOLOTL + "some_new_key: 3\n", "some_new_key: 3"),
+        (AXOLOTL + "special_tokens: {eos_token: </s>}\n", "special_tokens.eos_token: </s>"),
+        (
+            AXOLOTL + "datasets: [{path: a, type: chat_template, field_messages: talk}]\n",
+            "datasets[].field_messages: talk",
+        ),
+        (AXOLOTL + "datasets: [{path: a, type: {format: 'Q {x}'}}]\n", "datasets[].type.format: Q {x}"),
+        (AXOLOTL + "fsdp_config: {offload_params: true}\n", "fsdp_config.offload_params"),
+        (TRL + "resume_from_checkpoint: out/checkpoint-5\n", "resume_from_checkpoint: out/checkpoint-5"),
+        (TRL + "save_steps: 0.5\n", "save_steps: 0.5"),
+        (TRL + "lr_scheduler_type: inverse_sqrt\n", "lr_scheduler_type: inverse_sqrt"),
+        (TRL + "max_length: null\n", "max_length: null"),
+        (FACTORY + "adapter_name_or_path: saves/a\n", "adapter_name_or_path: saves/a"),
+        (FACTORY + "double_quantization: false\nquantization_method: hqq\n", "quantization_method: hqq"),
+        (FACTORY + "use_galore: true\n", "use_galore: true"),
+        (FACTORY + "deepspeed: mine.json\n", "deepspeed: mine.json"),
+    ],
+)
+def test_what_has_no_counterpart_is_listed(translated: Any, text: str, lost: str) -> None:
+    assert lost in translated(text).lost
+
+
+def test_data_sets_of_one_name_in_a_mixture_are_all_listed(translated: Any) -> None:
+    mixture = "dataset_mixture: {datasets: [{id: d, split: a}, {id: d, split: b, weight: 0.5}]}\n"
+    found = translated("model_name_or_path: b\n" + mixture)
+    assert values(found)["instruction_tuning_data_dir"] == "d"
+    assert {"d: split a", "d: split b, weight 0.5"} <= set(found.lost)
+
+
+def test_packed_rows_are_counted_otherwise_and_that_is_said(translated: Any) -> None:
+    assert any(
+        "multiply `gradient_accumulation_steps`" in text for text in translated(TRL + "packing: true\n").different
+    )
+    assert not any("multiply" in text for text in translated(TRL).different)
+
+
+def test_the_stage_is_read_from_deepspeeds_file(translated: Any, tmp_path: Path) -> None:
+    file = tmp_path / "z3.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    found = translated(f"{FACTORY}deepspeed: {file}\n")
+    assert values(found)["zero_stage"] == 2
+    assert "offload_optimizer" in found.lost
+    nested = translated(AXOLOTL + "deepspeed: {zero_optimization: {stage: 1}}\n")
+    assert values(nested)["zero_stage"] == 1
+
+
+def test_llama_factorys_names_of_data_are_looked_up(translated: Any, tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "d.json"}}))
+    found = translated(f"{FACTORY}dataset_dir: {tmp_path}\n")
+    assert values(found)["instruction_tuning_data_dir"] == str(tmp_path / "d.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (FACTORY.replace("sft", "dpo"), "stage: dpo: panda learns from documents (pt) and from answers (sft)"),
+        (FACTORY + "finetuning_type: oft\n", "finetuning_type: oft"),
+        (AXOLOTL + "rl: kto\n", "rl: kto"),
+        (AXOLOTL + "adapter: ia3\n", "adapter: ia3"),
+        (TRL + "beta: 0.1\n", "beta: a file of TRL's preference or reinforcement learning"),
+        ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", "a file of accelerate"),
+        ("model: b\ntrain_dataset: d\n", "experimental engine (v1)"),
+        ("herons: 3\n", "not of a tool that is known"),
+        ("- a\n", "expected keys with values"),
+        ("a: [\n", "neither YAML nor JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_followed_is_refused(translated: Any, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=r"theirs\.yaml: ") as caught:
+        translated(text)
+    assert said in str(caught.value)
+
+
+def keys_of_panda() -> set[str]:
+    """Of every run and of every component that panda has."""
+    catalog = Catalog()
+    keys = {field.name for field in fields(RunOptions)}
+    for kind in KINDS:
+        for offer in catalog.offers(kind):
+            component = catalog.load(offer)
+            if kind != "arch" and component is not None:
+                keys |= {field.name for field in fields(component.options)}
+    return keys
+
+
+def test_every_rule_leads_to_a_key_of_panda_that_takes_its_value() -> None:
+    known = keys_of_panda()
+    rules = [rule for tool in TOOLS.values() for rule in tool.keys.values()]
+    assert {rule.key for rule in rules if isinstance(rule, To)} <= known
+    for rule in rules:
+        for sets in rule.values.values() if isinstance(rule, Sets) else ():
+            flags = [word for key, value in sets.items() for word in (f"--{key}", str(value))]
+            resolve(Catalog(), RunOptions, parse_arguments(["--arch", "llama-tiny", *flags]).given)
+
+
+def test_no_key_that_panda_has_is_said_to_be_another_tools() -> None:
+    assert not keys_of_panda() & set(advice())
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("load_in_4bit", "write `use_quant: true` and `quant_bits: 4`."),
+        ("gradient_checkpointing", "write `activation_checkpointing: full`."),
+        ("lora_rank", "write `lora_r`."),
+        ("dataset", "write `instruction_tuning_data_dir`"),
+        ("base_model", "write `ckpt_path`."),
+        ("sequence_len", "write `max_seq_length`."),
+        ("finetuning_type", "write `use_lora`"),
+        ("report_to", "leave it out"),
+        ("overwrite_output_dir", "leave it out"),
+        ("lora_modules_to_save", "panda has no counterpart"),
+    ],
+)
+def test_an_unknown_key_of_another_tool_is_answered_by_its_meaning(key: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        configure(parse_arguments(["--arch", "llama-tiny", f"--{key}", "x", "--micro_batch_size", "2"]))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"--{key}: {key!r} is not one of panda's keys: {said}")
+    assert "write `per_gpu_train_batch_size`" in second
+
+
+def test_the_key_of_the_model_is_answered_where_no_model_is_named() -> None:
+    with pytest.raises(UserError, match="'base_model' is not one of panda's keys: write `ckpt_path`"):
+        configure(parse_arguments(["--base_model", "x"]))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_file_of_another_tool_is_answered_in_one_error(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(["--config", str(EXAMPLES / name)])
+    (line,) = str(caught.value).splitlines()
+    assert f"looks like a file of {TOOL_OF[name.partition('_')[0]]}" in line
+    assert f"`panda translate {EXAMPLES / name}" in line
+
+
+def test_a_configuration_of_panda_is_no_file_of_another_tool(tmp_path: Path) -> None:
+    assert {looks_like(config) for config in CONFIGS.glob("*.yaml")} == {None}
+    mixed = tmp_path / "run.yaml"
+    mixed.write_text(
+        "arch: llama-tiny\nbf16: true\ngradient_checkpointing: true\nlora_rank: 8\noptim: x\nbase_model: y\n"
+    )
+    assert looks_like(mixed) is None
+    mixed.write_text("base_model: x\nlora_r: 8\nlearning_rate: 1\n")
+    assert looks_like(mixed) is None
+    mixed.write_text("base_model: x\nadapter: lora\nnum_epochs: 1\nsequence_len: 5\n")
+    assert looks_like(mixed) == "axolotl"
