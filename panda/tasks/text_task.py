@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 from typing import Any
@@ -68,7 +69,7 @@ class TextTask(LanguageModelling):
 
     @abstractmethod
     def example_prompt(self, parsed: Any) -> str:
-        """A prompt made from what ``parse`` returned for a row."""
+        """A prompt made from what ``parse`` returned for a row; empty for none."""
 
     def reading(self, location: str, option: str) -> TextTask:
         other = copy(self)
@@ -88,6 +89,12 @@ class TextTask(LanguageModelling):
             dataset.report.notes.append(f"{self.option}: {files} held out by eval_data_dir, and not trained on")
         return dataset
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """Token ids are below this: the tokenizer's ids may have holes, so it is more than their number."""
+        ids: list[int] = list(self.tokenizer.get_vocab().values())
+        return max(len(self.tokenizer), max(ids) + 1)
+
     def recipe(self) -> Recipe:
         """The files, how they become samples, and everything else that decides which tokens come out."""
         from panda.data.recipe import Recipe
@@ -99,7 +106,7 @@ class TextTask(LanguageModelling):
             files=self.files,
             reader=reader,
             tokenise=self.tokenise,
-            vocabulary=len(self.tokenizer),
+            vocabulary=self.vocabulary,
             ingredients={
                 "task": [code_of(self), self.describe()],
                 "reader": [code_of(reader), repr(self.context.reader_options), repr(self.context.reader_context)],
@@ -128,7 +135,7 @@ class TextTask(LanguageModelling):
         return block
 
     def example_prompts(self, count: int) -> list[str]:
-        return [self.example_prompt(parsed) for parsed in islice(self._parsed(), count)]
+        return [prompt for parsed in islice(self._parsed(), count) if (prompt := self.example_prompt(parsed))]
 
     def _parsed(self) -> Iterator[Any]:
         for file in self.files:
