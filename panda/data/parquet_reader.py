@@ -55,6 +55,8 @@ class ParquetReader:
         try:
             for batch in _batches(file):
                 batch.validate(full=True)
+                for column in batch.columns:
+                    _values(column.slice(0, 0))  # what is wrong with its type is found now, and not in a task
                 _refuse_repeated_names(file, batch.schema.names)
                 for part in _parts(batch, self.limit):
                     if part is None:
@@ -232,4 +234,5 @@ def _values(array: Any) -> list[Any]:
         flat = iter(_values(array.flatten()))  # without those of lists that are null
         lengths = compute.list_value_length(array).to_pylist()
         return [None if length is None else list(islice(flat, length)) for length in lengths]
-    return [Unconverted(str(kind)) if there else None for there in valid]
+    described = str(kind)
+    return [Unconverted(described) if there else None for there in valid]

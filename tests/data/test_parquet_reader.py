@@ -144,6 +144,7 @@ def test_values_of_any_type_are_those_that_pyarrow_makes(data: st.DataObject) ->
     expected = data.draw(st.lists(values, min_size=1, max_size=8))
     array = pyarrow.array(expected, kind)
     assert _values(array) == array.to_pylist(maps_as_pydicts="lossy") == expected
+    assert _values(array.slice(len(expected))) == []
     start = data.draw(st.integers(0, len(expected) - 1))
     assert _values(array.slice(start)) == expected[start:]
     [column] = pickle.loads(pickle.dumps([_Columns(pyarrow.RecordBatch.from_arrays([array.slice(start)], ["x"]))]))
@@ -189,7 +190,9 @@ def test_dictionaries_and_extension_types_are_what_they_are_made_of(tmp_path: Pa
 def test_a_column_that_nothing_asks_for_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor where the rows go to another process, which gets those rows and not all of a file's batch."""
     converted = []
-    monkeypatch.setattr(parquet_reader, "_values", lambda array: converted.append(array.type) or array.to_pylist())
+    monkeypatch.setattr(
+        parquet_reader, "_values", lambda array: converted.extend([array.type] * bool(array)) or array.to_pylist()
+    )
     rows = read(write(tmp_path / "a.arrow", ROWS, "file"))
     fields = [Fields(row.fields) for row in rows]
     assert [each.unused() for each in fields] == [["input", "messages"]] * len(ROWS)
