@@ -1,12 +1,14 @@
 """Measures `panda/data`: tokenising into the cache, packed rows against padded ones, the loader, and a start.
 
     python bench/data.py prepare --text FILE... [--megabytes 1000]
+    python bench/data.py sources [--megabytes 2000]
     python bench/data.py packing --data GSM8K [--seconds 60]
     python bench/data.py loader --data GSM8K [--seconds 10]
     python bench/data.py scale [--samples 10000000]
 
 ``prepare`` makes a synthetic JSON Lines file of that size from real text, trains a BPE tokenizer on it,
 and compares panda's tokenising with ``tokenizers`` by itself on the same texts, in the same run.
+``sources`` prepares data that is large in one way or another, and reports the peak memory of a process.
 ``packing`` runs optimizer steps of a small LLaMA over rows padded to max_seq_length, over rows grouped
 by length at several micro batches, and over packed rows, all with the same samples.
 ``loader`` measures the loader by itself, and how long a stand-in for a model waits for it that does
@@ -31,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,9 @@ def main() -> None:
     preparing.add_argument("--megabytes", type=int, default=1000)
     preparing.add_argument("--alone", type=int, default=100, help="MB of them on which tokenizers by itself is timed")
     preparing.add_argument("--folder", type=Path, help="working folder; by default a temporary one")
+    sourcing = commands.add_parser("sources")
+    sourcing.add_argument("--megabytes", type=int, default=2000, help="of the largest file")
+    sourcing.add_argument("--only", nargs="+", choices=SOURCES, default=SOURCES, metavar="NAME")
     for name, seconds in (("packing", 60), ("loader", 10)):
         command = commands.add_parser(name)
         command.add_argument("--data", type=Path, required=True, help="instruct data: GSM8K")
@@ -70,6 +76,9 @@ def main() -> None:
     if arguments.command == "scale":
         with tempfile.TemporaryDirectory() as folder:
             measure_scale(arguments.samples, Path(folder))
+    elif arguments.command == "sources":
+        with tempfile.TemporaryDirectory() as folder:
+            measure_sources(arguments.megabytes * 1_000_000, arguments.only, Path(folder))
     elif arguments.command == "prepare":
         folder = arguments.folder or Path(tempfile.mkdtemp(prefix="panda-bench-"))
         try:
@@ -163,6 +172,107 @@ def measure_preparing(files: list[Path], megabytes: int, alone_on: int, folder: 
     print(f"\npanda prepare at {ratio:.0%} of the rate of tokenizers alone, reading, checking and writing included")
 
 
+WORDS = [f"{first}{middle}{last}" for first in "bdfgklmn" for middle in "aeiou" for last in "nrst"]
+
+
+def measure_sources(size: int, names: Iterable[str], folder: Path) -> None:
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=500)) for _ in range(1000)]
+    tokenizer = train_tokenizer(texts, folder / "tokenizer")
+    print(f"| {size // 1_000_000} MB: | samples | tokens | seconds | tokens/s | peak memory of a process, MB |")
+    print("|---|---|---|---|---|---|")
+    for name in names:
+        data = folder / "data"
+        data.mkdir()
+        SOURCES[name](data, texts, size)
+        flags = ["--task", "pretrain", "--arch", "llama-tiny", "--pretraining_data_dir", str(data)]
+        flags += ["--tokenizer", str(tokenizer), "--token_cache", str(folder / "cache")]
+        done = _run([sys.executable, __file__, "_prepare", *flags])
+        shutil.rmtree(data)
+        shutil.rmtree(folder / "cache")
+        counted = f"{done['samples']:,} | {done['tokens']:,} | {done['seconds']:.1f}"
+        print(
+            f"| {name} | {counted} | {done['tokens'] / done['seconds']:,.0f} | {done['peak'] / 1e6:,.0f} |", flush=True
+        )
+
+
+LARGE = 300 << 20
+
+
+def _small(folder: Path, texts: list[str], size: int) -> None:
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:10]))
+
+
+def _one_file(folder: Path, texts: list[str], size: int) -> None:
+    with (folder / "a.jsonl").open("w") as out:
+        while out.tell() < size:
+            out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def _one_file_of_unused_fields(folder: Path, texts: list[str], size: int) -> None:
+    """A hundredth is text."""
+    with (folder / "a.jsonl").open("w") as out:
+        while out.tell() < size:
+            out.writelines(json.dumps({"text": text, "raw": text * 99}) + "\n" for text in texts[:100])
+
+
+def _many_files(folder: Path, texts: list[str], size: int) -> None:
+    for number in range(10_000):
+        (folder / f"{number}.jsonl").write_text(json.dumps({"text": texts[number % len(texts)]}) + "\n")
+
+
+def _large_row(folder: Path, texts: list[str], size: int) -> None:
+    _small(folder, texts, size)
+    with (folder / "a.jsonl").open("a") as out:
+        out.write(json.dumps({"text": "word " * (LARGE // 5)}) + "\n" + json.dumps({"text": texts[0]}) + "\n")
+
+
+def _large_csv_row(folder: Path, texts: list[str], size: int) -> None:
+    (folder / "a.csv").write_text('text\n"' + "a word\n" * (LARGE // 7) + '"\n' + texts[0] + "\n")
+
+
+def _large_text(folder: Path, texts: list[str], size: int) -> None:
+    _small(folder, texts, size)
+    (folder / "a.txt").write_text("word " * (LARGE // 5))
+
+
+def _packed_string(folder: Path, texts: list[str], size: int) -> None:
+    import gzip
+
+    _small(folder, texts, size)
+    with gzip.open(folder / "b.jsonl.gz", "w") as out:
+        out.write(b'"' + b"x" * (200 << 20) + b'"\n' + json.dumps({"text": texts[0]}).encode())
+
+
+def _large_cell(form: str) -> Callable[[Path, list[str], int], None]:
+    def write(folder: Path, texts: list[str], size: int) -> None:
+        import pyarrow
+        from pyarrow import feather
+        from pyarrow import parquet
+
+        table = pyarrow.table({"text": [*texts[:10], "word " * (LARGE // 5), *texts[:10]]})
+        if form == "parquet":
+            parquet.write_table(table, folder / "a.parquet")
+        else:
+            feather.write_feather(table, folder / "a.feather", compression="uncompressed")
+
+    return write
+
+
+SOURCES = {
+    "10 rows": _small,
+    "one file of JSON Lines": _one_file,
+    "one file, a hundredth of it text": _one_file_of_unused_fields,
+    "10,000 files": _many_files,
+    "a row of 300 MB, JSON": _large_row,
+    "a row of 300 MB, CSV": _large_csv_row,
+    "a text of 300 MB": _large_text,
+    "gzip of one string of 200 MB": _packed_string,
+    "a cell of 300 MB, Parquet": _large_cell("parquet"),
+    "a cell of 300 MB, Arrow": _large_cell("arrow"),
+}
+
+
 def _run(command: list[str]) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -173,7 +283,9 @@ def _run(command: list[str]) -> dict[str, float]:
 
 def _peak() -> int:
     """Peak bytes of the largest process so far: this one, or a child that has ended."""
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    # Not RUSAGE_SELF, which begins with what the process that started this one had.
+    [own] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * max(int(own.split()[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def _tokenizers(folder: str, data: str, size: str) -> None:
@@ -209,7 +321,8 @@ def _prepare(flags: list[str]) -> None:
     started = time.perf_counter()
     dataset = build_task(resolved, tokenizer).dataset()
     seconds = time.perf_counter() - started
-    print(json.dumps({"tokens": dataset.tokens, "seconds": seconds, "peak": _peak()}))
+    found = {"samples": len(dataset), "tokens": dataset.tokens}
+    print(json.dumps(found | {"seconds": seconds, "peak": _peak()}))
 
 
 # -- packing ----------------------------------------------------------------------------------

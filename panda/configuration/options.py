@@ -11,6 +11,7 @@ from typing import Literal
 from panda.registry import Location
 from panda.registry import Meta
 from panda.registry import UserError
+from panda.registry.contexts import MAX_ROW_BYTES
 
 DEFAULT_PLUGINS = ("progress", "metrics", "tensorboard", "plot")
 """Lifecycle plugins of panda's own that every run has; ``-p no:NAME`` leaves one out."""
@@ -42,8 +43,8 @@ class RunOptions:
     """Optimizer, in upper or lower case; see `panda list optimizers`."""
     lr_scheduler: str = "warmup"
     """Learning-rate schedule; see `panda list lr_schedulers`."""
-    reader: str = "json"
-    """How data files become rows; see `panda list readers`."""
+    reader: str = "auto"
+    """How data files become rows; `auto` goes by the ending of each file's name. See `panda list readers`."""
     plugins: tuple[str, ...] = ()
     """Lifecycle plugins to add. panda's own are on; `no:NAME` (or the flag `-p no:NAME`) leaves one out."""
 
@@ -66,6 +67,9 @@ class RunOptions:
     extend_vocab: bool = False
     """If the tokenizer has more entries than the checkpoint, add rows, each the mean of the existing ones."""
 
+    max_row_bytes: Annotated[int, Meta(ge=1)] = MAX_ROW_BYTES
+    """Most bytes of a row of data, unpacked; a larger one is reported and left out before it fills the memory. To
+    tokenise a text takes about 140 bytes of memory for each of its bytes."""
     token_cache: Annotated[str, Location()] | None = None
     """Folder in which tokenised data is kept for later runs; by default `$PANDA_CACHE`, or `~/.cache/panda`."""
 

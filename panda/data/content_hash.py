@@ -25,7 +25,7 @@ def content_hash(file: Path, memory: Path, progress: Callable[[int], None]) -> s
 
     Where the file has to be read, ``progress`` is called with the number of bytes of each piece.
 
-    The remembered value is used as long as device, inode, size and modification time stay the same. All
+    The remembered value is used as long as device, inode, size and both times of change stay the same. All
     ranks of a run ask for it when it starts, before there is a process group: one reads the file, the
     others wait for a lock and find what the first one remembered.
     """
@@ -53,7 +53,7 @@ def _read(file: Path, memory: Path, progress: Callable[[int], None]) -> str:
             raise UserError(f"{file}: the file changed while it was read. Start again when it is complete.")
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror}") from None
-    if time.time() - before.st_mtime > _SETTLED_SECONDS:
+    if time.time() - max(before.st_mtime, before.st_ctime) > _SETTLED_SECONDS:
         remember(file, digest, memory)
     return digest
 
@@ -63,12 +63,17 @@ def remember(file: Path, digest: str, memory: Path) -> None:
     # Written in place: a note that was cut off is no JSON, and the file is hashed again.
     with suppress(OSError):  # a full disk, a read-only folder: the file is hashed again next time
         memory.mkdir(parents=True, exist_ok=True)
-        _note(file, memory).write_text(json.dumps([stamp(file.stat()), digest]), encoding="utf-8")
+        _note(file, memory).write_text(json.dumps([_identity(file.stat()), digest]), encoding="utf-8")
 
 
 def stamp(status: os.stat_result) -> list[int]:
     """What changes when a file changes."""
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _identity(status: os.stat_result) -> list[int]:
+    """``stamp``, and the time of change that no program sets: a copy that keeps its times has another."""
+    return [*stamp(status), status.st_ctime_ns]
 
 
 class _CountedFile(FileIO):
@@ -85,7 +90,7 @@ class _CountedFile(FileIO):
 def _recall(file: Path, memory: Path) -> str | None:
     try:
         remembered, digest = json.loads(_note(file, memory).read_bytes())
-        return str(digest) if remembered == stamp(file.stat()) else None
+        return str(digest) if remembered == _identity(file.stat()) else None
     except (OSError, ValueError):
         return None
 

@@ -1,7 +1,7 @@
 """The ``json`` reader: arrays, single objects, JSON Lines, and variants of those.
 
-A file is decoded through a window that slides over it, so memory holds a megabyte, or the largest row,
-and never the whole file.
+A file is decoded through a window that slides over it, so memory holds a megabyte, or the largest row up to
+``max_row_bytes``, and never the whole file.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 from typing import BinaryIO
 
+from panda.data.reading import WINDOW
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import kind_of
 from panda.data.reading import open_binary
+from panda.data.reading import too_large
 from panda.registry import NoOptions
 from panda.registry import UserError
 from panda.registry import register_reader
@@ -29,12 +31,13 @@ _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NEXT_LINE = re.compile(r"\n")
 _NEXT_OBJECT = re.compile(r"\n[ \t]*(?=\{)")
+_NEXT_OBJECT_AT_THE_MARGIN = re.compile(r"\n(?=\{)")
+_IN_STRING = re.compile(r'"|\\')
+_BETWEEN_STRINGS = re.compile(r'["\[\]{}]')
+_END_OF_WORD = re.compile(r"[\s,\[\]{}]")
 _NUMBER_GOES_ON = re.compile(r"[0-9.eE+-]*\Z")
 _LONGEST_WORD = len("-Infinity")
 """An error this close to the end of what was read may be a word or an escape that continues after it."""
-
-WINDOW = 1 << 20
-"""Bytes that are read at a time."""
 
 
 @register_reader("json")
@@ -44,13 +47,13 @@ class JsonReader:
     suffixes = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 
     def __init__(self, options: NoOptions, context: ReaderContext) -> None:
-        pass
+        self.limit = context.max_row_bytes
 
     def read(self, file: Path) -> Iterator[Row | BadRow]:
         """Rows in order. A syntax error inside an array ends the file and is an error; between the
         objects of a JSON Lines file it costs one row, which is reported."""
         with open_binary(file) as stream:
-            window = _Window(file, stream)
+            window = _Window(file, stream, self.limit)
             window.skip_space()
             if window.at_end():
                 raise UserError(
@@ -71,11 +74,16 @@ class _Unreadable:
         self.problem = problem
 
 
+class _TooLargeError(Exception):
+    """The value at the position of a window, where that stays, has more bytes than a row may have."""
+
+
 class _Window:
     """The text of a file from a position on. Text before the position is forgotten."""
 
-    def __init__(self, file: Path, stream: BinaryIO) -> None:
-        self.file, self.stream = file, stream
+    def __init__(self, file: Path, stream: BinaryIO, limit: int) -> None:
+        """``limit``: the most bytes of a value that is decoded."""
+        self.file, self.stream, self.limit = file, stream, limit
         self.text = ""
         self.position = 0
         self.complete = False
@@ -91,7 +99,7 @@ class _Window:
         """Read as many bytes again: a row that does not fit is decoded again each time. False at the file's end."""
         if self.complete:
             return False
-        raw = self.stream.read(max(WINDOW, len(self.text) - self.position))
+        raw = self.stream.read(max(WINDOW, min(len(self.text) - self.position, self.limit)))
         self.complete = not raw
         try:
             text = self._utf8.decode(raw, final=self.complete)
@@ -131,33 +139,78 @@ class _Window:
                 return
 
     def decode(self) -> Any:
-        """The JSON value at the position, which moves to its end. Raises JSONDecodeError, whatever is wrong."""
+        """The JSON value at the position, which moves to its end. Raises JSONDecodeError, whatever is wrong.
+
+        Raises _TooLargeError for a value of more than ``limit`` bytes.
+        """
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
                 # A number may continue after the end of the window; a value in brackets or quotes has its end.
                 goes_on = isinstance(value, (int, float)) and _NUMBER_GOES_ON.match(self.text, end)
-                if not (goes_on and self.more()):
+                if not (goes_on and self._more_within_limit()):
+                    self._refuse_too_large(end)
                     self.position = end
                     return value
             except json.JSONDecodeError as problem:
                 cut_off = problem.msg.startswith("Unterminated string") or (
                     problem.pos > len(self.text) - _LONGEST_WORD
                 )
-                if not (cut_off and self.more()):
+                if not (cut_off and self._more_within_limit()):
+                    if problem.pos - self.position > self.limit:
+                        raise _TooLargeError from None
                     raise
             except (RecursionError, ValueError) as problem:  # nested too deeply; too many digits for Python
                 raise json.JSONDecodeError(str(problem), self.text, self.position) from None
 
-    def next_match(self, pattern: re.Pattern[str]) -> None:
-        """Move to the end of the next match of ``pattern``, or of the file."""
+    def _more_within_limit(self) -> bool:
+        """``more``, of a value that begins at the position and is not complete yet."""
+        if len(self.text) - self.position > self.limit:  # a character has at least a byte
+            raise _TooLargeError
+        return self.more()
+
+    def _refuse_too_large(self, end: int) -> None:
+        most_bytes_a_character = 4
+        if (end - self.position) * most_bytes_a_character <= self.limit:
+            return
+        if len(self.text[self.position : end].encode(errors="surrogatepass")) > self.limit:
+            raise _TooLargeError
+
+    def next_match(self, pattern: re.Pattern[str], begin: str = "\n") -> bool:
+        """Move to the end of the next match of ``pattern``, which begins with ``begin``, or to the end of the file.
+
+        Whether there is one.
+        """
         while not (found := pattern.search(self.text, self.position)):
-            # A match may begin in the last line of what was read.
-            self.position = max(self.position, self.text.rfind("\n"))
+            # A match may begin in what was read, and end after it.
+            last = self.text.rfind(begin, self.position) if begin else -1
+            self.position = last if last >= 0 and len(self.text) - last <= self.limit else len(self.text)
             if not self.more():
                 self.position = len(self.text)
-                return
+                return False
         self.position = found.end()
+        return True
+
+    def skip_value(self) -> bool:
+        """Move to the end of the JSON value at the position without holding it. Whether it has an end."""
+        if self.character() not in ("{", "[", '"'):
+            found = self.next_match(_END_OF_WORD, "")
+            self.position -= found
+            return found
+        depth, in_string = 0, False
+        while self.next_match(_IN_STRING if in_string else _BETWEEN_STRINGS, ""):
+            character = self.text[self.position - 1]
+            if character == "\\":
+                if not self.character():
+                    return False
+                self.position += 1
+            elif character == '"':
+                in_string = not in_string
+            else:
+                depth += 1 if character in "[{" else -1
+            if depth == 0 and not in_string:
+                return True
+        return False
 
     def place(self, problem: json.JSONDecodeError) -> tuple[int, int]:
         """Line and column in the file of an error in ``text``, both counted from 1."""
@@ -171,7 +224,7 @@ def _array(window: _Window) -> Iterator[Any]:
     number = 1
     while window.character() != "]":
         try:
-            element = window.decode()
+            element = _array_element(window)
             window.skip_space()
             if window.character() not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']' after a row", window.text, window.position)
@@ -193,6 +246,15 @@ def _array(window: _Window) -> Iterator[Any]:
         raise UserError(f"{window.file}: there is text after the array's closing ']': {window.ahead(40)!r}.")
 
 
+def _array_element(window: _Window) -> Any:
+    try:
+        return window.decode()
+    except _TooLargeError:
+        if not window.skip_value():
+            raise json.JSONDecodeError("Unterminated string or row", window.text, window.position) from None
+        return _Unreadable(too_large(window.limit))
+
+
 def _sequence(window: _Window) -> Iterator[Any]:
     """Objects one after another. After a syntax error in one, reading continues at the next line that opens one."""
     while not window.at_end():
@@ -202,6 +264,10 @@ def _sequence(window: _Window) -> Iterator[Any]:
             if not isinstance(element, dict) and not _line_ends(window):
                 raise json.JSONDecodeError("Expecting an object", window.text, window.position)
             yield element
+        except _TooLargeError:
+            yield _Unreadable(too_large(window.limit))
+            # Not where brackets and quotes end it: one that lacks its end would take the rest of the file with it.
+            window.next_match(_NEXT_OBJECT_AT_THE_MARGIN if opens_object else _NEXT_LINE)
         except json.JSONDecodeError as problem:
             line, column = window.place(problem)
             yield _Unreadable(f"not valid JSON at line {line}, column {column}: {problem.msg}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from abc import ABC
+from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -35,6 +38,26 @@ class Row:
         return f"{self.file}, row {self.number}"
 
 
+class LazyFields(Mapping[str, Any], ABC):
+    """Fields of a row whose values cost something to make: one is made when it is asked for."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is a field ``name`` that is not null, without making its value."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """About how many bytes the fields have."""
+
+
+class Unconverted:
+    """A value of a type that no task reads as it is: it only says its type, ``timestamp[ns]``."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
 class Fields(dict[str, Any]):
     """An object of a row, which remembers the fields that were read: what nobody read is reported, not dropped.
 
@@ -43,21 +66,27 @@ class Fields(dict[str, Any]):
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        super().__init__(fields)
+        self._lazy = fields if isinstance(fields, LazyFields) else None
+        super().__init__(fields if self._lazy is None else dict.fromkeys(fields))
         self._read: set[str] = set()
         self._unused: dict[str, None] = {}
 
     def __getitem__(self, name: str) -> Any:
-        self._read.add(name)
+        self._note_read(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        self._read.add(name)
+        self._note_read(name)
         return super().get(name, default)
 
     def pop(self, name: str, *default: Any) -> Any:
-        self._read.add(name)
+        self._note_read(name)
         return super().pop(name, *default)
+
+    def _note_read(self, name: str) -> None:
+        if self._lazy is not None and name not in self._read and name in self:
+            self[name] = self._lazy[name]
+        self._read.add(name)
 
     def __iter__(self) -> Iterator[str]:  # without it, dict(fields) copies the values past __getitem__
         return super().__iter__()
@@ -72,15 +101,19 @@ class Fields(dict[str, Any]):
         return other | dict(self)
 
     def values(self) -> Any:
-        self._read.update(super().keys())
+        for name in self:
+            self._note_read(name)
         return super().values()
 
     def items(self) -> Any:
-        self._read.update(super().keys())
+        for name in self:
+            self._note_read(name)
         return super().items()
 
     def has(self, name: str) -> bool:
         """Whether there is a field ``name`` that is not null, without reading it."""
+        if self._lazy is not None and name in self and name not in self._read:
+            return self._lazy.has(name)
         return super().get(name) is not None
 
     def leave(self, path: str) -> None:
@@ -129,8 +162,15 @@ def rows_of(reader: Reader, file: Path) -> Iterator[Row | BadRow]:
         yield from reader.read(file)
 
 
+def too_large(limit: int, advice: str = "") -> str:
+    """The problem of a row of more than ``limit`` bytes."""
+    return f"it has more than {limit:,} bytes (max_row_bytes){advice}"
+
+
 def kind_of(value: Any) -> str:
     """The kind of a value of a row, in words: ``an array``."""
+    if isinstance(value, Unconverted):
+        return f"a value of type {value.kind}"
     return _KINDS.get(type(value), type(value).__name__)
 
 
@@ -156,6 +196,21 @@ def open_binary(file: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{file}: not a complete gzip file: {problem}. Is it cut short?") from None
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror or problem}.") from None
+
+
+WINDOW = 1 << 20
+"""Bytes that are read at a time."""
+
+
+def lines(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
+    """The lines of ``stream``, each with its end; None for one of more than ``limit`` bytes, which is not held."""
+    while line := stream.readline(limit + 2):
+        if len(line.removesuffix(b"\n").removesuffix(b"\r")) <= limit:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(WINDOW)
+        yield None
 
 
 def identities(location: str) -> set[tuple[int, int]]:
@@ -197,6 +252,13 @@ def data_files(location: str, suffixes: tuple[str, ...], option: str) -> list[Pa
         seen = f"it has {', '.join(others[:5])}" if others else "it is empty"
         raise UserError(f"{option}: {location!r} has no file that ends in {_named(suffixes)}; {seen}.{hint}")
     return found
+
+
+def other_files(location: str, suffixes: tuple[str, ...]) -> Counter[str]:
+    """The endings of the files in the folder ``location`` that ``data_files`` leaves out, with their number."""
+    path = resolve_path(location)
+    files = _files_below(path) if path.is_dir() else ()
+    return Counter(file.suffix or file.name for file in files if not file.name.lower().endswith(suffixes))
 
 
 def _named(suffixes: tuple[str, ...]) -> str:

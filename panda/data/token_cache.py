@@ -38,7 +38,7 @@ from panda.files.locks import held
 from panda.files.whole import whole
 from panda.registry import UserError
 
-VERSION = 2
+VERSION = 3
 """Raised by whoever changes the layout of the files, or which tokens a reader or a task of panda's makes of data."""
 
 MANIFEST = "manifest.json"
@@ -78,9 +78,9 @@ class TokenCache:
         return self.folder / "hashes"
 
     def _key(self, recipe: Recipe) -> str:
-        """The address of the samples. Names of folders do not matter; order and content of files do."""
+        """The address of the samples. Names do not matter but for their endings; order and content of files do."""
         progress = _PreparationLog(recipe.location).hashed
-        files = [content_hash(file, self._hashes, progress) for file in recipe.files]
+        files = [[content_hash(file, self._hashes, progress), _ending(file)] for file in recipe.files]
         described = json.dumps(
             {"version": VERSION, "files": files, "ingredients": recipe.ingredients}, sort_keys=True, ensure_ascii=False
         )
@@ -154,6 +154,13 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
     except (OSError, ValueError, KeyError, TypeError, UserError) as problem:
         print(f"token cache: {folder} is damaged and is made again: {problem}", file=sys.stderr, flush=True)
         return None
+
+
+def _ending(file: Path) -> str:
+    """The end of the name of ``file`` by which a reader knows how to read it."""
+    name = file.name.lower()
+    unpacked = name.removesuffix(".gz")
+    return Path(unpacked).suffix + name[len(unpacked) :]
 
 
 def _write(folder: Path, blocks: Iterable[SampleBlock], token_type: type) -> dict[str, Any]:

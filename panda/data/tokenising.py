@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from panda.data.reading import BadRow
+from panda.data.reading import LazyFields
 from panda.data.reading import Reader
 from panda.data.reading import Row
 from panda.data.reading import rows_of
@@ -25,6 +27,8 @@ CHARACTERS_AT_ONCE = 1 << 20
 """Rows and characters that are tokenised together, at most."""
 BYTES_A_PROCESS = 4 << 20
 """The amount of data for which one more process is worth its start."""
+CHARACTERS_A_TOKEN = 4
+"""About as many, for rows that are tokenised already."""
 AHEAD = 3
 """Blocks for each process that are read ahead or wait to be written, at most: this bounds memory."""
 
@@ -65,7 +69,7 @@ def _stretches(files: Sequence[Path], reader: Reader) -> Iterator[list[Row | Bad
         for row in rows_of(reader, file):
             stretch.append(row)
             if isinstance(row, Row):
-                characters += sum(_characters(value) for value in row.fields.values())
+                characters += _characters(row.fields)
             if len(stretch) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
                 yield stretch
                 stretch, characters = [], 0
@@ -77,9 +81,13 @@ def _characters(value: object) -> int:
     """About how many characters of text a value of a row has."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, dict):
+    if isinstance(value, LazyFields):
+        return value.size
+    if isinstance(value, Mapping):
         return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
+    if isinstance(value, list):
+        return len(value) * CHARACTERS_A_TOKEN if value and isinstance(value[0], int) else sum(map(_characters, value))
+    return 0
 
 
 def _in_processes(stretches: Iterator[list[Row | BadRow]], tokenise: Tokenise, processes: int) -> Iterator[SampleBlock]:

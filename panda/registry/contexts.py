@@ -18,9 +18,16 @@ if TYPE_CHECKING:
     from panda.data.token_cache import TokenCache
 
 
+MAX_ROW_BYTES = 16 << 20
+"""The default of ``max_row_bytes``: the longest novels are half of it, and tokenising as much takes about 2 GB."""
+
+
 @dataclass(frozen=True)
 class ReaderContext:
-    """For a reader: nothing yet."""
+    """For a reader. What is in it decides which rows there are: it is part of the token cache's address."""
+
+    max_row_bytes: int = MAX_ROW_BYTES
+    """A larger row, in the bytes of its file, unpacked, is a bad row; a reader does not hold it in memory."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class TaskContext:
     """Keeps tokenised data: ``token_cache.samples(recipe)``; without one it is tokenised in memory."""
     held_out: str | None = None
     """Where the data to evaluate on is, which a task does not train on."""
+    reader_context: ReaderContext = ReaderContext()
+    """What the reader was given beside its options: part of that address, too."""
 
 
 IGNORED_LABEL = -100

@@ -42,11 +42,13 @@ def load_tokenizer(location: str) -> Any:
 def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
     """The task that ``resolved`` names, with its reader. Raises UserError if its data is missing."""
     reader = resolved.components["reader"]
+    reader_context = ReaderContext(max_row_bytes=resolved.core.max_row_bytes)
     context = TaskContext(
         tokenizer=tokenizer,
-        reader=reader.build(ReaderContext(), Reader),
+        reader=reader.build(reader_context, Reader),
         max_seq_length=resolved.core.max_seq_length,
         reader_options=reader.options,
+        reader_context=reader_context,
         token_cache=TokenCache(cache_folder(resolved.core.token_cache)),
         held_out=resolved.core.eval_data_dir,
     )

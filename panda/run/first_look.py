@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from panda.configuration.configure import Configuration
+from panda.data.auto_reader import AutoReader
 from panda.data.reading import Reader
 from panda.data.reading import data_files
 from panda.engine.deepspeed_config import deepspeed_config
@@ -25,14 +26,17 @@ def planned_world_size(configuration: Configuration) -> int:
 def look_for_inputs(configuration: Configuration) -> None:
     """Raise UserError if the data or the tokenizer that the configuration names is missing."""
     resolved = configuration.resolved
-    reader = resolved.components["reader"].build(ReaderContext(), Reader)
+    context = ReaderContext(max_row_bytes=resolved.core.max_row_bytes)
+    reader = resolved.components["reader"].build(context, Reader)
     settings = [setting for setting in resolved.settings.values() if setting.location and setting.location.holds_data]
     if all(setting.owner == CORE for setting in settings):
         settings = []  # the task has no files for the reader, so what it is evaluated on need not be such files
     for setting in settings:
         for location in setting.value if isinstance(setting.value, tuple) else (setting.value,):
             if location is not None:
-                data_files(location, reader.suffixes, setting.key)
+                files = data_files(location, reader.suffixes, setting.key)
+                if isinstance(reader, AutoReader):
+                    reader.check(files)
     tokenizer_folder(resolved.core.tokenizer)
 
 

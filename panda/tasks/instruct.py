@@ -19,6 +19,8 @@ from panda.data.templates import Exchange
 from panda.data.templates import dated
 from panda.data.templates import plain_template
 from panda.data.templates import with_template
+from panda.data.tokenised import Tokenised
+from panda.data.tokenised import tokenised_of
 from panda.registry import Location
 from panda.registry import UserError
 from panda.registry import register_task
@@ -84,19 +86,27 @@ class Instruct(TextTask):
         dated = "strftime_now" in str(self.tokenizer.chat_template)
         return "chat: the tokenizer's chat template" + f", with the date {_day(self.options)}" * dated
 
-    def parse(self, row: Row) -> tuple[str, list[Exchange], list[str]]:
+    def parse(self, row: Row) -> tuple[str, list[Exchange], list[str]] | Tokenised:
         """The first thing that the user asks, the answers with what comes before each, and unused names."""
+        if self.options.input_field is None:
+            tokenised = tokenised_of(row.fields, self.vocabulary, all_carry_loss=False)
+            if tokenised is not None:
+                return tokenised.cut_to(self.context.max_seq_length)
         conversation = conversation_of(row.fields, self.options.input_field, self.options.target_field)
         asked = next((turn.text for turn in conversation.turns if turn.role == "user"), "")
         return asked, *self.template.exchanges(conversation)
 
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
-        for _, _, unused in parsed:
-            for name in unused:
-                block.report.add_unused(name)
-        rows = [exchanges for _, exchanges, _ in parsed]
-        ids = iter(self.template.encode([text for row in rows for each in row for text in _texts(each)]))
+        rows = [each if isinstance(each, Tokenised) else each[1] for each in parsed]
+        texts = [text for row in rows if isinstance(row, list) for each in row for text in _texts(each)]
+        for name in (name for each in parsed if not isinstance(each, Tokenised) for name in each[2]):
+            block.report.add_unused(name)
+        ids = iter(self.template.encode(texts))
         for row in rows:
+            if isinstance(row, Tokenised):
+                block.report.truncated += row.cut
+                block.add(row.token_ids, row.supervised)
+                continue
             sample: list[tuple[list[int], list[int]]] = []
             done: list[int] = []
             for exchange in row:
@@ -147,7 +157,8 @@ class Instruct(TextTask):
         return self.template.encode([text])[0] or [self.tokenizer.eos_token_id]
 
     def example_prompt(self, parsed: Any) -> str:
-        asked: str = parsed[0]
+        # The text of tokens has its template around it already, and a prompt is given one.
+        asked: str = "" if isinstance(parsed, Tokenised) else parsed[0]
         return asked
 
 

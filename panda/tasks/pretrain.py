@@ -14,6 +14,8 @@ from panda.data.conversations import refuse_weight
 from panda.data.conversations import text_of
 from panda.data.reading import Row
 from panda.data.templates import with_template
+from panda.data.tokenised import Tokenised
+from panda.data.tokenised import tokenised_of
 from panda.registry import Location
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
@@ -60,8 +62,12 @@ class Pretrain(TextTask):
     def describe(self) -> dict[str, Any]:
         return {"title_field": self.title_field, "content_field": self.content_field}
 
-    def parse(self, row: Row) -> str:
+    def parse(self, row: Row) -> str | Tokenised:
         fields = row.fields  # of which those that are null count as absent
+        if self.content_field is None:
+            tokenised = tokenised_of(fields, self.vocabulary, all_carry_loss=True)
+            if tokenised is not None:
+                return tokenised
         refuse_weight(fields)
         names = (self.content_field,) if self.content_field else CONTENT_FIELDS
         present = [name for name in names if name in fields]
@@ -80,15 +86,27 @@ class Pretrain(TextTask):
         return f"{title}\n{content}"
 
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
-        for document in self.encoder.encode(self.encoder.as_characters(parsed)):
-            tokens = [*self.encoder.begin, *document, self.tokenizer.eos_token_id]
-            # A window begins with the last token of the previous one, so that every token except the
-            # document's first is predicted exactly once.
-            stride = self.context.max_seq_length - 1
-            for start in range(0, len(tokens) - 1, stride):
-                window = tokens[start : start + stride + 1]
-                block.add(window, b"\0" + b"\1" * (len(window) - 1))
+        texts = [document for document in parsed if not isinstance(document, Tokenised)]
+        ids = iter(self.encoder.encode(self.encoder.as_characters(texts)))
+        for document in parsed:
+            if isinstance(document, Tokenised):
+                self._add(document.token_ids, document.supervised, block)
+            else:
+                tokens = [*self.encoder.begin, *next(ids), self.tokenizer.eos_token_id]
+                self._add(tokens, b"\0" + b"\1" * (len(tokens) - 1), block)
+
+    def _add(self, tokens: list[int], supervised: bytes, block: SampleBlock) -> None:
+        """Add the windows of a document, but for those in which nothing carries loss."""
+        # A window begins with the last token of the previous one, so that every token except the
+        # document's first is predicted exactly once.
+        stride = self.context.max_seq_length - 1
+        for start in range(0, len(tokens) - 1, stride):
+            carrying = supervised[start + 1 : start + stride + 1]
+            if 1 in carrying:
+                block.add(tokens[start : start + stride + 1], b"\0" + carrying)
 
     def example_prompt(self, parsed: Any) -> str:
+        if isinstance(parsed, Tokenised):
+            parsed = self.tokenizer.decode(parsed.token_ids[:EXAMPLE_CHARACTERS], skip_special_tokens=True)
         text: str = parsed
         return text[:EXAMPLE_CHARACTERS]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.data.conversations import UnusableRowError
+from panda.data.ingredients import code_of
+from panda.data.ingredients import tokenizer_ingredients
 from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
 from panda.data.reading import data_files
 from panda.data.reading import identities
+from panda.data.reading import other_files
 from panda.data.reading import rows_of
 from panda.data.reading import without
 from panda.registry.contexts import TaskContext
@@ -69,7 +69,7 @@ class TextTask(LanguageModelling):
 
     @abstractmethod
     def example_prompt(self, parsed: Any) -> str:
-        """A prompt made from what ``parse`` returned for a row."""
+        """A prompt made from what ``parse`` returned for a row; empty for none."""
 
     def reading(self, location: str, option: str) -> TextTask:
         other = copy(self)
@@ -80,27 +80,38 @@ class TextTask(LanguageModelling):
     def dataset(self) -> TokenDataset:
         cache = self.context.token_cache
         dataset = cache.samples(self.recipe()) if cache else self.recipe().in_memory()
+        if others := other_files(self.location, self.context.reader.suffixes):
+            files = "1 file is" if (count := others.total()) == 1 else f"{count:,} files are"
+            kinds = ", ".join(kind for kind, _ in others.most_common(5))
+            dataset.report.notes.append(f"{self.option}: {files} of other kinds, and not read: {kinds}")
         if self.held_out_files:
             files = "1 file is" if self.held_out_files == 1 else f"{self.held_out_files:,} files are"
             dataset.report.notes.append(f"{self.option}: {files} held out by eval_data_dir, and not trained on")
         return dataset
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """Token ids are below this: the tokenizer's ids may have holes, so it is more than their number."""
+        ids: list[int] = list(self.tokenizer.get_vocab().values())
+        return max(len(self.tokenizer), max(ids) + 1)
+
     def recipe(self) -> Recipe:
         """The files, how they become samples, and everything else that decides which tokens come out."""
         from panda.data.recipe import Recipe
 
+        reader = self.context.reader
         return Recipe(
             option=self.option,
             location=self.location,
             files=self.files,
-            reader=self.context.reader,
+            reader=reader,
             tokenise=self.tokenise,
-            vocabulary=len(self.tokenizer),
+            vocabulary=self.vocabulary,
             ingredients={
-                "task": [_code(type(self)), self.describe()],
-                "reader": [_code(type(self.context.reader)), repr(self.context.reader_options)],
+                "task": [code_of(self), self.describe()],
+                "reader": [code_of(reader), repr(self.context.reader_options), repr(self.context.reader_context)],
                 "max_seq_length": self.context.max_seq_length,
-                "tokenizer": _tokenizer_hash(self.tokenizer),
+                "tokenizer": tokenizer_ingredients(self.tokenizer),
             },
         )
 
@@ -124,7 +135,7 @@ class TextTask(LanguageModelling):
         return block
 
     def example_prompts(self, count: int) -> list[str]:
-        return [self.example_prompt(parsed) for parsed in islice(self._parsed(), count)]
+        return [prompt for parsed in islice(self._parsed(), count) if (prompt := self.example_prompt(parsed))]
 
     def _parsed(self) -> Iterator[Any]:
         for file in self.files:
@@ -139,26 +150,3 @@ def _good(row: Row | BadRow) -> Row:
     if isinstance(row, BadRow):
         raise UnusableRowError(row.problem)
     return row
-
-
-def _code(cls: type) -> list[str]:
-    """The code of a class, for the cache's address: panda's own by name (see VERSION), that of others by its source."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if cls.__module__.startswith("panda."):
-        return [name]
-    files = {inspect.getsourcefile(base) for base in cls.__mro__ if base.__module__ != "builtins"}
-    sources = [Path(file).read_bytes() for file in sorted(file for file in files if file)]
-    return [name, hashlib.sha256(b"\0".join(sources)).hexdigest()]
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of everything in ``tokenizer`` that decides which ids it gives."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = backend.to_str()
-    else:
-        model = getattr(tokenizer, "vocab_file", None)
-        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest() if model else ""
-        content = json.dumps([sorted(tokenizer.get_vocab().items()), digest, repr(tokenizer)])
-    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    return hashlib.sha256(f"{type(tokenizer).__name__}\0{specials}\0{content}".encode(errors="replace")).hexdigest()

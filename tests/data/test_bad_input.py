@@ -26,7 +26,7 @@ JUNK = bytes(range(256)) * 40
         ("a.json", b'[1, "a", null, [], {"input": 1, "target": []}]', ["found a number", "'input' is a number"]),
         ("a.json.gz", b"\x1f\x8b\x08\x00cut", ["a.json.gz: not a complete gzip file"]),
         ("a\x1b[2J.json", b"", ["a\\x1b[2J.json: the file is empty"]),
-        ("a.txt", b"text", ["no file that ends in .json or .jsonl or .ndjson; it has .txt", "panda list readers"]),
+        ("a.bin", b"text", [".csv or .tsv or .json or .jsonl", "; it has .bin", "panda list readers"]),
     ],
     ids=[
         "empty",

@@ -390,3 +390,97 @@ def test_a_gzipped_file_that_is_cut_short_or_is_none_is_an_error(tmp_path: Path)
     for content in (whole[:-20], b"{}", whole[:12] + b"\xff" * 9):
         with pytest.raises(UserError, match=r"data\.jsonl\.gz: not a complete gzip file: .* Is it cut short"):
             read(write(tmp_path, content, "data.jsonl.gz"))
+
+
+# -- rows above max_row_bytes ---------------------------------------------------------------------
+
+TOO_LARGE = "it has more than 40 bytes (max_row_bytes)"
+
+
+def outcome(file: Path, limit: int = 40) -> list[Any]:
+    """Of each row its fields, or its problem."""
+    rows = list(JsonReader(NoOptions(), ReaderContext(max_row_bytes=limit)).read(file))
+    assert [row.number for row in rows] == list(range(1, len(rows) + 1))
+    return [row.fields if isinstance(row, Row) else row.problem for row in rows]
+
+
+@pytest.mark.parametrize("window", [1, 3, 16, 64, 1 << 20])
+@pytest.mark.parametrize("shape", ["lines", "array", "indented array", "lines without newlines"])
+@pytest.mark.parametrize("character", ["x", "é", "🐼", '"', "\\", "{", "[", "]", "}", "\n"])
+def test_a_row_of_as_many_bytes_as_allowed_is_a_row_and_of_one_more_a_bad_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, shape: str, character: str
+) -> None:
+    monkeypatch.setattr(json_reader, "WINDOW", window)
+    for size in (40, 41, 200):
+        row = {"a": character * 7}
+        room = size - len(json.dumps(row, ensure_ascii=False).encode())
+        row = {"a": character * 7 + "." * room}
+        written = [json.dumps(each, ensure_ascii=False) for each in (A, row, row, A)]
+        text = {
+            "lines": "\n".join(written),
+            "array": f"[{','.join(written)}]",
+            "indented array": "[\n  " + ",\n  ".join(written) + "\n]\n",
+            "lines without newlines": "".join(written),
+        }[shape]
+        expected = [A, *[row if size == 40 else TOO_LARGE] * 2, A]
+        if shape == "lines without newlines" and size > 40:
+            expected = [A, TOO_LARGE]  # what stands on its line goes with it
+        assert outcome(write(tmp_path, text)) == expected
+
+
+@pytest.mark.parametrize("window", [1, 5, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": "' + "x" * 90 + '\n{"b": 1}\n', [TOO_LARGE, {"b": 1}]),
+        ('{"b": 1}\n{"a": [\n  {"c": "' + "x" * 90 + '"},\n  {"d": 1}\n]}\n{"b": 2}', [{"b": 1}, TOO_LARGE, {"b": 2}]),
+        ('"' + "x" * 90, [TOO_LARGE]),
+        ("1" * 90 + '\n{"b": 1}', [TOO_LARGE, {"b": 1}]),
+        (
+            "[" + "1" * 90 + ', {"b": 1}, "' + "x" * 90 + '", [' + "1, " * 90 + "1]]",
+            [TOO_LARGE, {"b": 1}, *[TOO_LARGE] * 2],
+        ),
+        ('[{"a": {"b": [1, "]}"], "c": "' + '\\"' * 90 + '"}}]', [TOO_LARGE]),
+    ],
+)
+def test_a_row_above_the_limit_is_passed_over_whatever_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, text: str, expected: list[Any]
+) -> None:
+    monkeypatch.setattr(json_reader, "WINDOW", window)
+    assert outcome(write(tmp_path, text)) == expected
+
+
+@pytest.mark.parametrize("text", ['[{"a": "' + "x" * 90, '[{"a": "' + "x" * 90 + '"', "[" + "1" * 90, '["' + "\\" * 90])
+def test_an_array_that_ends_within_a_row_above_the_limit_is_cut_short(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"not valid JSON, in row 1: .* is it cut short"):
+        outcome(write(tmp_path, text))
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=4), st.text('x"\\{}[], \n', max_size=30), max_size=3), min_size=1),
+    st.integers(1, 99),
+)
+def test_of_an_array_and_of_lines_the_same_rows_are_left_out(tmp_path_factory, rows: list[Any], window: int) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    expected = [row if len(json.dumps(row, ensure_ascii=False).encode()) <= 40 else TOO_LARGE for row in rows]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_reader, "WINDOW", window)
+        assert outcome(write(folder, json.dumps(rows, ensure_ascii=False))) == expected
+        assert outcome(write(folder, lines(*rows))) == expected
+
+
+@pytest.mark.parametrize("shape", ['{{"a": "{}"}}\n{}', '[{{"a": "{}"}}, {}]', '"{}"\n{}', "{}\n{}"])
+def test_a_row_above_the_limit_is_not_held(tmp_path: Path, shape: str) -> None:
+    begin, end = shape.format("|", json.dumps(A)).split("|")
+    file = tmp_path / "a.jsonl.gz"
+    with gzip.open(file, "wb", 1) as stream:
+        stream.write(begin.encode())
+        for _ in range(96):
+            stream.write(b"x" * (1 << 20))
+        stream.write(end.encode())
+    tracemalloc.start()
+    found = outcome(file, 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert found[1:] == [A] and isinstance(found[0], str)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from panda.data.reading import BadRow
 from panda.data.text_reader import TextOptions
 from panda.data.text_reader import TextReader
 from panda.registry import UserError
@@ -45,3 +47,27 @@ def test_what_cannot_be_read_is_an_error_that_says_where(tmp_path: Path, documen
         read(write(tmp_path, b" \n\n"), document)
     with pytest.raises(UserError, match=r"b\.txt: cannot be read"):
         read(tmp_path / "b.txt", document)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_row_above_the_limit_is_a_bad_row_and_is_not_held(tmp_path: Path, name: str) -> None:
+    content = b"one\n" + b"x" * (64 << 20) + b"\r\n" + "é".encode() * 500 + b"\r\nthree\n" + b"y" * 1001
+    file = write(tmp_path, gzip.compress(content, 1) if name.endswith("gz") else content, name)
+    tracemalloc.start()
+    by_line = list(TextReader(TextOptions("line"), ReaderContext(max_row_bytes=1000)).read(file))
+    [whole] = TextReader(TextOptions("file"), ReaderContext(max_row_bytes=1000)).read(file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [(row.number, isinstance(row, BadRow)) for row in by_line] == [
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (5, True),
+    ]
+    assert str(by_line[1]).endswith("row 2: it has more than 1,000 bytes (max_row_bytes)")
+    assert str(whole).endswith("(max_row_bytes): `text_document: line` makes each line a row")
+    assert peak < 8 << 20
+    exact = write(tmp_path, b"x" * 1000, "b.txt")
+    [row] = TextReader(TextOptions("file"), ReaderContext(max_row_bytes=1000)).read(exact)
+    assert len(row.fields["text"]) == 1000  # type: ignore[union-attr]

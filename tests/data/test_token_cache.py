@@ -70,6 +70,12 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as settled at once, though no test can make one that was changed a minute ago: ctime is now."""
+    monkeypatch.setattr(content_hash, "_SETTLED_SECONDS", -1.0)
+
+
+@pytest.fixture
 def cache(tmp_path: Path) -> TokenCache:
     return TokenCache(tmp_path / "cache")
 
@@ -148,6 +154,26 @@ def test_a_change_that_keeps_size_and_nearly_the_time_is_seen(recipe: Recipe, ca
     assert texts(cache.samples(recipe)) == ["two"]
 
 
+@pytest.mark.usefixtures("settled")
+def test_a_change_that_keeps_size_and_time_is_seen(recipe: Recipe, cache: TokenCache) -> None:
+    """As `rsync --inplace --times` makes one, or a program that sets the time back."""
+    file = recipe.files[0]
+    for text in ("one", "two"):
+        time.sleep(0.02)  # not within the same tick of a coarse clock
+        file.write_text(json.dumps({"text": text}))
+        os.utime(file, ns=(0, 0))
+        assert texts(cache.samples(recipe)) == [text]
+
+
+def test_the_ending_of_a_file_decides_how_it_is_read(recipe: Recipe, cache: TokenCache) -> None:
+    before = folder_of(cache.samples(recipe))
+    for name in ("a.json", "a.tsv"):
+        moved = recipe.files[0].with_name(name)
+        moved.write_bytes(recipe.files[0].read_bytes())
+        assert folder_of(cache.samples(replace(recipe, files=[moved]))) != before
+
+
+@pytest.mark.usefixtures("settled")
 def test_the_content_of_a_file_is_read_once(recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.samples(recipe)
 
@@ -158,6 +184,7 @@ def test_the_content_of_a_file_is_read_once(recipe: Recipe, cache: TokenCache, m
     assert len(cache.samples(recipe)) == 3
 
 
+@pytest.mark.usefixtures("settled")
 def test_what_is_slow_at_a_start_says_how_far_it_is(
     recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -363,6 +390,7 @@ def test_where_there_are_no_locks_all_tokenise_and_one_result_is_kept(
     assert f"{cache.folder}: cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_hash_that_was_half_written_is_computed_again(tmp_path: Path) -> None:
     file, memory = write(tmp_path / "rows.json", ["a"]), tmp_path / "hashes"
     expected = content_hash.content_hash(file, memory, lambda count: None)
@@ -375,6 +403,7 @@ def test_a_hash_that_was_half_written_is_computed_again(tmp_path: Path) -> None:
         assert read and note.read_text() == whole
 
 
+@pytest.mark.usefixtures("settled")
 def test_of_several_that_start_at_once_one_hashes_and_the_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
