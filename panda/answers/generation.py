@@ -17,8 +17,11 @@ def greedy(
     pad_token_id: int,
     eos_token_id: int,
     device: torch.device,
+    positions: int | None = None,
 ) -> list[list[int]]:
     """The greedy continuation of each of ``prompts`` (token ids), without the end of sequence that stops it.
+
+    A row ends at ``positions`` tokens, if the model has no more; prompts must not be longer.
 
     Every token runs forward on the whole rows: slow, acceptable for a few short answers, and possible with any
     model. Where weights are partitioned, every rank has to call it.
@@ -32,6 +35,7 @@ def greedy(
     for _ in range(max_new_tokens):
         output = model(rows[:, : max(lengths)])
         logits = getattr(output, "logits", output)
+        running = {row for row in running if lengths[row] != positions}
         for row in sorted(running):
             token = int(logits[row, lengths[row] - 1].argmax())
             if token == eos_token_id:

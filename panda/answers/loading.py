@@ -39,6 +39,7 @@ from panda.weights.stored_tensor import put
 from panda.weights.tokenizers import TOKENIZER
 from panda.weights.tokenizers import has_tokenizer
 from panda.weights.tokenizers import read_tokenizer
+from panda.weights.tokenizers import rows_needed
 
 Load = Callable[[torch.device], torch.nn.Module]
 """Loads a model on a device, to answer and not to be trained. Raises UserError where that fails."""
@@ -114,7 +115,7 @@ def with_adapters(source: Source, ckpt_path: str | None) -> Answering:
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
     """The tokenizer in ``folder`` if one is given, else that of ``pretrained``.
 
-    Raises UserError where there is none, or one with more entries than the weights have rows for.
+    Raises UserError where there is none, or one with ids beyond the rows of the weights.
     """
     holder = pretrained.with_tokenizer()
     folder = folder or (holder.folder if holder else None)
@@ -125,10 +126,12 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
         )
     tokenizer = read_tokenizer(folder)
     rows = pretrained.config.get("vocab_size")
-    if rows is not None and len(tokenizer) > rows:
+    needed = rows_needed(tokenizer)
+    if rows is not None and needed > rows:
         raise UserError(
-            f"{folder}: its tokenizer has {len(tokenizer):,} entries, and the checkpoint in {pretrained.folder} has"
-            f" {rows:,} rows for them (vocab_size). Is it the tokenizer of these weights? Replace it with theirs."
+            f"{folder}: its tokenizer needs {needed:,} rows (its highest id is {needed - 1:,}), and the checkpoint in"
+            f" {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights? Replace it with"
+            " theirs."
         )
     return tokenizer
 

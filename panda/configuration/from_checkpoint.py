@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from panda.configuration.positions import positions_of
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
-from panda.weights.formats import CONFIG
 from panda.weights.formats import META
 from panda.weights.pretrained import Pretrained
 from panda.weights.tokenizers import TOKENIZER
@@ -26,13 +28,7 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
         stated = _Stated(pretrained.config)
         stated.file = pretrained.config_file
         resolved = _follow_options(resolved, stated, origin)
-    core = resolved.core
-    positions = pretrained.config.get("max_position_embeddings")
-    if positions is not None and core.max_seq_length > positions:
-        raise UserError(
-            f"max_seq_length: {core.max_seq_length} ({settings['max_seq_length'].origin}), but {pretrained.folder} is"
-            f" made for {positions} positions (max_position_embeddings in its {CONFIG}). Lower max_seq_length."
-        )
+    resolved = _within_positions(resolved, pretrained, origin)
     if settings["tokenizer"].origin == "default":
         holder = pretrained.with_tokenizer()
         if holder is None:
@@ -51,21 +47,44 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
     return resolved
 
 
-def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping[str, Any]:
-    """``pretrained.config``, with enough rows in its vocabulary for a tokenizer of ``entries`` entries.
+def config_for(pretrained: Pretrained, needed: int, *, extend: bool) -> Mapping[str, Any]:
+    """``pretrained.config``, with enough rows in its vocabulary for a tokenizer whose ids are below ``needed``.
 
     Raises UserError if the checkpoint has fewer rows, unless ``extend`` says that rows may be added.
     """
     rows = pretrained.config.get("vocab_size")
-    if rows is None or entries <= rows:
+    if rows is None or needed <= rows:
         return pretrained.config
     if not extend:
         raise UserError(
-            f"tokenizer: it has {entries:,} entries, and the checkpoint in {pretrained.folder} has {rows:,} rows for"
-            " them (vocab_size). Is it the tokenizer of these weights? If entries were added to it, `--extend_vocab`"
-            " adds rows, each the mean of the existing ones."
+            f"tokenizer: it needs {needed:,} rows (its highest id is {needed - 1:,}), and the checkpoint in"
+            f" {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights? If entries were"
+            " added to it, `--extend_vocab` adds rows, each the mean of the existing ones."
         )
-    return {**pretrained.config, "vocab_size": entries}
+    return {**pretrained.config, "vocab_size": needed}
+
+
+def _within_positions(resolved: Resolved, pretrained: Pretrained, origin: str) -> Resolved:
+    """``resolved`` with a ``max_seq_length`` that the checkpoint has positions for.
+
+    Only the default is lowered, and a line says so. Raises UserError for a value that was set and is too large.
+    """
+    positions = None if pretrained.format is META else positions_of(pretrained.config)
+    setting = resolved.settings["max_seq_length"]
+    if positions is None or setting.value <= positions.count:
+        return resolved
+    if setting.origin != "default":
+        raise UserError(
+            f"max_seq_length: {setting.value} ({setting.origin}), but {pretrained.folder} is made for"
+            f" {positions.count} positions ({positions.reason}). Lower max_seq_length."
+        )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: max_seq_length is {positions.count}, and not {setting.value}, its default: the checkpoint has no"
+            f" more positions ({positions.reason}).",
+            file=sys.stderr,
+        )
+    return resolved.with_values({"max_seq_length": positions.count}, origin)
 
 
 class _Stated(dict[str, Any]):

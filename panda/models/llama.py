@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,6 +95,8 @@ class LlamaOptions:
                 f"model llama: the checkpoint scales RoPE by {scaling!r}; known are {', '.join(ROPE_SCALINGS)}."
                 " `--model hf` does as transformers does."
             )
+        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+            raise UserError("model llama: the checkpoint rotates a part of each head only. `--model hf` does that.")
         needed = [] if scaling == "default" else ["factor"]
         needed += ["low_freq_factor", "high_freq_factor"] * (scaling == "llama3")
         if absent := [key for key in needed if key not in rope]:
@@ -141,7 +144,9 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
         # The rest of its config is kept; rope_parameters below replaces these two.
         given = {key: value for key, value in context.config.items() if key not in ("rope_theta", "rope_scaling")}
     if vocab_size < context.vocab_size:
-        raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {context.vocab_size} entries.")
+        raise UserError(
+            f"vocab_size {vocab_size} is too small for the tokenizer, whose highest id is {context.vocab_size - 1}."
+        )
 
     import torch
     from transformers import LlamaConfig
@@ -149,6 +154,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
 
     from panda.models.forward.cross_entropy import offer_loss_sum
     from panda.models.forward.packed_rows import tell_packing
+    from panda.models.forward.stretched_positions import stretch_by_sample
     from panda.models.initialisation.creation import keep_computed_float32
 
     config = LlamaConfig(
@@ -160,7 +166,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "num_hidden_layers": options.num_layers,
             "num_attention_heads": options.num_heads,
             "num_key_value_heads": options.num_key_value_heads or options.num_heads,
-            "max_position_embeddings": max(options.max_position_embeddings, context.max_seq_length),
+            "max_position_embeddings": _positions(options, context),
             "rope_parameters": _rope_parameters(options),
             "rms_norm_eps": options.rms_norm_eps,
             "initializer_range": options.initializer_range,
@@ -175,6 +181,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     )
     keep_computed_float32(model)
     tell_packing(model)
+    stretch_by_sample(model, context.max_seq_length)
     offer_loss_sum(model)
     model.tensor_parallel_plan = TensorParallelPlan(
         column=("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"),
@@ -189,6 +196,17 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     )
     built: torch.nn.Module = model
     return built
+
+
+def _positions(options: LlamaOptions, context: ModelContext) -> int:
+    """Positions to declare: of random weights enough for the run; of a checkpoint its own, which stretching refers to.
+
+    A linear or dynamic stretch comes on top of them.
+    """
+    if "max_position_embeddings" in (context.config or {}):  # Meta's own format does not say
+        return options.max_position_embeddings
+    stretch = options.rope_scaling_factor if options.rope_scaling in ("linear", "dynamic") else None
+    return max(options.max_position_embeddings, math.ceil(context.max_seq_length / (stretch or 1)))
 
 
 def _rope_parameters(options: LlamaOptions) -> dict[str, Any]:

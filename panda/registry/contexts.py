@@ -49,7 +49,7 @@ class ModelContext:
     """For a model."""
 
     vocab_size: int
-    """Entries of the tokenizer: the model needs at least as many."""
+    """The rows that the tokenizer needs, its highest id and one more: the model needs at least as many."""
     max_seq_length: int
     """Tokens that a row of a batch has at most."""
     pad_token_id: int | None

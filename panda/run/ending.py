@@ -37,6 +37,13 @@ def finish(run: Run) -> None:
     with of_task("`encode_prompt`"):
         encoded = [run.task.encode_prompt(prompt) for prompt in prompts]
     module = run.engine.evaluating()
+    positions = _positions(module, run.options)
+    if long := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if len(ids) > positions]:
+        if run.processes.rank == 0:
+            unanswered = f"{len(long)} of {len(prompts)} prompts are not answered"
+            print(f"{unanswered}: the model has only {positions:,} positions.", flush=True)
+        prompts = [prompt for prompt in prompts if prompt not in long]
+        encoded = [ids for ids in encoded if len(ids) <= positions]
     rows = run.options.per_gpu_eval_batch_size
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
@@ -47,12 +54,19 @@ def finish(run: Run) -> None:
             pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=run.task.end_tokens[0],
             device=run.processes.device,
+            positions=positions,
         )
         run.answers += [
             {"prompt": prompt, "answer": tokenizer.decode(ids)} for prompt, ids in zip(some, continued, strict=True)
         ]
     if run.processes.rank == 0:
         write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
+
+
+def _positions(module: Any, options: RunOptions) -> int:
+    """The most tokens that ``module`` may be given, prompt and answer: more than any run has, if it does not say."""
+    stated = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    return max(stated, options.max_seq_length) if isinstance(stated, int) else 1 << 40
 
 
 def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:

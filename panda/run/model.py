@@ -24,6 +24,7 @@ from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import quantise
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
+from panda.models.forward.padding_row import free_padding_row
 from panda.models.initialisation.creation import without_weights
 from panda.models.initialisation.drawing import initial_weights
 from panda.registry import UserError
@@ -35,20 +36,22 @@ from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import put
 from panda.weights.stored_tensor import weights_of
+from panda.weights.tokenizers import rows_needed
 
 
 def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
     """What a model's factory is given besides its options.
 
-    Raises UserError if the tokenizer has more entries than ``pretrained`` has rows.
+    Raises UserError if ids of the tokenizer lie beyond the rows of ``pretrained``.
     """
+    rows = rows_needed(tokenizer)
     return ModelContext(
-        vocab_size=len(tokenizer),
+        vocab_size=rows,
         max_seq_length=resolved.core.max_seq_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        config=config_for(pretrained, len(tokenizer), extend=resolved.core.extend_vocab) if pretrained else None,
+        config=config_for(pretrained, rows, extend=resolved.core.extend_vocab) if pretrained else None,
     )
 
 
@@ -134,6 +137,7 @@ def make_trainable(
 
     Returns the same object, or with adapters peft's wrapper around it. Every rank has to call it.
     """
+    free_padding_row(model)
     if processes.tensor_ranks > 1:
         split(model, plan_of(model, type(model).__name__, processes.tensor_ranks), processes)
         weights = shards_of(weights, model, processes) if weights else None

@@ -60,5 +60,5 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
-        refuse_leaking(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
+        refuse_leaking(engine.evaluating(), name, prepared.context.vocab_size, processes.device)
     return TrainedModel(base, engine, schedule, config, parameters, trained)

@@ -24,6 +24,7 @@ from panda.data.reading import rows_of
 from panda.data.reading import without
 from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
+from panda.weights.tokenizers import rows_needed
 
 if TYPE_CHECKING:
     from panda.data.recipe import Recipe
@@ -95,7 +96,7 @@ class TextTask(LanguageModelling):
             files=self.files,
             reader=self.context.reader,
             tokenise=self.tokenise,
-            vocabulary=len(self.tokenizer),
+            vocabulary=rows_needed(self.tokenizer),
             ingredients={
                 "task": [_code(type(self)), self.describe()],
                 "reader": [_code(type(self.context.reader)), repr(self.context.reader_options)],

@@ -52,6 +52,15 @@ def tokenizer_folder(location: str) -> Path:
     return snapshot
 
 
+def rows_needed(tokenizer: Any) -> int:
+    """The rows of an embedding that ``tokenizer`` needs: its highest id and one more.
+
+    More than ``len(tokenizer)``, which counts entries, where ids have holes.
+    """
+    highest: int = max(tokenizer.get_vocab().values())
+    return highest + 1
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The Hugging Face tokenizer in ``folder``. Raises UserError where transformers cannot load one."""
     from transformers import AutoConfig

@@ -302,7 +302,7 @@ def test_the_tokenizer_beside_the_weights_is_taken_unless_one_is_given(folder: P
 def test_a_tokenizer_with_more_entries_is_an_error_or_adds_rows(tmp_path: Path) -> None:
     small = llama(vocab_size=257)
     path = save_hf(small, tmp_path / "small")
-    with pytest.raises(UserError, match=r"it has 259 entries, and the checkpoint in .* 257 rows .*`--extend_vocab`"):
+    with pytest.raises(UserError, match=r"it needs 259 rows .*, and the checkpoint in .* has 257 .*`--extend_vocab`"):
         loaded("--ckpt_path", path)
     module = loaded("--ckpt_path", path, "--extend_vocab")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
