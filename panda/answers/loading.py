@@ -108,8 +108,19 @@ def with_adapters(source: Source, ckpt_path: str | None) -> Answering:
     option = "--ckpt_path" if ckpt_path else f"{folder / ADAPTERS}, which `--ckpt_path` overrides"
     base = whole_at(replace(source, location=ckpt_path or named, option=option, quantised=True))
     stored_adapters(folder)  # so that what is wrong with them is reported before a base is loaded
+    base = _with_rows_for(base, folder)
     tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
     return Answering(folder, tokenizer, partial(_adapted_module, base, folder), base.folder)
+
+
+def _with_rows_for(base: Pretrained, adapters: Path) -> Pretrained:
+    """``base`` with a vocabulary that has all rows which ``adapters`` trained: those of added tokens come last."""
+    trained = read_json_object(adapters / ADAPTERS).get("trainable_token_indices") or {}
+    listed = trained.values() if isinstance(trained, dict) else [trained]
+    rows = max((index + 1 for indices in listed for index in indices), default=0)
+    if base.vocabulary is None or rows <= base.vocabulary:
+        return base
+    return replace(base, config={**base.config, "vocab_size": rows}, stored_rows=base.vocabulary)
 
 
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
@@ -125,7 +136,7 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
             " the files of the tokenizer that the model was trained with beside its weights."
         )
     tokenizer = read_tokenizer(folder)
-    rows = pretrained.config.get("vocab_size")
+    rows = pretrained.vocabulary
     needed = rows_needed(tokenizer)
     if rows is not None and needed > rows:
         raise UserError(
@@ -151,7 +162,8 @@ def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
         module = build_causal_lm(config, str(pretrained.folder), dtype=None if states_dtype else first_dtype)
     if is_converted_when_loaded(module):
         return _transformers_module(pretrained)
-    found = matched(module, weights, source=str(pretrained.folder))
+    grow = (pretrained.stored_rows, config["vocab_size"]) if pretrained.stored_rows else None
+    found = matched(module, weights, source=str(pretrained.folder), grow_rows=grow)
     return _filled(module, {name: _cast(stored, module.dtype) for name, stored in found.items()})
 
 

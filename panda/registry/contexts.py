@@ -61,6 +61,8 @@ class ModelContext:
     The embedding needs as many rows as its ``vocab_size``. The module is then made without weights, on
     the meta device: a factory must not read them.
     """
+    new_rows_from: int | None = None
+    """The first row for which the checkpoint has no token, if the run adds tokens (`extend_vocab`)."""
 
 
 @dataclass(frozen=True)

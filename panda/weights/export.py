@@ -22,6 +22,7 @@ from panda.files.whole import whole
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 from panda.weights.files import write_weights
+from panda.weights.json_object import write_json_object
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
 
@@ -67,7 +68,7 @@ def describe_model(
         "context": asdict(context),
         "shared_tensors": {name: first[id(t)] for name, t in state.items() if first[id(t)] != name},
     }
-    _write_json(folder / "config.json", described)
+    write_json_object(folder / "config.json", described)
 
 
 def export(description: Path, weights: Weights, folder: Path) -> None:
