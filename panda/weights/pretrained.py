@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _BESIDE = (
     "tokenizer*",
+    "*.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -99,7 +100,7 @@ class Pretrained:
 
     def files_beside(self) -> list[Path]:
         """Files of its tokenizer, chat template and generation config."""
-        return sorted(file for pattern in _BESIDE for file in self.folder.glob(pattern) if file.is_file())
+        return sorted({file for pattern in _BESIDE for file in self.folder.glob(pattern) if file.is_file()})
 
     @cached_property
     def identity(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.registry import UserError
 from panda.run.preparation import Preparation
+from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import rows_needed
 
 
@@ -55,3 +57,45 @@ def test_rows_have_to_reach_the_highest_id(folder: Path) -> None:
         _ = prepared(folder).context
     grown = prepared(folder, "--extend_vocab").context.config
     assert grown is not None and grown["vocab_size"] == 70_001
+
+
+@pytest.mark.parametrize(
+    ("content", "absent", "said"),
+    [
+        (b"\n\x0e\n\x05<unk>", ("sentencepiece",), r"a model of SentencePiece .*, which sentencepiece would read"),
+        (b"\n\x0e\n\x05<unk>", ("sentencepiece", "google.protobuf"), r"which sentencepiece and protobuf would read"),
+        (b"IQ== 0\nIg== 1\n", ("tiktoken",), r"a model of tiktoken .*, which tiktoken would read"),
+    ],
+)
+def test_what_reads_a_model_without_tokenizer_json_is_named(
+    content: bytes, absent: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("panda.weights.tokenizers._is_installed", lambda module: module not in absent)
+    with pytest.raises(UserError, match=said):
+        read_tokenizer(tmp_path)
+
+
+def test_a_folder_with_only_a_sentencepiece_model_is_read_as_sentencepiece_does(tmp_path: Path) -> None:
+    sentencepiece: Any = pytest.importorskip("sentencepiece")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The heron waits in the reeds, and the otter sleeps."] * 9),
+        model_writer=written,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
+    plain = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    text = "The otter waits, ø too."
+    assert read_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == plain.encode(text)
