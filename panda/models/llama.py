@@ -134,11 +134,8 @@ class LlamaOptions:
 def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module:
     """LLaMA causal language model (arXiv 2302.13971), with the additions of LLaMA 2 and 3."""
     vocab_size = options.vocab_size or context.vocab_size
-    given: dict[str, Any] = {
-        "pad_token_id": context.pad_token_id,
-        "bos_token_id": context.bos_token_id,
-        "eos_token_id": context.eos_token_id,
-    }
+    special = ("pad_token_id", "bos_token_id", "eos_token_id")
+    given: dict[str, Any] = {name: getattr(context, name) for name in special}
     if context.config is not None:
         vocab_size = context.config.get("vocab_size", vocab_size)
         # The rest of its config is kept; rope_parameters below replaces these two.
@@ -175,9 +172,8 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "use_cache": False,  # a cache of keys and values is of no use in training
         }
     )
-    attention = "sdpa" if options.attention == "auto" else options.attention
     model: Any = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32, attn_implementation=attention
+        config, dtype=torch.float32, attn_implementation=options.attention.replace("auto", "sdpa")
     )
     keep_computed_float32(model)
     tell_packing(model)
@@ -194,8 +190,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "vocab_size": vocab_size,
         },
     )
-    built: torch.nn.Module = model
-    return built
+    return model  # type: ignore[no-any-return]
 
 
 def _positions(options: LlamaOptions, context: ModelContext) -> int:

@@ -86,15 +86,11 @@ def format_of(folder: Path, names: Collection[str], option: str) -> Format:
 
 def _instead(folder: Path) -> str:
     """Advice for a ``folder`` that a run wrote: the folder to name in its place. Empty for any other."""
-    export = folder / "export"
-    if (folder / ADAPTERS).exists() or (export / ADAPTERS).exists():
-        run = folder if (export / ADAPTERS).exists() else "RUN"
+    if (folder / ADAPTERS).exists():
         return (
-            f" It holds adapters, which are not a model without their base: `panda export {run} --merge` writes the"
-            " sum of both to RUN/merged; name that."
+            " It holds adapters, which are not a model without their base: `panda export RUN --merge` writes the sum of"
+            " both to RUN/merged; name that."
         )
-    if (export / CONFIG).exists():
-        return f" It is a run; name its export, {export}."
     if (folder / "provenance.json").exists():
         return f" It is a run without an export: `panda export {folder}` writes one, to RUN/export; name that."
     return ""

@@ -366,9 +366,7 @@ def test_a_folder_without_config_is_told_with_what_it_has(spoilt: Path, tmp_path
     run = tmp_path / "run"
     for adds, hint in (
         ("provenance.json", r"a run without an export: `panda export .*/run` writes one"),
-        ("export/config.json", r"It is a run; name its export, .*/run/export\."),
-        ("export/adapter_config.json", r"holds adapters.* `panda export .*/run --merge`"),
-        ("adapter_config.json", r"holds adapters.* `panda export .*/run --merge`"),
+        ("adapter_config.json", r"holds adapters.* `panda export RUN --merge`"),
     ):
         (run / adds).parent.mkdir(parents=True, exist_ok=True)
         (run / adds).write_text("{}")
@@ -421,7 +419,7 @@ def test_a_part_of_metas_that_is_missing_is_told(model: Any, tmp_path: Path) -> 
 
 
 def test_a_base_without_a_delta_and_a_delta_on_a_delta_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a delta, so nothing is added to it"):
+    with pytest.raises(UserError, match="is neither a delta nor adapters, so it has no base"):
         configured("--ckpt_path", folder, "--base_path", folder)
     shutil.copytree(folder, tmp_path / "a-delta")
     with pytest.raises(UserError, match="is a delta itself"):
