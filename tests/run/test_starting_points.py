@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_files import llama
 from checkpoint_files import save_hf
+from distributions import Distributions
 from launching import metrics
 from launching import run_panda
 from peft import PeftModel
@@ -24,6 +25,9 @@ from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.registry import UserError
+from panda.run.preparation import Preparation
+from panda.weights.export import describe_model
+from panda.weights.files import write_weights
 
 ROWS = [{"input": "ab", "target": "cd"}, {"input": "ef", "target": "gh"}]
 
@@ -143,3 +147,51 @@ def test_new_rows_under_adapters_and_zero_3_are_refused(tmp_path: Path) -> None:
     flags = ("--ckpt_path", save_hf(llama(), tmp_path / "base"), "--use_lora", "--zero_stage", 3)
     with pytest.raises(UserError, match=r"extend_vocab with use_lora and zero_stage: 3: refused"):
         found(*flags, "--extend_vocab")
+
+
+OWN = """
+    @dataclass(frozen=True)
+    class Options:
+        width: int = 8
+
+    @register_model("bag", options=Options)
+    def build(options, context):
+        import torch
+
+        class Bag(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embedding = torch.nn.Embedding(context.vocab_size, options.width)
+                self.output = torch.nn.Linear(options.width, context.vocab_size, bias=False)
+                self.output.weight = self.embedding.weight
+
+            def forward(self, input_ids):
+                return self.output(self.embedding(input_ids).cumsum(1))
+
+        return Bag()
+"""
+
+
+def test_an_export_of_a_packages_model_is_a_start(tmp_path: Path, distributions: Distributions) -> None:
+    distributions.install("acme", {"models": {"bag": "acme.bag"}}, {"acme.bag": OWN})
+    data = ("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 64)
+    first = Preparation(found("--model", "bag", "--width", 24, *data))
+    model, weights = first.take_base()
+    chosen = first.resolved.components["model"]
+    base = tmp_path / "model"
+    parts = {"model": chosen, "context": first.context, "pretrained": None}
+    describe_model(base, model, torch.float32, first.tokenizer, **parts)  # type: ignore[arg-type]
+    write_weights(weights, base)
+
+    second = Preparation(found("--ckpt_path", base, *data))
+    assert second.resolved.components["model"].offer.qualified == "acme:bag"
+    assert second.resolved.components["model"].options.width == 24
+    again, stored = second.take_base()
+    assert torch.equal(stored["embedding.weight"].read(), weights["embedding.weight"].read())
+    assert again.output.weight is again.embedding.weight  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"width is 8 \(--width\), but 24 in the checkpoint"):
+        found("--ckpt_path", base, "--width", 8, *data)
+    with pytest.raises(UserError, match=r"weights of the model 'acme:bag', and not of 'panda-train:llama'"):
+        found("--ckpt_path", base, "--model", "llama", *data)
+    with pytest.raises(UserError, match=r"extend_vocab: rows can only be added to models of transformers"):
+        _ = Preparation(found("--ckpt_path", base, "--extend_vocab", *data)).context
