@@ -60,7 +60,9 @@ def test_buffers_of_older_programs_are_left_out(tmp_path: Path) -> None:
     spoil(folder, {"transformer.h.0.attn.bias": mask, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
     assert not any("masked" in name or name.endswith(".attn.bias") for name in state(prepared(folder)))
     folder = save_hf(llama(), tmp_path / "llama", shards=False)
-    spoil(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    spoil(
+        folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.layers.0.attention.bias": mask}
+    )
     assert len(state(prepared(folder))) == 21
     spoil(folder, {"model.layers.0.self_attn.bias": torch.ones(32)})
     with pytest.raises(UserError, match=r"in it and not in the model: model.layers.0.self_attn.bias"):

@@ -76,14 +76,16 @@ def test_nothing_is_done_where_no_sample_is_stretched() -> None:
     assert not hasattr(model, "needs_positions")
 
 
-@pytest.mark.parametrize(("rule", "positions"), [("linear", 64), ("dynamic", 64)])
+@pytest.mark.parametrize(("rule", "positions"), [("linear", 64), ("dynamic", 64), ("llama3", 64)])
 def test_the_positions_of_a_stretched_checkpoint_stay_those_that_the_rule_refers_to(
     rule: str, positions: int, tmp_path: Path
 ) -> None:
     from checkpoint_files import llama
     from checkpoint_files import save_hf
 
-    rope = {"rope_type": rule, "factor": 4.0, "rope_theta": 10000.0}
+    rope: dict[str, Any] = {"rope_type": rule, "factor": 4.0, "rope_theta": 10000.0}
+    if rule == "llama3":
+        rope |= {"original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     folder = save_hf(llama(max_position_embeddings=positions, rope_parameters=rope), tmp_path / "base")
     configuration = configure(
         parse_arguments(["--model", "llama", "--ckpt_path", str(folder), "--max_seq_length", "200"])
