@@ -40,6 +40,7 @@ from panda.weights.stored_tensor import put
 from panda.weights.tokenizers import TOKENIZER
 from panda.weights.tokenizers import has_tokenizer
 from panda.weights.tokenizers import read_tokenizer
+from panda.weights.tokenizers import rows_needed
 
 Load = Callable[[torch.device], torch.nn.Module]
 """Loads a model on a device, to answer and not to be trained. Raises UserError where that fails."""
@@ -110,15 +111,26 @@ def with_adapters(source: Source, ckpt_path: str | None) -> Answering:
     option = "--ckpt_path" if ckpt_path else f"{folder / ADAPTERS}, which `--ckpt_path` overrides"
     base = whole_at(replace(source, location=ckpt_path or named, option=option, quantised=True))
     stored_adapters(folder)  # so that what is wrong with them is reported before a base is loaded
+    base = _with_rows_for(base, folder)
     tokenizer = pretrained_tokenizer(base, folder if has_tokenizer(folder) else None)
     described = folder if (folder / GENERATION_CONFIG).exists() else base.folder
     return Answering(folder, tokenizer, partial(_adapted_module, base, folder), described, base.folder)
 
 
+def _with_rows_for(base: Pretrained, adapters: Path) -> Pretrained:
+    """``base`` with a vocabulary that has all rows which ``adapters`` trained: those of added tokens come last."""
+    trained = read_json_object(adapters / ADAPTERS).get("trainable_token_indices") or {}
+    listed = trained.values() if isinstance(trained, dict) else [trained]
+    rows = max((index + 1 for indices in listed for index in indices), default=0)
+    if base.vocabulary is None or rows <= base.vocabulary:
+        return base
+    return replace(base, config={**base.config, "vocab_size": rows}, stored_rows=base.vocabulary)
+
+
 def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> Any:
     """The tokenizer in ``folder`` if one is given, else that of ``pretrained``.
 
-    Raises UserError where there is none, or one with more entries than the weights have rows for.
+    Raises UserError where there is none, or one with ids beyond the rows of the weights.
     """
     holder = pretrained.with_tokenizer()
     folder = folder or (holder.folder if holder else None)
@@ -128,11 +140,13 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
             " the files of the tokenizer that the model was trained with beside its weights."
         )
     tokenizer = read_tokenizer(folder)
-    rows = pretrained.config.get("vocab_size")
-    if rows is not None and len(tokenizer) > rows:
+    rows = pretrained.vocabulary
+    needed = rows_needed(tokenizer)
+    if rows is not None and needed > rows:
         raise UserError(
-            f"{folder}: its tokenizer has {len(tokenizer):,} entries, and the checkpoint in {pretrained.folder} has"
-            f" {rows:,} rows for them (vocab_size). Is it the tokenizer of these weights? Replace it with theirs."
+            f"{folder}: its tokenizer needs {needed:,} rows (its highest id is {needed - 1:,}), and the checkpoint in"
+            f" {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights? Replace it with"
+            " theirs."
         )
     return tokenizer
 
@@ -152,7 +166,8 @@ def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
         module = build_causal_lm(config, str(pretrained.folder), dtype=None if states_dtype else first_dtype)
     if is_converted_when_loaded(module):
         return _transformers_module(pretrained)
-    found = matched(module, weights, source=str(pretrained.folder))
+    grow = (pretrained.stored_rows, config["vocab_size"]) if pretrained.stored_rows else None
+    found = matched(module, weights, source=str(pretrained.folder), grow_rows=grow)
     return _filled(module, {name: _cast(stored, module.dtype) for name, stored in found.items()})
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from panda.configuration.arguments import Arguments
+from panda.configuration.implied import checkpoint_alone
+from panda.configuration.implied import model_of_checkpoint
 from panda.configuration.options import DEFAULT_PLUGINS
 from panda.configuration.options import IMPLIED
 from panda.configuration.options import RunOptions
@@ -17,6 +19,7 @@ from panda.configuration.translation.translate import advice
 from panda.registry import Catalog
 from panda.registry.hooks import Hooks
 from panda.registry.hooks import live_hooks
+from panda.registry.options import Given
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import resolve
 
@@ -49,9 +52,12 @@ def configure(arguments: Arguments) -> Configuration:
             f"warning: -p no:{name}: no installed distribution, module or plugin has that name.",
             file=sys.stderr,
         )
-    resolved = resolve(
-        catalog, RunOptions, arguments.given, default_plugins=DEFAULT_PLUGINS, renamed=advice() | RENAMED
-    )
+    given = arguments.given
+    pretrained = checkpoint_alone(given)
+    if pretrained:
+        name = model_of_checkpoint(pretrained, catalog)
+        given = given | {"model": Given(name, f"checkpoint {pretrained.folder}", name)}
+    resolved = resolve(catalog, RunOptions, given, default_plugins=DEFAULT_PLUGINS, renamed=advice() | RENAMED)
     hooks = live_hooks(resolved)
     resolved = _with_implied(resolved)
     refuse(resolved)
@@ -61,7 +67,7 @@ def configure(arguments: Arguments) -> Configuration:
     from panda.configuration.from_checkpoint import follow_checkpoint
     from panda.weights.finding import find_pretrained
 
-    pretrained = find_pretrained(resolved.core)
+    pretrained = pretrained or find_pretrained(resolved.core)
     assert pretrained is not None
     return Configuration(follow_checkpoint(resolved, pretrained), hooks, pretrained)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from panda.configuration.implied import Stated
+from panda.configuration.options import RunOptions
+from panda.configuration.positions import positions_of
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
-from panda.weights.formats import CONFIG
+from panda.weights.adapters import adapter_options
+from panda.weights.formats import ADAPTERS
 from panda.weights.formats import META
 from panda.weights.pretrained import Pretrained
 from panda.weights.tokenizers import TOKENIZER
@@ -22,17 +28,11 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
     """
     settings = resolved.settings
     origin = f"checkpoint {pretrained.folder}"
-    if hasattr(resolved.components["model"].component.options, "of_checkpoint"):
-        stated = _Stated(pretrained.config)
-        stated.file = pretrained.config_file
-        resolved = _follow_options(resolved, stated, origin)
-    core = resolved.core
-    positions = pretrained.config.get("max_position_embeddings")
-    if positions is not None and core.max_seq_length > positions:
-        raise UserError(
-            f"max_seq_length: {core.max_seq_length} ({settings['max_seq_length'].origin}), but {pretrained.folder} is"
-            f" made for {positions} positions (max_position_embeddings in its {CONFIG}). Lower max_seq_length."
-        )
+    if "panda_model" in pretrained.config or hasattr(resolved.components["model"].component.options, "of_checkpoint"):
+        resolved = _follow_options(resolved, Stated(pretrained.config, pretrained.config_file), origin)
+    if pretrained.adapters:
+        resolved = _follow_adapters(resolved, pretrained.adapters)
+    resolved = _within_positions(resolved, pretrained, origin)
     if settings["tokenizer"].origin == "default":
         holder = pretrained.with_tokenizer()
         if holder is None:
@@ -51,33 +51,74 @@ def follow_checkpoint(resolved: Resolved, pretrained: Pretrained) -> Resolved:
     return resolved
 
 
-def config_for(pretrained: Pretrained, entries: int, *, extend: bool) -> Mapping[str, Any]:
-    """``pretrained.config``, with enough rows in its vocabulary for a tokenizer of ``entries`` entries.
+def config_for(pretrained: Pretrained, needed: int, *, extend: bool) -> Mapping[str, Any]:
+    """``pretrained.config``, with enough rows in its vocabulary for a tokenizer whose ids are below ``needed``.
 
     Raises UserError if the checkpoint has fewer rows, unless ``extend`` says that rows may be added.
     """
-    rows = pretrained.config.get("vocab_size")
-    if rows is None or entries <= rows:
+    rows = pretrained.vocabulary
+    if rows is None or needed <= rows:
         return pretrained.config
     if not extend:
         raise UserError(
-            f"tokenizer: it has {entries:,} entries, and the checkpoint in {pretrained.folder} has {rows:,} rows for"
-            " them (vocab_size). Is it the tokenizer of these weights? If entries were added to it, `--extend_vocab`"
-            " adds rows, each the mean of the existing ones."
+            f"tokenizer: it needs {needed:,} rows (its highest id is {needed - 1:,}), and the checkpoint in"
+            f" {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights? If entries were"
+            " added to it, `--extend_vocab` adds rows, each the mean of the existing ones."
         )
-    return {**pretrained.config, "vocab_size": entries}
+    return {**pretrained.config, "vocab_size": needed}
 
 
-class _Stated(dict[str, Any]):
-    """The configuration of a checkpoint, for a model to read: a missing key raises UserError."""
+def _follow_adapters(resolved: Resolved, folder: Path) -> Resolved:
+    """``resolved`` with the options that the adapters in ``folder`` were trained with.
 
-    file: Path
+    Raises UserError for one that was set to another value. Only their dropout may change.
+    """
+    known = options_of(RunOptions)
+    values, contradictions = {}, []
+    for key, stated in adapter_options(folder).items():
+        try:
+            value = known[key].check(stated)
+        except ValueError:
+            raise UserError(f"{folder / ADAPTERS}: {key}: {stated!r} is not {known[key].expects}.") from None
+        setting = resolved.settings[key]
+        if setting.origin == "default" or key == "extend_vocab":
+            values[key] = value
+        elif setting.value != value and key != "lora_dropout":
+            contradictions.append(f"{key} is {setting.value} ({setting.origin}), but {value} in the adapters")
+    if contradictions:
+        raise UserError(
+            f"ckpt_path: the adapters in {folder} have another shape:\n"
+            + "\n".join(contradictions)
+            + "\nLeave these options out: they are taken from the adapters."
+        )
+    return resolved.with_values(values, f"adapters {folder}")
 
-    def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.file}: it does not state {key!r}. Is it the complete configuration of these weights?")
+
+def _within_positions(resolved: Resolved, pretrained: Pretrained, origin: str) -> Resolved:
+    """``resolved`` with a ``max_seq_length`` that the checkpoint has positions for.
+
+    Only the default is lowered, and a line says so. Raises UserError for a value that was set and is too large.
+    """
+    is_known = pretrained.format is not META and "panda_model" not in pretrained.config
+    positions = positions_of(pretrained.config) if is_known else None
+    setting = resolved.settings["max_seq_length"]
+    if positions is None or setting.value <= positions.count:
+        return resolved
+    if setting.origin != "default":
+        raise UserError(
+            f"max_seq_length: {setting.value} ({setting.origin}), but {pretrained.folder} is made for"
+            f" {positions.count} positions ({positions.reason}). Lower max_seq_length."
+        )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: max_seq_length is {positions.count}, and not {setting.value}, its default: the checkpoint has no"
+            f" more positions ({positions.reason}).",
+            file=sys.stderr,
+        )
+    return resolved.with_values({"max_seq_length": positions.count}, origin)
 
 
-def _follow_options(resolved: Resolved, config: _Stated, origin: str) -> Resolved:
+def _follow_options(resolved: Resolved, config: Stated, origin: str) -> Resolved:
     """``resolved`` with the options of the model that ``config`` determines.
 
     Raises UserError for an option that was set to another value.
@@ -85,8 +126,16 @@ def _follow_options(resolved: Resolved, config: _Stated, origin: str) -> Resolve
     model = resolved.components["model"]
     options_class: Any = model.component.options
     known = options_of(options_class)
-    with model.attributed("`of_checkpoint`"):
-        stated = options_class.of_checkpoint(config)
+    if "panda_model" in config:
+        if config["panda_model"] != model.offer.qualified:
+            raise UserError(
+                f"{config.file}: these are weights of the model {config['panda_model']!r}, and not of"
+                f" {model.offer.qualified!r}. Leave `model` and `arch` out: the model is then theirs."
+            )
+        stated = {key: value for key, value in config["options"].items() if key in known}
+    else:
+        with model.attributed("`of_checkpoint`"):
+            stated = options_class.of_checkpoint(config)
     values = {}
     contradictions = []
     for key, value in stated.items():

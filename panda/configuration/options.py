@@ -59,13 +59,15 @@ class RunOptions:
     """A Hugging Face tokenizer: a folder, or a name on the hub. A path that begins with `panda:` is inside the panda
     package; the default tokenizer reads bytes."""
     ckpt_path: Annotated[str, Location(on_hub=True)] | None = None
-    """Weights to start from: a folder, a folder in `./pretrained-models`, or a name on the Hugging Face hub."""
+    """Weights to start from: a folder, a folder in `./pretrained-models`, or a name on the Hugging Face hub. The model
+    is that of the weights. A run directory stands for its export; adapters are trained on, on their base."""
     base_path: Annotated[str, Location(on_hub=True)] | None = None
-    """If ckpt_path is a delta: the weights that it is added to, found in the same way."""
+    """If ckpt_path is a delta or adapters: the weights that they belong to, found in the same way."""
     allow_pickle: bool = False
     """Also load weights from pickles (`.bin`, `.pth`), with torch's `weights_only`; a pickle can hold code."""
     extend_vocab: bool = False
-    """If the tokenizer has more entries than the checkpoint, add rows, each the mean of the existing ones."""
+    """If the tokenizer has more entries than the checkpoint, add rows, each the mean of the existing ones. Under
+    `use_lora` rows of new entries are trained too."""
 
     max_row_bytes: Annotated[int, Meta(ge=1)] = MAX_ROW_BYTES
     """Most bytes of a row of data, unpacked; a larger one is reported and left out before it fills the memory. To
@@ -143,7 +145,8 @@ class RunOptions:
     lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.05
     """Dropout on the adapters' input."""
     lora_target_modules: tuple[str, ...] = ()
-    """Names of the layers to adapt, `q_proj, v_proj`; by default all linear layers except the output head."""
+    """Layers to adapt: ends of names, `q_proj, v_proj`, or regular expressions or patterns, `*.layers.1?.*_proj`. By
+    default, and with `all-linear`, all linear layers except the output head."""
     use_dora: bool = False
     """Adapt the direction of weights and learn their magnitude separately (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False

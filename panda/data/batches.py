@@ -96,11 +96,11 @@ class _Steps(Dataset[list[Batch]]):
     """The micro batches of a rank by optimizer step, made in the worker that is asked for one: its samples, their rows
     and the tensors. The training process sends only a number, and receives one message a step."""
 
-    def __init__(self, layout: Layout, rank: int, pad_token_id: int) -> None:
-        self.layout, self.rank, self.pad_token_id = layout, rank, pad_token_id
+    def __init__(self, layout: Layout, rank: int, pad_token_id: int, positions: bool) -> None:
+        self.layout, self.rank, self.pad_token_id, self.positions = layout, rank, pad_token_id, positions
 
     def __getitem__(self, step: int) -> list[Batch]:
-        dataset, packed = self.layout.dataset, self.layout.packed
+        dataset, packed = self.layout.dataset, self.layout.packed or self.positions
         return [
             collate([[dataset[s] for s in row] for row in of_ranks[self.rank]], self.pad_token_id, packed=packed)
             for of_ranks in self.layout.micro_batches(step)
@@ -115,11 +115,15 @@ def step_batches(
     num_workers: int,
     prefetch_factor: int,
     pin_memory: bool,
+    positions: bool = False,
 ) -> Iterator[list[Batch]]:
-    """The micro batches of this rank, a list an optimizer step, from the plan's ``start_step`` to its end."""
+    """The micro batches of this rank, a list an optimizer step, from the plan's ``start_step`` to its end.
+
+    With ``positions`` they have positions even where a row is one sample.
+    """
     plan = layout.plan
     loader = DataLoader(
-        _Steps(layout, rank, pad_token_id),
+        _Steps(layout, rank, pad_token_id, positions),
         batch_size=None,
         sampler=range(plan.start_step + 1, plan.total_steps + 1),
         num_workers=num_workers,

@@ -22,6 +22,7 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
     from panda.models.forward.cross_entropy import offer_loss_sum
     from panda.models.forward.packed_rows import tell_packing
     from panda.models.forward.plain_head import has_plain_head
+    from panda.models.forward.stretched_positions import stretch_by_sample
     from panda.models.initialisation.creation import keep_computed_float32
 
     assert context.config is not None, "refused without ckpt_path"
@@ -39,4 +40,5 @@ def build_hf(options: object, context: ModelContext) -> torch.nn.Module:
         offer_loss_sum(model)
     keep_computed_float32(model)
     tell_packing(model)
+    stretch_by_sample(model, context.max_seq_length)
     return model

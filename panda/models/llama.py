@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,6 +95,8 @@ class LlamaOptions:
                 f"model llama: the checkpoint scales RoPE by {scaling!r}; known are {', '.join(ROPE_SCALINGS)}."
                 " `--model hf` does as transformers does."
             )
+        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+            raise UserError("model llama: the checkpoint rotates a part of each head only. `--model hf` does that.")
         needed = [] if scaling == "default" else ["factor"]
         needed += ["low_freq_factor", "high_freq_factor"] * (scaling == "llama3")
         if absent := [key for key in needed if key not in rope]:
@@ -131,17 +134,16 @@ class LlamaOptions:
 def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module:
     """LLaMA causal language model (arXiv 2302.13971), with the additions of LLaMA 2 and 3."""
     vocab_size = options.vocab_size or context.vocab_size
-    given: dict[str, Any] = {
-        "pad_token_id": context.pad_token_id,
-        "bos_token_id": context.bos_token_id,
-        "eos_token_id": context.eos_token_id,
-    }
+    special = ("pad_token_id", "bos_token_id", "eos_token_id")
+    given: dict[str, Any] = {name: getattr(context, name) for name in special}
     if context.config is not None:
         vocab_size = context.config.get("vocab_size", vocab_size)
         # The rest of its config is kept; rope_parameters below replaces these two.
         given = {key: value for key, value in context.config.items() if key not in ("rope_theta", "rope_scaling")}
     if vocab_size < context.vocab_size:
-        raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {context.vocab_size} entries.")
+        raise UserError(
+            f"vocab_size {vocab_size} is too small for the tokenizer, whose highest id is {context.vocab_size - 1}."
+        )
 
     import torch
     from transformers import LlamaConfig
@@ -149,6 +151,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
 
     from panda.models.forward.cross_entropy import offer_loss_sum
     from panda.models.forward.packed_rows import tell_packing
+    from panda.models.forward.stretched_positions import stretch_by_sample
     from panda.models.initialisation.creation import keep_computed_float32
 
     config = LlamaConfig(
@@ -160,7 +163,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "num_hidden_layers": options.num_layers,
             "num_attention_heads": options.num_heads,
             "num_key_value_heads": options.num_key_value_heads or options.num_heads,
-            "max_position_embeddings": max(options.max_position_embeddings, context.max_seq_length),
+            "max_position_embeddings": _positions(options, context),
             "rope_parameters": _rope_parameters(options),
             "rms_norm_eps": options.rms_norm_eps,
             "initializer_range": options.initializer_range,
@@ -169,12 +172,12 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "use_cache": False,  # a cache of keys and values is of no use in training
         }
     )
-    attention = "sdpa" if options.attention == "auto" else options.attention
     model: Any = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32, attn_implementation=attention
+        config, dtype=torch.float32, attn_implementation=options.attention.replace("auto", "sdpa")
     )
     keep_computed_float32(model)
     tell_packing(model)
+    stretch_by_sample(model, context.max_seq_length)
     offer_loss_sum(model)
     model.tensor_parallel_plan = TensorParallelPlan(
         column=("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"),
@@ -187,8 +190,18 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "vocab_size": vocab_size,
         },
     )
-    built: torch.nn.Module = model
-    return built
+    return model  # type: ignore[no-any-return]
+
+
+def _positions(options: LlamaOptions, context: ModelContext) -> int:
+    """Positions to declare: of random weights enough for the run; of a checkpoint its own, which stretching refers to.
+
+    A linear or dynamic stretch comes on top of them.
+    """
+    if "max_position_embeddings" in (context.config or {}):  # Meta's own format does not say
+        return options.max_position_embeddings
+    stretch = options.rope_scaling_factor if options.rope_scaling in ("linear", "dynamic") else None
+    return max(options.max_position_embeddings, math.ceil(context.max_seq_length / (stretch or 1)))
 
 
 def _rope_parameters(options: LlamaOptions) -> dict[str, Any]:

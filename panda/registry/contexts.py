@@ -58,7 +58,7 @@ class ModelContext:
     """For a model."""
 
     vocab_size: int
-    """Entries of the tokenizer: the model needs at least as many."""
+    """The rows that the tokenizer needs, its highest id and one more: the model needs at least as many."""
     max_seq_length: int
     """Tokens that a row of a batch has at most."""
     pad_token_id: int | None
@@ -70,6 +70,8 @@ class ModelContext:
     The embedding needs as many rows as its ``vocab_size``. The module is then made without weights, on
     the meta device: a factory must not read them.
     """
+    new_rows_from: int | None = None
+    """The first row for which the checkpoint has no token, if the run adds tokens (`extend_vocab`)."""
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ def _without_model(
     """The problems of a run that names no model: perhaps the key that does is misspelt."""
     names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers("arch")))
     missing = (
-        "no model: name one with `arch` (or `--arch`), or a file that does with `--config`; that of a run is"
+        "no model: name one with `arch` (or `--arch`), a checkpoint with `ckpt_path`, or a file that does with"
+        " `--config`; that of a run is"
         f" RUN/config.yaml. Installed: {names}."
     )
     # Keys of components that are not chosen yet are known, but not these.

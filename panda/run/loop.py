@@ -135,4 +135,5 @@ def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
         num_workers=run.options.num_workers,
         prefetch_factor=run.options.prefetch_factor,
         pin_memory=run.processes.device.type == "cuda",
+        positions=any(getattr(part, "needs_positions", False) for part in run.engine.module.modules()),
     )

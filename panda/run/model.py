@@ -6,6 +6,7 @@ import os
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from panda.engine.tensor_parallel import plan_of
 from panda.engine.tensor_parallel import shards_of
 from panda.engine.tensor_parallel import split
 from panda.models.adapters.lora import add_adapters
+from panda.models.adapters.lora import start_from
 from panda.models.adapters.quantisation import quantise
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
+from panda.models.forward.padding_row import free_padding_row
 from panda.models.initialisation.creation import without_weights
 from panda.models.initialisation.drawing import initial_weights
 from panda.registry import UserError
@@ -35,20 +38,58 @@ from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import put
 from panda.weights.stored_tensor import weights_of
+from panda.weights.tokenizers import read_tokenizer
+from panda.weights.tokenizers import rows_needed
 
 
 def model_context(resolved: Resolved, tokenizer: Any, pretrained: Pretrained | None = None) -> ModelContext:
     """What a model's factory is given besides its options.
 
-    Raises UserError if the tokenizer has more entries than ``pretrained`` has rows.
+    Raises UserError if ids of the tokenizer lie beyond the rows of ``pretrained``.
     """
+    rows = rows_needed(tokenizer)
+    if pretrained and "panda_model" in pretrained.config:
+        return _context_of_export(pretrained, resolved, tokenizer, rows)
     return ModelContext(
-        vocab_size=len(tokenizer),
+        vocab_size=rows,
         max_seq_length=resolved.core.max_seq_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        config=config_for(pretrained, len(tokenizer), extend=resolved.core.extend_vocab) if pretrained else None,
+        config=config_for(pretrained, rows, extend=resolved.core.extend_vocab) if pretrained else None,
+        new_rows_from=_known_rows(pretrained, rows) if pretrained and resolved.core.extend_vocab else None,
+    )
+
+
+def _known_rows(pretrained: Pretrained, needed: int) -> int | None:
+    """The rows for which ``pretrained`` has tokens: fewer than its embedding has, if the rest were room to spare.
+
+    None if a tokenizer whose ids are below ``needed`` has no others.
+    """
+    holder = replace(pretrained, adapters=None).with_tokenizer()
+    known = [pretrained.vocabulary or needed]
+    if holder is not None:
+        known.append(rows_needed(read_tokenizer(holder.folder)))
+    return min(known) if min(known) < needed else None
+
+
+def _context_of_export(pretrained: Pretrained, resolved: Resolved, tokenizer: Any, rows: int) -> ModelContext:
+    """What the factory of a package's model was given for ``pretrained``, its export; with this tokenizer.
+
+    Raises UserError if ids of the tokenizer lie beyond its rows.
+    """
+    if resolved.core.extend_vocab:
+        raise UserError(
+            "extend_vocab: rows can only be added to models of transformers: which tensors of a package's model have"
+            " one for each entry is not known. Use the tokenizer of the export."
+        )
+    config_for(pretrained, rows, extend=False)
+    return replace(
+        ModelContext(**pretrained.config["context"]),
+        max_seq_length=resolved.core.max_seq_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -57,6 +98,8 @@ def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module 
     try:
         with torch.device("cpu"), without_weights():
             outline: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
+        if context.new_rows_from is not None:
+            outline.new_rows = range(context.new_rows_from, context.vocab_size)  # type: ignore[assignment]
     except UserError:
         raise
     except Exception:
@@ -129,11 +172,14 @@ def make_trainable(
     weights: Weights | None,
     deepspeed: dict[str, Any],
     processes: Processes,
+    adapters: Path | None = None,
 ) -> torch.nn.Module:
     """``model`` ready to be trained: with ``weights``, and split, quantised, adapted and compiled by ``options``.
 
+    ``adapters``: a folder with those to start from. Otherwise they are drawn.
     Returns the same object, or with adapters peft's wrapper around it. Every rank has to call it.
     """
+    free_padding_row(model)
     if processes.tensor_ranks > 1:
         split(model, plan_of(model, type(model).__name__, processes.tensor_ranks), processes)
         weights = shards_of(weights, model, processes) if weights else None
@@ -145,6 +191,8 @@ def make_trainable(
     if options.use_lora:
         seed_random(options.seed)  # so adapters start the same, whatever random numbers the base took
         model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
+        if adapters:
+            start_from(model, adapters)
     if options.activation_checkpointing != "none":
         recompute_activations(model, selective=options.activation_checkpointing == "selective")
     if options.compile:

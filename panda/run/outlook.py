@@ -117,8 +117,11 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
     yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {options.lora_dropout:g}"
     if adapted is not None:
         config = cast("LoraConfig", adapted.peft_config["default"])
-        names = options.lora_target_modules or sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
+        names = sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
         yield f"on {', '.join(names)}"
+        rows = cast("dict[str, list[int]]", config.trainable_token_indices or {})
+        if rows:
+            yield f"and the {len(next(iter(rows.values()))):,} rows of new tokens in {' and '.join(rows)}"
 
 
 def _weights(prepared: Preparation) -> str:

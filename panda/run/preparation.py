@@ -90,7 +90,12 @@ class Preparation:
         outline, drawn = self._outline_and_random_weights
         if self.pretrained is None:
             return drawn
-        assert outline is not None, "the model of a checkpoint is always built without weights"
+        if outline is None:
+            name = self.resolved.components["model"].component.name
+            raise UserError(
+                f"ckpt_path: {self.pretrained.folder}: model {name!r} cannot be built without weights, so a run cannot"
+                " start from its export. Continue the run with `resume`."
+            )
         return fitted(outline, self.pretrained)
 
     @cached_property

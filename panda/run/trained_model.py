@@ -53,12 +53,13 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     if layout.packed:
         refuse_without_positions(base, name)
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    model = make_trainable(base, options, weights, config, processes)
+    started = prepared.pretrained.adapters if prepared.pretrained else None
+    model = make_trainable(base, options, weights, config, processes, started)
     del weights
     seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
     if layout.packed:
-        refuse_leaking(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
+        refuse_leaking(engine.evaluating(), name, prepared.context.vocab_size, processes.device)
     return TrainedModel(base, engine, schedule, config, parameters, trained)

@@ -24,6 +24,7 @@ from panda.data.reading import rows_of
 from panda.data.reading import without
 from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
+from panda.weights.tokenizers import rows_needed
 
 if TYPE_CHECKING:
     from panda.data.recipe import Recipe
@@ -91,9 +92,8 @@ class TextTask(LanguageModelling):
 
     @cached_property
     def vocabulary(self) -> int:
-        """Token ids are below this: the tokenizer's ids may have holes, so it is more than their number."""
-        ids: list[int] = list(self.tokenizer.get_vocab().values())
-        return max(len(self.tokenizer), max(ids) + 1)
+        """Token ids are below this."""
+        return rows_needed(self.tokenizer)
 
     def recipe(self) -> Recipe:
         """The files, how they become samples, and everything else that decides which tokens come out."""

@@ -18,6 +18,7 @@ from panda.files.disk_full import writing
 from panda.files.whole import whole
 from panda.registry import UserError
 from panda.weights.json_object import read_json_object
+from panda.weights.json_object import write_json_object
 from panda.weights.model_config import for_all_readers
 from panda.weights.tokenizers import CONFIG
 from panda.weights.tokenizers import write_tokenizer_config
@@ -122,8 +123,7 @@ def _writing(output: Path, source: Pretrained) -> Iterator[Path]:
         whole(output) as new,
     ):
         new.mkdir(parents=True)
-        config = json.dumps(for_all_readers(source.config), indent=2, ensure_ascii=False)
-        (new / "config.json").write_text(config + "\n", encoding="utf-8")
+        write_json_object(new / "config.json", for_all_readers(source.config))
         for file in source.files_beside():
             shutil.copy(file, new / file.name)
         if (new / CONFIG).exists():
@@ -135,7 +135,7 @@ def _paired(fine: Weights, base: Weights, source: str, base_source: str) -> Weig
     """``fine``, without tensors that are computed. Raises UserError where one to be added has no counterpart."""
     from panda.weights.matching import is_computed
 
-    fine = {name: tensor for name, tensor in fine.items() if not is_computed(name)}
+    fine = {name: tensor for name, tensor in fine.items() if not is_computed(name, tensor)}
     unlike = [
         f"{name} is {list(tensor.shape)} and {list(base[name].shape) if name in base else 'missing'} in the base"
         for name, tensor in fine.items()

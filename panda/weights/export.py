@@ -7,7 +7,6 @@ generation config. An export is that description with the weights of any later m
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from panda.weights.generation_config import answer_ends
 from panda.weights.generation_config import decoding
 from panda.weights.generation_config import generation_values
 from panda.weights.generation_config import vocabulary_of
+from panda.weights.json_object import write_json_object
 from panda.weights.model_config import model_config
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
@@ -54,12 +54,12 @@ def describe_model(
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer, folder)
-    _write_json(folder / GENERATION_CONFIG, generation.written())
+    write_json_object(folder / GENERATION_CONFIG, generation.written())
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)
         config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
         _state_ends(config, generation.ends)
-        _write_json(folder / "config.json", model_config(config, pretrained.config if pretrained else None))
+        write_json_object(folder / "config.json", model_config(config, pretrained.config if pretrained else None))
         return
     # If there are adapters: the base, by the names that it has without them.
     state = {
@@ -77,7 +77,7 @@ def describe_model(
         "context": asdict(context),
         "shared_tensors": {name: first[id(t)] for name, t in state.items() if first[id(t)] != name},
     }
-    _write_json(folder / "config.json", described)
+    write_json_object(folder / "config.json", described)
 
 
 def export(description: Path, weights: Weights, folder: Path) -> None:
@@ -121,7 +121,3 @@ def _state_ends(config: Any, ends: list[int]) -> None:
     # Of 802 classes of transformers 5.23 (2026-11), 13 take one end only, by a check of huggingface_hub.
     except Exception:
         config.update({"eos_token_id": ends[0]})
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

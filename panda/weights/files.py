@@ -43,13 +43,13 @@ _DTYPES = {
 """How the headers of safetensors name types."""
 
 
-def safetensors_weights(folder: Path) -> Weights:
-    """The tensors of the safetensors files in ``folder``; only the headers are read.
+def safetensors_weights(folder: Path, names: FileNames = SAFETENSORS) -> Weights:
+    """The tensors of the safetensors files in ``folder`` that have these ``names``; only the headers are read.
 
     Raises UserError for a file that is missing or damaged.
     """
     weights: dict[str, StoredTensor] = {}
-    for file in shards(folder, SAFETENSORS):
+    for file in shards(folder, names):
         with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 part = handle.get_slice(name)
@@ -59,8 +59,9 @@ def safetensors_weights(folder: Path) -> Weights:
                         f"{file}: {name} is of type {part.get_dtype()}, which panda does not read. Convert the"
                         f" checkpoint to one of {', '.join(_DTYPES)}."
                     )
+                _refuse_twice(name, file, weights)
                 weights[name] = StoredTensor(tuple(part.get_shape()), dtype, partial(_read, file, name))
-    _check_index(weights, folder, SAFETENSORS)
+    _check_index(weights, folder, names)
     return weights
 
 
@@ -161,6 +162,15 @@ def _opened(file: Path) -> Iterator[Any]:
             yield handle
     except SafetensorError as problem:
         raise damaged(file, in_brief(problem)) from problem
+
+
+def _refuse_twice(name: str, file: Path, weights: Weights) -> None:
+    """Raise UserError if ``weights`` have the tensor ``name`` of ``file``, from another file of the same folder."""
+    if name in weights:
+        raise UserError(
+            f"{file.parent}: several of its files have a tensor {name}, {file.name} among them, so it holds two sets of"
+            " weights. Move one of them away."
+        )
 
 
 def _check_index(weights: Weights, folder: Path, names: FileNames) -> None:

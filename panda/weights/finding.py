@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
 from panda.registry import UserError
+from panda.weights.adapters import base_of_adapters
+from panda.weights.adapters import is_adapters
 from panda.weights.delta import check_base
 from panda.weights.delta import is_delta
 from panda.weights.formats import format_among
@@ -17,6 +20,8 @@ from panda.weights.hub import cached
 from panda.weights.hub import is_name
 from panda.weights.hub import repository_of
 from panda.weights.pretrained import Pretrained
+from panda.weights.run_folders import exported_model
+from panda.weights.shards import ADAPTER_WEIGHTS
 from panda.weights.shards import index_of
 from panda.weights.shards import shard_names
 from panda.weights.tokenizers import has_tokenizer
@@ -58,7 +63,44 @@ def find_pretrained(options: NamesCheckpoint) -> Pretrained | None:
     """The checkpoint that ``options`` name, with its base where it is a delta; None where they name none."""
     if options.ckpt_path is None:
         return None
-    return whole_at(Source(options.ckpt_path, "ckpt_path", options.base_path, options.allow_pickle))
+    source = Source(options.ckpt_path, "ckpt_path", options.base_path, options.allow_pickle)
+    folder, _, _, repository = _locate(source)
+    if not is_adapters(folder, _present(folder, repository)):
+        return whole_at(source)
+    if repository:
+        repository.fetch([name for name in repository.files if fnmatch(name, ADAPTER_WEIGHTS)])
+    location, option = _base_location(folder, options.base_path)
+    return replace(whole_at(Source(location, option, allow_pickle=options.allow_pickle)), adapters=folder)
+
+
+def base_location(ckpt_path: str, base_path: str | None) -> str:
+    """Where the base of new adapters is, in a form that means the same in every working directory.
+
+    It is at ``ckpt_path``, or it is the base of the adapters there.
+    """
+    here = find_here(ckpt_path) or cached(ckpt_path)
+    if here and is_adapters(here, _present(here, None)):
+        return from_anywhere(_base_location(here, base_path)[0])
+    return from_anywhere(ckpt_path)
+
+
+def _base_location(adapters: Path, base_path: str | None) -> tuple[str, str]:
+    """The location of the base of ``adapters``, and the option that gave it. Raises UserError where there is none."""
+    if base_path:
+        return base_path, "base_path"
+    named = base_of_adapters(adapters)
+    if named is None or not (find_here(named) or is_name(named)):
+        said = f"name {named!r}, which is not a folder here" if named else "do not name it"
+        raise UserError(
+            f"ckpt_path: {adapters} holds adapters whose base was not found: they {said}. Name the folder of the"
+            " weights that they were trained on with `base_path`."
+        )
+    return named, f"ckpt_path: the base that {adapters} names, which `base_path` overrides"
+
+
+def _present(folder: Path, repository: Repository | None) -> tuple[str, ...]:
+    """Names of the files in ``folder``, or that can be fetched to it."""
+    return repository.files if repository else tuple(file.name for file in folder.iterdir() if file.is_file())
 
 
 def whole_at(source: Source) -> Pretrained:
@@ -70,8 +112,8 @@ def whole_at(source: Source) -> Pretrained:
     if not is_delta(pretrained.folder, source.location):
         if source.base_path is not None:
             raise UserError(
-                f"base_path: {source.location!r} is not a delta, so nothing is added to it. Leave base_path out; the"
-                " name of a delta ends in `-delta`."
+                f"base_path: {source.location!r} is neither a delta nor adapters, so it has no base. Leave base_path"
+                " out; the name of a delta ends in `-delta`."
             )
         return pretrained
     if source.base_path is None:
@@ -95,7 +137,8 @@ def added_to(delta: Pretrained, source: Source) -> Pretrained:
 def pretrained_at(source: Source) -> Pretrained:
     """The checkpoint at ``source``, a delta without its base. Raises UserError where there is none that may be read."""
     folder, found, name, repository = _locate(source)
-    present = repository.files if repository else tuple(file.name for file in folder.iterdir() if file.is_file())
+    present = _present(folder, repository)
+    is_adapters(folder, present)  # refuses a model beside adapters
     format_ = format_of(folder, present, source.option)
     if format_.is_pickle and not source.allow_pickle:
         raise UserError(
@@ -115,12 +158,15 @@ def pretrained_at(source: Source) -> Pretrained:
 
 
 def find_here(location: str) -> Path | None:
-    """The folder at ``location``, or of that name in ``pretrained-models``; the hub is not asked."""
+    """The folder at ``location``, or of that name in ``pretrained-models``; the hub is not asked.
+
+    Of a run directory, its export.
+    """
     path = Path(location).expanduser()
     shelved = SHELF / location
     if path.is_dir():
-        return path
-    return shelved if len(path.parts) == 1 and shelved.is_dir() else None
+        return exported_model(path)
+    return exported_model(shelved) if len(path.parts) == 1 and shelved.is_dir() else None
 
 
 def from_anywhere(location: str) -> str:
@@ -135,7 +181,8 @@ def _locate(source: Source) -> tuple[Path, str, str | None, Repository | None]:
     path = Path(location).expanduser()
     shelved = SHELF / location
     if here := find_here(location):
-        return here, "a folder" if here == path else f"in ./{SHELF}", None, None
+        found = f"in ./{SHELF}" if not path.is_dir() else "a folder" if here == path else "the export of a run"
+        return here, found, None, None
     looked = [f"the folder {path.absolute()}"]
     if len(path.parts) == 1:
         looked.append(f"the folder {shelved.absolute()}")
@@ -145,7 +192,7 @@ def _locate(source: Source) -> tuple[Path, str, str | None, Repository | None]:
     if name or len(path.parts) == 1:
         snapshot = cached(location)
         has_weights = snapshot is not None and _has_weights(location, snapshot, source.allow_pickle)
-        if snapshot and (name is None or (has_weights and has_tokenizer(snapshot))):
+        if snapshot and (name is None or (has_weights and has_tokenizer(snapshot)) or _has_adapters(snapshot)):
             return snapshot, _FROM_CACHE, name, None
         looked.append(
             f"{location} in the cache of the Hugging Face hub{', which has only a part of it' * bool(snapshot)}"
@@ -161,6 +208,10 @@ def _locate(source: Source) -> tuple[Path, str, str | None, Repository | None]:
             ) from None
         return repository.folder, "Hugging Face hub", name, repository
     raise UserError(f"{option}: {location!r} was not found. Looked for " + "; ".join(looked) + ".")
+
+
+def _has_adapters(snapshot: Path) -> bool:
+    return is_adapters(snapshot, _present(snapshot, None))
 
 
 def _has_weights(name: str, snapshot: Path, allow_pickle: bool) -> bool:

@@ -16,6 +16,7 @@ from panda.weights.meta_format import PARAMS
 from panda.weights.meta_format import SHARDS
 from panda.weights.meta_format import meta_config
 from panda.weights.meta_format import meta_weights
+from panda.weights.shards import ADAPTER_WEIGHTS
 from panda.weights.shards import PICKLES
 from panda.weights.shards import SAFETENSORS
 from panda.weights.shards import FileNames
@@ -49,7 +50,19 @@ class Format:
 
 def format_among(names: Collection[str]) -> Format | None:
     """The format of a folder with files of these ``names``, whatever else it lacks; None if none are weights."""
-    return next((format_ for format_ in FORMATS if any(fnmatch(name, format_.files) for name in names)), None)
+    of_models = [name for name in names if not fnmatch(name, ADAPTER_WEIGHTS)]
+    return next((format_ for format_ in FORMATS if any(fnmatch(name, format_.files) for name in of_models)), None)
+
+
+def left_aside(names: Collection[str], read: Format) -> list[str]:
+    """Those of ``names`` that are weights in another format than ``read``, the one that is read."""
+    others = (format_ for format_ in FORMATS if format_ is not read)
+    return sorted(
+        name
+        for format_ in others
+        for name in names
+        if fnmatch(name, format_.files) and not fnmatch(name, ADAPTER_WEIGHTS)
+    )
 
 
 def format_of(folder: Path, names: Collection[str], option: str) -> Format:
@@ -73,15 +86,11 @@ def format_of(folder: Path, names: Collection[str], option: str) -> Format:
 
 def _instead(folder: Path) -> str:
     """Advice for a ``folder`` that a run wrote: the folder to name in its place. Empty for any other."""
-    export = folder / "export"
-    if (folder / ADAPTERS).exists() or (export / ADAPTERS).exists():
-        run = folder if (export / ADAPTERS).exists() else "RUN"
+    if (folder / ADAPTERS).exists():
         return (
-            f" It holds adapters, which are not a model without their base: `panda export {run} --merge` writes the"
-            " sum of both to RUN/merged; name that."
+            " It holds adapters, which are not a model without their base: `panda export RUN --merge` writes the sum of"
+            " both to RUN/merged; name that."
         )
-    if (export / CONFIG).exists():
-        return f" It is a run; name its export, {export}."
     if (folder / "provenance.json").exists():
         return f" It is a run without an export: `panda export {folder}` writes one, to RUN/export; name that."
     return ""
@@ -89,7 +98,7 @@ def _instead(folder: Path) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json_object(folder / CONFIG)
-    if "model_type" not in config:
+    if "model_type" not in config and "panda_model" not in config:
         raise UserError(
             f"{folder / CONFIG}: it has no 'model_type', so it is not the configuration of a transformers model."
         )

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from panda.registry import UserError
 
+_TAG = "__float__"
+_SPECIAL = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+"""Numbers that JSON lacks, as transformers 5 writes them: `{"__float__": "Infinity"}`."""
+
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in ``file``. Raises UserError where the file is missing, not valid JSON, or not an object."""
+    """The object in ``file``, in which numbers that JSON lacks may be written as Python or transformers 5 does.
+
+    Raises UserError where the file is missing, not valid JSON, or not an object.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror}.") from None
     except ValueError as problem:
@@ -20,3 +29,24 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}.")
     return content
+
+
+def write_json_object(file: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` to ``file`` as valid JSON, with numbers that it lacks as transformers 5 writes them."""
+    file.write_text(json.dumps(_tagged(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    if value.keys() == {_TAG} and isinstance(value[_TAG], str):
+        return _SPECIAL.get(value[_TAG], value)
+    return value
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tagged(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_tagged(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value

@@ -14,9 +14,18 @@ from panda.weights.stored_tensor import Weights
 _SHOWN = 8
 
 
-def is_computed(name: str) -> bool:
-    """Whether ``name`` is that of a tensor that old programs stored, and that is computed from the configuration."""
-    return name.endswith("rotary_emb.inv_freq")
+_COMPUTED = re.compile(r"(^|\.)(rotary\w*\.(inv_freq|cos_cached|sin_cached)|masked_bias|causal_mask|position_ids)$")
+_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
+
+
+def is_computed(name: str, tensor: StoredTensor) -> bool:
+    """Whether ``tensor`` is one that old programs stored, and that is computed from the configuration.
+
+    Frequencies and angles of rotary embeddings, numbers of positions, and causal masks, which GPT-2 and models after
+    it had under the name of a bias.
+    """
+    is_mask = len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    return bool(_COMPUTED.search(name) or (is_mask and _MASK.search(name)))
 
 
 def matched(
@@ -26,7 +35,8 @@ def matched(
 
     ``grow_rows`` (from, to): a tensor of ``from`` rows, one for each entry of a vocabulary, is extended to ``to``
     rows where the module has that many; new rows are the mean of the others. ``source`` is what errors call the
-    checkpoint. Raises UserError with the names of all tensors that are missing, unexpected or of another shape.
+    checkpoint. Raises UserError with the names of all tensors that are missing, unexpected or of another shape, and
+    where one parameter of the module is several unequal tensors of the checkpoint.
     """
     wanted: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
     stored = _with_prefix(module, wanted, weights)
@@ -41,17 +51,22 @@ def matched(
         if held is None:
             missing.append(" = ".join(aliases))
             continue
+        _refuse_unequal([(alias, stored[alias]) for alias in aliases if alias in stored], source)
         tensor, shape = stored[held], tuple(wanted[held].shape)
         if grow_rows and shape[:1] == (grow_rows[1],) and tensor.shape == (grow_rows[0], *shape[1:]):
             tensor = _grown(tensor, grow_rows[1])
         if tensor.shape != shape:
             misshaped.append(f"{held} is {list(tensor.shape)} and should be {list(shape)}")
         found[aliases[0]] = tensor
+    computed = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
     unexpected = [
         name
         for name in stored
-        if name not in wanted and not is_computed(name) and not any(re.search(pattern, name) for pattern in ignored)
+        if name not in wanted
+        and name not in computed
+        and not is_computed(name, stored[name])
+        and not any(re.search(pattern, name) for pattern in ignored)
     ]
     refuse_unlike(source, missing, unexpected, misshaped)
     return found
@@ -74,6 +89,18 @@ def refuse_unlike(source: str, missing: list[str], unexpected: list[str], missha
             + "\n".join(problems)
             + "\nIs it a checkpoint of another architecture or size? Nothing was loaded."
         )
+
+
+def _refuse_unequal(tensors: list[tuple[str, StoredTensor]], source: str) -> None:
+    """Raise UserError where ``tensors``, which are one parameter of a module, differ."""
+    (first, kept), *others = tensors
+    for name, other in others:
+        if other.shape != kept.shape or not torch.equal(kept.read(), other.read()):
+            raise UserError(
+                f"{source}: its configuration says that {first} and {name} are one tensor (tied embeddings), but the"
+                " files have different numbers for the two. If the head is one of its own, write"
+                ' `"tie_word_embeddings": false` in config.json; otherwise remove the other from the files.'
+            )
 
 
 def _with_prefix(module: torch.nn.Module, wanted: dict[str, torch.Tensor], weights: Weights) -> Weights:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import Any
 
 from panda.weights.delta import applied
 from panda.weights.formats import Format
+from panda.weights.formats import left_aside
 from panda.weights.hub import Repository
 from panda.weights.identity import identity_of
 from panda.weights.shards import shard_names
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _BESIDE = (
     "tokenizer*",
+    "*.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -53,6 +56,19 @@ class Pretrained:
     """Where to fetch its weights from, if they are on the hub and not in its cache."""
     name: str | None = None
     """Its name on the hub, if it was found by that name."""
+    adapters: Path | None = None
+    """The folder of adapters on it with which training starts."""
+    stored_rows: int | None = None
+    """The rows of its embedding, where ``config`` states more, which are to be added."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The rows of its embedding; None if its configuration does not say."""
+        for holder in (self.config, self.config.get("text_config"), self.config.get("context")):
+            if isinstance(holder, Mapping) and isinstance(holder.get("vocab_size"), int):
+                rows: int = holder["vocab_size"]
+                return rows
+        return None
 
     @property
     def config_file(self) -> Path:
@@ -75,14 +91,16 @@ class Pretrained:
         return applied(weights, self.base.weights(), source=str(self.folder), base_source=str(self.base.folder))
 
     def with_tokenizer(self) -> Pretrained | None:
-        """Itself, or its base if only that has a tokenizer; None if neither has one."""
+        """Itself, or its base if only that has a tokenizer; None if neither has one. That of adapters comes first."""
+        if self.adapters and has_tokenizer(self.adapters):
+            return replace(self, folder=self.adapters, name=None, adapters=None)
         if has_tokenizer(self.folder):
             return self
         return self.base.with_tokenizer() if self.base else None
 
     def files_beside(self) -> list[Path]:
         """Files of its tokenizer, chat template and generation config."""
-        return sorted(file for pattern in _BESIDE for file in self.folder.glob(pattern) if file.is_file())
+        return sorted({file for pattern in _BESIDE for file in self.folder.glob(pattern) if file.is_file()})
 
     @cached_property
     def identity(self) -> str:
@@ -94,7 +112,13 @@ class Pretrained:
     def describe(self) -> str:
         """One line: what was found, and where."""
         kind = "a delta, " if self.base else ""
-        line = f"{self.folder} ({self.found}): {kind}{self.format.name}, {self.config['model_type']}"
+        model = self.config.get("model_type", self.config.get("panda_model"))
+        line = f"{self.folder} ({self.found}): {kind}{self.format.name}, {model}"
+        present = self.repository.files if self.repository else [file.name for file in self.folder.iterdir()]
+        if aside := left_aside(present, self.format):
+            line += f" ({aside[0]}{' and others' * (len(aside) > 1)} not read)"
+        if self.adapters:
+            line += f"; with the adapters in {self.adapters}"
         return f"{line}; added to {self.base.describe()}" if self.base else line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -26,6 +27,12 @@ class FileNames:
 SAFETENSORS = FileNames("*.safetensors", "model.safetensors", "model.safetensors.index.json")
 PICKLES = FileNames("*.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+ADAPTER_WEIGHTS = "adapter_model*"
+"""Matches the names of files in which peft keeps adapters."""
+
+ADAPTER_FILES = FileNames("adapter_model*.safetensors")
+"""Those among them that are read."""
+
 _POINTER = b"version https://git-lfs"
 
 
@@ -46,11 +53,33 @@ def index_of(folder: Path, names: FileNames) -> dict[str, str]:
 def shard_names(folder: Path, names: FileNames, present: Collection[str]) -> list[str]:
     """Sorted names of the files with the weights of ``folder``: those in its index, or those of ``present`` that match.
 
-    Other files of weights beside an index, or beside a single file, are duplicates for other programs.
+    Files of other names beside an index, or beside a single file, are duplicates for other programs, and adapters are
+    no weights of a model. Raises UserError where there are an index and a single file that it does not list, or only
+    some of several files.
     """
-    if indexed := index_of(folder, names):
-        return sorted(set(indexed.values()))
-    return [names.single] if names.single in present else sorted(n for n in present if fnmatch(n, names.pattern))
+    if indexed := sorted(set(index_of(folder, names).values())):
+        if names.single in present and names.single not in indexed:
+            raise UserError(
+                f"{folder}: it has two sets of weights: {names.single}, and the files that {names.index} lists"
+                f" ({indexed[0]}, ...). Move one of them away."
+            )
+        return indexed
+    if names.single in present:
+        return [names.single]
+    found = sorted(name for name in present if fnmatch(name, names.pattern))
+    if names is not ADAPTER_FILES:
+        found = [name for name in found if not fnmatch(name, ADAPTER_WEIGHTS)]
+    _refuse_incomplete(folder, found)
+    return found
+
+
+def _refuse_incomplete(folder: Path, found: list[str]) -> None:
+    for name in found:
+        if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name):
+            begin, number, count, end = numbered.groups()
+            whole = {f"{begin}{n:0{len(number)}}-of-{count}{end}" for n in range(1, int(count) + 1)}
+            if lacking := sorted(whole.difference(found)):
+                raise UserError(f"{folder}: files of weights are missing: {', '.join(lacking)}. Fetch them again.")
 
 
 def shards(folder: Path, names: FileNames) -> list[Path]:

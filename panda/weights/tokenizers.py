@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from panda.weights.hub import cached
 from panda.weights.hub import is_name
 from panda.weights.hub import repository_of
 
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+"""Tokenizers in the files of sentencepiece, or of tiktoken: Llama 3 has one of its own under the first name."""
+
+TOKENIZER = ("tokenizer.json", "vocab.json", *MODELS)
 """A folder with one of these files has a tokenizer."""
 
 
@@ -56,6 +61,15 @@ def tokenizer_folder(location: str) -> Path:
     return snapshot
 
 
+def rows_needed(tokenizer: Any) -> int:
+    """The rows of an embedding that ``tokenizer`` needs: its highest id and one more.
+
+    More than ``len(tokenizer)``, which counts entries, where ids have holes.
+    """
+    highest: int = max(tokenizer.get_vocab().values())
+    return highest + 1
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The Hugging Face tokenizer in ``folder``. Raises UserError where transformers cannot load one."""
     from transformers import AutoConfig
@@ -70,7 +84,37 @@ def read_tokenizer(folder: Path) -> Any:
         except Exception as other:
             if str(other) == str(problem):  # transformers reads the model's configuration first
                 what = f"{folder / 'config.json'}: transformers cannot read it"
-        raise UserError(f"{what}: {in_brief(problem)}.") from problem
+        raise UserError(f"{what}: {_lacking(folder) or in_brief(problem)}.") from problem
+
+
+def _lacking(folder: Path) -> str:
+    """What has to be installed to read the tokenizer in ``folder``; empty where nothing is known to be missing.
+
+    transformers (5.23, 2026-11) takes a model of sentencepiece that it cannot read for one of tiktoken, and advises to
+    install that.
+    """
+    file = next((folder / name for name in MODELS if (folder / name).exists()), None)
+    if file is None or (folder / "tokenizer.json").exists():
+        return ""
+    of_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes()[:200]) is not None
+    kind, extra = ("tiktoken", "tiktoken") if of_tiktoken else ("SentencePiece", "sentencepiece")
+    needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    if of_tiktoken:
+        needed = {"tiktoken": "tiktoken"}
+    missing = [package for module, package in needed.items() if not _is_installed(module)]
+    if not missing:
+        return ""
+    return (
+        f"it is only a model of {kind} ({file.name}), which {' and '.join(missing)} would read:"
+        f" `pip install 'panda-train[{extra}]'`, or put a tokenizer.json beside it"
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 SENTENCEPIECE = "tokenizer.model"

@@ -212,7 +212,9 @@ def test_an_arch_means_the_model_of_its_own_distribution(acme: Distributions) ->
 
 def test_a_run_without_a_model_is_told_what_there_is() -> None:
     message = refused()
-    assert message.startswith("no model: name one with `arch` (or `--arch`), or a file that does with `--config`;")
+    assert message.startswith(
+        "no model: name one with `arch` (or `--arch`), a checkpoint with `ckpt_path`, or a file that does with"
+    )
     assert "RUN/config.yaml. Installed: llama-1.3b, llama-125m," in message
     assert message.count("llama-7b") == 1
 

@@ -91,7 +91,7 @@ def test_two_ranks_fetch_what_they_need_once_and_a_run_without_network_takes_it_
     done = run("torchrun", *launcher, *command, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     weights = snapshot(tmp_path, "tiny")
-    assert f"weights     {weights} (Hugging Face hub): safetensors, llama\n" in done.stdout
+    assert f"weights     {weights} (Hugging Face hub): safetensors, llama" in done.stdout
     assert "tokenizer   org/tiny, the checkpoint's own, 259 entries\n" in done.stdout
     tiny = hub.root / "org" / "tiny"
     shards = [file.name for file in tiny.glob("model-*")]

@@ -10,6 +10,13 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
+def adaptable_names(model: torch.nn.Module) -> list[str]:
+    """The same with the layers of GPT-2 and models after it, which transformers calls Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+
+
 def listed_names(model: torch.nn.Module) -> str:
-    """The last parts of the names of the linear layers of ``model``, each once, for a message."""
-    return ", ".join(sorted({name.rpartition(".")[2] for name in linear_names(model)})) or "no linear layer"
+    """The last parts of the names of the layers of ``model`` that can be adapted, each once, for a message."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in adaptable_names(model)})) or "no linear layer"

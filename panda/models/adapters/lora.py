@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -13,13 +14,16 @@ import torch
 
 from panda.configuration.options import RunOptions
 from panda.models.adapters.linear_layers import listed_names
+from panda.models.adapters.targets import ALL_LINEAR
+from panda.models.adapters.targets import target_modules
 from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.weights.export import exporting
 from panda.weights.files import safetensors_weights
-from panda.weights.finding import from_anywhere
+from panda.weights.finding import base_location
 from panda.weights.formats import ADAPTERS
 from panda.weights.generation_config import GENERATION_CONFIG
+from panda.weights.shards import ADAPTER_FILES
 from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
 
@@ -38,7 +42,8 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     """``model`` with adapters on the linear layers that ``options`` chooses; the rest of it is frozen.
 
     By default all linear layers except the output head get adapters. Their weights are drawn from torch's
-    generator, in float32; the engine casts them with the model, and the optimizer keeps its own in float32.
+    generator, in float32; the engine casts them with the model, and the optimizer keeps its own in float32. Rows of
+    the embedding and the head that the base has no token for, ``model.new_rows``, are trained too.
     ``spread_by`` is DeepSpeed's configuration if it has partitioned the weights of ``model`` over ranks.
     Raises UserError where there is no layer to put them on.
     """
@@ -48,17 +53,15 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
 
     is_hugging_face = isinstance(model, PreTrainedModel)
     linear = listed_names(model)
-    targets = list(options.lora_target_modules)
-    if not targets and not is_hugging_face:
+    targets = target_modules(model, options.lora_target_modules)
+    if targets == ALL_LINEAR and not is_hugging_face:
         raise UserError(
             f"use_lora: it is not known which linear layer of {type(model).__name__} is the output head. Name the"
             f" layers to adapt in `lora_target_modules`: it has {linear}."
         )
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
-            raise UserError(f"lora_target_modules: {type(model).__name__} has no {target!r}; it has {linear}.")
     config = adapter_config(options)
-    config.target_modules, config.task_type = targets or "all-linear", "CAUSAL_LM" if is_hugging_face else None
+    config.target_modules, config.task_type = targets, "CAUSAL_LM" if is_hugging_face else None
+    config.trainable_token_indices = _new_rows(model)
     # As of peft 0.21 (2026-11), peft gathers partitioned weights before it reads them only if transformers has been
     # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
     zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
@@ -71,9 +74,41 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
         raise UserError(f"lora_target_modules: {problem}") from problem
     finally:
         del zero3  # transformers holds it weakly
-    config.base_model_name_or_path = options.ckpt_path and from_anywhere(options.ckpt_path)
+    config.base_model_name_or_path = options.ckpt_path and base_location(options.ckpt_path, options.base_path)
     config.target_modules = sorted(config.target_modules or ())  # peft has a set, whose order differs between processes
     return adapted
+
+
+def _new_rows(model: Any) -> dict[str, list[int]] | None:
+    """The new rows of ``model``, by the name of the layer that has them, as peft is given them; None for none.
+
+    Where embedding and head are one tensor, peft trains its rows once, under the name of the embedding.
+    """
+    rows: range = getattr(model, "new_rows", range(0))
+    if not rows:
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    return {name: list(rows) for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Give the adapters of ``model`` the values of those in ``folder``. Raises UserError where they are of others."""
+    stored = dict(stored_adapters(folder))
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        written = name.replace(".default", "")
+        found = stored.pop(written, None) or stored.pop(written.removesuffix(".weight"), None)
+        if found is None or found.shape != tuple(parameter.shape):
+            said = f"{written} is {list(parameter.shape)}"
+            raise UserError(
+                f"{folder}: its adapters do not fit this model: {said}, and"
+                f" {'missing' if found is None else list(found.shape)} there."
+            )
+        parameter.data.copy_(found.read())
+    if stored:
+        raise UserError(f"{folder}: its adapters do not fit this model, which has no {next(iter(stored))}.")
 
 
 def adapter_config(options: RunOptions) -> LoraConfig:
@@ -141,7 +176,7 @@ def stored_adapters(folder: Path) -> Weights:
 
     if not (folder / ADAPTERS).exists():
         raise UserError(f"{folder}: it has no adapters (no {ADAPTERS}).")
-    stored = safetensors_weights(folder)
+    stored = safetensors_weights(folder, ADAPTER_FILES)
     if not stored:  # peft would look for them on the hub
         raise UserError(f"{folder}: it has {ADAPTERS}, but no safetensors with adapters; pickles are not read.")
     try:
@@ -163,7 +198,7 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     stored = stored_adapters(folder)
     unfit = f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
     layers = {name for name, _ in model.named_modules()}
-    adapted = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in stored)
+    adapted = (re.split(r"\.lora_|\.token_adapter\.", name.removeprefix("base_model.model."))[0] for name in stored)
     # As of 0.21 (2026-11), peft silently leaves out adapters of layers that the base lacks.
     if absent := [layer for layer in adapted if layer not in layers]:
         raise UserError(f"{unfit} It has no {absent[0]}.")

@@ -35,7 +35,9 @@ def merged_weights(
     of_layer: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in adapters.items():
         layer, found, rest = name.removeprefix(PREFIX).partition(".lora_")
-        if found:
+        if (embedding := layer.partition(".token_adapter.")[0]) != layer:
+            base = {**base, **_with_rows(base, f"{embedding}.weight", model, stored)}
+        elif found:
             of_layer.setdefault(layer, {})[f"lora_{rest}"] = stored
         else:  # a buffer, which training may change
             base = {**base, layer.replace(".base_layer.", "."): stored}
@@ -69,6 +71,17 @@ def merged_weights(
             " differs from the original by their rounding"
         )
     return merged, f"{done}."
+
+
+def _with_rows(base: Weights, name: str, model: Any, rows: StoredTensor) -> Weights:
+    """The tensor ``name`` of ``base`` with ``rows`` in the place of the new rows of ``model``."""
+
+    def read() -> torch.Tensor:
+        whole = base[name].read().to(rows.dtype, copy=True)
+        whole[model.new_rows.start : model.new_rows.stop] = rows.read()
+        return whole
+
+    return {name: StoredTensor(base[name].shape, rows.dtype, read)}
 
 
 def _merged(

@@ -1,0 +1,65 @@
+"""The layers that `lora_target_modules` names: by names, patterns, or all linear ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from panda.models.adapters.linear_layers import adaptable_names
+from panda.models.adapters.linear_layers import listed_names
+from panda.registry import UserError
+
+ALL_LINEAR = "all-linear"
+"""All linear layers except the output head, as peft has it; also the default."""
+
+
+def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] | str:
+    """What to give peft for ``written``, the items of the option: names of layers, or ``ALL_LINEAR``.
+
+    An item may hold several, with commas between them. Each is the end of the names of layers (``q_proj``), a regular
+    expression for names or for their ends, or a pattern of the shell. Raises UserError for one that matches none.
+    """
+    items = [item for text in written for item in _items(text)]
+    if not items or items == [ALL_LINEAR]:
+        return ALL_LINEAR
+    if ALL_LINEAR in items:
+        raise UserError(f"lora_target_modules: {ALL_LINEAR} means all layers but the head: leave the others out.")
+    names, adaptable = [name for name, _ in model.named_modules()], adaptable_names(model)
+    found: list[str] = []
+    for item in items:
+        if any(name == item or name.endswith(f".{item}") for name in names):
+            found.append(item)
+        elif matching := _matching(item, adaptable):
+            found += matching
+        else:
+            raise UserError(
+                f"lora_target_modules: {type(model).__name__} has no {item!r}; it has {listed_names(model)}. A pattern"
+                f" is for whole names such as {adaptable[0] if adaptable else 'layers.0.q_proj'}, or for their ends."
+            )
+    return list(dict.fromkeys(found))
+
+
+def _items(text: str) -> list[str]:
+    """The items of ``text``, between commas that are not inside the brackets of a regular expression."""
+    items, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item.strip() for item in items if item.strip()]
+
+
+def _matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that match ``pattern`` as a regular expression, or else as a pattern of the shell."""
+    try:
+        expression = re.compile(rf"(?:.*\.)?(?:{pattern})")
+    except re.error:  # `*.q_proj`
+        found = []
+    else:
+        found = [name for name in names if expression.fullmatch(name)]
+    return found or [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]

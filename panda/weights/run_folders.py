@@ -1,0 +1,27 @@
+"""Run directories as starting points: the export of a run stands for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from panda.registry import UserError
+
+PROVENANCE, EXPORT = "provenance.json", "export"
+
+
+def exported_model(folder: Path) -> Path:
+    """The export in ``folder`` if that is a run directory that has one, else ``folder`` itself.
+
+    Raises UserError where the run has gone on since: its export has older weights than its newest checkpoint.
+    """
+    export = folder / EXPORT
+    if not (folder / PROVENANCE).exists() or not export.is_dir():
+        return folder
+    written = max(file.stat().st_mtime for file in (export, *export.iterdir()))
+    checkpoints = sorted((folder / "checkpoints").glob("step-*/manifest.json"))
+    if checkpoints and checkpoints[-1].stat().st_mtime > written:
+        raise UserError(
+            f"{folder}: the export of this run is older than its newest checkpoint, {checkpoints[-1].parent.name}."
+            f" `panda export {folder}` renews it; to start from the older weights, name {export}."
+        )
+    return export

@@ -1,0 +1,78 @@
+"""What `lora_target_modules` says: ends of names, several in a text, patterns, all linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from checkpoint_files import llama
+from transformers import GPT2Config
+from transformers import GPT2LMHeadModel
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.configuration.options import RunOptions
+from panda.models.adapters.lora import add_adapters
+from panda.registry import UserError
+
+ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def adapted(model: Any, *written: str) -> set[str]:
+    """The layers that have adapters, without the prefixes of peft and the model."""
+    found = add_adapters(model, RunOptions(use_lora=True, lora_r=2, lora_target_modules=written))
+    layers = {name.partition(".lora_A")[0] for name, _ in found.named_parameters() if ".lora_A." in name}
+    return {name.removeprefix("base_model.model.").removeprefix("model.layers.") for name in layers}
+
+
+QV = {f"{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")}
+SECOND = {f"1.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize(
+    ("written", "layers"),
+    [
+        (("q_proj", "v_proj"), QV),
+        (("q_proj, v_proj",), QV),
+        (("q_proj,", "v_proj"), QV),
+        ((r".*\.(q|v)_proj",), QV),
+        (("(q|v)_proj",), QV),
+        (("*.[qv]_proj",), QV),
+        (("*.self_attn.q_proj", "v_proj"), QV),
+        ((r"model\.layers\.[0-9]{1,2}\.self_attn\.(q|v)_proj",), QV),
+        ((r"layers\.1\.mlp\..*",), SECOND),
+        (("model.layers.1.mlp.*",), SECOND),
+        (("0.self_attn.q_proj",), {"0.self_attn.q_proj"}),
+        (("lm_head",), {"lm_head"}),
+    ],
+)
+def test_names_and_patterns_mean_what_they_say(written: tuple[str, ...], layers: set[str]) -> None:
+    assert adapted(llama(), *written) == layers
+
+
+@pytest.mark.parametrize("written", [(), ("all-linear",)])
+def test_all_linear_layers_but_the_head(written: tuple[str, ...]) -> None:
+    assert {name.rpartition(".")[2] for name in adapted(llama(), *written)} == ALL
+
+
+def test_the_layers_of_gpt2_can_be_named() -> None:
+    def gpt2() -> Any:
+        return GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+
+    assert adapted(gpt2(), "h.*.attn.c_*") == {"transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"}
+    with pytest.raises(UserError, match=r"has no 'q_proj'; it has c_attn, c_fc, c_proj, lm_head"):
+        adapted(gpt2(), "q_proj")
+
+
+@pytest.mark.parametrize("written", ["q_prj", "*.q_prj", r"layers\.7\..*", "q_proj, v_prj"])
+def test_what_matches_nothing_is_an_error_with_the_names_that_there_are(written: str) -> None:
+    with pytest.raises(UserError, match=r"has no '.*'; it has down_proj, gate_proj, k_proj, lm_head, o_proj"):
+        adapted(llama(), written)
+
+
+def test_a_text_of_yaml_and_words_of_a_command_line_are_the_same() -> None:
+    words = configure(
+        parse_arguments(["--arch", "llama-tiny", "--use_lora", "--lora_target_modules", "q_proj,", "v_proj"])
+    )
+    text = configure(parse_arguments(["--arch", "llama-tiny", "--use_lora", "--lora_target_modules", "q_proj, v_proj"]))
+    assert adapted(llama(), *words.options.lora_target_modules) == adapted(llama(), *text.options.lora_target_modules)
