@@ -26,7 +26,7 @@ def build_causal_lm(
     from transformers import AutoConfig
     from transformers import AutoModelForCausalLM
 
-    values = dict(config)
+    values = _with_special_floats(dict(config))
     model_type = values.pop("model_type", None)
     try:
         parsed = AutoConfig.for_model(model_type, **values)
@@ -43,12 +43,13 @@ def build_causal_lm(
         ) from problem
 
 
-def is_converted_when_loaded(model: Any) -> bool:
-    """Whether transformers joins or renames tensors of a checkpoint when it loads them into ``model``.
+def _with_special_floats(value: Any) -> Any:
+    """``value``, of a config.json, with numbers such as infinity, which transformers 5 writes as an object of one key.
 
-    It does for most mixtures of experts. Tensors that are loaded one by one, by name, do not fit such a model.
+    ``AutoConfig.from_pretrained`` replaces such objects; ``for_model`` (5.23, 2026-11) does not. Can go when it does.
     """
-    # As of transformers 5.23 (2026-11) this function is not documented. It can go once panda loads such checkpoints.
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_special_floats(each) for key, each in value.items()}
+    return [_with_special_floats(each) for each in value] if isinstance(value, list) else value
