@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,7 +27,8 @@ class HfOptions:
     hf_shape: tuple[str, ...] = ()
     """For random weights: values of its config.json, as `NAME=VALUE` items; an arch states them."""
     hf_config: tuple[str, ...] = ()
-    """The same, to change some values of an arch: `num_hidden_layers=2,tie_word_embeddings=false`."""
+    """The same, to change some values of an arch: `num_hidden_layers=2`. Values are JSON: `true`, `null`, `[1, 2]`; any
+    other is text."""
     router_aux_loss_coef: Annotated[float, Meta(ge=0)] | None = None
     """For mixtures of experts: weight of the loss that balances the load of the experts, 0 for none. By default the
     checkpoint decides, as in transformers: its `router_aux_loss_coef` if its `output_router_logits` is true, else 0."""
@@ -43,18 +45,19 @@ class HfOptions:
 
 
 def written_values(key: str, items: tuple[str, ...]) -> dict[str, Any]:
-    """Values by name, from ``NAME=VALUE`` items of option ``key``, read as YAML. Raises UserError for other items."""
-    import yaml
+    """Values by name, from ``NAME=VALUE`` items of option ``key``: JSON where it is, else text.
 
+    Raises UserError for other items.
+    """
     values = {}
     for item in items:
         name, separator, text = item.partition("=")
+        if not separator or not name.strip():
+            raise UserError(f"{key}: {item!r} is not NAME=VALUE. Example: `num_hidden_layers=2`.")
         try:
-            if not separator or not name:
-                raise ValueError("there is no NAME=")
-            values[name.strip()] = yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as problem:
-            raise UserError(f"{key}: {item!r} is not NAME=VALUE: {problem}. Example: `num_hidden_layers=2`.") from None
+            values[name.strip()] = json.loads(text)
+        except ValueError:
+            values[name.strip()] = text
     return values
 
 

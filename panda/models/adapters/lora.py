@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.experts import named_experts
 from panda.models.adapters.linear_layers import listed_names
 from panda.registry import UserError
 from panda.registry.errors import in_brief
@@ -44,11 +45,18 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
             f"use_lora: it is not known which linear layer of {type(model).__name__} is the output head. Name the"
             f" layers to adapt in `lora_target_modules`: it has {linear}."
         )
+    experts = named_experts(model, targets)
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+        if target not in experts and not any(
+            name == target or name.endswith(f".{target}") for name, _ in model.named_modules()
+        ):
             raise UserError(f"lora_target_modules: {type(model).__name__} has no {target!r}; it has {linear}.")
     config = adapter_config(options)
     config.target_modules, config.task_type = targets or "all-linear", "CAUSAL_LM" if is_hugging_face else None
+    if experts:
+        config.target_parameters, config.lora_dropout = experts, 0.0  # peft has no dropout for adapters on parameters
+        if all(target in experts for target in targets):
+            config.target_modules = []
     # As of peft 0.21 (2026-11), peft gathers partitioned weights before it reads them only if transformers has been
     # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
     zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
@@ -58,7 +66,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
     except ValueError as problem:  # peft cannot adapt one of the layers
-        raise UserError(f"lora_target_modules: {problem}") from problem
+        raise UserError(f"lora_target_modules: {problem}{' (adapters on experts)' * bool(experts)}") from problem
     finally:
         del zero3  # transformers holds it weakly
     config.base_model_name_or_path = options.ckpt_path and from_anywhere(options.ckpt_path)
@@ -131,7 +139,10 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     stored = stored_adapters(folder)
     unfit = f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
     layers = {name for name, _ in model.named_modules()}
-    adapted = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in stored)
+    # Adapters on a parameter of a layer have the name of that layer, or of one of peft's around it.
+    adapted = (
+        name.removeprefix("base_model.model.").partition(".lora_")[0].replace(".base_layer", "") for name in stored
+    )
     # As of 0.21 (2026-11), peft silently leaves out adapters of layers that the base lacks.
     if absent := [layer for layer in adapted if layer not in layers]:
         raise UserError(f"{unfit} It has no {absent[0]}.")

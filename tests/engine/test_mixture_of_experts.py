@@ -1,0 +1,194 @@
+"""A mixture of experts in the layout of Qwen3-30B-A3B, with its router loss: one trajectory, however a step is split.
+
+The reference is a plain loop over plain transformers, in which a step is one batch: there its router loss is exact.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import add_tokenizer
+from launching import metrics
+from launching import train_many
+from launching import zero3_at_once
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers import Qwen3MoeConfig
+
+from panda.data.order import SampleOrder
+from panda.data.order import Source
+
+SAMPLES, STEP_SAMPLES, SEED, COEFFICIENT, RATE = 16, 8, 7, 0.2, 3e-3
+LAYERS, EXPERTS, WIDTH, EXPERT_WIDTH, ENTRIES = 2, 6, 32, 16, 259
+CONFIG = {
+    "vocab_size": ENTRIES,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "moe_intermediate_size": EXPERT_WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "router_aux_loss_coef": COEFFICIENT,
+}
+SPLITS = {
+    "8x1": ("--per_gpu_train_batch_size", 8, "--gradient_accumulation_steps", 1),
+    "2x4": ("--per_gpu_train_batch_size", 2, "--gradient_accumulation_steps", 4),
+    "packed": (
+        *("--per_gpu_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--batching", "packed"),
+        *("--activation_checkpointing", "full"),
+    ),
+}
+ON_TWO_RANKS = {
+    "one each": ("--per_gpu_train_batch_size", 4, "--gradient_accumulation_steps", 1),
+    "several each": ("--per_gpu_train_batch_size", 2, "--gradient_accumulation_steps", 2),
+}
+
+
+def published() -> dict[str, torch.Tensor]:
+    """Random weights under the names, and in the shapes, of the published checkpoint: a tensor for each expert."""
+    torch.manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (ENTRIES, WIDTH),
+        "lm_head.weight": (ENTRIES, WIDTH),
+        "model.norm.weight": (WIDTH,),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        attention = {"q_proj": (32, WIDTH), "k_proj": (16, WIDTH), "v_proj": (16, WIDTH), "o_proj": (WIDTH, 32)}
+        shapes |= {f"{prefix}.self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{prefix}.self_attn.{name}.weight": (8,) for name in ("q_norm", "k_norm")}
+        shapes |= {f"{prefix}.{name}.weight": (WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")}
+        shapes[f"{prefix}.mlp.gate.weight"] = (EXPERTS, WIDTH)
+        for expert in range(EXPERTS):
+            for name, shape in {
+                "gate_proj": (EXPERT_WIDTH, WIDTH),
+                "up_proj": (EXPERT_WIDTH, WIDTH),
+                "down_proj": (WIDTH, EXPERT_WIDTH),
+            }.items():
+                shapes[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = shape
+    return {name: torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.2 for name, s in shapes.items()}
+
+
+def rows() -> list[dict[str, str]]:
+    generator = random.Random(1)
+    return [
+        {
+            "input": "".join(generator.choices("abcdefghij ", k=generator.randint(1, 20))),
+            "target": "".join(generator.choices("abcdefghij ", k=generator.choice([1, 3, 25]))),
+        }
+        for _ in range(SAMPLES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    path = folder / "qwen3-a3b"
+    Qwen3MoeConfig(**CONFIG, dtype="float32").save_pretrained(path)
+    weights = list(published().items())
+    half = len(weights) // 2  # the experts of a layer are in two files, as in large checkpoints
+    files = {"model-00001-of-00002.safetensors": weights[:half], "model-00002-of-00002.safetensors": weights[half:]}
+    for file, some in files.items():
+        save_file(dict(some), path / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, some in files.items() for name, _ in some}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return add_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, checkpoint: Path) -> Path:
+    (folder / "rows.json").write_text(json.dumps(rows()))
+    common = [
+        *("--model", "hf", "--ckpt_path", checkpoint, "--instruction_tuning_data_dir", folder / "rows.json"),
+        *("--max_seq_length", 96, "--num_workers", 0, "--seed", SEED, "--num_train_epochs", 2, "--learning_rate", RATE),
+        *("--max_grad_norm", 0, "--adam_betas", "0.9,0.99", "--adam_epsilon", 1e-4, "--weight_decay", 0),
+        *(
+            "--lr_scheduler",
+            "constant",
+            "--warmup_steps",
+            0,
+            "--logging_steps",
+            1,
+            "--router_aux_loss_coef",
+            COEFFICIENT,
+            "--prompts",
+            "a",
+        ),
+    ]
+    train_many([[*common, *flags, "--output_dir", folder / name] for name, flags in SPLITS.items()], cwd=folder)
+    zero3 = zero3_at_once(folder)
+    together = [[*common, *flags, *zero3, "--output_dir", folder / name] for name, flags in ON_TWO_RANKS.items()]
+    train_many(together, ranks=2, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """Cross-entropy and router loss of each step of a plain loop, and the weights at its end as transformers saves."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=0)
+    data, history = rows(), []
+    order = SampleOrder([Source(SAMPLES, SAMPLES)], SEED)
+    for start in range(0, 2 * SAMPLES, STEP_SAMPLES):
+        batch = [data[number] for number in order.samples(range(start, start + STEP_SAMPLES))]
+        prompts = [[1, *(byte + 3 for byte in (row["input"] + "\n").encode())] for row in batch]
+        answers = [[*(byte + 3 for byte in row["target"].encode()), 2] for row in batch]
+        length = max(len(p + a) for p, a in zip(prompts, answers, strict=True))
+        ids, labels, mask = [], [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            padding = length - len(prompt + answer)
+            ids.append(prompt + answer + [0] * padding)
+            labels.append([-100] * len(prompt) + answer + [-100] * padding)
+            mask.append([1] * (length - padding) + [0] * padding)
+        output = model(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            labels=torch.tensor(labels),
+            output_router_logits=True,
+        )
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        history.append((float(output.loss - COEFFICIENT * output.aux_loss), float(output.aux_loss)))
+    model.save_pretrained(checkpoint.parent / "reference")
+    return history, load_file(checkpoint.parent / "reference" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [*SPLITS, *ON_TWO_RANKS])
+def test_every_split_follows_plain_transformers_with_the_step_as_one_batch(
+    runs: Path, name: str, reference: tuple[list[tuple[float, float]], dict[str, torch.Tensor]]
+) -> None:
+    history, weights = reference
+    records = metrics(runs / name)
+    assert [record["loss"] for record in records] == pytest.approx([loss for loss, _ in history], rel=1e-5)
+    assert [record["router_loss"] for record in records] == pytest.approx([router for _, router in history], rel=1e-5)
+    exported = load_file(runs / name / "export" / "model.safetensors")
+    assert exported.keys() == weights.keys() == published().keys()
+    assert max(float((exported[key] - weights[key]).abs().max()) for key in weights) < 2e-5
+    assert max(float((exported[key] - published()[key]).abs().max()) for key in weights) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["8x1", "one each"])
+def test_the_export_is_what_plain_transformers_loads(runs: Path, name: str) -> None:
+    model: Any
+    model, info = AutoModelForCausalLM.from_pretrained(runs / name / "export", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    exported = load_file(runs / name / "export" / "model.safetensors")
+    joined = torch.cat([exported[f"model.layers.1.mlp.experts.5.{part}_proj.weight"] for part in ("gate", "up")])
+    assert torch.equal(model.model.layers[1].mlp.experts.gate_up_proj[5], joined)
