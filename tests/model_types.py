@@ -31,6 +31,7 @@ from panda.engine.engine import Engine
 from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
+from panda.engine.processes import leave_processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
 from panda.models.forward.trial import refuse_unfit
@@ -352,7 +353,7 @@ def main(names: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    processes = join_processes(1)
+    processes = join_processes()
     results, failed = [], []
     for name in names or TYPES:
         try:
@@ -365,6 +366,7 @@ def main(names: list[str]) -> int:
         print("equal" if result.is_equal else "DIFFERENT", result, flush=True)
     unequal = [result.model_type for result in results if not result.is_equal]
     rows = table([result for result in results if result.is_equal])
+    leave_processes()
     if names or failed or unequal:
         print(f"{rows}\nfailed: {failed}\ndifferent: {unequal}")
         return 1 if failed or unequal else 0

@@ -5,6 +5,7 @@ The reference is a plain loop over plain transformers, in which a step is one ba
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -14,15 +15,24 @@ import pytest
 import torch
 from checkpoint_files import add_tokenizer
 from launching import metrics
+from launching import run_panda
 from launching import train_many
 from launching import zero3_at_once
+from peft import LoraConfig
+from peft import PeftModel
+from peft import get_peft_model
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers import Qwen3MoeConfig
 
+from panda.configuration.options import RunOptions
 from panda.data.order import SampleOrder
 from panda.data.order import Source
+from panda.models.adapters.lora import add_adapters
+from panda.models.adapters.lora import load_adapters
+from panda.models.adapters.quantisation import quantise
+from panda.registry import UserError
 
 SAMPLES, STEP_SAMPLES, SEED, COEFFICIENT, RATE = 16, 8, 7, 0.2, 3e-3
 LAYERS, EXPERTS, WIDTH, EXPERT_WIDTH, ENTRIES = 2, 6, 32, 16, 259
@@ -50,6 +60,9 @@ SPLITS = {
         *("--activation_checkpointing", "full"),
     ),
 }
+ADAPTED = ["q_proj", "v_proj", "experts.gate_up_proj", "experts.down_proj"]
+ADAPTERS = ("--use_lora", "--lora_r", 4, "--lora_alpha", 8, "--lora_target_modules", *ADAPTED)
+History = list[tuple[float, float]]
 ON_TWO_RANKS = {
     "one each": ("--per_gpu_train_batch_size", 4, "--gradient_accumulation_steps", 1),
     "several each": ("--per_gpu_train_batch_size", 2, "--gradient_accumulation_steps", 2),
@@ -131,18 +144,31 @@ def runs(folder: Path, checkpoint: Path) -> Path:
             "a",
         ),
     ]
-    train_many([[*common, *flags, "--output_dir", folder / name] for name, flags in SPLITS.items()], cwd=folder)
+    alone = [[*common, *flags, "--output_dir", folder / name] for name, flags in SPLITS.items()]
+    alone.append([*common, *SPLITS["2x4"], *ADAPTERS, "--output_dir", folder / "adapters"])
+    said = train_many(alone, cwd=folder)
+    assert "dropout 0, since peft has none on experts" in said
     zero3 = zero3_at_once(folder)
     together = [[*common, *flags, *zero3, "--output_dir", folder / name] for name, flags in ON_TWO_RANKS.items()]
+    flags = ON_TWO_RANKS["several each"]
+    together.append([*common, *flags, *zero3, *ADAPTERS, "--output_dir", folder / "adapters, zero3"])
     train_many(together, ranks=2, cwd=folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
-    """Cross-entropy and router loss of each step of a plain loop, and the weights at its end as transformers saves."""
+def reference(checkpoint: Path) -> tuple[History, dict[str, torch.Tensor]]:
+    """A plain loop, and the weights at its end as transformers saves them."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=0)
+    history = plain_loop(model)
+    model.save_pretrained(checkpoint.parent / "reference")
+    return history, load_file(checkpoint.parent / "reference" / "model.safetensors")
+
+
+def plain_loop(model: Any) -> History:
+    """Cross-entropy and router loss of each step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), eps=1e-4, weight_decay=0)
     data, history = rows(), []
     order = SampleOrder([Source(SAMPLES, SAMPLES)], SEED)
     for start in range(0, 2 * SAMPLES, STEP_SAMPLES):
@@ -166,13 +192,12 @@ def reference(checkpoint: Path) -> tuple[list[tuple[float, float]], dict[str, to
         output.loss.backward()
         optimizer.step()
         history.append((float(output.loss - COEFFICIENT * output.aux_loss), float(output.aux_loss)))
-    model.save_pretrained(checkpoint.parent / "reference")
-    return history, load_file(checkpoint.parent / "reference" / "model.safetensors")
+    return history
 
 
 @pytest.mark.parametrize("name", [*SPLITS, *ON_TWO_RANKS])
 def test_every_split_follows_plain_transformers_with_the_step_as_one_batch(
-    runs: Path, name: str, reference: tuple[list[tuple[float, float]], dict[str, torch.Tensor]]
+    runs: Path, name: str, reference: tuple[History, dict[str, torch.Tensor]]
 ) -> None:
     history, weights = reference
     records = metrics(runs / name)
@@ -192,3 +217,35 @@ def test_the_export_is_what_plain_transformers_loads(runs: Path, name: str) -> N
     exported = load_file(runs / name / "export" / "model.safetensors")
     joined = torch.cat([exported[f"model.layers.1.mlp.experts.5.{part}_proj.weight"] for part in ("gate", "up")])
     assert torch.equal(model.model.layers[1].mlp.experts.gate_up_proj[5], joined)
+
+
+@pytest.mark.parametrize("name", ["adapters", "adapters, zero3"])
+def test_adapters_on_experts_follow_plain_peft_and_load_in_it(runs: Path, checkpoint: Path, name: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    torch.manual_seed(SEED)
+    targets = {"target_modules": ADAPTED[:2], "target_parameters": ADAPTED[2:]}
+    adapted: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets))
+    history, records = plain_loop(adapted), metrics(runs / name)
+    assert [record["loss"] for record in records] == pytest.approx([loss for loss, _ in history], rel=1e-5)
+    assert [record["router_loss"] for record in records] == pytest.approx([router for _, router in history], rel=1e-5)
+    ids = torch.arange(20).view(1, 20) * 7 % ENTRIES
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected, before = adapted.eval()(ids).logits, plain(ids).logits
+        assert not torch.allclose(before, expected, atol=1e-2)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), str(runs / name / "export")).eval()
+        assert torch.allclose(loaded(ids).logits, expected, atol=1e-4)
+        assert torch.allclose(load_adapters(plain, runs / name / "export").eval()(ids).logits, expected, atol=1e-4)
+
+
+def test_what_adapters_and_quantisation_cannot_do_with_experts_is_refused(runs: Path, checkpoint: Path) -> None:
+    done = run_panda("panda", "export", "adapters", "--merge", cwd=runs)
+    assert done.returncode == 2 and "does not merge adapters on experts" in done.stderr
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(UserError, match=r"use_quant: \d\d% of the weights of Qwen3MoeForCausalLM are those of experts"):
+        quantise(model, RunOptions(use_lora=True, use_quant=True), torch.device("cpu"))
+    dora = RunOptions(use_lora=True, use_dora=True, lora_target_modules=("experts.down_proj",))
+    with pytest.raises(UserError, match="does not work with use_dora=True"):
+        add_adapters(model, dora)
+    plain = add_adapters(AutoModelForCausalLM.from_pretrained(checkpoint), RunOptions(use_lora=True))
+    assert not any("experts" in name for name, parameter in plain.named_parameters() if parameter.requires_grad)
