@@ -16,7 +16,7 @@ from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.processes import Processes
-from panda.models.adapters.experts import expert_parameters
+from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.lora import add_adapters
 from panda.optim.adam_options import AdamOptions
 from panda.registry import UserError
@@ -117,16 +117,17 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
     kind = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
     config = cast("LoraConfig", adapted.peft_config["default"]) if adapted is not None else None
     dropout = f"{options.lora_dropout:g}"
-    if config and config.target_parameters and options.lora_dropout:
+    if config and config.lora_dropout != options.lora_dropout:
         dropout = "0, since peft has none on experts"
     yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {dropout}"
     if config is not None:
         names = options.lora_target_modules or sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
         yield f"on {', '.join(names)}"
-        experts = expert_parameters(prepared.outline) if prepared.outline is not None else {}
-        if experts and not config.target_parameters:
-            ends = sorted({".".join(name.split(".")[-2:]) for name in experts})
-            yield f"not on the experts: `lora_target_modules` can name {', '.join(ends)}"
+        experts = ends_of_experts(prepared.outline) if prepared.outline is not None else []
+        if config.target_parameters:
+            yield f"and on the parameters {', '.join(config.target_parameters)}"
+        elif experts:
+            yield f"not on the experts: `lora_target_modules` can name {', '.join(experts)}"
 
 
 def _weights(prepared: Preparation) -> str:

@@ -146,6 +146,7 @@ def runs(folder: Path, checkpoint: Path) -> Path:
     ]
     alone = [[*common, *flags, "--output_dir", folder / name] for name, flags in SPLITS.items()]
     alone.append([*common, *SPLITS["2x4"], *ADAPTERS, "--output_dir", folder / "adapters"])
+    alone.append([*common, *SPLITS["2x4"], "--use_lora", "--lora_r", 4, "--output_dir", folder / "adapters, default"])
     said = train_many(alone, cwd=folder)
     assert "dropout 0, since peft has none on experts" in said
     zero3 = zero3_at_once(folder)
@@ -219,12 +220,14 @@ def test_the_export_is_what_plain_transformers_loads(runs: Path, name: str) -> N
     assert torch.equal(model.model.layers[1].mlp.experts.gate_up_proj[5], joined)
 
 
-@pytest.mark.parametrize("name", ["adapters", "adapters, zero3"])
+@pytest.mark.parametrize("name", ["adapters", "adapters, zero3", "adapters, default"])
 def test_adapters_on_experts_follow_plain_peft_and_load_in_it(runs: Path, checkpoint: Path, name: str) -> None:
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     torch.manual_seed(SEED)
-    targets = {"target_modules": ADAPTED[:2], "target_parameters": ADAPTED[2:]}
-    adapted: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets))
+    targets: dict[str, Any] = {"target_modules": ADAPTED[:2], "target_parameters": ADAPTED[2:], "lora_alpha": 8}
+    if "default" in name:
+        targets = {"target_modules": "all-linear", "lora_alpha": RunOptions().lora_alpha}
+    adapted: Any = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **targets))
     history, records = plain_loop(adapted), metrics(runs / name)
     assert [record["loss"] for record in records] == pytest.approx([loss for loss, _ in history], rel=1e-5)
     assert [record["router_loss"] for record in records] == pytest.approx([router for _, router in history], rel=1e-5)
@@ -247,5 +250,5 @@ def test_what_adapters_and_quantisation_cannot_do_with_experts_is_refused(runs: 
     dora = RunOptions(use_lora=True, use_dora=True, lora_target_modules=("experts.down_proj",))
     with pytest.raises(UserError, match="does not work with use_dora=True"):
         add_adapters(model, dora)
-    plain = add_adapters(AutoModelForCausalLM.from_pretrained(checkpoint), RunOptions(use_lora=True))
-    assert not any("experts" in name for name, parameter in plain.named_parameters() if parameter.requires_grad)
+    with pytest.raises(UserError, match=r"has no 'gate_proj'; it has .*, experts.down_proj, experts.gate_up_proj"):
+        add_adapters(model, RunOptions(use_lora=True, lora_target_modules=("gate_proj",)))

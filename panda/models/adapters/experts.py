@@ -25,6 +25,11 @@ def expert_parameters(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
+def ends_of_experts(model: torch.nn.Module) -> list[str]:
+    """The last two parts of the names of these parameters, each once, by which users name them."""
+    return sorted({".".join(name.split(".")[-2:]) for name in expert_parameters(model)})
+
+
 def named_experts(model: torch.nn.Module, targets: Iterable[str]) -> list[str]:
     """Those of ``targets``, full names or ends of names, that name parameters of experts of ``model``."""
     experts = expert_parameters(model)

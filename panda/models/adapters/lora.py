@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.experts import ends_of_experts
+from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import named_experts
 from panda.models.adapters.linear_layers import listed_names
 from panda.registry import UserError
@@ -38,7 +40,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     is_hugging_face = isinstance(model, PreTrainedModel)
-    linear = listed_names(model)
+    linear = ", ".join([listed_names(model), *ends_of_experts(model)])
     targets = list(options.lora_target_modules)
     if not targets and not is_hugging_face:
         raise UserError(
@@ -54,9 +56,11 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     config = adapter_config(options)
     config.target_modules, config.task_type = targets or "all-linear", "CAUSAL_LM" if is_hugging_face else None
     if experts:
-        config.target_parameters, config.lora_dropout = experts, 0.0  # peft has no dropout for adapters on parameters
+        config.target_parameters = experts
         if all(target in experts for target in targets):
             config.target_modules = []
+    if experts or (not targets and expert_parameters(model)):
+        config.lora_dropout = 0.0  # peft has none for adapters on parameters; to it, experts are linear layers too
     # As of peft 0.21 (2026-11), peft gathers partitioned weights before it reads them only if transformers has been
     # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
     zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
@@ -70,7 +74,10 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     finally:
         del zero3  # transformers holds it weakly
     config.base_model_name_or_path = options.ckpt_path and from_anywhere(options.ckpt_path)
-    config.target_modules = sorted(config.target_modules or ())  # peft has a set, whose order differs between processes
+    # peft has sets, whose order differs between processes.
+    config.target_modules = sorted(config.target_modules or ())
+    if config.target_parameters:
+        config.target_parameters = sorted(config.target_parameters)
     return adapted
 
 
