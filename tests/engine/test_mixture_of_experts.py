@@ -35,7 +35,7 @@ from panda.models.adapters.quantisation import quantise
 from panda.registry import UserError
 
 SAMPLES, STEP_SAMPLES, SEED, COEFFICIENT, RATE = 16, 8, 7, 0.2, 3e-3
-LAYERS, EXPERTS, WIDTH, EXPERT_WIDTH, ENTRIES = 2, 6, 32, 16, 259
+LAYERS, EXPERTS, WIDTH, EXPERT_WIDTH, ENTRIES = 2, 12, 32, 16, 259
 CONFIG = {
     "vocab_size": ENTRIES,
     "hidden_size": WIDTH,
