@@ -123,7 +123,9 @@ def measure(arch: str, given: argparse.Namespace, processes: Processes) -> str:
     ids = torch.randint(3, VOCABULARY, (given.micro_batch, given.length))
     labels = ids.masked_fill(torch.rand(ids.shape) >= given.supervised, -100)
     labels[:, 0] = -100
-    batch = Batch(torch.stack([ids, labels]), tokens=ids.numel(), supervised_tokens=int((labels != -100).sum()))
+    batch = Batch(
+        torch.stack([ids, labels]), lengths=(ids.shape[1],) * len(ids), supervised_tokens=int((labels != -100).sum())
+    )
     times = []
     for _ in range(3 + given.steps):
         began = time.perf_counter()

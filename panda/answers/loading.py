@@ -13,7 +13,6 @@ import torch
 
 from panda.answers.assistant import Assistant
 from panda.models.causal_lm import build_causal_lm
-from panda.models.causal_lm import is_converted_when_loaded
 from panda.models.initialisation.creation import keep_computed_float32
 from panda.models.initialisation.creation import without_weights
 from panda.registry import Catalog
@@ -21,6 +20,7 @@ from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.errors import in_brief
 from panda.registry.options import build
+from panda.weights.conversion import as_in_module
 from panda.weights.files import safetensors_weights
 from panda.weights.finding import Source
 from panda.weights.finding import find_here
@@ -164,10 +164,9 @@ def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
     first_dtype = next((stored.dtype for stored in weights.values() if stored.dtype.is_floating_point), None)
     with without_weights():
         module = build_causal_lm(config, str(pretrained.folder), dtype=None if states_dtype else first_dtype)
-    if is_converted_when_loaded(module):
-        return _transformers_module(pretrained)
+    source = str(pretrained.folder)
     grow = (pretrained.stored_rows, config["vocab_size"]) if pretrained.stored_rows else None
-    found = matched(module, weights, source=str(pretrained.folder), grow_rows=grow)
+    found = matched(module, as_in_module(module, weights, source=source), source=source, grow_rows=grow)
     return _filled(module, {name: _cast(stored, module.dtype) for name, stored in found.items()})
 
 
@@ -216,7 +215,7 @@ def _cast(stored: StoredTensor, dtype: torch.dtype) -> StoredTensor:
 
 
 def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
-    """The model as transformers itself loads it, for weights that it converts.
+    """The model as transformers itself loads it, for weights that are stored quantised.
 
     Raises UserError where transformers would draw a tensor that is missing, or leave one out.
     """
@@ -226,8 +225,8 @@ def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
     loading: Any = AutoModelForCausalLM
     if pretrained.base is not None:
         raise UserError(
-            f"{folder}: transformers joins or renames the tensors of such models while it loads them, so this delta"
-            " cannot be added meanwhile. Write the whole model with `panda delta apply`, and name that."
+            f"{folder}: transformers loads quantised weights itself, so this delta cannot be added meanwhile. Write the"
+            " whole model with `panda delta apply`, and name that."
         )
     try:
         module, info = loading.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)

@@ -75,12 +75,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "name those weights with `ckpt_path`, or leave them out",
     ),
     Refusal(
-        "model: hf without ckpt_path",
-        lambda run: run.ckpt_path is None and (run.model or "").lower().rpartition(":")[2] == "hf",
-        "its architecture and sizes come from the checkpoint",
-        "name the checkpoint with `ckpt_path`, or use `arch` in place of `model`",
-    ),
-    Refusal(
         "lora_*, use_dora or use_rslora without use_lora",
         lambda run: not run.use_lora and any(getattr(run, key) != _DEFAULTS[key] for key in LORA_KEYS),
         "they configure adapters, and there are none without `use_lora`",

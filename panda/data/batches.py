@@ -25,10 +25,21 @@ class Batch:
     cells: torch.Tensor
     """int64 [2 or 3, rows, length], the input ids, the labels and, where rows hold several samples, the positions:
     one tensor, for one copy to the device."""
-    tokens: int
-    """Tokens that are not padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each row that are not padding, which follows them."""
     supervised_tokens: int
     """Tokens that carry loss."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(self.lengths)
+
+    @property
+    def real(self) -> torch.Tensor:
+        """bool [rows, length]: which tokens are not padding."""
+        lengths = torch.tensor(self.lengths).to(self.cells.device, non_blocking=True)
+        return torch.arange(self.cells.shape[2], device=self.cells.device) < lengths.unsqueeze(1)
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -59,11 +70,11 @@ class Batch:
         """Through the pipe from a worker as an array of half the size. torch would pass a tensor as a file of shared
         memory, which for one as small as this takes longer than copying it, and halves the rate of a loader
         (measured: bench/data.py)."""
-        return _unpickled, (self.cells.numpy().astype(np.int32), self.tokens, self.supervised_tokens)
+        return _unpickled, (self.cells.numpy().astype(np.int32), self.lengths, self.supervised_tokens)
 
 
-def _unpickled(cells: np.ndarray, *counts: int) -> Batch:
-    return Batch(torch.from_numpy(cells.astype(np.int64)), *counts)
+def _unpickled(cells: np.ndarray, lengths: tuple[int, ...], supervised_tokens: int) -> Batch:
+    return Batch(torch.from_numpy(cells.astype(np.int64)), lengths, supervised_tokens)
 
 
 def collate(rows: Sequence[Sequence[tuple[Any, Any]]], pad_token_id: int, *, packed: bool = False) -> Batch:
@@ -89,7 +100,8 @@ def collate(rows: Sequence[Sequence[tuple[Any, Any]]], pad_token_id: int, *, pac
             supervised_tokens += int(np.count_nonzero(supervised))
             start = end
         positions[number, start:] = from_0[: len(from_0) - start]
-    return Batch(torch.from_numpy(cells if packed else cells[:2]), sum(lengths), supervised_tokens)
+    cells = cells if packed else cells[:2]
+    return Batch(torch.from_numpy(cells), tuple(lengths) or (0,), supervised_tokens)
 
 
 class _Steps(Dataset[list[Batch]]):

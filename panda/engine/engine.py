@@ -34,6 +34,7 @@ from panda.engine.tensor_parallel import counts_here
 from panda.engine.tensor_parallel import joined
 from panda.engine.tensor_parallel import split_dimensions
 from panda.registry import UserError
+from panda.registry.contexts import StepLoss
 from panda.registry.contexts import TensorLayout
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
@@ -51,6 +52,9 @@ class CountedBatch(Protocol):
     @property
     def supervised_tokens(self) -> int: ...
 
+    @property
+    def real(self) -> torch.Tensor: ...
+
     def to(self: BatchType, device: torch.device) -> BatchType: ...
 
 
@@ -59,13 +63,15 @@ class StepResult:
     """The results of an optimizer step, still on the device: reading a value waits for it."""
 
     loss: torch.Tensor
-    """Scalar: loss per supervised token, over the whole step and all ranks."""
+    """Scalar: loss per supervised token, over the whole step and all ranks. It lacks ``step_loss``."""
     grad_norm: torch.Tensor | float
     """Norm of all gradients, before clipping."""
     counts: torch.Tensor
     """float64 [2]: tokens, and supervised tokens, of the whole step on all ranks."""
     applied: bool
     """False if gradients were not finite: weights and optimizer are then as they were before the step."""
+    step_loss: torch.Tensor | None = None
+    """Scalar: the model's own loss over the step, without its weight; None for a model without one."""
 
 
 class Engine:
@@ -116,7 +122,7 @@ class Engine:
 
         ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its supervised
         tokens. A step whose gradients are not finite changes nothing, in every precision and ZeRO
-        stage; the host waits for the device once a step, to find that out.
+        stage; the host waits for the device once a step, to find that out. A ``StepLoss`` of the module is added.
         """
         device = self.processes.device
         counts = torch.tensor(
@@ -126,17 +132,41 @@ class Engine:
         self.processes.sum_(counts)
         supervised = counts[1].clamp(min=1.0).float()
         scale = self.processes.data_ranks / supervised
-        total = torch.zeros((), device=device)
+        totals = torch.zeros(2, device=device)
         self.deepspeed.train()
+        added: StepLoss | None = getattr(self.module, "step_loss", None)
+        statistics = self._statistics(added, micro_batches, loss_sum) if added and len(micro_batches) > 1 else None
         for number, batch in enumerate(micro_batches, 1):
-            loss = loss_sum(self.deepspeed, batch.to(device))
-            total += loss.detach()
+            here = batch.to(device)
+            forward = partial(loss_sum, self.deepspeed, here)
+            if added is None:
+                loss = forward()
+                objective = loss * scale
+            else:
+                loss, term = added.term(here.real, statistics, self.processes.sum_, forward)
+                totals[1] += term.detach()
+                objective = loss * scale + term * (added.weight * self.processes.data_ranks)
+            totals[0] += loss.detach()
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
-            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            self.deepspeed.backward(objective, scale_wrt_gas=False)
             if number < len(micro_batches):
                 self.deepspeed.step()
         grad_norm, applied = self._apply()
-        return StepResult(self.processes.sum_(total) / supervised, grad_norm, counts, applied)
+        loss, of_step = self.processes.sum_(totals).unbind()
+        return StepResult(loss / supervised, grad_norm, counts, applied, of_step if added else None)
+
+    def _statistics(
+        self, added: StepLoss, micro_batches: list[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]
+    ) -> torch.Tensor:
+        """The statistics of the step that ``added`` needs, from a forward pass of each micro batch on every rank."""
+        device = self.processes.device
+        # The passes that are trained draw the same random numbers again: then dropout is the same in both.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            counted = [
+                added.count(batch.real, partial(loss_sum, self.deepspeed, batch))
+                for batch in (batch.to(device) for batch in micro_batches)
+            ]
+        return self.processes.sum_(torch.stack(counted).sum(0))
 
     @torch.no_grad()
     def evaluate(

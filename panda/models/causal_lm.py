@@ -43,14 +43,3 @@ def build_causal_lm(
             f"{source}: transformers makes no causal language model of its config.json, of model_type"
             f" {model_type!r}: {in_brief(problem)}.{own}"
         ) from problem
-
-
-def is_converted_when_loaded(model: Any) -> bool:
-    """Whether transformers joins or renames tensors of a checkpoint when it loads them into ``model``.
-
-    It does for most mixtures of experts. Tensors that are loaded one by one, by name, do not fit such a model.
-    """
-    # As of transformers 5.23 (2026-11) this function is not documented. It can go once panda loads such checkpoints.
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return bool(get_model_conversion_mapping(model, add_legacy=False))

@@ -97,3 +97,56 @@ def llama3_8b() -> dict[str, Any]:
 def llama3_70b() -> dict[str, Any]:
     """Llama 3 70B."""
     return _llama(8192, 80, 64, 28672) | _LLAMA3
+
+
+_LLAMA3_2 = _LLAMA3 | {
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131072,
+    "rope_scaling": "llama3",
+    "rope_scaling_factor": 32.0,
+    "rope_original_max_position_embeddings": 8192,
+}
+
+
+@register_arch("llama3.2-1b", model="llama")
+def llama3_2_1b() -> dict[str, Any]:
+    """Llama 3.2 1B."""
+    return _llama(2048, 16, 32, 8192) | _LLAMA3_2
+
+
+@register_arch("llama3.2-3b", model="llama")
+def llama3_2_3b() -> dict[str, Any]:
+    """Llama 3.2 3B."""
+    return _llama(3072, 28, 24, 8192) | _LLAMA3_2
+
+
+def _smollm2(
+    hidden_size: int, num_layers: int, num_heads: int, kv_heads: int, intermediate_size: int, **values: Any
+) -> dict[str, Any]:
+    common = {
+        "vocab_size": 49152,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-5,
+    }
+    return _llama(hidden_size, num_layers, num_heads, intermediate_size) | common | values
+
+
+@register_arch("smollm2-135m", model="llama")
+def smollm2_135m() -> dict[str, Any]:
+    """SmolLM2 135M (arXiv 2502.02737)."""
+    return _smollm2(576, 30, 9, 3, 1536)
+
+
+@register_arch("smollm2-360m", model="llama")
+def smollm2_360m() -> dict[str, Any]:
+    """SmolLM2 360M."""
+    return _smollm2(960, 32, 15, 5, 2560)
+
+
+@register_arch("smollm2-1.7b", model="llama")
+def smollm2_1_7b() -> dict[str, Any]:
+    """SmolLM2 1.7B."""
+    return _smollm2(2048, 24, 32, 32, 8192, rope_theta=130000.0)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,38 @@ class ModelContext:
     """
     new_rows_from: int | None = None
     """The first row for which the checkpoint has no token, if the run adds tokens (`extend_vocab`)."""
+
+
+class StepLoss(Protocol):
+    """A loss over a whole optimizer step that a model adds to its task's: the attribute ``step_loss`` of a module.
+
+    Its gradient needs statistics of all micro batches on all ranks. The engine has them counted before the first
+    backward pass.
+    """
+
+    weight: float
+    """The factor with which it is added to the task's loss per unit."""
+
+    def count(self, real: torch.Tensor, forward: Callable[[], Any]) -> torch.Tensor:
+        """What ``forward``, a pass of the model over a micro batch, adds to the statistics: a tensor to sum.
+
+        ``real`` [rows, length]: which tokens are not padding.
+        """
+        ...
+
+    def term(
+        self,
+        real: torch.Tensor,
+        statistics: torch.Tensor | None,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        forward: Callable[[], Any],
+    ) -> tuple[Any, torch.Tensor]:
+        """The result of ``forward``, and its part of the loss: parts are summed over micro batches and ranks.
+
+        ``statistics``: those of the step. None for a step of one micro batch to a rank: they are then counted in this
+        pass, and summed by ``sum_over_ranks``, a collective.
+        """
+        ...
 
 
 @dataclass(frozen=True)

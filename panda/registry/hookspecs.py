@@ -71,6 +71,7 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     """A log record of plain numbers, every ``logging_steps`` steps. **Rank 0 only.**
 
     Keys: ``step``; ``loss``, per supervised token, the mean over the whole step of the last step;
+    ``router_loss``, without its weight, where a mixture of experts is trained with one;
     ``learning_rate``; ``grad_norm``, before clipping; ``tokens`` and ``supervised_tokens``, since the
     run began and over all ranks; ``skipped_steps``, of all steps those that changed nothing because
     their gradients were not finite; ``tokens_per_second``, ``step_seconds`` and ``data_wait``, the

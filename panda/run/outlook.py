@@ -16,6 +16,7 @@ from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.processes import Processes
+from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.lora import add_adapters
 from panda.optim.adam_options import AdamOptions
 from panda.registry import UserError
@@ -114,11 +115,19 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
     if not options.use_lora:
         return
     kind = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
-    yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {options.lora_dropout:g}"
-    if adapted is not None:
-        config = cast("LoraConfig", adapted.peft_config["default"])
+    config = cast("LoraConfig", adapted.peft_config["default"]) if adapted is not None else None
+    dropout = f"{options.lora_dropout:g}"
+    if config and config.lora_dropout != options.lora_dropout:
+        dropout = "0, since peft has none on experts"
+    yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {dropout}"
+    if config is not None:
         names = sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
         yield f"on {', '.join(names)}"
+        experts = ends_of_experts(prepared.outline) if prepared.outline is not None else []
+        if config.target_parameters:
+            yield f"and on the parameters {', '.join(config.target_parameters)}"
+        elif experts:
+            yield f"not on the experts: `lora_target_modules` can name {', '.join(experts)}"
         rows = cast("dict[str, list[int]]", config.trainable_token_indices or {})
         if rows:
             yield f"and the {len(next(iter(rows.values()))):,} rows of new tokens in {' and '.join(rows)}"

@@ -65,6 +65,7 @@ def log_record(
     return {
         "step": progress.step,
         "loss": loss,
+        **({} if result.step_loss is None else {"router_loss": float(result.step_loss)}),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "tokens": progress.tokens,

@@ -14,6 +14,7 @@ from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
+from panda.models.forward.trial import refuse_unfit
 from panda.optim.schedules import Schedule
 from panda.run.assembly import build_optimizer
 from panda.run.assembly import build_schedule
@@ -41,8 +42,8 @@ class TrainedModel:
 def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -> TrainedModel:
     """The model of ``prepared`` with its weights, in an engine with its optimizer. Every rank has to call it.
 
-    Seeds the random generators for training. Raises UserError if the samples in a packed row of ``layout``
-    would see each other.
+    Seeds the random generators for training. Raises UserError if the model looks ahead or has no logits for the
+    tokenizer, or if the samples in a packed row of ``layout`` would see each other.
     """
     options = prepared.options
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
@@ -60,6 +61,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
+    refuse_unfit(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
     if layout.packed:
         refuse_leaking(engine.evaluating(), name, prepared.context.vocab_size, processes.device)
     return TrainedModel(base, engine, schedule, config, parameters, trained)

@@ -20,6 +20,7 @@ from panda.files.disk_full import writing
 from panda.files.whole import whole
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
+from panda.weights.conversion import as_published
 from panda.weights.files import write_weights
 from panda.weights.generation_config import GENERATION_CONFIG
 from panda.weights.generation_config import Decoding
@@ -83,11 +84,13 @@ def describe_model(
 def export(description: Path, weights: Weights, folder: Path) -> None:
     """Make ``folder`` from the folder ``description`` of a model and its ``weights``, held one file at a time.
 
+    Weights are named and split as those of published checkpoints: a mixture of experts has a tensor for each expert.
+
     Raises UserError where a weight is not finite or the disk is full; see ``exporting``.
     """
     with exporting(folder) as new:
         shutil.copytree(description, new)
-        write_weights(weights, new)
+        write_weights(as_published(description, weights), new)
 
 
 @contextmanager

@@ -32,21 +32,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def write_json_object(file: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` to ``file`` as valid JSON, with numbers that it lacks as transformers 5 writes them."""
-    file.write_text(json.dumps(_tagged(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write ``content`` to ``file``. Infinity is written as Python writes it: 4.57 of transformers reads no tags."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _special_float(value: dict[str, Any]) -> Any:
     if value.keys() == {_TAG} and isinstance(value[_TAG], str):
         return _SPECIAL.get(value[_TAG], value)
-    return value
-
-
-def _tagged(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _tagged(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_tagged(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     return value

@@ -182,7 +182,7 @@ def test_a_folder_that_states_another_type_than_its_weights_have_answers_in_that
     assert all(found[name].dtype == plain[name].dtype and torch.equal(found[name], plain[name]) for name in plain)
 
 
-def test_a_mixture_of_experts_is_converted_by_transformers_and_checked(tmp_path: Path, capsys: Captured) -> None:
+def test_a_mixture_of_experts_is_converted_as_by_transformers_and_checked(tmp_path: Path, capsys: Captured) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_local_experts": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 259}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **heads))

@@ -15,7 +15,6 @@ REFUSED: dict[str, list[Any]] = {
     "max_steps: 0": ["--max_steps", "0"],
     "eval_steps without eval_data_dir": ["--eval_steps", "10"],
     "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
-    "model: hf without ckpt_path": ["--model", "hf"],
     "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],
     "use_quant with use_lora: false": ["--use_quant", "--use_lora", "false", "--precision", "bf16"],
     "use_quant without bitsandbytes": ["--use_quant", "--use_lora", "--precision", "bf16"],

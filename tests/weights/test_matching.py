@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def test_buffers_of_older_programs_are_left_out(tmp_path: Path) -> None:
         state(prepared(folder))
 
 
-def test_infinity_is_read_as_transformers_writes_it_and_written_so(tmp_path: Path) -> None:
+def test_infinity_is_read_as_transformers_writes_it_and_written_for_all_its_versions(tmp_path: Path) -> None:
     config = Mamba2Config(
         vocab_size=259,
         hidden_size=16,
@@ -87,7 +86,7 @@ def test_infinity_is_read_as_transformers_writes_it_and_written_so(tmp_path: Pat
     outline: Any = prepared(folder, "--max_seq_length", "32").outline
     assert tuple(outline.config.time_step_limit) == (0.5, math.inf)
     write_json_object(tmp_path / "config.json", read_json_object(folder / "config.json"))
-    json.loads((tmp_path / "config.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert "__float__" not in (tmp_path / "config.json").read_text(), "4.57 does not read it"
     assert tuple(AutoConfig.from_pretrained(tmp_path / "config.json").time_step_limit) == (0.5, math.inf)
     (tmp_path / "plain.json").write_text('{"low": -Infinity, "none": NaN}')
     found = read_json_object(tmp_path / "plain.json")

@@ -212,11 +212,20 @@ def test_hf_takes_any_causal_language_model(name: str, tmp_path: Path) -> None:
         configured("--ckpt_path", path)
 
 
-def test_hf_refuses_tensors_that_transformers_would_rearrange(tmp_path: Path) -> None:
-    mixtral = AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=2))
+def test_a_mixture_of_experts_that_lacks_a_tensor_of_an_expert_is_refused(tmp_path: Path) -> None:
+    mixtral = AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=3))
     path = save_hf(mixtral, tmp_path / "mixtral", shards=False)
-    with pytest.raises(UserError, match="joins or renames tensors of 'mixtral' checkpoints"):
-        loaded("--model", "hf", "--ckpt_path", path)
+    assert torch.equal(logits(loaded("--model", "hf", "--ckpt_path", path)), logits(mixtral))
+    weights = load_file(path / "model.safetensors")
+    experts = "model.layers.1.block_sparse_moe.experts"
+    for absent, said in {
+        (f"{experts}.1.w1.weight",): "gate_up_proj: transformers cannot join 5 tensors",
+        (f"{experts}.1.w2.weight",): r"down_proj is \[2, 32, 48\] and should be \[3, 32, 48\]",
+        tuple(f"{experts}.{expert}.w2.weight" for expert in range(3)): "missing from it: .*down_proj",
+    }.items():
+        save_file({n: t for n, t in weights.items() if n not in absent}, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            loaded("--model", "hf", "--ckpt_path", path)
 
 
 def test_hf_takes_weights_that_were_saved_without_the_head(tmp_path: Path) -> None:

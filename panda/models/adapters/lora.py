@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.experts import ends_of_experts
+from panda.models.adapters.experts import expert_parameters
+from panda.models.adapters.experts import named_experts
 from panda.models.adapters.linear_layers import listed_names
 from panda.models.adapters.targets import ALL_LINEAR
 from panda.models.adapters.targets import target_modules
@@ -52,8 +55,10 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     is_hugging_face = isinstance(model, PreTrainedModel)
-    linear = listed_names(model)
-    targets = target_modules(model, options.lora_target_modules)
+    linear = ", ".join([listed_names(model), *ends_of_experts(model)])
+    experts = named_experts(model, options.lora_target_modules)
+    others = [target for target in options.lora_target_modules if target not in experts]
+    targets = target_modules(model, others) if others or not experts else []
     if targets == ALL_LINEAR and not is_hugging_face:
         raise UserError(
             f"use_lora: it is not known which linear layer of {type(model).__name__} is the output head. Name the"
@@ -62,6 +67,10 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     config = adapter_config(options)
     config.target_modules, config.task_type = targets, "CAUSAL_LM" if is_hugging_face else None
     config.trainable_token_indices = _new_rows(model)
+    if experts:
+        config.target_parameters = experts
+    if experts or (targets == ALL_LINEAR and expert_parameters(model)):
+        config.lora_dropout = 0.0  # peft has none for adapters on parameters; to it, experts are linear layers too
     # As of peft 0.21 (2026-11), peft gathers partitioned weights before it reads them only if transformers has been
     # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
     zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
@@ -71,11 +80,14 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
     except ValueError as problem:  # peft cannot adapt one of the layers
-        raise UserError(f"lora_target_modules: {problem}") from problem
+        raise UserError(f"lora_target_modules: {problem}{' (adapters on experts)' * bool(experts)}") from problem
     finally:
         del zero3  # transformers holds it weakly
     config.base_model_name_or_path = options.ckpt_path and base_location(options.ckpt_path, options.base_path)
-    config.target_modules = sorted(config.target_modules or ())  # peft has a set, whose order differs between processes
+    # peft has sets, whose order differs between processes.
+    config.target_modules = sorted(config.target_modules or ())
+    if config.target_parameters:
+        config.target_parameters = sorted(config.target_parameters)
     return adapted
 
 
@@ -198,7 +210,11 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     stored = stored_adapters(folder)
     unfit = f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
     layers = {name for name, _ in model.named_modules()}
-    adapted = (re.split(r"\.lora_|\.token_adapter\.", name.removeprefix("base_model.model."))[0] for name in stored)
+    # Adapters on a parameter of a layer have the name of that layer, or of one of peft's around it.
+    adapted = (
+        re.split(r"\.lora_|\.token_adapter\.", name.removeprefix("base_model.model."))[0].replace(".base_layer", "")
+        for name in stored
+    )
     # As of 0.21 (2026-11), peft silently leaves out adapters of layers that the base lacks.
     if absent := [layer for layer in adapted if layer not in layers]:
         raise UserError(f"{unfit} It has no {absent[0]}.")

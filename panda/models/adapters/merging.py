@@ -31,6 +31,11 @@ def merged_weights(
     type that training computed with. A quantised base is dequantised first, and not quantised again, which would
     lose most of what was learned. Raises UserError where an adapted weight is shared with another layer.
     """
+    if config.target_parameters or any(".experts." in name for name in adapters):
+        raise UserError(
+            "--merge: panda does not merge adapters on experts. Export only the adapters, without --merge; plain peft"
+            " merges them (`merge_and_unload`)."
+        )
     dtype = next(iter(adapters.values())).dtype
     of_layer: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in adapters.items():

@@ -8,6 +8,7 @@ layer is on it in full precision.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.linear_layers import linear_names
 from panda.registry import UserError
+from panda.weights.stored_tensor import whole_shape
 
 # When imported without a GPU, bitsandbytes (0.50, 2026-11) looks for kernels on the hub, and logs that there are none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -32,7 +35,7 @@ def quantise(
 
     They compute in the dtype of ``options.precision``. For a model on the meta device, ``fill(name, layer)`` is
     called before each is quantised, to give ``layer`` its weights.
-    Raises UserError where it is not known which layer is the output head.
+    Raises UserError where it is not known which layer is the output head, and for a mixture of experts.
     """
     from transformers import PreTrainedModel
 
@@ -40,6 +43,12 @@ def quantise(
         raise UserError(
             f"use_quant: it is not known which linear layer of {type(model).__name__} is the output head, which must"
             " not be quantised. Use a model of transformers, or leave `use_quant` out."
+        )
+    if experts := expert_parameters(model):
+        share = sum(experts.values()) / sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
+        raise UserError(
+            f"use_quant: {share:.0%} of the weights of {type(model).__name__} are those of experts, which bitsandbytes"
+            " does not quantise: they are no linear layers. Leave `use_quant` out; `zero_stage: 3` partitions them."
         )
     for name in quantised_names(model):
         layer: Any = model.get_submodule(name)

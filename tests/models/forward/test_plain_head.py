@@ -19,9 +19,9 @@ from transformers import PhiConfig
 from transformers import Qwen2Config
 from transformers import Qwen3Config
 
+from panda.models.hf import HfOptions
 from panda.models.hf import build_hf
 from panda.models.initialisation.creation import without_weights
-from panda.registry import NoOptions
 from panda.registry.contexts import ModelContext
 
 VOCABULARY = 101
@@ -57,7 +57,7 @@ CONFIGS: dict[str, tuple[Any, bool]] = {
 def built(config: Any) -> Any:
     context = ModelContext(VOCABULARY, 16, 0, 1, 2, config.to_dict())
     with without_weights():
-        model: Any = build_hf(NoOptions(), context)
+        model: Any = build_hf(HfOptions(), context)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
