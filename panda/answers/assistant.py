@@ -86,10 +86,14 @@ class Assistant:
         try:
             if self.has_template:
                 turns = [Turn(message["role"], message["content"]) for message in messages]
-                return encoder.encode([ChatTemplate(self.tokenizer).prompt(turns)])[0]
+                template = ChatTemplate(self.tokenizer)
+                text = template.prompt(turns)
+                if turns[0].role == "system" and template.leaves_out(turns, 0):
+                    raise UserError("--system: the chat template leaves the system turn out. Leave --system out.")
+                return encoder.encode([text])[0]
             text = encoder.as_characters("".join(message["content"] for message in messages))
         except UnusableRowError as problem:
-            raise UserError(str(problem)) from None
+            raise UserError(f"prompt: {problem}") from None
         return [*encoder.begin, *encoder.encode([text])[0]]
 
     def room(self, sampling: Sampling) -> int | None:
@@ -120,7 +124,7 @@ class Assistant:
                 f"prompt: its first {len(ids) - room:,} of {len(ids):,} tokens were left out; the model has"
                 f" {self.positions:,} positions for prompt and answer"
             )
-            ids = ids[-room:]
+            ids = Encoder(self.tokenizer).cut(ids, room)
         if self.positions:
             most = min(most, self.positions - len(ids))
         pieces = Pieces(self.tokenizer)

@@ -16,6 +16,7 @@ from panda.cli.answering import opening
 from panda.cli.answering import problem_of
 from panda.cli.answering import write
 from panda.cli.command import run_command
+from panda.registry import UserError
 
 if TYPE_CHECKING:
     from panda.answers.assistant import Assistant
@@ -53,8 +54,12 @@ def _chat(argv: list[str]) -> None:
         if problem := problem_of(line):
             note(f"not sent: {problem}")
             continue
-        messages.append({"role": "user", "content": line})
-        messages, ids = _that_fit(assistant, sampling, messages, len(first))
+        try:
+            asked = [*messages, {"role": "user", "content": line}]
+            messages, ids = _that_fit(assistant, sampling, asked, len(first))
+        except UserError as problem:  # the template refuses it
+            note(f"not sent: {problem}")
+            continue
         answer = assistant.answer(ids, sampling, write, note)
         write("\n")
         messages.append({"role": "assistant", "content": answer})

@@ -390,7 +390,7 @@ def _plain(value: Any, name: str) -> Any:
     """
     try:
         if isinstance(value, Mapping):
-            return {key: _plain(each, name) for key, each in value.items() if each is not None}
+            return {_plain(key, name): _plain(each, name) for key, each in value.items() if each is not None}
         if isinstance(value, list):
             return [_plain(each, name) for each in value]
     except RecursionError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -29,9 +30,11 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+        self.added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        """Ids of all tokens that are found in a text before it is tokenised, by their text."""
         tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.special: Mapping[str, int] = tokens
+        self.special: dict[str, int] = tokens
         """Ids of the special tokens, by their text."""
         self._spelt = [_OPEN, _CLOSE, *tokens]
         longest_first = sorted(self._spelt, key=len, reverse=True)
@@ -62,10 +65,12 @@ class Encoder:
         if isinstance(content, str):
             if not self._beginnings.search(content):
                 return content
-            if (found := self._spellings.search(content)) and (not self._is_fast or _STAND_IN in content):
+            if (found := self._spellings.search(content)) and not self._is_fast:
                 raise UnusableRowError(
                     f"it spells the special token {found[0]!r}, which this tokenizer cannot write as characters"
                 )
+            if found and _STAND_IN in content:
+                raise UnusableRowError(f"it spells {found[0]!r} and {_STAND_IN!r}, which is a name of panda's own")
             return self._spellings.sub(lambda found: f"{_OPEN}{self._spelt.index(found[0])}{_CLOSE}", content)
         if isinstance(content, Mapping):
             return {self.as_characters(key): self.as_characters(value) for key, value in content.items()}
@@ -89,11 +94,11 @@ class Encoder:
             ids[number] = self._encode_marked(texts[number])
         return ids
 
-    def continuation(self, before: str, after: str) -> tuple[list[int], bool]:
+    def continuation(self, before: str, after: str) -> list[int]:
         """Token ids of ``after`` where the tokens of ``before`` end at its border, which the tokenizer would merge.
 
-        And whether both decode together to what the tokenizer makes of both texts. It is not enough to encode
-        ``after`` on its own: many tokenizers begin a text with a space.
+        Both decode together to what the tokenizer makes of both texts, if any such ids are found. It is not enough to
+        encode ``after`` on its own: many tokenizers begin a text with a space.
         """
         expected = self.decode(self.encode([before + after])[0])
         [begun] = self.encode([before])
@@ -105,8 +110,7 @@ class Encoder:
                 candidates.append(both[len(first) :])
         candidates += self.encode([after])
         exact = (ids for ids in candidates if self.decode([*begun, *ids]) == expected)
-        found = next(exact, None)
-        return (candidates[0], False) if found is None else (found, True)
+        return next(exact, candidates[0])
 
     def cut(self, ids: list[int], length: int) -> list[int]:
         """The last ``length`` of ``ids``, with the token that begins a sequence first if they begin with it."""
@@ -114,6 +118,22 @@ class Encoder:
             return ids
         begin = ids[:1] if ids[:1] == [self.tokenizer.bos_token_id] else []
         return [*begin, *ids[len(ids) - max(0, length - len(begin)) :]]
+
+    def altered(self, texts: Sequence[str], ids: Sequence[list[int]]) -> int:
+        """How many of ``texts`` their ``ids`` do not give back: characters are lost, or unknown to the tokenizer.
+
+        What its normaliser does and space do not count.
+        """
+        backend = self.tokenizer.backend_tokenizer if self._is_fast else None
+        decoded = backend.decode_batch(ids, skip_special_tokens=False) if backend else map(self.decode, ids)
+        normalizer = backend and backend.normalizer
+        count = 0
+        for text, again in zip(texts, decoded, strict=True):
+            written = self.readable(text)
+            if _visible(again) != _visible(written):
+                normal = (normalizer.normalize_str(each) if normalizer else each for each in (again, written))
+                count += len({_visible(each) for each in normal}) > 1
+        return count
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``, special tokens included."""
@@ -149,17 +169,19 @@ class Encoder:
         def written(found: re.Match[str]) -> str:
             return self._spelt[int(found[1])] if found[1] else self._stand_ins[found[0]]
 
-        ids: list[int] = self._renamed.encode(self._marks_and_tokens.sub(written, text), add_special_tokens=False).ids
-        return ids
+        renamed, own = self._renamed
+        ids = renamed.encode(self._marks_and_tokens.sub(written, text), add_special_tokens=False).ids
+        return [own.get(token, token) for token in ids]
 
     @cached_property
     def _stand_ins(self) -> dict[str, str]:
         return {text: f"{_STAND_IN}{number}." for number, text in enumerate(self._spelt)}
 
     @cached_property
-    def _renamed(self) -> Any:
+    def _renamed(self) -> tuple[Any, dict[int, int]]:
         """The tokenizer with other names for its special tokens: in its texts, their own names are characters.
 
+        And ids of its that are others in the tokenizer: of special tokens that are pieces of ordinary text, too.
         transformers' ``sanitize_control_tokens`` (5.23, 2026-11) encodes such characters apart from the text around
         them, which gives other ids than the text has without a template.
         """
@@ -168,12 +190,21 @@ class Encoder:
         described = json.loads(self.tokenizer.backend_tokenizer.to_str())
         described |= {"post_processor": None, "padding": None, "truncation": None}
         names, model = self._stand_ins, described["model"]
+        merged = {part for merge in model.get("merges") or () for part in merge}
+        pieces = {name: names[name] for name in names if len(name) > 1 and name not in merged}
         for token in described["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         if isinstance(model["vocab"], list):
-            model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+            model["vocab"] = [[pieces.get(piece, piece), score] for piece, score in model["vocab"]]
         else:
-            model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
-        if model.get("unk_token") in names:
-            model["unk_token"] = names[model["unk_token"]]
-        return Tokenizer.from_str(json.dumps(described))
+            model["vocab"] = {pieces.get(piece, piece): number for piece, number in model["vocab"].items()}
+        if model.get("unk_token") in pieces:
+            model["unk_token"] = pieces[model["unk_token"]]
+        renamed = Tokenizer.from_str(json.dumps(described))
+        ids = [(renamed.token_to_id(names[text]), number) for text, number in self.special.items()]
+        return renamed, {there: here for there, here in ids if there is not None and there != here}
+
+
+def _visible(text: str) -> str:
+    """``text`` without space, in the ways that tokenizers write it."""
+    return "".join(text.replace("\u2581", " ").split())

@@ -66,7 +66,7 @@ def tokenizer_ingredients(tokenizer: Any) -> list[Any]:
     cls = type(tokenizer)
     if _top(cls.__module__) != "transformers":  # code that came with a checkpoint
         content += Path(inspect.getsourcefile(cls) or "").read_text(encoding="utf-8")
-    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.special_tokens_map]  # templates write them
     hashed = hashlib.sha256(f"{cls.__name__}\0{specials}\0{content}".encode(errors="replace"))
     return [hashed.hexdigest(), code]
 

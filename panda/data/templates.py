@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
@@ -19,8 +20,8 @@ from panda.data.conversations import UnusableRowError
 from panda.data.encoding import Encoder
 from panda.registry import UserError
 
-_DIRECTIVE = re.compile("""(['"])((?:(?!\\1)[^\\\\])*%[A-Za-z-](?:(?!\\1)[^\\\\])*)\\1""")
-"""A string in a template with a directive of strftime."""
+DATE_MACRO = "macro strftime_now"
+"""What is in a template that carries a date."""
 _PROBE = "Panda"
 """An answer that is in no template."""
 
@@ -63,7 +64,8 @@ class ChatTemplate:
         Raises UserError where there is none, so that a model could not learn it, or the template refuses any dialogue.
         """
         ends = dict.fromkeys([self._habits.end, *self._ends_of_calls()])
-        return [self.encoder.special[end] for end in ends]
+        ids = self.encoder.added | self.encoder.special
+        return [ids[end] for end in ends]
 
     def exchanges(self, conversation: Conversation) -> tuple[list[Exchange], list[str]]:
         """Each supervised answer with the text before it; and the names of what the template does not use.
@@ -71,7 +73,7 @@ class ChatTemplate:
         Raises UnusableRowError where the template refuses the conversation, or cannot be continued with an answer.
         """
         exchanges = self._exchanges(conversation)
-        unused = []
+        unused = [] if conversation.turns[0].role != "assistant" else ["messages[0], an answer to nothing, for loss"]
         for name in sorted({name for turn in conversation.turns for name in turn.extras}):
             less = [
                 replace(turn, extras={key: value for key, value in turn.extras.items() if key != name})
@@ -101,7 +103,17 @@ class ChatTemplate:
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model is given to answer the last of ``turns``. Raises UnusableRowError."""
-        return self._render(turns, None, ask=True)
+        return self._render(self._marked(turns), None, ask=True)
+
+    def leaves_out(self, turns: Sequence[Turn], number: int) -> bool:
+        """Whether the prompt of ``turns`` says nothing of the turn ``number``. Raises UnusableRowError."""
+        other = [*turns]
+        other[number] = replace(turns[number], text=f"{turns[number].text} {_PROBE}")
+        return self.prompt(other) == self.prompt(turns)
+
+    def _marked(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = self.encoder.as_characters([turn.message() for turn in turns])
+        return messages
 
     def _unwritten(self, conversation: Conversation, exchanges: list[Exchange]) -> list[str]:
         """The roles whose content the template leaves out, before the last answer."""
@@ -124,25 +136,36 @@ class ChatTemplate:
             return False
 
     def _exchanges(self, conversation: Conversation) -> list[Exchange]:
-        turns, tools = conversation.turns, conversation.tools
+        turns = conversation.turns
+        messages, tools = self._marked(turns), self.encoder.as_characters(conversation.tools)
         exchanges = []
         for number, turn in enumerate(turns):
-            if turn.role == "assistant" and turn.supervised:
-                before = self._render(turns[:number], tools, ask=True)
-                after = self._render(turns[: number + 1], tools, ask=False)
+            if number and turn.role == "assistant" and turn.supervised:
+                before = self._render(messages[:number], tools, ask=True)
+                after = self._render(messages[: number + 1], tools, ask=False)
                 answer = after[len(before) :] if after.startswith(before) else self._joined(before, turn, number + 1)
-                exchanges.append(Exchange(before, self._ended(answer, number + 1)))
+                ended = self._ended(answer, number + 1)
+                if turn.extras.get("tool_calls") and not self._added.sub("", ended).strip():
+                    raise UnusableRowError(f"the chat template writes nothing of turn {number + 1}, which calls a tool")
+                exchanges.append(Exchange(before, ended))
+        if not exchanges:
+            raise UnusableRowError("nothing is before its only answer that a model could answer")
         return exchanges
 
     def _ended(self, answer: str, number: int) -> str:
         """``answer`` without what the template writes after its end: generation has stopped before that."""
         end = answer.find(self._habits.end)
         if end >= 0:
-            return answer[: end + len(self._habits.end)]
+            end += len(self._habits.end)
+            if more := self._added.sub("", answer[end:]).strip():
+                said = self.encoder.readable(more)[:20]
+                raise UnusableRowError(f"the chat template writes more of turn {number} after its end: {said!r}")
+            return answer[:end]
         answer = answer.rstrip()
-        last = next((token for token in self.encoder.special if answer.endswith(token)), None)
+        last = next((token for token in self.encoder.added if answer.endswith(token)), None)
         if last is None:
-            raise UnusableRowError(f"the chat template ends turn {number} with {answer[-20:]!r}, not a special token")
+            written = self.encoder.readable(answer)[-20:]
+            raise UnusableRowError(f"the chat template ends turn {number} with {written!r}, not a token of its own")
         return answer
 
     def _joined(self, before: str, turn: Turn, number: int) -> str:
@@ -167,51 +190,50 @@ class ChatTemplate:
             space, rest = space[1:], rest[1:]
         return rest + self._habits.ending
 
-    def _render(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None, *, ask: bool) -> str:
-        messages = self.encoder.as_characters([turn.message() for turn in turns])
+    def _render(self, messages: list[dict[str, Any]], tools: Any, *, ask: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tools=self.encoder.as_characters(tools), tokenize=False, add_generation_prompt=ask
+                messages, tools=tools, tokenize=False, add_generation_prompt=ask
             )
         except Exception as problem:  # a template can raise errors of jinja's and of its own
-            raise UnusableRowError(f"the chat template refuses it: {problem}") from None
+            raise UnusableRowError(f"the chat template refuses it: {self.encoder.readable(str(problem))}") from None
         return text
 
     @cached_property
     def _habits(self) -> _Habits:
         answer = Turn("assistant", _PROBE)
         try:
-            after = self._render([*self._asked, answer], None, ask=False)
+            after = self._render(self._marked([*self._asked, answer]), None, ask=False)
         except UnusableRowError as problem:
             self._asked.insert(0, Turn("system", "a"))  # which some want
             try:
-                after = self._render([*self._asked, answer], None, ask=False)
+                after = self._render(self._marked([*self._asked, answer]), None, ask=False)
             except UnusableRowError:
                 raise UserError(
                     f"template: {problem} (a question and an answer). Write `template: plain`, or correct the"
                     " tokenizer's chat template."
                 ) from None
         ending = after.rpartition(_PROBE)[2]
-        special = self._special.findall(ending)
-        if not special:
+        ends = self._added.findall(ending)
+        if not ends:
             # A model that never learns how an answer ends does not stop.
             raise UserError(
-                f"template: the tokenizer's chat template ends an answer with {ending[-20:]!r}, not a special token:"
-                " a model could not learn where to stop. Write `template: plain`, or correct the template."
+                f"template: the tokenizer's chat template ends an answer with {ending[-20:]!r}, not a token of its"
+                " own: a model could not learn where to stop. Write `template: plain`, or correct the template."
             )
-        before = self._render(self._asked, None, ask=True)
+        before = self._render(self._marked(self._asked), None, ask=True)
         common = next((n for n, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
-        borders = self.encoder.borders & set(self._special.findall(before + after))
+        borders = self.encoder.borders & set(self._added.findall(before + after))
         return _Habits(
             opening="" if common is None else before[common:],
-            ending=ending[: ending.index(special[0]) + len(special[0])],
-            end=special[0],
+            ending=ending[: ending.index(ends[0]) + len(ends[0])],
+            end=ends[0],
             borders=re.compile("|".join(map(re.escape, borders))) if borders else None,
         )
 
     @cached_property
-    def _special(self) -> re.Pattern[str]:
-        longest_first = sorted(self.encoder.special, key=len, reverse=True)
+    def _added(self) -> re.Pattern[str]:
+        longest_first = sorted(self.encoder.added | self.encoder.special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _ends_of_calls(self) -> list[str]:
@@ -223,7 +245,7 @@ class ChatTemplate:
             [exchange] = self._exchanges(Conversation(turns, [{"type": "function", "function": function}]))
         except UnusableRowError:
             return []
-        return [token for token in self.encoder.special if exchange.answer.endswith(token)]
+        return [token for token in self.encoder.added if exchange.answer.endswith(token)]
 
 
 def with_template(tokenizer: Any, chat_template: Any) -> Any:
@@ -252,16 +274,21 @@ def plain_template(separator: str) -> str:
 def dated(chat_template: Any, day: date) -> Any:
     """``chat_template``, or each of several by name, with ``day`` where it would write today's date.
 
-    transformers gives templates the function ``strftime_now``: a macro takes its place.
+    transformers gives templates the function ``strftime_now``: a macro takes its place, for the formats that the
+    template has as strings. It refuses one that is put together of others.
     """
     if isinstance(chat_template, dict):
         return {name: dated(text, day) for name, text in chat_template.items()}
-    if not chat_template or "strftime_now" not in chat_template or "macro strftime_now" in chat_template:
+    if not chat_template or "strftime_now" not in chat_template or DATE_MACRO in chat_template:
         return chat_template
-    formats = sorted({found[2] for found in _DIRECTIVE.finditer(chat_template)})
-    dates = json.dumps({text: day.strftime(text) for text in formats}, ensure_ascii=False)
+    from jinja2 import Environment
+
+    tokens = Environment(autoescape=False).lex(chat_template)
+    formats = {literal_eval(value) for _, kind, value in tokens if kind == "string" and "%" in value}
+    dates = json.dumps({text: day.strftime(text) for text in sorted(formats)}, ensure_ascii=False)
     # transformers removes the newline after a block, so that the template begins on a line of its own as before.
     return (
-        f"{{%- macro strftime_now(format) -%}}{{{{- {dates}.get(format, '{day.isoformat()}') -}}}}{{%- endmacro %}}\n"
+        f"{{%- macro strftime_now(format) -%}}{{%- set dates = {dates} -%}}{{{{- dates[format] if format in dates else"
+        " raise_exception('a format of the date that is not one string: ' ~ format) -}}{%- endmacro %}\n"
         f"{chat_template}"
     )

@@ -41,8 +41,8 @@ class DataReport:
     """Bad rows by reason, with the numbers in it left out."""
     truncated: int = 0
     """Samples that were longer than max_seq_length and lost tokens."""
-    inexact: int = 0
-    """Answers that could not be tokenised so that they decode to their text after the prompt."""
+    altered: int = 0
+    """Rows whose text their tokens do not give back."""
     unused: Counter[str] = field(default_factory=Counter)
     """Fields that rows have and nothing used, with the number of rows; nested ones by a path, ``messages[].id``."""
     notes: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class DataReport:
         self.rows += other.rows
         self.bad_rows += other.bad_rows
         self.truncated += other.truncated
-        self.inexact += other.inexact
+        self.altered += other.altered
         self.reasons += other.reasons
         for name, rows in other.unused.items():
             self.add_unused(name, rows)
@@ -91,8 +91,9 @@ class DataReport:
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
             lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
-        if self.inexact:
-            lines.append(f"{self.inexact} answers have tokens that decode to another text than theirs.")
+        if self.altered:
+            rows = "1 row has" if self.altered == 1 else f"{self.altered:,} rows have"
+            lines.append(f"{rows} characters that the tokenizer cannot write, and leaves out or makes unknown.")
         return [*lines, *self.unused_lines(), *map(printable_line, self.notes)]
 
     def unused_lines(self) -> list[str]:

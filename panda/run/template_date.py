@@ -44,4 +44,6 @@ def _date_in(file: Path) -> str | None:
         values = yaml.safe_load(file.read_bytes())
     except (OSError, yaml.YAMLError):
         return None
+    if not isinstance(values, dict):
+        return None
     return next((str(value) for key, value in values.items() if key.rpartition(".")[2] == KEY), None)

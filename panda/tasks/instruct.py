@@ -14,6 +14,7 @@ from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
 from panda.data.conversations import conversation_of
 from panda.data.reading import Row
+from panda.data.templates import DATE_MACRO
 from panda.data.templates import ChatTemplate
 from panda.data.templates import Exchange
 from panda.data.templates import dated
@@ -74,7 +75,8 @@ class Instruct(TextTask):
         self.options = options
         self.is_plain = _is_plain(options, context)
         self.template = ChatTemplate(self.tokenizer)
-        _ = self.template.end_tokens  # so that a template that cannot be used is refused before the data is read
+        self._ends = self.template.end_tokens  # asked for here: it refuses a template before the data is read
+        self._carries_date = DATE_MACRO in str(context.tokenizer.chat_template)
 
     def describe(self) -> dict[str, Any]:
         fields = {key: getattr(self.options, key) for key in ("input_field", "target_field")}
@@ -83,8 +85,10 @@ class Instruct(TextTask):
     def text_format(self) -> str:
         if self.is_plain:
             return f"plain, separator {self.options.separator!r}"
-        dated = "strftime_now" in str(self.tokenizer.chat_template)
-        return "chat: the tokenizer's chat template" + f", with the date {_day(self.options)}" * dated
+        said = "chat: the tokenizer's chat template"
+        if self._carries_date:
+            return f"{said}, with the date that it carries"
+        return said + f", with the date {_day(self.options)}" * ("strftime_now" in str(self.tokenizer.chat_template))
 
     def parse(self, row: Row) -> tuple[str, list[Exchange], list[str]] | Tokenised:
         """The first thing that the user asks, the answers with what comes before each, and unused names."""
@@ -102,6 +106,7 @@ class Instruct(TextTask):
         for name in (name for each in parsed if not isinstance(each, Tokenised) for name in each[2]):
             block.report.add_unused(name)
         ids = iter(self.template.encode(texts))
+        written: list[tuple[str, list[int]]] = []
         for row in rows:
             if isinstance(row, Tokenised):
                 block.report.truncated += row.cut
@@ -114,14 +119,15 @@ class Instruct(TextTask):
                 if whole[: len(prompt)] == prompt:
                     answer = whole[len(prompt) :]
                 else:
-                    answer, exact = self.encoder.continuation(exchange.before, exchange.answer)
-                    block.report.inexact += not exact
+                    answer = self.encoder.continuation(exchange.before, exchange.answer)
                 if prompt[: len(done)] != done:  # the template, or the tokenizer, writes earlier turns otherwise
                     self._add(sample, block)
                     sample, done = [], []
                 sample.append((prompt[len(done) :], answer))
                 done = [*prompt, *answer]
             self._add(sample, block)
+            written.append((row[-1].before + row[-1].answer, done))
+        block.report.altered += self.encoder.altered(*zip(*written, strict=True)) if written else 0
 
     def _add(self, exchanges: list[tuple[list[int], list[int]]], block: SampleBlock) -> None:
         """Add a sample of prompts and answers in turn.
@@ -147,13 +153,13 @@ class Instruct(TextTask):
 
     @property
     def end_tokens(self) -> list[int]:
-        return self.template.end_tokens
+        return self._ends
 
     def encode_prompt(self, prompt: str) -> list[int]:
         try:
             text = self.template.prompt([Turn("user", prompt)])
         except UnusableRowError as problem:
-            raise UserError(f"{prompt!r}: {problem}") from None
+            raise UserError(f"prompt {prompt[:40]!r}: {problem}") from None
         return self.template.encode([text])[0] or [self.tokenizer.eos_token_id]
 
     def example_prompt(self, parsed: Any) -> str:

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.data.conversations import UnusableRowError
 from panda.data.encoding import Encoder
 from panda.registry import UserError
 from panda.registry.contexts import IGNORED_LABEL
@@ -63,7 +64,10 @@ class LanguageModelling(ABC):
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` as in training. Raises UserError where it cannot be written so."""
-        text = self.encoder.as_characters(prompt)
+        try:
+            text = self.encoder.as_characters(prompt)
+        except UnusableRowError as problem:
+            raise UserError(f"prompt {prompt[:40]!r}: {problem}") from None
         return [*self.encoder.begin, *self.encoder.encode([text])[0]] or [self.tokenizer.eos_token_id]
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:

@@ -57,6 +57,7 @@ class Pretrain(TextTask):
         # What is learned is text as it is, and no dialogue: the export must not write prompts as one.
         tokenizer = with_template(context.tokenizer, None)
         super().__init__(options.pretraining_data_dir, replace(context, tokenizer=tokenizer))
+        self.had_template = bool(context.tokenizer.chat_template)
         self.title_field, self.content_field = options.title_field, options.content_field
 
     def describe(self) -> dict[str, Any]:
@@ -79,15 +80,24 @@ class Pretrain(TextTask):
         if fields.get(self.title_field) is None:
             if not content:
                 raise UnusableRowError(f"field {content_field!r} is empty")
-            return content
+            return self._as_characters(content)
         title = text_of(fields, self.title_field)
         if not (title or content):
             raise UnusableRowError(f"fields {self.title_field!r} and {content_field!r} are empty")
-        return f"{title}\n{content}"
+        return self._as_characters(f"{title}\n{content}")
+
+    def _as_characters(self, document: str) -> str:
+        text: str = self.encoder.as_characters(document)
+        return text
+
+    def text_format(self) -> str:
+        return super().text_format() + "; the export has no chat template" * self.had_template
 
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
         texts = [document for document in parsed if not isinstance(document, Tokenised)]
-        ids = iter(self.encoder.encode(self.encoder.as_characters(texts)))
+        encoded = self.encoder.encode(texts)
+        block.report.altered += self.encoder.altered(texts, encoded)
+        ids = iter(encoded)
         for document in parsed:
             if isinstance(document, Tokenised):
                 self._add(document.token_ids, document.supervised, block)
@@ -107,6 +117,7 @@ class Pretrain(TextTask):
 
     def example_prompt(self, parsed: Any) -> str:
         if isinstance(parsed, Tokenised):
-            parsed = self.tokenizer.decode(parsed.token_ids[:EXAMPLE_CHARACTERS], skip_special_tokens=True)
-        text: str = parsed
+            text: str = self.tokenizer.decode(parsed.token_ids[:EXAMPLE_CHARACTERS], skip_special_tokens=True)
+        else:
+            text = self.encoder.readable(parsed)
         return text[:EXAMPLE_CHARACTERS]

@@ -111,8 +111,6 @@ def decoding_of(module: Any, tokenizer: Any, pretrained: Pretrained | None, taug
     """
     folders = [checkpoint.folder for checkpoint in (pretrained, pretrained and pretrained.base) if checkpoint]
     contents = generation_values(*folders)
-    if pretrained is None and hasattr(module, "generation_config"):
-        contents = [module.generation_config.to_diff_dict()]
     ends = answer_ends(taught, tokenizer, *contents)
     return decoding(contents[0] if contents else {}, ends, tokenizer, vocabulary_of(module, tokenizer))
 

@@ -204,7 +204,7 @@ def test_a_delta_is_refused_without_its_base_and_answers_with_it(tmp_path: Path,
     argv = ["generate", str(tmp_path / "my-delta"), "--base_path", str(tmp_path / "base"), "--prompt", "Mei"]
     assert main([*argv, "--max_new_tokens", "9"]) == 0
     assert capsys.readouterr().out == plain_answer(tmp_path / "target", "Mei", 9) + "\n"
-    assert "is not a delta" in refused(capsys, tmp_path / "target", "--base_path", tmp_path / "base")
+    assert "is neither a delta nor adapters" in refused(capsys, tmp_path / "target", "--base_path", tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,9 @@ def test_an_export_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: P
 
     for name in ("model", "export"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(name)
+        (tmp_path / name / "config.json").write_text('{"in": "' + name + '"}')
     broken = StoredTensor((1,), torch.float32, lambda: torch.tensor([float("nan")]))
     with pytest.raises(UserError, match="not finite"):
         export(tmp_path / "model", {"a": broken}, tmp_path / "export")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "export"}
-    assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["export"]
+    assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ['{"in": "export"}']

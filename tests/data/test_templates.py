@@ -72,11 +72,24 @@ def test_a_template_is_dated_for_good(monkeypatch: Any, written_at_the_front: st
     assert dated({"default": source, "other": "x"}, DAY) == {"default": fixed, "other": "x"}
 
 
-def test_a_format_that_is_not_in_the_template_gets_the_day_too() -> None:
-    source = "{{ strftime_now('%d' ~ ' %B') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+ANSWERS = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_the_format_of_a_date_is_found_beside_other_strings() -> None:
+    """As in Granite's template, where a block begins with a dash."""
+    source = (
+        "{%- if messages[0]['role'] == 'system' %}{%- set s = 'a % b' %}\n{%- else %}\n"
+        "{%- set s = \"Today's Date: \" + strftime_now('%B %d, %Y') + '.' %}{%- endif %}{{ s }}" + ANSWERS
+    )
     tokenizer = with_template(load("qwen"), dated(source, DAY))
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    assert text == "2024-02-03a<|im_end|>"
+    assert text == "Today's Date: February 03, 2024.a<|im_end|>"
+
+
+def test_a_format_that_is_put_together_is_refused() -> None:
+    tokenizer = with_template(load("qwen"), dated("{{ strftime_now('%d' ~ ' %B') }}" + ANSWERS, DAY))
+    with pytest.raises(UserError, match="a format of the date that is not one string: %d %B"):
+        _ = ChatTemplate(tokenizer).end_tokens
 
 
 @pytest.mark.parametrize("template", [None, "no date {{ messages }}"])
@@ -93,7 +106,8 @@ def test_an_answer_ends_at_the_first_token_that_the_template_writes_after_it() -
 
 
 def test_an_answer_that_calls_a_tool_may_have_an_end_of_its_own() -> None:
-    source = TEMPLATES["chatml"].replace("'<|im_end|>'", "('<|eot_id|>' if message.tool_calls else '<|im_end|>')")
+    end = "((message.tool_calls | string) + '<|eot_id|>' if message.tool_calls else '<|im_end|>')"
+    source = TEMPLATES["chatml"].replace("'<|im_end|>'", end)
     template = ChatTemplate(with_template(load("qwen"), source))
     assert template.end_tokens == [template.encoder.special[end] for end in ("<|im_end|>", "<|eot_id|>")]
 
@@ -121,7 +135,7 @@ def test_unsupervised_answers_are_only_in_what_comes_before() -> None:
 
 
 def test_the_fields_and_tools_that_a_template_does_not_use_are_named() -> None:
-    calls = Turn("assistant", "", extras={"tool_calls": [CALL]})
+    calls = Turn("assistant", "I look.", extras={"tool_calls": [CALL]})
     answer = Turn("assistant", "Here.", extras={"reasoning_content": "Reeds.", "name": "heron"})
     conversation = Conversation([*ASKED, calls, Turn("tool", "a heron"), answer], [TOOL])
     expected = {
@@ -142,6 +156,45 @@ def test_content_that_a_template_leaves_out_is_named_by_its_role() -> None:
     assert template.exchanges(Conversation(turns))[1] == ["messages[].content of system"]
     thought = Turn("assistant", "<think>\nReeds.\n</think>\n\nHere.")  # of which later prompts lack the first part
     assert ChatTemplate(load("qwen", "qwen3")).exchanges(Conversation([*turns[:2], thought, *turns[3:]]))[1] == []
+
+
+def test_what_a_template_writes_after_the_end_of_an_answer_is_not_lost_in_silence() -> None:
+    parts = "('thought' + '<|im_end|>' + m.content if m.role == 'assistant' else m.content) + '<|im_end|>'"
+    source = "{% for m in messages %}{{ " + parts + " }}{% endfor %}"
+    template = ChatTemplate(with_template(load("qwen"), source))
+    with pytest.raises(UnusableRowError, match=r"writes more of turn 2 after its end: 'Here\.'"):
+        written(template, *ASKED, Turn("assistant", "Here."))
+
+
+def test_a_call_that_a_template_does_not_write_is_no_answer() -> None:
+    turns = [*ASKED, Turn("assistant", "", extras={"tool_calls": [CALL]})]
+    with pytest.raises(UnusableRowError, match="writes nothing of turn 2, which calls a tool"):
+        written(ChatTemplate(load("qwen", "chatml")), *turns)
+    assert written(ChatTemplate(load("qwen", "hermes")), *turns)
+
+
+def test_an_answer_to_nothing_carries_no_loss() -> None:
+    template = ChatTemplate(load("qwen", "chatml"))
+    greeting = Turn("assistant", "Hello!")
+    exchanges, unused = template.exchanges(Conversation([greeting, *ASKED, Turn("assistant", "Here.")]))
+    assert [each.answer for each in exchanges] == ["Here.<|im_end|>"] and "Hello!<|im_end|>" in exchanges[0].before
+    assert unused == ["messages[0], an answer to nothing, for loss"]
+    with pytest.raises(UnusableRowError, match="nothing is before its only answer"):
+        template.exchanges(Conversation([greeting]))
+
+
+def test_an_end_may_be_an_added_token_that_is_not_special() -> None:
+    tokenizer = load("qwen")
+    tokenizer.add_tokens(["<fin>"])
+    template = ChatTemplate(with_template(tokenizer, ANSWERS.replace("<|im_end|>", "<fin>")))
+    assert template.end_tokens == [tokenizer.convert_tokens_to_ids("<fin>")]
+
+
+def test_no_mark_is_in_a_message() -> None:
+    tokenizer = load("qwen")
+    source = "{% for m in messages %}{{ m.content }}{% if 'x' not in m.content %}<|im_end|>{% endif %}{% endfor %}"
+    with pytest.raises(UnusableRowError, match=r"ends turn 2 with 'x <\|im_start\|>'"):
+        written(ChatTemplate(with_template(tokenizer, source)), *ASKED, Turn("assistant", "x <|im_start|>"))
 
 
 def test_a_template_that_wants_a_system_turn_is_used_where_there_is_one() -> None:
