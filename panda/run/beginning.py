@@ -12,6 +12,7 @@ from panda.engine.checkpoints.folders import set_aside_later
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
 from panda.files.disk_full import writing
+from panda.files.terminal import printable
 from panda.run.continuation import Continuation
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
@@ -81,7 +82,7 @@ def begin(
                 generation=run.decoding,
             )
             if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
-                print(note, file=sys.stderr, flush=True)
+                print(printable(note), file=sys.stderr, flush=True)
 
     processes.together(describe)
     return run

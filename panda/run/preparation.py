@@ -26,6 +26,7 @@ from panda.run.model import refuse_splitting
 from panda.run.model import refuse_too_large
 from panda.run.template_date import with_template_date
 from panda.tasks.language_modelling import LanguageModelling
+from panda.weights.generation_config import generation_values
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import Weights
@@ -141,5 +142,7 @@ def prepare(configuration: Configuration, world_size: int) -> Preparation:
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
+    if prepared.pretrained:
+        generation_values(prepared.pretrained.folder)  # a file that cannot be read is found before the data is
     _ = prepared.task, prepared.outline, prepared.weights, prepared.dataset, prepared.held_out  # in this order
     return prepared

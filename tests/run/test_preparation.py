@@ -110,3 +110,13 @@ def test_check_refuses_to_continue_another_run_as_training_does(
     assert check(f"{flags} --resume auto".split()) == 0
     assert check(f"{flags} --resume auto --seed 7".split()) == 2
     assert "seed was 42 and is 7" in capsys.readouterr().err
+
+
+def test_a_generation_config_that_cannot_be_read_is_found_before_the_data(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_hf(llama(), folder / "base")
+    (folder / "base" / "generation_config.json").write_text("{")
+    flags = f"--model llama --ckpt_path base --instruction_tuning_data_dir rows.json {SMALL}"
+    assert check(flags.split()) == 2
+    assert "generation_config.json: not valid JSON" in capsys.readouterr().err
