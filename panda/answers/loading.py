@@ -176,8 +176,13 @@ def _pretrained_module_on(pretrained: Pretrained, device: torch.device) -> torch
 
 def _adapted_module(base: Pretrained, folder: Path, device: torch.device) -> torch.nn.Module:
     from panda.models.adapters.lora import load_adapters
+    from panda.models.adapters.lora import stored_adapters
 
-    adapted: Any = load_adapters(pretrained_module(base), folder)
+    module_of_base = pretrained_module(base)
+    if "quantization_config" not in base.config:
+        # The type that training computed in, as its export has it: the base may be stored in a shorter one.
+        module_of_base.to(next(iter(stored_adapters(folder).values())).dtype)
+    adapted: Any = load_adapters(module_of_base, folder)
     module: torch.nn.Module = adapted.get_base_model()
     return module.to(device).eval()
 

@@ -169,6 +169,8 @@ def opening(arguments: argparse.Namespace) -> list[Message]:
 
 def problem_of(text: str) -> str | None:
     """Why ``text`` of the command line or of stdin cannot be given to a model; None where it can."""
+    if not text:
+        return "it is empty. Write one."
     try:
         text.encode()
     except UnicodeEncodeError as problem:

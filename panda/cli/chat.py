@@ -60,8 +60,11 @@ def _chat(argv: list[str]) -> None:
         except UserError as problem:  # the template refuses it
             note(f"not sent: {problem}")
             continue
-        answer = assistant.answer(ids, sampling, write, note)
+        notes: list[str] = []  # printed when the line of the answer has ended
+        answer = assistant.answer(ids, sampling, write, notes.append)
         write("\n")
+        for each in notes:
+            note(each)
         messages.append({"role": "assistant", "content": answer})
 
 

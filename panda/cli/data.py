@@ -103,7 +103,7 @@ def _print_report(console: Console, prepared: Preparation) -> None:
     console.print(f"tokenizer: {prepared.options.tokenizer}, with {len(prepared.tokenizer):,} entries")
     console.print(report.cut(len(dataset), prepared.options.max_seq_length))
     if report.bad_rows:
-        console.print(f"{report.bad_rows:,} rows cannot be used and are left out:")
+        console.print(f"{report.bad_rows:,} of {report.rows:,} rows cannot be used:")
         for reason, count in report.reasons.most_common():
             console.print(f"  {count:>9,}  {printable_line(reason)}")
         console.print("the first of them:")

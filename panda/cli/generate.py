@@ -47,5 +47,8 @@ def _generate(argv: list[str]) -> None:
             write("\n")
         if len(encoded) > 1:
             note(f"> {prompt}")
-        assistant.answer(ids, sampling, write, note)
+        notes: list[str] = []  # printed when the line of the answer has ended
+        assistant.answer(ids, sampling, write, notes.append)
         write("\n")
+        for line in notes:
+            note(line)

@@ -90,7 +90,7 @@ class DataReport:
         """The report, line by line, for a terminal; empty where nothing was left out or not used."""
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
-            lines.append(f"{self.bad_rows} of {self.rows} rows cannot be used and are left out.")
+            lines.append(f"{self.bad_rows:,} of {self.rows:,} rows cannot be used and are left out.")
         if self.altered:
             rows = "1 row has" if self.altered == 1 else f"{self.altered:,} rows have"
             lines.append(f"{rows} characters that the tokenizer cannot write, and leaves out or makes unknown.")

@@ -33,6 +33,8 @@ ANSWER_TOKENS = 64
 
 def finish(run: Run) -> None:
     """Export the model, and let it answer the prompts. Every rank has to call it."""
+    if run.processes.rank == 0:
+        print("exporting the model, then answering ...", flush=True)
     run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
     tokenizer = run.task.tokenizer
     of_task = run.resolved.components["task"].attributed

@@ -23,6 +23,7 @@ from panda.registry import UserError
 from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
 from panda.run.directory import find_directory
+from panda.run.directory import run_name
 from panda.run.preparation import Preparation
 from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import tokenizer_folder
@@ -64,7 +65,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared)],
         "saves": [_saves(prepared.options)],
-        "output": [_output(prepared.options, layout, directory, checkpoint)],
+        "output": [_output(prepared, layout, directory, checkpoint)],
     }
     lines = [
         f"{'' if number else label:{_WIDTH}}{line}" for label, part in parts.items() for number, line in enumerate(part)
@@ -248,14 +249,16 @@ def _saves(options: RunOptions) -> str:
     return f"every {options.save_steps:,} steps and at the end{kept}"
 
 
-def _output(options: RunOptions, layout: Layout, directory: Path, checkpoint: Path | None) -> str:
+def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: Path | None) -> str:
     if checkpoint:
         done, total = layout.plan.start_step, layout.plan.total_steps
         left = "" if done < total else "; nothing is left to train"
         return f"{directory}, resumed from {checkpoint}, step {done:,} of {total:,}{left}"
-    if options.resume == "auto":
+    if prepared.options.resume == "auto":
         return f"{directory}, where there is no checkpoint yet: the run starts from the beginning"
-    return str(directory)
+    default = Path("runs") / run_name(prepared.resolved)
+    taken = f" (there is a {default} already)" if directory != default and default.exists() else ""
+    return f"{directory}{taken}"
 
 
 # -- what may not be meant ----------------------------------------------------------------------
@@ -285,7 +288,8 @@ def _tokenizer_note(prepared: Preparation) -> Iterator[str]:
     other = sum(theirs.get(entry) != number for entry, number in entries.items())
     if other:
         share = f"{other:,} of the {len(entries):,} entries of this tokenizer"
-        yield f"{share} have another id in the checkpoint's own, or none"
+        meaning = "; the checkpoint's embeddings mean nothing to it" if other == len(entries) else ""
+        yield f"{share} have another id in the checkpoint's own, or none{meaning}"
 
 
 def _rate_note(prepared: Preparation) -> Iterator[str]:

@@ -74,6 +74,7 @@ class Instruct(TextTask):
         super().__init__(options.instruction_tuning_data_dir, replace(context, tokenizer=_templated(options, context)))
         self.options = options
         self.is_plain = _is_plain(options, context)
+        self._has_template = bool(context.tokenizer.chat_template)
         self.template = ChatTemplate(self.tokenizer)
         self._ends = self.template.end_tokens  # asked for here: it refuses a template before the data is read
         self._carries_date = DATE_MACRO in str(context.tokenizer.chat_template)
@@ -84,7 +85,8 @@ class Instruct(TextTask):
 
     def text_format(self) -> str:
         if self.is_plain:
-            return f"plain, separator {self.options.separator!r}"
+            unused = ", and not the tokenizer's chat template" * self._has_template
+            return f"plain, separator {self.options.separator!r}{unused}"
         said = "chat: the tokenizer's chat template"
         if self._carries_date:
             return f"{said}, with the date that it carries"

@@ -43,7 +43,7 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
     assert lines[1] == f"{7 + 11 + 11 + 24} tokens, 16 with loss (30.2%)"
     assert lines[2] == "tokenizer: panda:data/sample/tokenizer, with 259 entries"
     assert lines[3] == "1 of 4 samples (25.0%) is cut to 24 tokens (max_seq_length)"
-    assert lines[4] == "3 rows cannot be used and are left out:"
+    assert lines[4] == "3 of 7 rows cannot be used:"
     assert lines[5] == "          2  field 'target' is empty"
     assert "          1  no field 'target'" in lines[6]
     assert "  rows.json, row 5: no field 'target'" in lines[8]
