@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -45,6 +44,7 @@ from panda.weights.conversion import as_in_module
 from panda.weights.conversion import as_published
 from panda.weights.files import safetensors_weights
 from panda.weights.files import write_weights
+from panda.weights.json_object import read_json_object
 from panda.weights.matching import matched
 from panda.weights.stored_tensor import Weights
 
@@ -248,7 +248,7 @@ def of_transformers(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
 
 def built(folder: Path) -> tuple[Any, Weights]:
     """panda's module of the checkpoint in ``folder``, without weights, and the weights that it needs."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json_object(folder / "config.json")
     context = ModelContext(ENTRIES, 64, pad_token_id=0, bos_token_id=1, eos_token_id=2, config=config)
     with without_weights():
         module = build_hf(HfOptions(), context)

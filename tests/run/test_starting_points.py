@@ -26,6 +26,7 @@ from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.registry import UserError
 from panda.run.preparation import Preparation
+from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 from panda.weights.files import write_weights
 
@@ -80,7 +81,7 @@ def test_a_model_with_learned_positions_trains_and_answers_within_them(tmp_path:
     save_hf(AutoModelForCausalLM.from_config(config), tmp_path / "gpt2", shards=False)
     train(tmp_path, "run", "--ckpt_path", "gpt2", "--prompts", "ab", "x" * 40)
     answers = json.loads((tmp_path / "run" / "answers.json").read_text())
-    assert [answer["prompt"] for answer in answers] == ["ab"]
+    assert [answer["prompt"] for answer in answers] == ["ab", "x" * 40]
 
 
 def test_a_run_can_start_from_a_run_and_go_on_from_its_adapters(tmp_path: Path) -> None:
@@ -180,6 +181,7 @@ def test_an_export_of_a_packages_model_is_a_start(tmp_path: Path, distributions:
     chosen = first.resolved.components["model"]
     base = tmp_path / "model"
     parts = {"model": chosen, "context": first.context, "pretrained": None}
+    parts["generation"] = decoding_of(model, first.tokenizer, None, [2])
     describe_model(base, model, torch.float32, first.tokenizer, **parts)  # type: ignore[arg-type]
     write_weights(weights, base)
 

@@ -69,7 +69,7 @@ KEYS: dict[str, Rule] = {
     **each("eos_token pad_token", TOKENS),
     "pad_to_multiple_of": PADDING,
     "loss_type": Sets({"nll": {}, "chunked_nll": {}}, OTHER_LOSS.reason),
-    "router_aux_loss_coef": OTHER_LOSS,
+    "router_aux_loss_coef": To("router_aux_loss_coef"),
     "dataset_kwargs.skip_prepare_dataset": Absent("panda tokenises the data itself"),
     **each("dataset_kwargs dataset_kwargs.*", Ignored("panda's templates write what training and inference share")),
     **each("model_init_kwargs model_init_kwargs.*", Absent("panda takes a model as its config.json says")),

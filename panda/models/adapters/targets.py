@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.linear_layers import adaptable_names
 from panda.models.adapters.linear_layers import listed_names
 from panda.registry import UserError
@@ -27,6 +28,7 @@ def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] 
         return ALL_LINEAR
     if ALL_LINEAR in items:
         raise UserError(f"lora_target_modules: {ALL_LINEAR} means all layers but the head: leave the others out.")
+    known = ", ".join([listed_names(model), *ends_of_experts(model)])
     names, adaptable = [name for name, _ in model.named_modules()], adaptable_names(model)
     found: list[str] = []
     for item in items:
@@ -36,7 +38,7 @@ def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] 
             found += matching
         else:
             raise UserError(
-                f"lora_target_modules: {type(model).__name__} has no {item!r}; it has {listed_names(model)}. A pattern"
+                f"lora_target_modules: {type(model).__name__} has no {item!r}; it has {known}. A pattern"
                 f" is for whole names such as {adaptable[0] if adaptable else 'layers.0.q_proj'}, or for their ends."
             )
     return list(dict.fromkeys(found))
