@@ -98,8 +98,9 @@ class RunOptions:
     eval_fraction; eval_data_dir is used whole."""
 
     # -- evaluation
-    eval_data_dir: Annotated[str, Location(holds_data=True)] | None = None
-    """Folder or file of held-out data, read as the task reads its own; its loss goes to `metrics.jsonl`."""
+    eval_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
+    """Held-out data, a folder, a file, a pattern or a list, read as the task reads its own; its loss goes to
+    `metrics.jsonl`."""
     eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the samples to hold out and evaluate on, instead of eval_data_dir; the seed decides which ones."""
     eval_steps: Annotated[int, Meta(ge=0)] = 0

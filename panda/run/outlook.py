@@ -183,7 +183,7 @@ def _evaluation(prepared: Preparation) -> Iterator[str]:
         return
     yield f"every {options.eval_steps:,} steps and at the end" if options.eval_steps else "only at the end"
     if options.eval_data_dir is not None:
-        yield from _data(prepared, prepared.held_out, options.eval_data_dir)
+        yield from _data(prepared, prepared.held_out, ", ".join(options.eval_data_dir))
         return
     count = _count(len(prepared.held_out), "held-out sample")
     yield f"{count} of the data above (eval_fraction), {prepared.held_out.tokens:,} tokens"

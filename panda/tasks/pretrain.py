@@ -17,9 +17,11 @@ from panda.data.templates import with_template
 from panda.data.tokenised import Tokenised
 from panda.data.tokenised import tokenised_of
 from panda.registry import Location
+from panda.registry import Meta
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
 from panda.tasks.text_task import TextTask
+from panda.tasks.text_task import check_weights
 
 if TYPE_CHECKING:
     from panda.data.token_dataset import SampleBlock
@@ -43,8 +45,15 @@ class PretrainFormat:
 class PretrainOptions(PretrainFormat):
     """Options of the pretrain task."""
 
-    pretraining_data_dir: Annotated[str, Location(holds_data=True)] = "./dataset/pretraining"
-    """Folder, read recursively, or file of rows with "content" or "text", and perhaps "title"."""
+    pretraining_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = ("./dataset/pretraining",)
+    """Folder, read recursively, file, or pattern of files, or a list of these; rows have "content" or "text", and
+    perhaps "title"."""
+    data_weights: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    """Passes over the data of each path in an epoch, `1, 0.5`; by default one over all. 2 shows each sample twice, 0.1
+    another tenth of them each epoch."""
+
+    def __post_init__(self) -> None:
+        check_weights("data_weights", self.data_weights, self.pretraining_data_dir)
 
 
 @register_task("pretrain", options=PretrainOptions)
@@ -56,7 +65,7 @@ class Pretrain(TextTask):
     def __init__(self, options: PretrainOptions, context: TaskContext) -> None:
         # What is learned is text as it is, and no dialogue: the export must not write prompts as one.
         tokenizer = with_template(context.tokenizer, None)
-        super().__init__(options.pretraining_data_dir, replace(context, tokenizer=tokenizer))
+        super().__init__(options.pretraining_data_dir, replace(context, tokenizer=tokenizer), options.data_weights)
         self.title_field, self.content_field = options.title_field, options.content_field
 
     def describe(self) -> dict[str, Any]:
