@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import Annotated
 from typing import Any
 
 from panda.data.conversations import UnusableRowError
+from panda.data.conversations import conversation_of
 from panda.data.conversations import missing
 from panda.data.conversations import refuse_weight
 from panda.data.conversations import text_of
@@ -77,22 +79,7 @@ class Pretrain(TextTask):
             tokenised = tokenised_of(fields, self.vocabulary, all_carry_loss=True)
             if tokenised is not None:
                 return tokenised
-        refuse_weight(fields)
-        names = (self.content_field,) if self.content_field else CONTENT_FIELDS
-        present = [name for name in names if name in fields]
-        content_field = next((name for name in present if fields.get(name) is not None), next(iter(present), None))
-        if content_field is None:
-            instead = "" if self.content_field else " (content_field names another)"
-            raise missing(fields, list(names), instead)
-        content = text_of(fields, content_field)
-        if fields.get(self.title_field) is None:
-            if not content:
-                raise UnusableRowError(f"field {content_field!r} is empty")
-            return content
-        title = text_of(fields, self.title_field)
-        if not (title or content):
-            raise UnusableRowError(f"fields {self.title_field!r} and {content_field!r} are empty")
-        return f"{title}\n{content}"
+        return document_of(fields, self.title_field, self.content_field)
 
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
         texts = [document for document in parsed if not isinstance(document, Tokenised)]
@@ -119,3 +106,40 @@ class Pretrain(TextTask):
             parsed = self.tokenizer.decode(parsed.token_ids[:EXAMPLE_CHARACTERS], skip_special_tokens=True)
         text: str = parsed
         return text[:EXAMPLE_CHARACTERS]
+
+
+def document_of(fields: Mapping[str, Any], title_field: str, content_field: str | None) -> str:
+    """The document of a row. Raises UnusableRowError where it has none."""
+    refuse_weight(fields)
+    names = (content_field,) if content_field else CONTENT_FIELDS
+    present = [name for name in names if name in fields]
+    found = next((name for name in present if fields.get(name) is not None), next(iter(present), None))
+    if found is None:
+        instead = "" if content_field else " (content_field names another)"
+        raise missing(fields, list(names), instead)
+    content = text_of(fields, found)
+    if fields.get(title_field) is None:
+        if not content:
+            raise UnusableRowError(f"field {found!r} is empty")
+        return content
+    title = text_of(fields, title_field)
+    if not (title or content):
+        raise UnusableRowError(f"fields {title_field!r} and {found!r} are empty")
+    return f"{title}\n{content}"
+
+
+def text_of_row(fields: Mapping[str, Any], options: PretrainFormat) -> str:
+    """The text of a row, to train a tokenizer on: its document, or else the turns of its conversation.
+
+    Raises UnusableRowError where it has neither.
+    """
+    try:
+        return document_of(fields, options.title_field, options.content_field)
+    except UnusableRowError as problem:
+        if options.content_field is not None or any(fields.get(name) is not None for name in CONTENT_FIELDS):
+            raise
+        try:
+            turns = conversation_of(fields, None, None).turns
+        except UnusableRowError:
+            raise problem from None
+    return "\n".join(turn.text for turn in turns if turn.text)
