@@ -57,6 +57,10 @@ def _tokenizer(argv: list[str]) -> None:
         raise UserError(f"no data is given.\n{USAGE}")
     given = ["--task", "pretrain", "--arch", "llama-tiny", "--pretraining_data_dir", *data]
     configuration, vocab_size, folder = _parsed(given, argv[len(data) :])
+
+    from panda.run.pipes import with_pipes_kept
+
+    configuration = with_pipes_kept(configuration)
     _train(configuration, vocab_size, folder)
 
 
