@@ -13,7 +13,6 @@ from pathlib import Path
 from panda.configuration.configure import Configuration
 from panda.data.reading import WINDOW
 from panda.data.reading import each_of
-from panda.data.token_cache import cache_folder
 from panda.files.disk_full import disk_full
 from panda.registry import UserError
 from panda.registry.location import resolve_path
@@ -39,6 +38,8 @@ def with_pipes_kept(configuration: Configuration) -> Configuration:
         texts = each_of(setting.value)
         for text in texts:
             if text not in kept and _is_pipe(text, key):
+                from panda.data.token_cache import cache_folder  # here, since it imports numpy
+
                 kept[text] = str(_keep(text, cache_folder(resolved.core.token_cache) / FOLDER, key))
         if kept.keys() & set(texts):
             files = tuple(kept.get(text, text) for text in texts)
