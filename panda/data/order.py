@@ -101,7 +101,10 @@ def key_of(seed: int, epoch: int, source: int = 0) -> int:
 
 def _mix(value: int) -> int:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014): 64 bits, each depending on all."""
-    return int(_mix_all(np.array([value & _64_BITS], dtype=np.uint64))[0])
+    value = value + 0x9E3779B97F4A7C15 & _64_BITS
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _64_BITS
+    return value ^ value >> 31
 
 
 def _mix_all(values: np.ndarray) -> np.ndarray:
