@@ -187,6 +187,16 @@ def test_evaluations_come_before_the_checkpoint_of_their_step(processes: Any, re
     ]
 
 
+def test_a_part_of_the_data_is_evaluated_on_and_a_run_with_another_part_is_not_continued(
+    processes: Any, recorded: Any
+) -> None:
+    flags = ("--output_dir", "out", "--eval_fraction", "0.25")
+    assert ("evaluated", 1) in recorded("--max_steps", "1", *flags)
+    assert ("evaluated", 2) in recorded("--max_steps", "2", *flags, "--resume", "auto")
+    with pytest.raises(UserError, match="data"):
+        recorded("--max_steps", "3", "--output_dir", "out", "--eval_fraction", "0.5", "--resume", "auto")
+
+
 def test_a_finished_run_can_be_evaluated(processes: Any, recorded: Any) -> None:
     recorded("--max_steps", "1", "--output_dir", "out")
     calls = recorded("--max_steps", "1", "--output_dir", "out", "--resume", "auto", "--eval_data_dir", "rows.jsonl")

@@ -18,4 +18,8 @@ def configured(argv: list[str], usage: str) -> Configuration | None:
         return None
     if not argv:  # an error: `panda check $CONFIG` with an empty variable would check nothing
         raise UserError(f"no configuration is given.\n{usage}")
-    return configure(arguments)
+    configuration = configure(arguments)
+
+    from panda.run.pipes import with_pipes_kept
+
+    return with_pipes_kept(configuration)

@@ -15,6 +15,7 @@ COMMANDS = {
     "check": "resolve a configuration, check its data and model, train nothing",
     "data": "show a configuration's data: counts, lengths, what carries loss",
     "prepare": "tokenise a configuration's data ahead of time",
+    "tokenizer": "train a tokenizer on data, for pretraining",
     "plot": "draw the learning-rate schedule of a configuration",
     "train": "train; the same as panda-train",
     "export": "write a run's checkpoint as a folder that plain transformers loads",

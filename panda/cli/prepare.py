@@ -38,9 +38,10 @@ def _prepare(argv: list[str]) -> None:
             continue
         for line in dataset.report.lines():
             print(f"{name}{line}")
+        read = f"{dataset.report.files:,} files, {dataset.report.rows:,} rows: " if dataset.report.files else ""
         print(
-            f"{name}{dataset.report.files:,} files, {dataset.report.rows:,} rows: {len(dataset):,} samples,"
-            f" {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss"
+            f"{name}{read}{len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss"
         )
-        print(f"{name}{dataset.report.cut(len(dataset), configuration.options.max_seq_length)}")
+        if read:
+            print(f"{name}{dataset.report.cut(len(dataset), configuration.options.max_seq_length)}")
     print(f"in {cache_folder(configuration.options.token_cache)}")

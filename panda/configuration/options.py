@@ -95,9 +95,16 @@ class RunOptions:
     prefetch_factor: Annotated[int, Meta(ge=1)] = 2
     """Optimizer steps for which each worker prepares batches ahead of time."""
 
+    max_samples: Annotated[int, Meta(ge=1)] | None = None
+    """Most samples of each data set to train on, its first ones, for a trial. Part of them is held out by
+    eval_fraction; eval_data_dir is used whole."""
+
     # -- evaluation
-    eval_data_dir: Annotated[str, Location(holds_data=True)] | None = None
-    """Folder or file of held-out data, read as the task reads its own; its loss goes to `metrics.jsonl`."""
+    eval_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
+    """Held-out data, a folder, a file, a pattern or a list, read as the task reads its own; its loss goes to
+    `metrics.jsonl`."""
+    eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of the samples to hold out and evaluate on, instead of eval_data_dir; the seed decides which ones."""
     eval_steps: Annotated[int, Meta(ge=0)] = 0
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
 

@@ -63,10 +63,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "`max_steps: -1` for no limit, or a number of steps",
     ),
     Refusal(
-        "eval_steps without eval_data_dir",
-        lambda run: run.eval_steps > 0 and run.eval_data_dir is None,
+        "eval_steps without eval_data_dir or eval_fraction",
+        lambda run: run.eval_steps > 0 and run.eval_data_dir is None and not run.eval_fraction,
         "there is nothing to evaluate on",
-        "name held-out data with `eval_data_dir`, or leave `eval_steps` out",
+        "name held-out data with `eval_data_dir`, hold a part out with `eval_fraction`, or leave `eval_steps` out",
+    ),
+    Refusal(
+        "eval_fraction with eval_data_dir",
+        lambda run: run.eval_data_dir is not None and run.eval_fraction > 0,
+        "both say what is evaluated on",
+        "one of them",
     ),
     Refusal(
         "base_path, allow_pickle or extend_vocab without ckpt_path",

@@ -47,7 +47,7 @@ class SampleOrder:
             epoch, first = divmod(start, self.epoch_samples)
             count = min(positions.stop - start, self.epoch_samples - first)
             slots = np.arange(first, first + count, dtype=np.int64)
-            parts.append(self._in_epoch(epoch, permute(slots, self.epoch_samples, _key(self.seed, epoch))))
+            parts.append(self._in_epoch(epoch, permute(slots, self.epoch_samples, key_of(self.seed, epoch))))
             start += count
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
@@ -63,7 +63,7 @@ class SampleOrder:
             else:  # the seed decides which part of the source comes first, too
                 passes, drawn = np.divmod(drawn + epoch * source.per_epoch, source.samples)
                 for each in np.unique(passes):
-                    key = _key(self.seed, int(each), number + 1)
+                    key = key_of(self.seed, int(each), number + 1)
                     drawn[passes == each] = permute(drawn[passes == each], source.samples, key)
             found[mine] = drawn + first_sample
             first_slot += source.per_epoch
@@ -93,14 +93,18 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     return images.astype(np.int64)
 
 
-def _key(seed: int, epoch: int, source: int = 0) -> int:
+def key_of(seed: int, epoch: int, source: int = 0) -> int:
+    """The key of a permutation: another one for each seed, epoch and source."""
     key = _mix(_mix(seed) ^ epoch)
     return _mix(key ^ source << 32) if source else key
 
 
 def _mix(value: int) -> int:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014): 64 bits, each depending on all."""
-    return int(_mix_all(np.array([value & _64_BITS], dtype=np.uint64))[0])
+    value = value + 0x9E3779B97F4A7C15 & _64_BITS
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _64_BITS
+    return value ^ value >> 31
 
 
 def _mix_all(values: np.ndarray) -> np.ndarray:

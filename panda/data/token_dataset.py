@@ -47,6 +47,8 @@ class DataReport:
     """Fields that rows have and nothing used, with the number of rows; nested ones by a path, ``messages[].id``."""
     notes: list[str] = field(default_factory=list)
     """What is said of the data besides its rows, a line each: files and samples that are held out."""
+    samples: int | None = None
+    """The samples that ``truncated`` counts among, where a run uses only some of them."""
 
     def add_bad(self, bad: BadRow) -> None:
         self.bad_rows += 1
@@ -81,6 +83,7 @@ class DataReport:
         """One line: how many of the ``samples`` were cut to ``limit`` tokens, max_seq_length."""
         if not self.truncated:
             return f"no sample is cut to {limit:,} tokens"
+        samples = self.samples or samples
         share = self.truncated / samples
         written = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
         verb = "is" if self.truncated == 1 else "are"

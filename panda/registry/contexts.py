@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
@@ -44,8 +45,8 @@ class TaskContext:
     """The reader's options: they are part of the token cache's address."""
     token_cache: TokenCache | None = None
     """Keeps tokenised data: ``token_cache.samples(recipe)``; without one it is tokenised in memory."""
-    held_out: str | None = None
-    """Where the data to evaluate on is, which a task does not train on."""
+    held_out: Sequence[str] | None = None
+    """Paths and patterns of the data to evaluate on, which a task does not train on."""
     reader_context: ReaderContext = ReaderContext()
     """What the reader was given beside its options: part of that address, too."""
 

@@ -20,6 +20,7 @@ import inspect
 import itertools
 import math
 import operator
+import os
 import re
 import textwrap
 import types
@@ -35,6 +36,7 @@ from typing import Literal
 
 from panda.registry.errors import UserError
 from panda.registry.location import Location as Location
+from panda.registry.location import resolve_path
 
 REQUIRED: Any = MISSING
 """Default of an option without one: the user has to give a value."""
@@ -309,8 +311,11 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 def _convert_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str) and members[-1] is Ellipsis and _parts(members[0])[0] is str:
+    several = members[-1] is Ellipsis
+    if isinstance(value, str) and several and _parts(members[0])[0] is str and not _has_paths(members[0], value):
         value = [value]  # one text: a prompt may hold commas
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and several:
+        value = [value]
     if isinstance(value, str):
         inner = value.strip()
         if inner[:1] + inner[-1:] in ("()", "[]"):
@@ -323,6 +328,12 @@ def _convert_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if len(value) != len(members):
         raise ValueError(f"{len(value)} were given.")
     return tuple(_convert(member, item) for member, item in zip(members, value, strict=True))
+
+
+def _has_paths(member: Any, value: str) -> bool:
+    """Whether ``value``, a list of ``member`` in one text, has paths between commas, and is not a path with commas."""
+    location = _parts(member)[3]
+    return location is not None and location.holds_data and not os.path.exists(resolve_path(value))
 
 
 def _yaml_words(value: Any) -> str:

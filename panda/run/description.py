@@ -110,7 +110,9 @@ def _from_anywhere(setting: Setting) -> Any:
     if setting.location is None or setting.value is None:
         return list(setting.value) if isinstance(setting.value, tuple) else setting.value
     if isinstance(setting.value, tuple):
-        return [_from_anywhere(replace(setting, value=text)) for text in setting.value]
+        texts = [_from_anywhere(replace(setting, value=text)) for text in setting.value]
+        alone = setting.location.holds_data and len(texts) == 1 and "," not in texts[0]
+        return texts[0] if alone else texts
     if not setting.value or setting.value.startswith("panda:") or "://" in setting.value:
         return setting.value
     if not setting.location.on_hub:

@@ -32,11 +32,10 @@ def look_for_inputs(configuration: Configuration) -> None:
     if all(setting.owner == CORE for setting in settings):
         settings = []  # the task has no files for the reader, so what it is evaluated on need not be such files
     for setting in settings:
-        for location in setting.value if isinstance(setting.value, tuple) else (setting.value,):
-            if location is not None:
-                files = data_files(location, reader.suffixes, setting.key)
-                if isinstance(reader, AutoReader):
-                    reader.check(files)
+        if setting.value is not None:
+            files = data_files(setting.value, reader.suffixes, setting.key)
+            if isinstance(reader, AutoReader):
+                reader.check(files)
     tokenizer_folder(resolved.core.tokenizer)
 
 

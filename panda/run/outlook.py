@@ -195,7 +195,12 @@ def _evaluation(prepared: Preparation) -> Iterator[str]:
     if prepared.held_out is None:
         return
     yield f"every {options.eval_steps:,} steps and at the end" if options.eval_steps else "only at the end"
-    yield from _data(prepared, prepared.held_out, options.eval_data_dir)
+    if options.eval_data_dir is not None:
+        yield from _data(prepared, prepared.held_out, ", ".join(options.eval_data_dir))
+        return
+    count = _count(len(prepared.held_out), "held-out sample")
+    yield f"{count} of the data above (eval_fraction), {prepared.held_out.tokens:,} tokens"
+    yield from prepared.held_out.report.lines()
 
 
 def _steps(layout: Layout) -> Iterator[str]:

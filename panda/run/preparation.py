@@ -10,6 +10,7 @@ import torch
 from panda.configuration.configure import Configuration
 from panda.configuration.options import RunOptions
 from panda.data.held_out import note_shared_samples
+from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
@@ -120,15 +121,26 @@ class Preparation:
     @cached_property
     def dataset(self) -> SampleSet:
         """The samples to train on, tokenised."""
-        return dataset_of(self.resolved, self.task)
+        return self._samples[0]
+
+    @cached_property
+    def _samples(self) -> tuple[SampleSet, SampleSet | None]:
+        """The samples to train on, and those of the same data that are held out; None where none are."""
+        options = self.options
+        return trained_and_held_out(
+            dataset_of(self.resolved, self.task),
+            max_samples=options.max_samples,
+            eval_fraction=options.eval_fraction,
+            seed=options.seed,
+        )
 
     @cached_property
     def held_out(self) -> SampleSet | None:
         """The samples to evaluate on, tokenised; None where there are none."""
         evaluated = self._tasks[1]
-        if evaluated is None:
+        held_out = dataset_of(self.resolved, evaluated) if evaluated else self._samples[1]
+        if held_out is None:
             return None
-        held_out = dataset_of(self.resolved, evaluated)
         note_shared_samples(self.dataset, held_out)
         return held_out
 

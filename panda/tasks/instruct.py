@@ -23,10 +23,12 @@ from panda.data.templates import with_template
 from panda.data.tokenised import Tokenised
 from panda.data.tokenised import tokenised_of
 from panda.registry import Location
+from panda.registry import Meta
 from panda.registry import UserError
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
 from panda.tasks.text_task import TextTask
+from panda.tasks.text_task import check_weights
 
 if TYPE_CHECKING:
     from panda.data.token_dataset import SampleBlock
@@ -60,8 +62,18 @@ class InstructFormat:
 class InstructOptions(InstructFormat):
     """Options of the instruct task."""
 
-    instruction_tuning_data_dir: Annotated[str, Location(holds_data=True)] = "./dataset/instruction_tuning"
-    """Folder, read recursively, or file of rows with "input" and "target" (or other common names)."""
+    instruction_tuning_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = (
+        "./dataset/instruction_tuning",
+    )
+    """Folder, read recursively, file, or pattern of files, or a list of these; rows have "input" and "target" (or other
+    common names)."""
+    data_weights: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    """Passes over the data of each path in an epoch, `1, 0.5`; by default one over all. 2 shows each sample twice, 0.1
+    another tenth of them each epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weights("data_weights", self.data_weights, self.instruction_tuning_data_dir)
 
 
 @register_task("instruct", options=InstructOptions)
@@ -71,7 +83,8 @@ class Instruct(TextTask):
     option = "instruction_tuning_data_dir"
 
     def __init__(self, options: InstructOptions, context: TaskContext) -> None:
-        super().__init__(options.instruction_tuning_data_dir, replace(context, tokenizer=_templated(options, context)))
+        templated = replace(context, tokenizer=_templated(options, context))
+        super().__init__(options.instruction_tuning_data_dir, templated, options.data_weights)
         self.options = options
         self.is_plain = _is_plain(options, context)
         self._has_template = bool(context.tokenizer.chat_template)

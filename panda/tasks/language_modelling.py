@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from panda.data.batches import Batch
+    from panda.data.reading import Locations
     from panda.data.token_dataset import SampleSet
 
 
@@ -42,8 +43,8 @@ class LanguageModelling(ABC):
     def dataset(self) -> SampleSet:
         """The samples, tokenised. Raises UserError where no row can be used."""
 
-    def reading(self, location: str, option: str) -> LanguageModelling:
-        """This task with the data at ``location``, which the key ``option`` names, in place of its own.
+    def reading(self, locations: Locations, option: str) -> LanguageModelling:
+        """This task with the data at ``locations``, which the key ``option`` names, in place of its own.
 
         Raises UserError where there is none, or the task cannot read other data.
         """

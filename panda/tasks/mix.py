@@ -20,8 +20,10 @@ from panda.tasks.language_modelling import LanguageModelling
 from panda.tasks.pretrain import Pretrain
 from panda.tasks.pretrain import PretrainFormat
 from panda.tasks.pretrain import PretrainOptions
+from panda.tasks.text_task import check_weights
 
 if TYPE_CHECKING:
+    from panda.data.reading import Locations
     from panda.data.token_dataset import SampleSet
 
 
@@ -29,19 +31,26 @@ if TYPE_CHECKING:
 class MixOptions(InstructFormat, PretrainFormat):
     """Options of the mix task: those of instruct and of pretrain, and a weight for each."""
 
-    instruction_tuning_data_dir: Annotated[str, Location(holds_data=True)] | None = None
-    """Folder or file of instruct data; left out, the mix has only pretrain data."""
-    pretraining_data_dir: Annotated[str, Location(holds_data=True)] | None = None
-    """Folder or file of pretrain data; left out, the mix has only instruct data."""
-    instruct_weight: Annotated[float, Meta(gt=0)] = 1.0
-    """Passes over the instruct data in an epoch: 2 shows each sample twice, 0.1 another tenth of them each epoch."""
-    pretrain_weight: Annotated[float, Meta(gt=0)] = 1.0
-    """Passes over the pretrain data in an epoch."""
+    instruction_tuning_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
+    """Folder, file or pattern of instruct data, or a list; left out, the mix has only pretrain data."""
+    pretraining_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
+    """Folder, file or pattern of pretrain data, or a list; left out, the mix has only instruct data."""
+    instruct_weight: tuple[Annotated[float, Meta(gt=0)], ...] = (1.0,)
+    """Passes over the instruct data in an epoch: 2 shows each sample twice, 0.1 another tenth of them each epoch. One
+    for all of it, or one for each path."""
+    pretrain_weight: tuple[Annotated[float, Meta(gt=0)], ...] = (1.0,)
+    """Passes over the pretrain data in an epoch, in the same way."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.instruction_tuning_data_dir is None and self.pretraining_data_dir is None:
             raise UserError("mix: give instruction_tuning_data_dir, pretraining_data_dir, or both.")
+        for key, weights, locations in (
+            ("instruct_weight", self.instruct_weight, self.instruction_tuning_data_dir),
+            ("pretrain_weight", self.pretrain_weight, self.pretraining_data_dir),
+        ):
+            if len(weights) != 1 and locations is not None:
+                check_weights(key, weights, locations)
 
 
 @register_task("mix", options=MixOptions)
@@ -52,21 +61,29 @@ class Mix(LanguageModelling):
         super().__init__(context)
         self.parts: list[tuple[str, Instruct | Pretrain, float]] = []
         if options.instruction_tuning_data_dir is not None:
-            instruct = Instruct(_part(InstructOptions, options), context)
-            self.parts.append(("instruct", instruct, options.instruct_weight))
+            weight, weights = _weights(options.instruct_weight)
+            instruct = Instruct(_part(InstructOptions, options, data_weights=weights), context)
+            self.parts.append(("instruct", instruct, weight))
         if options.pretraining_data_dir is not None:
-            pretrain = Pretrain(_part(PretrainOptions, options), context)
-            self.parts.append(("pretrain", pretrain, options.pretrain_weight))
+            weight, weights = _weights(options.pretrain_weight)
+            pretrain = Pretrain(_part(PretrainOptions, options, data_weights=weights), context)
+            self.parts.append(("pretrain", pretrain, weight))
         self.first = self.parts[0][1]
         self.tokenizer = self.first.tokenizer
 
     def dataset(self) -> SampleSet:
         from panda.data.token_dataset import MixedDataset
 
-        return MixedDataset([(name, task.dataset(), weight) for name, task, weight in self.parts])
+        return MixedDataset(
+            [
+                (f"{name} {location}".strip(), dataset, weight * passes)
+                for name, task, weight in self.parts
+                for location, dataset, passes in task.datasets()
+            ]
+        )
 
-    def reading(self, location: str, option: str) -> LanguageModelling:
-        return self.first.reading(location, option)
+    def reading(self, locations: Locations, option: str) -> LanguageModelling:
+        return self.first.reading(locations, option)
 
     @property
     def end_tokens(self) -> list[int]:
@@ -82,6 +99,13 @@ class Mix(LanguageModelling):
         return self.first.example_prompts(count)
 
 
-def _part(cls: type, options: MixOptions) -> Any:
-    """The options of one part of the mix."""
-    return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+def _weights(weights: tuple[float, ...]) -> tuple[float, tuple[float, ...]]:
+    """The weight of a part of the mix as a whole, and those of each of its paths, if they have some."""
+    return (weights[0], ()) if len(weights) == 1 else (1.0, weights)
+
+
+def _part(cls: type, options: MixOptions, **values: Any) -> Any:
+    """The options of one part of the mix, with ``values`` for those that the mix does not have."""
+    return cls(
+        **{field.name: getattr(options, field.name) for field in fields(cls) if field.name not in values}, **values
+    )

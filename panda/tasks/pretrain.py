@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import Annotated
 from typing import Any
 
 from panda.data.conversations import UnusableRowError
+from panda.data.conversations import conversation_of
 from panda.data.conversations import missing
 from panda.data.conversations import refuse_weight
 from panda.data.conversations import text_of
@@ -17,9 +19,11 @@ from panda.data.templates import with_template
 from panda.data.tokenised import Tokenised
 from panda.data.tokenised import tokenised_of
 from panda.registry import Location
+from panda.registry import Meta
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
 from panda.tasks.text_task import TextTask
+from panda.tasks.text_task import check_weights
 
 if TYPE_CHECKING:
     from panda.data.token_dataset import SampleBlock
@@ -43,8 +47,15 @@ class PretrainFormat:
 class PretrainOptions(PretrainFormat):
     """Options of the pretrain task."""
 
-    pretraining_data_dir: Annotated[str, Location(holds_data=True)] = "./dataset/pretraining"
-    """Folder, read recursively, or file of rows with "content" or "text", and perhaps "title"."""
+    pretraining_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = ("./dataset/pretraining",)
+    """Folder, read recursively, file, or pattern of files, or a list of these; rows have "content" or "text", and
+    perhaps "title"."""
+    data_weights: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    """Passes over the data of each path in an epoch, `1, 0.5`; by default one over all. 2 shows each sample twice, 0.1
+    another tenth of them each epoch."""
+
+    def __post_init__(self) -> None:
+        check_weights("data_weights", self.data_weights, self.pretraining_data_dir)
 
 
 @register_task("pretrain", options=PretrainOptions)
@@ -56,7 +67,7 @@ class Pretrain(TextTask):
     def __init__(self, options: PretrainOptions, context: TaskContext) -> None:
         # What is learned is text as it is, and no dialogue: the export must not write prompts as one.
         tokenizer = with_template(context.tokenizer, None)
-        super().__init__(options.pretraining_data_dir, replace(context, tokenizer=tokenizer))
+        super().__init__(options.pretraining_data_dir, replace(context, tokenizer=tokenizer), options.data_weights)
         self.had_template = bool(context.tokenizer.chat_template)
         self.title_field, self.content_field = options.title_field, options.content_field
 
@@ -69,25 +80,7 @@ class Pretrain(TextTask):
             tokenised = tokenised_of(fields, self.vocabulary, all_carry_loss=True)
             if tokenised is not None:
                 return tokenised
-        refuse_weight(fields)
-        names = (self.content_field,) if self.content_field else CONTENT_FIELDS
-        present = [name for name in names if name in fields]
-        content_field = next((name for name in present if fields.get(name) is not None), next(iter(present), None))
-        if content_field is None:
-            instead = "" if self.content_field else " (content_field names another)"
-            raise missing(fields, list(names), instead)
-        content = text_of(fields, content_field)
-        if fields.get(self.title_field) is None:
-            if not content:
-                raise UnusableRowError(f"field {content_field!r} is empty")
-            return self._as_characters(content)
-        title = text_of(fields, self.title_field)
-        if not (title or content):
-            raise UnusableRowError(f"fields {self.title_field!r} and {content_field!r} are empty")
-        return self._as_characters(f"{title}\n{content}")
-
-    def _as_characters(self, document: str) -> str:
-        text: str = self.encoder.as_characters(document)
+        text: str = self.encoder.as_characters(document_of(fields, self.title_field, self.content_field))
         return text
 
     def text_format(self) -> str:
@@ -121,3 +114,40 @@ class Pretrain(TextTask):
         else:
             text = self.encoder.readable(parsed)
         return text[:EXAMPLE_CHARACTERS]
+
+
+def document_of(fields: Mapping[str, Any], title_field: str, content_field: str | None) -> str:
+    """The document of a row. Raises UnusableRowError where it has none."""
+    refuse_weight(fields)
+    names = (content_field,) if content_field else CONTENT_FIELDS
+    present = [name for name in names if name in fields]
+    found = next((name for name in present if fields.get(name) is not None), next(iter(present), None))
+    if found is None:
+        instead = "" if content_field else " (content_field names another)"
+        raise missing(fields, list(names), instead)
+    content = text_of(fields, found)
+    if fields.get(title_field) is None:
+        if not content:
+            raise UnusableRowError(f"field {found!r} is empty")
+        return content
+    title = text_of(fields, title_field)
+    if not (title or content):
+        raise UnusableRowError(f"fields {title_field!r} and {found!r} are empty")
+    return f"{title}\n{content}"
+
+
+def text_of_row(fields: Mapping[str, Any], options: PretrainFormat) -> str:
+    """The text of a row, to train a tokenizer on: its document, or else the turns of its conversation.
+
+    Raises UnusableRowError where it has neither.
+    """
+    try:
+        return document_of(fields, options.title_field, options.content_field)
+    except UnusableRowError as problem:
+        if options.content_field is not None or any(fields.get(name) is not None for name in CONTENT_FIELDS):
+            raise
+        try:
+            turns = conversation_of(fields, None, None).turns
+        except UnusableRowError:
+            raise problem from None
+    return "\n".join(turn.text for turn in turns if turn.text)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -17,18 +19,22 @@ from panda.data.ingredients import tokenizer_ingredients
 from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
-from panda.data.reading import data_files
+from panda.data.reading import each_of
+from panda.data.reading import files_by_location
 from panda.data.reading import identities
 from panda.data.reading import other_files
 from panda.data.reading import rows_of
 from panda.data.reading import without
+from panda.registry import UserError
 from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
 from panda.weights.tokenizers import rows_needed
 
 if TYPE_CHECKING:
+    from panda.data.reading import Locations
     from panda.data.recipe import Recipe
     from panda.data.token_dataset import SampleBlock
+    from panda.data.token_dataset import SampleSet
     from panda.data.token_dataset import TokenDataset
 
 
@@ -38,20 +44,32 @@ class TextTask(LanguageModelling):
     option: str
     """The key that says where the data is."""
 
-    def __init__(self, location: str, context: TaskContext) -> None:
+    def __init__(self, locations: Locations, context: TaskContext, weights: Sequence[float] = ()) -> None:
+        """``weights``: of each location, the passes over its data in an epoch; none for one pass over all."""
         super().__init__(context)
-        self.location = location
-        self.files = data_files(location, context.reader.suffixes, self.option)
-        self.held_out_files = 0
-        """Files at ``location`` that are not read, since they are held out."""
+        self.weights = tuple(weights)
+        self._look_at(locations, self.option)
         if context.held_out is not None:
             self._leave_out(identities(context.held_out))
 
+    def _look_at(self, locations: Locations, option: str) -> None:
+        self.option, self.locations = option, each_of(locations)
+        self._files = files_by_location(locations, self.context.reader.suffixes, option)
+        self.held_out_files = 0
+        """Files at the locations that are not read, since they are held out."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [file for files in self._files for file in files]
+
     def _leave_out(self, held_out: set[tuple[int, int]]) -> None:
         """Leave the files ``held_out`` out, unless there are no others: the run evaluates on what it trains on."""
-        if kept := without(self.files, held_out):
-            self.held_out_files = len(self.files) - len(kept)
-            self.files = kept
+        before = len(self.files)
+        kept = [without(files, held_out) for files in self._files]
+        if any(kept):
+            self._files = kept
+            self.held_out_files = before - len(self.files)
 
     @abstractmethod
     def parse(self, row: Row) -> Any:
@@ -72,23 +90,40 @@ class TextTask(LanguageModelling):
     def example_prompt(self, parsed: Any) -> str:
         """A prompt made from what ``parse`` returned for a row; empty for none."""
 
-    def reading(self, location: str, option: str) -> TextTask:
+    def reading(self, locations: Locations, option: str) -> TextTask:
         other = copy(self)
-        other.option, other.location, other.held_out_files = option, location, 0
-        other.files = data_files(location, self.context.reader.suffixes, option)
+        other.weights = ()
+        other._look_at(locations, option)
         return other
 
-    def dataset(self) -> TokenDataset:
-        cache = self.context.token_cache
-        dataset = cache.samples(self.recipe()) if cache else self.recipe().in_memory()
-        if others := other_files(self.location, self.context.reader.suffixes):
-            files = "1 file is" if (count := others.total()) == 1 else f"{count:,} files are"
+    def dataset(self) -> SampleSet:
+        from panda.data.token_dataset import MixedDataset
+
+        datasets = self.datasets()
+        return MixedDataset(datasets) if self.weights else datasets[0][1]
+
+    def datasets(self) -> list[tuple[str, TokenDataset, float]]:
+        """The data sets of the task: of each the location, its samples, and the passes over them in an epoch.
+
+        One, without a location, unless locations have weights.
+        """
+        found = [("", self._samples(self.recipe()), 1.0)] if not self.weights else []
+        for location, files, weight in zip(self.locations, self._files, self.weights, strict=False):
+            if files:  # else all of them are held out
+                found.append((location, self._samples(self._recipe(files, location)), weight))
+        notes = found[0][1].report.notes
+        if others := other_files(self.locations, self.context.reader.suffixes):
+            files_are = "1 file is" if (count := others.total()) == 1 else f"{count:,} files are"
             kinds = ", ".join(kind for kind, _ in others.most_common(5))
-            dataset.report.notes.append(f"{self.option}: {files} of other kinds, and not read: {kinds}")
+            notes.append(f"{self.option}: {files_are} of other kinds, and not read: {kinds}")
         if self.held_out_files:
-            files = "1 file is" if self.held_out_files == 1 else f"{self.held_out_files:,} files are"
-            dataset.report.notes.append(f"{self.option}: {files} held out by eval_data_dir, and not trained on")
-        return dataset
+            files_are = "1 file is" if self.held_out_files == 1 else f"{self.held_out_files:,} files are"
+            notes.append(f"{self.option}: {files_are} held out by eval_data_dir, and not trained on")
+        return found
+
+    def _samples(self, recipe: Recipe) -> TokenDataset:
+        cache = self.context.token_cache
+        return cache.samples(recipe) if cache else recipe.in_memory()
 
     @cached_property
     def vocabulary(self) -> int:
@@ -97,13 +132,16 @@ class TextTask(LanguageModelling):
 
     def recipe(self) -> Recipe:
         """The files, how they become samples, and everything else that decides which tokens come out."""
+        return self._recipe(self.files, ", ".join(self.locations))
+
+    def _recipe(self, files: list[Path], location: str) -> Recipe:
         from panda.data.recipe import Recipe
 
         reader = self.context.reader
         return Recipe(
             option=self.option,
-            location=self.location,
-            files=self.files,
+            location=location,
+            files=files,
             reader=reader,
             tokenise=self.tokenise,
             vocabulary=self.vocabulary,
@@ -144,6 +182,15 @@ class TextTask(LanguageModelling):
                     yield self.parse(_good(row))
                 except UnusableRowError:
                     continue
+
+
+def check_weights(key: str, weights: Sequence[float], locations: Locations) -> None:
+    """Raise UserError unless there are as many ``weights``, the value of ``key``, as ``locations``, or none."""
+    if weights and len(weights) != len(each_of(locations)):
+        raise UserError(
+            f"{key}: {len(weights)} weights are given for {len(each_of(locations))} paths:"
+            f" {', '.join(each_of(locations))}. Give each path its weight, in their order."
+        )
 
 
 def _good(row: Row | BadRow) -> Row:

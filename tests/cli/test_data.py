@@ -123,6 +123,13 @@ def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, caps
     assert os.stat(made / "manifest.json").st_mtime_ns == before
 
 
+def test_a_part_of_the_data_is_held_out_for_evaluation(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main([config, "--eval_fraction", "0.25", "--max_samples", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "1 files, 7 rows: 3 samples, " in out and "evaluation data: 1 samples, " in out
+    assert "eval_fraction: 1 of 4 samples are held out, and not trained on\n" in out
+
+
 def test_prepare_and_check_read_what_is_evaluated_on(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("held_out.jsonl").write_text('{"input": "a", "target": "b"}\n{"input": "a"}\n')
     assert prepare.main([config, "--eval_data_dir", "held_out.jsonl"]) == 0

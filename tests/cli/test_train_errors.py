@@ -194,8 +194,8 @@ def test_help_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch:
 # -- PandaLLM's document ----------------------------------------------------------------------
 
 DOCUMENT = {
-    "instruction_tuning_data_dir": "./dataset/instruction_tuning",
-    "pretraining_data_dir": "./dataset/pretraining",
+    "instruction_tuning_data_dir": ("./dataset/instruction_tuning",),
+    "pretraining_data_dir": ("./dataset/pretraining",),
     "num_workers": 2,
     "prefetch_factor": 2,
     "max_seq_length": 2048,

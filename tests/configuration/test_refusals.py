@@ -13,7 +13,8 @@ from panda.configuration.refusals import REFUSALS
 ARCH = ["--arch", "llama-7b"]
 REFUSED: dict[str, list[Any]] = {
     "max_steps: 0": ["--max_steps", "0"],
-    "eval_steps without eval_data_dir": ["--eval_steps", "10"],
+    "eval_steps without eval_data_dir or eval_fraction": ["--eval_steps", "10"],
+    "eval_fraction with eval_data_dir": ["--eval_fraction", "0.1", "--eval_data_dir", "data"],
     "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
     "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],
     "use_quant with use_lora: false": ["--use_quant", "--use_lora", "false", "--precision", "bf16"],

@@ -10,6 +10,9 @@ import pytest
 import panda
 from panda.data.reading import Fields
 from panda.data.reading import data_files
+from panda.data.reading import files_by_location
+from panda.data.reading import identities
+from panda.data.reading import other_files
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 
@@ -62,6 +65,37 @@ def test_a_symbolic_link_to_a_folder_above_ends(tmp_path: Path) -> None:
     [file] = touch(tmp_path / "data" / "a.json")
     (tmp_path / "data" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
     assert data_files(str(tmp_path / "data"), SUFFIXES, "option") == [file]
+
+
+def test_several_paths_are_read_in_their_order_and_each_file_once(tmp_path: Path) -> None:
+    z, a, b = touch(tmp_path / "z.json", tmp_path / "d" / "a.json", tmp_path / "d" / "b.json")
+    (tmp_path / "link.json").symlink_to(b)
+    locations = [str(z), str(tmp_path / "link.json"), str(tmp_path)]
+    assert files_by_location(locations, SUFFIXES, "option") == [[z], [tmp_path / "link.json"], [a]]
+    with pytest.raises(UserError, match=r"option: all files of '.*z\.json' are those of paths before it"):
+        data_files([str(tmp_path), str(z)], SUFFIXES, "option")
+    with pytest.raises(UserError, match="option: 'nowhere' does not exist"):
+        data_files([str(z), "nowhere"], SUFFIXES, "option")
+    with pytest.raises(UserError, match="option: no path is given"):
+        data_files([], SUFFIXES, "option")
+
+
+def test_patterns_name_files_by_an_ending_of_their_own_and_otherwise_what_is_there(tmp_path: Path) -> None:
+    a, b, log, deep = touch(*(tmp_path / name for name in ("a.json", "b.jsonl", "c.log", "d/e.json")))
+    touch(tmp_path / ".hidden.json")
+    assert data_files(str(tmp_path / "*"), SUFFIXES, "option") == [a, b, deep]
+    assert other_files(str(tmp_path / "*"), SUFFIXES) == {".log": 1}
+    assert data_files(str(tmp_path / "*.log"), SUFFIXES, "option") == [log]
+    assert data_files(str(tmp_path / "**" / "*.json"), SUFFIXES, "option") == [a, deep]
+    assert data_files(str(tmp_path / "[bd]*"), SUFFIXES, "option") == [b, deep]
+    assert len(identities([str(tmp_path / "*.js*"), str(tmp_path / "d")])) == 3
+    with pytest.raises(UserError, match=r"option: nothing matches the pattern '.*\.csv'"):
+        data_files(str(tmp_path / "*.csv"), SUFFIXES, "option")
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_name(tmp_path: Path) -> None:
+    [file] = touch(tmp_path / "rows[1].json")
+    assert data_files(str(file), SUFFIXES, "option") == [file]
 
 
 def test_a_place_that_does_not_exist_is_an_error_with_the_key_the_place_and_the_folder(tmp_path: Path) -> None:

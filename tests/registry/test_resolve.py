@@ -494,6 +494,27 @@ def test_a_value_of_a_fraction_survives_the_resolved_configuration(tmp_path: Pat
     assert again.core == run.core and again.components == run.components
 
 
+@pytest.mark.parametrize(
+    ("written", "locations"),
+    [
+        ("a.jsonl, more/*.parquet", ("a.jsonl", "more/*.parquet")),
+        (("a,b", "c"), ("a,b", "c")),
+        ("there, too", ("there, too",)),
+        ("x" * 200 + "," + "y" * 200, ("x" * 200, "y" * 200)),
+    ],
+)
+def test_paths_of_data_are_separated_by_commas_unless_they_are_one_that_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str | tuple[str, ...], locations: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there, too").mkdir()
+    resolved = resolve(Catalog(), RunOptions, {"arch": Given("llama-tiny", ""), "eval_data_dir": Given(written, "")})
+    assert resolved.core.eval_data_dir == locations
+    again = load_flat_yaml(Path(yaml(tmp_path, config_text(resolved))))["eval_data_dir"]
+    absolute = tuple(str(tmp_path / location) for location in locations)
+    assert again.value == (absolute if len(absolute) > 1 or "," in absolute[0] else absolute[0])
+
+
 def test_the_written_configuration_means_the_same_in_every_folder(
     distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

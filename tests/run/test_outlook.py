@@ -145,6 +145,17 @@ def test_rows_that_are_left_out_are_told_with_the_data(said: Outlook, folder: Pa
     assert said(f"{TINY_64} --eval_data_dir held.json")["evaluation"][0] == "only at the end"
 
 
+def test_samples_that_are_held_out_by_a_fraction_are_told(said: Outlook) -> None:
+    parts = said(f"{TINY_64} --eval_fraction 0.5 --max_samples 4 --eval_steps 5")
+    assert parts["data"][0] == "rows.json: 2 samples of 6 rows in 1 file"
+    assert parts["data"][-2:] == [
+        "max_samples: 4 of 6 samples are used, the first of each data set",
+        "eval_fraction: 2 of 4 samples are held out, and not trained on",
+    ]
+    assert parts["evaluation"][0] == "every 5 steps and at the end"
+    assert parts["evaluation"][1].startswith("2 held-out samples of the data above (eval_fraction), ")
+
+
 RATE = "is high for full fine-tuning of a checkpoint"
 
 

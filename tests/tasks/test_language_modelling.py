@@ -62,8 +62,7 @@ def test_rows_are_numbered_from_one_in_each_file(tmp_path: Any, instruct: Any) -
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "valid.json").write_text('[{"input": 1, "target": "b"}]')
     (tmp_path / "test" / "wrong.jsonl").write_text('{"input": "a", "target": "b"}\n7\n')
-    task.files = sorted(tmp_path.rglob("*.json*"))
-    report = task.dataset().report
+    report = task.reading(str(tmp_path), "instruction_tuning_data_dir").dataset().report
     assert (report.files, report.rows) == (3, 4)
     assert [(bad.file.name, bad.number) for bad in report.first_bad_rows] == [("valid.json", 1), ("wrong.jsonl", 2)]
 

@@ -16,6 +16,7 @@ from panda.registry import NoOptions
 from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
+from panda.registry.options import build
 from panda.tasks.mix import Mix
 from panda.tasks.mix import MixOptions
 
@@ -35,7 +36,7 @@ def mix(tmp_path: Path, tokenizer: Any) -> Any:
             "instruction_tuning_data_dir": str(tmp_path / "i.json") if instruct else None,
             "pretraining_data_dir": str(tmp_path / "p.json") if pretrain else None,
         }
-        return Mix(MixOptions(**places, **options), context)
+        return Mix(build(MixOptions, places | options), context)
 
     return make
 
@@ -55,6 +56,20 @@ TOLD = [f"title {n}\ntext" for n in range(10)]
 
 def test_an_epoch_has_each_sample_once_where_weights_are_one(mix: Any) -> None:
     assert epoch(mix()) == Counter(ASKED + TOLD)
+
+
+def test_a_part_may_have_a_weight_for_each_of_its_paths(mix: Any, tmp_path: Path) -> None:
+    (tmp_path / "more.json").write_text(json.dumps(PRETRAIN[:4]))
+    paths = (str(tmp_path / "p.json"), str(tmp_path / "more.json"))
+    task = mix(pretraining_data_dir=paths, pretrain_weight=(0.5, 3), instruct_weight=2)
+    assert [(source.name, source.per_epoch) for source in task.dataset().sources] == [
+        ("instruct", 8),
+        (f"pretrain {paths[0]}", 5),
+        (f"pretrain {paths[1]}", 12),
+    ]
+    assert [s.per_epoch for s in mix(pretraining_data_dir=paths, pretrain_weight=0.5).dataset().sources] == [4, 7]
+    with pytest.raises(UserError, match="instruct_weight: 2 weights are given for 1 paths"):
+        mix(instruct_weight=(1, 2))
 
 
 def test_a_weight_is_passes_over_a_source_in_an_epoch(mix: Any) -> None:

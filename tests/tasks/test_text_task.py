@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 
 from panda.data.json_reader import JsonReader
+from panda.data.order import Source
 from panda.data.reading import Row
 from panda.data.text_reader import TextOptions
 from panda.data.text_reader import TextReader
 from panda.data.token_cache import TokenCache
 from panda.registry import NoOptions
+from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
+from panda.registry.options import build
 from panda.tasks.instruct import Instruct
 from panda.tasks.instruct import InstructOptions
 from panda.tasks.pretrain import Pretrain
@@ -189,6 +192,27 @@ def test_files_that_are_held_out_are_not_trained_on_whatever_leads_to_them(
     ]
     other = task.reading(str(tmp_path / held_out), "eval_data_dir").dataset()
     assert (len(other), other.report.lines()) == (1, [])
+
+
+def test_each_path_has_its_passes_in_an_epoch(tmp_path: Path, tokenizer: Any) -> None:
+    rows = {name: [{"input": name, "target": str(n)} for n in range(4)] for name in ("a.json", "b.json", "c.json")}
+    context = context_over(tmp_path, tokenizer, rows, held_out=str(tmp_path / "c.json"))
+    paths = [str(tmp_path / name) for name in rows]
+
+    def task(**options: Any) -> Instruct:
+        return Instruct(build(InstructOptions, {"instruction_tuning_data_dir": paths} | options), context)
+
+    assert task().dataset().sources == (Source(8, 8),)
+    weighted = task(data_weights=[2, 0.5, 1])
+    dataset = weighted.dataset()
+    assert dataset.sources == (Source(4, 8, paths[0]), Source(4, 2, paths[1]))
+    assert tokenizer.decode(dataset[5][0]) == "<s>b.json\n1</s>"
+    assert dataset.report.notes == [
+        "instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on"
+    ]
+    assert weighted.reading(paths[2], "eval_data_dir").dataset().sources == (Source(4, 4),)
+    with pytest.raises(UserError, match=r"data_weights: 2 weights are given for 3 paths: .*a\.json, "):
+        task(data_weights=[2, 0.5])
 
 
 def test_nothing_is_left_out_where_nothing_would_be_left(tmp_path: Path, tokenizer: Any) -> None:
