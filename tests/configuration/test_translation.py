@@ -444,7 +444,7 @@ def test_no_key_that_panda_has_is_said_to_be_another_tools() -> None:
         ("finetuning_type", "write `use_lora`"),
         ("report_to", "leave it out"),
         ("overwrite_output_dir", "leave it out"),
-        ("lora_modules_to_save", "panda has no counterpart"),
+        ("lora_modules_to_save", "not translated"),
     ],
 )
 def test_an_unknown_key_of_another_tool_is_answered_by_its_meaning(key: str, said: str) -> None:

@@ -18,7 +18,6 @@ from panda.configuration.translation.rules import OTHER_TRAINING
 from panda.configuration.translation.rules import PADDING
 from panda.configuration.translation.rules import PROCESSES
 from panda.configuration.translation.rules import REMOTE_CODE
-from panda.configuration.translation.rules import SOME_SAMPLES
 from panda.configuration.translation.rules import SPEED
 from panda.configuration.translation.rules import TOKENS
 from panda.configuration.translation.rules import VALIDATION_SHARE
@@ -110,7 +109,7 @@ KEYS: dict[str, Rule] = {
     "excess_length_strategy": Sets(
         {"truncate": {}}, "panda cuts samples at `max_seq_length`; `panda data` counts them"
     ),
-    "min_sample_len": SOME_SAMPLES,
+    "min_sample_len": Absent("panda uses samples of any length"),
     "dataset_exact_deduplication": Absent("panda trains on each row that the data has"),
     **each("use_eaft eaft_* num_labels orpo_alpha rl_beta", OTHER_LOSS),
     **each("plugins", Absent("plugins of axolotl do not run in panda; kernels that change no result need none")),

@@ -62,7 +62,7 @@ class Absent:
 
     @property
     def advice(self) -> str:
-        return f"panda has no counterpart: {self.reason}."
+        return f"not translated: {self.reason}."
 
 
 Rule = To | Sets | Part | Ignored | Absent
@@ -163,14 +163,10 @@ def whole(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-# Keys of the data that panda has no counterpart for yet are these, in every table.
-VALIDATION_SHARE = Absent(
-    "panda holds out no share of the training data; put held-out rows in a file, and name it with `eval_data_dir`"
-)
-SOME_SAMPLES = Absent("panda uses all rows of its data; make a smaller file, or set `max_steps`")
-FROM_ADAPTER = Absent(
-    "panda starts from whole weights: merge the adapter into its base, and name that with `ckpt_path`"
-)
+# What is not written by itself is these, in every table.
+VALIDATION_SHARE = Absent("write the share that is held out with `eval_fraction`, or name a file with `eval_data_dir`")
+SOME_SAMPLES = Absent("write `max_samples`, the first samples of each data set that are used")
+FROM_ADAPTER = Absent("name the adapter's folder with `ckpt_path`: training goes on from it")
 HUB_PART = Absent("panda reads files: download this part of the data set, and name its folder")
 
 SERVICES = Absent(
