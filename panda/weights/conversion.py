@@ -67,21 +67,18 @@ def as_published(description: Path, weights: Weights) -> Weights:
     weights as they are.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-    from transformers.core_model_loading import apply_converters
-    from transformers.core_model_loading import apply_renamings
     from transformers.core_model_loading import dot_natural_key
 
     module = _outline_of(description)
     # As transformers does for a model that it did not load: a prefix that some checkpoints have is not added.
     known = get_model_conversion_mapping(module, add_legacy=False) if module is not None else []
-    reverse = [rule.reverse_transform() for rule in reversed(known) if not isinstance(rule, PrefixChange)]
+    reverse = [rule.reverse_transform() for rule in reversed(known) if type(rule).__name__ != "PrefixChange"]
     if not reverse:
         return weights
     rules, ordered = _Rules(reverse), _Ordered(weights)
     parts: dict[str, _Part] = {}
     for name in sorted(weights, key=dot_natural_key):
-        renamed, pattern = apply_converters(name, rules.converters)
+        renamed, pattern = rules.converted(name)
         converter = rules.converter(pattern) if pattern is not None else None
         part = parts.setdefault(renamed, _Part(renamed, converter, module))
         part.add(pattern, partial(ordered.take, name))
@@ -89,7 +86,7 @@ def as_published(description: Path, weights: Weights) -> Weights:
     number = {name: place for place, name in enumerate(weights)}
     result: dict[str, StoredTensor] = {}
     for part in sorted(parts.values(), key=lambda part: max(number[name] for name, _ in part.sources)):
-        result |= {apply_renamings(name, rules.renamings): stored for name, stored in part.results().items()}
+        result |= {rules.renamed(name): stored for name, stored in part.results().items()}
     return result
 
 
@@ -102,6 +99,22 @@ class _Rules:
 
         self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    # transformers has functions for these two only from 5.23 on (2026-11).
+
+    def converted(self, name: str) -> tuple[str, str | None]:
+        """``name`` after the first converter that takes it, and that converter's pattern; None where none does."""
+        for converter in self.converters:
+            renamed, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                return renamed, pattern
+        return name, None
+
+    def renamed(self, name: str) -> str:
+        """``name`` after all renamings in turn."""
+        for renaming in self.renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
 
     def converter(self, pattern: str) -> Any:
         """The converter with ``pattern`` among its sources; as in transformers the last one, if there are several."""
