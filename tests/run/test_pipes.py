@@ -47,7 +47,7 @@ def configured(*flags: str) -> Configuration:
     return with_pipes_kept(configure(parse_arguments(["--arch", "llama-tiny", *flags])))
 
 
-@pytest.mark.parametrize("content", [ROWS, gzip.compress(ROWS)])
+@pytest.mark.parametrize("content", [ROWS, gzip.compress(ROWS)], ids=["plain", "gzip"])
 def test_the_run_reads_a_copy_which_its_configuration_names(
     pipe: Callable[[bytes], str], content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
