@@ -126,8 +126,8 @@ def _train(configuration: Configuration, vocab_size: int, folder: Path) -> None:
 def _texts(reader: Reader, options: Any, report: DataReport) -> Iterator[str]:
     """The texts of all rows, one row at a time; says how far it is, and counts rows in ``report``."""
     from panda.data.conversations import UnusableRowError
+    from panda.data.locations import data_files
     from panda.data.reading import BadRow
-    from panda.data.reading import data_files
     from panda.data.reading import rows_of
     from panda.tasks.pretrain import text_of_row
 

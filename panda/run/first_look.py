@@ -6,8 +6,8 @@ import os
 
 from panda.configuration.configure import Configuration
 from panda.data.auto_reader import AutoReader
+from panda.data.locations import data_files
 from panda.data.reading import Reader
-from panda.data.reading import data_files
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.files.whole import check_can_be_made
 from panda.registry.contexts import ReaderContext

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from panda.configuration.configure import Configuration
+from panda.data.locations import each_of
 from panda.data.reading import WINDOW
-from panda.data.reading import each_of
 from panda.files.disk_full import disk_full
 from panda.registry import UserError
 from panda.registry.location import resolve_path

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from panda.data.batches import Batch
-    from panda.data.reading import Locations
+    from panda.data.locations import Locations
     from panda.data.token_dataset import SampleSet
 
 

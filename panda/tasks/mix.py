@@ -23,7 +23,7 @@ from panda.tasks.pretrain import PretrainOptions
 from panda.tasks.text_task import check_weights
 
 if TYPE_CHECKING:
-    from panda.data.reading import Locations
+    from panda.data.locations import Locations
     from panda.data.token_dataset import SampleSet
 
 

@@ -16,22 +16,22 @@ from typing import Any
 from panda.data.conversations import UnusableRowError
 from panda.data.ingredients import code_of
 from panda.data.ingredients import tokenizer_ingredients
+from panda.data.locations import each_of
+from panda.data.locations import files_by_location
+from panda.data.locations import identities
+from panda.data.locations import other_files
+from panda.data.locations import without
 from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
-from panda.data.reading import each_of
-from panda.data.reading import files_by_location
-from panda.data.reading import identities
-from panda.data.reading import other_files
 from panda.data.reading import rows_of
-from panda.data.reading import without
 from panda.registry import UserError
 from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
 from panda.weights.tokenizers import rows_needed
 
 if TYPE_CHECKING:
-    from panda.data.reading import Locations
+    from panda.data.locations import Locations
     from panda.data.recipe import Recipe
     from panda.data.token_dataset import SampleBlock
     from panda.data.token_dataset import SampleSet

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from panda.cli import prepare
 from panda.data.auto_reader import AutoOptions
 from panda.data.auto_reader import AutoReader
-from panda.data.reading import data_files
+from panda.data.locations import data_files
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
