@@ -157,6 +157,8 @@ class _Part:
         for (pattern, _), (name, _), read in zip(self._reads, self.sources, reads, strict=True):
             converter.add_tensor(self.first, name, pattern, read)
         converted = converter.convert(self.first, model=self._module, config=self._module.config)
+        if isinstance(converted, tuple):  # up to 5.0, with what went wrong
+            converted, _ = converted
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
