@@ -21,7 +21,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises UserError where the file is missing, not valid JSON, or not an object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=special_float)
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror}.") from None
     except ValueError as problem:
@@ -36,7 +36,8 @@ def write_json_object(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _special_float(value: dict[str, Any]) -> Any:
+def special_float(value: dict[str, Any]) -> Any:
+    """The number for which transformers 5 wrote the JSON object ``value``; ``value`` itself where it is any other."""
     if value.keys() == {_TAG} and isinstance(value[_TAG], str):
         return _SPECIAL.get(value[_TAG], value)
     return value

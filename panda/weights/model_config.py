@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from panda.weights.json_object import special_float
+
 _LEFT_OUT = ("auto_map", "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset")
 """Keys that name files which an export does not have, or that are about the machine which wrote them."""
 
@@ -75,11 +77,7 @@ def _is_config(value: Any) -> bool:
 
 def _written(config: Any) -> dict[str, Any]:
     """What transformers writes for ``config``, with infinity as such: 5 writes an object, which 4.57 does not read."""
-
-    def plain(found: dict[str, Any]) -> Any:
-        return float(found["__float__"]) if found.keys() == {"__float__"} else found
-
-    values: dict[str, Any] = json.loads(config.to_json_string(), object_hook=plain)
+    values: dict[str, Any] = json.loads(config.to_json_string(), object_hook=special_float)
     return values
 
 
