@@ -99,7 +99,7 @@ def _train(configuration: Configuration, vocab_size: int, folder: Path) -> None:
     from panda.data.reading import Reader
     from panda.data.token_dataset import DataReport
     from panda.data.tokenizer_training import trained_tokenizer
-    from panda.data.tokenizer_training import write_tokenizer
+    from panda.data.tokenizer_training import write_folder
     from panda.registry.contexts import ReaderContext
 
     resolved = configuration.resolved
@@ -114,7 +114,7 @@ def _train(configuration: Configuration, vocab_size: int, folder: Path) -> None:
         raise UserError("the data has no row with text.")
     try:
         with whole(folder) as new:
-            write_tokenizer(tokenizer, new)
+            write_folder(tokenizer, new)
     except OSError as problem:
         raise UserError(f"--output: cannot write {str(folder)!r}: {disk_full(problem) or problem.strerror}.") from None
     entries = tokenizer.get_vocab_size()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from panda.weights.tokenizers import write_tokenizer_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,7 +68,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + PIECE]
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_folder(tokenizer: Tokenizer, folder: Path) -> None:
     """Make ``folder``, with what transformers' AutoTokenizer reads (4.57 and 5)."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -79,4 +80,4 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     }
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer_config(config, folder)
