@@ -162,7 +162,8 @@ def export_adapters(
         write_tokenizer(tokenizer, new)
         if (description / GENERATION_CONFIG).exists():
             shutil.copy(description / GENERATION_CONFIG, new)
-        # Embeddings are never trained here. To find that out by itself, peft (0.21, 2026-11) would ask the hub.
+        # Whole embeddings are never trained here, and rows of them are among the adapters. To find that out by itself,
+        # peft (0.21, 2026-11) would ask the hub.
         model.save_pretrained(str(new), state_dict=weights, save_embedding_layers=False)
         (new / "README.md").unlink()  # peft's template of a model card, not filled in
         _shorten(new / ADAPTERS)
