@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from panda.models.forward.trial import largest
 from panda.registry import UserError
 
 INSTEAD = "Write `batching: grouped`, which works with any model, or use one whose attention follows `position_ids`."
@@ -37,9 +38,9 @@ def refuse_leaking(module: Any, name: str, vocab_size: int, device: torch.device
         _logits(module(input_ids=tokens[pair], position_ids=positions))
         for pair, positions in (([0, 1], apart), ([0, 1], together), ([0, 2], apart))
     )
-    leaked, reference = _largest(separate[0, 4:] - separate[1, 4:]), _largest(whole[0, 4:] - whole[1, 4:])
+    leaked, reference = largest(separate[0, 4:] - separate[1, 4:]), largest(whole[0, 4:] - whole[1, 4:])
     # What a row is computed with may change its rounding: in a mixture of experts, how many tokens an expert has.
-    rounding = _largest(separate[0] - beside_another[0])
+    rounding = largest(separate[0] - beside_another[0])
     # Without a leak most models give the same bits. That of a short convolution can be small, and gradients see it.
     if not leaked <= max(1e-5 * reference, 10 * rounding):
         raise UserError(
@@ -51,7 +52,3 @@ def refuse_leaking(module: Any, name: str, vocab_size: int, device: torch.device
 def _logits(output: Any) -> torch.Tensor:
     logits: torch.Tensor = getattr(output, "logits", output)
     return logits.float()
-
-
-def _largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())

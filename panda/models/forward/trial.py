@@ -24,10 +24,10 @@ def refuse_unfit(module: Any, name: str, vocab_size: int, device: torch.device) 
     rows[1, : LENGTH // 2] = rows[0, : LENGTH // 2]  # the first two rows differ only in their second half
     together, beside_another = (_logits(module(rows[pair]), name, vocab_size) for pair in ([0, 1], [0, 2]))
     half = slice(LENGTH // 2)
-    moved = _largest(together[0, half] - together[1, half])
-    reference = _largest(together[0] - together[1])
+    moved = largest(together[0, half] - together[1, half])
+    reference = largest(together[0] - together[1])
     # What a row is computed with may change its rounding: in a mixture of experts, how many tokens an expert has.
-    rounding = _largest(together[0, half] - beside_another[0, half])
+    rounding = largest(together[0, half] - beside_another[0, half])
     if moved > max(1e-4 * reference, 10 * rounding):
         raise UserError(
             f"model {name}: refused, since it looks ahead: its prediction of a token depends on that token and those"
@@ -54,5 +54,6 @@ def _logits(output: Any, name: str, vocab_size: int) -> torch.Tensor:
     return logits.float()  # type: ignore[no-any-return]
 
 
-def _largest(difference: torch.Tensor) -> float:
+def largest(difference: torch.Tensor) -> float:
+    """The largest of the absolute values."""
     return float(difference.abs().max())
