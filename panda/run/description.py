@@ -18,9 +18,9 @@ from panda.files.whole import write_whole
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.registry.settings import Setting
-from panda.run.directory import CONFIG
 from panda.run.directory import EXPORT
 from panda.run.directory import PROVENANCE
+from panda.run.directory import RUN_CONFIG
 from panda.weights.finding import from_anywhere
 
 _PLACE_KEYS = ("output_dir", "resume")
@@ -37,7 +37,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     except (OSError, ValueError):
         before = None
     earlier = [*before.pop("earlier_starts", []), before] if before else []
-    write_whole(directory / CONFIG, config_text(resolved))
+    write_whole(directory / RUN_CONFIG, config_text(resolved))
     _write_json(directory / "deepspeed.json", deepspeed)
     packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
     packages += ["bitsandbytes"] * resolved.core.use_quant

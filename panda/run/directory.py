@@ -14,18 +14,14 @@ from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.run.directory_lock import RunLock
+from panda.weights.run_folders import EXPORT as EXPORT
+from panda.weights.run_folders import PROVENANCE as PROVENANCE
 
-CONFIG = "config.yaml"
+RUN_CONFIG = "config.yaml"
 """The file in it that has the whole configuration."""
-
-PROVENANCE = "provenance.json"
-"""The file that makes a folder a run directory."""
 
 MODEL_FOLDER = "model"
 """The folder in it that describes its model: all of an export but the weights."""
-
-EXPORT = "export"
-"""The folder of a run directory that holds the trained model."""
 
 
 def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path | None]:

@@ -11,7 +11,7 @@ import yaml
 
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
-from panda.run.directory import CONFIG
+from panda.run.directory import RUN_CONFIG
 from panda.run.directory import find_directory
 from panda.tasks.instruct import InstructFormat
 
@@ -36,7 +36,7 @@ def _recorded(resolved: Resolved) -> str | None:
         return None
     directory, checkpoint = find_directory(resolved)
     run = checkpoint.absolute().parent.parent if checkpoint else directory
-    return _date_in(run / CONFIG)
+    return _date_in(run / RUN_CONFIG)
 
 
 def _date_in(file: Path) -> str | None:

@@ -19,6 +19,7 @@ import torch
 
 from panda.registry import UserError
 from panda.registry.errors import in_brief
+from panda.weights.formats import CONFIG
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 
@@ -183,7 +184,7 @@ def _outline_of(description: Path) -> Any | None:
 
     from panda.weights.json_object import read_json_object
 
-    if "model_type" not in read_json_object(description / "config.json"):
+    if "model_type" not in read_json_object(description / CONFIG):
         return None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description))  # type: ignore[no-untyped-call]

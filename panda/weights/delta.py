@@ -17,10 +17,11 @@ from typing import Any
 from panda.files.disk_full import writing
 from panda.files.whole import whole
 from panda.registry import UserError
+from panda.weights.formats import CONFIG
 from panda.weights.json_object import read_json_object
 from panda.weights.json_object import write_json_object
 from panda.weights.model_config import for_all_readers
-from panda.weights.tokenizers import CONFIG
+from panda.weights.tokenizers import TOKENIZER_CONFIG
 from panda.weights.tokenizers import write_tokenizer_config
 
 if TYPE_CHECKING:
@@ -123,11 +124,11 @@ def _writing(output: Path, source: Pretrained) -> Iterator[Path]:
         whole(output) as new,
     ):
         new.mkdir(parents=True)
-        write_json_object(new / "config.json", for_all_readers(source.config))
+        write_json_object(new / CONFIG, for_all_readers(source.config))
         for file in source.files_beside():
             shutil.copy(file, new / file.name)
-        if (new / CONFIG).exists():
-            write_tokenizer_config(read_json_object(new / CONFIG), new)
+        if (new / TOKENIZER_CONFIG).exists():
+            write_tokenizer_config(read_json_object(new / TOKENIZER_CONFIG), new)
         yield new
 
 

@@ -22,6 +22,7 @@ from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 from panda.weights.conversion import as_published
 from panda.weights.files import write_weights
+from panda.weights.formats import CONFIG
 from panda.weights.generation_config import GENERATION_CONFIG
 from panda.weights.generation_config import Decoding
 from panda.weights.generation_config import answer_ends
@@ -60,7 +61,7 @@ def describe_model(
         config = copy.deepcopy(module.config)
         config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
         _state_ends(config, generation.ends)
-        write_json_object(folder / "config.json", model_config(config, pretrained.config if pretrained else None))
+        write_json_object(folder / CONFIG, model_config(config, pretrained.config if pretrained else None))
         return
     # If there are adapters: the base, by the names that it has without them.
     state = {
@@ -78,7 +79,7 @@ def describe_model(
         "context": asdict(context),
         "shared_tensors": {name: first[id(t)] for name, t in state.items() if first[id(t)] != name},
     }
-    write_json_object(folder / "config.json", described)
+    write_json_object(folder / CONFIG, described)
 
 
 def export(description: Path, weights: Weights, folder: Path) -> None:

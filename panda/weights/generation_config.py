@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from panda.registry.errors import in_brief
+from panda.weights.formats import CONFIG
 from panda.weights.json_object import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -86,7 +87,7 @@ def generation_values(*folders: Path) -> list[dict[str, Any]]:
     The first says how to decode. A config.json without a generation config beside it may do so too, as those of before
     2023 do. Raises UserError where one is not a JSON object.
     """
-    names = (GENERATION_CONFIG, "config.json")
+    names = (GENERATION_CONFIG, CONFIG)
     files = [folder / name for folder in folders for name in names]
     return [read_json_object(file) for file in files if file.exists()]
 

@@ -6,7 +6,11 @@ from pathlib import Path
 
 from panda.registry import UserError
 
-PROVENANCE, EXPORT = "provenance.json", "export"
+PROVENANCE = "provenance.json"
+"""The file that makes a folder a run directory."""
+
+EXPORT = "export"
+"""The folder of a run directory that holds the trained model."""
 
 
 def exported_model(folder: Path) -> Path:

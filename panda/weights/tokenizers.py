@@ -120,7 +120,7 @@ def _is_installed(module: str) -> bool:
 SENTENCEPIECE = "tokenizer.model"
 """sentencepiece's own file, which tools other than transformers read."""
 
-CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -133,7 +133,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    values = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     if tokenizer.is_fast:
         # The one class that takes tokenizer.json as it is in both versions. Classes of models build a pipeline of
         # their own from the vocabulary in version 5, and other ones in version 4.
@@ -164,7 +164,7 @@ def write_tokenizer_config(values: Mapping[str, Any], folder: Path) -> None:
     if written.get("tokenizer_class") == "TokenizersBackend":  # its name in 5, where the older one is an alias
         written["tokenizer_class"] = "PreTrainedTokenizerFast"
     text = json.dumps(written, indent=2, ensure_ascii=False, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _prefix_space(tokenizer_json: Path) -> dict[str, bool]:
