@@ -39,6 +39,8 @@ class Exchange:
 class _Habits:
     """What a template writes around any answer."""
 
+    asked: list[Turn]
+    """Turns that it takes before an answer."""
     opening: str
     """What the text before an answer ends in, and finished answers lack: a thought that begins, where there is one."""
     ending: str
@@ -55,7 +57,6 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
-        self._asked = [Turn("user", "a")]
 
     @cached_property
     def end_tokens(self) -> list[int]:
@@ -73,7 +74,9 @@ class ChatTemplate:
         Raises UnusableRowError where the template refuses the conversation, or cannot be continued with an answer.
         """
         exchanges = self._exchanges(conversation)
-        unused = [] if conversation.turns[0].role != "assistant" else ["messages[0], an answer to nothing, for loss"]
+        first = conversation.turns[0]
+        greets = first.role == "assistant" and first.supervised
+        unused = ["messages[0], an answer to nothing, for loss"] if greets else []
         for name in sorted({name for turn in conversation.turns for name in turn.extras}):
             less = [
                 replace(turn, extras={key: value for key, value in turn.extras.items() if key != name})
@@ -201,13 +204,13 @@ class ChatTemplate:
 
     @cached_property
     def _habits(self) -> _Habits:
-        answer = Turn("assistant", _PROBE)
+        asked, answer = [Turn("user", "a")], Turn("assistant", _PROBE)
         try:
-            after = self._render(self._marked([*self._asked, answer]), None, ask=False)
+            after = self._render(self._marked([*asked, answer]), None, ask=False)
         except UnusableRowError as problem:
-            self._asked.insert(0, Turn("system", "a"))  # which some want
+            asked = [Turn("system", "a"), *asked]  # which some want
             try:
-                after = self._render(self._marked([*self._asked, answer]), None, ask=False)
+                after = self._render(self._marked([*asked, answer]), None, ask=False)
             except UnusableRowError:
                 raise UserError(
                     f"template: {problem} (a question and an answer). Write `template: plain`, or correct the"
@@ -221,10 +224,11 @@ class ChatTemplate:
                 f"template: the tokenizer's chat template ends an answer with {ending[-20:]!r}, not a token of its"
                 " own: a model could not learn where to stop. Write `template: plain`, or correct the template."
             )
-        before = self._render(self._marked(self._asked), None, ask=True)
+        before = self._render(self._marked(asked), None, ask=True)
         common = next((n for n, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
         borders = self.encoder.borders & set(self._added.findall(before + after))
         return _Habits(
+            asked=asked,
             opening="" if common is None else before[common:],
             ending=ending[: ending.index(ends[0]) + len(ends[0])],
             end=ends[0],
@@ -240,7 +244,7 @@ class ChatTemplate:
         """The token that ends an answer which calls a tool, where there are such: another one in some templates."""
         function = {"name": "a", "description": "a", "parameters": {"type": "object", "properties": {}}}
         call = {"type": "function", "function": {"name": "a", "arguments": {}}}
-        turns = [*self._asked, Turn("assistant", "", extras={"tool_calls": [call]})]
+        turns = [*self._habits.asked, Turn("assistant", "", extras={"tool_calls": [call]})]
         try:
             [exchange] = self._exchanges(Conversation(turns, [{"type": "function", "function": function}]))
         except UnusableRowError:
