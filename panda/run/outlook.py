@@ -123,10 +123,11 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
     yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {dropout}"
     if config is not None:
         names = sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
-        yield f"on {', '.join(names)}"
+        if names:
+            yield f"on {', '.join(names)}"
         experts = ends_of_experts(prepared.outline) if prepared.outline is not None else []
         if config.target_parameters:
-            yield f"and on the parameters {', '.join(config.target_parameters)}"
+            yield f"{'and ' * bool(names)}on the parameters {', '.join(config.target_parameters)}"
         elif experts:
             yield f"not on the experts: `lora_target_modules` can name {', '.join(experts)}"
         rows = cast("dict[str, list[int]]", config.trainable_token_indices or {})
