@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from panda.answers.text import Pieces
 from panda.answers.text import decoded
 from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
-from panda.data.encoding import Encoder
 from panda.data.templates import ChatTemplate
 from panda.registry import UserError
 from panda.weights.generation_config import answer_ends
@@ -40,11 +38,6 @@ class Sampling:
     """Samples only from the likeliest tokens, as many as have this probability together."""
 
 
-def to_stderr(text: str) -> None:
-    """Print a note: stdout is for answers."""
-    print(text, file=sys.stderr, flush=True)
-
-
 class Assistant:
     """A model and its tokenizer."""
 
@@ -58,6 +51,7 @@ class Assistant:
         """
         self.model = model
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
         self.device = device
         contents = generation_values(described, *([base] if base else []))
         values = contents[0] if contents else {}
@@ -82,19 +76,17 @@ class Assistant:
 
         Special tokens that it spells are characters, as in training. Raises UserError where the template refuses it.
         """
-        encoder = Encoder(self.tokenizer)
+        turns = [Turn(message["role"], message["content"]) for message in messages]
+        encoder = self.template.encoder
         try:
-            if self.has_template:
-                turns = [Turn(message["role"], message["content"]) for message in messages]
-                template = ChatTemplate(self.tokenizer)
-                text = template.prompt(turns)
-                if turns[0].role == "system" and template.leaves_out(turns, 0):
-                    raise UserError("--system: the chat template leaves the system turn out. Leave --system out.")
-                return encoder.encode([text])[0]
-            text = encoder.as_characters("".join(message["content"] for message in messages))
+            if not self.has_template:
+                return encoder.encode_content("".join(turn.text for turn in turns))
+            text = self.template.prompt(turns)
+            if turns[0].role == "system" and self.template.leaves_out(turns, 0):
+                raise UserError("--system: the chat template leaves the system turn out. Leave --system out.")
+            return encoder.encode([text])[0]
         except UnusableRowError as problem:
             raise UserError(f"prompt: {problem}") from None
-        return [*encoder.begin, *encoder.encode([text])[0]]
 
     def room(self, sampling: Sampling) -> int | None:
         """The most tokens of a prompt, so that an answer has as many positions as asked, or half of all."""
@@ -105,7 +97,7 @@ class Assistant:
         ids: list[int],
         sampling: Sampling,
         write: Callable[[str], None],
-        note: Callable[[str], None] = to_stderr,
+        note: Callable[[str], None],
     ) -> str:
         """Continue ``ids``, and call ``write`` with each piece of text as it comes. Returns the whole text.
 
@@ -124,7 +116,7 @@ class Assistant:
                 f"prompt: its first {len(ids) - room:,} of {len(ids):,} tokens were left out; the model has"
                 f" {self.positions:,} positions for prompt and answer"
             )
-            ids = Encoder(self.tokenizer).cut(ids, room)
+            ids = self.template.encoder.cut(ids, room)
         if self.positions:
             most = min(most, self.positions - len(ids))
         pieces = Pieces(self.tokenizer)
@@ -137,8 +129,8 @@ class Assistant:
             note(f"the answer was cut after {most:,} tokens: {why}")
         return decoded(self.tokenizer, answer)
 
-    def _generated(self, ids: list[int], most: int, sampling: Sampling, hear: Callable[[int], None]) -> list[int]:
-        """The answer by transformers, which keeps keys and values; ``hear`` is called with each token."""
+    def _generated(self, ids: list[int], most: int, sampling: Sampling, on_token: Callable[[int], None]) -> list[int]:
+        """The answer by transformers, which keeps keys and values; ``on_token`` is called with each token."""
         import transformers
 
         config: Any = transformers.GenerationConfig
@@ -157,13 +149,13 @@ class Assistant:
             attention_mask=torch.ones_like(prompt),
             logits_processor=self.decoding.processors(ids, len(ids) + most, self.device),
             stopping_criteria=self.decoding.criteria(self.tokenizer, timed=True),
-            streamer=_Heard(self.decoding.ends, hear),
+            streamer=_AnswerTokens(self.decoding.ends, on_token),
         )
         answer: list[int] = output[0, len(ids) :].tolist()
         return answer[:-1] if answer and answer[-1] in self.decoding.ends else answer
 
-    def _continued(self, ids: list[int], most: int, sampling: Sampling, hear: Callable[[int], None]) -> list[int]:
-        """The answer of any other model; ``hear`` is called with each token."""
+    def _continued(self, ids: list[int], most: int, sampling: Sampling, on_token: Callable[[int], None]) -> list[int]:
+        """The answer of any other model; ``on_token`` is called with each token."""
         answer = []
         for token in continuation(
             self.model,
@@ -176,23 +168,23 @@ class Assistant:
             criteria=self.decoding.criteria(self.tokenizer, timed=True),
             device=self.device,
         ):
-            hear(token)
+            on_token(token)
             answer.append(token)
         return answer
 
 
-class _Heard:
+class _AnswerTokens:
     """A streamer of transformers, which is given the prompt and then each token: passes on those of the answer."""
 
-    def __init__(self, ends: list[int], hear: Callable[[int], None]) -> None:
-        self.ends, self.hear = ends, hear
+    def __init__(self, ends: list[int], on_token: Callable[[int], None]) -> None:
+        self.ends, self.on_token = ends, on_token
         self.is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         if not self.is_prompt:
             for token in value.flatten().tolist():
                 if token not in self.ends:
-                    self.hear(token)
+                    self.on_token(token)
         self.is_prompt = False
 
     def end(self) -> None:

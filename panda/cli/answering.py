@@ -180,6 +180,16 @@ def problem_of(text: str) -> str | None:
     return None
 
 
+def answer(assistant: Assistant, ids: list[int], sampling: Sampling) -> str:
+    """Print the answer to ``ids`` as it comes, then notes about it, and return it."""
+    notes: list[str] = []  # printed when the line of the answer has ended
+    text = assistant.answer(ids, sampling, write, notes.append)
+    write("\n")
+    for line in notes:
+        note(line)
+    return text
+
+
 def write(text: str) -> None:
     """Print a piece of an answer, and flush it. A terminal must not obey the model: it is shown what it would obey."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)

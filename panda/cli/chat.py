@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from panda.cli.answering import RUN_HELP
 from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
+from panda.cli.answering import answer
 from panda.cli.answering import assistant_and_sampling
 from panda.cli.answering import note
 from panda.cli.answering import opening
 from panda.cli.answering import problem_of
-from panda.cli.answering import write
 from panda.cli.command import run_command
 from panda.registry import UserError
 
@@ -60,12 +60,7 @@ def _chat(argv: list[str]) -> None:
         except UserError as problem:  # the template refuses it
             note(f"not sent: {problem}")
             continue
-        notes: list[str] = []  # printed when the line of the answer has ended
-        answer = assistant.answer(ids, sampling, write, notes.append)
-        write("\n")
-        for each in notes:
-            note(each)
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": answer(assistant, ids, sampling)})
 
 
 def _that_fit(

@@ -7,6 +7,7 @@ import argparse
 from panda.cli.answering import RUN_HELP
 from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
+from panda.cli.answering import answer
 from panda.cli.answering import assistant_and_sampling
 from panda.cli.answering import note
 from panda.cli.answering import opening
@@ -47,8 +48,4 @@ def _generate(argv: list[str]) -> None:
             write("\n")
         if len(encoded) > 1:
             note(f"> {prompt}")
-        notes: list[str] = []  # printed when the line of the answer has ended
-        assistant.answer(ids, sampling, write, notes.append)
-        write("\n")
-        for line in notes:
-            note(line)
+        answer(assistant, ids, sampling)

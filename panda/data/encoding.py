@@ -94,6 +94,13 @@ class Encoder:
             ids[number] = self._encode_marked(texts[number])
         return ids
 
+    def encode_content(self, content: str) -> list[int]:
+        """Token ids of a text by itself: no template, its special tokens as characters, begun as the tokenizer does.
+
+        Raises UnusableRowError as ``as_characters`` does.
+        """
+        return [*self.begin, *self.encode([self.as_characters(content)])[0]]
+
     def continuation(self, before: str, after: str) -> list[int]:
         """Token ids of ``after`` where the tokens of ``before`` end at its border, which the tokenizer would merge.
 

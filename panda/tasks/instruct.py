@@ -11,7 +11,6 @@ from typing import Any
 from typing import Literal
 
 from panda.data.conversations import Turn
-from panda.data.conversations import UnusableRowError
 from panda.data.conversations import conversation_of
 from panda.data.reading import Row
 from panda.data.templates import DATE_MACRO
@@ -170,12 +169,8 @@ class Instruct(TextTask):
     def end_tokens(self) -> list[int]:
         return self._ends
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        try:
-            text = self.template.prompt([Turn("user", prompt)])
-        except UnusableRowError as problem:
-            raise UserError(f"prompt {prompt[:40]!r}: {problem}") from None
-        return self.template.encode([text])[0] or [self.tokenizer.eos_token_id]
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return self.template.encode([self.template.prompt([Turn("user", prompt)])])[0]
 
     def example_prompt(self, parsed: Any) -> str:
         # The text of tokens has its template around it already, and a prompt is given one.

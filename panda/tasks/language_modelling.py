@@ -66,10 +66,13 @@ class LanguageModelling(ABC):
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` as in training. Raises UserError where it cannot be written so."""
         try:
-            text = self.encoder.as_characters(prompt)
+            return self.prompt_ids(prompt) or [self.tokenizer.eos_token_id]
         except UnusableRowError as problem:
             raise UserError(f"prompt {prompt[:40]!r}: {problem}") from None
-        return [*self.encoder.begin, *self.encoder.encode([text])[0]] or [self.tokenizer.eos_token_id]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of ``prompt`` as in training, perhaps none. Raises UnusableRowError where that cannot be."""
+        return self.encoder.encode_content(prompt)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the supervised tokens of ``batch``, **summed**, in float32; a scalar.

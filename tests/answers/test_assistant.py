@@ -106,7 +106,7 @@ def test_text_comes_piece_by_piece_and_drawing_follows_the_seed(folder: Path) ->
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         pieces: list[str] = []
-        texts.append(assistant.answer(ids, Sampling(300, temperature=1.5, top_p=0.95), pieces.append))
+        texts.append(assistant.answer(ids, Sampling(300, temperature=1.5, top_p=0.95), pieces.append, print))
         assert "".join(pieces) == texts[-1]
         assert len([piece for piece in pieces if piece]) > 1, "a word at a time"
     assert texts[0] == texts[1] != texts[2]
@@ -130,7 +130,7 @@ def test_chat_remembers_the_dialogue_until_a_new_one(
     text = ("abc =>\n", first, "de =>\n")
     turns = [[byte + 3 for byte in part.encode()] for part in text]
     assert ids == [1, *turns[0], *turns[1], 2, *turns[2]]
-    second = assistant.answer(ids, Sampling(6), lambda text: None)
+    second = assistant.answer(ids, Sampling(6), lambda text: None, print)
     assert answers == f"{first}\n{second}\n{first}\n"
 
 
@@ -349,7 +349,7 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
     assert torch.equal(assistant.model.bias, module.bias)
     ids = [1, 70, 80]
     pieces: list[str] = []
-    answer = assistant.answer(ids, Sampling(10), pieces.append)
+    answer = assistant.answer(ids, Sampling(10), pieces.append, print)
     (expected,) = greedy(module, [ids], max_new_tokens=10, pad_token_id=0, end_tokens=[2], device=CPU)
     assert answer == "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
     assert len(answer) > 2
