@@ -46,4 +46,4 @@ def _date_in(file: Path) -> str | None:
         return None
     if not isinstance(values, dict):
         return None
-    return next((str(value) for key, value in values.items() if key.rpartition(".")[2] == KEY), None)
+    return next((str(value) for key, value in values.items() if key.rpartition(".")[2] == KEY and value), None)

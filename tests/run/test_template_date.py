@@ -76,3 +76,9 @@ def test_the_date_can_be_given_and_is_checked(folder: Path) -> None:
     assert prepared.task.text_format() == "chat: the tokenizer's chat template, with the date 2023-01-02"
     with pytest.raises(UserError, match=r"template_date: '2023-13-02' is not a date\. Write YYYY-MM-DD"):
         configure(parse_arguments(arguments("--template_date", "2023-13-02")))
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "template_date:"])
+def test_a_damaged_configuration_has_no_date(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert template_date._date_in(tmp_path / "config.yaml") is None
