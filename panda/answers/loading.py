@@ -95,7 +95,7 @@ def found_at(source: Source) -> Answering:
 def with_adapters(source: Source, ckpt_path: str | None) -> Answering:
     """The adapters that peft keeps in the folder at ``source``, on the base at ``ckpt_path``, or the one they name.
 
-    As with plain peft the base is used as it is stored: no run states how it was trained on. The ``base_path`` of
+    No run states how the base was trained on: it is whole, in the type that the adapters have. The ``base_path`` of
     ``source`` is that of the base. Raises UserError where there is no such base, or the adapters do not fit it.
     """
     from panda.models.adapters.lora import stored_adapters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,20 @@ def test_all_say_the_same_words_and_stop(folder: Path, capsys: Captured, prompt:
         found = model.generate(**ids, max_new_tokens=20, tokenizer=tokenizer, generation_config=config, pad_token_id=0)
         new = found[0, ids["input_ids"].shape[1] :]
         assert len(new) < 20 and tokenizer.decode(new, skip_special_tokens=True) == answer
+
+
+def test_adapters_by_themselves_have_their_base_in_the_type_of_training(folder: Path, tmp_path: Path) -> None:
+    """A base that is stored in bf16 was trained on in fp32."""
+    from panda.answers.loading import with_adapters
+    from panda.weights.finding import Source
+
+    stored = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    stored.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(tmp_path / "base")
+    shutil.copytree(folder / "lora" / "export", tmp_path / "adapters")
+    answering = with_adapters(Source(str(tmp_path / "adapters"), "RUN"), str(tmp_path / "base"))
+    model = answering.assistant(torch.device("cpu")).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_adapters_away_from_their_run_end_where_training_ended_and_where_their_base_does(
@@ -198,6 +213,15 @@ def test_a_template_that_raises_is_told_with_its_reason(folder: Path, capsys: Ca
     assert main(["generate", str(base), "--prompt", "a", "--system", "b"]) == 2
     captured = capsys.readouterr()
     assert "the chat template refuses it: no system turns here" in captured.err and captured.out == ""
+
+
+def test_a_system_turn_that_the_template_leaves_out_is_refused(capsys: Captured, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    turns = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
+    (base / "chat_template.jinja").write_text(turns)
+    assert main(["generate", str(base), "--prompt", "a", "--system", "b"]) == 2
+    assert "the chat template leaves the system turn out" in capsys.readouterr().err
+    assert main(["generate", str(base), "--prompt", "a", "--max_new_tokens", "1"]) == 0
 
 
 def test_an_empty_prompt_is_refused(capsys: Captured, tmp_path: Path) -> None:

@@ -296,6 +296,10 @@ def test_an_answer_may_carry_no_loss(key: str, off: Any) -> None:
             answering(tool_calls=[{"function": {"name": "f", "arguments": {"a": ["\udc00"]}}}]),
             "turn 2 of 'messages': field 'arguments' has half a surrogate pair",
         ),
+        (
+            answering(tool_calls=[{"function": {"name": "f", "arguments": {"a": {"\udc00": 1}}}}]),
+            "turn 2 of 'messages': field 'arguments' has half a surrogate pair",
+        ),
         (answering(tool_calls=[{}]), "turn 2 of 'messages': field 'tool_calls[].name' is null, not text"),
         (answering() | {"tools": "add"}, "field 'tools' is no JSON: "),
         (answering() | {"tools": [1]}, "field 'tools[]' is a number, not an object"),

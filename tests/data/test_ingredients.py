@@ -113,6 +113,13 @@ def test_a_class_of_panda_that_a_package_s_factory_returns_is_that_package_s(
     assert code("import acme_helpers  # changed") != changed
 
 
+def test_each_special_token_that_a_template_may_write_decides() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(resolve_path("panda:data/sample/tokenizer")), local_files_only=True)
+    before = tokenizer_ingredients(tokenizer)
+    tokenizer.pad_token = "</s>"
+    assert tokenizer_ingredients(tokenizer) != before
+
+
 def test_versions_of_what_tokenises_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(resolve_path("panda:data/sample/tokenizer")), local_files_only=True)
     tokenizer.chat_template = None

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from panda.registry import UserError
 
@@ -314,3 +315,12 @@ def test_a_tokenizer_without_a_template_or_whose_answers_have_no_end_is_refused(
     )
     with pytest.raises(UserError, match="could not learn where to stop"):
         instruct([], template="chat")
+
+
+def test_rows_whose_tokens_do_not_give_their_text_back_are_counted(instruct: Any, tokenizer: Any) -> None:
+    rows = [{"input": "a", "target": "b"}, {"input": "é", "target": "b"}, {"input": "a", "target": "é"}]
+    assert instruct(rows).dataset().report.altered == 0
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("é", "")])
+    report = instruct(rows).dataset().report
+    assert report.altered == 2
+    assert report.lines()[-1].startswith("2 rows have characters that the tokenizer cannot write")

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 from tokenizers import processors
 
 from panda.registry import UserError
@@ -133,3 +134,16 @@ def test_the_export_of_a_chat_model_writes_no_dialogue(pretrain: Any, tokenizer:
     assert task.tokenizer.chat_template is None and tokenizer.chat_template
     [(tokens, _)] = samples(task)
     assert tokens == [BOS, *ids("a <user>"), EOS]
+
+
+def test_documents_whose_tokens_do_not_give_their_text_back_are_counted(pretrain: Any, tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("é", "")])
+    assert pretrain([{"text": "a"}, {"text": "é"}]).dataset().report.altered == 1
+
+
+def test_a_prompt_that_cannot_be_written_is_one_line(pretrain: Any, tokenizer: Any) -> None:
+    task = pretrain([{"text": "a"}])
+    with pytest.raises(UserError, match=r"prompt '</s> PandaSpecialToken': it spells '</s>' and 'PandaSpecialToken'"):
+        task.encode_prompt("</s> PandaSpecialToken")
+    rows = pretrain([{"text": "</s> PandaSpecialToken"}, {"text": "a"}]).dataset().report
+    assert rows.bad_rows == 1
