@@ -1,6 +1,6 @@
 """Models of transformers, tiny, trained by panda and by plain transformers: docs/models.md is made of the results.
 
-``python tests/model_types.py`` tries all of them and writes the table (minutes); with names, it prints those rows.
+``python tests/model_types.py`` tries all of them in half a minute and writes the table; with names, it prints those.
 """
 
 from __future__ import annotations

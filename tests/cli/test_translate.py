@@ -21,8 +21,8 @@ def test_the_file_has_its_origins_and_its_lists_and_stderr_says_that_it_has(caps
     (clipped,) = (line for line in lines if line.startswith("max_grad_norm: 1.0 "))
     assert clipped.endswith("# axolotl's default of max_grad_norm")
     begins = [lines.index(f"# {title}:") for title in ("Without a counterpart", "Not quite the same")]
-    assert begins[0] < lines.index("#   val_set_size: 0.05") < begins[1]
-    assert "note: 6 keys have no counterpart" in printed.err
+    assert begins[0] < lines.index("#   wandb_project: herons") < begins[1]
+    assert "note: 4 keys have no counterpart" in printed.err
 
 
 def test_a_file_is_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

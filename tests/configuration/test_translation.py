@@ -55,6 +55,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "instruction_tuning_data_dir": "alpha",
         "template": "chat",
         "max_seq_length": 1536,
+        "max_samples": 1000,
+        "eval_fraction": 0.1,
+        "eval_steps": 500,
         "output_dir": "saves/base-4b/lora",
         "per_gpu_train_batch_size": 2,
         "per_gpu_eval_batch_size": 1,
@@ -80,12 +83,14 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "task": "instruct",
         "model": "hf",
         "ckpt_path": "some-org/Base-1B",
-        "instruction_tuning_data_dir": "datasets/axolotl_qlora/instruction_tuning",
+        "instruction_tuning_data_dir": ["some-org/chats", "some-org/more-chats"],
         "template": "chat",
         "max_seq_length": 4096,
         "batching": "packed",
         "output_dir": "./outputs/out",
+        "eval_fraction": 0.05,
         "per_gpu_train_batch_size": 2,
+        "per_gpu_eval_batch_size": 2,
         "gradient_accumulation_steps": 4,
         "num_train_epochs": 3,
         "optimizer": "paged_adamw8bit",
@@ -168,11 +173,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
 }
 LOST = {
-    "llama_factory_lora.yaml": ["max_samples: 1000", "val_size: 0.1", "eval_steps: 500"],
+    "llama_factory_lora.yaml": [],
     "axolotl_qlora.yml": [
         "datasets[]: some-org/chats: split train[:20%]",
-        "datasets: some-org/chats, some-org/more-chats",
-        "val_set_size: 0.05",
         "wandb_project: herons",
         "evals_per_epoch: 4",
         "saves_per_epoch: 1",
@@ -319,6 +322,10 @@ FACTORY = "model_name_or_path: b\nstage: sft\ndataset: d\n"
         (FACTORY + "disable_gradient_checkpointing: true\n", {"activation_checkpointing": None}),
         (FACTORY + "neat_packing: true\nresize_vocab: true\n", {"batching": "packed", "extend_vocab": True}),
         (FACTORY + "eval_dataset: e\neval_steps: 5\n", {"eval_data_dir": "e", "eval_steps": 5}),
+        (FACTORY + "val_size: 0.2\neval_steps: 5\n", {"eval_fraction": 0.2, "eval_steps": 5, "eval_data_dir": None}),
+        (FACTORY + "val_size: 50\neval_steps: 5\n", {"eval_fraction": None, "eval_steps": None}),
+        (TRL + "test_split_size: 0.1\n", {"eval_fraction": 0.1}),
+        (TRL + "dataset_mixture: {test_split_size: 0.1, datasets: [{id: d}]}\n", {"eval_fraction": 0.1}),
         (FACTORY.replace("sft", "pt"), {"task": "pretrain", "pretraining_data_dir": "d", "batching": "packed"}),
     ],
 )
@@ -347,6 +354,10 @@ def test_values_are_translated(translated: Any, text: str, expected: dict[str, A
         (TRL + "max_length: null\n", "max_length: null"),
         (FACTORY + "adapter_name_or_path: saves/a\n", "adapter_name_or_path: saves/a"),
         (FACTORY + "double_quantization: false\nquantization_method: hqq\n", "quantization_method: hqq"),
+        (FACTORY + "val_size: 50\n", "val_size: 50"),
+        (FACTORY + "eval_steps: 5\n", "eval_steps: 5"),
+        (AXOLOTL + "evals_per_epoch: 4\n", "evals_per_epoch: 4"),
+        (FACTORY.replace("dataset: d", "dataset: d, e") + "max_samples: 9\n", "max_samples: 9"),
         (FACTORY + "use_galore: true\n", "use_galore: true"),
         (FACTORY + "deepspeed: mine.json\n", "deepspeed: mine.json"),
     ],
@@ -360,6 +371,20 @@ def test_data_sets_of_one_name_in_a_mixture_are_all_listed(translated: Any) -> N
     found = translated("model_name_or_path: b\n" + mixture)
     assert values(found)["instruction_tuning_data_dir"] == "d"
     assert {"d: split a", "d: split b, weight 0.5"} <= set(found.lost)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FACTORY.replace("dataset: d\n", "dataset: a.json, b.json\n"),
+        AXOLOTL + "datasets:\n  - {path: a.json, type: chat_template}\n  - {path: b.json, type: chat_template}\n",
+        TRL.replace("dataset_name: d\n", "dataset_mixture: {datasets: [{id: a.json}, {id: b.json}]}\n"),
+    ],
+)
+def test_several_data_sets_are_a_list_of_paths(translated: Any, text: str) -> None:
+    found = translated(text)
+    assert values(found)["instruction_tuning_data_dir"] == ["a.json", "b.json"]
+    assert not any("a.json" in lost for lost in found.lost)
 
 
 def test_packed_rows_are_counted_otherwise_and_that_is_said(translated: Any) -> None:

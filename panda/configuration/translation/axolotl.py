@@ -12,6 +12,7 @@ from panda.configuration.translation.rules import FROM_ADAPTER
 from panda.configuration.translation.rules import HUB_PART
 from panda.configuration.translation.rules import KEPT_DATA
 from panda.configuration.translation.rules import LORA_MORE
+from panda.configuration.translation.rules import NOTHING_HELD_OUT
 from panda.configuration.translation.rules import OTHER_LOSS
 from panda.configuration.translation.rules import OTHER_PARALLELISM
 from panda.configuration.translation.rules import OTHER_TRAINING
@@ -32,6 +33,7 @@ from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import number
+from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
 _DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a file or folder.")
@@ -99,7 +101,7 @@ KEYS: dict[str, Rule] = {
         OTHER_PARALLELISM,
     ),
     **each("saves_per_epoch", Part("write `save_steps`, a number of optimizer steps.")),
-    **each("evals_per_epoch", Part("write `eval_steps`, with `eval_data_dir`.")),
+    **each("evals_per_epoch", Part("write `eval_steps`, with `eval_fraction` or `eval_data_dir`.")),
     "auto_resume_from_checkpoints": Sets({True: {"resume": "auto"}}, "`resume: auto`"),
     **each("special_tokens.pad_token", PADDING),
     **each("special_tokens special_tokens.* tokens tokens.* added_tokens_overrides", TOKENS),
@@ -172,7 +174,7 @@ def read(theirs: Theirs, found: Translation) -> None:
         found.set(
             "gradient_accumulation_steps", max(1, int(whole_batch) // int(micro)), "batch_size / micro_batch_size"
         )
-    if theirs("eval_batch_size") is None and theirs("test_datasets"):
+    if theirs("eval_batch_size") is None and found.evaluates:
         found.set("per_gpu_eval_batch_size", micro, "micro_batch_size")
     least = number(theirs("cosine_min_lr_ratio"))
     if least is not None and least < 1 and found.value("lr_scheduler") == "cosine":
@@ -181,10 +183,9 @@ def read(theirs: Theirs, found: Translation) -> None:
         found.lost[f"cosine_min_lr_ratio: {least}"] = "`min_lr_ratio` is below 1 and of `lr_scheduler: cosine`"
     for key in ("saves_per_epoch", "evals_per_epoch"):
         once = theirs(key) == 1 and theirs("num_epochs") == 1  # at the end, as panda does
-        if theirs(key) and not once and not (key == "evals_per_epoch" and not theirs("test_datasets")):
-            found.lost[f"{key}: {theirs(key)}"] = f"{_OF_EPOCH}: set `{key[:4]}_steps`"
-        elif theirs(key) and not once:
-            found.lost[f"{key}: {theirs(key)}"] = "`eval_steps` needs held-out data: name it with `eval_data_dir`"
+        if theirs(key) and not once:
+            unused = key == "evals_per_epoch" and not found.evaluates
+            found.lost[f"{key}: {theirs(key)}"] = NOTHING_HELD_OUT if unused else f"{_OF_EPOCH}: set `{key[:4]}_steps`"
 
 
 def _read_adapters(theirs: Theirs, found: Translation) -> None:
@@ -214,11 +215,11 @@ def _read_data(theirs: Theirs, found: Translation) -> None:
     task = "mix" if documents and answers else "pretrain" if documents else "instruct"
     found.set("task", task, "pretraining_dataset" if pretraining else "datasets[].type")
     if answers:
-        _write_folder(answers, "instruction_tuning_data_dir", "datasets", theirs, found)
+        _write_paths(answers, "instruction_tuning_data_dir", "datasets", found)
         _read_answers(answers, theirs, found)
     if documents:
         said = "datasets" if in_sets else "pretraining_dataset"
-        _write_folder(documents, "pretraining_data_dir", said, theirs, found)
+        _write_paths(documents, "pretraining_data_dir", said, found)
         fields = {item.get("field") or item.get("text_column") or "text" for item in documents}
         if len(fields) == 1 and not fields & {"text", "content"}:
             found.set(
@@ -227,7 +228,8 @@ def _read_data(theirs: Theirs, found: Translation) -> None:
         elif len(fields) > 1:
             found.lost[f"datasets[].field: {', '.join(sorted(fields))}"] = "panda reads one `content_field`"
     if tests := _items(theirs("test_datasets")):
-        _write_folder(tests, "eval_data_dir", "test_datasets", theirs, found)
+        _write_paths(tests, "eval_data_dir", "test_datasets", found)
+    read_validation_share("val_set_size", theirs, found)
 
 
 def _items(written: Any) -> list[Mapping[str, Any]]:
@@ -236,8 +238,8 @@ def _items(written: Any) -> list[Mapping[str, Any]]:
     return [item if isinstance(item, Mapping) else {"path": item} for item in items]
 
 
-def _write_folder(items: list[Mapping[str, Any]], key: str, said: str, theirs: Theirs, found: Translation) -> None:
-    """Write the place of ``items``, which are below the key ``said``, as panda's ``key``."""
+def _write_paths(items: list[Mapping[str, Any]], key: str, said: str, found: Translation) -> None:
+    """Write the paths of ``items``, which are below the key ``said``, as panda's ``key``."""
     paths = []
     for item in items:
         files = item.get("data_files")
@@ -251,12 +253,7 @@ def _write_folder(items: list[Mapping[str, Any]], key: str, said: str, theirs: T
         if parts:
             named = ", ".join(f"{part} {value}" for part, value in parts.items())
             found.lost[f"{said}[]: {paths[-1]}: {named}"] = HUB_PART.reason
-    if len(paths) == 1:
-        found.set(key, paths[0], f"{said}[].path: a file or folder of its rows")
-    else:
-        folder = f"datasets/{theirs.stem}/{key.removesuffix('_data_dir').removesuffix('_dir')}"
-        found.set(key, folder, f"{said}: put the files of all into this folder")
-        found.lost[f"{said}: {', '.join(paths)}"] = f"panda reads one file or folder: put these into {folder}"
+    found.set_data(key, paths, f"{said}[].path")
 
 
 def _read_answers(items: list[Mapping[str, Any]], theirs: Theirs, found: Translation) -> None:

@@ -16,7 +16,6 @@ from panda.configuration.translation.rules import OTHER_LOSS
 from panda.configuration.translation.rules import OTHER_TRAINING
 from panda.configuration.translation.rules import PROCESSES
 from panda.configuration.translation.rules import REMOTE_CODE
-from panda.configuration.translation.rules import SOME_SAMPLES
 from panda.configuration.translation.rules import SPEED
 from panda.configuration.translation.rules import TOKENS
 from panda.configuration.translation.rules import VALIDATION_SHARE
@@ -30,6 +29,7 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
+from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
 _OTHER_MODEL = Absent("panda trains models of text that transformers loads")
@@ -46,7 +46,7 @@ KEYS: dict[str, Rule] = {
     "eval_dataset": Part("write `eval_data_dir`."),
     "template": Part("write `template: chat` for the tokenizer's own chat template."),
     "cutoff_len": To("max_seq_length"),
-    "max_samples": SOME_SAMPLES,
+    "max_samples": Part("write `max_samples`."),
     "val_size": VALIDATION_SHARE,
     **each("packing neat_packing", Part("write `batching: packed`.")),
     "train_on_prompt": ALL_LOSS,
@@ -148,13 +148,14 @@ def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
         written = theirs(key)
         names = [name.strip() for name in written.split(",")] if isinstance(written, str) else written or []
         files = [_file_of(name, Path(theirs("dataset_dir") or "data")) for name in names]
-        if len(files) == 1:
-            found.set(ours, files[0], f"{key}: {names[0]}")
-        elif files:
-            found.set(ours, f"datasets/{theirs.stem}", f"{key}: put the files of all into this folder")
-            found.lost[f"{key}: {', '.join(files)}"] = (
-                f"panda reads one file or folder: put these into datasets/{theirs.stem}"
-            )
+        if files:
+            found.set_data(ours, files, f"{key}: {', '.join(names)}")
+    read_validation_share("val_size", theirs, found)
+    most, several = theirs("max_samples"), isinstance(found.value(data), list)
+    if most and several:
+        found.lost[f"max_samples: {most}"] = "panda takes the first samples of all files together: write how many"
+    elif most:
+        found.set("max_samples", most, "max_samples")
     template = theirs("template")
     if stage == "sft" and template in _PLAIN:
         found.lost[f"template: {template}"] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -94,6 +95,11 @@ class Translation:
         """Write ``key: value``."""
         self.lines[key] = Line(value, because)
 
+    def set_data(self, key: str, paths: Sequence[str], because: str) -> None:
+        """Write the place of data sets as panda's ``key``: one path, or a list of them."""
+        named = list(dict.fromkeys(paths))
+        self.set(key, named[0] if len(named) == 1 else named, f"{because}: a file or folder of its rows")
+
     def value(self, key: str) -> Any:
         """The value of panda's ``key``; None if it is not written."""
         return self.lines[key].value if key in self.lines else None
@@ -102,14 +108,17 @@ class Translation:
         """Leave panda's ``key`` out again."""
         self.lines.pop(key, None)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run has something to evaluate on, as far as it is written."""
+        return not self.lines.keys().isdisjoint(("eval_data_dir", "eval_fraction"))
+
 
 @dataclass(frozen=True)
 class Theirs:
     """The keys of a file, nested ones by a path (`fsdp_config.offload_params`), over the defaults of its tool."""
 
     tool: str
-    stem: str
-    """Name of the file, without its ending."""
     given: Mapping[str, Any]
     defaults: Mapping[str, Any]
     nulls: frozenset[str] = frozenset()
@@ -145,6 +154,17 @@ def each(keys: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(keys.split(), rule)
 
 
+def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
+    """``key``, which below 1 is a share of the samples that is held out, and from 1 on their number."""
+    held_out = number(theirs(key))
+    if held_out and held_out < 1:
+        found.set("eval_fraction", held_out, theirs.because(key))
+    elif held_out:
+        found.lost[f"{key}: {whole(held_out)}"] = (
+            "panda holds out a share of the samples: write it with `eval_fraction`, or name a file with `eval_data_dir`"
+        )
+
+
 def shown(value: Any) -> str:
     """``value`` as YAML writes it."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else f"{value}"
@@ -163,10 +183,11 @@ def whole(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-# What is not written by itself is these, in every table.
-VALIDATION_SHARE = Absent("write the share that is held out with `eval_fraction`, or name a file with `eval_data_dir`")
-SOME_SAMPLES = Absent("write `max_samples`, the first samples of each data set that are used")
+# Rules of every table.
+VALIDATION_SHARE = Part("write the share that is held out with `eval_fraction`, or name a file with `eval_data_dir`.")
+"""Read by ``read_validation_share``."""
 FROM_ADAPTER = Absent("name the adapter's folder with `ckpt_path`: training goes on from it")
+NOTHING_HELD_OUT = "`eval_steps` needs held-out data: write `eval_fraction`, or `eval_data_dir`"
 HUB_PART = Absent("panda reads files: download this part of the data set, and name its folder")
 
 SERVICES = Absent(

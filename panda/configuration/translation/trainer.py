@@ -6,6 +6,7 @@ from typing import Any
 
 from panda.configuration.translation.rules import DISPLAY
 from panda.configuration.translation.rules import HUB_UPLOAD
+from panda.configuration.translation.rules import NOTHING_HELD_OUT
 from panda.configuration.translation.rules import OTHER_LOSS
 from panda.configuration.translation.rules import PROCESSES
 from panda.configuration.translation.rules import SERVICES
@@ -98,7 +99,10 @@ KEYS: dict[str, Rule] = {
     "logging_steps": Part("write `logging_steps`, a number of optimizer steps."),
     **each("save_steps save_strategy", Part("write `save_steps`, a number of optimizer steps.")),
     "save_total_limit": To("save_total_limit"),
-    **each("eval_steps eval_strategy evaluation_strategy do_eval", Part("write `eval_steps`, with `eval_data_dir`.")),
+    **each(
+        "eval_steps eval_strategy evaluation_strategy do_eval",
+        Part("write `eval_steps`, with `eval_fraction` or `eval_data_dir`."),
+    ),
     "resume_from_checkpoint": Part("write `resume: auto`, or `resume: PATH` for a checkpoint of panda's."),
     **each(
         "deepspeed deepspeed.*", Part("write `zero_stage`, or `deepspeed_config: FILE` for keys panda does not own.")
@@ -243,16 +247,15 @@ def _steps_between(theirs: Theirs, found: Translation) -> None:
     of_epoch = (
         "panda counts optimizer steps, and saves and evaluates at the end in any case; `panda check` says the steps"
     )
-    no_data = "`eval_steps` needs held-out data: name it with `eval_data_dir`"
     if (every := number(theirs("logging_steps"))) and every >= 1:
         found.set("logging_steps", whole(every), theirs.because("logging_steps"))
     elif every:
         found.lost[f"logging_steps: {every}"] = "panda counts optimizer steps"
-    for what, data in (("save", True), ("eval", found.value("eval_data_dir") is not None)):
+    for what, data in (("save", True), ("eval", found.evaluates)):
         strategy = theirs(f"{what}_strategy") or (theirs("evaluation_strategy") if what == "eval" else None)
         every = number(theirs(f"{what}_steps")) if strategy not in ("no", "epoch", "best", False) else None
         if strategy in ("epoch", "best") and not data:
-            found.lost[f"{what}_strategy: {strategy}"] = no_data
+            found.lost[f"{what}_strategy: {strategy}"] = NOTHING_HELD_OUT
         elif strategy in ("epoch", "best"):
             found.lost[f"{what}_strategy: {strategy}"] = f"{of_epoch}: set `{what}_steps`"
         elif every and every < 1:
@@ -260,9 +263,7 @@ def _steps_between(theirs: Theirs, found: Translation) -> None:
         elif every and data:
             found.set(f"{what}_steps", whole(every), theirs.because(f"{what}_steps"))
         elif every and f"{what}_steps" in theirs.given:
-            found.lost[f"{what}_steps: {whole(every)}"] = (
-                "`eval_steps` needs held-out data: name it with `eval_data_dir`"
-            )
+            found.lost[f"{what}_steps: {whole(every)}"] = NOTHING_HELD_OUT
 
 
 def _resume(theirs: Theirs, found: Translation) -> None:

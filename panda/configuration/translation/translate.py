@@ -72,7 +72,7 @@ def translate(path: Path, name: str | None = None) -> Translation:
     flat = dict(_flattened(content))
     nulls = frozenset(key for key, value in flat.items() if value is None)
     given = {key: value for key, value in flat.items() if value is not None}
-    theirs = Theirs(tool.name, path.stem, given, tool.defaults, nulls)
+    theirs = Theirs(tool.name, given, tool.defaults, nulls)
     found = Translation(tool.name)
     try:
         for key in (*given, *(key for key in tool.defaults if key not in given)):

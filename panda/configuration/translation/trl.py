@@ -26,6 +26,7 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
+from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
 _DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a file or folder.")
@@ -152,14 +153,10 @@ def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
         sets = [{"id": name.removeprefix("dataset_mixer."), "weight": theirs(name)} for name in names]
     if not sets and theirs("dataset_name"):
         where, sets = "dataset_name", [{"id": theirs("dataset_name")}]
-    named = list(dict.fromkeys(str(item.get("id") or item.get("path")) for item in sets))
-    if len(named) == 1:
-        found.set(key, named[0], f"{where}: a file or folder of its rows")
-    elif named:
-        found.set(key, f"datasets/{theirs.stem}", f"{where}: put the files of all into this folder")
-        found.lost[f"{where}: {', '.join(named)}"] = (
-            f"panda reads one file or folder: put these into datasets/{theirs.stem}"
-        )
+    for share in ("test_split_size", "dataset_mixture.test_split_size"):
+        read_validation_share(share, theirs, found)
+    if sets:
+        found.set_data(key, [str(item.get("id") or item.get("path")) for item in sets], where)
     for item in sets:
         if parts := [f"{part} {item[part]}" for part in _PART_KEYS if item.get(part) not in _WHOLE]:
             found.lost[f"{item.get('id') or item.get('path')}: {', '.join(parts)}"] = HUB_PART.reason
