@@ -50,6 +50,6 @@ def _translate(argv: list[str]) -> None:
         print("\n".join(remarks(found)))
     if found.lost and arguments.output is None and not sys.stdout.isatty():
         print(
-            f"note: {len(found.lost)} keys have no counterpart; they are listed at the end of the file.",
+            f"note: keys without a counterpart: {len(found.lost)}. They are listed at the end of the file.",
             file=sys.stderr,
         )

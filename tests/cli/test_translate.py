@@ -22,7 +22,7 @@ def test_the_file_has_its_origins_and_its_lists_and_stderr_says_that_it_has(caps
     assert clipped.endswith("# axolotl's default of max_grad_norm")
     begins = [lines.index(f"# {title}:") for title in ("Without a counterpart", "Not quite the same")]
     assert begins[0] < lines.index("#   wandb_project: herons") < begins[1]
-    assert "note: 4 keys have no counterpart" in printed.err
+    assert "note: keys without a counterpart: 4." in printed.err
 
 
 def test_a_file_is_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

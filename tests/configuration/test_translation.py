@@ -355,6 +355,7 @@ def test_values_are_translated(translated: Any, text: str, expected: dict[str, A
         (FACTORY + "adapter_name_or_path: saves/a\n", "adapter_name_or_path: saves/a"),
         (FACTORY + "double_quantization: false\nquantization_method: hqq\n", "quantization_method: hqq"),
         (FACTORY + "val_size: 50\n", "val_size: 50"),
+        (FACTORY + "mix_strategy: interleave_under\n", "mix_strategy: interleave_under"),
         (FACTORY + "eval_steps: 5\n", "eval_steps: 5"),
         (AXOLOTL + "evals_per_epoch: 4\n", "evals_per_epoch: 4"),
         (FACTORY.replace("dataset: d", "dataset: d, e") + "max_samples: 9\n", "max_samples: 9"),
@@ -385,6 +386,7 @@ def test_several_data_sets_are_a_list_of_paths(translated: Any, text: str) -> No
     found = translated(text)
     assert values(found)["instruction_tuning_data_dir"] == ["a.json", "b.json"]
     assert not any("a.json" in lost for lost in found.lost)
+    assert not translated(FACTORY + "mix_strategy: concat\n").lost
 
 
 def test_packed_rows_are_counted_otherwise_and_that_is_said(translated: Any) -> None:
@@ -453,6 +455,11 @@ def test_every_rule_leads_to_a_key_of_panda_that_takes_its_value() -> None:
             resolve(Catalog(), RunOptions, parse_arguments(["--arch", "llama-tiny", *flags]).given)
 
 
+def test_the_advice_of_every_rule_is_a_sentence() -> None:
+    rules = [rule for tool in TOOLS.values() for rule in tool.keys.values()]
+    assert all(re.fullmatch(r"\S.*[\w`)]\.", rule.advice) for rule in rules)
+
+
 def test_no_key_that_panda_has_is_said_to_be_another_tools() -> None:
     assert not keys_of_panda() & set(advice())
 
@@ -468,6 +475,7 @@ def test_no_key_that_panda_has_is_said_to_be_another_tools() -> None:
         ("sequence_len", "write `max_seq_length`."),
         ("finetuning_type", "write `use_lora`"),
         ("report_to", "leave it out"),
+        ("mix_strategy", "leave it out for concat. For others: `task: mix`"),
         ("overwrite_output_dir", "leave it out"),
         ("lora_modules_to_save", "not translated"),
     ],

@@ -34,6 +34,8 @@ from panda.registry import UserError
 
 _OTHER_MODEL = Absent("panda trains models of text that transformers loads")
 
+_MIX = "`task: mix` weighs one instruct and one pretrain data set"
+
 KEYS: dict[str, Rule] = {
     "stage": Part("write `task`: `instruct` for sft, `pretrain` for pt."),
     "finetuning_type": Part("write `use_lora` for adapters; without it all weights are trained."),
@@ -54,7 +56,8 @@ KEYS: dict[str, Rule] = {
     "default_system": Absent("write the system prompt into the rows: `system`, or a turn"),
     "tool_format": Ignored("the tokenizer's chat template writes tools"),
     **each("enable_thinking preserve_thinking", Ignored("the tokenizer's chat template writes reasoning")),
-    **each("mix_strategy interleave_probs", Absent("`task: mix` weighs one instruct and one pretrain data set")),
+    "mix_strategy": Sets({"concat": {}}, _MIX),
+    "interleave_probs": Absent(_MIX),
     "lora_rank": To("lora_r"),
     "lora_alpha": To("lora_alpha"),
     "lora_dropout": To("lora_dropout"),

@@ -33,7 +33,9 @@ class Sets:
 
     @property
     def advice(self) -> str:
-        first = next(iter(self.values.values()))
+        first = next((keys for keys in self.values.values() if keys), None)
+        if first is None:
+            return f"leave it out for {' or '.join(map(shown, self.values))}. For others: {self.otherwise}."
         return f"write {' and '.join(f'`{key}: {shown(value)}`' for key, value in first.items())}."
 
 
