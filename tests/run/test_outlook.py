@@ -228,6 +228,9 @@ def test_the_engine_and_the_checkpoints_are_described(said: Outlook, folder: Pat
     assert parts["engine"][0].startswith(expected)
     assert parts["saves"] == ["every 10 steps and at the end; the newest 2 are kept"]
     assert parts["optimizer"] == ["adamw, learning_rate 0.0002 (--learning_rate), schedule cosine"]
+    no_last = "no checkpoint, only the export: the run cannot be continued, whether it is interrupted or finished"
+    assert said(f"{TINY_64} --save_final false")["saves"] == [no_last]
+    assert said(f"{TINY_64} --save_final false --save_steps 10")["saves"] == ["every 10 steps"]
     assert said(TINY_64)["saves"] == ["only at the end: with `save_steps` an interrupted run can be continued"]
 
 
