@@ -204,6 +204,13 @@ class Engine:
     def evaluating(self) -> torch.nn.Module:
         """The module in evaluation mode. Under ZeRO-3 all ranks must run it together."""
         self.deepspeed.eval()
+        # ZeRO-3 of DeepSpeed 0.19.8 gathers weights in the order of the pass before, and fails where a module has read
+        # another's weight for the first time since, as with a head in a loss without logits. Can go when it then
+        # records the order again, as it does where modules run in another order.
+        if hasattr(self.optimizer, "parameter_offload"):
+            coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
         return self.module
 
     def weights(self, *, trained_only: bool = False) -> Weights:

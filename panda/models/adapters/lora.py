@@ -17,6 +17,8 @@ from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import named_experts
 from panda.models.adapters.linear_layers import listed_names
+from panda.models.adapters.new_rows import new_rows
+from panda.models.adapters.new_rows import rows_of_partitioned_weights
 from panda.models.adapters.targets import ALL_LINEAR
 from panda.models.adapters.targets import target_modules
 from panda.registry import UserError
@@ -67,7 +69,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
         )
     config = adapter_config(options)
     config.target_modules, config.task_type = targets, "CAUSAL_LM" if is_hugging_face else None
-    config.trainable_token_indices = _new_rows(model)
+    config.trainable_token_indices = new_rows(model)
     if experts:
         config.target_parameters = experts
     if experts or (targets == ALL_LINEAR and expert_parameters(model)):
@@ -76,7 +78,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
     zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), rows_of_partitioned_weights():
             # As of peft 0.21 with transformers 5.23 (2026-11), peft calls a function that transformers has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
@@ -90,19 +92,6 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     if config.target_parameters:
         config.target_parameters = sorted(config.target_parameters)
     return adapted
-
-
-def _new_rows(model: Any) -> dict[str, list[int]] | None:
-    """The new rows of ``model``, by the name of the layer that has them, as peft is given them; None for none.
-
-    Where embedding and head are one tensor, peft trains its rows once, under the name of the embedding.
-    """
-    rows: range = getattr(model, "new_rows", range(0))
-    if not rows:
-        return None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    return {name: list(rows) for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def start_from(model: PeftModel, folder: Path) -> None:
