@@ -27,18 +27,18 @@ from panda.run.state import Run as Run
 from panda.run.trained_model import trained_model
 
 
-@explaining_lack_of_memory()
 def train(configuration: Configuration) -> Run | None:
     """Train what ``configuration`` describes and return the finished run; None if that run was already finished.
 
     Under a launcher, every process calls this. The caller has to leave the process groups afterwards.
     """
-    options = configuration.options
     for plugin in configuration.resolved.plugins:
         configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
     prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
-    processes = join_processes(options.tensor_parallel_size)
-    with RunLock() as lock:
+    processes = join_processes(prepared.options.tensor_parallel_size)
+    prepared.decide(processes.from_rank_0)
+    options = prepared.options
+    with RunLock() as lock, explaining_lack_of_memory(prepared.explain_lack_of_memory):
         continuation = continuation_of(prepared, processes, lock)
         progress, ranks = continuation.progress, processes.data_ranks
         layout = lay_out(options, prepared.dataset, ranks, progress)

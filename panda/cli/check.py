@@ -74,6 +74,7 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     resolved, options = configuration.resolved, configuration.options
     directory, checkpoint = find_directory(resolved)
     prepared = prepare(configuration, world_size)
+    prepared.decide()
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
     layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)

@@ -13,6 +13,7 @@ COMMANDS = {
     "list": "list the installed components, by kind",
     "show": "show one component: its options, and where it comes from",
     "check": "resolve a configuration, check its data and model, train nothing",
+    "estimate": "estimate the memory of a configuration on each GPU, and which cards it fits",
     "data": "show a configuration's data: counts, lengths, what carries loss",
     "prepare": "tokenise a configuration's data ahead of time",
     "tokenizer": "train a tokenizer on data, for pretraining",

@@ -134,9 +134,10 @@ class RunOptions:
     tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
     """Neighbouring GPUs that hold one copy of the model together, each a part of every large matrix. Must divide the
     number of processes; the rest is data parallelism."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass recomputes instead of storing. full: each layer, from its input. selective: all but
-    attention and large matrix products. Saves memory, costs time, and changes nothing else."""
+    attention and large matrix products. Saves memory, costs time, and changes nothing else. `auto` takes the first of
+    none, selective and full with which the run is estimated to fit the GPU, once: a resumed run keeps it."""
     compile: bool = False
     """Compile each layer with torch: faster after a slower start. Dropout draws other numbers than without it."""
     deepspeed_config: Annotated[str, Location()] | None = None

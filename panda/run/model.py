@@ -15,7 +15,6 @@ import torch
 from panda.configuration.from_checkpoint import config_for
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
-from panda.engine.memory import refuse_without_room
 from panda.engine.placement import place
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import plan_of
@@ -159,22 +158,6 @@ def build_weights(
     if outline is None or weights is None:
         return build_with_weights(resolved, context)
     return outline, weights
-
-
-def refuse_too_large(outline: torch.nn.Module, options: RunOptions, world_size: int, *, drawn: bool) -> None:
-    """Raise UserError if the weights of ``outline`` exceed the memory that they have to fit into.
-
-    ``drawn``: whether each rank draws all of them at once.
-    """
-    on_gpu = torch.cuda.is_available()
-    refuse_without_room(
-        sum(parameter.numel() for parameter in outline.parameters()),
-        options,
-        deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
-        drawing_device(),
-        world_size=world_size,
-        drawn=drawn,
-    )
 
 
 def refuse_splitting(outline: torch.nn.Module, resolved: Resolved) -> None:

@@ -15,6 +15,7 @@ from panda.configuration.options import RunOptions
 from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.memory_parts import gib
 from panda.engine.processes import Processes
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.lora import add_adapters
@@ -24,6 +25,7 @@ from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
 from panda.run.directory import find_directory
 from panda.run.directory import run_name
+from panda.run.fitting import advice
 from panda.run.preparation import Preparation
 from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import tokenizer_folder
@@ -64,6 +66,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "steps": list(_steps(layout)),
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared)],
+        "memory": list(_memory(prepared)),
         "saves": [_saves(prepared.options)],
         "output": [_output(prepared, layout, directory, checkpoint)],
     }
@@ -240,12 +243,25 @@ def _engine(prepared: Preparation) -> str:
             said.append(f"{what} offloaded to {device}")
     if options.tensor_parallel_size > 1:
         said.append(f"tensor parallel over {options.tensor_parallel_size}")
-    if options.activation_checkpointing != "none":
-        said.append(f"{options.activation_checkpointing} activation checkpointing")
+    how = prepared.resolved.settings["activation_checkpointing"]
+    if how.value != "none":
+        said.append(f"{how.value} activation checkpointing{' (auto)' * how.origin.startswith('decided')}")
     if options.compile:
         said.append("compiled")
     where = f"{_count(prepared.world_size, 'rank')} on {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
     return f"{', '.join(said)}; {where}"
+
+
+def _memory(prepared: Preparation) -> Iterator[str]:
+    """The memory of each GPU, estimated; nothing on a CPU."""
+    card = prepared.card
+    found = prepared.estimates.of(prepared.resolved, prepared.world_size) if card else None
+    if card is None or found is None:
+        return
+    rows = f"with rows of {prepared.options.max_seq_length:,}"
+    yield f"about {gib(found.parts.total)} of {gib(card.memory)} GiB on each GPU, {rows}: {found.parts.describe()}"
+    if not found.fits(card):
+        yield advice(prepared.estimates, prepared.resolved, prepared.world_size, card)
 
 
 def _saves(options: RunOptions) -> str:

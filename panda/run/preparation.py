@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +14,7 @@ from panda.configuration.options import RunOptions
 from panda.data.held_out import note_shared_samples
 from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
+from panda.engine.memory_parts import gib
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
@@ -19,13 +22,20 @@ from panda.run.assembly import build_evaluation_task
 from panda.run.assembly import build_task
 from panda.run.assembly import dataset_of
 from panda.run.assembly import load_tokenizer
+from panda.run.cards import Card
+from panda.run.cards import this_card
+from panda.run.decided import with_decided
+from panda.run.decided import with_template_date
+from panda.run.fitting import Estimates
+from panda.run.fitting import explanation
+from panda.run.fitting import on_card
+from panda.run.fitting import refuse_too_large
 from panda.run.model import build_outline
 from panda.run.model import build_with_weights
+from panda.run.model import drawing_device
 from panda.run.model import model_context
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
-from panda.run.model import refuse_too_large
-from panda.run.template_date import with_template_date
 from panda.tasks.language_modelling import LanguageModelling
 from panda.weights.generation_config import generation_values
 from panda.weights.pretrained import Pretrained
@@ -107,8 +117,48 @@ class Preparation:
         if outline is not None:
             refuse_splitting(outline, self.resolved)
             drawn_whole = self.pretrained is None and drawn is None
-            refuse_too_large(outline, self.options, self.world_size, drawn=drawn_whole)
+            refuse_too_large(outline, self.resolved, self.context, self.world_size, drawn=drawn_whole)
         return outline, drawn
+
+    @property
+    def card(self) -> Card | None:
+        """The GPU that this process trains on; None on a CPU."""
+        return this_card(drawing_device()) if torch.cuda.is_available() else None
+
+    @cached_property
+    def estimates(self) -> Estimates:
+        """Estimates of the memory of this run, and of variants of it, on GPUs."""
+        return Estimates(self.context)
+
+    def decide(self, once: Callable[[Callable[[], Any]], Any] = lambda decide: decide()) -> None:
+        """Decide what the configuration leaves to the run, `activation_checkpointing: auto`.
+
+        ``once`` calls the function that it is given, on one rank of the run, and returns its result on all of them.
+        """
+        key = "activation_checkpointing"
+        if self.resolved.settings[key].value != "auto":
+            return
+        setting = once(lambda: self._decided(key).resolved.settings[key])
+        resolved = self.resolved.with_values({key: setting.value}, setting.origin)
+        self.configuration = replace(self.configuration, resolved=resolved)
+
+    def _decided(self, key: str) -> Configuration:
+        return with_decided(self.configuration, key, "auto", self._checkpointing)
+
+    def _checkpointing(self) -> tuple[str, str]:
+        """How activations are kept, and why."""
+        if self.card is None:
+            return "none", "decided: on a CPU nothing is recomputed"
+        how, found = on_card(self.estimates, self.resolved, self.world_size, self.card)
+        if found is None:
+            return how, "decided: how large its activations are is not known"
+        needed = f"{gib(found.parts.total)} of {gib(self.card.memory)} GiB"
+        return how, f"decided: the fastest that fits, {needed}" if found.fits(self.card) else f"decided: {needed}"
+
+    def explain_lack_of_memory(self) -> str:
+        """What a step holds, and what would hold less, for a run whose GPU has no memory left."""
+        assert self.card is not None, "only a GPU runs out of memory in this way"
+        return explanation(self.estimates, self.resolved, self.world_size, self.card)
 
     def take_base(self) -> tuple[torch.nn.Module, Weights]:
         """The model, and the weights to load into it. They are not kept here, since some are memory-mapped files."""

@@ -79,7 +79,7 @@ def test_only_models_that_are_not_of_transformers_are_drawn_whole(
     of_transformers: bool, is_whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("panda.run.model.refuse_without_room", lambda *_, **keywords: asked.update(keywords))
+    monkeypatch.setattr("panda.run.fitting.refuse_without_room", lambda *_, **keywords: asked.update(keywords))
     if not of_transformers:
         monkeypatch.setattr("panda.run.preparation.build_outline", lambda *_: torch.nn.Linear(2, 2))
     configuration = configure(parse_arguments(["--arch", "llama-tiny", "--num_layers", "1"]))

@@ -45,6 +45,7 @@ def prepared_lines(flags: str, ranks: int, progress: Progress | None, resumed: P
     given = ["--instruction_tuning_data_dir", "rows.json", "--token_cache", "cache", *flags.split()]
     configuration = configure(parse_arguments(given))
     prepared = prepare(configuration, ranks)
+    prepared.decide()
     layout = lay_out(configuration.options, prepared.dataset, ranks, *([progress] if progress else []))
     return outlook(prepared, layout, Path("runs/x"), resumed)
 

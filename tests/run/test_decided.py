@@ -1,4 +1,4 @@
-"""A chat template writes the day on which the run began: another day, and a resumed run trains on the same tokens."""
+"""What a run decides for itself is decided once: a resumed run keeps the day of its start, and how it saves memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenizer_zoo import folder_of
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.registry import UserError
-from panda.run import template_date
+from panda.run import decided
 from panda.run.preparation import Preparation
 from panda.runner import train
 
@@ -43,7 +43,7 @@ def on_day(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
         def now(cls, tz: Any = None) -> datetime:
             return datetime(2024, 2, day, tzinfo=tz)
 
-    monkeypatch.setattr(template_date, "datetime", Day)
+    monkeypatch.setattr(decided, "datetime", Day)
 
 
 def test_a_run_that_is_resumed_on_another_day_keeps_its_date(
@@ -81,4 +81,4 @@ def test_the_date_can_be_given_and_is_checked(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "template_date:"])
 def test_a_damaged_configuration_has_no_date(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    assert template_date._date_in(tmp_path / "config.yaml") is None
+    assert decided._value_in(tmp_path / "config.yaml", "template_date") is None

@@ -1,0 +1,76 @@
+"""Values that a run decides for itself, once: written to its config.yaml, and kept where it is resumed.
+
+So a run that is resumed on another day, or on another machine, goes on as it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC
+from datetime import date
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from panda.configuration.configure import Configuration
+from panda.registry.resolve import Resolved
+from panda.run.directory import RUN_CONFIG
+from panda.run.directory import find_directory
+from panda.tasks.instruct import InstructFormat
+
+KEPT = "decided when the run began"
+"""The origin of a value that a resumed run keeps."""
+
+
+def with_decided(
+    configuration: Configuration, key: str, undecided: Any, decide: Callable[[], tuple[Any, str]]
+) -> Configuration:
+    """``configuration`` with a value for ``key`` in place of ``undecided``; unchanged where it has another.
+
+    It is that of the run that this one continues, or the one that ``decide`` returns, with its origin.
+    """
+    resolved = configuration.resolved
+    if resolved.settings[key].value != undecided:
+        return configuration
+    kept = recorded(resolved, key)
+    value, origin = (kept, KEPT) if kept not in (None, undecided) else decide()
+    return replace(configuration, resolved=resolved.with_values({key: value}, origin))
+
+
+def recorded(resolved: Resolved, key: str) -> Any:
+    """The value of ``key`` in the configuration of the run that this one continues; None if there is none."""
+    if resolved.core.resume is None:
+        return None
+    directory, checkpoint = find_directory(resolved)
+    run = checkpoint.absolute().parent.parent if checkpoint else directory
+    return _value_in(run / RUN_CONFIG, key)
+
+
+def _value_in(file: Path, key: str) -> Any:
+    """The value of ``key`` in ``file``, with or without a prefix; None where there is none."""
+    try:
+        values = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    name = key.rpartition(".")[2]
+    found = next((value for written, value in values.items() if str(written).rpartition(".")[2] == name), None)
+    return found.isoformat() if isinstance(found, date) else found
+
+
+def with_template_date(configuration: Configuration) -> Configuration:
+    """``configuration`` with a date for chat templates, if its task has one and none was given: the day of its start.
+
+    In UTC, so that machines in other time zones agree.
+    """
+    task = configuration.resolved.components["task"]
+    if not isinstance(task.options, InstructFormat):
+        return configuration
+    key = configuration.resolved.key_of(task, "template_date")
+    return with_decided(
+        configuration, key, None, lambda: (datetime.now(UTC).date().isoformat(), "the day on which the run began")
+    )

@@ -1,0 +1,211 @@
+"""The memory that a run needs on each GPU, estimated from its configuration and the outline of its model.
+
+Nothing is run and no weights are read, so this works on a machine without a GPU. A step is at its largest in one of
+three moments: while the loss is computed, while the backward pass of a layer runs, or in the optimizer's step. The
+longest rows are assumed: ``max_seq_length`` tokens in each of a micro batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.memory_parts import GIB
+from panda.engine.memory_parts import MemoryParts
+from panda.engine.memory_parts import Sizes
+from panda.engine.memory_parts import held
+from panda.engine.tensor_parallel import plan_of
+from panda.models.adapters.experts import expert_parameters
+from panda.models.adapters.lora import add_adapters
+from panda.models.adapters.quantisation import quantised_names
+from panda.models.forward.footprint import Footprint
+from panda.models.forward.footprint import footprint
+from panda.registry.contexts import ModelContext
+from panda.registry.contexts import OptimizerContext
+from panda.registry.contexts import TensorParallelPlan
+from panda.registry.resolve import Resolved
+from panda.run.cards import Card
+from panda.run.model import build_outline
+from panda.weights.layer_names import layer_of
+
+CONTEXT = round(0.6 * GIB)
+"""What CUDA's context and the libraries take (H200, torch 2.11, 2026-11-26)."""
+COMMUNICATION = round(0.5 * GIB)
+"""The same for NCCL, of a run with several ranks."""
+UNUSABLE = 0.06
+"""Share of the memory that comes and goes in a step which the allocator holds and cannot use."""
+MARGIN = 0.05
+"""Share of a card's memory that an estimate leaves free where it is said to fit."""
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """What the outline of a model says about its memory and its work, on one tensor-parallel rank."""
+
+    sizes: Sizes
+    footprint: Footprint
+    state_bytes: float
+    """The optimizer's states, for each element that is trained."""
+    parameters: int
+    """Elements of the whole model, without adapters."""
+    flops_per_token: float
+    """Of forward and backward pass on all tensor-parallel ranks: 6 for each weight that is trained and 4 for a frozen
+    one, of experts for those that a token uses. Attention comes on top."""
+    attention_flops: float
+    """The same for each token that a token attends to, by the usual count of 12 (not halved for being causal)."""
+
+    def flops(self, length: float) -> float:
+        """Operations for a token of a sample with ``length`` tokens; recomputation does not count."""
+        return self.flops_per_token + self.attention_flops * length
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of each GPU of a run."""
+
+    parts: MemoryParts
+    moment: str
+    """When a step is at its largest: ``loss``, ``backward`` or ``step``."""
+    approximate: str = ""
+    """Why it is less exact than it could be; empty where it is not."""
+
+    def fits(self, card: Card) -> bool:
+        """Whether ``card`` has that memory, and a margin."""
+        return self.parts.total <= card.memory * (1 - MARGIN)
+
+
+def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | None:
+    """What the model of ``resolved`` needs; None if it can only be built with weights.
+
+    Raises UserError if it cannot be split over its tensor-parallel ranks, or has no layers for its adapters.
+    """
+    options: RunOptions = resolved.core
+    model: Any = build_outline(resolved, context)
+    if model is None:
+        return None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if options.tensor_parallel_size > 1:
+        name = resolved.components["model"].component.name
+        _shard(model, plan_of(model, name, options.tensor_parallel_size), options.tensor_parallel_size)
+    names = quantised_names(model) if options.use_quant else []
+    quantised = {id(model.get_submodule(name).weight) for name in names}
+    if options.use_lora:
+        with torch.device("meta"):
+            model = add_adapters(model, options)
+    sizes = _sizes(model, options, quantised)
+    linear = _flops(model) * options.tensor_parallel_size
+    model = model.to(torch.device("meta"), getattr(torch, options.dtype_name))
+    found = footprint(model, length=options.max_seq_length, packed=options.batching == "packed")
+    attention = 12.0 * found.attention_width * options.tensor_parallel_size
+    return ModelMemory(sizes, found, state_bytes(resolved), parameters, linear, attention)
+
+
+def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estimate:
+    """The memory of each of ``world_size`` GPUs that train ``model`` with ``options``."""
+    config = deepspeed_config(options, world_size=world_size, on_gpu=True)
+    standing = held(model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes)
+    parts, rows, found = standing.parts, options.per_gpu_train_batch_size, model.footprint
+    how, compiled = options.activation_checkpointing, options.compile
+    kept, working = found.kept(how, compiled=compiled), found.working(how, compiled=compiled)
+    element = 4 if options.precision == "fp32" else 2
+    # Those of one weight exist in a backward pass only.
+    lasting = parts.gradients if parts.gradients > element * model.sizes.largest else 0
+    moments = {
+        "loss": replace(parts, activations=rows * kept, logits=found.loss(rows), gradients=lasting),
+        "backward": replace(parts, activations=rows * (kept + working)),
+        "step": replace(parts, gradients=lasting + standing.step),
+    }
+    moment = max(moments, key=lambda name: moments[name].total)
+    peak = moments[moment]
+    passing = peak.activations + peak.logits + peak.gradients
+    context = CONTEXT + COMMUNICATION * (world_size > 1) + round(UNUSABLE * passing)
+    return Estimate(replace(peak, context=context), moment, found.approximate)
+
+
+# -- the outline --------------------------------------------------------------------------------
+
+
+def _shard(model: torch.nn.Module, plan: TensorParallelPlan, size: int) -> None:
+    """Make the layers of ``model`` in ``plan`` as small as those that each of ``size`` ranks holds."""
+    shards: dict[int, torch.nn.Parameter] = {}
+
+    def share(parameter: torch.nn.Parameter | None, dimension: int) -> Any:
+        if parameter is None:
+            return None
+        if id(parameter) not in shards:
+            shards[id(parameter)] = torch.nn.Parameter(parameter.detach().chunk(size, dimension)[0].clone())
+        return shards[id(parameter)]
+
+    for name, layer in model.named_modules():
+        if any(fnmatchcase(name, pattern) for pattern in (*plan.column, *plan.vocabulary)):
+            layer.weight = share(layer.weight, 0)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias = share(layer.bias, 0)
+        elif any(fnmatchcase(name, pattern) for pattern in plan.row):
+            layer.weight = share(layer.weight, 1)
+
+
+def _sizes(model: torch.nn.Module, options: RunOptions, quantised: set[int]) -> Sizes:
+    element = 4 if options.precision == "fp32" else 2
+    trained = frozen = elements = largest = dequantised = 0
+    groups: Counter[str | None] = Counter()
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        if parameter.requires_grad:
+            trained += count
+            largest = max(largest, count)
+            groups[layer_of(name)] += count
+            elements += count
+        elif id(parameter) in quantised:
+            size = _quantised_bytes(parameter, options.quant_bits)
+            frozen += size
+            elements += size // element
+            dequantised = max(dequantised, element * count)
+        else:
+            frozen += element * count
+            elements += count
+    return Sizes(trained, frozen, elements, largest, max(groups.values(), default=0), dequantised)
+
+
+def _quantised_bytes(weight: torch.Tensor, bits: int) -> int:
+    """As bitsandbytes stores it: NF4 with a scale in 8 bits for 64 weights, or LLM.int8 with one in fp32 for a row."""
+    count = weight.numel()
+    if bits == 8:
+        return count + 4 * len(weight)
+    scales = -(-count // 64)
+    return -(-count // 2) + scales + 4 * -(-scales // 256)
+
+
+def _flops(model: torch.nn.Module) -> float:
+    """Operations for a token: of weights, without attention."""
+    experts, config = expert_parameters(model), getattr(model, "config", None)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        share = min(1.0, chosen / len(parameter)) if name in experts and isinstance(chosen, int) else 1.0
+        total += share * parameter.numel() * (6 if parameter.requires_grad else 4)
+    return total
+
+
+def state_bytes(resolved: Resolved) -> float:
+    """What the optimizer keeps for each element that it steps, found out by a step of a small weight."""
+    weight = torch.nn.Parameter(torch.zeros(128, 128))
+    groups = [{"params": [weight], "lr": 1e-3, "weight_decay": 0.0}]
+    context = OptimizerContext(param_groups=groups, device=weight.device, bit_training=resolved.core.bit_training)
+    optimizer = resolved.components["optimizer"].build(context, torch.optim.Optimizer)
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        # Two moments of a byte, with a scale for 256 elements; paged ones can be in host memory.
+        return 0.0 if getattr(optimizer, "is_paged", False) else 2 + 2 * 4 / 256
+    weight.grad = torch.zeros_like(weight)
+    with torch.random.fork_rng(devices=[]), resolved.components["optimizer"].attributed("a step"):
+        optimizer.step()
+    states = [one for one in optimizer.state[weight].values() if isinstance(one, torch.Tensor) and one.dim()]
+    return sum(math.prod(one.shape) * one.element_size() for one in states) / weight.numel()
