@@ -37,6 +37,7 @@ class Arguments:
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """Read the flags in ``argv`` and the YAML file that ``--config`` names."""
+    added: list[str] = []
     blocked: list[str] = []
     flags: dict[str, Given] = {}
     asks_for_help = False
@@ -46,6 +47,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         position += 1
         if word in ("-h", "--help"):
             asks_for_help = True
+        elif word == "--profile":
+            added.append("profile")
         elif word == "-p" or word.startswith("-p="):
             blocked.append(blocked_name(word[3:] if word != "-p" else argv[position] if position < len(argv) else ""))
             position += word == "-p"
@@ -84,10 +87,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
         if "config" in given:
             raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
     given |= flags
-    if blocked:  # `-p no:NAME` is short for one more item of `plugins`, beside those in the file
+    if added or blocked:  # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
         named = given.get("plugins")
-        items = (*_texts(named), *(BLOCK + name for name in blocked))
-        given["plugins"] = Given(items, named.origin if named else "-p", ", ".join(items))
+        items = (*_texts(named), *added, *(BLOCK + name for name in blocked))
+        given["plugins"] = Given(items, named.origin if named else "--profile" if added else "-p", ", ".join(items))
     return Arguments(given, asks_for_help)
 
 

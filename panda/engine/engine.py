@@ -102,6 +102,8 @@ class Engine:
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
+        self.on_part: Callable[[str], None] | None = None
+        """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO DeepSpeed does not wrap the optimizer, and then it does not keep the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -125,6 +127,7 @@ class Engine:
         stage; the host waits for the device once a step, to find that out. A ``StepLoss`` of the module is added.
         """
         device = self.processes.device
+        self._part("counts")
         counts = torch.tensor(
             [sum(batch.tokens for batch in micro_batches), sum(batch.supervised_tokens for batch in micro_batches)],
             dtype=torch.float64,
@@ -137,6 +140,7 @@ class Engine:
         added: StepLoss | None = getattr(self.module, "step_loss", None)
         statistics = self._statistics(added, micro_batches, loss_sum) if added and len(micro_batches) > 1 else None
         for number, batch in enumerate(micro_batches, 1):
+            self._part("forward")
             here = batch.to(device)
             forward = partial(loss_sum, self.deepspeed, here)
             if added is None:
@@ -147,11 +151,14 @@ class Engine:
                 totals[1] += term.detach()
                 objective = loss * scale + term * (added.weight * self.processes.data_ranks)
             totals[0] += loss.detach()
+            self._part("backward")
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
             self.deepspeed.backward(objective, scale_wrt_gas=False)
             if number < len(micro_batches):
                 self.deepspeed.step()
+        self._part("optimizer")
         grad_norm, applied = self._apply()
+        self._part("between steps")
         loss, of_step = self.processes.sum_(totals).unbind()
         return StepResult(loss / supervised, grad_norm, counts, applied, of_step if added else None)
 
@@ -322,6 +329,10 @@ class Engine:
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
+
+    def _part(self, name: str) -> None:
+        if self.on_part is not None:
+            self.on_part(name)
 
     def _apply(self) -> tuple[torch.Tensor | float, bool]:
         """Step the optimizer. Returns the norm of all gradients before clipping, and whether the step was taken."""
