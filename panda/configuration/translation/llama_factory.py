@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from panda.configuration.translation import trainer
+from panda.configuration.translation.rules import ADAPTER
 from panda.configuration.translation.rules import ALL_LOSS
+from panda.configuration.translation.rules import DEFAULT_SYSTEM
 from panda.configuration.translation.rules import DISPLAY
-from panda.configuration.translation.rules import FROM_ADAPTER
 from panda.configuration.translation.rules import KEPT_DATA
+from panda.configuration.translation.rules import KEPT_ORDER
 from panda.configuration.translation.rules import LORA_MORE
+from panda.configuration.translation.rules import OFF
 from panda.configuration.translation.rules import OTHER_LOSS
+from panda.configuration.translation.rules import OTHER_PARALLELISM
 from panda.configuration.translation.rules import OTHER_TRAINING
 from panda.configuration.translation.rules import PROCESSES
 from panda.configuration.translation.rules import REMOTE_CODE
@@ -29,19 +33,20 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
+from panda.configuration.translation.rules import read_adapter
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
 _OTHER_MODEL = Absent("panda trains models of text that transformers loads")
 
-_MIX = "`task: mix` weighs one instruct and one pretrain data set"
+_MIX = "panda passes over whole data sets: `data_weights` says how often over each, and no probabilities"
 
 KEYS: dict[str, Rule] = {
     "stage": Part("write `task`: `instruct` for sft, `pretrain` for pt."),
     "finetuning_type": Part("write `use_lora` for adapters; without it all weights are trained."),
     "model_name_or_path": To("ckpt_path"),
     "model_revision": Sets({"main": {}}, "name a folder with that revision as `ckpt_path`"),
-    "adapter_name_or_path": FROM_ADAPTER,
+    "adapter_name_or_path": ADAPTER,
     **each(
         "dataset dataset_dir", Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a file or folder.")
     ),
@@ -50,10 +55,10 @@ KEYS: dict[str, Rule] = {
     "cutoff_len": To("max_seq_length"),
     "max_samples": Part("write `max_samples`."),
     "val_size": VALIDATION_SHARE,
-    **each("packing neat_packing", Part("write `batching: packed`.")),
+    **each("packing neat_packing", Part("write `batching: packed`.", OFF)),
     "train_on_prompt": ALL_LOSS,
     "mask_history": Absent("in panda every answer carries loss; `weight: 0` in a turn leaves one out"),
-    "default_system": Absent("write the system prompt into the rows: `system`, or a turn"),
+    "default_system": DEFAULT_SYSTEM,
     "tool_format": Ignored("the tokenizer's chat template writes tools"),
     **each("enable_thinking preserve_thinking", Ignored("the tokenizer's chat template writes reasoning")),
     "mix_strategy": Sets({"concat": {}}, _MIX),
@@ -68,7 +73,7 @@ KEYS: dict[str, Rule] = {
     **each(
         "pissa_* loraplus_*", Absent("panda begins adapters as LoRA does, with one learning rate (`lr_multipliers`)")
     ),
-    "create_new_adapter": FROM_ADAPTER,
+    "create_new_adapter": Part("add the adapter to its base with peft, and name the result with `ckpt_path`."),
     "quantization_bit": Sets(
         {4: {"use_quant": True, "quant_bits": 4}, 8: {"use_quant": True, "quant_bits": 8}}, "`quant_bits` is 4 or 8"
     ),
@@ -95,14 +100,39 @@ KEYS: dict[str, Rule] = {
         OTHER_TRAINING,
     ),
     **each("fp8 fp8_*", Absent("panda computes in fp32, bf16 or fp16")),
-    **each("use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_* moe_aux_loss_coef", OTHER_LOSS),
+    **each("use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_*", OTHER_LOSS),
+    "moe_aux_loss_coef": To("router_aux_loss_coef"),
+    "disable_shuffling": KEPT_ORDER,
     **each("early_stopping_steps", Absent("panda trains to the end; a lifecycle plugin can stop a run")),
     "streaming": Ignored("memory does not grow with the size of the data"),
     "trust_remote_code": REMOTE_CODE,
     **each("overwrite_cache tokenized_path cache_dir data_shared_file_system", KEPT_DATA),
-    **each("preprocessing_* buffer_size use_fast_tokenizer split_special_tokens ignore_pad_token_for_loss", PROCESSES),
+    **each("preprocessing_* buffer_size use_fast_tokenizer ignore_pad_token_for_loss", PROCESSES),
+    "split_special_tokens": Ignored("content that spells a special token is characters in panda"),
     **each("use_v1_kernels upcast_* use_unsloth_gc use_kv_cache", SPEED),
-    **each("compute_accuracy print_param_status eval_on_each_dataset eval_num_beams disable_shuffling", DISPLAY),
+    **each("compute_accuracy print_param_status eval_on_each_dataset eval_num_beams", DISPLAY),
+    **each(
+        "pref_* dpo_* kto_* simpo_gamma ppo_* ref_model* reward_model* ld_alpha",
+        Absent("it is of preference training, which panda lacks"),
+    ),
+    "tensor_model_parallel_size": To("tensor_parallel_size"),
+    **each(
+        "pipeline_model_parallel_size expert_model_parallel_size context_parallel_size sequence_parallel"
+        " virtual_pipeline_model_parallel_size",
+        Sets({1: {}}, OTHER_PARALLELISM.reason),
+    ),
+    **each("use_mca use_megatron_bridge use_hyper_parallel hyper_parallel_*", OTHER_PARALLELISM),
+    **each(
+        "*_fusion moe_grouped_gemm moe_token_dispatcher_type use_distributed_optimizer overlap_*",
+        SPEED,
+    ),
+    **each("recompute_*", Ignored("activations are computed again in any case")),
+    **each("profiler_* enable_torch_profiler profile_modules", DISPLAY),
+    **each(
+        "do_sample temperature top_p top_k num_beams max_new_tokens repetition_penalty length_penalty"
+        " skip_special_tokens",
+        Ignored("it is not about training"),
+    ),
     **each("infer_* vllm_* sglang_* export_* offload_folder *_hub_token", Ignored("it is not about training")),
 }
 
@@ -121,6 +151,11 @@ _PLAIN = ("empty", "default", "alpaca", "vanilla", "fewshot")
 
 def read(theirs: Theirs, found: Translation) -> None:
     """Task, data, template and adapters. Raises UserError for what panda does not train."""
+    if not theirs("dataset") and not theirs("do_train") and (keys := _elsewhere(theirs)):
+        raise UserError(
+            f"{', '.join(keys)}, and no dataset: a file of LLaMA-Factory for chat, evaluation or export, which trains"
+            " nothing. `panda chat`, `panda generate` and `panda export` do that; they take folders and flags."
+        )
     stage, kind = theirs("stage"), theirs("finetuning_type")
     if stage not in ("sft", "pt"):
         raise UserError(f"stage: {stage}: {_OTHER_STAGES}. `panda list tasks` names the tasks.")
@@ -136,6 +171,11 @@ def read(theirs: Theirs, found: Translation) -> None:
     _read_data(theirs, found, stage)
 
 
+def _elsewhere(theirs: Theirs) -> list[str]:
+    """The keys of the file that are of LLaMA-Factory's other commands."""
+    return [key for key in theirs.given if key in ("do_predict", "do_eval") or key.startswith(("infer_", "export_"))]
+
+
 def _read_adapters(theirs: Theirs, found: Translation) -> None:
     if "lora_alpha" not in theirs.given:
         found.set("lora_alpha", 2 * int(theirs("lora_rank")), "LLaMA-Factory's default of lora_alpha: twice the rank")
@@ -143,6 +183,10 @@ def _read_adapters(theirs: Theirs, found: Translation) -> None:
     names = target.split(",") if isinstance(target, str) else target
     if names != ["all"]:  # panda's default is all linear layers but the output head, as theirs
         found.set("lora_target_modules", [str(name).strip() for name in names], theirs.because("lora_target"))
+    if theirs("create_new_adapter"):
+        found.lost["create_new_adapter: true"] = "add the adapter to its base with peft, and name that with `ckpt_path`"
+    else:
+        read_adapter("adapter_name_or_path", theirs, found)
 
 
 def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
@@ -155,10 +199,10 @@ def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
             found.set_data(ours, files, f"{key}: {', '.join(names)}")
     read_validation_share("val_size", theirs, found)
     most, several = theirs("max_samples"), isinstance(found.value(data), list)
-    if most and several:
-        found.lost[f"max_samples: {most}"] = "panda takes the first samples of all files together: write how many"
-    elif most:
+    if most:
         found.set("max_samples", most, "max_samples")
+    if most and several:  # of paths without weights panda takes the first samples of all together
+        found.set("data_weights", [1] * len(found.value(data)), "max_samples, which counts in each data set by itself")
     template = theirs("template")
     if stage == "sft" and template in _PLAIN:
         found.lost[f"template: {template}"] = (
