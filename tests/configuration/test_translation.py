@@ -349,6 +349,15 @@ FACTORY = "model_name_or_path: b\nstage: sft\ndataset: d\n"
             FACTORY + "adapter_name_or_path: saves/a\n",
             {"ckpt_path": "saves/a", "base_path": "b", "use_lora": True, "lora_r": None, "lora_alpha": None},
         ),
+        (AXOLOTL + "fsdp: [full_shard, auto_wrap]\n", {"zero_stage": 3}),
+        (AXOLOTL + "fsdp_config: {fsdp_sharding_strategy: SHARD_GRAD_OP}\n", {"zero_stage": 2}),
+        (AXOLOTL + "fsdp_config: {fsdp_version: 2, reshard_after_forward: false}\n", {"zero_stage": 2}),
+        (FACTORY + "fsdp: no_shard\n", {"zero_stage": 1}),
+        (
+            AXOLOTL + "adapter: lora\nlora_target_modules: [a]\nlora_target_parameters: [experts.b]\n",
+            {"lora_target_modules": ["a", "experts.b"]},
+        ),
+        (TRL + "use_peft: true\nlora_target_parameters: [experts.b]\n", {"lora_target_modules": ["experts.b"]}),
         (FACTORY + "moe_aux_loss_coef: 0.01\n", {"router_aux_loss_coef": 0.01}),
         (AXOLOTL + "model_config: {router_aux_loss_coef: 0.02}\n", {"router_aux_loss_coef": 0.02}),
         (FACTORY + "tensor_model_parallel_size: 2\n", {"tensor_parallel_size": 2}),
@@ -404,6 +413,7 @@ def test_values_are_translated(translated: Any, text: str, expected: dict[str, A
             AXOLOTL + "datasets: [{path: a, type: chat_template, message_property_mappings: {content: said}}]\n",
             "datasets[].message_property_mappings.content: said",
         ),
+        (AXOLOTL + "processor_type: AutoProcessor\n", "processor_type: AutoProcessor"),
         (TRL + "truncation_mode: keep_end\n", "truncation_mode: keep_end"),
         (TRL + "dataset_mixture: {datasets: [{id: d, herons: 3}]}\n", "dataset_mixture.datasets[].herons: 3"),
         (
@@ -468,6 +478,11 @@ def test_what_the_other_tool_does_without_being_told_is_said(translated: Any) ->
         assert not any(said in line for line in translated(text + told).different), said
 
 
+def test_one_rank_of_another_parallelism_is_none(translated: Any) -> None:
+    assert not translated(AXOLOTL + "context_parallel_size: 1\ndp_shard_size: 1\n").lost
+    assert "dp_shard_size: 2" in translated(AXOLOTL + "dp_shard_size: 2\n").lost
+
+
 def test_what_is_said_of_several_data_sets_is_said_once(translated: Any, tmp_path: Path) -> None:
     found = translated(AXOLOTL + "datasets: [{path: a, type: alpaca}, {path: b, type: alpaca}]\n")
     assert written(found, tmp_path / "theirs.yaml").count("datasets[].type: alpaca: axolotl puts prompts") == 1
@@ -487,12 +502,26 @@ def test_the_stage_is_read_from_deepspeeds_file(translated: Any, tmp_path: Path)
     assert "offload_optimizer" in found.lost
     nested = translated(AXOLOTL + "deepspeed: {zero_optimization: {stage: 1}}\n")
     assert values(nested)["zero_stage"] == 1
+    offload = "{stage: 2, offload_optimizer: {device: DEVICE}}"
+    for device, listed in (("none", False), ("cpu", True)):
+        found = translated(AXOLOTL + f"deepspeed: {{zero_optimization: {offload.replace('DEVICE', device)}}}\n")
+        assert ("offload_optimizer" in found.lost) == listed
 
 
 def test_llama_factorys_names_of_data_are_looked_up(translated: Any, tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "d.json"}}))
     found = translated(f"{FACTORY}dataset_dir: {tmp_path}\n")
     assert values(found)["instruction_tuning_data_dir"] == str(tmp_path / "d.json")
+    assert not found.lost
+    entry = {"hf_hub_url": "org/d", "columns": {"prompt": "question", "response": "said"}, "split": "train[:9]"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}))
+    found = translated(f"{FACTORY}dataset_dir: {tmp_path}\n")
+    assert values(found)["instruction_tuning_data_dir"] == "org/d"
+    assert set(found.lost) == {"dataset_info.json: d.columns.response: said", "dataset_info.json: d.split: train[:9]"}
+    entry = {"file_name": "d.json", "columns": {"prompt": "text"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}))
+    assert len(translated(f"{FACTORY}dataset_dir: {tmp_path}\n").lost) == 1
+    assert not translated(f"{FACTORY}dataset_dir: {tmp_path}\n".replace("sft", "pt")).lost
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 from typing import Any
 
 from panda.configuration.translation import trainer
@@ -15,6 +14,7 @@ from panda.configuration.translation.rules import HUB_PART
 from panda.configuration.translation.rules import KEPT_DATA
 from panda.configuration.translation.rules import KEPT_ORDER
 from panda.configuration.translation.rules import LORA_MORE
+from panda.configuration.translation.rules import MESSAGES
 from panda.configuration.translation.rules import NOTHING_HELD_OUT
 from panda.configuration.translation.rules import OFF
 from panda.configuration.translation.rules import OTHER_LOSS
@@ -39,8 +39,10 @@ from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import number
+from panda.configuration.translation.rules import one_of
 from panda.configuration.translation.rules import read_adapter
 from panda.configuration.translation.rules import read_item
+from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
@@ -53,9 +55,8 @@ KEYS: dict[str, Rule] = {
     **each(
         "base_model_config cls_model_config base_model_ignore_patterns", Ignored("the checkpoint's own config is used")
     ),
-    **each(
-        "model_type tokenizer_type processor_type tokenizer_use_fast tokenizer_legacy", Ignored("the folder says it")
-    ),
+    **each("model_type tokenizer_type tokenizer_use_fast tokenizer_legacy", Ignored("the folder says it")),
+    "processor_type": Absent("panda trains on text, without images and sound"),
     "tokenizer_config": To("tokenizer"),
     "revision_of_model": Absent("name a folder with that revision as `ckpt_path`"),
     **each("datasets pretraining_dataset", _DATA),
@@ -71,10 +72,10 @@ KEYS: dict[str, Rule] = {
     "lora_alpha": To("lora_alpha"),
     "lora_dropout": To("lora_dropout"),
     **each(
-        "lora_target_modules lora_target_linear",
+        "lora_target_modules lora_target_linear lora_target_parameters",
         Part("write `lora_target_modules: q_proj, v_proj`; left out, all linear layers are adapted."),
     ),
-    **each("lora_modules_to_save lora_target_parameters peft_trainable_token_indices peft_layers_*", LORA_MORE),
+    **each("lora_modules_to_save peft_trainable_token_indices peft_layers_*", LORA_MORE),
     "peft_use_dora": To("use_dora"),
     "peft_use_rslora": To("use_rslora"),
     **each("loraplus_* relora* loftq* peft* lora_rank_pattern lora_alpha_pattern", OTHER_TRAINING),
@@ -106,7 +107,7 @@ KEYS: dict[str, Rule] = {
     "tensor_parallel_size": To("tensor_parallel_size"),
     **each(
         "context_parallel_size sequence_parallel_degree expert_parallel_size dp_shard_size dp_replicate_size",
-        OTHER_PARALLELISM,
+        Sets({1: {}}, OTHER_PARALLELISM.reason),
     ),
     **each("saves_per_epoch", Part("write `save_steps`, a number of optimizer steps.")),
     **each("evals_per_epoch", Part("write `eval_steps`, with `eval_fraction` or `eval_data_dir`.")),
@@ -136,7 +137,7 @@ KEYS: dict[str, Rule] = {
     ),
     **each("device_map max_memory gpu_memory_limit", Ignored("`zero_stage` says what is partitioned over GPUs")),
     "tokenizer_use_mistral_common": Absent("panda reads a tokenizer as transformers does"),
-    "freeze_mm_modules": Ignored("it is about images"),
+    "freeze_mm_modules": Ignored("panda trains on text, without images"),
     **each("lisa_*", OTHER_TRAINING),
     **each("jagged_restart_*", Absent("a schedule of panda runs once, over the whole run")),
     "chat_template_kwargs.*": Absent("the chat template of the tokenizer decides: put its defaults there"),
@@ -178,42 +179,35 @@ _SHARED_DEFAULTS = ("gradient_accumulation_steps", "adam_beta1", "adam_beta2", "
 _LOADERS = (None, "json", "csv", "parquet", "arrow", "text")
 """Values of `path` beside which `data_files` names the files."""
 _PARTS = ("name", "revision", "data_files", "shards", "shards_idx", "skip")
-_MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog")
-
-
-def _one_of(names: str | Sequence[str], instead: str) -> Sets:
-    """Values that panda takes without being told."""
-    return Sets({name: {} for name in (names.split() if isinstance(names, str) else names)}, instead)
-
 
 _OF_DATA: dict[str, Rule] = {
     **each(f"path type type.* split field text_column chat_template {' '.join(_PARTS)}", Part("read by itself.")),
     **each("ds_type trust_remote_code preprocess_shards template_thinking_key", Ignored("panda finds it in the file")),
     "conversation": Absent("panda uses the chat template of the tokenizer"),
     "chat_template_jinja": Absent("panda uses the chat template of the tokenizer: put this one into its folder"),
-    "field_messages": _one_of(_MESSAGES, "name the field `messages` in the rows"),
-    "field_tools": _one_of("tools functions", "name the field `tools` in the rows"),
-    "field_thinking": _one_of(
+    "field_messages": one_of(MESSAGES, "name the field `messages` in the rows"),
+    "field_tools": one_of("tools functions", "name the field `tools` in the rows"),
+    "field_thinking": one_of(
         "reasoning_content reasoning thinking", "name the field `reasoning_content` in the turns of the rows"
     ),
     **each(
-        "message_field_role message_property_mappings.role", _one_of("role from", "name the field `role` in the turns")
+        "message_field_role message_property_mappings.role", one_of("role from", "name the field `role` in the turns")
     ),
     **each(
         "message_field_content message_property_mappings.content",
-        _one_of("content value", "name the field `content` in the turns"),
+        one_of("content value", "name the field `content` in the turns"),
     ),
-    "message_field_training": _one_of("weight train training loss", "name the field `train` in the turns"),
+    "message_field_training": one_of("weight train training loss", "name the field `train` in the turns"),
     "message_field_training_detail": Absent("in panda an answer carries loss as a whole, or not (`weight: 0`)"),
-    "roles.user": _one_of(("user", "human", "human, user", "user, human"), "name the role `user` in the rows"),
-    "roles.assistant": _one_of(
+    "roles.user": one_of(("user", "human", "human, user", "user, human"), "name the role `user` in the rows"),
+    "roles.assistant": one_of(
         ("assistant", "gpt", "model", "gpt, assistant", "assistant, gpt", "gpt, model, assistant"),
         "name the role `assistant` in the rows",
     ),
-    "roles.system": _one_of("system", "name the role `system` in the rows"),
-    "roles.tool": _one_of("tool", "name the role `tool` in the rows"),
-    "roles_to_train": _one_of(("assistant", "gpt", "gpt, assistant", "assistant, gpt"), ALL_LOSS.reason),
-    **each("train_on_eos train_on_eot", _one_of("turn", "in panda the end of each answer carries loss")),
+    "roles.system": one_of("system", "name the role `system` in the rows"),
+    "roles.tool": one_of("tool", "name the role `tool` in the rows"),
+    "roles_to_train": one_of(("assistant", "gpt", "gpt, assistant", "assistant, gpt"), ALL_LOSS.reason),
+    **each("train_on_eos train_on_eot", one_of("turn", "in panda the end of each answer carries loss")),
     "drop_system_message": Absent("leave the system turns out of the rows"),
     "split_thinking": Absent("write the reasoning into `reasoning_content` of the turns"),
 }
@@ -267,13 +261,13 @@ def _read_adapters(theirs: Theirs, found: Translation) -> None:
     if adapter == "qlora" and not found.value("use_quant"):
         found.set("use_quant", True, "adapter: qlora")
         found.set("quant_bits", 4, "adapter: qlora")
-    modules = theirs("lora_target_modules")
-    names = [modules] if isinstance(modules, str) else modules or []
+    names = read_names("lora_target_modules", theirs) + read_names("lora_target_parameters", theirs)
     if theirs("lora_target_linear"):  # panda's default: all linear layers but the output head
         if names:
             found.different.append("lora_target_linear: all linear layers but the output head are adapted.")
     elif names:
-        found.set("lora_target_modules", names, "lora_target_modules")
+        given = [key for key in ("lora_target_modules", "lora_target_parameters") if theirs(key)]
+        found.set("lora_target_modules", names, " and ".join(given))
     read_adapter("lora_model_dir", theirs, found)
 
 
@@ -326,7 +320,7 @@ def _write_paths(items: list[Mapping[str, Any]], key: str, said: str, found: Tra
         if parts:
             shown_parts = ", ".join(f"{part} {value}" for part, value in parts.items())
             found.lost[f"{said}[]: {named[0]}: {shown_parts}"] = HUB_PART.reason
-        read_item(item, said, _OF_DATA, found)
+        read_item(item, f"{said}[]", _OF_DATA, found)
     found.set_data(key, paths, f"{said}[].path")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from panda.configuration.translation.rules import ADAPTER
 from panda.configuration.translation.rules import ALL_LOSS
 from panda.configuration.translation.rules import DEFAULT_SYSTEM
 from panda.configuration.translation.rules import DISPLAY
+from panda.configuration.translation.rules import HUB_PART
 from panda.configuration.translation.rules import KEPT_DATA
 from panda.configuration.translation.rules import KEPT_ORDER
 from panda.configuration.translation.rules import LORA_MORE
+from panda.configuration.translation.rules import MESSAGES
 from panda.configuration.translation.rules import OFF
 from panda.configuration.translation.rules import OTHER_LOSS
 from panda.configuration.translation.rules import OTHER_PARALLELISM
@@ -33,7 +36,9 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
+from panda.configuration.translation.rules import one_of
 from panda.configuration.translation.rules import read_adapter
+from panda.configuration.translation.rules import read_item
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
@@ -190,11 +195,13 @@ def _read_adapters(theirs: Theirs, found: Translation) -> None:
 
 
 def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
-    data = "instruction_tuning_data_dir" if stage == "sft" else "pretraining_data_dir"
+    data, rules = (
+        ("instruction_tuning_data_dir", _OF_DATA) if stage == "sft" else ("pretraining_data_dir", _OF_DOCUMENTS)
+    )
     for key, ours in (("dataset", data), ("eval_dataset", "eval_data_dir")):
         written = theirs(key)
         names = [name.strip() for name in written.split(",")] if isinstance(written, str) else written or []
-        files = [_file_of(name, Path(theirs("dataset_dir") or "data")) for name in names]
+        files = [_place_of(name, Path(theirs("dataset_dir") or "data"), rules, found) for name in names]
         if files:
             found.set_data(ours, files, f"{key}: {', '.join(names)}")
     read_validation_share("val_size", theirs, found)
@@ -222,13 +229,48 @@ def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
             found.different.append("packing: packed samples do not see each other in panda, as with neat_packing.")
 
 
-def _file_of(name: str, folder: Path) -> str:
-    """The file of the data set ``name`` by ``folder``/dataset_info.json, if there is one; else its name."""
+_FIELDS = "name the field `{}` in the rows"
+_INPUT = "name the field `{}` in the rows, or write `input_field` and `target_field`"
+_OF_DATA: dict[str, Rule] = {
+    **each("file_name hf_hub_url ms_hub_url om_hub_url formatting", Part("read by itself.")),
+    "columns.prompt": one_of("instruction prompt question query", _INPUT.format("instruction")),
+    "columns.query": one_of("input context", _FIELDS.format("input")),
+    "columns.response": one_of("output target completion response answer answers", _INPUT.format("output")),
+    "columns.history": one_of("history", _FIELDS.format("history")),
+    "columns.system": one_of("system system_prompt", _FIELDS.format("system")),
+    "columns.messages": one_of(MESSAGES, _FIELDS.format("messages")),
+    "columns.tools": one_of("tools functions", _FIELDS.format("tools")),
+    "tags.role_tag": one_of("role from", "name the field `role` in the turns"),
+    "tags.content_tag": one_of("content value", "name the field `content` in the turns"),
+    "tags.user_tag": one_of("user human", "name the role `user` in the rows"),
+    "tags.assistant_tag": one_of("assistant gpt bot chatgpt model", "name the role `assistant` in the rows"),
+    "tags.system_tag": one_of("system", "name the role `system` in the rows"),
+    "tags.observation_tag": one_of("observation tool function", "name the role `tool` in the rows"),
+    "tags.function_tag": one_of("function_call tool_call", "name the role `function_call` in the rows"),
+    **each("columns.images columns.videos columns.audios", Absent("panda trains on text, without images and sound")),
+    **each("ranking columns.chosen columns.rejected columns.kto_tag", Absent("it is of preference training")),
+    "split": one_of("train", HUB_PART.reason),
+    **each("subset folder num_samples", HUB_PART),
+}
+"""Keys of a data set in dataset_info.json."""
+_OF_DOCUMENTS = _OF_DATA | {"columns.prompt": one_of("text content", "name it with `content_field`")}
+"""The same for `stage: pt`, whose documents are in the column of the prompt."""
+
+
+def _place_of(name: str, folder: Path, rules: Mapping[str, Rule], found: Translation) -> str:
+    """Where the data set ``name`` is by ``folder``/dataset_info.json, if that lists it; else its name.
+
+    What panda cannot follow of its entry, by ``rules``, goes to ``found``.
+    """
     try:
-        listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name]["file_name"]
+        listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name]
     except (OSError, ValueError, KeyError, TypeError):
         return name
-    return str(folder / str(listed))
+    if not isinstance(listed, Mapping):
+        return name
+    read_item(listed, f"dataset_info.json: {name}", rules, found)
+    place = listed.get("file_name")
+    return str(folder / str(place)) if place else str(listed.get("hf_hub_url") or name)
 
 
 TOOL = Tool(

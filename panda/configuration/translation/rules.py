@@ -175,7 +175,7 @@ def each(keys: str, rule: Rule) -> dict[str, Rule]:
 
 
 def read_item(item: Mapping[str, Any], said: str, rules: Mapping[str, Rule], found: Translation) -> None:
-    """List the keys of ``item``, a data set below the key ``said``, that panda cannot follow, by ``rules``."""
+    """List the keys of ``item``, a data set that is called ``said``, that panda cannot follow, by ``rules``."""
     for key, value in flattened(item):
         rule = rule_of(rules, key)
         meant = ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -186,7 +186,12 @@ def read_item(item: Mapping[str, Any], said: str, rules: Mapping[str, Rule], fou
         else:
             continue
         if value:
-            found.lost[f"{said}[].{key}: {shown(meant)}"] = reason
+            found.lost[f"{said}.{key}: {shown(meant)}"] = reason
+
+
+def one_of(names: str | Sequence[str], instead: str) -> Sets:
+    """Values that panda takes without being told, and of others what to do ``instead``."""
+    return Sets({name: {} for name in (names.split() if isinstance(names, str) else names)}, instead)
 
 
 def flattened(content: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -205,6 +210,12 @@ def rule_of(rules: Mapping[str, Rule], key: str) -> Rule | None:
         return rules[key]
     patterns = [pattern for pattern in rules if "*" in pattern and fnmatchcase(key, pattern)]
     return rules[max(patterns, key=len)] if patterns else None
+
+
+def read_names(key: str, theirs: Theirs) -> list[str]:
+    """The value of ``key``, a name or a list of them."""
+    written = theirs(key)
+    return [written] if isinstance(written, str) else list(written or [])
 
 
 def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
@@ -269,6 +280,8 @@ SHUFFLED = Ignored("panda shuffles each epoch, by `seed`")
 KEPT_ORDER = Absent("panda shuffles each epoch")
 SPEED = Ignored("it is about speed; panda chooses what is faster and changes nothing")
 PROCESSES = Ignored("it is about processes; panda prepares data on all cores")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog")
+"""Fields in which panda finds a conversation."""
 DISPLAY = Ignored("it is about what is shown")
 KEPT_DATA = Ignored("panda keeps tokenised data in its cache and finds it by content")
 PADDING = Ignored("panda pads to the longest row of a micro batch, and padding is never learned")

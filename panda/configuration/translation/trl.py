@@ -29,6 +29,7 @@ from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import read_item
+from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
@@ -56,10 +57,11 @@ KEYS: dict[str, Rule] = {
     "lora_r": To("lora_r"),
     "lora_alpha": To("lora_alpha"),
     "lora_dropout": To("lora_dropout"),
-    "lora_target_modules": Part(
-        "write `lora_target_modules: q_proj, v_proj`; left out, all linear layers are adapted."
+    **each(
+        "lora_target_modules lora_target_parameters",
+        Part("write `lora_target_modules: q_proj, v_proj`; left out, all linear layers are adapted."),
     ),
-    **each("lora_target_parameters lora_modules_to_save", LORA_MORE),
+    "lora_modules_to_save": LORA_MORE,
     "lora_task_type": Sets({"causal_lm": {}}, "panda trains causal language models"),
     "use_rslora": To("use_rslora"),
     "use_dora": To("use_dora"),
@@ -143,11 +145,11 @@ def read(theirs: Theirs, found: Translation) -> None:
         found.drop("max_seq_length")
         found.lost["max_length: null"] = "panda cuts samples at `max_seq_length`: set it to your longest"
     _read_data(theirs, found, "pretraining_data_dir" if text_field else "instruction_tuning_data_dir")
-    targets = theirs("lora_target_modules")
-    if targets is None and (theirs("use_peft") or found.value("use_quant")):
+    modules, parameters = (read_names(f"lora_target_{what}", theirs) for what in ("modules", "parameters"))
+    if not modules and not parameters and (theirs("use_peft") or found.value("use_quant")):
         found.set("lora_target_modules", ["q_proj", "v_proj"], "peft's default for most models")
-    elif targets not in (None, "all-linear", ["all-linear"]):  # panda's default
-        found.set("lora_target_modules", [targets] if isinstance(targets, str) else targets, "lora_target_modules")
+    elif (modules or parameters) and modules != ["all-linear"]:  # panda's default
+        found.set("lora_target_modules", modules + parameters, "lora_target_modules")
 
 
 _PART_KEYS = ("config", "name", "split", "data_files", "data_dir", "revision")
@@ -176,7 +178,7 @@ def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
     if sets:
         found.set_data(key, [str(item.get("id") or item.get("path")) for item in sets], where)
     for item in sets:
-        read_item(item, "dataset_mixture.datasets", _OF_DATA, found)
+        read_item(item, "dataset_mixture.datasets[]", _OF_DATA, found)
         if parts := [f"{part} {item[part]}" for part in _PART_KEYS if item.get(part) not in _WHOLE]:
             found.lost[f"{item.get('id') or item.get('path')}: {', '.join(parts)}"] = HUB_PART.reason
     _read_weights(sets, where, key, found)
