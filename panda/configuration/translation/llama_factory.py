@@ -98,7 +98,7 @@ KEYS: dict[str, Rule] = {
     **each(
         "image_* video_* audio_* media_dir use_audio_in_video crop_to_patches", Ignored("it is about images and sound")
     ),
-    **each("mixture_of_depths shift_attn use_unsloth use_kt kt_*", _OTHER_MODEL),
+    **each("mixture_of_depths shift_attn use_kt kt_*", _OTHER_MODEL),
     **each(
         "use_galore galore_* use_apollo apollo_* use_badam badam_* use_adam_mini use_muon use_llama_pro freeze_* oft_*"
         " module_dropout",
@@ -114,7 +114,7 @@ KEYS: dict[str, Rule] = {
     **each("overwrite_cache tokenized_path cache_dir data_shared_file_system", KEPT_DATA),
     **each("preprocessing_* buffer_size use_fast_tokenizer ignore_pad_token_for_loss", PROCESSES),
     "split_special_tokens": Ignored("content that spells a special token is characters in panda"),
-    **each("use_v1_kernels upcast_* use_unsloth_gc use_kv_cache", SPEED),
+    **each("use_unsloth use_v1_kernels upcast_* use_unsloth_gc use_kv_cache", SPEED),
     **each("compute_accuracy print_param_status eval_on_each_dataset eval_num_beams", DISPLAY),
     **each(
         "pref_* dpo_* kto_* simpo_gamma ppo_* ref_model* reward_model* ld_alpha",
@@ -225,7 +225,7 @@ def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
     packing = theirs("neat_packing") or theirs("packing") or (stage == "pt" and theirs("packing") is None)
     if packing:
         found.set("batching", "packed", theirs.because("neat_packing" if theirs("neat_packing") else "packing"))
-        if stage == "sft" and not theirs("neat_packing"):
+        if not theirs("neat_packing"):
             found.different.append("packing: packed samples do not see each other in panda, as with neat_packing.")
 
 

@@ -112,7 +112,7 @@ KEYS: dict[str, Rule] = {
         "leave it out: panda writes metrics.jsonl and tensorboard/; a lifecycle plugin can send them on."
     ),
     **each(
-        "run_name project trackio_* wandb_* wandb_project wandb_name wandb_entity swanlab_* mlflow_* comet_*"
+        "run_name project trackio_* wandb_* wandb_project wandb_name wandb_entity swanlab_* mlflow_* comet_* log_with"
         " use_swanlab use_otel_metrics otel_*",
         SERVICES,
     ),
@@ -138,6 +138,11 @@ KEYS: dict[str, Rule] = {
         "gradient_checkpointing_kwargs gradient_checkpointing_kwargs.* activation_checkpointing_kwargs use_reentrant_gc"
         " use_reentrant",
         Ignored("it is about how activations are computed again; the result is the same"),
+    ),
+    "bnb_4bit_quant_type": Sets({"nf4": {}}, "panda's 4 bits are NF4"),
+    **each(
+        "bnb_4bit_use_double_quant use_bnb_nested_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype",
+        Ignored("panda's 4 bits have quantised scales, and compute in `precision`"),
     ),
     "data_seed": Ignored("`seed` decides the order of samples, too"),
     **each("average_tokens_across_devices", Ignored("panda divides by the tokens of all ranks, always")),
