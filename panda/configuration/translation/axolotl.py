@@ -40,6 +40,7 @@ from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import number
 from panda.configuration.translation.rules import one_of
+from panda.configuration.translation.rules import places
 from panda.configuration.translation.rules import read_adapter
 from panda.configuration.translation.rules import read_item
 from panda.configuration.translation.rules import read_names
@@ -176,12 +177,13 @@ DEFAULTS: dict[str, Any] = {
 
 _SHARED_DEFAULTS = ("gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
 
-_LOADERS = (None, "json", "csv", "parquet", "arrow", "text")
-"""Values of `path` beside which `data_files` names the files."""
 _PARTS = ("name", "revision", "data_files", "shards", "shards_idx", "skip")
 
 _OF_DATA: dict[str, Rule] = {
-    **each(f"path type type.* split field text_column chat_template {' '.join(_PARTS)}", Part("read by itself.")),
+    **each(
+        f"path type type.* split field text_column chat_template data_files.* {' '.join(_PARTS)}",
+        Part("read by itself."),
+    ),
     **each("ds_type trust_remote_code preprocess_shards template_thinking_key", Ignored("panda finds it in the file")),
     "conversation": Absent("panda uses the chat template of the tokenizer"),
     "chat_template_jinja": Absent("panda uses the chat template of the tokenizer: put this one into its folder"),
@@ -308,14 +310,12 @@ def _write_paths(items: list[Mapping[str, Any]], key: str, said: str, found: Tra
     """Write the paths of ``items``, which are below the key ``said``, as panda's ``key``."""
     paths: list[str] = []
     for item in items:
-        path, files = item.get("path"), item.get("data_files")
-        files = [files] if isinstance(files, str) else files or []
-        named = files if files and path in _LOADERS else [path]
-        paths += map(str, named)
+        named = places(item)
+        paths += named
         parts = {part: item[part] for part in _PARTS if item.get(part)}
         if str(item.get("split") or "train") != "train":
             parts["split"] = item["split"]
-        if named is files:
+        if named != [str(item.get("path"))]:
             parts.pop("data_files")
         if parts:
             shown_parts = ", ".join(f"{part} {value}" for part, value in parts.items())

@@ -189,6 +189,17 @@ def read_item(item: Mapping[str, Any], said: str, rules: Mapping[str, Rule], fou
             found.lost[f"{said}.{key}: {shown(meant)}"] = reason
 
 
+def places(item: Mapping[str, Any]) -> list[str]:
+    """Where the rows of a data set are: its files, where it names a loader for them, or its path or name."""
+    files, path = item.get("data_files"), item.get("id") or item.get("path")
+    named = [*files.values()] if isinstance(files, Mapping) else [files] if isinstance(files, str) else files or []
+    return [str(place) for place in (named if path in _LOADERS and named else [path])]
+
+
+_LOADERS = (None, "json", "csv", "parquet", "arrow", "text")
+"""Values of `path` beside which `data_files` names the files."""
+
+
 def one_of(names: str | Sequence[str], instead: str) -> Sets:
     """Values that panda takes without being told, and of others what to do ``instead``."""
     return Sets({name: {} for name in (names.split() if isinstance(names, str) else names)}, instead)

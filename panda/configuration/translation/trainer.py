@@ -214,9 +214,9 @@ def _warm_up(theirs: Theirs, found: Translation) -> None:
     steps, ratio = number(theirs.given.get("warmup_steps")), number(theirs("warmup_ratio"))
     if steps is not None and "warmup_ratio" not in theirs.given:
         ratio = None  # a ratio by default gives way
-    schedule = theirs("lr_scheduler_type") or theirs("lr_scheduler")
-    if schedule == "constant":  # theirs has no warm-up
-        found.set("warmup_steps", 0, f"{theirs.because('lr_scheduler_type')}: without warm-up")
+    key = next((key for key in ("lr_scheduler_type", "lr_scheduler") if theirs(key)), "")
+    if theirs(key) == "constant":  # theirs has no warm-up
+        found.set("warmup_steps", 0, f"{key}: constant, without warm-up")
     elif steps and steps < 1:
         found.set("warmup_proportion", steps, "warmup_steps")
     elif steps or not ratio:

@@ -28,6 +28,7 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
+from panda.configuration.translation.rules import places
 from panda.configuration.translation.rules import read_item
 from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
@@ -158,7 +159,7 @@ _PART_KEYS = ("config", "name", "split", "data_files", "data_dir", "revision")
 _WHOLE = (None, "", 1, "default", "train")
 """Values of these, and of weights, with which nothing of a data set is left out."""
 _OF_DATA: dict[str, Rule] = {
-    **each(f"id path weight fraction {' '.join(_PART_KEYS)}", Part("read by itself.")),
+    **each(f"id path weight fraction data_files.* {' '.join(_PART_KEYS)}", Part("read by itself.")),
     "columns": Ignored("panda takes the columns that its task reads"),
 }
 """Keys of a data set of a mixture."""
@@ -178,11 +179,13 @@ def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
     for share in ("test_split_size", "dataset_mixture.test_split_size"):
         read_validation_share(share, theirs, found)
     if sets:
-        found.set_data(key, [str(item.get("id") or item.get("path")) for item in sets], where)
+        found.set_data(key, [place for item in sets for place in places(item)], where)
     for item in sets:
         read_item(item, "dataset_mixture.datasets[]", _OF_DATA, found)
-        if parts := [f"{part} {item[part]}" for part in _PART_KEYS if item.get(part) not in _WHOLE]:
-            found.lost[f"{item.get('id') or item.get('path')}: {', '.join(parts)}"] = HUB_PART.reason
+        named = str(item.get("id") or item.get("path"))
+        keys = [part for part in _PART_KEYS if part != "data_files" or places(item) == [named]]
+        if parts := [f"{part} {item[part]}" for part in keys if item.get(part) not in _WHOLE]:
+            found.lost[f"{named}: {', '.join(parts)}"] = HUB_PART.reason
     _read_weights(sets, where, key, found)
 
 
