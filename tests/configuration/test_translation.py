@@ -4,7 +4,8 @@ The examples in other_tools/ are written for these tests, with keys as the tools
 on 2026-11-26: of the 373 YAML files in the repositories below (examples and recipes), 282 are translated, and the
 others refused: preferences, rewards, other adapters, launchers, chat and export. With a tiny LLaMA and local data in
 the place of model and data, `panda check` passed for all but those that name layers a LLaMA lacks, more positions than
-it has, fp16 (there was no GPU), or what panda refuses together: 8 bits, compilation or tensor parallelism with ZeRO-3.
+it has, fp16 (there was no GPU), or what panda refuses: 8 bits, compilation or tensor parallelism with ZeRO-3, and
+tensor parallelism of `model: hf`.
 Read line by line, among others:
 LLaMA-Factory (ff6d4d12e) train_lora/qwen3_lora_{sft,sft_ds3,pretrain}, train_full/qwen3_full_sft,
 train_qlora/qwen3_lora_sft_{bnb_npu,otfq}; axolotl (067b021c8) llama-3/{qlora-1b,lora-8b,instruct-lora-8b,fft-8b},

@@ -156,7 +156,7 @@ _PLAIN = ("empty", "default", "alpaca", "vanilla", "fewshot")
 
 def read(theirs: Theirs, found: Translation) -> None:
     """Task, data, template and adapters. Raises UserError for what panda does not train."""
-    if not theirs("dataset") and not theirs("do_train") and (keys := _elsewhere(theirs)):
+    if not theirs("dataset") and (keys := _elsewhere(theirs)):
         raise UserError(
             f"{', '.join(keys)}, and no dataset: a file of LLaMA-Factory for chat, evaluation or export, which trains"
             " nothing. `panda chat`, `panda generate` and `panda export` do that; they take folders and flags."
