@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
+from panda.configuration.translation.translate import is_of_another_tool
 from panda.configuration.translation.translate import looks_like
 from panda.registry import UserError
 from panda.registry.choosing import BLOCK
@@ -83,7 +84,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 f" `panda translate {config.value} --output run.yaml` writes it in panda's keys, and lists what has no"
                 " counterpart."
             )
-        given = _with_accepted_spellings(load_flat_yaml(Path(config.value)))
+        given = _with_accepted_spellings(load_flat_yaml(Path(config.value), is_of_another_tool))
         if "config" in given:
             raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
     given |= flags
