@@ -28,6 +28,7 @@ from typing import TypeVar
 import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.gradient_sums import sum_in_one_pass
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import counts_here
@@ -99,6 +100,7 @@ class Engine:
         self.deepspeed.module_state_dict = lambda **_: {
             name: tensor.detach() for name, tensor in trained_state(self.module).items()
         }
+        sum_in_one_pass(self.optimizer)
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it

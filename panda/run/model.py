@@ -238,7 +238,8 @@ def load_base(
 def _fill(places: dict[str, Places], weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
     """Move the weights of ``layer``, called ``name`` in the model, from ``weights`` to its ``places``."""
     for key, _ in layer.named_parameters():
-        put(places[f"{name}.{key}"], weights.pop(f"{name}.{key}").read())
+        # Taken out of both, which would keep the layer and its weights after it has been replaced.
+        put(places.pop(f"{name}.{key}"), weights.pop(f"{name}.{key}").read())
 
 
 def seed_random(seed: int) -> None:
