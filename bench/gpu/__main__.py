@@ -16,7 +16,7 @@ precision. Variants with the same model, batch and data share a peer.
 
 A run takes 3 steps that are not measured and --steps that are. Rates are medians over steps: tokens that are not
 padding, those of them that carry loss, and slots, which include padding. Steps are timed by events on the device, by
-a plugin that waits for nothing (marks.py).
+a plugin that waits for nothing (marks.py). Caches of compiled code are shared, so the first run pays for the others.
 
 MFU = (6 N + 12 layers width length) x slots a second / (cards x 989 TFLOP/s). N: all parameters with the head and
 without the embedding. 4 N with adapters on a frozen base, whose gradients of weights are not computed. length: of a
@@ -67,6 +67,7 @@ from bench.gpu.measurement import run_panda
 from bench.gpu.measurement import run_peer
 from bench.gpu.report import PEERS
 from bench.gpu.report import table
+from bench.gpu.text import write_rows
 
 LEAST_SECONDS = 20
 """A run is not started with less of the budget left."""
@@ -90,7 +91,7 @@ def main() -> int:
     facts = about(settings, given.commit)
     print(f"{facts['date']}, {facts['card']}, {facts['versions']}, panda {facts['panda']}", flush=True)
     print(f"data: {data_note(cases, settings)}", flush=True)
-    prepare(cases, settings)
+    prepare([case for case in cases.values() if not obstacle(case, facts)], settings)
     rows = measure(cases, settings, given, facts)
     print("\n" + table(rows))
     return 0 if all(row["status"] == "ok" for row in rows) else 1
@@ -108,7 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="measured, after 3 that are not (10); of a trajectory, all (200)")
     parser.add_argument("--timeout", type=float, default=400, help="seconds of a run, at most")
     parser.add_argument("--budget", type=float, help="seconds of this call; cases that do not fit are skipped")
-    parser.add_argument("--extra", default="", help="more flags of panda-train, for all cases")
+    parser.add_argument("--extra", default="", help="more flags of panda-train, for all cases, and not their peers")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS))
     parser.add_argument("--no-peer", dest="peers", action="store_const", const=[], help="panda only")
     parser.add_argument("--peer-extra", type=json.loads, default={}, help="more TrainingArguments, as JSON")
@@ -151,21 +152,22 @@ def data_note(cases: dict[str, Case], settings: Settings) -> str:
     )
 
 
-def prepare(cases: dict[str, Case], settings: Settings) -> None:
+def prepare(cases: list[Case], settings: Settings) -> None:
     """Make what is missing, in one process."""
     jobs: dict[str, dict[str, Any]] = {}
-    for case in cases.values():
+    for case in cases:
         if not case.arch:
             folder = str(settings.checkpoint(case))
             jobs[folder] = {"make": "checkpoint", "shape": case.shape, "folder": folder}
-        rows = str(settings.rows(case))
+        rows, samples = settings.rows(case), settings.samples(case, settings.total_steps)
         if case.data not in settings.data:
-            jobs[rows] = {"make": "rows", "kind": case.data, "length": case.length, "file": rows}
-        samples = str(settings.samples(case, settings.total_steps))
+            write_rows(case.data, case.length, rows)
+        if samples.exists() and samples.stat().st_mtime < rows.stat().st_mtime:
+            samples.unlink()
         told = ("per_gpu_train_batch_size", "gradient_accumulation_steps", "max_seq_length", "batching")
         plain = replace(case, flags={key: value for key, value in case.flags.items() if key in told}, arch="llama-7b")
         argv = panda_flags(plain, replace(settings, extra=()), settings.total_steps)
-        jobs[samples] = {"make": "samples", "argv": argv, "ranks": case.data_ranks, "file": samples}
+        jobs[str(samples)] = {"make": "samples", "argv": argv, "ranks": case.data_ranks, "file": str(samples)}
     missing = [job for path, job in jobs.items() if not Path(path).exists()]
     if not missing:
         return
@@ -189,7 +191,8 @@ def measure(
         wanted = ["panda"] + [peer for peer in given.peers if key and (key, peer) not in of_peers]
         for who in wanted:
             of_peers.add((str(key), who))
-            shown = name if who == "panda" else name.partition("+")[0]
+            base = name.partition("+")[0]
+            shown = base if who != "panda" and key == peer_key(CASES[base], settings) else name
             row = {"case": shown, "run": who, "peer": key, **one(name, case, who, settings, given, facts)}
             row |= facts | {"of_case": described(case), "called": shlex.join(sys.argv)}
             rows.append(row)
@@ -210,8 +213,8 @@ def one(
     name: str, case: Case, who: str, settings: Settings, given: argparse.Namespace, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """The row of one run, or why there was none."""
-    if case.ranks > max(1, facts["cards"]) and facts["cards"]:
-        return {"status": f"skipped: {case.ranks} cards are needed, and there are {facts['cards']}"}
+    if reason := obstacle(case, facts):
+        return {"status": f"skipped: {reason}"}
     if settings.left() < LEAST_SECONDS:
         return {"status": "skipped: the budget of the call is spent"}
     folder = settings.work / "runs" / f"{name}-{who}"
@@ -227,6 +230,13 @@ def one(
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def obstacle(case: Case, facts: dict[str, Any]) -> str:
+    """Why this machine cannot run ``case``; empty where it can. A CPU runs small ones, of any number of ranks."""
+    if facts["cards"] == 0:
+        return "it needs a GPU" if case.needs_gpu else ""
+    return f"it needs {case.ranks} cards, and there are {facts['cards']}" if case.ranks > facts["cards"] else ""
+
+
 def compare(cases: dict[str, Case], settings: Settings, given: argparse.Namespace) -> int:
     """Train each variant for as many steps, and put their losses beside each other."""
     steps = given.steps or 200
@@ -234,7 +244,7 @@ def compare(cases: dict[str, Case], settings: Settings, given: argparse.Namespac
     facts = about(settings, given.commit)
     print(f"{facts['date']}, {facts['card']}, {facts['versions']}, panda {facts['panda']}", flush=True)
     print(f"data: {data_note(cases, settings)}", flush=True)
-    prepare(cases, settings)
+    prepare(list(cases.values()), settings)
     losses: dict[str, list[float | None]] = {}
     for name, case in cases.items():
         row = one(name, case, "panda", replace(settings, ends=False), given, facts)

@@ -54,7 +54,8 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 176, 2, 4, 2, vocabulary=512, positions=128),
+    "tiny": Shape(64, 176, 2, 4, 2, vocabulary=512),
+    "llama-tiny": Shape(128, 256, 4, 4, 4, vocabulary=259),
     "1.3b": Shape(2048, 5504, 24, 16, 16),
     "7b": Shape(4096, 11008, 32, 32, 32),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, vocabulary=128_256, positions=8192, rope_theta=500_000.0),
@@ -111,6 +112,10 @@ class Case:
     @property
     def length(self) -> int:
         return int(self.flag("max_seq_length"))
+
+    @property
+    def needs_gpu(self) -> bool:
+        return "tiny" not in self.shape
 
     @property
     def data_ranks(self) -> int:
@@ -181,9 +186,11 @@ CASES: dict[str, Case] = {
     "tiny": _TINY,
     "tiny-nvlamb": replace(_with(_TINY, optimizer="nvlamb"), peer=None),
     "tiny-lora": _TINY_LORA,
-    "tiny-chats": Case("tiny", "chats", _lora(2, 4, 128, 4, batching="packed"), peer={"rows": 4, "accumulation": 2}),
+    "tiny-chats": Case("tiny", "chats", _lora(1, 8, 1024, 4, batching="packed"), peer={"rows": 4, "accumulation": 2}),
     "tiny-x2": replace(_TINY, ranks=2),
-    "tiny-qlora": Case("tiny", "answers", _lora(1, 1, 64, 4, use_quant=True, optimizer="lamb"), arch="llama-tiny"),
+    "tiny-qlora": Case(
+        "llama-tiny", "answers", _lora(1, 1, 64, 4, use_quant=True, optimizer="lamb"), arch="llama-tiny"
+    ),
 }
 
 

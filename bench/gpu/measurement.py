@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import hashlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -38,6 +40,8 @@ GRACE = 10
 LOG_LINES = 15
 """Last lines of the log that the row of a failed run keeps."""
 MFU = "(6 N, or 4 N with adapters on a frozen base, + 12 layers width length) x slots a second / (cards x {:g} TFLOP/s)"
+NOTED = ("PYTORCH_", "TORCH", "CUDA_", "NCCL_", "OMP_", "DS_", "PANDA_")
+"""Beginnings of environment variables that a row records: what they change is not in its command."""
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
@@ -68,7 +72,8 @@ class Settings:
         return SKIPPED_STEPS + self.steps
 
     def checkpoint(self, case: Case) -> Path:
-        return self.work / "checkpoints" / case.shape
+        config = json.dumps(SHAPES[case.shape].config(), sort_keys=True).encode()
+        return self.work / "checkpoints" / f"{case.shape}-{hashlib.sha256(config).hexdigest()[:8]}"
 
     def rows(self, case: Case) -> Path:
         if case.data in self.data:
@@ -371,8 +376,6 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 def about(settings: Settings, commit: str | None) -> dict[str, Any]:
     """Date, versions and card, which every row carries."""
-    import hashlib
-    import platform
 
     def version(package: str) -> str | None:
         with suppress(metadata.PackageNotFoundError):
@@ -391,6 +394,7 @@ def about(settings: Settings, commit: str | None) -> dict[str, Any]:
         "cards": len(cards.splitlines()),
         "versions": {name: found for name in names if (found := version(name))} | {"python": platform.python_version()},
         "panda": {"commit": commit or described or "unknown", "sources": digest.hexdigest()[:12]},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(NOTED)},
     }
 
 

@@ -135,8 +135,9 @@ def build(spec: Spec, device: torch.device) -> Any:
     if spec.model is None:
         model = _drawn(spec, nf4, device)
     else:
-        quantised = {"quantization_config": nf4, "device_map": {"": device}} if spec.quantised else {}
-        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, **quantised)
+        more: dict[str, Any] = {"quantization_config": nf4} if spec.quantised else {}
+        more |= {"device_map": {"": device}} if spec.zero_stage != 3 else {}  # ZeRO-3 loads parts by itself
+        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, **more)
     model.config.use_cache = False
     if spec.lora_r is not None:
         from peft import LoraConfig
@@ -177,7 +178,8 @@ def _drawn(spec: Spec, nf4: BitsAndBytesConfig, device: torch.device) -> Any:
 def training_arguments(spec: Spec, on_gpu: bool) -> TrainingArguments:
     deepspeed = {
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": spec.zero_stage},
+        # Without it, save_model writes the states of the optimizer, too.
+        "zero_optimization": {"stage": spec.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
         "gradient_clipping": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

@@ -1,5 +1,6 @@
-"""What a run needs before it is timed: its checkpoint, its data, panda's token cache, and the peer's copy of the
-samples. Runs in a process of its own, so that the bench itself holds no memory of the device:
+"""What a run needs before it is timed: its checkpoint, panda's token cache, and the peer's copy of the samples.
+
+Runs in a process of its own, so that the bench itself holds no memory of the device:
 
     python -m bench.gpu.preparation JOBS.json
 """
@@ -13,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.cases import SHAPES
-from bench.gpu.text import write_rows
 
 
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         begun = time.perf_counter()
-        made = {"checkpoint": make_checkpoint, "rows": make_rows, "samples": make_samples}[job.pop("make")](**job)
+        made = {"checkpoint": make_checkpoint, "samples": make_samples}[job.pop("make")](**job)
         print(f"{made}: {time.perf_counter() - begun:.1f} s", flush=True)
 
 
@@ -28,11 +28,6 @@ def make_checkpoint(shape: str, folder: str) -> str:
 
     make_checkpoint(SHAPES[shape], Path(folder))
     return folder
-
-
-def make_rows(kind: str, length: int, file: str) -> str:
-    write_rows(kind, length, Path(file))
-    return file
 
 
 def make_samples(argv: list[str], ranks: int, file: str) -> str:

@@ -20,7 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("panda/**/*.py", "tests/**/*.py", "plugins/**/*.py", "docs/*.md", "*.md")
-CHATS = 8000
+REFUSED = "PandaSpecialToken"
+"""A name that panda keeps for itself: it leaves out a document that spells it."""
+CHATS, ANSWERS = 8000, 4000
+"""Rows, at most."""
 PROMPT_BYTES = 64
 SPECIAL_TOKENS = 8
 """Room in a row for the tokens around prompt and answer."""
@@ -32,19 +35,20 @@ PLACES = ("at the market", "after school", "in the garden", "on Monday", "in the
 
 
 def write_rows(kind: str, length: int, file: Path) -> None:
-    """Write the rows of ``kind`` for rows of ``length`` tokens to ``file``, as a JSON array."""
+    """Write the rows of ``kind`` for rows of ``length`` tokens to ``file``, as a JSON array, unless they are there."""
     rows = {"windows": windows, "answers": lambda: answers(length), "chats": chats}[kind]()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(list(rows), ensure_ascii=False), encoding="utf-8")
-    partial.rename(file)
+    text = json.dumps(list(rows), ensure_ascii=False)
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def windows() -> Iterator[dict[str, str]]:
     """A document for each folder of the repository: its files, one after another."""
     folders: dict[Path, list[str]] = {}
     for file in sorted({file for pattern in SOURCES for file in ROOT.glob(pattern)}):
-        folders.setdefault(file.parent, []).append(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8").replace(REFUSED, "SpecialToken")
+        folders.setdefault(file.parent, []).append(text)
     for folder, texts in folders.items():
         yield {"title": str(folder.relative_to(ROOT)), "content": "\n".join(texts)}
 
@@ -54,7 +58,7 @@ def answers(length: int) -> Iterator[dict[str, str]]:
     text = "\n".join(row["content"] for row in windows()).encode()
     piece = length - SPECIAL_TOKENS
     prompt = min(PROMPT_BYTES, piece // 4)
-    for start in range(0, len(text) - piece, piece):
+    for start in range(0, len(text) - piece, piece)[:ANSWERS]:
         first, rest = text[start : start + prompt], text[start + prompt : start + piece]
         yield {"input": first.decode(errors="ignore"), "target": rest.decode(errors="ignore")}
 
@@ -74,7 +78,7 @@ def _question(draw: random.Random, size: int) -> str:
     name, thing = draw.choice(NAMES), draw.choice(THINGS)
     ask = f"How many {thing} does {name} have now?"
     text = ""
-    while len(text) + len(ask) < size:
+    while len(text) + len(ask) < size - 18:  # half a sentence
         text += f"{name} gets {draw.randint(2, 90)} {thing} {draw.choice(PLACES)}. "
     return text + ask
 
@@ -82,7 +86,7 @@ def _question(draw: random.Random, size: int) -> str:
 def _answer(draw: random.Random, size: int) -> str:
     name, thing, have = draw.choice(NAMES), draw.choice(THINGS), draw.randint(2, 90)
     text = ""
-    while len(text) < size - 10:
+    while len(text) < size - 32:
         more = draw.randint(2, 90)
         text += f"{name} has {have}+{more} = <<{have}+{more}={have + more}>>{have + more} {thing}.\n"
         have += more
