@@ -193,11 +193,12 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
 def _site(settings: Settings) -> Path:
     """A folder that makes the probe a plugin, and panda's names known where panda is not installed."""
     site = settings.work / "site"
+    shutil.rmtree(site, ignore_errors=True)
     _declare(site, "panda-bench", {"panda.plugins": "bench-probe = bench.gpu.probe"})
     try:
         metadata.distribution("panda-train")
     except metadata.PackageNotFoundError:
-        declared = configparser.ConfigParser()
+        declared = configparser.ConfigParser(interpolation=None)
         declared.read(settings.panda / "setup.cfg")
         _declare(site, "panda-train", dict(declared["options.entry_points"]))
     return site
