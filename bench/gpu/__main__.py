@@ -103,9 +103,7 @@ def arguments() -> argparse.Namespace:
     )
     does = parser.add_mutually_exclusive_group(required=True)
     does.add_argument("--cases", nargs="+", help="names, and variants NAME+FLAG=VALUE+...; `ranks` is a FLAG, too")
-    does.add_argument(
-        "--trajectory", nargs="+", metavar="VARIANT", help="cases: the losses of their steps, CSV and PNG"
-    )
+    does.add_argument("--trajectory", nargs="+", metavar="VARIANT", help="losses of the steps of cases, CSV and PNG")
     does.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print the rows of results")
     does.add_argument("--list", action="store_true", help="print the cases")
     parser.add_argument("--steps", type=int, help="measured, after 3 that are not (10); of a trajectory, all (200)")
