@@ -163,7 +163,7 @@ def write_marks(folder: Path, rank: int, *, counts: bool) -> None:
         lines.append({"event": "step", "step": step, "parts": {"forward": 1.0, "backward": 2.0, "optimizer": 0.5}})
         lines[-1] |= taken | {"supervised": step}
     lines += [{"event": "first", "at": 12.0}, {"event": "last", "at": 30.0, "allocated": 2**30 * (rank + 1)}]
-    lines += [{"event": "end", "at": 31.0, "allocated": 2**30 * (rank + 1)}]
+    lines += [{"event": "end", "at": 31.0, "allocated": 2**30 * 9}]  # after training
     (folder / f"rank-{rank}.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"cut off')
 
 
@@ -201,9 +201,12 @@ def test_the_status_says_how_a_run_ended(tmp_path: Path, code: int | None, log: 
 
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    outcome = measurement._run([sys.executable, "-c", code], tmp_path / "run", settings(tmp_path, timeout=1.0), 1, {})
+    """With the processes that it has started."""
+    code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    outcome = measurement._run([sys.executable, "-c", code], tmp_path / "run", settings(tmp_path, timeout=3.0), 1, {})
     assert outcome.code is None and outcome.ended - outcome.began < 30
+    child = Path(f"/proc/{int(outcome.log)}/cmdline")
+    assert not child.exists() or not child.read_bytes()  # gone, or a zombie
 
 
 def test_what_cannot_run_or_no_longer_fits_is_skipped(tmp_path: Path) -> None:
@@ -276,8 +279,8 @@ def test_data_that_changed_is_written_again(tmp_path: Path) -> None:
 
 
 def test_differences_are_those_from_the_first_variant() -> None:
-    said = trajectory.differences({"a": [4.0, 2.0, 2.0, 1.0], "b": [4.0, 2.5, None, 1.1]})
-    assert "| b | 3 | 5.00e-01 | 2.00e-01 | 1.00e-01 | 1.1000 | +10.00% of a |" in said
+    said = trajectory.differences({"a": [4.0, 2.0, 2.0, 2.0], "b": [4.0, 2.5, None, 2.2]})
+    assert "| b | 3 | 5.00e-01 | 2.33e-01 | 2.00e-01 | 2.2000 | +10.00% of a |" in said
 
 
 def test_a_checkpoint_of_another_shape_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

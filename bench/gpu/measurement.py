@@ -178,8 +178,8 @@ def _free_port() -> int:
 
 
 def environment(settings: Settings, **more: str) -> dict[str, str]:
-    """Of all processes that the bench starts: the measured panda first, then this bench; caches shared by all runs."""
-    path = [settings.panda, ROOT, _site(settings), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    """Of all processes that the bench starts: this bench, the panda that is measured, and caches that they share."""
+    path = [_site(settings), settings.panda, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     caches = {
         "PANDA_CACHE": "tokens",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -191,9 +191,11 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
 
 
 def _site(settings: Settings) -> Path:
-    """A folder that makes the probe a plugin, and panda's names known where panda is not installed."""
+    """A folder with this bench, whose probe is a plugin, and with panda's names where panda is not installed."""
     site = settings.work / "site"
     shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    (site / "bench").symlink_to(ROOT / "bench")  # the measured checkout may have another
     _declare(site, "panda-bench", {"panda.plugins": "bench-probe = bench.gpu.probe"})
     try:
         metadata.distribution("panda-train")
@@ -281,7 +283,8 @@ def row_of(case: Case, who: str, outcome: Outcome, folder: Path, settings: Setti
     counting = [records for records in ranks if records[0]["counts"]]
     row |= _speed(case, counting, folder, settings)
     for kind in ("allocated", "reserved"):
-        found = [record[kind] for records in ranks for record in records if kind in record]
+        marked = [record for records in ranks for record in records if record["event"] in ("last", "failed")]
+        found = [record[kind] for record in marked if kind in record]
         row[f"peak_{kind}_gib"] = max(found) / 2**30 if found else None
     row |= {"peak_device_gib": outcome.device_gib, "losses": _losses(folder)}
     if row["status"] != "ok":
