@@ -89,7 +89,14 @@ def lay_out(
         start_step=progress.step,
         start_position=progress.position,
     )
-    return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
+    return Layout(
+        dataset,
+        order,
+        plan,
+        batching or options.batching,
+        options.max_seq_length,
+        few_lengths=torch.cuda.is_available(),
+    )
 
 
 def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: int) -> Layout | None:
@@ -108,7 +115,7 @@ def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: in
         epochs=1,
     )
     batching = "packed" if options.batching == "packed" else "grouped"
-    return Layout(dataset, order, plan, batching, options.max_seq_length)
+    return Layout(dataset, order, plan, batching, options.max_seq_length, few_lengths=torch.cuda.is_available())
 
 
 def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
