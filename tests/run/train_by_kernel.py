@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from varlen_on_cpu import varlen_on_cpu
 
 
-def few_lengths(*arguments: Any, **_: Any) -> Layout:
-    return Layout(*arguments, few_lengths=True)
+def few_lengths(*arguments: Any) -> Layout:
+    return Layout(*arguments[:-1], few_lengths=True)
 
 
 panda.run.assembly.Layout = few_lengths  # type: ignore[assignment, misc]
