@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from panda.models.forward.packed_rows import is_told_packing
 from panda.models.forward.packed_rows import rows_now
+from panda.registry.errors import in_brief
 
 varlen_attn: Any = None
 with suppress(ImportError):  # torch before 2.10
@@ -70,9 +71,9 @@ def what_forbids_kernel(model: torch.nn.Module, dtype: torch.dtype) -> str:
     with _answering(model, "panda_asked", asked):
         try:
             model.train()  # dropout in attention is there only now
-            _run_without_weights(model, dtype)
-        except Exception:  # the code of any model, which may need values
-            asked.objections.append("the model cannot be tried without weights")
+            _run_without_weights(model.base_model, dtype)
+        except Exception as problem:  # the code of any model, which may need values
+            asked.objections.append(f"the model cannot be tried without weights ({in_brief(problem)})")
         finally:
             model.train(training)
     if not asked.objections and not asked.answered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -245,7 +246,7 @@ def test_recomputed_layers_keep_their_bounds_and_selectively_the_result(
         ("llama", {"head_dim": 12}, "heads of 12 numbers"),
         ("llama", {"head_dim": 264}, "heads of 264 numbers"),
         ("gpt_oss", {}, "attention is eager"),
-        ("gemma2", {}, "attention is eager"),
+        ("gemma2", {}, "attention (is eager|takes softcap)"),  # as transformers 5.23 and 5.17 have it
         ("bloom", {}, "attention is eager"),
         ("falcon", {}, "does not leave its attention to transformers"),
         ("nemotron", {}, "layers do not pass on where samples begin"),
@@ -257,7 +258,7 @@ def test_what_the_kernel_cannot_do_is_found_without_weights(
 ) -> None:
     model = hf_model(model_type, weights=False, **changes)
     before = model.config._attn_implementation
-    assert reason in what_forbids_kernel(model, torch.bfloat16)
+    assert re.search(reason, what_forbids_kernel(model, torch.bfloat16))
     assert model.config._attn_implementation == before
 
 
