@@ -168,9 +168,9 @@ def test_few_lengths_are_eight_to_a_doubling_and_multiples_of_8() -> None:
 
 
 @pytest.mark.parametrize("batching", LAYOUTS)
-@given(lengths=lengths_of_samples, micro=st.integers(1, 5), few=st.booleans())
+@given(lengths=lengths_of_samples, micro=st.integers(1, 5))
 def test_rows_of_few_lengths_hold_the_same_samples_in_as_many_micro_batches(
-    batching: str, lengths: list[int], micro: int, few: bool
+    batching: str, lengths: list[int], micro: int
 ) -> None:
     layout = layout_of(lengths, batching, few_lengths=True, micro_batch=micro)
     exact = layout_of(lengths, batching, micro_batch=micro)
