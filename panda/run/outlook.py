@@ -61,7 +61,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "text": [prepared.task.text_format()],
         "data": [*_data(prepared, prepared.dataset), *_epoch(prepared.dataset)],
         "evaluation": list(_evaluation(prepared)),
-        "steps": list(_steps(layout)),
+        "steps": [*_steps(layout), *_attention(prepared, layout)],
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared)],
         "saves": [_saves(prepared.options)],
@@ -213,6 +213,12 @@ def _steps(layout: Layout) -> Iterator[str]:
         long = f" of up to {layout.max_seq_length:,}" * layout.packed
         shared = f", {rows.samples:,.1f} samples a row" * layout.packed
         yield f"about {tokens:,.0f} tokens a step, in {layout.batching} rows{long}: {rows.share:.1%} data{shared}"
+
+
+def _attention(prepared: Preparation, layout: Layout) -> Iterator[str]:
+    if layout.packed:
+        masked = f"with a mask, since {prepared.why_masked}"
+        yield f"attention of packed rows: {masked if prepared.why_masked else 'by the varlen kernel, without a mask'}"
 
 
 def _epochs(layout: Layout) -> str:

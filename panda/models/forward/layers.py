@@ -20,7 +20,10 @@ CHEAP_TERMS = 256
 """A matrix product over fewer terms, such as an adapter's, costs less to recompute than to store."""
 
 _PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"})
-_ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_attn::")
+_ATTENTION = (
+    *("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    *("torch_attn::_varlen_attn", "flash_attn::"),
+)
 
 
 def numbered_layers(model: torch.nn.Module, key: str) -> list[torch.nn.Module]:
