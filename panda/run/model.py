@@ -195,7 +195,7 @@ def make_trainable(
         model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
         if adapters:
             start_from(model, adapters)
-        round_once(model, keep_dequantised=options.activation_checkpointing != "none")
+        round_once(model, keep_dequantised=options.activation_checkpointing == "full")
     if options.activation_checkpointing != "none":
         recompute_activations(model, selective=options.activation_checkpointing == "selective")
     if options.compile:

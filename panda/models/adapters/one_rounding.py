@@ -25,9 +25,9 @@ Only the layer's input and ``s x A^T`` are saved for backward, and no copy of a 
 input is another tensor than the layer's: it is saved instead, and autograd adds the two gradients of ``x``.
 A bias is added last, which rounds again; small updates pass through that, since the first sum has a finer last bit.
 
-A base in NF4 is dequantised to the type of ``x``, once in forward and once in backward. To keep the result of forward
-would take 2 bytes a parameter. Where activations are recomputed, forward keeps nothing, and the recomputed result lives
-from there to the same layer's backward: then it is kept, and dequantised twice instead of three times.
+A base in NF4 is dequantised to the type of ``x``, once in forward and once in backward: to keep forward's result for
+all layers would take 2 bytes a parameter. Where activations are recomputed in full, that would be three times. There
+the result of the recomputation is kept, which lives from there to the backward of the same layer, so it is twice again.
 
 The sum is an operation of its own: inductor (torch 2.13) would split it again into a rounded product and an addition,
 and merge the dequantisations of forward and backward into one result, kept for all layers at once.
@@ -179,7 +179,7 @@ def round_once(model: torch.nn.Module, *, keep_dequantised: bool = False) -> Non
     """Make the adapted linear layers of ``model`` round their sum once, in place.
 
     Those of another kind, such as DoRA's, int8's, and adapters on experts or embeddings, stay as they are. With
-    ``keep_dequantised`` backward uses the dequantised weights of forward again: for activations that are recomputed.
+    ``keep_dequantised`` backward uses the dequantised weights of forward again: for layers that are recomputed in full.
     """
     for module in model.modules():
         layer: Any = module
