@@ -339,7 +339,7 @@ def _gather_for_readers(module: torch.nn.Module, optimizer: Any) -> None:
 
     DeepSpeed gathers weights when the module that has them is run. Such a module reads the weights of its parts,
     without running them: they become its own, as DeepSpeed calls it external, and its parts lose their hooks.
-    DeepSpeed's leaf modules, which do the same, lose the gradients of one whose input has none (0.19.8).
+    DeepSpeed's leaf modules, which do the same, fail where the input has no gradient, as in a first layer (0.19.8).
     """
     offload = getattr(optimizer, "parameter_offload", None)
     readers = [part for part in module.modules() if getattr(part, "reads_parts", False)]

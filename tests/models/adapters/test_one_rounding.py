@@ -125,6 +125,39 @@ def test_in_16_bits_a_small_update_has_its_size_on_average(once: bool) -> None:
         assert max(shares) < 0.6  # what this is about
 
 
+@pytest.mark.parametrize("once", [False, True], ids=["peft", "once"])
+def test_in_16_bits_a_small_update_changes_the_loss_as_in_32(once: bool) -> None:
+    exact = with_adapters(llama(hidden=128)).bfloat16().float()
+    rounded = copy.deepcopy(exact).bfloat16()
+    if once:
+        round_once(rounded)
+    ids = torch.randint(0, 53, (48, 96), generator=torch.Generator().manual_seed(0))
+
+    def loss(model: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(ids).logits.double().flatten(0, 1), ids.roll(1).flatten())
+
+    def b_of(model: Any) -> list[torch.nn.Parameter]:
+        return [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+
+    def change(model: Any) -> float:
+        """Of the loss, by a step from adapters without effect along the gradient in float32."""
+        losses = []
+        with torch.no_grad():
+            for length in (0.0, 0.01):
+                for parameter, gradient in zip(b_of(model), gradients, strict=True):
+                    parameter.copy_(-length * gradient)
+                losses.append(loss(model).item())
+        return losses[1] - losses[0]
+
+    for parameter in b_of(exact):
+        torch.nn.init.zeros_(parameter)
+    gradients = torch.autograd.grad(loss(exact), b_of(exact))
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+    gradients = tuple(gradient / norm for gradient in gradients)
+    share = change(rounded) / change(exact)
+    assert (0.75 < share < 1.25) if once else share < 0.5, share
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("tokens", [32, 4096])
 def test_on_a_gpu_too(tokens: int) -> None:
@@ -341,6 +374,8 @@ def test_under_zero_3_the_layer_gathers_what_it_reads(
     for kind in (lora.Linear, lora.Linear4bit):
         monkeypatch.setattr(kind, "forward", None)  # peft's own is not called
     engine = Engine(model, optimizers[1], deepspeed_config(options, world_size=1, on_gpu=False), processes)
+    with torch.no_grad():  # by itself too, where DeepSpeed does not find out what is read
+        model.base_model.model.model.layers[1].mlp.up_proj(torch.ones(1, 64))
     found = [engine.step([Batch()], loss_sum).loss.item() for _ in range(3)]
     assert found == pytest.approx(expected, rel=1e-5) and expected[2] < expected[0] * 0.99
     weights = {name: p for name, p in model.named_parameters() if ".mlp." in name and name.endswith("weight")}
@@ -349,4 +384,11 @@ def test_under_zero_3_the_layer_gathers_what_it_reads(
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
             assert torch.allclose(gathered[name].read(), parameter, atol=1e-5), name
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss_sum(engine.deepspeed, Batch())
+    shapes = {tensor.shape for tensor in kept}  # of weights, after they were released
+    assert not shapes & {
+        layer.base_layer.weight.shape for layer in plain.modules() if isinstance(layer, lora.LoraLayer)
+    }
     engine.close()
