@@ -198,10 +198,13 @@ def llama(*, hidden: int = 64) -> Any:
     return LlamaForCausalLM(config)
 
 
-def in_nf4(options: RunOptions = RunOptions(use_quant=True, precision="fp32")) -> Any:  # noqa: B008 - frozen
+NF4 = RunOptions(use_quant=True, precision="fp32")
+
+
+def in_nf4(options: RunOptions = NF4, device: torch.device = CPU) -> Any:
     model = llama()
-    quantise(model, options, CPU)
-    return with_adapters(model)
+    quantise(model, options, device)
+    return with_adapters(model).to(device)
 
 
 def with_adapters(model: Any) -> Any:
@@ -218,12 +221,19 @@ IDS = torch.arange(48).reshape(2, 24) % 53
 def trained(model: Any) -> dict[str, torch.Tensor]:
     """The gradients of one step."""
     model.zero_grad()
-    model(IDS).logits.logsumexp(-1).square().sum().backward()
+    model(IDS.to(next(model.parameters()).device)).logits.logsumexp(-1).square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_on_a_base_in_nf4_gradients_are_pefts_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = in_nf4()
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+    ],
+)
+def test_on_a_base_in_nf4_gradients_are_pefts_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    model = in_nf4(device=torch.device(device))
     expected = trained(model)
     monkeypatch.setattr(lora.Linear4bit, "forward", None)  # peft's own is not called
     for keep in (False, True):
