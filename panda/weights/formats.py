@@ -102,6 +102,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder / CONFIG}: it has no 'model_type', so it is not the configuration of a transformers model."
         )
+    if config.get("quantization_config", {}) is None:  # as some programs write that there is none
+        del config["quantization_config"]
     return config
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.registry.location import resolve_path
+from panda.weights.git_lfs import pointer_problem
 from panda.weights.hub import cached
 from panda.weights.hub import is_name
 from panda.weights.hub import repository_of
@@ -78,6 +79,9 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as problem:  # transformers lets the exceptions of its parsers through
+        for file in (folder / name for name in (*TOKENIZER, TOKENIZER_CONFIG)):
+            if file.is_file() and (pointer := pointer_problem(file)):
+                raise UserError(f"{file}: {pointer}") from None
         what = f"{folder}: no tokenizer could be loaded from it"
         try:
             AutoConfig.from_pretrained(str(folder), local_files_only=True)

@@ -452,6 +452,7 @@ def test_a_delta_of_another_base_is_told(folder: Path, tmp_path: Path) -> None:
         ({"hidden_size": "big"}, r"config\.json: hidden_size: 'big' is not an integer >= 1"),
         ({"num_attention_heads": 5}, r"checkpoint .*spoilt: hidden_size 32 is not divisible by num_heads 5"),
         ({"rope_parameters": {"rope_type": "llama3"}}, r"does not state factor, low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": "linear"}, r"rope_scaling in its config.json is 'linear'; expected an object such as"),
         ({"quantization_config": "odd"}, r"are quantised \(odd\), and cannot be trained"),
         ({"vocab_size": None}, r"embed_tokens\.weight is \[259, 32\] and should be \[32000, 32\]"),
     ],
@@ -497,6 +498,13 @@ def test_what_git_leaves_in_place_of_a_large_file_is_told(model: Any, spoilt: Pa
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
         with pytest.raises(UserError, match=f"{file.name}: this is the pointer that git leaves .*`git lfs pull`"):
             loaded("--ckpt_path", file.parent, "--allow_pickle")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_the_pointers_of_other_files_are_told_as_well(spoilt: Path, name: str) -> None:
+    (spoilt / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name}: this is the pointer that git leaves .*`git lfs pull`"):
+        loaded("--ckpt_path", spoilt)
 
 
 def test_a_link_that_leads_nowhere_is_a_file_that_is_missing(model: Any, spoilt: Path, tmp_path: Path) -> None:
