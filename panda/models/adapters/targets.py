@@ -29,10 +29,11 @@ def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] 
     if ALL_LINEAR in items:
         raise UserError(f"lora_target_modules: {ALL_LINEAR} means all layers but the head: leave the others out.")
     known = ", ".join([listed_names(model), *ends_of_experts(model)])
-    names, adaptable = [name for name, _ in model.named_modules()], adaptable_names(model)
+    layers = [name for name, module in model.named_modules() if not any(module.children())]
+    adaptable = adaptable_names(model)
     found: list[str] = []
     for item in items:
-        if any(name == item or name.endswith(f".{item}") for name in names):
+        if any(name == item or name.endswith(f".{item}") for name in layers):
             found.append(item)
         elif matching := _matching(item, adaptable):
             found += matching
