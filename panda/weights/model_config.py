@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,9 @@ def _ropes_read(values: Mapping[str, Any]) -> Any:
 
     given = copy.deepcopy(dict(values))  # as of 5.23 (2026-11), transformers writes into the dictionaries that it gets
     try:
-        config = AutoConfig.for_model(given.pop("model_type", None), **given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that only 4.57 reads
+            config = AutoConfig.for_model(given.pop("model_type", None), **given)
     except Exception as problem:  # transformers lets the exceptions of its parsers through
         return str(problem)
     parts = {"": _written(config)}

@@ -376,8 +376,10 @@ def test_a_folder_without_config_is_told_with_what_it_has(spoilt: Path, tmp_path
     for adds, hint in (
         ("provenance.json", r"a run without an export: `panda export .*/run` writes one"),
         ("adapter_config.json", r"holds adapters.* `panda export RUN --merge`"),
+        ("manifest.json", r"a checkpoint of a run: `panda export .*/run --output NAME` writes its model"),
     ):
-        (run / adds).parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
         (run / adds).write_text("{}")
         with pytest.raises(UserError, match=f"has no config.json, so it is not a checkpoint of a model; .*{hint}"):
             configured("--ckpt_path", run)

@@ -19,6 +19,7 @@ from panda.models.adapters.experts import named_experts
 from panda.models.adapters.linear_layers import linear_names
 from panda.models.adapters.linear_layers import listed_names
 from panda.models.adapters.targets import ALL_LINEAR
+from panda.models.adapters.targets import linear_targets
 from panda.models.adapters.targets import target_modules
 from panda.registry import UserError
 from panda.registry.errors import in_brief
@@ -67,7 +68,8 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
             f" layers to adapt in `lora_target_modules`: it has {linear}."
         )
     config = adapter_config(options)
-    config.target_modules, config.task_type = targets, "CAUSAL_LM" if is_hugging_face else None
+    config.target_modules = linear_targets(model) if targets == ALL_LINEAR else targets
+    config.task_type = "CAUSAL_LM" if is_hugging_face else None
     config.trainable_token_indices = _new_rows(model)
     if experts:
         config.target_parameters = experts

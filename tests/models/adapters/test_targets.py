@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_files import llama
 from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
@@ -105,6 +106,19 @@ def test_layers_that_peft_takes_for_experts_are_named_or_refused() -> None:
                 add_adapters(mixture(), replace(options, lora_target_modules=written, lora_dropout=dropout))
     named = replace(options, lora_target_modules=("q_a_proj", "experts.down_proj"))
     assert not left_bare(add_adapters(mixture(), named), ["q_a_proj"])
+
+
+def test_a_router_that_is_a_linear_layer_by_its_class_alone_has_no_adapters() -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model("llama4_text", **sizes, **heads, num_local_experts=4, interleave_moe_layer_step=2)
+    found = add_adapters(AutoModelForCausalLM.from_config(config), RunOptions(use_lora=True, lora_r=2))
+    layers = {name.partition(".lora_A")[0].rpartition(".")[2] for name in found.state_dict() if ".lora_A." in name}
+    assert layers == ALL
+    assert found(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 20)
+    named = RunOptions(use_lora=True, lora_target_modules=("router",))
+    with pytest.raises(UserError, match="has no 'router'; it has "):
+        add_adapters(AutoModelForCausalLM.from_config(config), named)
 
 
 def test_a_text_of_yaml_and_words_of_a_command_line_are_the_same() -> None:
