@@ -18,6 +18,7 @@ from checkpoint_files import save_meta
 from checkpoint_files import save_pickle
 from safetensors.torch import load_file
 from safetensors.torch import save_file
+from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
 from transformers import MixtralConfig
@@ -319,6 +320,22 @@ def test_a_tokenizer_with_more_entries_is_an_error_or_adds_rows(tmp_path: Path) 
         assert torch.equal(got[:257], known)
         assert torch.allclose(got[257:], known.mean(0).expand(2, -1), atol=1e-6)
     assert module.config.vocab_size == 259
+
+
+def test_rows_are_added_to_a_vocabulary_that_the_configuration_of_the_text_part_states(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    text = sizes | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    seen = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = seen | {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    folder = save_hf(model, tmp_path / "of-images", shards=False)
+    module = loaded("--model", "hf", "--ckpt_path", folder, "--extend_vocab")
+    rows = module.get_input_embeddings().weight
+    assert module.config.text_config.vocab_size == len(rows) == 259
+    known = model.get_input_embeddings().weight
+    assert torch.equal(rows[:257], known)
+    torch.testing.assert_close(rows[258], known.mean(0))
 
 
 def test_more_positions_than_the_checkpoint_has_are_refused(folder: Path) -> None:
