@@ -16,6 +16,7 @@ from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
+from panda.run.adapter_run import refuse_another_base
 from panda.run.assembly import build_evaluation_task
 from panda.run.assembly import build_task
 from panda.run.assembly import dataset_of
@@ -113,6 +114,7 @@ class Preparation:
                 f"ckpt_path: {self.pretrained.folder}: model {name!r} cannot be built without weights, so a run cannot"
                 " start from its export. Continue the run with `resume`."
             )
+        refuse_another_base(self.pretrained)
         return fitted(outline, self.pretrained)
 
     @cached_property
