@@ -28,6 +28,7 @@ from typing import TypeVar
 import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.gradient_sums import sum_in_one_pass
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import counts_here
@@ -93,15 +94,19 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
             )
+        _gather_for_readers(module, self.optimizer)
         # What DeepSpeed writes of the module. `exclude_frozen_parameters` of 0.19.8 leaves out frozen parameters
         # only, and not the scales of quantised ones, which bitsandbytes adds to the state dict; loading then fails.
         # Can go when DeepSpeed lets the caller choose what is written.
         self.deepspeed.module_state_dict = lambda **_: {
             name: tensor.detach() for name, tensor in trained_state(self.module).items()
         }
+        sum_in_one_pass(self.optimizer)
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
+        self.on_part: Callable[[str], None] | None = None
+        """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO DeepSpeed does not wrap the optimizer, and then it does not keep the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -125,6 +130,7 @@ class Engine:
         stage; the host waits for the device once a step, to find that out. A ``StepLoss`` of the module is added.
         """
         device = self.processes.device
+        self._part("counts")
         counts = torch.tensor(
             [sum(batch.tokens for batch in micro_batches), sum(batch.supervised_tokens for batch in micro_batches)],
             dtype=torch.float64,
@@ -137,6 +143,7 @@ class Engine:
         added: StepLoss | None = getattr(self.module, "step_loss", None)
         statistics = self._statistics(added, micro_batches, loss_sum) if added and len(micro_batches) > 1 else None
         for number, batch in enumerate(micro_batches, 1):
+            self._part("forward")
             here = batch.to(device)
             forward = partial(loss_sum, self.deepspeed, here)
             if added is None:
@@ -147,11 +154,14 @@ class Engine:
                 totals[1] += term.detach()
                 objective = loss * scale + term * (added.weight * self.processes.data_ranks)
             totals[0] += loss.detach()
+            self._part("backward")
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
             self.deepspeed.backward(objective, scale_wrt_gas=False)
             if number < len(micro_batches):
                 self.deepspeed.step()
+        self._part("optimizer")
         grad_norm, applied = self._apply()
+        self._part("between steps")
         loss, of_step = self.processes.sum_(totals).unbind()
         return StepResult(loss / supervised, grad_norm, counts, applied, of_step if added else None)
 
@@ -323,6 +333,10 @@ class Engine:
         """Drop DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
 
+    def _part(self, name: str) -> None:
+        if self.on_part is not None:
+            self.on_part(name)
+
     def _apply(self) -> tuple[torch.Tensor | float, bool]:
         """Step the optimizer. Returns the norm of all gradients before clipping, and whether the step was taken."""
         if self._keeps_grad_norm:
@@ -338,6 +352,31 @@ class Engine:
         with nullcontext() if finite else _without_effect(self.optimizer):
             self.deepspeed.step()
         return norm, finite
+
+
+def _gather_for_readers(module: torch.nn.Module, optimizer: Any) -> None:
+    """Under ZeRO-3, gather all weights in a module that has ``reads_parts``, such as an adapted layer, when it is run.
+
+    DeepSpeed gathers weights when the module that has them is run. Such a module reads the weights of its parts,
+    without running them: they become its own, as DeepSpeed calls it external, and its parts lose their hooks.
+    DeepSpeed's leaf modules, which do the same, fail where the input has no gradient, as in a first layer (0.19.8).
+    """
+    offload = getattr(optimizer, "parameter_offload", None)
+    readers = [part for part in module.modules() if getattr(part, "reads_parts", False)]
+    if offload is None or not readers:
+        return
+    from deepspeed.runtime.zero import register_external_parameter
+
+    hooks = set()
+    for reader in readers:
+        for parameter in reader.parameters():
+            register_external_parameter(reader, parameter)
+        for part in reader.modules():
+            if part is not reader:
+                hooks |= {id(part._forward_hooks), id(part._forward_pre_hooks)}
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in hooks:
+            handle.remove()
 
 
 def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -189,11 +189,14 @@ def make_trainable(
     if left:
         place(model, left, options, deepspeed, processes)
     if options.use_lora:
+        from panda.models.adapters.one_rounding import round_once  # imports peft
+
         seed_random(options.seed)  # so adapters start the same, whatever random numbers the base took
         with processes.device:
             model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
         if adapters:
             start_from(model, adapters)
+        round_once(model, keep_dequantised=options.activation_checkpointing == "full")
     if options.activation_checkpointing == "selective":
         recompute_activations(model, selective=True)
     if options.compile:
@@ -221,7 +224,8 @@ def load_base(
 def _fill(places: dict[str, Places], weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
     """Move the weights of ``layer``, called ``name`` in the model, from ``weights`` to its ``places``."""
     for key, _ in layer.named_parameters():
-        put(places[f"{name}.{key}"], weights.pop(f"{name}.{key}").read())
+        # Taken out of both, which would keep the layer and its weights after it has been replaced.
+        put(places.pop(f"{name}.{key}"), weights.pop(f"{name}.{key}").read())
 
 
 def seed_random(seed: int) -> None:

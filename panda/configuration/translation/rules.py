@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Hashable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
+
+OFF = "leave it out: it is off in panda, too."
 
 
 @dataclass(frozen=True)
@@ -16,8 +24,7 @@ class To:
 
     key: str
 
-    @property
-    def advice(self) -> str:
+    def advice(self, value: Any) -> str:
         return f"write `{self.key}`."
 
 
@@ -31,19 +38,23 @@ class Sets:
     notes: Mapping[Any, str] = field(default_factory=dict)
     """Of some values: in what panda differs."""
 
-    @property
-    def advice(self) -> str:
-        first = next((keys for keys in self.values.values() if keys), None)
-        if first is None:
-            return f"leave it out for {' or '.join(map(shown, self.values))}. For others: {self.otherwise}."
-        return f"write {' and '.join(f'`{key}: {shown(value)}`' for key, value in first.items())}."
+    def advice(self, value: Any) -> str:
+        if (ours := self.values.get(value) if isinstance(value, Hashable) else None) is not None:
+            keys = " and ".join(f"`{key}: {shown(set_to)}`" for key, set_to in ours.items())
+            return f"write {keys}." if keys else "leave it out: panda does so without being told."
+        return f"{shown(value)} has no counterpart: {self.otherwise}." if value else OFF
 
 
 @dataclass(frozen=True)
 class Part:
     """Read together with other keys, by the function of its tool or by `combine`."""
 
-    advice: str
+    instead: str
+    off: str = ""
+    """The same where the value is false, if that is something else."""
+
+    def advice(self, value: Any) -> str:
+        return self.off if self.off and value is False else self.instead
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,7 @@ class Ignored:
 
     reason: str
 
-    @property
-    def advice(self) -> str:
+    def advice(self, value: Any) -> str:
         return f"leave it out: {self.reason}."
 
 
@@ -63,12 +73,12 @@ class Absent:
 
     reason: str
 
-    @property
-    def advice(self) -> str:
-        return f"not translated: {self.reason}."
+    def advice(self, value: Any) -> str:
+        return f"it has no counterpart: {self.reason}." if value else OFF
 
 
 Rule = To | Sets | Part | Ignored | Absent
+"""What a key means. ``advice(value)`` says what to write in place of the key with that value, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,9 @@ class Translation:
     def set_data(self, key: str, paths: Sequence[str], because: str) -> None:
         """Write the place of data sets as panda's ``key``: one path, or a list of them."""
         named = list(dict.fromkeys(paths))
-        self.set(key, named[0] if len(named) == 1 else named, f"{because}: a file or folder of its rows")
+        found = all(Path(path).exists() for path in named)
+        because = because if found else f"{because}; name a file or folder of rows here"
+        self.set(key, named[0] if len(named) == 1 else named, because)
 
     def value(self, key: str) -> Any:
         """The value of panda's ``key``; None if it is not written."""
@@ -109,6 +121,12 @@ class Translation:
     def drop(self, key: str) -> None:
         """Leave panda's ``key`` out again."""
         self.lines.pop(key, None)
+
+    def drop_all(self, keys: Iterable[str], reason: str) -> None:
+        """Leave panda's ``keys`` out again, and list those of the file that they come from, with the ``reason``."""
+        for line in [self.lines.pop(key) for key in keys if key in self.lines]:
+            if " " not in line.because:  # no default
+                self.ignored[line.because] = reason
 
     @property
     def evaluates(self) -> bool:
@@ -156,6 +174,61 @@ def each(keys: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(keys.split(), rule)
 
 
+def read_item(item: Mapping[str, Any], said: str, rules: Mapping[str, Rule], found: Translation) -> None:
+    """List the keys of ``item``, a data set that is called ``said``, that panda cannot follow, by ``rules``."""
+    for key, value in flattened(item):
+        rule = rule_of(rules, key)
+        meant = ", ".join(map(str, value)) if isinstance(value, list) else value
+        if rule is None:
+            reason = "panda's table of keys lacks it: see whether it matters to you"
+        elif isinstance(rule, Absent) or (isinstance(rule, Sets) and meant not in rule.values):
+            reason = rule.reason if isinstance(rule, Absent) else rule.otherwise
+        else:
+            continue
+        if value:
+            found.lost[f"{said}.{key}: {shown(meant)}"] = reason
+
+
+def places(item: Mapping[str, Any]) -> list[str]:
+    """Where the rows of a data set are: its files, where it names a loader for them, or its path or name."""
+    files, path = item.get("data_files"), item.get("id") or item.get("path")
+    named = [*files.values()] if isinstance(files, Mapping) else [files] if isinstance(files, str) else files or []
+    return [str(place) for place in (named if path in _LOADERS and named else [path])]
+
+
+_LOADERS = (None, "json", "csv", "parquet", "arrow", "text")
+"""Values of `path` beside which `data_files` names the files."""
+
+
+def one_of(names: str | Sequence[str], instead: str) -> Sets:
+    """Values that panda takes without being told, and of others what to do ``instead``."""
+    return Sets({name: {} for name in (names.split() if isinstance(names, str) else names)}, instead)
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Keys and values of ``content``, nested ones by their path (`a.b`); those of ``whole`` stay as they are."""
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and path not in whole:
+            yield from flattened(value, f"{path}.", whole)
+        else:
+            yield path, value
+
+
+def rule_of(rules: Mapping[str, Rule], key: str) -> Rule | None:
+    """What ``key`` means, by itself or by the longest pattern that it matches."""
+    if key in rules:
+        return rules[key]
+    patterns = [pattern for pattern in rules if "*" in pattern and fnmatchcase(key, pattern)]
+    return rules[max(patterns, key=len)] if patterns else None
+
+
+def read_names(key: str, theirs: Theirs) -> list[str]:
+    """The value of ``key``, a name or a list of them."""
+    written = theirs(key)
+    return [written] if isinstance(written, str) else list(written or [])
+
+
 def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
     """``key``, which below 1 is a share of the samples that is held out, and from 1 on their number."""
     held_out = number(theirs(key))
@@ -165,6 +238,21 @@ def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
         found.lost[f"{key}: {whole(held_out)}"] = (
             "panda holds out a share of the samples: write it with `eval_fraction`, or name a file with `eval_data_dir`"
         )
+
+
+def read_adapter(key: str, theirs: Theirs, found: Translation) -> None:
+    """``key``, which names an adapter that training goes on from: then its own shape counts."""
+    written = theirs(key)
+    names = [name.strip() for name in written.split(",")] if isinstance(written, str) else written or []
+    if len(names) > 1:
+        found.lost[f"{key}: {', '.join(names)}"] = (
+            "panda goes on from one adapter: add the others to the base with peft, and name the result"
+        )
+    elif names:
+        if base := found.lines.get("ckpt_path"):
+            found.set("base_path", base.value, base.because)
+        found.set("ckpt_path", names[0], key)
+        found.drop_all(("lora_r", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"), FROM_ADAPTER)
 
 
 def shown(value: Any) -> str:
@@ -188,7 +276,9 @@ def whole(value: float) -> int | float:
 # Rules of every table.
 VALIDATION_SHARE = Part("write the share that is held out with `eval_fraction`, or name a file with `eval_data_dir`.")
 """Read by ``read_validation_share``."""
-FROM_ADAPTER = Absent("name the adapter's folder with `ckpt_path`: training goes on from it")
+ADAPTER = Part("name the adapter's folder with `ckpt_path`, and its base with `base_path`: training goes on from it.")
+"""Read by ``read_adapter``."""
+FROM_ADAPTER = "the adapter that training goes on from has its own"
 NOTHING_HELD_OUT = "`eval_steps` needs held-out data: write `eval_fraction`, or `eval_data_dir`"
 HUB_PART = Absent("panda reads files: download this part of the data set, and name its folder")
 
@@ -197,8 +287,12 @@ SERVICES = Absent(
     " plugin can (docs/plugins.md)"
 )
 REMOTE_CODE = Ignored("panda runs no code of checkpoints or data sets")
+SHUFFLED = Ignored("panda shuffles each epoch, by `seed`")
+KEPT_ORDER = Absent("panda shuffles each epoch")
 SPEED = Ignored("it is about speed; panda chooses what is faster and changes nothing")
 PROCESSES = Ignored("it is about processes; panda prepares data on all cores")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog")
+"""Fields in which panda finds a conversation."""
 DISPLAY = Ignored("it is about what is shown")
 KEPT_DATA = Ignored("panda keeps tokenised data in its cache and finds it by content")
 PADDING = Ignored("panda pads to the longest row of a micro batch, and padding is never learned")
@@ -208,4 +302,6 @@ ALL_LOSS = Absent("in panda only answers carry loss; `task: pretrain` gives ever
 OTHER_LOSS = Absent("panda trains with cross-entropy")
 OTHER_TRAINING = Absent("panda trains all weights, or LoRA adapters on linear layers (`use_lora`)")
 OTHER_PARALLELISM = Absent("panda's ranks are data-parallel, and tensor-parallel by `tensor_parallel_size`")
+DEFAULT_SYSTEM = Absent("write the system prompt into the rows: `system`, or a turn")
+ROUTER_LOSS = Absent("write `router_aux_loss_coef`, with the value that the checkpoint's config.json has")
 HUB_UPLOAD = Absent("panda uploads nothing; RUN/export is a folder that `hf upload` takes")
