@@ -29,6 +29,7 @@ class Marks:
         self.stream = (folder / f"rank-{rank}.jsonl").open("w", encoding="utf-8")
         self.on_gpu = on_gpu
         self.counts: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
         self.spans: list[tuple[str, Any, Any]] = []
         self.before: Any = None
         self.forward: Any = None
@@ -84,6 +85,7 @@ class Marks:
     def step_end(self, step: int, *, last: bool, **more: Any) -> None:
         """Optimizer step ``step`` has been submitted. Waits for the device after the first and the last one."""
         end = self.point()
+        self.memory()  # panda begins a new peak with each log record, which comes after this
         record = {"step": step, "submitted": time.time(), **self.counts, **more}
         self.pending.append((record, self.before, self.spans, end))
         self.before, self.spans, self.counts = end, [], {}
@@ -104,7 +106,9 @@ class Marks:
             return {}
         import torch
 
-        return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        now = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        self.peaks = {kind: max(size, self.peaks.get(kind, 0)) for kind, size in now.items()}
+        return self.peaks
 
     def _wait(self) -> None:
         if self.on_gpu:

@@ -104,6 +104,8 @@ class Sizes:
     """Elements of the largest parameter group: those of a layer."""
     dequantised: int = 0
     """Bytes of the largest quantised weight when it is dequantised; 0 for none."""
+    dequantised_layer: int = 0
+    """The same of the largest layer."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,13 @@ def held(sizes: Sizes, options: RunOptions, config: dict[str, Any], *, world_siz
     """
     zero: dict[str, Any] = config["zero_optimization"]
     ranks, element = max(1, world_size // options.tensor_parallel_size), 4 if options.precision == "fp32" else 2
+    # A layer that is computed again in full keeps them until its backward pass has used them.
+    dequantised = sizes.dequantised_layer if options.activation_checkpointing == "full" else sizes.dequantised
     parts = MemoryParts(
         weights=element * sizes.trained + sizes.frozen,
         optimizer=round(state_bytes * sizes.trained),
         gradients=element * sizes.largest,
-        buffers=sizes.dequantised,
+        buffers=dequantised,
     )
     by_stage = (_stage_0, _stage_1_and_2, _stage_1_and_2, _stage_3)[options.zero]
     result = by_stage(parts, sizes, options, zero, ranks, element)

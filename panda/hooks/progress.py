@@ -51,6 +51,10 @@ class ProgressDisplay:
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}"
             f"  {record['tokens_per_second']:,.0f} tokens/s"
         )
+        if "mfu" in record:
+            text += f"  MFU {record['mfu']:.1%}"
+        if "memory_gib" in record:
+            text += f"  {record['memory_gib']:.1f} GiB"
         if self.bar is not None:
             self.bar.update(self.bar_task, completed=record["step"], description=text)
             return

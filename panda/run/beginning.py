@@ -64,6 +64,7 @@ def begin(
         decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens),
         resumed_from=checkpoint,
         step=continuation.progress.step,
+        flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
     )
 
     @writing(f"{directory}: the description of the run", NO_ROOM_LEFT)

@@ -28,12 +28,16 @@ from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import quantised_names
 from panda.models.forward.footprint import Footprint
 from panda.models.forward.footprint import footprint
+from panda.models.forward.stretched_positions import needs_positions
+from panda.models.forward.varlen_attention import what_forbids_kernel
+from panda.models.forward.varlen_attention import why_masked
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import TensorParallelPlan
 from panda.registry.resolve import Resolved
 from panda.run.cards import Card
 from panda.run.model import build_outline
+from panda.run.model import drawing_device
 from panda.weights.layer_names import layer_of
 
 CONTEXT = round(0.6 * GIB)
@@ -95,15 +99,20 @@ def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | Non
     if options.tensor_parallel_size > 1:
         name = resolved.components["model"].component.name
         _shard(model, plan_of(model, name, options.tensor_parallel_size), options.tensor_parallel_size)
+    dtype = getattr(torch, options.dtype_name)
+    masked = (options.batching == "packed" or needs_positions(model)) and bool(_why_masked(model, dtype))
     names = quantised_names(model) if options.use_quant else []
     quantised = {id(model.get_submodule(name).weight) for name in names}
     if options.use_lora:
+        from panda.models.adapters.one_rounding import round_once  # imports peft
+
         with torch.device("meta"):
             model = add_adapters(model, options)
+        round_once(model)
     sizes = _sizes(model, options, quantised)
     linear = _flops(model) * options.tensor_parallel_size
-    model = model.to(torch.device("meta"), getattr(torch, options.dtype_name))
-    found = footprint(model, length=options.max_seq_length, packed=options.batching == "packed")
+    model = model.to(torch.device("meta"), dtype)
+    found = footprint(model, length=options.max_seq_length, masked=masked)
     attention = 12.0 * found.attention_width * options.tensor_parallel_size
     return ModelMemory(sizes, found, state_bytes(resolved), parameters, linear, attention)
 
@@ -153,10 +162,18 @@ def _shard(model: torch.nn.Module, plan: TensorParallelPlan, size: int) -> None:
             layer.weight = share(layer.weight, 1)
 
 
+def _why_masked(model: torch.nn.Module, dtype: torch.dtype) -> str:
+    """Why attention needs a mask to tell samples apart on this machine's GPU; without one, on a recent one."""
+    if torch.cuda.is_available():
+        return why_masked(model, drawing_device(), dtype)
+    return "there is no kernel for float32" if dtype == torch.float32 else what_forbids_kernel(model, dtype)
+
+
 def _sizes(model: torch.nn.Module, options: RunOptions, quantised: set[int]) -> Sizes:
     element = 4 if options.precision == "fp32" else 2
     trained = frozen = elements = largest = dequantised = 0
     groups: Counter[str | None] = Counter()
+    dequantised_layers: Counter[str | None] = Counter()
     for name, parameter in model.named_parameters():
         count = parameter.numel()
         if parameter.requires_grad:
@@ -169,10 +186,12 @@ def _sizes(model: torch.nn.Module, options: RunOptions, quantised: set[int]) -> 
             frozen += size
             elements += size // element
             dequantised = max(dequantised, element * count)
+            dequantised_layers[layer_of(name)] += element * count
         else:
             frozen += element * count
             elements += count
-    return Sizes(trained, frozen, elements, largest, max(groups.values(), default=0), dequantised)
+    whole_layer = max(dequantised_layers.values(), default=0)
+    return Sizes(trained, frozen, elements, largest, max(groups.values(), default=0), dequantised, whole_layer)
 
 
 def _quantised_bytes(weight: torch.Tensor, bits: int) -> int:
@@ -185,11 +204,17 @@ def _quantised_bytes(weight: torch.Tensor, bits: int) -> int:
 
 
 def _flops(model: torch.nn.Module) -> float:
-    """Operations for a token: of weights, without attention."""
+    """Operations for a token: of weights, without attention. A row of the embedding is looked up, at no cost."""
     experts, config = expert_parameters(model), getattr(model, "config", None)
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    embeddings = [part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)]
+    looked_up = {id(weight) for weight in embeddings} - {
+        id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Linear)
+    }
     total = 0.0
     for name, parameter in model.named_parameters():
+        if id(parameter) in looked_up:
+            continue
         share = min(1.0, chosen / len(parameter)) if name in experts and isinstance(chosen, int) else 1.0
         total += share * parameter.numel() * (6 if parameter.requires_grad else 4)
     return total

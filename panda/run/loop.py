@@ -20,6 +20,7 @@ from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
 from panda.run.records import Clock
+from panda.run.records import Gpu
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
 from panda.run.state import Run
@@ -37,6 +38,7 @@ class Loop:
         self.options = run.options
         self.loss = _attributed_loss(run)
         self.clock = Clock(start)
+        self.gpu = Gpu.of(run)
         self.counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64)
         self.counts = self.counts.to(run.processes.device)
         self.skipped = start.skipped_steps
@@ -90,7 +92,7 @@ class Loop:
         """Give hooks the record of the last step. Rank 0 only."""
         run = self.run
         run.observations = run.engine.observations()
-        record = log_record(result, self.progress(), learning_rate, self.clock, run.observations)
+        record = log_record(result, self.progress(), learning_rate, self.clock, run.observations, self.gpu)
         run.hook.panda_log(run=run, record=record)
 
     def save(self) -> None:

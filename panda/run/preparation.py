@@ -147,6 +147,12 @@ class Preparation:
         """Estimates of the memory of this run, and of variants of it, on GPUs."""
         return Estimates(self.context)
 
+    @property
+    def flops_per_token(self) -> float | None:
+        """Operations of a forward and backward pass for a token of a sample of mean length; None on a CPU."""
+        model = self.estimates.model(self.resolved) if self.card else None
+        return model.flops(self.dataset.tokens / max(1, len(self.dataset))) if model else None
+
     def decide(self, once: Callable[[Callable[[], Any]], Any] = lambda decide: decide()) -> None:
         """Decide what the configuration leaves to the run, `activation_checkpointing: auto`.
 

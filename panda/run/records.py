@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from panda.data.batches import Batch
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.engine import StepResult
-
-if TYPE_CHECKING:
-    import torch
+from panda.engine.memory_parts import GIB
+from panda.run.cards import this_card
+from panda.run.state import Run
 
 
 class Clock:
@@ -53,15 +55,46 @@ class Clock:
         self.time += seconds
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What records say of the GPU that a rank trains on."""
+
+    device: torch.device
+    flops_per_token: float | None
+    """Operations of forward and backward pass for a token; None where they are not known."""
+    peak: float | None
+    """Operations a second of the GPUs of all ranks, at most; None where that is not known."""
+
+    @classmethod
+    def of(cls, run: Run) -> Gpu | None:
+        """That of ``run`` on this rank; None on a CPU."""
+        device = run.processes.device
+        if device.type != "cuda":
+            return None
+        card = this_card(device)
+        peak = card.peak if run.options.precision != "fp32" else None
+        return cls(device, run.flops_per_token, peak and peak * run.processes.world_size)
+
+    def entries(self, tokens_per_second: float) -> dict[str, float]:
+        """Entries of a record. Does not wait for the device."""
+        found = {"memory_gib": round(torch.cuda.max_memory_allocated(self.device) / GIB, 2)}
+        torch.cuda.reset_peak_memory_stats(self.device)
+        if self.flops_per_token is not None and self.peak is not None:
+            found["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak, 4)
+        return found
+
+
 def log_record(
     result: StepResult,
     progress: Progress,
     learning_rate: float,
     clock: Clock,
     observations: dict[str, dict[str, float]],
+    gpu: Gpu | None = None,
 ) -> dict[str, Any]:
     """The record that ``panda_log`` is given, whose documentation explains the keys."""
     loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
+    rates = clock.rates(progress)
     return {
         "step": progress.step,
         "loss": loss,
@@ -71,7 +104,8 @@ def log_record(
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
         "skipped_steps": progress.skipped_steps,
-        **clock.rates(progress),
+        **rates,
+        **(gpu.entries(rates["tokens_per_second"]) if gpu else {}),
         **_summary(observations),
     }
 

@@ -52,6 +52,8 @@ class Run:
     """Checkpoints that this process has saved."""
     observations: dict[str, dict[str, float]] = field(default_factory=dict)
     """On rank 0, as of the last log record: what the optimizer reports of each parameter, by quantity and name."""
+    flops_per_token: float | None = None
+    """On rank 0 on a GPU: operations of a forward and backward pass for a token, without what is recomputed."""
     answers: list[dict[str, str]] = field(default_factory=list)
     """At the end of the run: ``prompt`` and ``answer`` for each prompt."""
 

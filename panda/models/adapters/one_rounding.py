@@ -215,7 +215,9 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     computed = base.weight.dtype
     if _is_packed(base):
         computed = base.compute_dtype if _quantisation(base).quant_type == "nf4" else None
-    if not computed == of_a.weight.dtype == of_b.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if not computed == of_a.weight.dtype == of_b.weight.dtype == x.dtype:
+        return False
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # torch refuses to say for meta
         return False
     # A hook is called with its module, and these would not be. Under ZeRO-3 the engine moves its own to the layer.
     return not any(part._forward_hooks or part._forward_pre_hooks for part in (base, of_a, of_b))

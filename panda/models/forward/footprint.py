@@ -28,7 +28,8 @@ from panda.models.forward.cross_entropy import LOGITS_AT_ONCE
 from panda.models.forward.layers import CHEAP_TERMS
 from panda.weights.layer_names import layer_of
 
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._grouped_mm", "aten.linear", "aten.matmul")
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._grouped_mm", "panda.sum_of_products")
+"""Matrix products, as in layers.py."""
 RANDOM = ("aten.native_dropout", "aten.bernoulli", "aten.rand", "aten.rand_like")
 """What cannot be computed again without its random numbers, which compiled code does not keep."""
 GRADIENTS_AT_ONCE = 3
@@ -213,11 +214,11 @@ class _OnGpu(TorchFunctionMode):
         return output.reshape(rows).transpose(1, 2) if output.dim() == 4 else output
 
 
-def footprint(model: torch.nn.Module, *, length: int, packed: bool) -> Footprint:
+def footprint(model: torch.nn.Module, *, length: int, masked: bool) -> Footprint:
     """The activations of ``model``, with its adapters, on the meta device and in the types that it computes in.
 
-    It is put into training mode, and its forward must not be used afterwards. Rows have ``length`` tokens;
-    ``packed`` rows have positions that tell the samples in them apart, and so a mask where attention needs one.
+    It is put into training mode, and its forward must not be used afterwards. Rows have ``length`` tokens; ``masked``
+    ones have positions that tell the samples in them apart by a mask. By a kernel they need as much as single samples.
     """
     model.train()
     trace = _Trace()
@@ -229,7 +230,7 @@ def footprint(model: torch.nn.Module, *, length: int, packed: bool) -> Footprint
     if stands_in:
         approximate = "experts do the work of those that a token uses"
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    positions = {"position_ids": torch.zeros(1, length, dtype=torch.int64, device="meta")} if packed else {}
+    positions = {"position_ids": torch.zeros(1, length, dtype=torch.int64, device="meta")} if masked else {}
     body = _body(model)
     try:
         hooks = torch.autograd.graph.saved_tensors_hooks(trace.save, lambda tensor: tensor)
