@@ -188,14 +188,17 @@ def _stage_1_and_2(
 def _stage_3(
     parts: MemoryParts, sizes: Sizes, options: RunOptions, zero: dict[str, Any], ranks: int, element: int
 ) -> Held:
-    """All is partitioned; weights are gathered for the layers that are near, and gradients go through a bucket."""
+    """All is partitioned, with a copy of the weights in fp32 too.
+
+    Weights are gathered for the layers that are near, and gradients go through a bucket.
+    """
     share = -(-sizes.trained // ranks)
     live = min(sizes.elements, _elements(zero, "stage3_max_live_parameters")) if ranks > 1 else 0
     buffers = parts.buffers + element * (live + _elements(zero, "reduce_bucket_size"))
     parts = replace(
         parts,
         weights=-(-parts.weights // ranks),
-        masters=4 * share * (element == 2),
+        masters=4 * share,
         optimizer=-(-parts.optimizer // ranks),
         accumulators=4 * share,
         buffers=buffers,

@@ -76,11 +76,12 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     run began and over all ranks; ``skipped_steps``, of all steps those that changed nothing because
     their gradients were not finite; ``tokens_per_second``, ``step_seconds`` and ``data_wait``, the
     share of the time that rank 0 waited for batches, each the mean since the last record, without the
-    time that saving took. On a GPU ``memory_gib``, the most that torch had allocated on rank 0's since the last
-    record; and in 16 bits, on a card whose speed is known, ``mfu``, the share of the bf16 peak of all
-    cards that the operations of a token's forward and backward pass make of ``tokens_per_second``: 6 for
+    time that saving took. On a GPU ``memory_gib``, the most that torch had allocated on rank 0's GPU
+    since the last record. In 16 bits, on a card whose speed is known, ``mfu``: the operations of the
+    forward and backward passes a second, as a share of the bf16 peak of all cards. A token takes 6 for
     each weight that is trained and 4 for a frozen one (without the embedding, and of experts for those
-    that a token uses), and 12 x layers x width x mean length of a sample for attention. In addition ``_min``, ``_median`` and ``_max`` of each quantity that the
+    that a token uses), and 12 x layers x width x mean length of a sample for attention; padding and what
+    is recomputed do not count. In addition ``_min``, ``_median`` and ``_max`` of each quantity that the
     optimizer reports of each parameter (``trust_ratio`` of nvlamb); all of them are in
     ``run.observations``.
     """

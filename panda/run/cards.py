@@ -71,9 +71,11 @@ def this_card(device: torch.device | int = 0) -> Card:
 
 def peak_of(reported: str) -> float | None:
     """Dense bf16 operations a second of the card that its driver calls ``reported``; None for one not known."""
-    words = reported.split()
+    words = f" {reported.replace('-', ' ')} "
+    if "Laptop" in words:
+        return None
     for part, card in _REPORTED:
-        if f" {part} " in f" {' '.join(words).replace('-', ' ')} ":
+        if f" {part} " in words:
             return CARDS[card].peak
     return None
 

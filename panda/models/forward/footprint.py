@@ -305,7 +305,9 @@ def _replace_experts(model: torch.nn.Module) -> bool:
 
 def _as_used(experts: Any) -> Callable[..., Any]:
     def forward(hidden: torch.Tensor, *arguments: Any, **_: Any) -> torch.Tensor:
-        chosen = next((one.shape[-1] for one in arguments if isinstance(one, torch.Tensor)), 1)
+        given = [one for one in arguments if isinstance(one, torch.Tensor)]
+        chosen = given[0].shape[-1] if given else 1
+        weights = [one for one in given if one.is_floating_point() and one.shape[-1] == chosen]
         width = hidden.shape[-1]
         rows = hidden.reshape(-1, width).repeat_interleave(chosen, 0, output_size=hidden.numel() // width * chosen)
         for parameter in experts.parameters(recurse=False):
@@ -316,7 +318,8 @@ def _as_used(experts: Any) -> Callable[..., Any]:
                 gate, up = rows.chunk(2, -1)
                 rows = F.silu(gate) * up
             rows = rows @ (matrix if matrix.shape[0] == rows.shape[-1] else matrix.t())
-        weighted = rows.reshape(-1, chosen, width) * rows.new_empty(len(rows) // chosen, chosen, 1)
+        factors = weights[0] if weights else rows.new_empty(len(rows) // chosen, chosen)
+        weighted = rows.reshape(-1, chosen, width) * factors.reshape(-1, chosen, 1).to(rows.dtype)
         return weighted.sum(1).reshape(hidden.shape)
 
     return forward
