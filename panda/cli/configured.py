@@ -20,6 +20,6 @@ def configured(argv: list[str], usage: str) -> Configuration | None:
         raise UserError(f"no configuration is given.\n{usage}")
     configuration = configure(arguments)
 
-    from panda.run.pipes import with_pipes_kept
+    from panda.run.sources import with_lasting_sources
 
-    return with_pipes_kept(configuration)
+    return with_lasting_sources(configuration)

@@ -1,4 +1,4 @@
-"""Where data is: paths, folders and patterns, and the files at them."""
+"""Where data is: paths, folders, patterns and data sets, and the files at them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
+from panda.data.data_sets import DataSet
+from panda.data.data_sets import data_set_at
+from panda.data.saved_splits import DESCRIPTIONS
+from panda.data.saved_splits import DICT
+from panda.data.saved_splits import is_saved
+from panda.data.saved_splits import saved_splits
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 
 Locations = str | Sequence[str]
-"""Where data is: a path or a pattern, or several."""
+"""Where data is: a path, a pattern or a data set (see ``data_sets``), or several."""
 
 
 def each_of(locations: Locations) -> tuple[str, ...]:
     """The paths and patterns that ``locations`` is."""
     return (locations,) if isinstance(locations, str) else tuple(locations)
+
+
+def data_sets(locations: Locations) -> list[DataSet]:
+    """Those of ``locations`` that are data sets."""
+    return [found for location in each_of(locations) if (found := data_set_at(location)) is not None]
 
 
 def identities(locations: Locations) -> set[tuple[int, int]]:
@@ -63,6 +74,12 @@ def files_by_location(locations: Locations, suffixes: tuple[str, ...], option: s
 
 def _files_at(location: str, suffixes: tuple[str, ...], option: str) -> list[Path]:
     """The files to read at ``location``. Raises UserError where there are none."""
+    try:
+        data_set = data_set_at(location)
+    except UserError as problem:
+        raise UserError(f"{option}: {problem}") from None
+    if data_set is not None:
+        return _readable(data_set, suffixes, option)
     candidates = _all_files(location)
     found = [file for file, is_named in candidates if is_named or file.name.lower().endswith(suffixes)]
     if found:
@@ -80,11 +97,25 @@ def _files_at(location: str, suffixes: tuple[str, ...], option: str) -> list[Pat
     raise UserError(f"{option}: {location!r} has no file that ends in {_named(suffixes)}; {seen}.{hint}")
 
 
+def _readable(data_set: DataSet, suffixes: tuple[str, ...], option: str) -> list[Path]:
+    """The files of ``data_set``. Raises UserError where the reader does not read all of them."""
+    others = sorted({file.suffix or file.name for file in data_set.files if not file.name.lower().endswith(suffixes)})
+    if others:
+        raise UserError(
+            f"{option}: {data_set.location} has files that end in {', '.join(others)}, and the reader reads"
+            f" {_named(suffixes)}. `datasets.load_dataset(...).save_to_disk(FOLDER)` writes a folder that panda reads."
+        )
+    return list(data_set.files)
+
+
 def _all_files(location: str) -> list[tuple[Path, bool]]:
     """The files at ``location``, sorted, each with whether ``location`` names it. One that is named has any ending.
 
     A pattern names what it matches if it has an ending: ``more/*.log`` does, ``more/*`` does not.
     """
+    data_set = data_set_at(location)
+    if data_set is not None:
+        return [(file, True) for file in data_set.files]
     path = resolve_path(location)
     matches, named = [path], True
     if _is_pattern(location):
@@ -93,7 +124,8 @@ def _all_files(location: str) -> list[tuple[Path, bool]]:
     found = {}
     for match in matches:
         if match.is_file():
-            found[match] = named
+            if not _describes_saved(match):
+                found[match] = named
         elif match.is_dir():
             found.update({file: found.get(file, False) for file in sorted(_files_below(match))})
     return list(found.items())
@@ -119,7 +151,18 @@ def _named(suffixes: tuple[str, ...]) -> str:
 
 
 def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The files that are not hidden. Links to folders are followed, except to one of those ``above``."""
+    """The files that are not hidden. Links to folders are followed, except to one of those ``above``.
+
+    A data set that `datasets` saved is its files. Raises UserError for one with several splits.
+    """
+    if saved := saved_splits(folder):
+        if len(saved) > 1:
+            raise UserError(
+                f"{folder} is a data set with the splits {' and '.join(saved)}. Name it by itself, with one of them:"
+                f" {folder}:{next(iter(saved))}"
+            )
+        yield from next(iter(saved.values()))
+        return
     real = folder.resolve()
     for entry in folder.iterdir() if real not in above else ():
         if not entry.name.startswith("."):
@@ -127,3 +170,8 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
                 yield from _files_below(entry, (*above, real))
             elif entry.is_file():
                 yield entry
+
+
+def _describes_saved(file: Path) -> bool:
+    """Whether ``file``, which a pattern matches, describes a data set that `datasets` saved beside it."""
+    return file.name in DESCRIPTIONS and (is_saved(file.parent) or (file.parent / DICT).is_file())

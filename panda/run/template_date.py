@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC
 from datetime import datetime
-from pathlib import Path
-
-import yaml
 
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
-from panda.run.directory import RUN_CONFIG
-from panda.run.directory import find_directory
+from panda.run.directory import recorded_configuration
 from panda.tasks.instruct import InstructFormat
 
 KEY = "template_date"
@@ -32,18 +28,5 @@ def with_template_date(configuration: Configuration) -> Configuration:
 
 def _recorded(resolved: Resolved) -> str | None:
     """The date in the configuration of the run that this one continues."""
-    if resolved.core.resume is None:
-        return None
-    directory, checkpoint = find_directory(resolved)
-    run = checkpoint.absolute().parent.parent if checkpoint else directory
-    return _date_in(run / RUN_CONFIG)
-
-
-def _date_in(file: Path) -> str | None:
-    try:
-        values = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return None
-    if not isinstance(values, dict):
-        return None
+    values = recorded_configuration(resolved)
     return next((str(value) for key, value in values.items() if key.rpartition(".")[2] == KEY and value), None)

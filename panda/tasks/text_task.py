@@ -16,6 +16,7 @@ from typing import Any
 from panda.data.conversations import UnusableRowError
 from panda.data.ingredients import code_of
 from panda.data.ingredients import tokenizer_ingredients
+from panda.data.locations import data_sets
 from panda.data.locations import each_of
 from panda.data.locations import files_by_location
 from panda.data.locations import identities
@@ -112,6 +113,7 @@ class TextTask(LanguageModelling):
             if files:  # else all of them are held out
                 found.append((location, self._samples(self._recipe(files, location)), weight))
         notes = found[0][1].report.notes
+        notes += [data_set.describe() for data_set in data_sets(self.locations)]
         if others := other_files(self.locations, self.context.reader.suffixes):
             files_are = "1 file is" if (count := others.total()) == 1 else f"{count:,} files are"
             kinds = ", ".join(kind for kind, _ in others.most_common(5))
