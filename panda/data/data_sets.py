@@ -18,8 +18,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from panda.data.saved_splits import is_saved
 from panda.data.saved_splits import saved_splits
 from panda.data.splits import Split
@@ -36,6 +34,8 @@ _NAME = r"(?P<name>\w[\w.-]*/\w[\w.-]*)"
 _CHOICE = r"(?P<choice>(:[^:@/]+){0,2})"
 _ON_HUB = re.compile(rf"{_NAME}{_CHOICE}(@(?P<revision>\w[\w./-]*))?")
 _IN_FOLDER = re.compile(rf"(?P<name>.+?){_CHOICE}")
+_PART = re.compile(rf"{_NAME}:[^@\[]+\[.*\].*")
+"""As `datasets` writes parts of a split: ``train[:10%]``."""
 _FILE = re.compile(
     r".*\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|md|rst|ya?ml|py|zst|zip)(\.gz)?", re.IGNORECASE
 )
@@ -136,16 +136,16 @@ def data_set_at(location: str) -> DataSet | None:
 
 def _named(location: str) -> tuple[str, tuple[str, ...], str | None] | None:
     """Name, choice and revision, where ``location`` is a name on the hub; None where it is a path."""
+    if _PART.fullmatch(location) and not os.path.lexists(resolve_path(location)):
+        raise UserError(
+            f"{location}: a part of a split cannot be named. `max_samples` uses its first samples, `eval_fraction`"
+            " holds a part of them out, and the weight of a path shows a part of them in each epoch."
+        )
     found = _ON_HUB.fullmatch(location)
     if found is None or (_FILE.fullmatch(found["name"]) and location == found["name"]):
         return None
     if found["revision"] is None and (os.path.lexists(resolve_path(location)) or _in_folder(location)):
         return None
-    if "[" in found["choice"]:
-        raise UserError(
-            f"{location}: a part of a split cannot be named. `max_samples` uses its first samples, `eval_fraction`"
-            " holds a part of them out, and the weight of a path shows a part of them in each epoch."
-        )
     return found["name"], _parts(found["choice"]), found["revision"]
 
 
@@ -166,7 +166,14 @@ def _split_on_hub(name: str, repository: Repository, chosen: tuple[str, ...]) ->
             " --local-dir FOLDER`; name the folder of a configuration and a split in it."
         )
     with folder_of_names(repository.files, repository.folder) as folder:
-        return find_split(folder, chosen, name)
+        try:
+            return find_split(folder, chosen, name)
+        except UserError as problem:
+            if repository.is_listed:
+                raise
+            raise UserError(
+                f"{problem} The local cache may have only a part of it, and the hub was not asked."
+            ) from None
 
 
 @cache
@@ -221,24 +228,23 @@ def is_data_set(folder: Path) -> bool:
     return saved_splits(folder) is not None or _has_card(folder)
 
 
-@cache
 def _has_card(folder: Path) -> bool:
     """Whether the README in ``folder`` begins with metadata that describe configurations or splits."""
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:
             if readme.readline().strip() != "---":
                 return False
-            content = yaml.safe_load("".join(takewhile(lambda line: line.strip() != "---", readme)))
-    except (OSError, yaml.YAMLError):
+            metadata = takewhile(lambda line: line.strip() != "---", readme)
+            return any(line.startswith(("configs:", "dataset_info:")) for line in metadata)
+    except OSError:
         return False
-    return isinstance(content, dict) and not content.keys().isdisjoint(("configs", "dataset_info"))
 
 
 def _data_set_in(name: str, chosen: tuple[str, ...]) -> DataSet:
     folder = resolve_path(name)
     saved = saved_splits(folder)
     if saved is None:
-        split = _split_in(name, chosen)
+        split = _split_in(folder.absolute(), chosen, name)
         location = f"{name}:{split.configuration}:{split.name}"
         files = tuple(folder / file for file in split.files)
         more = split.configurations, split.splits, split.parameters
@@ -254,8 +260,8 @@ def _data_set_in(name: str, chosen: tuple[str, ...]) -> DataSet:
 
 
 @cache
-def _split_in(name: str, chosen: tuple[str, ...]) -> Split:
-    return find_split(resolve_path(name), chosen, name)
+def _split_in(folder: Path, chosen: tuple[str, ...], name: str) -> Split:
+    return find_split(folder, chosen, name)
 
 
 def _revision_of(folder: Path) -> str | None:

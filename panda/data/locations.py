@@ -76,11 +76,11 @@ def _files_at(location: str, suffixes: tuple[str, ...], option: str) -> list[Pat
     """The files to read at ``location``. Raises UserError where there are none."""
     try:
         data_set = data_set_at(location)
+        candidates = _all_files(location) if data_set is None else []
     except UserError as problem:
         raise UserError(f"{option}: {problem}") from None
     if data_set is not None:
         return _readable(data_set, suffixes, option)
-    candidates = _all_files(location)
     found = [file for file, is_named in candidates if is_named or file.name.lower().endswith(suffixes)]
     if found:
         return found

@@ -47,14 +47,13 @@ def find_split(folder: Path, chosen: tuple[str, ...], name: str) -> Split:
     ``name``: what the user calls the data set. Raises UserError for one that it does not have, where a choice is
     needed, and where `datasets` is not installed or does not understand the folder.
     """
+    datasets = _library(name)
     with _explained(name), TemporaryDirectory(prefix="panda-") as cache:
-        import datasets
 
         def files_of(configuration: str | None) -> tuple[Any, dict[str, list[str]]]:
             config = datasets.load_dataset_builder(str(folder), name=configuration, cache_dir=cache).config
             return config, {str(split): list(files) for split, files in config.data_files.items()}
 
-        datasets.disable_progress_bars()
         configurations = tuple(datasets.get_dataset_config_names(str(folder)))
         default = datasets.get_dataset_default_config_name(str(folder))
         if default is None and len(configurations) == 1:
@@ -108,9 +107,10 @@ def _choose(
 
 def _within(root: Path, file: str, name: str) -> str:
     """The path of ``file`` in the folder ``root``. Raises UserError for one that is not there."""
-    if "://" in file or not Path(file).is_relative_to(root):
+    path = Path(file)
+    if "://" in file or not path.is_relative_to(root) or ".." in path.parts:
         raise UserError(f"{name}: its card names {file}, which is not in its folder. Fetch it, and name the file.")
-    return Path(file).relative_to(root).as_posix()
+    return path.relative_to(root).as_posix()
 
 
 def _parameters(config: Any) -> Iterator[str]:
@@ -141,17 +141,24 @@ def folder_of_names(names: tuple[str, ...], described: Path) -> Iterator[Path]:
         yield folder
 
 
+def _library(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as problem:
+        raise UserError(
+            f"{name}: the library `datasets` finds the files of a split, and cannot be imported ({problem})."
+            " Install it: pip install 'panda-train[hub]'. Or name files."
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
-    except ImportError as problem:
-        raise UserError(
-            f"{name}: which files belong to a split is found by the library `datasets`, which cannot be imported"
-            f" ({problem}). Install it: pip install 'panda-train[hub]'"
-        ) from None
     except Exception as problem:  # the library raises many kinds
         raise UserError(
             f"{name}: the library `datasets` finds no files of splits in it: {type(problem).__name__}:"

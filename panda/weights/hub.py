@@ -41,6 +41,8 @@ class Repository:
     files: tuple[str, ...]
     """Names of all its files, whether fetched or not."""
     kind: Kind = "model"
+    is_listed: bool = True
+    """Whether ``files`` are all that there are, and not only those of the local cache, which has no list of them."""
     not_asked: str | None = None
     """Why the hub did not say which commit is the current one; None if it did, or if the commit was given."""
 
@@ -115,7 +117,8 @@ def data_repository(name: str, revision: str | None) -> Repository:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     not_asked = None
-    card = partial(snapshot_download, name, repo_type="dataset", revision=revision, allow_patterns=list(CARD))
+    described = [*CARD, ".gitattributes"]  # which each has: the client warns of patterns that nothing matches
+    card = partial(snapshot_download, name, repo_type="dataset", revision=revision, allow_patterns=described)
     try:
         with _explained(name, "dataset"):
             if not is_commit(revision):
@@ -129,9 +132,11 @@ def data_repository(name: str, revision: str | None) -> Repository:
             raise problem from None
     try:
         files = [file.path for file in get_cached_repo_tree(name, repo_type="dataset", revision=folder.name)]
+        is_listed = True
     except CachedRepoTreeNotFoundError:  # `datasets` by itself fetches files and keeps no list of the others
         files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
-    return Repository(name, folder, tuple(files), "dataset", not_asked)
+        is_listed = False
+    return Repository(name, folder, tuple(files), "dataset", is_listed, not_asked)
 
 
 @contextmanager
