@@ -105,10 +105,17 @@ def settled(location: str, revision: str | None = None) -> str:
         )
         raise UserError(f"{beside}{problem}") from None
     split, commit = _split_on_hub(name, repository, chosen), repository.folder.name
-    if repository.not_asked and os.environ.get("RANK", "0") == "0":
-        said = f"note: {name}: the revision is {commit}, which the local cache has for {given or 'main'}"
-        print(f"{said}: {repository.not_asked}", file=sys.stderr, flush=True)
+    if repository.not_asked:
+        _note_once(
+            f"{name}: {commit} is the revision that the local cache has for {given or 'main'}: {repository.not_asked}"
+        )
     return f"{name}:{split.configuration}:{split.name}@{commit}"
+
+
+@cache
+def _note_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def unsettled_name(location: str) -> str | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING
 from dataclasses import dataclass
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from pathlib import PurePosixPath
 from tempfile import TemporaryDirectory
@@ -49,21 +50,22 @@ def find_split(folder: Path, chosen: tuple[str, ...], name: str) -> Split:
     """
     datasets = _library(name)
     with _explained(name), TemporaryDirectory(prefix="panda-") as cache:
+        load = partial(datasets.load_dataset_builder, str(folder), cache_dir=cache)
+        try:
+            builder = load()
+            default = builder.config.name
+            configurations = tuple(builder.builder_configs) or (default,)
+        except ValueError:  # a configuration has to be named
+            builder = None
+            configurations = tuple(datasets.get_dataset_config_names(str(folder)))
+            default = configurations[0] if len(configurations) == 1 else None
 
-        def files_of(configuration: str | None) -> tuple[Any, dict[str, list[str]]]:
-            config = datasets.load_dataset_builder(str(folder), name=configuration, cache_dir=cache).config
+        def files_of(configuration: str) -> tuple[Any, dict[str, list[str]]]:
+            config = (builder if builder and configuration == default else load(name=configuration)).config
             return config, {str(split): list(files) for split, files in config.data_files.items()}
 
-        configurations = tuple(datasets.get_dataset_config_names(str(folder)))
-        default = datasets.get_dataset_default_config_name(str(folder))
-        if default is None and len(configurations) == 1:
-            default = configurations[0]
         configuration, split = _choose(chosen, configurations, default, name)
-        if (
-            chosen == (configuration,)
-            and default not in (None, configuration)
-            and configuration in files_of(default)[1]
-        ):
+        if split is None and default not in (None, configuration) and configuration in files_of(default)[1]:
             raise UserError(
                 f"{name}:{configuration}: there is a configuration of that name, and a split of {default}. Write"
                 f" {name}:{configuration}:SPLIT or {name}:{default}:{configuration}."

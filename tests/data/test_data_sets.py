@@ -146,6 +146,17 @@ def test_a_folder_without_a_card_is_all_its_files_unless_a_split_is_named(folder
     assert len(read("org/set")) == 15
 
 
+@pytest.mark.parametrize("named", ["", "  config_name: old\n"])
+def test_a_card_without_configurations(folder: Path, named: str) -> None:
+    """As `push_to_hub` wrote it once. Splits follow from the names of files."""
+    described = "  features:\n  - name: question\n    dtype: string\n  - name: answer\n    dtype: string\n"
+    described += "  splits:\n  - name: train\n    num_examples: 5\n  - name: validation\n    num_examples: 1\n"
+    (folder / "more" / "README.md").write_text(f"---\ndataset_info:\n{named}{described}---\n")
+    assert read("org/set/more") == rows(5, "more")
+    assert read("org/set/more:validation") == rows(1, "dev")
+    assert settled("org/set/more").startswith("org/set/more:")
+
+
 def test_what_the_card_says_of_reading_and_is_not_followed_is_said(folder: Path) -> None:
     (folder / "t.csv").write_text("question;answer\na;b\n")
     (folder / "README.md").write_text(

@@ -129,15 +129,14 @@ def test_names_mean_files_of_a_commit_which_are_fetched_once(
     offline = environment | {"HF_HUB_OFFLINE": "1"}
     assert look(*names, *expected, cwd=tmp_path, environment=offline) == [*expected, *expected]
     assert (
-        f"note: org/set: the revision is {OLD}, which the local cache has for main: the Hugging"
+        f"note: org/set: {OLD} is the revision that the local cache has for main: the Hugging"
         in capsys.readouterr().out
     )
     down = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert look(names[0], expected[0], cwd=tmp_path, environment=down) == [expected[0], expected[0]]
     assert hub.asked == []
     assert (
-        "which the local cache has for main: http://127.0.0.1:9/datasets/org/set could not be"
-        in capsys.readouterr().out
+        "that the local cache has for main: http://127.0.0.1:9/datasets/org/set could not be" in capsys.readouterr().out
     )
 
     hub.heads["org/set"] = NEW
