@@ -33,6 +33,7 @@ from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import number
+from panda.configuration.translation.rules import on_hub
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
@@ -238,21 +239,26 @@ def _items(written: Any) -> list[Mapping[str, Any]]:
     return [item if isinstance(item, Mapping) else {"path": item} for item in items]
 
 
+_PARTS = ("name", "revision", "data_files", "shards", "skip")
+
+
 def _write_paths(items: list[Mapping[str, Any]], key: str, said: str, found: Translation) -> None:
     """Write the paths of ``items``, which are below the key ``said``, as panda's ``key``."""
     paths = []
     for item in items:
         files = item.get("data_files")
         files = [files] if isinstance(files, str) else files or []
-        paths.append(str(files[0] if len(files) == 1 and item.get("path") in (None, "json") else item.get("path")))
-        parts = {part: item[part] for part in ("name", "revision", "data_files", "shards", "skip") if item.get(part)}
-        if str(item.get("split") or "train") != "train":
+        path = str(files[0] if len(files) == 1 and item.get("path") in (None, "json") else item.get("path"))
+        named, used = on_hub(path, item)
+        paths.append(named)
+        parts = {part: item[part] for part in _PARTS if item.get(part) and part not in used}
+        if "split" not in used and str(item.get("split") or "train") != "train":
             parts["split"] = item["split"]
-        if paths[-1] in files:
+        if path in files:
             parts.pop("data_files")
         if parts:
-            named = ", ".join(f"{part} {value}" for part, value in parts.items())
-            found.lost[f"{said}[]: {paths[-1]}: {named}"] = HUB_PART.reason
+            listed = ", ".join(f"{part} {value}" for part, value in parts.items())
+            found.lost[f"{said}[]: {path}: {listed}"] = HUB_PART.reason
     found.set_data(key, paths, f"{said}[].path")
 
 

@@ -29,6 +29,7 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
+from panda.configuration.translation.rules import on_hub
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
@@ -179,12 +180,14 @@ def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
 
 
 def _file_of(name: str, folder: Path) -> str:
-    """The file of the data set ``name`` by ``folder``/dataset_info.json, if there is one; else its name."""
+    """Where the data set ``name`` is by ``folder``/dataset_info.json, a file or a name on the hub; else its name."""
     try:
-        listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name]["file_name"]
+        listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name]
+        if "hf_hub_url" in listed:
+            return on_hub(str(listed["hf_hub_url"]), listed, "subset")[0]
+        return str(folder / str(listed["file_name"]))
     except (OSError, ValueError, KeyError, TypeError):
         return name
-    return str(folder / str(listed))
 
 
 TOOL = Tool(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
 
+from panda.weights.hub import is_name
+
 
 @dataclass(frozen=True)
 class To:
@@ -100,7 +102,11 @@ class Translation:
     def set_data(self, key: str, paths: Sequence[str], because: str) -> None:
         """Write the place of data sets as panda's ``key``: one path, or a list of them."""
         named = list(dict.fromkeys(paths))
-        self.set(key, named[0] if len(named) == 1 else named, f"{because}: a file or folder of its rows")
+        self.set(
+            key,
+            named[0] if len(named) == 1 else named,
+            f"{because}: a name on the hub, a file or a folder",
+        )
 
     def value(self, key: str) -> Any:
         """The value of panda's ``key``; None if it is not written."""
@@ -156,6 +162,20 @@ def each(keys: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(keys.split(), rule)
 
 
+def on_hub(path: str, item: Mapping[str, Any], configuration: str = "name") -> tuple[str, set[str]]:
+    """The name ``path`` of a data set on the hub with what ``item`` chooses of it, and the keys that said it.
+
+    ``configuration``: the key of its configuration. A path of another form is left as it is, as is a part of a split.
+    """
+    split, used = item.get("split"), {configuration, "split", "revision"}
+    if not is_name(path) or (split and not str(split).isidentifier()):
+        return path, set()
+    chosen = [item.get(configuration), split if split != "train" else None]
+    revision = item.get("revision")
+    choice = "".join(f":{part}" for part in chosen if part not in (None, "", "default"))
+    return f"{path}{choice}{f'@{revision}' if revision else ''}", used
+
+
 def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
     """``key``, which below 1 is a share of the samples that is held out, and from 1 on their number."""
     held_out = number(theirs(key))
@@ -190,7 +210,8 @@ VALIDATION_SHARE = Part("write the share that is held out with `eval_fraction`, 
 """Read by ``read_validation_share``."""
 FROM_ADAPTER = Absent("name the adapter's folder with `ckpt_path`: training goes on from it")
 NOTHING_HELD_OUT = "`eval_steps` needs held-out data: write `eval_fraction`, or `eval_data_dir`"
-HUB_PART = Absent("panda reads files: download this part of the data set, and name its folder")
+HUB_CHOICE = Part("write it after the name: `instruction_tuning_data_dir: OWNER/NAME:CONFIGURATION:SPLIT@REVISION`.")
+HUB_PART = Absent("panda reads a split of a data set, or files: download this part of it, and name its folder")
 
 SERVICES = Absent(
     "panda writes metrics.jsonl and tensorboard/ into the run directory, and sends nothing to a service; a lifecycle"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from panda.configuration.translation import trainer
+from panda.configuration.translation.rules import HUB_CHOICE
 from panda.configuration.translation.rules import HUB_PART
 from panda.configuration.translation.rules import KEPT_DATA
 from panda.configuration.translation.rules import LORA_MORE
@@ -26,6 +27,7 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
+from panda.configuration.translation.rules import on_hub
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
@@ -36,9 +38,9 @@ KEYS: dict[str, Rule] = {
     "model_revision": Sets({"main": {}}, "name a folder with that revision as `ckpt_path`"),
     "tokenizer_name_or_path": To("tokenizer"),
     **each("dataset_name datasets dataset_mixture dataset_mixture.* dataset_mixer dataset_mixer.*", _DATA),
-    **each("dataset_config dataset_splits dataset_configs", HUB_PART),
-    "dataset_train_split": Sets({"train": {}}, HUB_PART.reason),
-    "dataset_test_split": Absent("name held-out rows in a file of their own with `eval_data_dir`"),
+    **each("dataset_config dataset_train_split", HUB_CHOICE),
+    **each("dataset_splits dataset_configs", HUB_PART),
+    "dataset_test_split": Part("write `eval_data_dir: OWNER/NAME:CONFIGURATION:SPLIT`."),
     **each("test_split_size dataset_mixture.test_split_size", VALIDATION_SHARE),
     "dataset_text_field": Part("write `content_field`, with `task: pretrain`."),
     **each("max_seq_length max_length", To("max_seq_length")),
@@ -137,7 +139,7 @@ def read(theirs: Theirs, found: Translation) -> None:
         found.set("lora_target_modules", [targets] if isinstance(targets, str) else targets, "lora_target_modules")
 
 
-_PART_KEYS = ("config", "name", "split", "weight", "fraction")
+_PART_KEYS = ("config", "name", "split", "revision", "weight", "fraction")
 _WHOLE = (None, "", 1, "default", "train")
 """Values of these with which nothing of a data set is left out."""
 
@@ -152,14 +154,36 @@ def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
         names = [name for name in theirs.given if name.startswith("dataset_mixer.")]
         sets = [{"id": name.removeprefix("dataset_mixer."), "weight": theirs(name)} for name in names]
     if not sets and theirs("dataset_name"):
-        where, sets = "dataset_name", [{"id": theirs("dataset_name")}]
+        chosen = {"config": theirs("dataset_config"), "split": theirs("dataset_train_split")}
+        where, sets = "dataset_name", [{"id": theirs("dataset_name"), **chosen}]
+        _read_test_split(theirs, found)
     for share in ("test_split_size", "dataset_mixture.test_split_size"):
         read_validation_share(share, theirs, found)
-    if sets:
-        found.set_data(key, [str(item.get("id") or item.get("path")) for item in sets], where)
+    paths = []
     for item in sets:
-        if parts := [f"{part} {item[part]}" for part in _PART_KEYS if item.get(part) not in _WHOLE]:
-            found.lost[f"{item.get('id') or item.get('path')}: {', '.join(parts)}"] = HUB_PART.reason
+        name = str(item.get("id") or item.get("path"))
+        path, used = on_hub(name, item, "config" if item.get("config") else "name")
+        paths.append(path)
+        left = (part for part in _PART_KEYS if part not in used and item.get(part) not in _WHOLE)
+        if parts := [f"{part} {item[part]}" for part in left]:
+            found.lost[f"{name}: {', '.join(parts)}"] = HUB_PART.reason
+    if paths:
+        found.set_data(key, paths, where)
+
+
+def _read_test_split(theirs: Theirs, found: Translation) -> None:
+    """The split that a run with an `eval_strategy` evaluates on."""
+    split = theirs("dataset_test_split")
+    if split is None and (theirs("eval_strategy") or "no") == "no":
+        return
+    chosen = {"config": theirs("dataset_config"), "split": split or "test"}
+    path, used = on_hub(str(theirs("dataset_name")), chosen, "config")
+    if used:
+        found.set_data("eval_data_dir", [path], theirs.because("dataset_test_split"))
+    else:
+        found.lost[f"dataset_test_split: {chosen['split']}"] = (
+            "name held-out rows in a file of their own with `eval_data_dir`"
+        )
 
 
 TOOL = Tool(
