@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: panda tokenizer DATA [DATA ...] --vocab_size N [--output DIR] [--reader NAME] [--KEY VALUE ...]
 
-Train a byte-level BPE tokenizer on the text of files, folders or patterns, and write it into a
-folder (by default ./tokenizer) that panda-train and transformers read. A document is read as
-`--task pretrain` reads it; of a conversation or an exchange, the text of its turns is read. KEY is an option of
-the reader, title_field, content_field or max_row_bytes.
+Train a byte-level BPE tokenizer on the text of files, folders, patterns or data sets on the hub, and
+write it into a folder (by default ./tokenizer) that panda-train and transformers read. A document is
+read as `--task pretrain` reads it; of a conversation or an exchange, the text of its turns is read.
+KEY is an option of the reader, title_field, content_field or max_row_bytes.
 
 example: panda tokenizer panda:data/sample/pretrain --vocab_size 1000 --output my-tokenizer
          panda-train --task pretrain --arch llama-tiny --tokenizer my-tokenizer ..."""

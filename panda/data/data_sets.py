@@ -98,12 +98,8 @@ def settled(location: str, revision: str | None = None) -> str:
     try:
         repository = data_repository(name, given or revision)
     except UserError as problem:
-        beside = (
-            ""
-            if given or chosen
-            else f"{location!r} does not exist (looked in {Path.cwd()}), and as a name on the hub: "
-        )
-        raise UserError(f"{beside}{problem}") from None
+        missing = f"{location!r} does not exist (looked in {Path.cwd()}), and on the hub: "
+        raise UserError(f"{'' if given or chosen else missing}{problem}") from None
     split, commit = _split_on_hub(name, repository, chosen), repository.folder.name
     if repository.not_asked:
         _note_once(
