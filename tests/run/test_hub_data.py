@@ -81,9 +81,9 @@ from panda.registry import UserError
 from panda.run.first_look import look_for_inputs
 from panda.run.sources import data_settings, with_lasting_sources
 found = []
-for location in json.loads(sys.argv[1]):
+for given in json.loads(sys.argv[1]):
     try:
-        words = ["--arch", "llama-tiny", "--instruction_tuning_data_dir", location]
+        words = ["--arch", "llama-tiny", "--instruction_tuning_data_dir", *given.split(" ")]
         configuration = with_lasting_sources(configure(parse_arguments(words)))
         look_for_inputs(configuration)
         found.append(data_settings(configuration.resolved)[0].value[0])
@@ -95,7 +95,10 @@ print(json.dumps(found))
 
 
 def look(*locations: str, cwd: Path, environment: dict[str, str]) -> list[str]:
-    """What each of ``locations`` is settled to at the start of a run, once its files are there; or an error."""
+    """What each of ``locations`` is settled to at the start of a run, once its files are there; or an error.
+
+    One may have more words after it.
+    """
     command = [sys.executable, "-c", LOOK, json.dumps(locations)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -162,6 +165,14 @@ def test_what_the_hub_does_not_give_is_an_error_at_once(hub: Hub, environment: d
     assert "and on the hub: there is no data set at" in found[0] and "on the hub" not in found[-1]
     assert data_fetched(hub) == []
     offline = environment | {"HF_HUB_OFFLINE": "1"}
+    late = [
+        "org/set:main --tokenizer nowhere",
+        "org/set:main nowhere.json",
+        "org/set:main --eval_data_dir nowhere.json",
+    ]
+    for text in look(*late, cwd=tmp_path, environment=environment):
+        assert "nowhere" in text and text.startswith("error: ")
+    assert data_fetched(hub) == [], "data is fetched once all else is there"
     [text] = look("org/set:main", cwd=tmp_path, environment=offline | {"HF_HOME": "none"})
     assert "the Hugging Face hub is not asked, since HF_HUB_OFFLINE is set. Unset it, or name a folder." in text
 
