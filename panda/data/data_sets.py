@@ -221,7 +221,7 @@ def _in_folder(location: str) -> tuple[str, tuple[str, ...]] | None:
     if os.path.lexists(path):
         return (location, ()) if is_data_set(path) else None
     found = _IN_FOLDER.fullmatch(location)
-    if found is None or not resolve_path(found["name"]).is_dir():
+    if found is None or not os.path.isdir(resolve_path(found["name"])):
         return None
     return found["name"], _parts(found["choice"])
 

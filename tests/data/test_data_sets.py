@@ -274,3 +274,8 @@ def test_the_revision_of_a_local_copy(folder: Path, revision: str | None) -> Non
         note.write_text(f"{commit}\netag\n1700000000.0\n")
     found = data_set_at("org/set")
     assert found is not None and found.revision == revision
+
+
+@pytest.mark.parametrize("location", ["x" * 5000, "a/" + "b" * 5000 + ".json", "a\0b", "org/set.json", ""])
+def test_what_is_no_data_set_is_left_as_it_is(location: str) -> None:
+    assert settled(location) == location
