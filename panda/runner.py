@@ -45,8 +45,9 @@ def train(configuration: Configuration) -> Run | None:
         evaluation = lay_out_evaluation(options, prepared.held_out, ranks)
         if continuation.is_finished(prepared, layout, processes):
             if processes.rank == 0:
+                steps = max(progress.step, layout.plan.total_steps)
                 print(
-                    f"{continuation.directory}: nothing is left to do: {progress.step:,} steps are done and exported."
+                    f"{continuation.directory}: nothing is left to do: {steps:,} steps are done and exported."
                     " To train further, raise `max_steps` or `num_train_epochs`; to get answers, run `panda generate"
                     f" {continuation.directory} --prompt TEXT`."
                 )

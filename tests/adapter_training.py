@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,27 @@ def plain_base(shape: dict[str, int]) -> Any:
     return initial_model(config, SEED)
 
 
-def train_plainly(model: PeftModel, dtype: torch.dtype) -> list[float]:
-    """The losses of the same training, computed in ``dtype``, with nothing from panda but the order of samples."""
+def of_bytes(text: str) -> list[int]:
+    """``text`` as the packaged byte tokenizer writes it."""
+    return [byte + 3 for byte in text.encode()]
+
+
+def train_plainly(
+    model: PeftModel, dtype: torch.dtype, encode: Callable[[str], list[int]] = of_bytes, steps: int = STEPS
+) -> list[float]:
+    """The losses of the same training, computed in ``dtype``, with nothing from panda but the order of samples.
+
+    ``encode`` is the tokenizer, without special tokens.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), eps=EPSILON, weight_decay=0.0)
     torch.manual_seed(SEED)
     data, history = rows(), []
-    for start in range(0, SAMPLES, STEP_SAMPLES):
+    for start in range(0, steps * STEP_SAMPLES, STEP_SAMPLES):
         ids, labels = [], []
         for sample in ORDER.samples(range(start, start + STEP_SAMPLES)):
-            prompt = [1, *(byte + 3 for byte in (data[sample]["input"] + "\n").encode())]
-            answer = [*(byte + 3 for byte in data[sample]["target"].encode()), 2]
+            prompt = [1, *encode(data[sample]["input"] + "\n")]
+            answer = [*encode(data[sample]["target"]), 2]
             ids.append(torch.tensor(prompt + answer))
             labels.append(torch.tensor([-100] * len(prompt) + answer))
         padded = [

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import yaml
 from chat_templates import LLAMA2
 from checkpoint_files import llama
 from checkpoint_files import save_hf
@@ -108,6 +109,13 @@ def test_every_configuration_is_run() -> None:
     } | ALONE.keys() | TOGETHER.keys()
 
 
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_in_a_configuration_starts_it(config: Path) -> None:
+    commands = [line for line in config.read_text().splitlines() if line.startswith("#   ")]
+    launcher = "torchrun --nproc_per_node 8 --no-python " if config.stem in ("pretrain", *TOGETHER) else ""
+    assert commands == [f"#   {launcher}panda-train --config configs/{config.name}"]
+
+
 def test_each_does_what_it_is_there_for(outputs: dict[int, str], place: Path) -> None:
     runs = place / "runs"
     adapters = [json.loads((runs / name / "export" / "adapter_config.json").read_text()) for name in ("lora", "qlora")]
@@ -117,5 +125,14 @@ def test_each_does_what_it_is_there_for(outputs: dict[int, str], place: Path) ->
     assert evaluated == [2, 3]
     answers = json.loads((runs / "chat" / "answers.json").read_text())
     assert [answer["prompt"] for answer in answers] == ["What can you do?"]
+    kept = {
+        "full": ("use_lora", False),
+        "chat": ("batching", "packed"),
+        "pretrain": ("lr_scheduler", "wsd"),
+        "mix": ("task", "mix"),
+        "tensor-parallel": ("tensor_parallel_size", 2),
+    }
+    for name, (key, value) in kept.items():
+        assert yaml.safe_load((runs / name / "config.yaml").read_text()).get(key, False) == value, name
     assert json.loads((runs / "zero3" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
     assert "resumed from" in outputs[1]

@@ -232,6 +232,22 @@ def test_a_finished_run_is_left_as_it_is(
     assert ("end", 2) in recorded("--max_steps", "1", "--resume", "out/checkpoints/step-00000001")
 
 
+@pytest.mark.parametrize("saved", [(), ("--save_steps", "2")])
+def test_a_run_without_a_last_checkpoint_is_finished_by_its_export(
+    processes: Any, recorded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], saved: tuple[str, ...]
+) -> None:
+    flags = ("--output_dir", "out", "--save_final", "false", *saved)
+    assert [call for call in recorded(*flags, "--max_steps", "3") if call[0] == "saved"] == [
+        ("saved", "step-00000002")
+    ] * len(saved[:1])
+    assert (tmp_path / "out" / "export" / "model.safetensors").exists()
+    assert recorded(*flags, "--max_steps", "3", "--resume", "auto") == []
+    assert "nothing is left to do: 3 steps are done and exported" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out" / "export")
+    steps = [number for call, number in recorded(*flags, "--max_steps", "3", "--resume", "auto") if call == "step"]
+    assert steps == ([3] if saved else [1, 2, 3])
+
+
 def test_a_run_that_stopped_before_its_export_is_completed(
     processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from panda.weights.matching import refuse_unlike
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import places_of
 from panda.weights.stored_tensor import put
 from panda.weights.tokenizers import TOKENIZER
 from panda.weights.tokenizers import has_tokenizer
@@ -204,10 +205,10 @@ def _filled(module: torch.nn.Module, found: Weights) -> torch.nn.Module:
     """``module``, frozen, with the tensors in ``found`` in the place of its own of these names."""
     module.requires_grad_(False)
     keep_computed_float32(module)
-    state: dict[str, Any] = module.state_dict(keep_vars=True)
+    state, places = module.state_dict(keep_vars=True), places_of(module)
     for name, stored in found.items():
         if isinstance(state[name], torch.nn.Parameter):
-            put(module, name, stored.read().clone())
+            put(places[name], stored.read().clone())
         else:
             state[name].copy_(stored.read())
     return module

@@ -78,15 +78,12 @@ def _export(argv: list[str]) -> None:
 def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     import torch
 
-    from panda.models.adapters.lora import adapter_config
     from panda.models.adapters.merging import merged_weights
 
     # On a GPU if there is one, so that bitsandbytes rounds the base as it did in training.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, base = adapted.base()
-    merged, note = merged_weights(
-        model, base, weights, adapter_config(adapted.configuration.options), adapted.configuration.options, device
-    )
+    merged, note = merged_weights(model, base, weights, adapted.configuration.options, device)
     return merged, f"; {note}"
 
 

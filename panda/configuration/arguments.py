@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
+from panda.configuration.translation.translate import is_of_another_tool
 from panda.configuration.translation.translate import looks_like
 from panda.registry import UserError
 from panda.registry.choosing import BLOCK
@@ -37,6 +38,7 @@ class Arguments:
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """Read the flags in ``argv`` and the YAML file that ``--config`` names."""
+    added: list[str] = []
     blocked: list[str] = []
     flags: dict[str, Given] = {}
     asks_for_help = False
@@ -46,6 +48,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         position += 1
         if word in ("-h", "--help"):
             asks_for_help = True
+        elif word == "--profile":
+            added.append("profile")
         elif word == "-p" or word.startswith("-p="):
             blocked.append(blocked_name(word[3:] if word != "-p" else argv[position] if position < len(argv) else ""))
             position += word == "-p"
@@ -80,14 +84,14 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 f" `panda translate {config.value} --output run.yaml` writes it in panda's keys, and lists what has no"
                 " counterpart."
             )
-        given = _with_accepted_spellings(load_flat_yaml(Path(config.value)))
+        given = _with_accepted_spellings(load_flat_yaml(Path(config.value), is_of_another_tool))
         if "config" in given:
             raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
     given |= flags
-    if blocked:  # `-p no:NAME` is short for one more item of `plugins`, beside those in the file
+    if added or blocked:  # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
         named = given.get("plugins")
-        items = (*_texts(named), *(BLOCK + name for name in blocked))
-        given["plugins"] = Given(items, named.origin if named else "-p", ", ".join(items))
+        items = (*_texts(named), *added, *(BLOCK + name for name in blocked))
+        given["plugins"] = Given(items, named.origin if named else "--profile" if added else "-p", ", ".join(items))
     return Arguments(given, asks_for_help)
 
 

@@ -14,6 +14,7 @@ from panda.configuration.options import DEFAULT_PLUGINS
 from panda.configuration.options import IMPLIED
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import refuse
+from panda.configuration.spellings import LAUNCHERS
 from panda.configuration.spellings import RENAMED
 from panda.configuration.translation.translate import advice
 from panda.registry import Catalog
@@ -57,7 +58,8 @@ def configure(arguments: Arguments) -> Configuration:
     if pretrained:
         name = model_of_checkpoint(pretrained, catalog)
         given = given | {"model": Given(name, f"checkpoint {pretrained.folder}", name)}
-    resolved = resolve(catalog, RunOptions, given, default_plugins=DEFAULT_PLUGINS, renamed=advice() | RENAMED)
+    renamed = advice(given) | RENAMED | LAUNCHERS
+    resolved = resolve(catalog, RunOptions, given, default_plugins=DEFAULT_PLUGINS, renamed=renamed)
     hooks = live_hooks(resolved)
     resolved = _with_implied(resolved)
     refuse(resolved)

@@ -169,6 +169,9 @@ class RunOptions:
     """Optimizer steps between log records."""
     save_steps: Annotated[int, Meta(ge=0)] = 0
     """Optimizer steps between checkpoints; 0 saves only at the end."""
+    save_final: bool = True
+    """Write a checkpoint after the last step too. Without it the disk needs room for the export only (of a 7B 13 GB,
+    not 94), and the finished run cannot be trained further."""
     save_total_limit: Annotated[int, Meta(ge=1)] | None = None
     """Number of checkpoints to keep; older ones are removed once a newer one is complete. By default all."""
     prompts: tuple[str, ...] = ()

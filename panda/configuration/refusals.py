@@ -111,12 +111,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "4 bits, or `zero_stage: 2`",
     ),
     Refusal(
-        "extend_vocab with use_lora and zero_stage: 3",
-        lambda run: run.extend_vocab and run.use_lora and run.zero_stage == 3,
-        "peft trains new rows in a copy of the embedding, which ZeRO-3 has partitioned",
-        "`zero_stage: 2`, or leave `use_lora` out",
-    ),
-    Refusal(
         "8-bit optimizer state without bitsandbytes",
         lambda run: (
             (run.bit_training or _optimizer(run) in ("adamw8bit", "paged_adamw8bit"))

@@ -29,6 +29,7 @@ from panda.registry.location import resolve_path
 from panda.weights.hub import Repository
 from panda.weights.hub import data_repository
 from panda.weights.hub import is_commit
+from panda.weights.hub import is_data_name
 
 _NAME = r"(?P<name>\w[\w.-]*/\w[\w.-]*)"
 _CHOICE = r"(?P<choice>(:[^:@/]+){0,2})"
@@ -36,10 +37,6 @@ _ON_HUB = re.compile(rf"{_NAME}{_CHOICE}(@(?P<revision>\w[\w./-]*))?")
 _IN_FOLDER = re.compile(rf"(?P<name>.+?){_CHOICE}")
 _PART = re.compile(rf"{_NAME}:[^@\[]+\[.*\].*")
 """As `datasets` writes parts of a split: ``train[:10%]``."""
-_FILE = re.compile(
-    r".*\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|md|rst|ya?ml|py|zst|zip)(\.gz)?", re.IGNORECASE
-)
-"""Names that are those of files, and not of data sets."""
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\D.*)?")
 
 
@@ -145,7 +142,7 @@ def _named(location: str) -> tuple[str, tuple[str, ...], str | None] | None:
             " holds a part of them out, and the weight of a path shows a part of them in each epoch."
         )
     found = _ON_HUB.fullmatch(location)
-    if found is None or (_FILE.fullmatch(found["name"]) and location == found["name"]):
+    if found is None or (location == found["name"] and not is_data_name(location)):
         return None
     if found["revision"] is None and (os.path.lexists(resolve_path(location)) or _in_folder(location)):
         return None

@@ -87,7 +87,7 @@ def _top_levels(distribution: str) -> set[str]:
 
 
 def _files(top: str) -> Iterator[tuple[str, Path]]:
-    """The files of code of an imported module or package, by their names in it; also what is not imported yet."""
+    """The source files and extension modules of an imported module or package, by name, whether imported or not."""
     module = sys.modules.get(top)
     folders = [Path(folder) for folder in getattr(module, "__path__", ())]
     suffixes = tuple(suffix for suffix in all_suffixes() if suffix != ".pyc")

@@ -28,6 +28,7 @@ from typing import TypeVar
 import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.gradient_sums import sum_in_one_pass
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import counts_here
@@ -99,9 +100,12 @@ class Engine:
         self.deepspeed.module_state_dict = lambda **_: {
             name: tensor.detach() for name, tensor in trained_state(self.module).items()
         }
+        sum_in_one_pass(self.optimizer)
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
+        self.on_part: Callable[[str], None] | None = None
+        """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO DeepSpeed does not wrap the optimizer, and then it does not keep the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -125,6 +129,7 @@ class Engine:
         stage; the host waits for the device once a step, to find that out. A ``StepLoss`` of the module is added.
         """
         device = self.processes.device
+        self._part("counts")
         counts = torch.tensor(
             [sum(batch.tokens for batch in micro_batches), sum(batch.supervised_tokens for batch in micro_batches)],
             dtype=torch.float64,
@@ -137,6 +142,7 @@ class Engine:
         added: StepLoss | None = getattr(self.module, "step_loss", None)
         statistics = self._statistics(added, micro_batches, loss_sum) if added and len(micro_batches) > 1 else None
         for number, batch in enumerate(micro_batches, 1):
+            self._part("forward")
             here = batch.to(device)
             forward = partial(loss_sum, self.deepspeed, here)
             if added is None:
@@ -147,11 +153,14 @@ class Engine:
                 totals[1] += term.detach()
                 objective = loss * scale + term * (added.weight * self.processes.data_ranks)
             totals[0] += loss.detach()
+            self._part("backward")
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
             self.deepspeed.backward(objective, scale_wrt_gas=False)
             if number < len(micro_batches):
                 self.deepspeed.step()
+        self._part("optimizer")
         grad_norm, applied = self._apply()
+        self._part("between steps")
         loss, of_step = self.processes.sum_(totals).unbind()
         return StepResult(loss / supervised, grad_norm, counts, applied, of_step if added else None)
 
@@ -204,6 +213,13 @@ class Engine:
     def evaluating(self) -> torch.nn.Module:
         """The module in evaluation mode. Under ZeRO-3 all ranks must run it together."""
         self.deepspeed.eval()
+        # ZeRO-3 of DeepSpeed 0.19.8 gathers weights in the order of the pass before, and fails where a module has read
+        # another's weight for the first time since, as with a head in a loss without logits. Can go when it then
+        # records the order again, as it does where modules run in another order.
+        if hasattr(self.optimizer, "parameter_offload"):
+            coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
         return self.module
 
     def weights(self, *, trained_only: bool = False) -> Weights:
@@ -315,6 +331,10 @@ class Engine:
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
+
+    def _part(self, name: str) -> None:
+        if self.on_part is not None:
+            self.on_part(name)
 
     def _apply(self) -> tuple[torch.Tensor | float, bool]:
         """Step the optimizer. Returns the norm of all gradients before clipping, and whether the step was taken."""

@@ -9,6 +9,7 @@ import torch
 from panda.configuration.options import RunOptions
 from panda.engine.processes import Processes
 from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import places_of
 from panda.weights.stored_tensor import put
 
 
@@ -27,6 +28,7 @@ def place(
     partitions = options.zero == 3
     dtype = None if options.precision == "fp32" else getattr(torch, options.dtype_name)
     targets: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+    places = places_of(module)
     for name, stored in weights.items():
         target = targets[name]
         if not isinstance(target, torch.nn.Parameter):
@@ -39,7 +41,7 @@ def place(
             value = stored.read()
             is_in_module = value.data_ptr() == target.data_ptr()
             value = value.to(processes.device, kind, copy=not is_in_module)
-        parameter = put(module, name, value)
+        parameter = put(places[name], value)
         del value
         if partitions:
             # `zero.Init` of DeepSpeed 0.19.8 partitions modules, not tensors: hence a list of one. Can go when it

@@ -128,6 +128,7 @@ _CONTENTS = {
     "deepspeed.json": "the configuration of DeepSpeed",
     "metrics.jsonl": "the log, one record a line",
     "loss.png": "the loss curve",
+    "profile": "where the time of a step goes",
     "tensorboard": "for `tensorboard --logdir`",
     "checkpoints": "to resume from",
     "export": "the trained model and its tokenizer",

@@ -7,6 +7,7 @@ conversion to the type of the option that the key belongs to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -15,8 +16,11 @@ from panda.registry.errors import UserError
 from panda.registry.options import Given
 
 
-def load_flat_yaml(path: Path) -> dict[str, Given]:
-    """Keys and values of the file at ``path``. Raises UserError with file and line where it is not flat YAML."""
+def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: False) -> dict[str, Given]:
+    """Keys and values of the file at ``path``. Raises UserError with file and line where it is not flat YAML.
+
+    ``foreign``: whether a key is refused whatever its value is, which then may be nested, and is not read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -45,14 +49,21 @@ def load_flat_yaml(path: Path) -> dict[str, Given]:
         key = key_node.value
         if key in entries:
             raise UserError(f"{origin}: {key!r} is given twice, first at {entries[key].origin}. Keep one.")
-        entries[key] = _given(key, value_node, origin)
+        nested = foreign(key) and not _is_flat(value_node)
+        entries[key] = Given(True, origin, "...") if nested else _given(key, value_node, origin)
     return entries
+
+
+def _is_flat(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) or (
+        isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value)
+    )
 
 
 def _given(key: str, node: yaml.Node, origin: str) -> Given:
     if isinstance(node, yaml.ScalarNode):
         return Given(_scalar(node), origin, node.value)
-    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+    if isinstance(node, yaml.SequenceNode) and _is_flat(node):
         return Given(tuple(map(_scalar, node.value)), origin, ", ".join(item.value for item in node.value))
     raise UserError(
         f"{origin}: the value of {key!r} is nested. panda's configuration is flat: one level, `key: value`,"

@@ -131,8 +131,8 @@ def resolve(
 ) -> Resolved:
     """Resolve ``given`` (flags already laid over YAML) against the core options and what is installed.
 
-    ``renamed`` maps keys that panda lacks to advice. Raises UserError for all bad keys and values at once,
-    where that is possible.
+    ``renamed`` maps keys that panda lacks to advice, and kinds whose name is one that other tools have. Raises
+    UserError for all bad keys and values at once, where that is possible.
     """
     core_options = options_of(core)
     core_values, problems = convert_options(core_options, given)
@@ -141,7 +141,10 @@ def resolve(
     try:
         choice = choose(catalog, core_values, default_plugins)
     except UserError as problem:
-        raise UserError("\n".join([*problems, str(problem)])) from None
+        problems += [str(problem), *_other_names(core_values, renamed or {})]
+        answered = [key for key in given if key in (renamed or {}) and key not in core_options]
+        problems += unknown_key_messages(catalog, answered, given, [], renamed or {}, [])
+        raise UserError("\n".join(problems)) from None
     if "arch" not in choice.offers and "model" not in choice.offers:
         raise UserError("\n".join([*problems, *_without_model(catalog, given, core_options, renamed or {})]))
     named = _load(catalog, choice)
@@ -170,6 +173,15 @@ def resolve(
     return resolved.with_values(ambiguous, "default")
 
 
+def _other_names(values: Mapping[str, Setting], renamed: Mapping[str, str]) -> list[str]:
+    """What names of components that another tool has are in panda."""
+    return [
+        f"{values[kind].origin}: {values[kind].value!r} is another tool's name: {renamed[kind]}"
+        for kind in CHOSEN_BY_NAME
+        if kind in renamed
+    ]
+
+
 def _without_model(
     catalog: Catalog, given: Mapping[str, Given], core_options: Mapping[str, Option], renamed: Mapping[str, str]
 ) -> list[str]:
@@ -183,7 +195,7 @@ def _without_model(
     # Keys of components that are not chosen yet are known, but not these.
     suspects = [key for key in given if key not in core_options]
     messages = unknown_key_messages(catalog, suspects, given, [*core_options], renamed, [])
-    return [missing, *(text for text in messages if "is known, but" not in text)]
+    return [*(text for text in messages if "is known, but" not in text), missing]
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
         )
 
     from panda.run.assembly import load_tokenizer
+    from panda.run.model import base_weights
     from panda.run.model import model_context
-    from panda.weights.pretrained import base_weights
 
     moved = ["--ckpt_path", ckpt_path] if ckpt_path else []
     with redirect_stdout(sys.stderr):  # stdout is for the model's answers
@@ -91,6 +91,11 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
             raise UserError(f"{problem} {hint}") from problem
     pretrained = configuration.pretrained
     found = base_weights(pretrained)
+    if pretrained is None and found != facts["base_weights"]:
+        raise UserError(
+            f"{run}: its adapters were trained on weights that were {facts['base_weights']}, and here they would be"
+            f" {found}: other numbers. Use it on a machine like the one that trained it."
+        )
     if pretrained and found != facts["base_weights"]:
         raise UserError(
             f"{run}: its adapters were trained on {facts['checkpoint']}, {facts['base_weights']}, but the base found is"

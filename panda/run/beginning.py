@@ -19,6 +19,7 @@ from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
 from panda.run.directory_lock import RunLock
+from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.run.sources import data_settings
@@ -26,7 +27,6 @@ from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
 from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
-from panda.weights.pretrained import base_weights
 
 NO_ROOM_LEFT = "Complete checkpoints are untouched: make room, and continue from the newest one with `--resume auto`."
 

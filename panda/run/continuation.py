@@ -20,9 +20,9 @@ from panda.run.description import has_ended
 from panda.run.directory import hold_continued
 from panda.run.directory_lock import RunLock
 from panda.run.ending import work_at_the_end
+from panda.run.model import base_weights
 from panda.run.preparation import Preparation
 from panda.weights.pretrained import Pretrained
-from panda.weights.pretrained import base_weights
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class Continuation:
 
         Every rank has to call it.
         """
-        directory, step = self.directory, self.progress.step
-        if directory is None or self.checkpoint is None or step < layout.plan.total_steps:
+        directory, step, total = self.directory, self.progress.step, layout.plan.total_steps
+        is_at_end = self.checkpoint is not None and step >= total
+        has_none_of_the_end = prepared.options.resume == "auto" and not prepared.options.save_final
+        if directory is None or not (is_at_end or has_none_of_the_end):
             return False
         expected = work_at_the_end(prepared.options, prepared.held_out)
-        return processes.from_rank_0(lambda: has_ended(directory, step, **expected))
+        return processes.from_rank_0(lambda: has_ended(directory, max(step, total), **expected))
 
 
 def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:

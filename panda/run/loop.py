@@ -48,7 +48,7 @@ class Loop:
             self.step(step, micro_batches)
         if run.step < first:  # no steps remained
             self.evaluate()
-        if self.saved_step != run.step:
+        if self.options.save_final and self.saved_step != run.step:
             self.save()
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:

@@ -29,13 +29,16 @@ from panda.models.forward.layers import recompute_activations
 from panda.models.forward.padding_row import free_padding_row
 from panda.models.initialisation.creation import without_weights
 from panda.models.initialisation.drawing import initial_weights
+from panda.models.initialisation.drawing import kind_of
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
+from panda.weights.stored_tensor import Places
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import places_of
 from panda.weights.stored_tensor import put
 from panda.weights.stored_tensor import weights_of
 from panda.weights.tokenizers import read_tokenizer
@@ -109,9 +112,24 @@ def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module 
     return outline
 
 
+def drawing_device() -> torch.device:
+    """The device on which this process draws random weights: the one that it trains on."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def random_weights(outline: torch.nn.Module | None, seed: int) -> Weights | None:
     """Random weights of ``outline``, drawn when they are read; None for no outline: a model built with its weights."""
-    return initial_weights(outline, seed) if outline is not None else None
+    return initial_weights(outline, seed, drawing_device()) if outline is not None else None
+
+
+def base_weights(pretrained: Pretrained | None) -> str:
+    """The identity of the weights that adapters are trained on; where they are random, what they depend on."""
+    if pretrained:
+        return pretrained.identity
+    device = drawing_device()
+    return "random" if device.type == "cpu" else f"random, drawn on a {kind_of(device)}"
 
 
 def build_with_weights(resolved: Resolved, context: ModelContext) -> tuple[torch.nn.Module, Weights]:
@@ -119,8 +137,7 @@ def build_with_weights(resolved: Resolved, context: ModelContext) -> tuple[torch
 
     They are the same on every rank.
     """
-    # Always in host memory: a GPU draws other numbers from the same seed, and neither the device nor the ZeRO stage
-    # may change the initial weights.
+    # In host memory, where the model is built whole on every rank.
     seed_random(resolved.core.seed)
     with torch.device("cpu"):
         model: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
@@ -154,7 +171,7 @@ def refuse_too_large(outline: torch.nn.Module, options: RunOptions, world_size: 
         sum(parameter.numel() for parameter in outline.parameters()),
         options,
         deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu"),
+        drawing_device(),
         world_size=world_size,
         drawn=drawn,
     )
@@ -185,18 +202,23 @@ def make_trainable(
         weights = shards_of(weights, model, processes) if weights else None
     left = dict(weights or {})
     if options.use_quant:
-        quantise(model, options, processes.device, partial(_fill, model, left) if left else None)
+        quantise(model, options, processes.device, partial(_fill, places_of(model), left) if left else None)
     if left:
         place(model, left, options, deepspeed, processes)
     if options.use_lora:
         seed_random(options.seed)  # so adapters start the same, whatever random numbers the base took
-        model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
+        with processes.device:
+            model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
         if adapters:
             start_from(model, adapters)
-    if options.activation_checkpointing != "none":
-        recompute_activations(model, selective=options.activation_checkpointing == "selective")
+    if options.activation_checkpointing == "selective":
+        recompute_activations(model, selective=True)
     if options.compile:
         compile_layers(model, processes.device)
+    if options.activation_checkpointing == "full":
+        # Around compiled layers: in code that recomputes, torch (2.11) keeps what bitsandbytes computes, four times as
+        # much (H200, 2026-11-26).
+        recompute_activations(model, selective=False)
     return model
 
 
@@ -213,10 +235,11 @@ def load_base(
     return loaded
 
 
-def _fill(model: torch.nn.Module, weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
-    """Move the weights of ``layer``, called ``name`` in ``model``, from ``weights`` into the model."""
+def _fill(places: dict[str, Places], weights: dict[str, StoredTensor], name: str, layer: torch.nn.Module) -> None:
+    """Move the weights of ``layer``, called ``name`` in the model, from ``weights`` to its ``places``."""
     for key, _ in layer.named_parameters():
-        put(model, f"{name}.{key}", weights.pop(f"{name}.{key}").read())
+        # Taken out of both, which would keep the layer and its weights after it has been replaced.
+        put(places.pop(f"{name}.{key}"), weights.pop(f"{name}.{key}").read())
 
 
 def seed_random(seed: int) -> None:

@@ -249,10 +249,12 @@ def _engine(prepared: Preparation) -> str:
 
 
 def _saves(options: RunOptions) -> str:
+    if not options.save_steps and not options.save_final:
+        return "no checkpoint, only the export: the run cannot be continued, whether it is interrupted or finished"
     if not options.save_steps:
         return "only at the end: with `save_steps` an interrupted run can be continued"
     kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
-    return f"every {options.save_steps:,} steps and at the end{kept}"
+    return f"every {options.save_steps:,} steps{' and at the end' * options.save_final}{kept}"
 
 
 def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: Path | None) -> str:

@@ -69,6 +69,16 @@ def is_name(location: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) is not None
 
 
+def is_data_name(location: str) -> bool:
+    """Whether ``location`` can be the name of a data set on the hub, and not that of a file (`data/train.jsonl`)."""
+    return is_name(location) and _FILE.fullmatch(location) is None
+
+
+_FILE = re.compile(
+    r".*\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|md|rst|ya?ml|py|zst|zip)(\.gz)?", re.IGNORECASE
+)
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether ``revision`` is the hash of a commit, which always means the same files."""
     return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None

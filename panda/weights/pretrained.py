@@ -122,11 +122,6 @@ class Pretrained:
         return f"{line}; added to {self.base.describe()}" if self.base else line
 
 
-def base_weights(pretrained: Pretrained | None) -> str:
-    """The identity of the weights that adapters are trained on; ``random`` where there is no checkpoint."""
-    return pretrained.identity if pretrained else "random"
-
-
 def fitted(module: torch.nn.Module, pretrained: Pretrained) -> Weights:
     """The tensors of ``pretrained`` for each name in ``module``. Raises UserError where they do not fit."""
     from panda.weights.conversion import as_in_module

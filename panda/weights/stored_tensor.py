@@ -25,15 +25,27 @@ def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return found
 
 
-def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> torch.nn.Parameter:
-    """Replace parameter ``name`` of ``module``, under all its names, by one with ``value``, and return the new one."""
-    old = module.get_parameter(name)
+Places = list[tuple[torch.nn.Module, str]]
+"""The modules that hold one parameter, and the attributes under which they do."""
+
+
+def places_of(module: torch.nn.Module) -> dict[str, Places]:
+    """Where each parameter of ``module`` is held, by each of its names."""
+    held: dict[int, Places] = {}
+    for holder in module.modules():
+        for attribute, parameter in holder._parameters.items():
+            held.setdefault(id(parameter), []).append((holder, attribute))
+    return {name: held[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+
+def put(places: Places, value: torch.Tensor) -> torch.nn.Parameter:
+    """Replace the parameter at ``places`` by one with ``value``, and return the new one."""
+    holder, attribute = places[0]
+    old = getattr(holder, attribute)
     new = torch.nn.Parameter(value, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
-    for holder in module.modules():
-        for attribute, parameter in list(holder._parameters.items()):
-            if parameter is old:
-                setattr(holder, attribute, new)  # not into _parameters: an RNN keeps its own lists of parameters
+    for holder, attribute in places:
+        setattr(holder, attribute, new)  # not into _parameters: an RNN keeps its own lists of parameters
     return new
 
 

@@ -11,6 +11,7 @@ from panda.cli import command
 from panda.cli.train import main
 from panda.configuration.options import RunOptions
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
+from panda.configuration.spellings import LAUNCHERS
 from panda.configuration.spellings import RENAMED
 from panda.registry import UserError
 from panda.registry.options import options_of
@@ -271,7 +272,7 @@ def test_every_flag_of_the_documents_examples_is_taken() -> None:
 
 def test_no_spelling_that_is_redirected_is_a_key_itself() -> None:
     keys = set(settings("--model", "llama-7b")) | {"power", "lr_end", "pretraining_data_dir"}
-    assert not keys & set(RENAMED) and not keys & set(ACCEPTED_SPELLINGS)
+    assert not keys & set(RENAMED | LAUNCHERS) and not keys & set(ACCEPTED_SPELLINGS)
     for said in RENAMED.values():
         named = said.split("`")[1].partition(":")[0]
         assert named in keys | {"warmup_proportion"}, said

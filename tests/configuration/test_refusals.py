@@ -23,9 +23,6 @@ REFUSED: dict[str, list[Any]] = {
     "quant_bits: 8 with zero_stage: 3": [
         *("--use_quant", "--use_lora", "--precision", "bf16", "--quant_bits", "8", "--zero_stage", "3"),
     ],
-    "extend_vocab with use_lora and zero_stage: 3": [
-        *("--ckpt_path", "x", "--extend_vocab", "--use_lora", "--zero_stage", "3"),
-    ],
     "8-bit optimizer state without bitsandbytes": ["--optimizer", "paged_adamw8bit"],
     "bit_training with an optimizer that is not AdamW": ["--optimizer", "NVLamb", "--bit_training"],
     "precision: fp16 with zero_stage: 0": ["--precision=fp16", "--zero_stage=0"],

@@ -34,7 +34,7 @@ def test_it_follows_from_the_flat_keys() -> None:
     config = deepspeed_config(options, world_size=4, on_gpu=True)
     assert config["train_batch_size"] == 60
     assert config["gradient_clipping"] == 0.0  # written, since DeepSpeed's default is 1.0
-    assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": True} and config["fp16"] == {"enabled": False}
     assert config["zero_optimization"]["stage"] == 2
 
 

@@ -88,6 +88,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name not in EVALUATED:
             several.append(arguments(name, *flags, *evaluating))
     train_many(alone, cwd=folder)
+    end = folder / "zero3 without" / "checkpoints" / f"step-{STEPS:08}"
+    together.append(arguments("zero3 at the end", "--resume", end, *evaluating))
     train_many(together, ranks=2, cwd=folder)
     return folder
 
@@ -141,3 +143,9 @@ def test_training_goes_on_to_the_same_bits(runs: Path, name: str) -> None:
     trained, plain = load_file(file), load_file(runs / f"{name} without" / "export" / file.name)
     assert trained.keys() == plain.keys()
     assert all(torch.equal(trained[key], plain[key]) for key in plain)
+
+
+def test_a_run_that_has_nothing_left_to_train_is_evaluated_and_answers(runs: Path) -> None:
+    """Under ZeRO-3 DeepSpeed expects modules in the order of the pass before, and none of these is a training step."""
+    assert evaluations(runs / "zero3 at the end")[STEPS]["eval_loss"] == evaluations(runs / "zero3")[STEPS]["eval_loss"]
+    assert (runs / "zero3 at the end" / "answers.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.processes import Processes
+from panda.models.adapters import quantisation
 from panda.run.assembly import build_optimizer
 from panda.run.assembly import load_tokenizer
 from panda.run.continuation import agreement_of
@@ -49,16 +52,23 @@ def test_decay_and_rates_of_the_options_are_those_of_the_optimizer() -> None:
     assert found["model.layers.0.input_layernorm.weight"] == found["model.norm.weight"] == (0.01, 0.0)
 
 
-def test_what_is_asked_of_the_layers_is_done_to_them() -> None:
-    flags = ["--arch", "llama-tiny", "--num_layers", "2", "--compile", "--activation_checkpointing", "full"]
+@pytest.mark.parametrize(("kind", "forwards"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_what_is_asked_of_the_layers_is_done_to_them(monkeypatch: pytest.MonkeyPatch, kind: str, forwards: int) -> None:
+    """`full` runs compiled layers again; `selective` is within compiled code, which chooses what to compute again."""
+    ran: list[Any] = []
+
+    def compiled(forward: Any) -> Any:
+        return lambda *inputs, **keywords: (ran.append(forward), forward(*inputs, **keywords))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    flags = ["--arch", "llama-tiny", "--num_layers", "2", "--compile", "--activation_checkpointing", kind]
     resolved = configure(parse_arguments(flags)).resolved
     context = model_context(resolved, load_tokenizer(resolved.core.tokenizer))
     model: Any = build_with_weights(resolved, context)[0]
     processes = Processes(0, 1, torch.device("cpu"))
     assert make_trainable(model, resolved.core, None, {}, processes) is model
-    for layer in model.model.layers:
-        assert layer._compiled_call_impl is not None
-        assert "forward" in vars(layer)  # one that computes the layer again, around its own
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert len(ran) == forwards * 2
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,28 @@ def test_only_models_that_are_not_of_transformers_are_drawn_whole(
     configuration = configure(parse_arguments(["--arch", "llama-tiny", "--num_layers", "1"]))
     assert Preparation(configuration).outline is not None
     assert asked["drawn"] == is_whole
+
+
+def test_of_a_quantised_model_no_layer_is_kept_in_full_precision(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--arch", "llama-tiny", "--use_quant", "--lora_dropout", "0"]
+    prepared = Preparation(configure(parse_arguments(flags)))
+    alive: list[int] = []
+    layers: list[weakref.ref[torch.nn.Module]] = []
+    quantised: Any = quantisation._quantised
+
+    def counted(layer: torch.nn.Linear, *arguments: Any) -> torch.nn.Linear:
+        alive.append(sum(reference() is not None for reference in layers))
+        layers.append(weakref.ref(layer))
+        result: torch.nn.Linear = quantised(layer, *arguments)
+        return result
+
+    monkeypatch.setattr(quantisation, "_quantised", counted)
+    config = deepspeed_config(prepared.options, world_size=1, on_gpu=False)
+    base, weights = prepared.take_base()
+    make_trainable(base, prepared.options, weights, config, processes)
+    assert len(alive) > 20 and max(alive) <= 1
 
 
 def test_a_model_that_is_not_of_transformers_is_built_with_its_weights_by_the_seed() -> None:

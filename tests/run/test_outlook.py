@@ -108,6 +108,14 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_noted(said: Outlook, checkpo
     note = "2 of the 259 entries of this tokenizer have another id in the checkpoint's own, or none"
     assert note in said(flags)["note"]
 
+    moved = {entry: (number + 2) % len(vocabulary) for entry, number in vocabulary.items()}
+    tokenizer["model"]["vocab"] = moved
+    for added in tokenizer["added_tokens"]:
+        added["id"] = moved[added["content"]]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    note = "259 of the 259 entries of this tokenizer have another id in the checkpoint's own, or none;"
+    assert f"{note} the checkpoint's embeddings mean nothing to it" in said(flags)["note"]
+
 
 def test_where_the_checkpoint_has_no_tokenizer_that_is_noted(said: Outlook, checkpoint: Path, folder: Path) -> None:
     bare = folder / "bare"
@@ -228,6 +236,9 @@ def test_the_engine_and_the_checkpoints_are_described(said: Outlook, folder: Pat
     assert parts["engine"][0].startswith(expected)
     assert parts["saves"] == ["every 10 steps and at the end; the newest 2 are kept"]
     assert parts["optimizer"] == ["adamw, learning_rate 0.0002 (--learning_rate), schedule cosine"]
+    no_last = "no checkpoint, only the export: the run cannot be continued, whether it is interrupted or finished"
+    assert said(f"{TINY_64} --save_final false")["saves"] == [no_last]
+    assert said(f"{TINY_64} --save_final false --save_steps 10")["saves"] == ["every 10 steps"]
     assert said(TINY_64)["saves"] == ["only at the end: with `save_steps` an interrupted run can be continued"]
 
 
@@ -237,6 +248,13 @@ def test_a_mix_names_each_part(said: Outlook, folder: Path) -> None:
     assert parts["text"] == [r"instruct: plain, separator '\n'; pretrain: text as it is"]
     assert parts["data"][0] == "rows.json, docs.json: 10 samples of 10 rows in 2 files"
     assert parts["data"][-1] == "an epoch is 6 of 6 samples of instruct and 2 of 4 samples of pretrain"
+
+
+def test_a_run_in_the_place_of_one_that_exists_says_so(said: Outlook, folder: Path) -> None:
+    default = Path("runs/instruct-llama-tiny")
+    default.mkdir(parents=True)
+    assert said(TINY_64)["output"] == [f"runs/x (there is a {default} already)"]
+    assert said(f"{TINY_64} --run_name herons")["output"] == ["runs/x"]
 
 
 def test_a_run_that_is_resumed_says_from_where(said: Outlook) -> None:

@@ -144,12 +144,6 @@ def test_rows_of_new_tokens_are_trained_under_adapters(tmp_path: Path, tied: boo
     assert run_panda("panda", "generate", "moved", "--prompt", "ab", cwd=tmp_path).returncode == 0
 
 
-def test_new_rows_under_adapters_and_zero_3_are_refused(tmp_path: Path) -> None:
-    flags = ("--ckpt_path", save_hf(llama(), tmp_path / "base"), "--use_lora", "--zero_stage", 3)
-    with pytest.raises(UserError, match=r"extend_vocab with use_lora and zero_stage: 3: refused"):
-        found(*flags, "--extend_vocab")
-
-
 OWN = """
     @dataclass(frozen=True)
     class Options:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Hashable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-from panda.weights.hub import is_name
+from panda.weights.hub import is_data_name
+
+OFF = "leave it out: it is off in panda, too."
 
 
 @dataclass(frozen=True)
@@ -18,8 +27,7 @@ class To:
 
     key: str
 
-    @property
-    def advice(self) -> str:
+    def advice(self, value: Any) -> str:
         return f"write `{self.key}`."
 
 
@@ -33,19 +41,23 @@ class Sets:
     notes: Mapping[Any, str] = field(default_factory=dict)
     """Of some values: in what panda differs."""
 
-    @property
-    def advice(self) -> str:
-        first = next((keys for keys in self.values.values() if keys), None)
-        if first is None:
-            return f"leave it out for {' or '.join(map(shown, self.values))}. For others: {self.otherwise}."
-        return f"write {' and '.join(f'`{key}: {shown(value)}`' for key, value in first.items())}."
+    def advice(self, value: Any) -> str:
+        if (ours := self.values.get(value) if isinstance(value, Hashable) else None) is not None:
+            keys = " and ".join(f"`{key}: {shown(set_to)}`" for key, set_to in ours.items())
+            return f"write {keys}." if keys else "leave it out: panda does so without being told."
+        return f"{shown(value)} has no counterpart: {self.otherwise}." if value else OFF
 
 
 @dataclass(frozen=True)
 class Part:
     """Read together with other keys, by the function of its tool or by `combine`."""
 
-    advice: str
+    instead: str
+    off: str = ""
+    """The same where the value is false, if that is something else."""
+
+    def advice(self, value: Any) -> str:
+        return self.off if self.off and value is False else self.instead
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,7 @@ class Ignored:
 
     reason: str
 
-    @property
-    def advice(self) -> str:
+    def advice(self, value: Any) -> str:
         return f"leave it out: {self.reason}."
 
 
@@ -65,12 +76,12 @@ class Absent:
 
     reason: str
 
-    @property
-    def advice(self) -> str:
-        return f"not translated: {self.reason}."
+    def advice(self, value: Any) -> str:
+        return f"it has no counterpart: {self.reason}." if value else OFF
 
 
 Rule = To | Sets | Part | Ignored | Absent
+"""What a key means. ``advice(value)`` says what to write in place of the key with that value, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,9 @@ class Translation:
     def set_data(self, key: str, paths: Sequence[str], because: str) -> None:
         """Write the place of data sets as panda's ``key``: one path, or a list of them."""
         named = list(dict.fromkeys(paths))
-        self.set(
-            key,
-            named[0] if len(named) == 1 else named,
-            f"{because}: a name on the hub, a file or a folder",
-        )
+        found = all(Path(path).exists() or is_data_name(re.split("[:@]", path)[0]) for path in named)
+        because = because if found else f"{because}; name a file or folder of rows here"
+        self.set(key, named[0] if len(named) == 1 else named, because)
 
     def value(self, key: str) -> Any:
         """The value of panda's ``key``; None if it is not written."""
@@ -115,6 +124,12 @@ class Translation:
     def drop(self, key: str) -> None:
         """Leave panda's ``key`` out again."""
         self.lines.pop(key, None)
+
+    def drop_all(self, keys: Iterable[str], reason: str) -> None:
+        """Leave panda's ``keys`` out again, and list those of the file that they come from, with the ``reason``."""
+        for line in [self.lines.pop(key) for key in keys if key in self.lines]:
+            if " " not in line.because:  # no default
+                self.ignored[line.because] = reason
 
     @property
     def evaluates(self) -> bool:
@@ -162,18 +177,73 @@ def each(keys: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(keys.split(), rule)
 
 
-def on_hub(path: str, item: Mapping[str, Any], configuration: str = "name") -> tuple[str, set[str]]:
-    """The name ``path`` of a data set on the hub with what ``item`` chooses of it, and the keys that said it.
+def read_item(item: Mapping[str, Any], said: str, rules: Mapping[str, Rule], found: Translation) -> None:
+    """List the keys of ``item``, a data set that is called ``said``, that panda cannot follow, by ``rules``."""
+    for key, value in flattened(item):
+        rule = rule_of(rules, key)
+        meant = ", ".join(map(str, value)) if isinstance(value, list) else value
+        if rule is None:
+            reason = "panda's table of keys lacks it: see whether it matters to you"
+        elif isinstance(rule, Absent) or (isinstance(rule, Sets) and meant not in rule.values):
+            reason = rule.reason if isinstance(rule, Absent) else rule.otherwise
+        else:
+            continue
+        if value:
+            found.lost[f"{said}.{key}: {shown(meant)}"] = reason
 
-    ``configuration``: the key of its configuration. A path of another form is left as it is, as is a part of a split.
+
+def places(item: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+    """Where the rows of a data set are, and the keys of ``item`` beside its path that this follows.
+
+    Its files, where it names a loader for them; its name on the hub with the configuration, split and revision that it
+    chooses, unless it takes a part of a split (`train[:10%]`); or its path.
     """
-    split, used = item.get("split"), {configuration, "split", "revision"}
-    if not is_name(path) or (split and not str(split).isidentifier()):
-        return path, set()
-    chosen = [item.get(configuration), split if split != "train" else None]
-    revision = item.get("revision")
-    choice = "".join(f":{part}" for part in chosen if part not in (None, "", "default"))
-    return f"{path}{choice}{f'@{revision}' if revision else ''}", used
+    files, path = item.get("data_files"), item.get("id") or item.get("path")
+    named = [*files.values()] if isinstance(files, Mapping) else [files] if isinstance(files, str) else files or []
+    if path in _LOADERS and named:
+        return [str(place) for place in named], {"data_files"}
+    configuration = next((item[key] for key in _CONFIGURATION if item.get(key)), "default")
+    split, revision = item.get("split") or "train", item.get("revision")
+    if not is_data_name(str(path)) or Path(str(path)).exists() or not str(split).isidentifier():
+        return [str(path)], set()
+    choice = [part for part, default in ((configuration, "default"), (split, "train")) if part != default]
+    name = ":".join(map(str, [path, *choice]))
+    return [f"{name}@{revision}" if revision else name], {*_CONFIGURATION, "split", "revision"}
+
+
+_CONFIGURATION = ("name", "config", "subset")
+"""Keys of the configuration, as the tools call it."""
+_LOADERS = (None, "json", "csv", "parquet", "arrow", "text")
+"""Values of `path` beside which `data_files` names the files."""
+
+
+def one_of(names: str | Sequence[str], instead: str) -> Sets:
+    """Values that panda takes without being told, and of others what to do ``instead``."""
+    return Sets({name: {} for name in (names.split() if isinstance(names, str) else names)}, instead)
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Keys and values of ``content``, nested ones by their path (`a.b`); those of ``whole`` stay as they are."""
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and path not in whole:
+            yield from flattened(value, f"{path}.", whole)
+        else:
+            yield path, value
+
+
+def rule_of(rules: Mapping[str, Rule], key: str) -> Rule | None:
+    """What ``key`` means, by itself or by the longest pattern that it matches."""
+    if key in rules:
+        return rules[key]
+    patterns = [pattern for pattern in rules if "*" in pattern and fnmatchcase(key, pattern)]
+    return rules[max(patterns, key=len)] if patterns else None
+
+
+def read_names(key: str, theirs: Theirs) -> list[str]:
+    """The value of ``key``, a name or a list of them."""
+    written = theirs(key)
+    return [written] if isinstance(written, str) else list(written or [])
 
 
 def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
@@ -185,6 +255,21 @@ def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
         found.lost[f"{key}: {whole(held_out)}"] = (
             "panda holds out a share of the samples: write it with `eval_fraction`, or name a file with `eval_data_dir`"
         )
+
+
+def read_adapter(key: str, theirs: Theirs, found: Translation) -> None:
+    """``key``, which names an adapter that training goes on from: then its own shape counts."""
+    written = theirs(key)
+    names = [name.strip() for name in written.split(",")] if isinstance(written, str) else written or []
+    if len(names) > 1:
+        found.lost[f"{key}: {', '.join(names)}"] = (
+            "panda goes on from one adapter: add the others to the base with peft, and name the result"
+        )
+    elif names:
+        if base := found.lines.get("ckpt_path"):
+            found.set("base_path", base.value, base.because)
+        found.set("ckpt_path", names[0], key)
+        found.drop_all(("lora_r", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora"), FROM_ADAPTER)
 
 
 def shown(value: Any) -> str:
@@ -208,7 +293,9 @@ def whole(value: float) -> int | float:
 # Rules of every table.
 VALIDATION_SHARE = Part("write the share that is held out with `eval_fraction`, or name a file with `eval_data_dir`.")
 """Read by ``read_validation_share``."""
-FROM_ADAPTER = Absent("name the adapter's folder with `ckpt_path`: training goes on from it")
+ADAPTER = Part("name the adapter's folder with `ckpt_path`, and its base with `base_path`: training goes on from it.")
+"""Read by ``read_adapter``."""
+FROM_ADAPTER = "the adapter that training goes on from has its own"
 NOTHING_HELD_OUT = "`eval_steps` needs held-out data: write `eval_fraction`, or `eval_data_dir`"
 HUB_CHOICE = Part("write it after the name: `instruction_tuning_data_dir: OWNER/NAME:CONFIGURATION:SPLIT@REVISION`.")
 HUB_PART = Absent("panda reads a split of a data set, or files: download this part of it, and name its folder")
@@ -218,8 +305,12 @@ SERVICES = Absent(
     " plugin can (docs/plugins.md)"
 )
 REMOTE_CODE = Ignored("panda runs no code of checkpoints or data sets")
+SHUFFLED = Ignored("panda shuffles each epoch, by `seed`")
+KEPT_ORDER = Absent("panda shuffles each epoch")
 SPEED = Ignored("it is about speed; panda chooses what is faster and changes nothing")
 PROCESSES = Ignored("it is about processes; panda prepares data on all cores")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog")
+"""Fields in which panda finds a conversation."""
 DISPLAY = Ignored("it is about what is shown")
 KEPT_DATA = Ignored("panda keeps tokenised data in its cache and finds it by content")
 PADDING = Ignored("panda pads to the longest row of a micro batch, and padding is never learned")
@@ -229,4 +320,6 @@ ALL_LOSS = Absent("in panda only answers carry loss; `task: pretrain` gives ever
 OTHER_LOSS = Absent("panda trains with cross-entropy")
 OTHER_TRAINING = Absent("panda trains all weights, or LoRA adapters on linear layers (`use_lora`)")
 OTHER_PARALLELISM = Absent("panda's ranks are data-parallel, and tensor-parallel by `tensor_parallel_size`")
+DEFAULT_SYSTEM = Absent("write the system prompt into the rows: `system`, or a turn")
+ROUTER_LOSS = Absent("write `router_aux_loss_coef`, with the value that the checkpoint's config.json has")
 HUB_UPLOAD = Absent("panda uploads nothing; RUN/export is a folder that `hf upload` takes")

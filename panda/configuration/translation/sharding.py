@@ -34,7 +34,11 @@ def read_sharding(theirs: Theirs, found: Translation) -> None:
             because += ", by the name of the file"
     else:
         stage = nested.get("zero_optimization.stage")
-        offload = [key for key in ("offload_optimizer", "offload_param") if f"zero_optimization.{key}.device" in nested]
+        offload = [
+            key
+            for key in ("offload_optimizer", "offload_param")
+            if nested.get(f"zero_optimization.{key}.device", "none") != "none"
+        ]
         because = "deepspeed.zero_optimization.stage"
     if isinstance(stage, int):
         found.set("zero_stage", stage, because)
@@ -42,7 +46,7 @@ def read_sharding(theirs: Theirs, found: Translation) -> None:
         found.lost[f"deepspeed: {written or '...'}"] = "its ZeRO stage is not known here: set `zero_stage`"
     fsdp = theirs("fsdp") or any(value for key, value in theirs.given.items() if key.startswith("fsdp_config."))
     if fsdp and stage is None:
-        found.set("zero_stage", 3, "fsdp: weights, gradients and optimizer state are partitioned")
+        _read_strategy(theirs, found)
         offload = [key for key in theirs.given if key.endswith("offload_params") and theirs(key)]
         for key in theirs.given:
             if key.startswith("fsdp_") and key not in offload and not key.endswith("activation_checkpointing"):
@@ -52,6 +56,19 @@ def read_sharding(theirs: Theirs, found: Translation) -> None:
             'write a JSON file with {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, and name it with'
             " `deepspeed_config`"
         )
+
+
+def _read_strategy(theirs: Theirs, found: Translation) -> None:
+    """The stage that partitions what FSDP does."""
+    named = [theirs(key) for key in ("fsdp", "fsdp_config.fsdp_sharding_strategy", "fsdp_config.sharding_strategy")]
+    strategy = " ".join(str(name) for name in named if name).lower()
+    resharded = [theirs(f"fsdp_config.{key}") for key in ("reshard_after_forward", "fsdp_reshard_after_forward")]
+    if "no_shard" in strategy:
+        found.set("zero_stage", 1, "fsdp: no_shard; in panda the optimizer state is partitioned")
+    elif "shard_grad_op" in strategy or False in resharded:
+        found.set("zero_stage", 2, "fsdp: gradients and optimizer state are partitioned")
+    else:
+        found.set("zero_stage", 3, "fsdp: weights, gradients and optimizer state are partitioned")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -111,8 +111,12 @@ KEYS: dict[str, Rule] = {
     "report_to": Part(
         "leave it out: panda writes metrics.jsonl and tensorboard/; a lifecycle plugin can send them on."
     ),
-    **each("run_name project trackio_* wandb_* swanlab_* mlflow_* comet_* use_swanlab", SERVICES),
-    **each("push_to_hub hub_* push_to_*", HUB_UPLOAD),
+    **each(
+        "run_name project trackio_* wandb_* wandb_project wandb_name wandb_entity swanlab_* mlflow_* comet_* log_with"
+        " use_swanlab use_otel_metrics otel_*",
+        SERVICES,
+    ),
+    **each("push_to_hub hub_model_id hub_strategy hub_* push_to_*", HUB_UPLOAD),
     **each("neftune_noise_alpha", Absent("panda adds no noise to embeddings")),
     "label_smoothing_factor": OTHER_LOSS,
     **each("optim_args optim_target_modules", Absent("write the optimizer's own keys (`panda show optimizer NAME`)")),
@@ -125,6 +129,7 @@ KEYS: dict[str, Rule] = {
     **each("do_predict predict_with_generate", Absent("`panda generate RUN` answers prompts after training")),
     **each(
         "tf32 use_liger_kernel enable_liger_kernel liger_* torch_compile_* attn_implementation flash_attn"
+        " use_flash_attention_2 use_flash_attn"
         " *_attention use_kernels dataloader_pin_memory dataloader_persistent_workers torch_empty_cache_steps"
         " dataloader_in_order dataloader_multiprocessing_context liger_kernel_config",
         SPEED,
@@ -134,6 +139,12 @@ KEYS: dict[str, Rule] = {
         " use_reentrant",
         Ignored("it is about how activations are computed again; the result is the same"),
     ),
+    "bnb_4bit_quant_type": Sets({"nf4": {}}, "panda's 4 bits are NF4"),
+    **each(
+        "bnb_4bit_use_double_quant use_bnb_nested_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype",
+        Ignored("panda's 4 bits have quantised scales, and compute in `precision`"),
+    ),
+    "data_seed": Ignored("`seed` decides the order of samples, too"),
     **each("average_tokens_across_devices", Ignored("panda divides by the tokens of all ranks, always")),
     **each("overwrite_output_dir", Ignored("panda overwrites no run")),
     **each(
@@ -149,7 +160,7 @@ KEYS: dict[str, Rule] = {
     ),
     **each(
         "ddp_* ddp local_rank no_cuda use_cpu use_ipex fp16_backend fp16_opt_level half_precision_backend"
-        " accelerator_config accelerator_config.* dataset_num_proc *num_proc data_seed remove_unused_columns"
+        " accelerator_config accelerator_config.* dataset_num_proc *num_proc remove_unused_columns"
         " dataloader_drop_last ignore_data_skip past_index parallelism_config ray_* use_cache low_cpu_mem_usage"
         " mp_parameters tpu_* use_mps_device use_legacy_prediction_loop",
         PROCESSES,
@@ -187,11 +198,11 @@ def combine(theirs: Theirs, found: Translation) -> None:
     if services and services != ["none"]:
         found.lost[f"report_to: {', '.join(services)}"] = SERVICES.reason
     if not found.value("use_lora") and not found.value("use_quant"):
-        for key in [key for key in found.lines if key.startswith("lora_") or key in ("use_dora", "use_rslora")]:
-            found.drop(key)
+        unused = [key for key in found.lines if key.startswith("lora_") or key in ("use_dora", "use_rslora")]
+        found.drop_all(unused, "adapters are off")
     elif found.value("use_quant") and not found.value("use_lora"):
         found.set("use_lora", True, found.lines["use_quant"].because)
-    if found.value("batching") == "packed" and found.value("task") != "pretrain":
+    if found.value("batching") == "packed":
         found.different.append(
             f"{theirs.tool} counts packed rows, panda samples: a step of per_gpu_train_batch_size x"
             " gradient_accumulation_steps x ranks samples is shorter than as many full rows. `panda data` says how many"
@@ -203,9 +214,9 @@ def _warm_up(theirs: Theirs, found: Translation) -> None:
     steps, ratio = number(theirs.given.get("warmup_steps")), number(theirs("warmup_ratio"))
     if steps is not None and "warmup_ratio" not in theirs.given:
         ratio = None  # a ratio by default gives way
-    schedule = theirs("lr_scheduler_type") or theirs("lr_scheduler")
-    if schedule == "constant":  # theirs has no warm-up
-        found.set("warmup_steps", 0, f"{theirs.because('lr_scheduler_type')}: without warm-up")
+    key = next((key for key in ("lr_scheduler_type", "lr_scheduler") if theirs(key)), "")
+    if theirs(key) == "constant":  # theirs has no warm-up
+        found.set("warmup_steps", 0, f"{key}: constant, without warm-up")
     elif steps and steps < 1:
         found.set("warmup_proportion", steps, "warmup_steps")
     elif steps or not ratio:

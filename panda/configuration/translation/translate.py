@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,15 @@ from panda.configuration.translation.rules import Theirs
 from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
+from panda.configuration.translation.rules import flattened
 from panda.configuration.translation.rules import number
+from panda.configuration.translation.rules import rule_of
+from panda.configuration.translation.trainer import OPTIMIZERS
+from panda.configuration.translation.trainer import SCHEDULES
 from panda.configuration.translation.trainer import combine
 from panda.files.terminal import printable_line
 from panda.registry import UserError
+from panda.registry.options import Given
 
 TOOLS = {tool.name.lower(): tool for tool in (llama_factory.TOOL, axolotl.TOOL, trl.TOOL, trl.TRANSFORMERS)}
 """By the name that ``--from`` takes."""
@@ -42,6 +47,8 @@ PANDAS = {
     "per_gpu_train_batch_size",
 }
 """A file with one of these keys is panda's."""
+_CAPITAL = re.compile("(?<=[a-z0-9])([A-Z])")
+"""A capital within a word, as in `loraRank`."""
 LONGEST = 80
 """Most characters of a value that are shown."""
 
@@ -69,7 +76,7 @@ def translate(path: Path, name: str | None = None) -> Translation:
             f"{path}: its keys are not of a tool that is known: {', '.join(map(str, content))[:300]}."
             f" Name one with --from: {', '.join(TOOLS)}."
         )
-    flat = dict(_flattened(content))
+    flat = dict(flattened(content, whole=LISTS))
     nulls = frozenset(key for key, value in flat.items() if value is None)
     given = {key: value for key, value in flat.items() if value is not None}
     theirs = Theirs(tool.name, given, tool.defaults, nulls)
@@ -105,14 +112,6 @@ def looks_like(path: Path) -> str | None:
     foreign = [key for key in content if tool and key in tool.keys and key not in OURS]
     nested = any(isinstance(value, Mapping | list) for value in content.values())
     return tool.name if tool and len(foreign) >= (2 if nested else 4) else None
-
-
-def rule_of(keys: Mapping[str, Rule], key: str) -> Rule | None:
-    """What ``key`` means, by itself or by the longest pattern that it matches."""
-    if key in keys:
-        return keys[key]
-    patterns = [pattern for pattern in keys if "*" in pattern and fnmatchcase(key, pattern)]
-    return keys[max(patterns, key=len)] if patterns else None
 
 
 def _apply(rule: Rule | None, key: str, theirs: Theirs, found: Translation) -> None:
@@ -171,7 +170,7 @@ def remarks(found: Translation) -> list[str]:
         for why, what_all in by_reason.items():
             lines += [*what_all, f"      {why}."]
     if found.different:
-        lines += ["", "Not quite the same:", *(f"  {printable_line(text)}" for text in found.different)]
+        lines += ["", "Not quite the same:", *(f"  {printable_line(text)}" for text in dict.fromkeys(found.different))]
     if found.ignored:
         lines += ["", "Left out, since nothing that is learned depends on it:"]
         keys_by_reason: dict[str, list[str]] = {}
@@ -200,15 +199,6 @@ def _content(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _flattened(content: Mapping[str, Any], prefix: str = "") -> Any:
-    for key, value in content.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping) and path not in LISTS:
-            yield from _flattened(value, f"{path}.")
-        else:
-            yield path, value
-
-
 def _ours() -> frozenset[str]:
     keys = {field.name for field in fields(RunOptions)} | PANDAS
     rules = [rule for tool in TOOLS.values() for rule in tool.keys.values()]
@@ -221,11 +211,32 @@ OURS = _ours()
 """Keys of panda that a tool's table leads to, or that a tool spells in the same way."""
 
 
-def advice() -> dict[str, str]:
-    """What to write in place of each key of another tool that is none of panda's."""
+def advice(given: Mapping[str, Given]) -> dict[str, str]:
+    """What to write in place of those of the ``given`` keys that are of another tool, with the values that they have.
+
+    For `optimizer` and `lr_scheduler` where their value is a name that another tool has.
+    """
     found: dict[str, str] = {}
-    for tool in TOOLS.values():
-        for key, rule in tool.keys.items():
-            if key not in OURS and "*" not in key and "." not in key:
-                found.setdefault(key, rule.advice)
+    for key, each in given.items():
+        theirs = _CAPITAL.sub(r"_\1", key).lower()
+        if is_of_another_tool(theirs):
+            rule = next(tool.keys[theirs] for tool in TOOLS.values() if theirs in tool.keys)
+            found[key] = rule.advice(_plain(each.value))
+    for key, names in (("optimizer", OPTIMIZERS), ("lr_scheduler", SCHEDULES)):
+        if key in given and isinstance(value := _plain(given[key].value), str) and value in names.values:
+            found[key] = names.advice(value)
     return found
+
+
+def is_of_another_tool(key: str) -> bool:
+    """Whether ``key`` is one of a tool, and none of panda's."""
+    return key not in OURS and any(key in tool.keys for tool in TOOLS.values())
+
+
+def _plain(value: Any) -> Any:
+    """``value``, of YAML or of a flag, as the tables have it."""
+    if not isinstance(value, str):
+        return value
+    words = {"true": True, "false": False, "null": None, "none": None}
+    as_number = number(value)
+    return as_number if as_number is not None else words.get(value.lower(), value.lower())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from panda.configuration.translation import trainer
@@ -14,6 +15,7 @@ from panda.configuration.translation.rules import OTHER_LOSS
 from panda.configuration.translation.rules import PADDING
 from panda.configuration.translation.rules import PROCESSES
 from panda.configuration.translation.rules import REMOTE_CODE
+from panda.configuration.translation.rules import SHUFFLED
 from panda.configuration.translation.rules import SPEED
 from panda.configuration.translation.rules import TOKENS
 from panda.configuration.translation.rules import VALIDATION_SHARE
@@ -27,11 +29,13 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
-from panda.configuration.translation.rules import on_hub
+from panda.configuration.translation.rules import places
+from panda.configuration.translation.rules import read_item
+from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
-_DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a file or folder.")
+_DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a name on the hub, a file or a folder.")
 
 KEYS: dict[str, Rule] = {
     "model_name_or_path": To("ckpt_path"),
@@ -55,29 +59,33 @@ KEYS: dict[str, Rule] = {
     "lora_r": To("lora_r"),
     "lora_alpha": To("lora_alpha"),
     "lora_dropout": To("lora_dropout"),
-    "lora_target_modules": Part(
-        "write `lora_target_modules: q_proj, v_proj`; left out, all linear layers are adapted."
+    **each(
+        "lora_target_modules lora_target_parameters",
+        Part("write `lora_target_modules: q_proj, v_proj`; left out, all linear layers are adapted."),
     ),
-    **each("lora_target_parameters lora_modules_to_save", LORA_MORE),
-    "lora_task_type": Sets({"CAUSAL_LM": {}}, "panda trains causal language models"),
+    "lora_modules_to_save": LORA_MORE,
+    "lora_task_type": Sets({"causal_lm": {}}, "panda trains causal language models"),
     "use_rslora": To("use_rslora"),
     "use_dora": To("use_dora"),
     "load_in_4bit": Sets({True: {"use_quant": True, "quant_bits": 4}}, "`use_quant` is true or false"),
     "load_in_8bit": Sets({True: {"use_quant": True, "quant_bits": 8}}, "`use_quant` is true or false"),
-    "bnb_4bit_quant_type": Sets({"nf4": {}}, "panda's 4 bits are NF4"),
-    **each("use_bnb_nested_quant bnb_4bit_quant_storage", Ignored("panda's 4 bits quantise the scales too")),
-    **each("torch_dtype dtype", Ignored("master weights are fp32 in panda; `precision` says how it computes")),
+    **each("model_init_kwargs.attn_implementation model_init_kwargs.use_cache", SPEED),
+    **each(
+        "torch_dtype dtype model_init_kwargs.torch_dtype model_init_kwargs.dtype",
+        Ignored("master weights are fp32 in panda; `precision` says how it computes"),
+    ),
     "chat_template": Absent("panda uses the chat template of the tokenizer: put this one into the tokenizer's folder"),
     "chat_template_path": Absent("panda uses the chat template of the tokenizer: put that one into `tokenizer`"),
-    **each("eos_token pad_token", TOKENS),
+    "pad_token": PADDING,
+    "eos_token": TOKENS,
     "pad_to_multiple_of": PADDING,
     "loss_type": Sets({"nll": {}, "chunked_nll": {}}, OTHER_LOSS.reason),
     "router_aux_loss_coef": To("router_aux_loss_coef"),
     "dataset_kwargs.skip_prepare_dataset": Absent("panda tokenises the data itself"),
     **each("dataset_kwargs dataset_kwargs.*", Ignored("panda's templates write what training and inference share")),
     **each("model_init_kwargs model_init_kwargs.*", Absent("panda takes a model as its config.json says")),
-    "truncation_mode": Ignored("panda cuts a conversation at its last turns"),
-    "shuffle_dataset": Ignored("panda shuffles each epoch"),
+    "truncation_mode": Sets({"keep_start": {}}, "panda cuts a conversation at its last turns"),
+    "shuffle_dataset": SHUFFLED,
     "dataset_streaming": Ignored("memory does not grow with the size of the data"),
     "streaming": Ignored("memory does not grow with the size of the data"),
     "env.*": Ignored("set variables of the environment in the shell"),
@@ -116,6 +124,11 @@ def read(theirs: Theirs, found: Translation) -> None:
     if text_field:
         found.set("task", "pretrain", "dataset_text_field: every token carries loss")
         found.set("content_field", text_field, "dataset_text_field")
+        found.different.append(
+            "dataset_text_field: TRL reads it only where rows have no `messages` or `prompt`; if yours do, write"
+            " `task: instruct` with `instruction_tuning_data_dir`. A text above max_length, which TRL cuts, goes on in"
+            " the next sample in panda."
+        )
     else:
         found.set("task", "instruct", "trl sft")
         found.set("template", "chat", "trl sft: the tokenizer's own chat template")
@@ -128,20 +141,29 @@ def read(theirs: Theirs, found: Translation) -> None:
                 "loss: TRL gives prompts of `messages` loss too, unless assistant_only_loss is set; in panda only"
                 " answers carry loss."
             )
+    if "router_aux_loss_coef" not in theirs.given:
+        found.different.append(
+            "router_aux_loss_coef: TRL's default is 0.001 for mixtures of experts; in panda the checkpoint decides."
+        )
     if "max_length" in theirs.nulls and "max_seq_length" not in theirs.given:
         found.drop("max_seq_length")
         found.lost["max_length: null"] = "panda cuts samples at `max_seq_length`: set it to your longest"
     _read_data(theirs, found, "pretraining_data_dir" if text_field else "instruction_tuning_data_dir")
-    targets = theirs("lora_target_modules")
-    if targets is None and (theirs("use_peft") or found.value("use_quant")):
+    modules, parameters = (read_names(f"lora_target_{what}", theirs) for what in ("modules", "parameters"))
+    if not modules and not parameters and (theirs("use_peft") or found.value("use_quant")):
         found.set("lora_target_modules", ["q_proj", "v_proj"], "peft's default for most models")
-    elif targets not in (None, "all-linear", ["all-linear"]):  # panda's default
-        found.set("lora_target_modules", [targets] if isinstance(targets, str) else targets, "lora_target_modules")
+    elif (modules or parameters) and modules != ["all-linear"]:  # panda's default
+        found.set("lora_target_modules", modules + parameters, "lora_target_modules")
 
 
-_PART_KEYS = ("config", "name", "split", "revision", "weight", "fraction")
+_PART_KEYS = ("config", "name", "split", "data_files", "data_dir", "revision")
 _WHOLE = (None, "", 1, "default", "train")
-"""Values of these with which nothing of a data set is left out."""
+"""Values of these, and of weights, with which nothing of a data set is left out."""
+_OF_DATA: dict[str, Rule] = {
+    **each(f"id path weight fraction data_files.* {' '.join(_PART_KEYS)}", Part("read by itself.")),
+    "columns": Ignored("panda takes the columns that its task reads"),
+}
+"""Keys of a data set of a mixture."""
 
 
 def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
@@ -157,18 +179,23 @@ def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
         chosen = {"config": theirs("dataset_config"), "split": theirs("dataset_train_split")}
         where, sets = "dataset_name", [{"id": theirs("dataset_name"), **chosen}]
         _read_test_split(theirs, found)
+    else:
+        for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+            if theirs(name) not in _WHOLE:
+                found.lost[f"{name}: {theirs(name)}"] = "it is of `dataset_name`; write OWNER/NAME:CONFIGURATION:SPLIT"
     for share in ("test_split_size", "dataset_mixture.test_split_size"):
         read_validation_share(share, theirs, found)
     paths = []
     for item in sets:
-        name = str(item.get("id") or item.get("path"))
-        path, used = on_hub(name, item, "config" if item.get("config") else "name")
-        paths.append(path)
-        left = (part for part in _PART_KEYS if part not in used and item.get(part) not in _WHOLE)
+        named, used = places(item)
+        paths += named
+        read_item(item, "dataset_mixture.datasets[]", _OF_DATA, found)
+        left = [part for part in _PART_KEYS if part not in used and item.get(part) not in _WHOLE]
         if parts := [f"{part} {item[part]}" for part in left]:
-            found.lost[f"{name}: {', '.join(parts)}"] = HUB_PART.reason
+            found.lost[f"{named[0]}: {', '.join(parts)}"] = HUB_PART.reason
     if paths:
         found.set_data(key, paths, where)
+    _read_weights(sets, where, key, found)
 
 
 def _read_test_split(theirs: Theirs, found: Translation) -> None:
@@ -176,13 +203,34 @@ def _read_test_split(theirs: Theirs, found: Translation) -> None:
     split = theirs("dataset_test_split")
     if split is None and (theirs("eval_strategy") or "no") == "no":
         return
-    chosen = {"config": theirs("dataset_config"), "split": split or "test"}
-    path, used = on_hub(str(theirs("dataset_name")), chosen, "config")
-    if used:
-        found.set_data("eval_data_dir", [path], theirs.because("dataset_test_split"))
+    chosen = {"path": theirs("dataset_name"), "config": theirs("dataset_config"), "split": split or "test"}
+    paths, used = places(chosen)
+    if "split" in used:
+        found.set_data("eval_data_dir", paths, theirs.because("dataset_test_split"))
     else:
         found.lost[f"dataset_test_split: {chosen['split']}"] = (
             "name held-out rows in a file of their own with `eval_data_dir`"
+        )
+
+
+def _read_weights(sets: Sequence[Mapping[str, Any]], where: str, key: str, found: Translation) -> None:
+    """The part of each of ``sets``, whose paths panda's ``key`` has, that is trained on."""
+    weights = [item.get("weight") for item in sets]
+    if all(weight in _WHOLE for weight in weights):
+        pass
+    elif len(sets) == (len(found.value(key)) if isinstance(found.value(key), list) else 1):
+        found.set("data_weights", [1 if weight in _WHOLE else weight for weight in weights], f"{where}: weights")
+        found.different.append(
+            "data_weights: of a weight below 1, the other tool takes the same part of the data in each epoch; panda"
+            " takes another part in the next."
+        )
+    else:
+        found.lost[f"{where}: weights {', '.join(map(str, weights))}"] = (
+            "panda weighs paths: put each part into a file of its own, and write `data_weights`"
+        )
+    if any(item.get("fraction") is not None for item in sets):
+        found.lost[f"{where}: fractions {', '.join(str(item.get('fraction')) for item in sets)}"] = (
+            "they are shares of the mixture, and panda's `data_weights` are passes over each data set: compute them"
         )
 
 

@@ -17,6 +17,8 @@ from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import named_experts
 from panda.models.adapters.linear_layers import listed_names
+from panda.models.adapters.new_rows import new_rows
+from panda.models.adapters.new_rows import rows_of_partitioned_weights
 from panda.models.adapters.targets import ALL_LINEAR
 from panda.models.adapters.targets import target_modules
 from panda.registry import UserError
@@ -45,8 +47,9 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     """``model`` with adapters on the linear layers that ``options`` chooses; the rest of it is frozen.
 
     By default all linear layers except the output head get adapters. Their weights are drawn from torch's
-    generator, in float32; the engine casts them with the model, and the optimizer keeps its own in float32. Rows of
-    the embedding and the head that the base has no token for, ``model.new_rows``, are trained too.
+    generator on torch's default device, in float32; the engine casts them with the model, and the optimizer keeps its
+    own in float32. Rows of the embedding and the head that the base has no token for, ``model.new_rows``, are trained
+    too.
     ``spread_by`` is DeepSpeed's configuration if it has partitioned the weights of ``model`` over ranks.
     Raises UserError where there is no layer to put them on.
     """
@@ -66,7 +69,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
         )
     config = adapter_config(options)
     config.target_modules, config.task_type = targets, "CAUSAL_LM" if is_hugging_face else None
-    config.trainable_token_indices = _new_rows(model)
+    config.trainable_token_indices = new_rows(model)
     if experts:
         config.target_parameters = experts
     if experts or (targets == ALL_LINEAR and expert_parameters(model)):
@@ -75,7 +78,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
     zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), rows_of_partitioned_weights():
             # As of peft 0.21 with transformers 5.23 (2026-11), peft calls a function that transformers has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
@@ -89,19 +92,6 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     if config.target_parameters:
         config.target_parameters = sorted(config.target_parameters)
     return adapted
-
-
-def _new_rows(model: Any) -> dict[str, list[int]] | None:
-    """The new rows of ``model``, by the name of the layer that has them, as peft is given them; None for none.
-
-    Where embedding and head are one tensor, peft trains its rows once, under the name of the embedding.
-    """
-    rows: range = getattr(model, "new_rows", range(0))
-    if not rows:
-        return None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    return {name: list(rows) for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def start_from(model: PeftModel, folder: Path) -> None:

@@ -11,65 +11,68 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import quantised_names
 from panda.models.adapters.quantisation import rounded
 from panda.registry import UserError
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import put
 
 PREFIX = "base_model.model."
 """The prefix that peft adds to the names of a base's modules."""
 
 
 def merged_weights(
-    model: torch.nn.Module, base: Weights, adapters: Weights, config: Any, options: RunOptions, device: torch.device
+    model: torch.nn.Module, base: Weights, adapters: Weights, options: RunOptions, device: torch.device
 ) -> tuple[Weights, str]:
     """The tensors of ``model`` with ``adapters`` added to ``base``, each made when it is read; and a sentence on it.
 
     ``model`` is the module without adapters, and ``base`` its weights by name. ``adapters`` have the names of the
-    adapted model, and peft's configuration ``config``. peft adds them, in float32, and the sum is rounded to the
-    type that training computed with. A quantised base is dequantised first, and not quantised again, which would
-    lose most of what was learned. Raises UserError where an adapted weight is shared with another layer.
+    adapted model. peft adds them, in float32, and the sum is rounded to the type that training computed with. A
+    quantised base is dequantised first, and not quantised again, which would lose most of what was learned. Raises
+    UserError where an adapted weight is shared with another layer.
     """
-    if config.target_parameters or any(".experts." in name for name in adapters):
-        raise UserError(
-            "--merge: panda does not merge adapters on experts. Export only the adapters, without --merge; plain peft"
-            " merges them (`merge_and_unload`)."
-        )
     dtype = next(iter(adapters.values())).dtype
     of_layer: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in adapters.items():
-        layer, found, rest = name.removeprefix(PREFIX).partition(".lora_")
+        layer, found, rest = name.partition(".lora_")
         if (embedding := layer.partition(".token_adapter.")[0]) != layer:
-            base = {**base, **_with_rows(base, f"{embedding}.weight", model, stored)}
+            base = {**base, **_with_rows(base, f"{_in_base(embedding)}.weight", model, stored)}
         elif found:
             of_layer.setdefault(layer, {})[f"lora_{rest}"] = stored
         else:  # a buffer, which training may change
-            base = {**base, layer.replace(".base_layer.", "."): stored}
+            base = {**base, _in_base(layer): stored}
+    adapted = _adapted_weights(model, options)
+    if unlike := of_layer.keys() ^ {layer for layer, _ in adapted.values()}:
+        raise UserError(
+            f"--merge: only one of the run's configuration and its adapters has {min(unlike)}. Was it trained with"
+            " another version of peft, which puts adapters on other layers by default? Use that one."
+        )
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     shared = [
-        layer
-        for layer in of_layer
-        if f"{layer}.weight" not in base or holders[id(model.get_submodule(layer).weight)] > 1
+        name.removesuffix(".weight")
+        for name in adapted
+        if name not in base or holders[id(model.get_parameter(name))] > 1
     ]
     if shared:
         raise UserError(
             f"--merge: {', '.join(shared)} shares its weight with another layer (tied embeddings), which has no"
             " adapter; merged, the two would differ. Export only the adapters, without --merge."
         )
-    quantised = set(quantised_names(model)) if options.use_quant else set()
+    quantised = {f"{layer}.weight" for layer in quantised_names(model)} if options.use_quant else set()
     merged: dict[str, StoredTensor] = {}
     for name, stored in base.items():
-        layer, _, last = name.rpartition(".")
         read = stored.read
-        if last == "weight" and (layer in of_layer or layer in quantised):
-            plain = copy.deepcopy(model.get_submodule(layer)).to("meta")
-            parts = plain, stored.read, of_layer.get(layer, {}), config
-            read = partial(_merged, *parts, partial(rounded, options=options, device=device), dtype)
-            if layer not in quantised:
-                read = partial(_merged, *parts, None, dtype)
+        if name in quantised:
+            read = partial(_quantised_once, model.get_submodule(name.removesuffix(".weight")), read, options, device)
+        elif name in adapted:
+            read = partial(_rounded, read, dtype)
+        if name in adapted:
+            layer, wrapper = adapted[name]
+            read = partial(_merged, wrapper, read, of_layer[layer])
         merged[name] = StoredTensor(stored.shape, dtype if stored.dtype.is_floating_point else stored.dtype, read)
-    done = f"adapters of rank {config.r} merged into the base"
+    done = f"adapters of rank {options.lora_r} merged into the base"
     if options.use_quant:
         done += (
             f", which was dequantised from {options.quant_bits} bits to {str(dtype).removeprefix('torch.')}, and"
@@ -89,35 +92,50 @@ def _with_rows(base: Weights, name: str, model: Any, rows: StoredTensor) -> Weig
     return {name: StoredTensor(base[name].shape, rows.dtype, read)}
 
 
-def _merged(
-    layer: Any,
-    read: Callable[[], torch.Tensor],
-    adapters: dict[str, StoredTensor],
-    config: Any,
-    round_: Callable[[Any], torch.Tensor] | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The weight of ``layer``, a module on the meta device, as ``read`` returns it, with any ``adapters`` added.
+def _adapted_weights(model: torch.nn.Module, options: RunOptions) -> dict[str, tuple[str, Any]]:
+    """For each weight of ``model`` that ``options`` put an adapter on, by its name: peft's layer for it, and its name.
 
-    Before that it is rounded as it was in training: by ``round_``, which quantises, or else to ``dtype``.
+    The layers are on the meta device.
     """
-    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
-    layer = copy.deepcopy(layer)
+    without_data = {id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    found = {}
+    for layer, wrapper in add_adapters(copy.deepcopy(model, without_data), options).named_modules():
+        if isinstance(wrapper, LoraLayer):
+            found[f"{_in_base(layer)}.{getattr(wrapper, 'parameter_name', 'weight')}"] = (layer, wrapper)
+    return found
+
+
+def _in_base(name: str) -> str:
+    """``name``, of a module or tensor of the adapted model, as it is in the base."""
+    return ".".join(part for part in name.removeprefix(PREFIX).split(".") if part != "base_layer")
+
+
+def _rounded(read: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The weight that ``read`` returns, in the type of training."""
+    return read().to(dtype)
+
+
+def _quantised_once(
+    layer: Any, read: Callable[[], torch.Tensor], options: RunOptions, device: torch.device
+) -> torch.Tensor:
+    """The weight of ``layer``, as ``read`` returns it, with the rounding of training: quantised and dequantised."""
+    layer = copy.deepcopy(layer).to("meta")
     layer.bias = None
     layer.weight = torch.nn.Parameter(read(), requires_grad=False)
-    weight = round_(layer) if round_ else layer.weight.detach().to(dtype)
-    if not adapters:
-        return weight
-    layer.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-    alone = copy.copy(config)
-    alone.target_modules, alone.task_type = {"layer"}, None
-    holder = torch.nn.ModuleDict({"layer": layer})
-    inject_adapter_in_model(alone, holder)
-    adapted: Any = holder["layer"]
+    return rounded(layer, options, device)
+
+
+def _merged(wrapper: Any, read: Callable[[], torch.Tensor], adapters: dict[str, StoredTensor]) -> torch.Tensor:
+    """The weight that ``read`` returns with ``adapters`` added by ``wrapper``, peft's layer on the meta device."""
+    wrapper = copy.deepcopy(wrapper)
+    name = getattr(wrapper, "parameter_name", "weight")
+    base = wrapper.get_base_layer()
+    setattr(base, name, torch.nn.Parameter(read().float(), requires_grad=False))
+    for key, stored in adapters.items():
+        put(wrapper, key, stored.read().float())
     with torch.no_grad():
-        for name, stored in adapters.items():
-            adapted.get_parameter(name).copy_(stored.read())
-    adapted.merge(safe_merge=True)
-    result: torch.Tensor = adapted.get_base_layer().weight.detach()
+        wrapper.merge(safe_merge=True)
+    result: torch.Tensor = base.get_parameter(name).detach()
     return result

@@ -47,7 +47,7 @@ def recompute_activations(model: torch.nn.Module, *, selective: bool) -> None:
 
 
 def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
-    """Make torch compile each layer when it first runs; layers of the same kind share the work.
+    """Make torch compile the forward of each layer when it first runs; layers of the same kind share the work.
 
     Raises UserError where this machine cannot compile code for ``device``.
     """
@@ -58,7 +58,7 @@ def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
             " install g++`), name one in the environment variable CXX, or leave `compile` out."
         )
     for layer in numbered_layers(model, "compile"):
-        layer.compile()
+        layer.forward = torch.compile(layer.forward)
 
 
 def _recomputing(forward: Callable[..., Any], contexts: dict[str, Any]) -> Callable[..., Any]:

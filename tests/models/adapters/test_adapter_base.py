@@ -381,7 +381,6 @@ def test_adapters_of_a_weight_that_another_layer_has_too_are_not_merged(tmp_path
 def test_a_merged_layer_is_made_when_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What memory merging takes is one layer at a time beside the file that is being written."""
     from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.models.adapters.lora import adapter_config
     from panda.models.adapters.merging import merged_weights
     from panda.run.adapter_run import adapter_run
 
@@ -392,8 +391,7 @@ def test_a_merged_layer_is_made_when_it_is_read(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("panda.models.adapters.merging.rounded", lambda *a, **k: rounded.append(1) or plain(*a, **k))
     model, base = run.base()
     adapters = checkpoint_weights(folder / "nf4" / "checkpoints" / "step-00000004")
-    options = run.configuration.options
-    weights, _ = merged_weights(model, base, adapters, adapter_config(options), options, torch.device("cpu"))
+    weights, _ = merged_weights(model, base, adapters, run.configuration.options, torch.device("cpu"))
     assert rounded == []
     weights["model.layers.0.self_attn.q_proj.weight"].read()
     assert len(rounded) == 1 and all(p.is_meta for p in model.parameters() if p.dim() > 1)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers import T5Config
 
 from panda.models.initialisation.creation import without_weights
+from panda.models.initialisation.drawing import _unit_of as unit_of
 from panda.models.initialisation.drawing import initial_weights
 
 SHAPE: dict[str, Any] = {
@@ -76,6 +77,39 @@ def test_a_layer_is_drawn_from_a_generator_of_its_own_that_seed_and_name_give() 
         if unit == "model.embed_tokens":
             expected[0] = 0.0  # of the padding token
         assert torch.equal(found[first], expected), unit
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+def test_what_is_small_is_not_drawn_again_when_another_layer_is_read_first(name: str) -> None:
+    """Quantisation reads the matrices of all layers before the norms of the first."""
+    weights = weights_of(name)
+    drawn: list[str] = []
+    initialise = PreTrainedModel.initialize_weights
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PreTrainedModel, "initialize_weights", lambda model: (drawn.append(name), initialise(model)))
+        by_dimensions = sorted(weights, key=lambda key: -len(weights[key].shape))
+        found = {key: weights[key].read() for key in by_dimensions}
+    assert len(drawn) == len({unit_of(key) for key in weights})
+    assert all(torch.equal(found[key], tensor) for key, tensor in read_all(name).items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_gpu_draws_where_it_trains_and_leaves_the_generators_as_they_are(name: str) -> None:
+    gpu = torch.device("cuda", 0)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    with without_weights():
+        first, second = build(name), build(name)
+    expected = {key: stored.read() for key, stored in (initial_weights(first, 3, gpu) or {}).items()}
+    weights = initial_weights(second, 3, gpu) or {}
+    for key in reversed(list(weights)):
+        assert torch.equal(weights[key].read(), expected[key]), key
+    parameters = dict(second.named_parameters())
+    assert all(tensor.device == gpu for key, tensor in expected.items() if key in parameters)
+    for key, tensor in read_all(name).items():  # distributed as on the CPU
+        if tensor.numel() > 1000:
+            assert expected[key].float().std().item() == pytest.approx(tensor.float().std().item(), rel=0.1), key
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], torch.cuda.get_rng_state())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,32 @@
+"""Copying and adding between tensors of different types on a GPU, at the speed of its memory.
+
+torch's own kernels for mixed types (2.11, 2026-11) reach a third of it on an H200, and converting first takes a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 4096
+"""Elements that one program of the grid handles."""
+
+
+def cast_into(target: torch.Tensor, source: torch.Tensor, *, add: bool = False) -> None:
+    """Set ``target`` [elements] to ``source`` [elements], or ``add`` it, in target's type. Both are contiguous."""
+    size = target.numel()
+    if size:
+        _cast[(triton.cdiv(size, BLOCK),)](target, source, size, add=add, block=BLOCK)
+
+
+@triton.jit
+def _cast(target: Any, source: Any, size: Any, add: tl.constexpr, block: tl.constexpr) -> None:
+    places = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = places < size
+    value = tl.load(source + places, mask=inside).to(target.dtype.element_ty)
+    if add:
+        value += tl.load(target + places, mask=inside)
+    tl.store(target + places, value, mask=inside)

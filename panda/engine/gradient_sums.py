@@ -1,0 +1,78 @@
+"""The fp32 sums of bf16 gradients, in one pass over memory for each micro batch.
+
+For bf16 in ZeRO stage 1, DeepSpeed (``BF16_Optimizer`` of 0.19.8) converts each gradient to fp32, adds the copy to a
+sum that it has set to zero, and converts weights by torch's copy between types: 0.3 of the 2.8 s of a step of a 7B, 2 x
+2048 tokens and 8 micro batches on an H200 (2026-11-26). Here the first gradient of a step is written, and the others
+are added, by one kernel each. All numbers stay the same. Can go when DeepSpeed does so.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+
+
+def sum_in_one_pass(optimizer: Any) -> None:
+    """Make ``optimizer``, as ``deepspeed.initialize`` returned it, sum gradients so, if it is that wrapper."""
+    if type(optimizer).__name__ != "BF16_Optimizer":
+        return
+    for method in (_update_hp_grad, backward_epilogue, clear_hp_grads, update_lp_params):
+        setattr(optimizer, method.__name__, MethodType(method, optimizer))
+
+
+def _update_hp_grad(optimizer: Any, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+    """Add the gradient of ``parameter``, number ``index`` of ``group``, to its sum."""
+    total, summed = optimizer.fp32_groups_gradients[group][index], optimizer.fp32_groups_has_gradients[group]
+    _cast_into(total, parameter.grad.reshape(-1), add=summed[index])
+    parameter._hp_grad = total
+    summed[index] = True
+
+
+def backward_epilogue(optimizer: Any, **_: Any) -> None:
+    """After each backward pass: parameters that had no gradient since the last step have a sum of zero."""
+    for totals, summed in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True):
+        for index in (index for index, is_summed in enumerate(summed) if not is_summed):
+            totals[index].zero_()
+            summed[index] = True
+
+
+def clear_hp_grads(optimizer: Any) -> None:
+    """The next gradients begin sums of their own."""
+    for totals, summed in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True):
+        summed[:] = [False] * len(totals)
+
+
+@torch.no_grad()
+def update_lp_params(optimizer: Any) -> None:
+    """Set the weights of the forward pass to the masters, and gather them from the other ranks."""
+    import torch.distributed as dist
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    for parts, master, group in zip(
+        optimizer.bf16_partitioned_groups,
+        optimizer.fp32_groups_flat_partition,
+        optimizer.real_dp_process_group,
+        strict=True,
+    ):
+        _cast_into(parts[dist.get_rank(group)], master.detach())
+    all_gather_dp_groups(
+        groups_flat=optimizer.bf16_groups_flat,
+        partitioned_param_groups=optimizer.bf16_partitioned_groups,
+        dp_process_group=optimizer.real_dp_process_group,
+        start_alignment_factor=optimizer.nccl_start_alignment_factor,
+        allgather_bucket_size=optimizer.allgather_bucket_size,
+    )
+
+
+def _cast_into(target: torch.Tensor, source: torch.Tensor, *, add: bool = False) -> None:
+    """Set ``target`` [elements] to ``source`` [elements], or ``add`` it, in target's type."""
+    if target.is_cuda:
+        from panda.engine.casting_triton import cast_into
+
+        cast_into(target, source, add=add)
+    elif add:
+        target.add_(source)
+    else:
+        target.copy_(source)

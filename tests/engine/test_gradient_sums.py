@@ -1,0 +1,111 @@
+"""Sums of bf16 gradients beside those of DeepSpeed's own methods, to the bit; and the kernel that adds them.
+
+Triton reads TRITON_INTERPRET when it is imported, so without a GPU its test runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from launching import ENVIRONMENT
+
+from panda.configuration.options import RunOptions
+from panda.engine import engine as engines
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.engine import Engine
+from panda.engine.processes import Processes
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+anywhere = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: interpreted below")
+
+
+class Chosen(torch.nn.Module):
+    """Two layers, of which a batch uses some: as with experts, a parameter can have no gradient in a micro batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(2))
+
+    def forward(self, inputs: torch.Tensor, used: list[int]) -> torch.Tensor:
+        return sum((self.layers[number](inputs).square().sum() for number in used), inputs.sum() * 0)
+
+
+class Batch:
+    tokens = supervised_tokens = 1
+
+    def __init__(self, number: int, used: list[int]) -> None:
+        self.inputs, self.used = torch.full((1, 5), 1.0 + number / 7, dtype=torch.bfloat16), used
+
+    def to(self, device: torch.device) -> Batch:
+        return self
+
+
+STEPS = [
+    [Batch(1, [0, 1]), Batch(2, [0]), Batch(3, [0, 1])],
+    [Batch(4, [1]), Batch(5, [1]), Batch(6, [1])],  # the first layer has no gradient in this step
+    [Batch(7, [1]), Batch(8, [0]), Batch(9, [0, 1])],
+    [Batch(10, [0]), Batch(11, [0]), Batch(12, [0])],
+]
+
+
+def trained(processes: Processes) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Chosen()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    options = RunOptions(precision="bf16", gradient_accumulation_steps=3, max_grad_norm=0.3)
+    engine = Engine(model, optimizer, deepspeed_config(options, world_size=1, on_gpu=False), processes)
+    assert type(engine.optimizer).__name__ == "BF16_Optimizer"
+    results = [
+        engine.step(batches, lambda module, batch: module(batch.inputs, batch.used).float()) for batches in STEPS
+    ]
+    weights = {name: stored.read() for name, stored in engine.weights().items()}
+    weights["masters"] = torch.cat([master.detach() for master in engine.optimizer.fp32_groups_flat_partition])
+    return [(float(result.loss), float(result.grad_norm)) for result in results], weights
+
+
+def test_they_are_those_of_deepspeed(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, weights = trained(processes)
+    monkeypatch.setattr(engines, "sum_in_one_pass", lambda optimizer: None)
+    expected, expected_weights = trained(processes)
+    assert found == expected
+    for name, tensor in expected_weights.items():
+        assert torch.equal(weights[name], tensor), name
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernel itself runs")
+def test_the_kernel_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-k", "kernel_adds", __file__]
+    done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout, done.stdout
+
+
+@anywhere
+@pytest.mark.parametrize(
+    ("to", "of", "add"),
+    [
+        (torch.float32, torch.bfloat16, False),
+        (torch.float32, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, False),
+    ],
+)
+def test_the_kernel_adds_and_copies_between_types(to: torch.dtype, of: torch.dtype, add: bool) -> None:
+    from panda.engine.casting_triton import BLOCK
+    from panda.engine.casting_triton import cast_into
+
+    torch.manual_seed(0)
+    sizes = (1, 7, BLOCK, BLOCK + 3) if INTERPRETED else (1, 7, BLOCK, BLOCK + 3, 2**31 + 5)
+    for size in sizes:
+        target, source = torch.randn(size, device=DEVICE).to(to), torch.randn(size, device=DEVICE).to(of)
+        if INTERPRETED:
+            source = source.bfloat16().to(of)  # the interpreter (Triton 3.7) cuts to bf16, where a GPU rounds
+        expected = target + source.to(to) if add else source.to(to)
+        cast_into(target, source, add=add)
+        assert torch.equal(target, expected), size
