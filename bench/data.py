@@ -349,6 +349,8 @@ def measure_packing(flags: list[str], arguments: argparse.Namespace) -> None:
     import torch
 
     from panda.engine.processes import join_processes
+    from panda.models.forward.varlen_attention import attend_by_kernel
+    from panda.models.forward.varlen_attention import why_masked
     from panda.run.model import model_context
 
     processes = join_processes()
@@ -356,7 +358,12 @@ def measure_packing(flags: list[str], arguments: argparse.Namespace) -> None:
     resolved, task, dataset = _tokenised([*(GPU_MODEL if on_gpu else SMALL_MODEL), *flags], arguments.samples)
     torch.manual_seed(0)
     model = resolved.components["model"].build(model_context(resolved, task.tokenizer), torch.nn.Module)
-    model = model.to(processes.device, torch.bfloat16 if on_gpu else torch.float32)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    if masked := why_masked(model, processes.device, dtype):
+        print(f"packed rows have a mask, since {masked}")
+    else:
+        attend_by_kernel(model)
+    model = model.to(processes.device, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"a LLaMA of {parameters:,} parameters on {torch.cuda.get_device_name() if on_gpu else 'the CPU'}")
     print("| rows | micro batch | supervised tokens/s | data wait | filled |\n|---|---|---|---|---|")
@@ -409,10 +416,17 @@ def _steps(
     import torch
 
     from panda.data.batches import step_batches
+    from panda.models.forward.varlen_attention import takes_bounds
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = step_batches(
-        layout, rank=0, pad_token_id=0, num_workers=2, prefetch_factor=2, pin_memory=device.type == "cuda"
+        layout,
+        rank=0,
+        pad_token_id=0,
+        num_workers=2,
+        prefetch_factor=2,
+        pin_memory=device.type == "cuda",
+        bounds=takes_bounds(model),
     )
     counted = tokens = cells = 0
     waited = 0.0

@@ -16,3 +16,15 @@ def test_the_optimizer_step_is_measured(more: tuple[str, ...]) -> None:
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| tiny")]
     assert [row[2] for row in rows] == ["adamw, fused", "nvlamb", "nvlamb, weight decay"] * (1 if more else 2)
     assert all(float(row[3]) > 0 for row in rows)
+
+
+def test_layers_with_adapters_are_measured() -> None:
+    few = ("--rows", 2, "--length", 256, "--rank", 8, "--steps", 1)
+    printed = run_script(BENCH / "lora_layer.py", "--shape", "tiny", *few, cwd=BENCH)
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| tiny")]
+    assert [row[1:4] for row in rows] == [
+        [weights, whose, "plain"] for weights in ("bf16", "nf4") for whose in ("no adapters", "peft", "panda")
+    ]
+    updates = {(row[1], row[2]): float(row[7]) for row in rows if "adapters" not in row[2]}
+    for weights in ("bf16", "nf4"):
+        assert updates[weights, "peft"] < 0.8 < 0.9 < updates[weights, "panda"] < 1.1

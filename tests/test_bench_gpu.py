@@ -52,7 +52,7 @@ def settings(work: Path, **given: Any) -> Settings:
         "timeout": 60.0,
         "deadline": None,
         "extra": (),
-        "ends": None,
+        "ends": True,
         "peer_more": {},
         "peak_tflops": 989.0,
         "data": {},

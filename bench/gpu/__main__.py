@@ -27,7 +27,7 @@ Parts of a step, in seconds: waiting for data on the host (panda's data_wait), f
 on the device, clipping and the optimizer, and the rest of the step. "?": not marked. Memory, GiB of the fullest card:
 torch's peaks of allocated and reserved memory in training, and that of all processes, which nvidia-smi reads every
 0.2 s. Time to step 1: from the start of the command until the device has finished it. After the last: until the
-process has ended; "stopped": the run was ended there, before it wrote a checkpoint of tens of gigabytes (--end).
+process has ended; "stopped": the run was ended there, before it wrote anything (--stop).
 
 A case that fails, runs out of memory or takes longer than --timeout is a row that says so, with the end of its log.
 Rows go to --out as they come, one JSON object each, with command, date, versions and card.
@@ -113,7 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS))
     parser.add_argument("--no-peer", dest="peers", action="store_const", const=[], help="panda only")
     parser.add_argument("--peer-extra", type=json.loads, default={}, help="more TrainingArguments, as JSON")
-    parser.add_argument("--end", choices=("case", "run", "stop"), default="case", help="go to the end, or stop before")
+    parser.add_argument("--stop", action="store_true", help="end runs after their last step, before they export")
     parser.add_argument("--data", nargs="+", default=[], metavar="KIND=PATH", help="your own windows, answers or chats")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "panda-bench-gpu")
     parser.add_argument("--panda", type=Path, default=ROOT, help="root of the checkout to measure")
@@ -132,7 +132,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         timeout=given.timeout,
         deadline=None if given.budget is None else time.monotonic() + given.budget,
         extra=tuple(shlex.split(given.extra)),
-        ends={"case": None, "run": True, "stop": False}[given.end],
+        ends=not given.stop,
         peer_more=given.peer_extra,
         peak_tflops=given.peak_tflops,
         data=dict(word.split("=", 1) for word in given.data),
@@ -220,8 +220,7 @@ def one(
     folder = settings.work / "runs" / f"{name}-{who}"
     try:
         if who == "panda":
-            ends = case.ends if settings.ends is None else settings.ends
-            outcome = run_panda(case, settings, folder, settings.total_steps, ends=ends)
+            outcome = run_panda(case, settings, folder, settings.total_steps, ends=settings.ends)
         else:
             outcome = run_peer(case, settings, folder, deepspeed=who == "hf-deepspeed")
         return row_of(case, who, outcome, folder, settings)

@@ -95,8 +95,6 @@ class Case:
     ranks: int = 1
     peer: Mapping[str, Any] | None = field(default_factory=dict)
     """Values of the peer that differ from panda's flags: rows, accumulation, grouped, checkpointing; None: no peer."""
-    ends: bool = True
-    """Whether the run goes to its end; else it is stopped after its last step, before it writes tens of gigabytes."""
 
     def flag(self, key: str) -> Any:
         return self.flags.get(key, DEFAULTS.get(key))
@@ -144,7 +142,7 @@ def _lora(rows: int, accumulation: int = 1, length: int = 2048, r: int = 64, **m
     return _flags(rows, accumulation, length, 1e-4, use_lora=True, lora_r=r, lora_dropout=0) | more
 
 
-_FULL_7B = Case("7b", "windows", _flags(2, 8), ends=False)
+_FULL_7B = Case("7b", "windows", _flags(2, 8, save_final=False))
 _FULL_1_3B = Case("1.3b", "windows", _flags(8, 4))
 _FULL_1_3B_X2 = Case("1.3b", "windows", _flags(4, 8), ranks=2)
 _LORA_7B = Case("7b", "windows", _lora(4))
@@ -178,7 +176,7 @@ CASES: dict[str, Case] = {
     "full-1.3b-x2-zero2": _with(_FULL_1_3B_X2, zero_stage=2),
     "full-1.3b-x2-zero3": _with(_FULL_1_3B_X2, zero_stage=3),
     "full-1.3b-x2-tensor": replace(_with(_FULL_1_3B_X2, tensor_parallel_size=2), peer=None),
-    "full-7b-x2-zero3": Case("7b", "windows", _flags(1, 4, zero_stage=3), ranks=2, ends=False),
+    "full-7b-x2-zero3": Case("7b", "windows", _flags(1, 4, zero_stage=3, save_final=False), ranks=2),
     "lora-7b-x2-zero1": replace(_with(_LORA_7B, zero_stage=1), ranks=2),
     "lora-7b-x2-zero3": replace(_with(_LORA_7B, zero_stage=3), ranks=2),
     "qlora-7b-x2-zero3": replace(_with(_LORA_7B, zero_stage=3, use_quant=True), ranks=2),

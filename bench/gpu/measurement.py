@@ -60,8 +60,8 @@ class Settings:
     """``time.monotonic`` at which the budget of the call is spent."""
     extra: tuple[str, ...]
     """More flags of panda-train."""
-    ends: bool | None
-    """Overrides ``Case.ends``."""
+    ends: bool
+    """Whether runs go to their end; else they are stopped after their last step, before they export."""
     peer_more: dict[str, Any]
     peak_tflops: float
     data: dict[str, str]
@@ -145,7 +145,7 @@ def peer_spec(case: Case, settings: Settings, folder: Path, zero_stage: int | No
         "grouped": case.data == "chats",
         "checkpointing": own.get("checkpointing", case.flags.get("activation_checkpointing") in ("full", "selective")),
         "zero_stage": zero_stage,
-        "ends": case.ends if settings.ends is None else settings.ends,
+        "ends": settings.ends,
     }
     spec |= {"shape": case.shape} if case.arch else {"model": str(settings.checkpoint(case))}
     if case.uses_adapters:

@@ -65,7 +65,9 @@ def config_for(pretrained: Pretrained, needed: int, *, extend: bool) -> Mapping[
             f" {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights? If entries were"
             " added to it, `--extend_vocab` adds rows, each the mean of the existing ones."
         )
-    return {**pretrained.config, "vocab_size": needed}
+    if "vocab_size" in pretrained.config:
+        return {**pretrained.config, "vocab_size": needed}
+    return {**pretrained.config, "text_config": {**pretrained.config["text_config"], "vocab_size": needed}}
 
 
 def _follow_adapters(resolved: Resolved, folder: Path) -> Resolved:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from panda.registry import UserError
+
 NAMES = (
     "max_position_embeddings",
     "n_positions",
@@ -51,8 +53,25 @@ def positions_of(config: Mapping[str, Any]) -> Positions | None:
     return Positions(stretched, f"{name}, stretched by the RoPE rule in its config.json")
 
 
+def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters of RoPE in ``config``: as in transformers those of the older key, where both are stated.
+
+    Raises UserError where they are no object.
+    """
+    key = next((key for key in ("rope_scaling", "rope_parameters") if config.get(key)), None)
+    if key is None:
+        return {}
+    if not isinstance(config[key], Mapping):
+        raise UserError(
+            f"ckpt_path: {key} in its config.json is {config[key]!r}; expected an object such as"
+            ' {"rope_type": "linear", "factor": 2.0}, or null.'
+        )
+    rope: Mapping[str, Any] = config[key]
+    return rope
+
+
 def _stretched(config: Mapping[str, Any], count: int) -> int:
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = rope_of(config)
     rule, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
     if not isinstance(factor, int | float) or rule == "default" or config.get("model_type") in _WHOLE_AS_STATED:
         return count

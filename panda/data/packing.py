@@ -22,16 +22,36 @@ from panda.data.token_dataset import SampleSet
 
 Row = list[int]
 """Numbers of the samples that share a row."""
+RowLength = Callable[[int], int]
+"""The length to which a row of so many tokens is padded."""
 FILLING_SAMPLES = 5000
 """Samples at the start of a run from which it is reported how full rows are, whatever the size of a step."""
 
 
-def in_order(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
+def exact_length(tokens: int) -> int:
+    """``tokens``, where every length of a row is as good as another."""
+    return tokens
+
+
+def one_of_few_lengths(tokens: int) -> int:
+    """The smallest of a few lengths that holds ``tokens``: multiples of 8, and eight of them up to each power of two.
+
+    torch compiles code for the lengths that it meets, and a GPU has faster kernels for such lengths than for others.
+    """
+    step = max(8, 1 << max(0, (tokens - 1).bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def in_order(
+    samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int, row_length: RowLength = exact_length
+) -> list[Row]:
     """One sample a row, in the order given."""
     return [[int(sample)] for sample in samples]
 
 
-def by_length(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
+def by_length(
+    samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int, row_length: RowLength = exact_length
+) -> list[Row]:
     """One sample a row, samples of similar length together, so that a micro batch has little padding."""
     return [[int(sample)] for sample in samples[np.argsort(-lengths, kind="stable")]]
 
@@ -57,25 +77,28 @@ def best_fit(samples: np.ndarray, lengths: np.ndarray, capacity: int) -> list[Ro
     return rows
 
 
-def packed(samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int) -> list[Row]:
+def packed(
+    samples: np.ndarray, lengths: np.ndarray, capacity: int, at_once: int, row_length: RowLength = exact_length
+) -> list[Row]:
     """Rows of best fit, no longer than they have to be.
 
     All ranks together take ``at_once`` rows in a micro batch, and rows of full capacity leave some places
     of the last micro batch empty. Shorter rows fill those places: the number of micro batches stays the
-    same, ranks are loaded evenly, and attention, whose cost grows with the square of a row, costs less.
+    same, ranks are loaded evenly, and attention, whose cost grows with the square of a row, costs less. What
+    ``row_length`` would pad is filled.
     """
     rows = best_fit(samples, lengths, capacity)
     places = -(-len(rows) // at_once) * at_once
     shorter = max(int(lengths.max()), -(-int(lengths.sum()) // places))
-    while shorter < capacity:
-        tried = best_fit(samples, lengths, shorter)
+    while (length := row_length(shorter)) < capacity:
+        tried = best_fit(samples, lengths, length)
         if len(tried) <= places:
             return tried
-        shorter += -(-shorter // 32)
+        shorter = length + -(-length // 32)
     return rows
 
 
-LAYOUTS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], list[Row]]] = {
+LAYOUTS: dict[str, Callable[[np.ndarray, np.ndarray, int, int, RowLength], list[Row]]] = {
     "padded": in_order,
     "grouped": by_length,
     "packed": packed,
@@ -108,6 +131,12 @@ class Layout:
     plan: BatchPlan
     batching: str
     max_seq_length: int
+    few_lengths: bool = False
+    """Whether rows are padded to one of a few lengths, and not only to the longest of their micro batch."""
+
+    def row_length(self, tokens: int) -> int:
+        """The length of the rows of a micro batch, whose longest has ``tokens``."""
+        return min(one_of_few_lengths(tokens), self.max_seq_length) if self.few_lengths else tokens
 
     @property
     def packed(self) -> bool:
@@ -123,7 +152,8 @@ class Layout:
         samples = self.order.samples(self.plan.positions(step))
         plan = self.plan
         at_once = plan.micro_batch * plan.ranks
-        rows = LAYOUTS[self.batching](samples, self.dataset.lengths(samples), self.max_seq_length, at_once)
+        lengths = self.dataset.lengths(samples)
+        rows = LAYOUTS[self.batching](samples, lengths, self.max_seq_length, at_once, self.row_length)
         places = -(-len(rows) // at_once) * plan.ranks
         share, more = divmod(len(rows), places)
         starts = [place * share + min(place, more) for place in range(places + 1)]
@@ -140,7 +170,7 @@ class Layout:
                 for of_rank in micro_batch:
                     filled = [int(self.dataset.lengths(np.array(row)).sum()) for row in of_rank]
                     tokens += sum(filled)
-                    cells += max(filled, default=0) * len(filled)
+                    cells += self.row_length(max(filled, default=0)) * len(filled)
                     samples += sum(map(len, of_rank))
                     rows += len(of_rank)
         return Filling(tokens / max(1, cells), samples / max(1, rows), tokens / max(1, rows), len(steps))

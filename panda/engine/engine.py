@@ -94,6 +94,7 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
             )
+        _gather_for_readers(module, self.optimizer)
         # What DeepSpeed writes of the module. `exclude_frozen_parameters` of 0.19.8 leaves out frozen parameters
         # only, and not the scales of quantised ones, which bitsandbytes adds to the state dict; loading then fails.
         # Can go when DeepSpeed lets the caller choose what is written.
@@ -351,6 +352,31 @@ class Engine:
         with nullcontext() if finite else _without_effect(self.optimizer):
             self.deepspeed.step()
         return norm, finite
+
+
+def _gather_for_readers(module: torch.nn.Module, optimizer: Any) -> None:
+    """Under ZeRO-3, gather all weights in a module that has ``reads_parts``, such as an adapted layer, when it is run.
+
+    DeepSpeed gathers weights when the module that has them is run. Such a module reads the weights of its parts,
+    without running them: they become its own, as DeepSpeed calls it external, and its parts lose their hooks.
+    DeepSpeed's leaf modules, which do the same, fail where the input has no gradient, as in a first layer (0.19.8).
+    """
+    offload = getattr(optimizer, "parameter_offload", None)
+    readers = [part for part in module.modules() if getattr(part, "reads_parts", False)]
+    if offload is None or not readers:
+        return
+    from deepspeed.runtime.zero import register_external_parameter
+
+    hooks = set()
+    for reader in readers:
+        for parameter in reader.parameters():
+            register_external_parameter(reader, parameter)
+        for part in reader.modules():
+            if part is not reader:
+                hooks |= {id(part._forward_hooks), id(part._forward_pre_hooks)}
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in hooks:
+            handle.remove()
 
 
 def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

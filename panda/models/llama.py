@@ -10,6 +10,7 @@ from typing import Annotated
 from typing import Any
 from typing import Literal
 
+from panda.configuration.positions import rope_of
 from panda.registry import Meta
 from panda.registry import UserError
 from panda.registry import register_model
@@ -88,7 +89,7 @@ class LlamaOptions:
                 f"model llama: the checkpoint's model_type is {config['model_type']!r}. `--model hf` accepts any causal"
                 " language model that transformers knows."
             )
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope = rope_of(config)
         scaling = rope.get("rope_type", rope.get("type", "default"))
         if scaling not in ("default", *ROPE_SCALINGS):
             raise UserError(
@@ -134,8 +135,7 @@ class LlamaOptions:
 def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module:
     """LLaMA causal language model (arXiv 2302.13971), with the additions of LLaMA 2 and 3."""
     vocab_size = options.vocab_size or context.vocab_size
-    special = ("pad_token_id", "bos_token_id", "eos_token_id")
-    given: dict[str, Any] = {name: getattr(context, name) for name in special}
+    given: dict[str, Any] = {name: getattr(context, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if context.config is not None:
         vocab_size = context.config.get("vocab_size", vocab_size)
         # The rest of its config is kept; rope_parameters below replaces these two.
@@ -154,6 +154,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     from panda.models.forward.stretched_positions import stretch_by_sample
     from panda.models.initialisation.creation import keep_computed_float32
 
+    _refuse_padding_beyond(vocab_size, given.get("pad_token_id"))
     config = LlamaConfig(
         **given
         | {
@@ -191,6 +192,14 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
         },
     )
     return model  # type: ignore[no-any-return]
+
+
+def _refuse_padding_beyond(rows: int, pad: Any) -> None:
+    if isinstance(pad, int) and not -rows <= pad < rows:
+        raise UserError(
+            f'model llama: its pad_token_id is {pad}, and its embedding has {rows:,} rows. Write `"pad_token_id": null`'
+            " in config.json: padding needs no row."
+        )
 
 
 def _positions(options: LlamaOptions, context: ModelContext) -> int:

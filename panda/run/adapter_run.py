@@ -17,10 +17,12 @@ from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import PROVENANCE
+from panda.weights.run_folders import EXPORT
 
 if TYPE_CHECKING:
     import torch
 
+    from panda.weights.pretrained import Pretrained
     from panda.weights.stored_tensor import Weights
 
 CKPT_PATH_HELP = "for adapters: where their base is now, if it has been moved"
@@ -44,6 +46,21 @@ class AdapterRun:
 def trained_adapters(run: Path) -> bool:
     """Whether ``run`` is the directory of a run that trains adapters."""
     return "base_weights" in _facts(run)
+
+
+def refuse_another_base(pretrained: Pretrained) -> None:
+    """Raise UserError where a run exported the adapters of ``pretrained``, and trained them on another base."""
+    from panda.weights.pretrained import base_weights
+
+    adapters = pretrained.adapters
+    if adapters is None or adapters.name != EXPORT:
+        return
+    trained_on = _facts(adapters.parent).get("base_weights")
+    if trained_on and trained_on != base_weights(pretrained):
+        raise UserError(
+            f"ckpt_path: the adapters in {adapters} were trained on {trained_on}, but the base found is"
+            f" {pretrained.describe()}, {pretrained.identity}. Give the location of the original base with `base_path`."
+        )
 
 
 def _facts(run: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def lay_out(
         start_step=progress.step,
         start_position=progress.position,
     )
-    return Layout(dataset, order, plan, batching or options.batching, options.max_seq_length)
+    return _layout(options, dataset, order, plan, batching or options.batching)
 
 
 def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: int) -> Layout | None:
@@ -108,7 +108,13 @@ def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: in
         epochs=1,
     )
     batching = "packed" if options.batching == "packed" else "grouped"
-    return Layout(dataset, order, plan, batching, options.max_seq_length)
+    return _layout(options, dataset, order, plan, batching)
+
+
+def _layout(options: RunOptions, dataset: SampleSet, order: SampleOrder, plan: BatchPlan, batching: str) -> Layout:
+    """Rows have few lengths on a GPU if they are packed, which hardly adds padding, or if layers are compiled."""
+    few_lengths = torch.cuda.is_available() and (batching == "packed" or options.compile)
+    return Layout(dataset, order, plan, batching, options.max_seq_length, few_lengths)
 
 
 def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:

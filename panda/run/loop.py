@@ -16,6 +16,8 @@ from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.engine import StepResult
+from panda.models.forward.stretched_positions import needs_positions
+from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
 from panda.run.records import Clock
 from panda.run.records import evaluation_record
@@ -128,6 +130,7 @@ def _attributed_loss(run: Run) -> Callable[[Any, Batch], torch.Tensor]:
 
 def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
     """The micro batches of this rank in each step of ``layout``."""
+    module = run.engine.module
     return step_batches(
         layout,
         rank=run.processes.data_rank,
@@ -135,5 +138,6 @@ def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
         num_workers=run.options.num_workers,
         prefetch_factor=run.options.prefetch_factor,
         pin_memory=run.processes.device.type == "cuda",
-        positions=any(getattr(part, "needs_positions", False) for part in run.engine.module.modules()),
+        positions=needs_positions(module),
+        bounds=takes_bounds(module),
     )

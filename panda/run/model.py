@@ -206,11 +206,14 @@ def make_trainable(
     if left:
         place(model, left, options, deepspeed, processes)
     if options.use_lora:
+        from panda.models.adapters.one_rounding import round_once  # imports peft
+
         seed_random(options.seed)  # so adapters start the same, whatever random numbers the base took
         with processes.device:
             model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
         if adapters:
             start_from(model, adapters)
+        round_once(model, keep_dequantised=options.activation_checkpointing == "full")
     if options.activation_checkpointing == "selective":
         recompute_activations(model, selective=True)
     if options.compile:

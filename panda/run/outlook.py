@@ -18,6 +18,8 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.processes import Processes
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.lora import add_adapters
+from panda.models.adapters.lora import left_bare
+from panda.models.adapters.targets import ALL_LINEAR
 from panda.optim.adam_options import AdamOptions
 from panda.registry import UserError
 from panda.registry.settings import CORE
@@ -61,7 +63,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "text": [prepared.task.text_format()],
         "data": [*_data(prepared, prepared.dataset), *_epoch(prepared.dataset)],
         "evaluation": list(_evaluation(prepared)),
-        "steps": list(_steps(layout)),
+        "steps": [*_steps(layout), *_attention(prepared, layout)],
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared)],
         "saves": [_saves(prepared.options)],
@@ -130,6 +132,10 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
             yield f"{'and ' * bool(names)}on the parameters {', '.join(config.target_parameters)}"
         elif experts:
             yield f"not on the experts: `lora_target_modules` can name {', '.join(experts)}"
+        is_on_all = not options.lora_target_modules or ALL_LINEAR in options.lora_target_modules
+        if adapted is not None and is_on_all and (bare := left_bare(adapted, ALL_LINEAR)):
+            ends = sorted({".".join(name.split(".")[-2:]) for name in bare})
+            yield f"not on {len(bare):,} linear layers, which peft cannot adapt beside experts: {', '.join(ends)}"
         rows = cast("dict[str, list[int]]", config.trainable_token_indices or {})
         if rows:
             yield f"and the {len(next(iter(rows.values()))):,} rows of new tokens in {' and '.join(rows)}"
@@ -213,6 +219,12 @@ def _steps(layout: Layout) -> Iterator[str]:
         long = f" of up to {layout.max_seq_length:,}" * layout.packed
         shared = f", {rows.samples:,.1f} samples a row" * layout.packed
         yield f"about {tokens:,.0f} tokens a step, in {layout.batching} rows{long}: {rows.share:.1%} data{shared}"
+
+
+def _attention(prepared: Preparation, layout: Layout) -> Iterator[str]:
+    if layout.packed:
+        masked = f"with a mask, since {prepared.why_masked}"
+        yield f"attention of packed rows: {masked if prepared.why_masked else 'by the varlen kernel, without a mask'}"
 
 
 def _epochs(layout: Layout) -> str:

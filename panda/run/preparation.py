@@ -12,9 +12,11 @@ from panda.configuration.options import RunOptions
 from panda.data.held_out import note_shared_samples
 from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
+from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
+from panda.run.adapter_run import refuse_another_base
 from panda.run.assembly import build_evaluation_task
 from panda.run.assembly import build_task
 from panda.run.assembly import dataset_of
@@ -31,6 +33,9 @@ from panda.weights.generation_config import generation_values
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import Weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What each ``precision`` computes in."""
 
 
 class Preparation:
@@ -84,6 +89,17 @@ class Preparation:
         return self._outline_and_random_weights[0]
 
     @cached_property
+    def why_masked(self) -> str:
+        """Why attention of packed rows needs a mask, and no kernel for samples of any length serves; empty if one does.
+
+        A model that can only be built with weights is not tried.
+        """
+        if self.outline is None:
+            return "the model can only be built with weights"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return why_masked(self.outline, device, DTYPES[self.options.precision])
+
+    @cached_property
     def weights(self) -> Weights | None:
         """The tensors of the model, by name: the checkpoint's, or random ones; each is read or drawn when it is needed.
 
@@ -98,6 +114,7 @@ class Preparation:
                 f"ckpt_path: {self.pretrained.folder}: model {name!r} cannot be built without weights, so a run cannot"
                 " start from its export. Continue the run with `resume`."
             )
+        refuse_another_base(self.pretrained)
         return fitted(outline, self.pretrained)
 
     @cached_property

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from panda.configuration.options import RunOptions
 from panda.data.packing import Layout
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
+from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.trial import refuse_unfit
+from panda.models.forward.varlen_attention import attend_by_kernel
 from panda.optim.schedules import Schedule
 from panda.run.assembly import build_optimizer
 from panda.run.assembly import build_schedule
@@ -53,6 +58,9 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     base, weights = prepared.take_base()
     if layout.packed:
         refuse_without_positions(base, name)
+    bounded = (layout.packed or needs_positions(base)) and not prepared.why_masked
+    if bounded:
+        attend_by_kernel(base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     started = prepared.pretrained.adapters if prepared.pretrained else None
     model = make_trainable(base, options, weights, config, processes, started)
@@ -61,7 +69,18 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
     engine = Engine(model, optimizer, config, processes)
-    refuse_unfit(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
-    if layout.packed:
-        refuse_leaking(engine.evaluating(), name, prepared.context.vocab_size, processes.device)
+    with _without_compiling(options):
+        refuse_unfit(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
+        if layout.packed:
+            entries = prepared.context.vocab_size
+            refuse_leaking(engine.evaluating(), name, entries, processes.device, bounded=bounded)
     return TrainedModel(base, engine, schedule, config, parameters, trained)
+
+
+def _without_compiling(options: RunOptions) -> AbstractContextManager[Any]:
+    """Inside it, layers that are to be compiled run as they are.
+
+    Code for the short rows of a trial would be of no use, and torch, having met rows of two lengths, would compile
+    code for rows of any length, which is slower.
+    """
+    return torch.compiler.set_stance("force_eager") if options.compile else nullcontext()

@@ -91,6 +91,8 @@ def _instead(folder: Path) -> str:
             " It holds adapters, which are not a model without their base: `panda export RUN --merge` writes the sum of"
             " both to RUN/merged; name that."
         )
+    if (folder / "manifest.json").exists():
+        return f" It is a checkpoint of a run: `panda export {folder} --output NAME` writes its model; name that."
     if (folder / "provenance.json").exists():
         return f" It is a run without an export: `panda export {folder}` writes one, to RUN/export; name that."
     return ""
@@ -102,6 +104,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder / CONFIG}: it has no 'model_type', so it is not the configuration of a transformers model."
         )
+    if config.get("quantization_config", {}) is None:  # as some programs write that there is none
+        del config["quantization_config"]
     return config
 
 

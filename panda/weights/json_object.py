@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from panda.registry import UserError
+from panda.weights.git_lfs import pointer_problem
 
 _TAG = "__float__"
 _SPECIAL = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
@@ -25,7 +26,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror}.") from None
     except ValueError as problem:
-        raise UserError(f"{file}: not valid JSON: {problem}.") from None
+        raise UserError(f"{file}: {pointer_problem(file) or f'not valid JSON: {problem}.'}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}.")
     return content

@@ -15,6 +15,7 @@ _SHOWN = 8
 
 
 _COMPUTED = re.compile(r"(^|\.)(rotary\w*\.(inv_freq|cos_cached|sin_cached)|masked_bias|causal_mask|position_ids)$")
+_WRAPPERS = re.compile(r"^module\.|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
 
@@ -24,7 +25,8 @@ def is_computed(name: str, tensor: StoredTensor) -> bool:
     Frequencies and angles of rotary embeddings, numbers of positions, and causal masks, which GPT-2 and models after
     it had under the name of a bias.
     """
-    is_mask = len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    *ones, rows, columns = tensor.shape if len(tensor.shape) > 1 else (0, 0)
+    is_mask = set(ones) <= {1} and 0 < rows == columns
     return bool(_COMPUTED.search(name) or (is_mask and _MASK.search(name)))
 
 
@@ -89,6 +91,14 @@ def refuse_unlike(source: str, missing: list[str], unexpected: list[str], missha
             + "\n".join(problems)
             + "\nIs it a checkpoint of another architecture or size? Nothing was loaded."
         )
+
+
+def unwrapped(module: torch.nn.Module, weights: Weights) -> Weights:
+    """``weights`` without the parts that wrappers of torch add to names: `torch.compile`, DDP, FSDP, checkpointing."""
+    own = module.state_dict(keep_vars=True)
+    if any(_WRAPPERS.search(name) for name in own):
+        return weights
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
 
 
 def _refuse_unequal(tensors: list[tuple[str, StoredTensor]], source: str) -> None:

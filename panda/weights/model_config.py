@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,20 +56,44 @@ def model_config(config: Any, base: Mapping[str, Any] | None) -> dict[str, Any]:
 def for_all_readers(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values``, the content of a config.json, with what the class of any version reads, and without ``auto_map``.
 
-    Keys that are there keep their values, unless these are null.
+    Keys that are there keep their values, unless these are null. Where transformers would no longer read the same RoPE,
+    nothing is added to it: some classes that 4.57 does not have take no older keys.
     """
-    read = {key: for_all_readers(value) if _is_config(value) else value for key, value in values.items()}
+    complete = _completed(values, with_rope=True)
+    return complete if _ropes_read(complete) == _ropes_read(values) else _completed(values, with_rope=False)
+
+
+def _completed(values: Mapping[str, Any], *, with_rope: bool) -> dict[str, Any]:
+    read = {
+        key: _completed(value, with_rope=with_rope) if _is_config(value) else value for key, value in values.items()
+    }
     for key in _LEFT_OUT:
         read.pop(key, None)
     dtype = read.get("dtype", read.get("torch_dtype"))
     if dtype is not None:
         read |= {"dtype": dtype, "torch_dtype": dtype}
     parameters = read.get("rope_parameters")
-    if parameters:
+    if not parameters:
+        read.pop("rope_parameters", None)
+    elif with_rope:
         read |= {key: value for key, value in _old_rope(parameters, read).items() if read.get(key) is None}
-    elif "rope_parameters" in read:
-        del read["rope_parameters"]
     return read
+
+
+def _ropes_read(values: Mapping[str, Any]) -> Any:
+    """The parameters of RoPE that transformers reads from ``values``, of each part of the model; else its error."""
+    from transformers import AutoConfig
+
+    given = copy.deepcopy(dict(values))  # as of 5.23 (2026-11), transformers writes into the dictionaries that it gets
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that only 4.57 reads
+            config = AutoConfig.for_model(given.pop("model_type", None), **given)
+    except Exception as problem:  # transformers lets the exceptions of its parsers through
+        return str(problem)
+    parts = {"": _written(config)}
+    parts |= {key: value for key, value in parts[""].items() if _is_config(value)}
+    return {key: _rope(value) for key, value in parts.items()}
 
 
 def _is_config(value: Any) -> bool:

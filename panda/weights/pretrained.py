@@ -126,9 +126,12 @@ def fitted(module: torch.nn.Module, pretrained: Pretrained) -> Weights:
     """The tensors of ``pretrained`` for each name in ``module``. Raises UserError where they do not fit."""
     from panda.weights.conversion import as_in_module
     from panda.weights.matching import matched
+    from panda.weights.matching import unwrapped
 
-    rows, wanted = pretrained.config.get("vocab_size"), getattr(getattr(module, "config", None), "vocab_size", None)
+    config: Any = getattr(module, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    rows, wanted = pretrained.vocabulary, getattr(text, "vocab_size", None)
     grow = (rows, wanted) if rows and wanted and wanted > rows else None
     source = str(pretrained.folder)
-    weights = as_in_module(module, pretrained.weights(), source=source)
+    weights = as_in_module(module, unwrapped(module, pretrained.weights()), source=source)
     return matched(module, weights, source=source, grow_rows=grow)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from panda.registry import UserError
+from panda.weights.git_lfs import pointer_problem
+from panda.weights.json_object import read_json_object
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,6 @@ ADAPTER_WEIGHTS = "adapter_model*"
 ADAPTER_FILES = FileNames("adapter_model*.safetensors")
 """Those among them that are read."""
 
-_POINTER = b"version https://git-lfs"
-
 
 def index_of(folder: Path, names: FileNames) -> dict[str, str]:
     """The name of each tensor, and of the file that holds it, by the index of ``folder``; empty without an index.
@@ -45,7 +44,7 @@ def index_of(folder: Path, names: FileNames) -> dict[str, str]:
     if not names.index or not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+        return dict(read_json_object(file)["weight_map"])
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file}: not an index of weights: {problem!r}.") from None
 
@@ -96,13 +95,8 @@ def shards(folder: Path, names: FileNames) -> list[Path]:
 
 def damaged(file: Path, problem: str, what: str = "safetensors") -> UserError:
     """The error for a ``file`` that is not a complete file of ``what``, with what to do about it."""
-    with file.open("rb") as stream:
-        is_pointer = stream.read(len(_POINTER)) == _POINTER
-    if is_pointer:
-        return UserError(
-            f"{file}: this is the pointer that git leaves in place of a large file where git-lfs is not set up. Run"
-            " `git lfs install`, then `git lfs pull` in that folder, to fetch the file."
-        )
+    if pointer := pointer_problem(file):
+        return UserError(f"{file}: {pointer}")
     return UserError(
         f"{file}: damaged, or not {what}: {problem}. It has {file.stat().st_size:,} bytes; was the copy or the"
         " download cut off? Fetch it again."

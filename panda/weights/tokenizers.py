@@ -14,6 +14,7 @@ from typing import Any
 from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.registry.location import resolve_path
+from panda.weights.git_lfs import pointer_problem
 from panda.weights.hub import cached
 from panda.weights.hub import is_name
 from panda.weights.hub import repository_of
@@ -76,8 +77,11 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as problem:  # transformers lets the exceptions of its parsers through
+        for file in (folder / name for name in (*TOKENIZER, TOKENIZER_CONFIG)):
+            if file.is_file() and (pointer := pointer_problem(file)):
+                raise UserError(f"{file}: {pointer}") from None
         what = f"{folder}: no tokenizer could be loaded from it"
         try:
             AutoConfig.from_pretrained(str(folder), local_files_only=True)
@@ -85,6 +89,23 @@ def read_tokenizer(folder: Path) -> Any:
             if str(other) == str(problem):  # transformers reads the model's configuration first
                 what = f"{folder / 'config.json'}: transformers cannot read it"
         raise UserError(f"{what}: {_lacking(folder) or in_brief(problem)}.") from problem
+    _refuse_empty(tokenizer, folder)
+    return tokenizer
+
+
+def _refuse_empty(tokenizer: Any, folder: Path) -> None:
+    """Raise UserError where ``tokenizer``, read from ``folder``, has no entries but special tokens.
+
+    transformers (5.23, 2026-11) makes such a one of a folder whose files its class does not read: all text is `<unk>`.
+    """
+    if tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens):
+        return
+    found = ", ".join(name for name in TOKENIZER if (folder / name).exists()) or "none that is known"
+    raise UserError(
+        f"{folder}: no tokenizer could be loaded from it: {type(tokenizer).__name__}, the class that its configuration"
+        f" names, finds no vocabulary in its files ({found}). Put a tokenizer.json beside them, or give the file the"
+        " name that this class reads, such as tokenizer.model."
+    )
 
 
 def _lacking(folder: Path) -> str:

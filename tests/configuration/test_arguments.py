@@ -61,6 +61,13 @@ def test_blocked_names_are_read_wherever_they_stand() -> None:
     assert arguments.given["c"].value == "x"
 
 
+def test_profile_is_short_for_one_more_plugin(tmp_path: Path) -> None:
+    assert parse_arguments(["--profile"]).given["plugins"].value == ("profile",)
+    (tmp_path / "run.yaml").write_text("plugins: [a, b]")
+    argv = ["--config", str(tmp_path / "run.yaml"), "--profile", "-p", "no:plot"]
+    assert parse_arguments(argv).given["plugins"].value == ("a", "b", "profile", "no:plot")
+
+
 @pytest.mark.parametrize("argv", [["-p"], ["-p", "plot"], ["-p", "no:"], ["-p="]])
 def test_p_without_no_is_refused(argv: list[str]) -> None:
     assert "expected `-p no:NAME`" in refused(*argv)

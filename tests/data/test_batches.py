@@ -98,6 +98,32 @@ def test_samples_of_a_row_lie_side_by_side_and_positions_begin_anew() -> None:
     assert (batch.tokens, batch.supervised_tokens) == (7, 3)
 
 
+def test_bounds_are_those_of_all_rows_one_after_the_other_and_of_padding() -> None:
+    """In numbers of samples and of tokens that are powers of two, so that compiled code serves more batches."""
+    rows = [[sample([5, 6, 7], 2), sample([8, 9], 1)], [sample([3, 4], 1)]]
+    batch = collate(rows, pad_token_id=1, packed=True, bounded=True)
+    assert batch.positions["sample_bounds"].tolist() == [0, 3, 5, 7, 10]
+    assert batch.positions["longest_sample"] == 4
+    longer = collate(rows, pad_token_id=1, packed=True, bounded=True, row_length=lambda tokens: tokens + 3)
+    assert longer.input_ids.shape == (2, 8)
+    assert longer.positions["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert longer.positions["sample_bounds"].tolist() == [0, 3, 5, 8, 10, 16, 16, 16, 16]
+    assert longer.positions["longest_sample"] == 8
+    assert longer.positions["sample_bounds"].dtype == torch.int32
+    nothing = collate([], pad_token_id=1, packed=True, bounded=True)
+    assert nothing.positions["sample_bounds"].tolist() == [0, 2]
+    assert collate(rows, pad_token_id=1, bounded=True).positions == {}
+
+
+def test_rows_are_padded_to_the_length_that_their_layout_says(dataset: TokenDataset) -> None:
+    layout = Layout(dataset, SampleOrder(dataset.sources, SEED), plan_of(), "packed", 20, few_lengths=True)
+    given: Any = {"rank": 0, "pad_token_id": PAD, "num_workers": 0, "prefetch_factor": 2, "pin_memory": False}
+    widths = {b.input_ids.shape[1] for step in step_batches(layout, bounds=True, **given) for b in step}
+    assert widths <= {8, 16, 20}
+    assert all(b.bounds is not None for step in step_batches(layout, bounds=True, **given) for b in step)
+    assert all(b.bounds is None for step in step_batches(layout, **given) for b in step)
+
+
 @pytest.mark.parametrize("batching", LAYOUTS)
 def test_every_layout_carries_the_same_tokens_and_labels_in_a_step(dataset: TokenDataset, batching: str) -> None:
     def pairs(steps: list[list[Batch]]) -> list[list[int]]:
@@ -109,9 +135,11 @@ def test_every_layout_carries_the_same_tokens_and_labels_in_a_step(dataset: Toke
 
 
 def test_a_batch_moves_with_its_counts() -> None:
-    batch = collate([[sample([5, 6], 1)], [sample([7, 8, 9], 1)]], PAD, packed=True).to(torch.device("meta"))
-    assert {tensor.device.type for tensor in (batch.input_ids, batch.labels)} == {"meta"}
-    assert {name: tensor.device.type for name, tensor in batch.positions.items()} == {"position_ids": "meta"}
+    rows = [[sample([5, 6], 1)], [sample([7, 8, 9], 1)]]
+    batch = collate(rows, PAD, packed=True, bounded=True).to(torch.device("meta"))
+    positions = batch.positions
+    given = (batch.input_ids, batch.labels, positions["position_ids"], positions["sample_bounds"])
+    assert {tensor.device.type for tensor in given} == {"meta"}
     assert (batch.tokens, batch.supervised_tokens) == (5, 3)
 
 
@@ -124,11 +152,14 @@ def test_a_batch_does_not_share_memory_with_the_data_set(dataset: TokenDataset) 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_batch_comes_from_a_worker_as_it_was_and_without_shared_memory(packed: bool) -> None:
-    batch = collate([[sample([5, 6, 7, 8], 2), sample([9, 3], 1)]], pad_token_id=1, packed=packed)
+    row = [sample([5, 6, 7, 8], 2), sample([9, 3], 1)]
+    batch = collate([row], pad_token_id=1, packed=packed, bounded=packed)
     came = pickle.loads(bytes(ForkingPickler.dumps(batch)))
     assert (came.tokens, came.supervised_tokens) == (6, 3)
     assert came.cells.dtype == torch.int64 and came.cells.equal(batch.cells)
-    assert len(came.positions) == packed
+    assert came.positions.keys() == ({"position_ids", "sample_bounds", "longest_sample"} if packed else set())
+    if packed:
+        assert came.bounds.dtype == torch.int32 and came.bounds.equal(batch.bounds) and came.longest == 4
     assert not came.cells.is_shared() and not batch.cells.is_shared()
     came.cells.zero_()  # it can be written to
 

@@ -19,6 +19,7 @@ from panda.data.packing import Layout
 from panda.data.packing import best_fit
 from panda.data.packing import by_length
 from panda.data.packing import in_order
+from panda.data.packing import one_of_few_lengths
 from panda.data.packing import packed
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
@@ -34,12 +35,12 @@ def dataset_of(lengths: list[int]) -> TokenDataset:
     return TokenDataset.of(block)
 
 
-def layout_of(lengths: list[int], batching: str, **changes: Any) -> Layout:
+def layout_of(lengths: list[int], batching: str, *, few_lengths: bool = False, **changes: Any) -> Layout:
     dataset = dataset_of(lengths)
     plan = BatchPlan(
         **({"samples": len(lengths), "micro_batch": 2, "accumulation": 2, "ranks": 1, "epochs": 1} | changes)
     )
-    return Layout(dataset, SampleOrder(dataset.sources, seed=3), plan, batching, CAPACITY)
+    return Layout(dataset, SampleOrder(dataset.sources, seed=3), plan, batching, CAPACITY, few_lengths)
 
 
 def step_samples(layout: Layout, step: int) -> list[int]:
@@ -153,3 +154,45 @@ def test_filling_looks_at_as_many_samples_whatever_the_size_of_a_step() -> None:
 def test_filling_of_a_run_that_goes_on_is_that_of_the_steps_to_come() -> None:
     assert layout_of([2, 2, 2, 2], "packed", start_step=1, start_position=4, epochs=2).filling() == (1.0, 2.0, 4.0, 1)
     assert layout_of([2, 2, 2, 2], "packed", start_step=1, start_position=4).filling().steps == 0
+
+
+def test_few_lengths_are_eight_to_a_doubling_and_multiples_of_8() -> None:
+    lengths = sorted({one_of_few_lengths(tokens) for tokens in range(1, 4097)})
+    assert lengths[:8] == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert [length for length in lengths if 1024 < length <= 2048] == [1024 + 128 * n for n in range(1, 9)]
+    assert not any(length % 8 for length in lengths)
+    for tokens in range(1, 4097):
+        length = one_of_few_lengths(tokens)
+        assert tokens <= length < max(tokens + 8, tokens * 9 / 8)
+        assert one_of_few_lengths(length) == length
+
+
+@pytest.mark.parametrize("batching", LAYOUTS)
+@given(lengths=lengths_of_samples, micro=st.integers(1, 5))
+def test_rows_of_few_lengths_hold_the_same_samples_in_as_many_micro_batches(
+    batching: str, lengths: list[int], micro: int
+) -> None:
+    layout = layout_of(lengths, batching, few_lengths=True, micro_batch=micro)
+    exact = layout_of(lengths, batching, micro_batch=micro)
+    for step in range(1, layout.plan.total_steps + 1):
+        assert sorted(step_samples(layout, step)) == sorted(step_samples(exact, step))
+        assert len(layout.micro_batches(step)) == len(exact.micro_batches(step))
+        for row in (row for each in layout.micro_batches(step) for of_rank in each for row in of_rank):
+            tokens = sum(int(layout.dataset.lengths(np.array([sample]))[0]) for sample in row)
+            assert tokens <= layout.row_length(tokens) <= CAPACITY
+
+
+def test_packed_rows_fill_what_would_be_padded() -> None:
+    """Four rows of 9 tokens would be padded to 16: two samples fit in each of three, and the fourth is shorter."""
+    lengths = np.array([5, 4] * 4)
+    exact = packed(np.arange(8), lengths, CAPACITY, at_once=4)
+    few = packed(np.arange(8), lengths, CAPACITY, 4, one_of_few_lengths)
+    assert [int(lengths[row].sum()) for row in exact] == [9, 9, 9, 9]
+    assert [int(lengths[row].sum()) for row in few] == [15, 13, 8]
+
+
+def test_filling_counts_the_padding_to_few_lengths() -> None:
+    lengths = [10, 10, 4, 16]
+    grouped = layout_of(lengths, "grouped", few_lengths=True).filling()
+    assert grouped.share == 40 / (16 * 2 + 16 * 2)
+    assert layout_of([18, 18], "grouped", few_lengths=True).filling().share == 36 / (CAPACITY * 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -138,6 +139,21 @@ def test_options_are_read_back_from_the_config_that_they_make(name: str) -> None
     assert {key: found[key] for key in values} == values
     again = build_llama(build(LlamaOptions, found), ModelContext(259, 16, 0, 1, 2))
     assert again.config.to_dict() == model.config.to_dict()
+
+
+def test_the_older_of_two_keys_of_rope_counts_as_in_transformers() -> None:
+    file = {
+        **{"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "max_position_embeddings": 16, "original_max_position_embeddings": 4},
+        "rope_scaling": {**LLAMA3, "factor": 2.0, "original_max_position_embeddings": 8, "rope_theta": 100.0},
+        "rope_parameters": LLAMA3,
+    }
+    theirs = LlamaConfig(**copy.deepcopy(file)).rope_parameters
+    found = LlamaOptions.of_checkpoint(file)
+    assert (theirs["factor"], theirs["rope_theta"], theirs["original_max_position_embeddings"]) == (
+        *(found["rope_scaling_factor"], found["rope_theta"], found["rope_original_max_position_embeddings"]),
+    )
+    assert (found["rope_scaling_factor"], found["rope_theta"]) == (2.0, 100.0)
 
 
 def test_a_config_of_older_transformers_is_read() -> None:

@@ -100,6 +100,8 @@ def test_a_run_can_start_from_a_run_and_go_on_from_its_adapters(tmp_path: Path) 
     assert any(name.endswith("lora_B.weight") and tensor.abs().sum() > 0 for name, tensor in second.items())
 
     adapters = ("--ckpt_path", tmp_path / "second")
+    said = train(tmp_path, "fourth", *adapters, "--base_path", base, fails=True)
+    assert "were trained on" in said and f"but the base found is {base}" in said, "its shapes are the same"
     assert found(*adapters).options.use_lora
     assert found(*adapters, "--base_path", base).pretrained.folder == base  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"lora_r is 8 \(--lora_r\), but 2 in the adapters"):

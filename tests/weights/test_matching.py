@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
+from transformers import GPTBigCodeConfig
 from transformers import Mamba2Config
 
 from panda.configuration.arguments import parse_arguments
@@ -66,6 +67,56 @@ def test_buffers_of_older_programs_are_left_out(tmp_path: Path) -> None:
     spoil(folder, {"model.layers.0.self_attn.bias": torch.ones(32)})
     with pytest.raises(UserError, match=r"in it and not in the model: model.layers.0.self_attn.bias"):
         state(prepared(folder))
+
+
+def test_masks_of_any_number_of_dimensions_are_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPTBigCodeConfig(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    folder = save_hf(AutoModelForCausalLM.from_config(config), tmp_path / "bigcode", shards=False)
+    spoil(folder, {"transformer.h.0.attn.bias": torch.ones(32, 32, dtype=torch.bool).tril()})
+    assert "transformer.h.0.attn.bias" not in state(prepared(folder))
+    spoil(folder, {"transformer.h.0.attn.bias": torch.ones(32)})
+    with pytest.raises(UserError, match=r"in it and not in the model: transformer\.h\.0\.attn\.bias"):
+        state(prepared(folder))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", "_orig_mod."),
+        ("", "module."),
+        ("", "module._orig_mod."),
+        ("layers.0.", "layers.0._orig_mod."),
+        ("layers.1.mlp.", "layers.1._checkpoint_wrapped_module.mlp."),
+        ("model.", "_fsdp_wrapped_module.model._fsdp_wrapped_module."),
+    ],
+)
+def test_names_lose_what_wrappers_of_torch_add(tmp_path: Path, old: str, new: str) -> None:
+    model = llama()
+    folder = save_hf(model, tmp_path / "wrapped", shards=False)
+    stored = load_file(folder / "model.safetensors")
+    renamed = {new + name if not old else name.replace(old, new, 1): tensor for name, tensor in stored.items()}
+    assert renamed.keys() != stored.keys()
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    read = state(prepared(folder))
+    assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_no_quantisation_can_be_written_as_null(tmp_path: Path) -> None:
+    folder = save_hf(llama(), tmp_path / "null", shards=False)
+    file = folder / "config.json"
+    write_json_object(file, read_json_object(file) | {"quantization_config": None})
+    assert state(prepared(folder))
+
+
+def test_a_padding_token_beyond_the_embedding_is_an_error_with_what_to_write(tmp_path: Path) -> None:
+    folder = save_hf(llama(), tmp_path / "padded", shards=False)
+    file = folder / "config.json"
+    write_json_object(file, read_json_object(file) | {"pad_token_id": 259})
+    with pytest.raises(UserError, match=r'pad_token_id is 259, .* has 259 rows. Write `"pad_token_id": null`'):
+        state(prepared(folder))
+    write_json_object(file, read_json_object(file) | {"pad_token_id": -1})  # as in the first conversions of LLaMA
+    assert state(prepared(folder))
 
 
 def test_infinity_is_read_as_transformers_writes_it_and_written_for_all_its_versions(tmp_path: Path) -> None:

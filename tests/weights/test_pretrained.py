@@ -18,6 +18,7 @@ from checkpoint_files import save_meta
 from checkpoint_files import save_pickle
 from safetensors.torch import load_file
 from safetensors.torch import save_file
+from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
 from transformers import MixtralConfig
@@ -321,6 +322,22 @@ def test_a_tokenizer_with_more_entries_is_an_error_or_adds_rows(tmp_path: Path) 
     assert module.config.vocab_size == 259
 
 
+def test_rows_are_added_to_a_vocabulary_that_the_configuration_of_the_text_part_states(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    text = sizes | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    seen = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = seen | {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    folder = save_hf(model, tmp_path / "of-images", shards=False)
+    module = loaded("--model", "hf", "--ckpt_path", folder, "--extend_vocab")
+    rows = module.get_input_embeddings().weight
+    assert module.config.text_config.vocab_size == len(rows) == 259
+    known = model.get_input_embeddings().weight
+    assert torch.equal(rows[:257], known)
+    torch.testing.assert_close(rows[258], known.mean(0))
+
+
 def test_more_positions_than_the_checkpoint_has_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"max_seq_length: 129 \(--max_seq_length\), but .* is made for 128 positions"):
         configure(parse_arguments(["--model", "llama", "--max_seq_length", "129", "--ckpt_path", str(folder)]))
@@ -376,8 +393,10 @@ def test_a_folder_without_config_is_told_with_what_it_has(spoilt: Path, tmp_path
     for adds, hint in (
         ("provenance.json", r"a run without an export: `panda export .*/run` writes one"),
         ("adapter_config.json", r"holds adapters.* `panda export RUN --merge`"),
+        ("manifest.json", r"a checkpoint of a run: `panda export .*/run --output NAME` writes its model"),
     ):
-        (run / adds).parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
         (run / adds).write_text("{}")
         with pytest.raises(UserError, match=f"has no config.json, so it is not a checkpoint of a model; .*{hint}"):
             configured("--ckpt_path", run)
@@ -452,6 +471,7 @@ def test_a_delta_of_another_base_is_told(folder: Path, tmp_path: Path) -> None:
         ({"hidden_size": "big"}, r"config\.json: hidden_size: 'big' is not an integer >= 1"),
         ({"num_attention_heads": 5}, r"checkpoint .*spoilt: hidden_size 32 is not divisible by num_heads 5"),
         ({"rope_parameters": {"rope_type": "llama3"}}, r"does not state factor, low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": "linear"}, r"rope_scaling in its config.json is 'linear'; expected an object such as"),
         ({"quantization_config": "odd"}, r"are quantised \(odd\), and cannot be trained"),
         ({"vocab_size": None}, r"embed_tokens\.weight is \[259, 32\] and should be \[32000, 32\]"),
     ],
@@ -497,6 +517,13 @@ def test_what_git_leaves_in_place_of_a_large_file_is_told(model: Any, spoilt: Pa
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
         with pytest.raises(UserError, match=f"{file.name}: this is the pointer that git leaves .*`git lfs pull`"):
             loaded("--ckpt_path", file.parent, "--allow_pickle")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_the_pointers_of_other_files_are_told_as_well(spoilt: Path, name: str) -> None:
+    (spoilt / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name}: this is the pointer that git leaves .*`git lfs pull`"):
+        loaded("--ckpt_path", spoilt)
 
 
 def test_a_link_that_leads_nowhere_is_a_file_that_is_missing(model: Any, spoilt: Path, tmp_path: Path) -> None:

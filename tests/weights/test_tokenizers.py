@@ -99,3 +99,13 @@ def test_a_folder_with_only_a_sentencepiece_model_is_read_as_sentencepiece_does(
     plain = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     text = "The otter waits, ø too."
     assert read_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == plain.encode(text)
+
+
+@pytest.mark.parametrize(("file", "content"), [("spiece.model", b"\n\x05"), ("vocab.json", b'{"a": 0, "b": 1}')])
+def test_a_folder_in_which_its_class_finds_no_vocabulary_is_an_error(tmp_path: Path, file: str, content: bytes) -> None:
+    """transformers makes a tokenizer of it that reads every text as `<unk>`."""
+    (tmp_path / file).write_bytes(content)
+    values = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"LlamaTokenizer, .* finds no vocabulary in its files \({file}\)"):
+        read_tokenizer(tmp_path)

@@ -16,10 +16,12 @@ from panda.configuration.options import RunOptions
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import named_experts
+from panda.models.adapters.linear_layers import linear_names
 from panda.models.adapters.linear_layers import listed_names
 from panda.models.adapters.new_rows import new_rows
 from panda.models.adapters.new_rows import rows_of_partitioned_weights
 from panda.models.adapters.targets import ALL_LINEAR
+from panda.models.adapters.targets import linear_targets
 from panda.models.adapters.targets import target_modules
 from panda.registry import UserError
 from panda.registry.errors import in_brief
@@ -58,7 +60,8 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     is_hugging_face = isinstance(model, PreTrainedModel)
-    linear = ", ".join([listed_names(model), *ends_of_experts(model)])
+    ends = ends_of_experts(model)
+    linear = ", ".join([listed_names(model), *ends])
     experts = named_experts(model, options.lora_target_modules)
     others = [target for target in options.lora_target_modules if target not in experts]
     targets = target_modules(model, others) if others or not experts else []
@@ -68,7 +71,8 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
             f" layers to adapt in `lora_target_modules`: it has {linear}."
         )
     config = adapter_config(options)
-    config.target_modules, config.task_type = targets, "CAUSAL_LM" if is_hugging_face else None
+    config.target_modules = linear_targets(model) if targets == ALL_LINEAR else targets
+    config.task_type = "CAUSAL_LM" if is_hugging_face else None
     config.trainable_token_indices = new_rows(model)
     if experts:
         config.target_parameters = experts
@@ -81,17 +85,48 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
         with warnings.catch_warnings(), rows_of_partitioned_weights():
             # As of peft 0.21 with transformers 5.23 (2026-11), peft calls a function that transformers has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
+            # peft sets these patterns itself for experts, and then looks for them among layers.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             adapted = get_peft_model(model, config)
     except ValueError as problem:  # peft cannot adapt one of the layers
-        raise UserError(f"lora_target_modules: {problem}{' (adapters on experts)' * bool(experts)}") from problem
+        if "ParamWrapper" in str(problem) and not experts:  # for a layer's name that peft takes for that of experts
+            raise _taken_for_experts(ends) from problem
+        said = in_brief(problem)
+        raise UserError(f"lora_target_modules: {said}{' (adapters on experts)' * bool(experts)}.") from problem
     finally:
         del zero3  # transformers holds it weakly
+    if targets != ALL_LINEAR and left_bare(adapted, targets):
+        raise _taken_for_experts(ends)
     config.base_model_name_or_path = options.ckpt_path and base_location(options.ckpt_path, options.base_path)
     # peft has sets, whose order differs between processes.
     config.target_modules = sorted(config.target_modules or ())
     if config.target_parameters:
         config.target_parameters = sorted(config.target_parameters)
     return adapted
+
+
+def _taken_for_experts(ends: list[str]) -> UserError:
+    return UserError(
+        "lora_target_modules: in this mixture of experts, peft takes gate_proj, up_proj and down_proj for names of"
+        " experts, and cannot adapt other layers of these names. Leave them out; experts are named as parameters:"
+        f" {', '.join(ends)}."
+    )
+
+
+def left_bare(model: PeftModel, targets: list[str] | str) -> list[str]:
+    """Names of the linear layers of ``model`` that ``targets`` are to adapt, and that have no adapters.
+
+    In mixtures of experts peft (0.21, 2026-11) takes `gate_proj`, `up_proj` and `down_proj` for names of experts, also
+    when it loads adapters: dense layers and shared experts of these names cannot have any. Can go when it can.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base: Any = model.get_base_model()
+    adapted = [f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    bare = [name for name in linear_names(base) if not name.startswith(tuple(adapted))]
+    if targets == ALL_LINEAR:
+        return [name for name in bare if base.get_submodule(name) is not base.get_output_embeddings()]
+    return [name for name in bare if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def start_from(model: PeftModel, folder: Path) -> None:
@@ -212,6 +247,7 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under a name that goes away
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")  # see add_adapters
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are an error below
             loaded = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError) as problem:  # shapes that differ

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.linear_layers import adaptable_names
+from panda.models.adapters.linear_layers import has_linear_routers
+from panda.models.adapters.linear_layers import linear_names
 from panda.models.adapters.linear_layers import listed_names
 from panda.registry import UserError
 
@@ -29,10 +32,12 @@ def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] 
     if ALL_LINEAR in items:
         raise UserError(f"lora_target_modules: {ALL_LINEAR} means all layers but the head: leave the others out.")
     known = ", ".join([listed_names(model), *ends_of_experts(model)])
-    names, adaptable = [name for name, _ in model.named_modules()], adaptable_names(model)
+    adaptable = adaptable_names(model)
+    others = (name for name, module in model.named_modules() if not isinstance(module, torch.nn.Linear))
+    layers = [*adaptable, *(name for name in others if not any(model.get_submodule(name).children()))]
     found: list[str] = []
     for item in items:
-        if any(name == item or name.endswith(f".{item}") for name in names):
+        if any(name == item or name.endswith(f".{item}") for name in layers):
             found.append(item)
         elif matching := _matching(item, adaptable):
             found += matching
@@ -42,6 +47,13 @@ def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] 
                 f" is for whole names such as {adaptable[0] if adaptable else 'layers.0.q_proj'}, or for their ends."
             )
     return list(dict.fromkeys(found))
+
+
+def linear_targets(model: Any) -> list[str] | str:
+    """``ALL_LINEAR``, or the names of these layers where peft would take other modules of ``model`` for some."""
+    if not has_linear_routers(model):
+        return ALL_LINEAR
+    return [name for name in linear_names(model) if model.get_submodule(name) is not model.get_output_embeddings()]
 
 
 def _items(text: str) -> list[str]:

@@ -24,19 +24,19 @@ def refuse_without_positions(model: torch.nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def refuse_leaking(module: Any, name: str, vocab_size: int, device: torch.device) -> None:
+def refuse_leaking(module: Any, name: str, vocab_size: int, device: torch.device, *, bounded: bool = False) -> None:
     """Raise UserError where a sample's logits depend on the sample before it in its row. Runs ``module`` three times.
+
+    With ``bounded`` it is given the bounds of samples, too.
 
     This is tried out because it cannot be looked up: an attention implementation may use ``position_ids`` only for
     the rotary embedding, or separate samples only in batches of one row, and a convolution may not use them at all.
     """
     tokens = torch.arange(24, device=device).view(3, 8) % vocab_size
     tokens[1, 4:] = tokens[0, 4:]  # two rows that differ only in their first sample
-    apart = torch.arange(4, device=device).repeat(2, 2)
-    together = torch.arange(8, device=device).repeat(2, 1)
     separate, whole, beside_another = (
-        _logits(module(input_ids=tokens[pair], position_ids=positions))
-        for pair, positions in (([0, 1], apart), ([0, 1], together), ([0, 2], apart))
+        _logits(module(input_ids=tokens[pair], **_positions(samples, device, bounded)))
+        for pair, samples in (([0, 1], 2), ([0, 1], 1), ([0, 2], 2))
     )
     leaked, reference = largest(separate[0, 4:] - separate[1, 4:]), largest(whole[0, 4:] - whole[1, 4:])
     # What a row is computed with may change its rounding: in a mixture of experts, how many tokens an expert has.
@@ -47,6 +47,16 @@ def refuse_leaking(module: Any, name: str, vocab_size: int, device: torch.device
             f"batching: packed: refused, since a sample of model {name!r} sees the one before it in its row (its logits"
             f" move by {leaked:.2g}; {reference:.2g} where they are one sample). {INSTEAD}"
         )
+
+
+def _positions(samples: int, device: torch.device, bounded: bool) -> dict[str, Any]:
+    """What a model is given besides two rows of 8 tokens, each of which is so many samples of the same length."""
+    length = 8 // samples
+    positions = {"position_ids": torch.arange(length, device=device).repeat(2, samples)}
+    if not bounded:
+        return positions
+    bounds = torch.arange(0, 17, length, dtype=torch.int32, device=device)
+    return positions | {"sample_bounds": bounds, "longest_sample": length}
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -19,8 +19,16 @@ from panda.weights.layer_names import layer_of
 CHEAP_TERMS = 256
 """A matrix product over fewer terms, such as an adapter's, costs less to recompute than to store."""
 
-_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"})
-_ATTENTION = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_attn::")
+_PRODUCTS = frozenset(
+    {
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"),
+        "panda::sum_of_products",  # adapters/one_rounding.py
+    }
+)
+_ATTENTION = (
+    *("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    *("torch_attn::_varlen_attn", "flash_attn::"),
+)
 
 
 def numbered_layers(model: torch.nn.Module, key: str) -> list[torch.nn.Module]:

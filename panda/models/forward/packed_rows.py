@@ -11,12 +11,14 @@ from __future__ import annotations
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any
+from typing import Literal
 
 import torch
 from transformers import masking_utils
 
-_packed: ContextVar[bool | None] = ContextVar("packed", default=None)
-"""During a forward of a model that ``tell_packing`` was called with: whether its rows are packed."""
+rows_now: ContextVar[Literal["single", "packed", "bounded"] | None] = ContextVar("rows_now", default=None)
+"""During a forward of a model that ``tell_packing`` was called with: whether a row is one sample, or several that
+``position_ids`` tell apart, or several whose bounds its attention is given (see varlen_attention.py)."""
 _ask = masking_utils.find_packed_sequence_indices
 
 
@@ -28,19 +30,26 @@ def tell_packing(model: Any) -> None:
     plain_forward = base.forward
 
     def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        token = _packed.set(keywords.get("position_ids") is not None)
+        bounded, packed = (keywords.get(name) is not None for name in ("sample_bounds", "position_ids"))
+        token = rows_now.set("bounded" if bounded else "packed" if packed else "single")
         try:
             return plain_forward(*arguments, **keywords)
         finally:
-            _packed.reset(token)
+            rows_now.reset(token)
 
     base.forward = MethodType(forward, base)
+    model.is_told_packing = True
+
+
+def is_told_packing(model: torch.nn.Module) -> bool:
+    """Whether ``tell_packing`` was called with ``model``."""
+    return bool(getattr(model, "is_told_packing", False))
 
 
 def _sample_of_each_token(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """For each token, [rows, length], the number of its sample in the row; None where each row is one sample."""
-    packed = _packed.get()
-    if packed is None:
+    """For each token, [rows, length], the number of its sample in the row; None where no mask has to separate them."""
+    rows = rows_now.get()
+    if rows is None:
         asked: torch.Tensor | None = _ask(position_ids)
         return asked
-    return (position_ids == 0).cumsum(-1) if packed else None
+    return (position_ids == 0).cumsum(-1) if rows == "packed" else None

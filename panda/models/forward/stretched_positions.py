@@ -51,6 +51,11 @@ def stretch_by_sample(model: Any, max_seq_length: int) -> None:
     model.needs_positions = True
 
 
+def needs_positions(model: torch.nn.Module) -> bool:
+    """Whether ``model`` has to be given positions even where a row is one sample."""
+    return any(getattr(part, "needs_positions", False) for part in model.modules())
+
+
 def _rule_of(part: Any) -> str | None:
     """The rule by which ``part``, any module, stretches positions, if that depends on the length; else None."""
     rules = getattr(part, "rope_type", None)

@@ -1,0 +1,50 @@
+"""The table and the trace of ``--profile``, which change nothing of the run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from launching import metrics
+from launching import run_panda
+
+SMALL = (
+    *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2),
+    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 48, "--num_workers", 0),
+    *("--per_gpu_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--save_final", "false"),
+)
+
+
+def test_it_shows_the_parts_of_a_step_and_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    for name, flags in {"plain": (), "profiled": ("--profile", "--profile_after", 1, "--profile_steps", 2)}.items():
+        run = tmp_path / name
+        done = run_panda("panda-train", *SMALL, "--max_steps", 4, *flags, "--output_dir", run, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("plain", "profiled")]
+    assert losses[0] == losses[1]
+    assert {file.name for file in (run / "profile").iterdir()} == {"parts-step3.txt", "trace-step3.json.gz"}
+
+    table = (run / "profile" / "parts-step3.txt").read_text()
+    assert table in done.stdout
+    parts, operations = (part.splitlines() for part in table.strip().split("\n\n"))
+    taken = {line[:24].strip(): float(line[24:34]) for line in parts[1:]}
+    assert list(taken) == ["between steps", "counts", "forward", "backward", "optimizer", "whole step"]
+    assert sum(list(taken.values())[:-1]) == pytest.approx(taken["whole step"], abs=0.03)
+    assert taken["forward"] > 0.2 and taken["backward"] > 0.2
+    products = next(line for line in operations if line.endswith(" aten::mm"))
+    # 2 micro batches; 2 layers of 7 products and the head's, each once forward and twice backward.
+    assert int(products.split()[2]) == 2 * (2 * 7 + 1) * 3
+
+    trace = json.loads(gzip.decompress((run / "profile" / "trace-step3.json.gz").read_bytes()))
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in trace["traceEvents"]) == 2
+
+
+def test_a_run_that_is_too_short_says_so(tmp_path: Path) -> None:
+    done = run_panda(
+        "panda-train", *SMALL, "--max_steps", 1, "--profile", "--output_dir", tmp_path / "run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: --profile needs 6 steps: this run is too short for it" in done.stdout
+    assert not (tmp_path / "run" / "profile").exists()
