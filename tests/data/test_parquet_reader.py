@@ -159,7 +159,7 @@ def test_values_of_any_type_are_those_that_pyarrow_makes(data: st.DataObject) ->
 
 
 def counted(value: object) -> tuple[int, int]:
-    """Bytes of texts in a value, and what else is in it: at most 36 bytes each, names of fields or of a map among them."""
+    """Bytes of texts in a value, and the number of all else, names of fields among it: of 36 bytes at most."""
     if isinstance(value, str):
         return len(value.encode()), 0
     if isinstance(value, dict):
