@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 from typing import BinaryIO
 
+from panda.data.packed_files import not_utf8
+from panda.data.packed_files import open_binary
+from panda.data.packed_files import with_packed
 from panda.data.reading import WINDOW
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import kind_of
-from panda.data.reading import open_binary
 from panda.data.reading import too_large
 from panda.registry import NoOptions
 from panda.registry import UserError
@@ -42,9 +44,9 @@ _LONGEST_WORD = len("-Infinity")
 
 @register_reader("json")
 class JsonReader:
-    """JSON: an array of objects, one object, or objects one after another (JSON Lines); also gzipped."""
+    """JSON: an array of objects, one object, or objects one after another (JSON Lines); also packed."""
 
-    suffixes = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
+    suffixes = with_packed(".json", ".jsonl", ".ndjson")
 
     def __init__(self, options: NoOptions, context: ReaderContext) -> None:
         self.limit = context.max_row_bytes
@@ -105,8 +107,7 @@ class _Window:
             text = self._utf8.decode(raw, final=self.complete)
         except UnicodeDecodeError as problem:
             line = self._newlines_read + problem.object.count(b"\n", 0, problem.start) + 1
-            byte = problem.object[problem.start]
-            raise UserError(f"{self.file}:{line}: not UTF-8: byte {byte:#04x}. Convert the file to UTF-8.") from None
+            raise not_utf8(self.file, line, problem.object[problem.start]) from None
         self._newlines_read += raw.count(b"\n")
         if self.complete:
             return False

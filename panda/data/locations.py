@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from glob import glob
 from pathlib import Path
 
+from panda.data.packed_files import ENDINGS
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 
@@ -171,7 +172,7 @@ def other_files(locations: Locations, suffixes: tuple[str, ...]) -> Counter[str]
 
 
 def _named(suffixes: tuple[str, ...]) -> str:
-    return " or ".join(suffix for suffix in suffixes if not suffix.endswith(".gz"))
+    return " or ".join(suffix for suffix in suffixes if not suffix.endswith(ENDINGS))
 
 
 def _below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, bool]]:

@@ -29,6 +29,8 @@ class ParquetReader:
     """Parquet, and Arrow's file and stream formats; each column a field. Needs pyarrow: panda-train[data]."""
 
     suffixes = (".parquet", ".arrow", ".feather")
+    beginnings = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+    """Of Parquet, and of Arrow's file and stream formats."""
 
     def __init__(self, options: NoOptions, context: ReaderContext) -> None:
         self.limit = context.max_row_bytes
@@ -144,9 +146,12 @@ def _batches(file: Path) -> Iterator[Any]:
     from pyarrow import memory_map
     from pyarrow import parquet
 
-    with file.open("rb") as begun:
-        is_parquet = begun.read(4) == b"PAR1"
-    if is_parquet or file.name.lower().endswith(".parquet"):
+    with file.open("rb") as stream:
+        begun = stream.read(8)
+    if begun.startswith(b"FEA1"):
+        raise ArrowInvalid("it is Feather of version 1, of which pyarrow makes version 2")
+    is_arrow = begun.startswith(ParquetReader.beginnings) and not begun.startswith(b"PAR1")
+    if begun.startswith(b"PAR1") or (file.name.lower().endswith(".parquet") and not is_arrow):
         # Without a buffer, all of a row group is read at once.
         described = parquet.read_metadata(file)
         columns = (described.schema.column(index) for index in range(len(described.schema)))

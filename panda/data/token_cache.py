@@ -28,6 +28,7 @@ import numpy as np
 from panda.data.content_hash import content_hash
 from panda.data.content_hash import remember
 from panda.data.content_hash import stamp
+from panda.data.packed_files import unpacked_name
 from panda.data.recipe import Recipe
 from panda.data.token_dataset import DataReport
 from panda.data.token_dataset import SampleBlock
@@ -159,7 +160,7 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
 def _ending(file: Path) -> str:
     """The end of the name of ``file`` by which a reader knows how to read it."""
     name = file.name.lower()
-    unpacked = name.removesuffix(".gz")
+    unpacked = unpacked_name(file)
     return Path(unpacked).suffix + name[len(unpacked) :]
 
 
