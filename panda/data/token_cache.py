@@ -39,7 +39,7 @@ from panda.files.locks import held
 from panda.files.whole import whole
 from panda.registry import UserError
 
-VERSION = 3
+VERSION = 4
 """Raised by whoever changes the layout of the files, or which tokens a reader or a task of panda's makes of data."""
 
 MANIFEST = "manifest.json"
