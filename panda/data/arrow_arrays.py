@@ -122,8 +122,13 @@ def _sums(sizes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def decoded(array: Any) -> Any:
     """``array`` with values of its own, in place of those of dictionaries and views, which rows beyond it share."""
+    from pyarrow import ArrowNotImplementedError
+
     plain = _plain(array.type)
-    return array if plain == array.type else array.cast(plain)
+    try:
+        return array if plain == array.type else array.cast(plain)
+    except ArrowNotImplementedError:
+        return array
 
 
 def _plain(kind: Any) -> Any:

@@ -22,6 +22,8 @@ from panda.registry.contexts import ReaderContext
 ROWS_AT_ONCE = 1000
 BYTES_AT_ONCE = 8 << 20
 """Rows and bytes that a batch of Parquet has at most, or one row of more bytes."""
+LARGEST_DICTIONARY = 64 << 20
+"""Most bytes of a row group whose texts are read as dictionaries: each batch has all of them."""
 
 
 @register_reader("parquet", aliases=("arrow",))
@@ -152,13 +154,12 @@ def _batches(file: Path) -> Iterator[Any]:
         raise ArrowInvalid("it is Feather of version 1, of which pyarrow makes version 2")
     is_arrow = begun.startswith(ParquetReader.beginnings) and not begun.startswith(b"PAR1")
     if begun.startswith(b"PAR1") or (file.name.lower().endswith(".parquet") and not is_arrow):
-        # Without a buffer, all of a row group is read at once.
         described = parquet.read_metadata(file)
-        columns = (described.schema.column(index) for index in range(len(described.schema)))
         # Read as it is stored: a text that is in the file once, and in many rows, is in memory once.
-        texts = [column.path for column in columns if _may_be_dictionary(column)]
-        options = {"buffer_size": WINDOW, "page_checksum_verification": True, "read_dictionary": texts}
-        with parquet.ParquetFile(file, metadata=described, **options) as table:
+        dictionaries = _dictionaries(described)
+        # Without a buffer, all of a row group is read at once.
+        options = {"buffer_size": WINDOW, "page_checksum_verification": True}
+        with parquet.ParquetFile(file, metadata=described, read_dictionary=dictionaries, **options) as table:
             for group in range(table.num_row_groups):
                 of_group = described.row_group(group)
                 fitting = BYTES_AT_ONCE * of_group.num_rows // max(1, of_group.total_byte_size)
@@ -176,9 +177,18 @@ def _batches(file: Path) -> Iterator[Any]:
         yield from batches
 
 
-def _may_be_dictionary(column: Any) -> bool:
-    """Whether pyarrow can read a column of a Parquet file as a dictionary."""
-    return bool(column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL")
+def _dictionaries(described: Any) -> list[str]:
+    """The columns of the Parquet file that is ``described`` to read as dictionaries; none if those may be large."""
+    # Not by the size of a column: pyarrow 26 ends the process where that is asked of a damaged file.
+    groups = map(described.row_group, range(described.num_row_groups))
+    if any(group.total_byte_size > LARGEST_DICTIONARY for group in groups):
+        return []
+    columns = map(described.schema.column, range(len(described.schema)))
+    return [
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL"
+    ]
 
 
 def _refuse_repeated_names(file: Path, names: list[str]) -> None:
@@ -190,7 +200,9 @@ def _refuse_repeated_names(file: Path, names: list[str]) -> None:
 def _parts(batch: Any, limit: int) -> Iterator[_Columns | None]:
     """``batch`` in parts of few rows and at most ``limit`` bytes; None for a row of more, which is not converted."""
     import numpy as np
+    import pyarrow
 
+    from panda.data.arrow_arrays import decoded
     from panda.data.arrow_arrays import sizes
 
     for start in range(0, batch.num_rows, ROWS_AT_ONCE):
@@ -200,5 +212,12 @@ def _parts(batch: Any, limit: int) -> Iterator[_Columns | None]:
         while first < some.num_rows:
             ends = np.cumsum(bytes_of_rows[first:])
             count = int(np.searchsorted(ends, limit, side="right"))
-            yield _Columns(some.slice(first, count), int(ends[count - 1]) // count) if count else None
-            first += max(1, count)
+            if not count:
+                yield None
+                first += 1
+                continue
+            part, size = some.slice(first, count), int(ends[count - 1])
+            if part.nbytes > 2 * size:  # most of which is not of these rows, and would be held as long as they are
+                part = pyarrow.RecordBatch.from_arrays(list(map(decoded, part.columns)), part.schema.names)
+            yield _Columns(part, size // count)
+            first += count

@@ -18,6 +18,7 @@ from pyarrow import ipc
 from pyarrow import parquet
 
 from panda.data import arrow_arrays
+from panda.data import parquet_reader
 from panda.data.parquet_reader import ROWS_AT_ONCE
 from panda.data.parquet_reader import ParquetReader
 from panda.data.parquet_reader import _batches
@@ -305,6 +306,25 @@ def test_a_text_that_is_stored_once_for_many_rows_is_held_once(tmp_path: Path, f
     assert len(pickle.dumps(rows[0])) < 83 * 3 * len(text), "a part has 16 MiB"
     assert len({id(row.fields["input"]) for row in rows}) < 20
     assert rows[-1].fields["messages"] == [{"role": "user", "content": text}]
+
+
+def test_a_large_dictionary_is_not_held_by_rows_that_do_not_use_it(tmp_path: Path) -> None:
+    texts = ["a" * (1 << 20), "b", "c"]
+    words = pyarrow.DictionaryArray.from_arrays([1, 2] * 50 + [0], texts)
+    batch = pyarrow.RecordBatch.from_arrays([words], ["input"])
+    parts = list(_parts(batch, 1 << 19))
+    assert [part and part.batch.nbytes < 5000 for part in parts] == [True, None]
+    assert parts[0] is not None and parts[0].values("input") == ["b", "c"] * 50
+
+
+def test_a_parquet_column_that_may_have_a_large_dictionary_is_read_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch, of a row, would have all of it."""
+    monkeypatch.setattr(parquet_reader, "LARGEST_DICTIONARY", 1 << 16)
+    rows = [*ROWS[:5], {"input": "x" * (1 << 17)}, *ROWS[5:10]]
+    kinds = [batch.schema.field("input").type for batch in _batches(write(tmp_path / "a.parquet", rows, "parquet"))]
+    assert set(kinds) == {pyarrow.string()}
 
 
 FLIPPING = """
