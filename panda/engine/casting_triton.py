@@ -22,7 +22,7 @@ def cast_into(target: torch.Tensor, source: torch.Tensor, *, add: bool = False) 
         _cast[(triton.cdiv(size, BLOCK),)](target, source, size, add=add, block=BLOCK)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _cast(target: Any, source: Any, size: Any, add: tl.constexpr, block: tl.constexpr) -> None:
     places = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = places < size

@@ -17,8 +17,6 @@ from panda.registry.location import resolve_path
 FOLDER = "pipes"
 """The folder in the token cache that has what came through pipes."""
 DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/")
-MAGIC = {b"\x1f\x8b": ".json.gz", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
-"""Endings of files by what they begin with, for a pipe whose name has none."""
 
 
 def is_pipe(location: str, key: str) -> bool:
@@ -42,19 +40,18 @@ def is_pipe(location: str, key: str) -> bool:
 def keep(location: str, folder: Path, key: str) -> Path:
     """The file in ``folder`` with what comes through the pipe ``location``, named by a hash of it."""
     print(f"{key}: reading {location}, a pipe, until it ends", flush=True)
-    hashed, beginning, new = hashlib.sha256(), b"", None
+    hashed, new, size = hashlib.sha256(), None, 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, new = tempfile.mkstemp(prefix=".tmp-", dir=folder)
         with resolve_path(location).open("rb") as pipe, open(descriptor, "wb") as file:
             while piece := pipe.read(WINDOW):
-                beginning = beginning or piece[:8]
+                size += len(piece)
                 hashed.update(piece)
                 file.write(piece)
-        if not beginning:
+        if not size:
             raise UserError(f"{key}: nothing came through the pipe {location!r}. Does its command fail?")
-        found = (ending for magic, ending in MAGIC.items() if beginning.startswith(magic))
-        ending = "".join(Path(location).suffixes[-2:]) or next(found, "")
+        ending = "".join(Path(location).suffixes[-2:])
         kept = (folder / f"{hashed.hexdigest()[:32]}{ending}").absolute()
         os.replace(new, kept)
     except OSError as problem:

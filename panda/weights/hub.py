@@ -75,7 +75,7 @@ def is_data_name(location: str) -> bool:
 
 
 _FILE = re.compile(
-    r".*\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|md|rst|ya?ml|py|zst|zip)(\.gz)?", re.IGNORECASE
+    r".*\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|md|rst|ya?ml|py|zip|gz|bz2|xz|zst)", re.IGNORECASE
 )
 
 

@@ -169,8 +169,8 @@ def test_what_the_card_says_of_reading_and_is_not_followed_is_said(folder: Path)
 
 def test_files_that_the_reader_does_not_read_are_an_error(folder: Path) -> None:
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: main\n  data_files: main/*\n---\n")
-    (folder / "main" / "more.jsonl.zst").write_bytes(b"")
-    with pytest.raises(UserError, match=r"KEY: org/set:main:train has files that end in \.zst, and the reader reads"):
+    (folder / "main" / "more.jsonl.lz4").write_bytes(b"")
+    with pytest.raises(UserError, match=r"KEY: org/set:main:train has files that end in \.lz4, and the reader reads"):
         read("org/set")
 
 
