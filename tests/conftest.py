@@ -39,6 +39,7 @@ LONGEST = (
     "test_quantisation.py",
     "test_tensor_parallel.py",
     "test_hub.py",
+    "test_hub_data.py",
     "test_adapter_base.py",
     "test_drawing.py",
     "test_resume.py",

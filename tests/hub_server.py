@@ -19,7 +19,8 @@ LARGE = (".safetensors", ".bin", ".pth")
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the folders ``root/ORG/NAME``, each as a model with one commit."""
+    """Serves the folders ``root/ORG/NAME``, each as a model with one commit, and ``root/datasets/ORG/NAME/COMMIT`` as
+    commits of a data set."""
 
     daemon_threads = True
 
@@ -27,7 +28,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.gated: set[str] = set()
-        """Models whose files are for others."""
+        """Models and data sets whose files are for others."""
+        self.heads: dict[str, str] = {}
+        """The current commit of each data set."""
         self.cut: dict[str, int] = {}
         """Names of files of which only so many bytes are sent before the connection breaks, however often asked."""
         self.asked: list[str] = []
@@ -76,21 +79,34 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[0] == "cdn":
             self._send(self.server.root.joinpath(*parts[1:]), {})
             return
-        in_api = parts[:2] == ["api", "models"]
-        owner, name, *rest = parts[2:] if in_api else parts
-        folder = self.server.root / owner / name
+        in_api = parts[0] == "api"
+        parts = parts[1:] if in_api else parts
+        of_data, parts = parts[0] == "datasets", parts[1:] if parts[0] in ("datasets", "models") else parts
+        if len(parts) < 2:
+            self._refuse(404, "Not found")
+            return
+        owner, name, *rest = parts
+        called = f"{owner}/{name}"
+        folder, commit = self.server.root / owner / name, hashlib.sha1(called.encode()).hexdigest()
+        if of_data:
+            asked = rest[1] if rest[1:] else "main"
+            commit = self.server.heads.get(called, "") if asked == "main" else asked
+            folder = self.server.root / "datasets" / owner / name
+            if folder.is_dir() and not (folder / commit).is_dir():
+                self._refuse(404, f"Invalid rev id: {commit}", "RevisionNotFound")
+                return
+            folder /= commit
         if not folder.is_dir():
             self._refuse(404, "Repository not found", "RepoNotFound")
             return
         files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        commit = hashlib.sha1(f"{owner}/{name}".encode()).hexdigest()
         if in_api and rest[:1] == ["tree"]:
             self._json([_described(file, path) for path, file in files.items()])
         elif in_api:
             siblings = [{"rfilename": path} for path in files]
-            self._json({"id": f"{owner}/{name}", "sha": commit, "siblings": siblings})
-        elif f"{owner}/{name}" in self.server.gated:
-            told = f"Access to model {owner}/{name} is restricted. You must be authenticated to access it."
+            self._json({"id": called, "sha": commit, "siblings": siblings})
+        elif called in self.server.gated:
+            told = f"Access to {'dataset' if of_data else 'model'} {called} is restricted. You must be authenticated."
             self._refuse(401, told, "GatedRepo")
         elif (inner := "/".join(rest[2:])) not in files:
             self._refuse(404, "Entry not found", "EntryNotFound")
@@ -99,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             if file.name.endswith(LARGE):
                 linked = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{_sha256(file)}"'}
                 linked |= {"Content-Length": "0"}
-                self._head(302, about | linked | {"Location": f"{self.server.cdn}/{owner}/{name}/{inner}"})
+                self._head(302, about | linked | {"Location": f"{self.server.cdn}/{called}/{inner}"})
             else:
                 self._send(file, about | {"ETag": f'"{_sha256(file)[:40]}"'})
 

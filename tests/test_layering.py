@@ -41,6 +41,7 @@ HEAVY = {
     "peft",
     "fairscale",
     "pyarrow",
+    "datasets",
 }
 
 

@@ -8,8 +8,11 @@ from panda.configuration.configure import configure
 from panda.registry import UserError
 
 
-def configured(argv: list[str], usage: str) -> Configuration | None:
-    """The configuration that ``argv`` describes; None if it asks for help, which is then printed."""
+def configured(argv: list[str], usage: str, *, reads_data: bool = True) -> Configuration | None:
+    """The configuration that ``argv`` describes; None if it asks for help, which is then printed.
+
+    Unless the command ``reads_data``, names of data stay as they are.
+    """
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     arguments = parse_arguments(argv)
@@ -19,7 +22,9 @@ def configured(argv: list[str], usage: str) -> Configuration | None:
     if not argv:  # an error: `panda check $CONFIG` with an empty variable would check nothing
         raise UserError(f"no configuration is given.\n{usage}")
     configuration = configure(arguments)
+    if not reads_data:
+        return configuration
 
-    from panda.run.pipes import with_pipes_kept
+    from panda.run.sources import with_lasting_sources
 
-    return with_pipes_kept(configuration)
+    return with_lasting_sources(configuration)

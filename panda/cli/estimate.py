@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _estimate(argv: list[str]) -> None:
     own, rest = _own_flags(argv)
-    configuration = configured(rest, USAGE)
+    configuration = configured(rest, USAGE, reads_data=False)
     if configuration is None:
         return
 

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: panda tokenizer DATA [DATA ...] --vocab_size N [--output DIR] [--reader NAME] [--KEY VALUE ...]
 
-Train a byte-level BPE tokenizer on the text of files, folders or patterns, and write it into a
-folder (by default ./tokenizer) that panda-train and transformers read. A document is read as
-`--task pretrain` reads it; of a conversation or an exchange, the text of its turns is read. KEY is an option of
-the reader, title_field, content_field or max_row_bytes.
+Train a byte-level BPE tokenizer on the text of files, folders, patterns or data sets on the hub, and
+write it into a folder (by default ./tokenizer) that panda-train and transformers read. A document is
+read as `--task pretrain` reads it; of a conversation or an exchange, the text of its turns is read.
+KEY is an option of the reader, title_field, content_field or max_row_bytes.
 
 example: panda tokenizer panda:data/sample/pretrain --vocab_size 1000 --output my-tokenizer
          panda-train --task pretrain --arch llama-tiny --tokenizer my-tokenizer ..."""
@@ -58,9 +58,9 @@ def _tokenizer(argv: list[str]) -> None:
     given = ["--task", "pretrain", "--arch", "llama-tiny", "--pretraining_data_dir", *data]
     configuration, vocab_size, folder = _parsed(given, argv[len(data) :])
 
-    from panda.run.pipes import with_pipes_kept
+    from panda.run.sources import with_lasting_sources
 
-    configuration = with_pipes_kept(configuration)
+    configuration = with_lasting_sources(configuration)
     _train(configuration, vocab_size, folder)
 
 
@@ -127,6 +127,7 @@ def _texts(reader: Reader, options: Any, report: DataReport) -> Iterator[str]:
     """The texts of all rows, one row at a time; says how far it is, and counts rows in ``report``."""
     from panda.data.conversations import UnusableRowError
     from panda.data.locations import data_files
+    from panda.data.locations import data_sets
     from panda.data.reading import BadRow
     from panda.data.reading import rows_of
     from panda.tasks.pretrain import text_of_row
@@ -134,6 +135,7 @@ def _texts(reader: Reader, options: Any, report: DataReport) -> Iterator[str]:
     last, characters = time.monotonic(), 0
     files = data_files(options.pretraining_data_dir, reader.suffixes, "DATA")
     report.files = len(files)
+    report.notes += [data_set.describe() for data_set in data_sets(options.pretraining_data_dir)]
     for file in files:
         for row in rows_of(reader, file):
             report.rows += 1

@@ -27,9 +27,9 @@ def _train(argv: list[str]) -> None:
     configuration = configure(arguments)
 
     from panda.run.first_look import look_first
-    from panda.run.pipes import with_pipes_kept
+    from panda.run.sources import with_lasting_sources
 
-    configuration = with_pipes_kept(configuration)
+    configuration = with_lasting_sources(configuration)
     look_first(configuration, int(os.environ.get("WORLD_SIZE", 1)))
     # By default the OpenMP threads of torch (2.13, 2026-11) spin while they wait for each other, which makes them a
     # hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable

@@ -101,8 +101,8 @@ class RunOptions:
 
     # -- evaluation
     eval_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
-    """Held-out data, a folder, a file, a pattern or a list, read as the task reads its own; its loss goes to
-    `metrics.jsonl`."""
+    """Held-out data, a folder, a file, a pattern, a data set on the hub (`OWNER/NAME:CONFIGURATION:SPLIT`) or a list,
+    read as the task reads its own; its loss goes to `metrics.jsonl`."""
     eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the samples to hold out and evaluate on, instead of eval_data_dir; the seed decides which ones."""
     eval_steps: Annotated[int, Meta(ge=0)] = 0

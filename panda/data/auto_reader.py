@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from panda.data.csv_reader import CsvOptions
+from panda.data.packed_files import beginning
+from panda.data.packed_files import with_packed
 from panda.data.reading import BadRow
 from panda.data.reading import Reader
 from panda.data.reading import Row
@@ -21,8 +23,9 @@ from panda.registry.components import Component
 from panda.registry.contexts import ReaderContext
 
 NAME, OTHERWISE = "auto", "json"
-"""The names of this reader, and of the one for a file that is named itself and has an ending that no reader knows."""
-DOCUMENTATION = (".md", ".rst", ".md.gz", ".rst.gz")
+"""The names of this reader, and of the one for a file that is named itself, with an ending and a beginning that no
+reader knows."""
+DOCUMENTATION = with_packed(".md", ".rst")
 """Endings of files that most often are about the data beside them: read where they are named, or by ``text``."""
 
 
@@ -68,7 +71,11 @@ class AutoReader:
 
     def _component_for(self, file: Path) -> Component:
         name = file.name.lower()
-        knowing = (each for each in self._components.values() if name.endswith(_suffixes(each)))
+        for component in self._components.values():
+            if name.endswith(_suffixes(component)):
+                return component
+        begun = beginning(file)
+        knowing = (each for each in self._components.values() if begun.startswith(_beginnings(each)))
         return next(knowing, self._components[OTHERWISE])
 
 
@@ -76,3 +83,9 @@ def _suffixes(component: Component) -> tuple[str, ...]:
     """The endings that a reader of panda's own, a class, reads: it is not built, for which it may lack a library."""
     suffixes: tuple[str, ...] = component.factory.suffixes  # type: ignore[attr-defined]
     return suffixes
+
+
+def _beginnings(component: Component) -> tuple[bytes, ...]:
+    """What files begin with that such a reader reads, whatever their names are."""
+    found: tuple[bytes, ...] = getattr(component.factory, "beginnings", ())
+    return found

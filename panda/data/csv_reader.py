@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from panda.data.packed_files import not_utf8
+from panda.data.packed_files import open_binary
+from panda.data.packed_files import unpacked_name
+from panda.data.packed_files import with_packed
 from panda.data.reading import WINDOW
 from panda.data.reading import BadRow
 from panda.data.reading import Row
-from panda.data.reading import open_binary
 from panda.data.reading import too_large
 from panda.registry import UserError
 from panda.registry import register_reader
@@ -34,9 +37,9 @@ class CsvOptions:
 
 @register_reader("csv", options=CsvOptions)
 class CsvReader:
-    """Comma- and tab-separated values in UTF-8, also gzipped: the first line names the fields; each value is text."""
+    """Comma- and tab-separated values in UTF-8, also packed: the first line names the fields; each value is text."""
 
-    suffixes = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+    suffixes = with_packed(".csv", ".tsv")
 
     def __init__(self, options: CsvOptions, context: ReaderContext) -> None:
         self.delimiter = options.csv_delimiter
@@ -47,7 +50,7 @@ class CsvReader:
 
         A header that names no fields, or one twice, and a quote that is never closed are errors.
         """
-        delimiter = self.delimiter or ("\t" if file.name.lower().removesuffix(".gz").endswith(".tsv") else ",")
+        delimiter = self.delimiter or ("\t" if unpacked_name(file).endswith(".tsv") else ",")
         # The limit of the csv module counts characters of a field, and is one for the whole process.
         csv.field_size_limit(max(csv.field_size_limit(), self.limit))
         with open_binary(file) as stream:
@@ -150,10 +153,7 @@ class _Lines:
         try:
             return raw.decode("utf-8-sig" if self._line == 1 else "utf-8")
         except UnicodeDecodeError as problem:
-            byte = problem.object[problem.start]
-            raise UserError(
-                f"{self.file}:{self._line}: not UTF-8: byte {byte:#04x}. Convert the file to UTF-8."
-            ) from None
+            raise not_utf8(self.file, self._line, problem.object[problem.start]) from None
 
     def skip_record(self) -> None:
         """Read on to the end of the newest record, without holding it."""

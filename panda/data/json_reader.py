@@ -9,25 +9,25 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from typing import BinaryIO
 
+from panda.data.packed_files import not_utf8
+from panda.data.packed_files import open_binary
+from panda.data.packed_files import with_packed
 from panda.data.reading import WINDOW
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import kind_of
-from panda.data.reading import open_binary
 from panda.data.reading import too_large
 from panda.registry import NoOptions
 from panda.registry import UserError
 from panda.registry import register_reader
 from panda.registry.contexts import ReaderContext
 
-# strict=False allows raw newlines and tabs inside strings: PandaLLM's own example of the
-# pretraining format has them.
-_DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NEXT_LINE = re.compile(r"\n")
 _NEXT_OBJECT = re.compile(r"\n[ \t]*(?=\{)")
@@ -42,16 +42,17 @@ _LONGEST_WORD = len("-Infinity")
 
 @register_reader("json")
 class JsonReader:
-    """JSON: an array of objects, one object, or objects one after another (JSON Lines); also gzipped."""
+    """JSON: an array of objects, one object, or objects one after another (JSON Lines); also packed."""
 
-    suffixes = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
+    suffixes = with_packed(".json", ".jsonl", ".ndjson")
 
     def __init__(self, options: NoOptions, context: ReaderContext) -> None:
         self.limit = context.max_row_bytes
 
     def read(self, file: Path) -> Iterator[Row | BadRow]:
         """Rows in order. A syntax error inside an array ends the file and is an error; between the
-        objects of a JSON Lines file it costs one row, which is reported."""
+        objects of a JSON Lines file it costs one row, which is reported. So do, in either, a row that is nested
+        too deeply, has a number of too many digits, or a field twice with different values."""
         with open_binary(file) as stream:
             window = _Window(file, stream, self.limit)
             window.skip_space()
@@ -74,8 +75,8 @@ class _Unreadable:
         self.problem = problem
 
 
-class _TooLargeError(Exception):
-    """The value at the position of a window, where that stays, has more bytes than a row may have."""
+class _UnreadableError(Exception):
+    """The value at the position of a window, where that stays, cannot be read, but its end can be found."""
 
 
 class _Window:
@@ -88,6 +89,11 @@ class _Window:
         self.position = 0
         self.complete = False
         """Whether ``text`` reaches to the end of the file."""
+        # strict=False allows raw newlines and tabs inside strings: PandaLLM's own example of the pretraining format has
+        # them.
+        self._decoder = json.JSONDecoder(strict=False, object_pairs_hook=self._object)
+        self._repeated: str | None = None
+        """A field that an object of the value that is being decoded has twice, with different values."""
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._lines = 0
         """Newlines before ``text``."""
@@ -105,8 +111,7 @@ class _Window:
             text = self._utf8.decode(raw, final=self.complete)
         except UnicodeDecodeError as problem:
             line = self._newlines_read + problem.object.count(b"\n", 0, problem.start) + 1
-            byte = problem.object[problem.start]
-            raise UserError(f"{self.file}:{line}: not UTF-8: byte {byte:#04x}. Convert the file to UTF-8.") from None
+            raise not_utf8(self.file, line, problem.object[problem.start]) from None
         self._newlines_read += raw.count(b"\n")
         if self.complete:
             return False
@@ -139,34 +144,49 @@ class _Window:
                 return
 
     def decode(self) -> Any:
-        """The JSON value at the position, which moves to its end. Raises JSONDecodeError, whatever is wrong.
+        """The JSON value at the position, which moves to its end; ``_Unreadable`` if it has a field twice.
 
-        Raises _TooLargeError for a value of more than ``limit`` bytes.
+        Raises JSONDecodeError for what is no JSON, and _UnreadableError for a value of more than ``limit`` bytes, and
+        for what Python cannot decode.
         """
         while True:
+            self._repeated = None
             try:
-                value, end = _DECODER.raw_decode(self.text, self.position)
+                value, end = self._decoder.raw_decode(self.text, self.position)
                 # A number may continue after the end of the window; a value in brackets or quotes has its end.
                 goes_on = isinstance(value, (int, float)) and _NUMBER_GOES_ON.match(self.text, end)
                 if not (goes_on and self._more_within_limit()):
                     self._refuse_too_large(end)
                     self.position = end
-                    return value
+                    repeated = self._repeated
+                    return value if repeated is None else _Unreadable(f"it has {repeated!r} twice, with two values")
             except json.JSONDecodeError as problem:
                 cut_off = problem.msg.startswith("Unterminated string") or (
                     problem.pos > len(self.text) - _LONGEST_WORD
                 )
                 if not (cut_off and self._more_within_limit()):
                     if problem.pos - self.position > self.limit:
-                        raise _TooLargeError from None
+                        raise self._too_large() from None
                     raise
-            except (RecursionError, ValueError) as problem:  # nested too deeply; too many digits for Python
-                raise json.JSONDecodeError(str(problem), self.text, self.position) from None
+            except RecursionError:
+                raise _UnreadableError("it is nested too deeply to be read") from None
+            except ValueError:
+                digits = sys.get_int_max_str_digits()
+                raise _UnreadableError(f"it has a whole number of more than {digits:,} digits") from None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            self._repeated = next((name for name, value in pairs if made[name] != value), self._repeated)
+        return made
+
+    def _too_large(self) -> _UnreadableError:
+        return _UnreadableError(too_large(self.limit))
 
     def _more_within_limit(self) -> bool:
         """``more``, of a value that begins at the position and is not complete yet."""
         if len(self.text) - self.position > self.limit:  # a character has at least a byte
-            raise _TooLargeError
+            raise self._too_large()
         return self.more()
 
     def _refuse_too_large(self, end: int) -> None:
@@ -174,7 +194,7 @@ class _Window:
         if (end - self.position) * most_bytes_a_character <= self.limit:
             return
         if len(self.text[self.position : end].encode(errors="surrogatepass")) > self.limit:
-            raise _TooLargeError
+            raise self._too_large()
 
     def next_match(self, pattern: re.Pattern[str], begin: str = "\n") -> bool:
         """Move to the end of the next match of ``pattern``, which begins with ``begin``, or to the end of the file.
@@ -249,10 +269,10 @@ def _array(window: _Window) -> Iterator[Any]:
 def _array_element(window: _Window) -> Any:
     try:
         return window.decode()
-    except _TooLargeError:
+    except _UnreadableError as problem:
         if not window.skip_value():
             raise json.JSONDecodeError("Unterminated string or row", window.text, window.position) from None
-        return _Unreadable(too_large(window.limit))
+        return _Unreadable(str(problem))
 
 
 def _sequence(window: _Window) -> Iterator[Any]:
@@ -261,11 +281,11 @@ def _sequence(window: _Window) -> Iterator[Any]:
         opens_object = window.character() == "{"
         try:
             element = window.decode()
-            if not isinstance(element, dict) and not _line_ends(window):
+            if not isinstance(element, (dict, _Unreadable)) and not _line_ends(window):
                 raise json.JSONDecodeError("Expecting an object", window.text, window.position)
             yield element
-        except _TooLargeError:
-            yield _Unreadable(too_large(window.limit))
+        except _UnreadableError as problem:
+            yield _Unreadable(str(problem))
             # Not where brackets and quotes end it: one that lacks its end would take the rest of the file with it.
             window.next_match(_NEXT_OBJECT_AT_THE_MARGIN if opens_object else _NEXT_LINE)
         except json.JSONDecodeError as problem:

@@ -6,8 +6,6 @@ A batch is validated before anything in it is followed: a flipped bit in an offs
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from panda.data.reading import WINDOW
 from panda.data.reading import BadRow
 from panda.data.reading import LazyFields
 from panda.data.reading import Row
-from panda.data.reading import Unconverted
 from panda.data.reading import too_large
 from panda.registry import NoOptions
 from panda.registry import UserError
@@ -25,6 +22,8 @@ from panda.registry.contexts import ReaderContext
 ROWS_AT_ONCE = 1000
 BYTES_AT_ONCE = 8 << 20
 """Rows and bytes that a batch of Parquet has at most, or one row of more bytes."""
+LARGEST_DICTIONARY = 64 << 20
+"""Most bytes of a row group whose texts are read as dictionaries: each batch has all of them."""
 
 
 @register_reader("parquet", aliases=("arrow",))
@@ -32,6 +31,8 @@ class ParquetReader:
     """Parquet, and Arrow's file and stream formats; each column a field. Needs pyarrow: panda-train[data]."""
 
     suffixes = (".parquet", ".arrow", ".feather")
+    beginnings = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+    """Of Parquet, and of Arrow's file and stream formats."""
 
     def __init__(self, options: NoOptions, context: ReaderContext) -> None:
         self.limit = context.max_row_bytes
@@ -51,20 +52,21 @@ class ParquetReader:
         """
         import pyarrow
 
+        from panda.data.arrow_arrays import values
+
         number = 0
         try:
             for batch in _batches(file):
                 batch.validate(full=True)
                 for column in batch.columns:
-                    _values(column.slice(0, 0))  # what is wrong with its type is found now, and not in a task
+                    values(column.slice(0, 0))  # what is wrong with its type is found now, and not in a task
                 _refuse_repeated_names(file, batch.schema.names)
-                for part in _parts(batch, self.limit):
-                    if part is None:
+                for columns in _parts(batch, self.limit):
+                    if columns is None:
                         number += 1
                         yield BadRow(file, number, too_large(self.limit))
                         continue
-                    columns = _Columns(part)
-                    for index in range(part.num_rows):
+                    for index in range(columns.batch.num_rows):
                         number += 1
                         yield Row(ColumnFields(columns, index), file, number)
         except (pyarrow.ArrowException, UnicodeDecodeError) as problem:
@@ -78,17 +80,18 @@ class ParquetReader:
 class _Columns:
     """The columns of some rows. Another process gets those rows and not the batch that they are a part of."""
 
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
+    def __init__(self, batch: Any, size: int) -> None:
+        """``size``: bytes of a row, on average."""
+        self.batch, self.size = batch, size
         self.names: list[str] = batch.schema.names
-        self.size = int(batch.nbytes) // int(batch.num_rows)
-        """Bytes of a row, on average."""
         self._values: dict[str, list[Any]] = {}
 
     def values(self, name: str) -> list[Any]:
         """The values of a column. Raises KeyError where there is none of that name."""
         if name not in self._values:
-            self._values[name] = _values(self.batch.column(name))
+            from panda.data.arrow_arrays import values
+
+            self._values[name] = values(self.batch.column(name))
         return self._values[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -96,24 +99,19 @@ class _Columns:
         from pyarrow import RecordBatch
         from pyarrow import ipc
 
-        rows = RecordBatch.from_arrays(_decoded(self.batch), self.names)  # not with all of a dictionary
+        from panda.data.arrow_arrays import decoded
+
+        rows = RecordBatch.from_arrays([decoded(each) for each in self.batch.columns], self.names)
         sink = BufferOutputStream()
         with ipc.new_stream(sink, rows.schema) as stream:
             stream.write_batch(rows)
-        return _received, (sink.getvalue().to_pybytes(),)
+        return _received, (sink.getvalue().to_pybytes(), self.size)
 
 
-def _received(written: bytes) -> _Columns:
+def _received(written: bytes, size: int) -> _Columns:
     from pyarrow import ipc
 
-    return _Columns(ipc.open_stream(written).read_next_batch())
-
-
-def _decoded(batch: Any) -> list[Any]:
-    """The columns of ``batch``; those of a dictionary, which all of its rows share, with values of their own."""
-    from pyarrow import types
-
-    return [each.dictionary_decode() if types.is_dictionary(each.type) else each for each in batch.columns]
+    return _Columns(ipc.open_stream(written).read_next_batch(), size)
 
 
 class ColumnFields(LazyFields):
@@ -150,14 +148,21 @@ def _batches(file: Path) -> Iterator[Any]:
     from pyarrow import memory_map
     from pyarrow import parquet
 
-    with file.open("rb") as begun:
-        is_parquet = begun.read(4) == b"PAR1"
-    if is_parquet or file.name.lower().endswith(".parquet"):
+    with file.open("rb") as stream:
+        begun = stream.read(8)
+    if begun.startswith(b"FEA1"):
+        raise ArrowInvalid("it is Feather of version 1, of which pyarrow makes version 2")
+    is_arrow = begun.startswith(ParquetReader.beginnings) and not begun.startswith(b"PAR1")
+    if begun.startswith(b"PAR1") or (file.name.lower().endswith(".parquet") and not is_arrow):
+        described = parquet.read_metadata(file)
+        # Read as it is stored: a text that is in the file once, and in many rows, is in memory once.
+        dictionaries = _dictionaries(described)
         # Without a buffer, all of a row group is read at once.
-        with parquet.ParquetFile(file, buffer_size=WINDOW, page_checksum_verification=True) as table:
+        options = {"buffer_size": WINDOW, "page_checksum_verification": True}
+        with parquet.ParquetFile(file, metadata=described, read_dictionary=dictionaries, **options) as table:
             for group in range(table.num_row_groups):
-                described = table.metadata.row_group(group)
-                fitting = BYTES_AT_ONCE * described.num_rows // max(1, described.total_byte_size)
+                of_group = described.row_group(group)
+                fitting = BYTES_AT_ONCE * of_group.num_rows // max(1, of_group.total_byte_size)
                 yield from table.iter_batches(min(max(1, fitting), ROWS_AT_ONCE), row_groups=[group])
         return
     with memory_map(str(file)) as source:
@@ -172,67 +177,47 @@ def _batches(file: Path) -> Iterator[Any]:
         yield from batches
 
 
+def _dictionaries(described: Any) -> list[str]:
+    """The columns of the Parquet file that is ``described`` to read as dictionaries; none if those may be large."""
+    # Not by the size of a column: pyarrow 26 ends the process where that is asked of a damaged file.
+    groups = map(described.row_group, range(described.num_row_groups))
+    if any(group.total_byte_size > LARGEST_DICTIONARY for group in groups):
+        return []
+    columns = map(described.schema.column, range(len(described.schema)))
+    return [
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL"
+    ]
+
+
 def _refuse_repeated_names(file: Path, names: list[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(f"{file}: more than one column is called {' and '.join(map(repr, repeated))}. Rename one.")
 
 
-def _parts(batch: Any, limit: int) -> Iterator[Any]:
-    """``batch`` in parts of few rows; None for a row of more than ``limit`` bytes, which is not converted."""
+def _parts(batch: Any, limit: int) -> Iterator[_Columns | None]:
+    """``batch`` in parts of few rows and at most ``limit`` bytes; None for a row of more, which is not converted."""
+    import numpy as np
+    import pyarrow
+
+    from panda.data.arrow_arrays import decoded
+    from panda.data.arrow_arrays import sizes
+
     for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-        part = batch.slice(start, ROWS_AT_ONCE)
-        if part.nbytes <= limit:
-            yield part
-            continue
-        for index in range(part.num_rows):
-            row = part.slice(index, 1)
-            yield row if _size(row) <= limit else None
-
-
-def _size(row: Any) -> int:
-    """Bytes of a batch of one row. All of a dictionary counts as part of each of its rows, unless it is decoded."""
-    return sum(column.nbytes for column in _decoded(row))
-
-
-def _values(array: Any) -> list[Any]:
-    """The values of ``array`` as JSON has them: texts, numbers, booleans, lists, dictionaries; else ``Unconverted``."""
-    from pyarrow import BaseExtensionType
-    from pyarrow import compute
-    from pyarrow import types
-
-    kind = array.type
-    if types.is_dictionary(kind):
-        return _values(array.dictionary_decode())
-    if isinstance(kind, BaseExtensionType):
-        return _values(array.storage)
-    if (
-        types.is_boolean(kind)
-        or types.is_integer(kind)
-        or types.is_floating(kind)
-        or types.is_null(kind)
-        or types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-    ):
-        values: list[Any] = array.to_pylist()
-        return values
-    valid = array.is_valid().to_pylist()
-    if types.is_struct(kind):
-        names = [kind.field(index).name for index in range(kind.num_fields)]
-        columns = [_values(array.field(index)) for index in range(kind.num_fields)]
-        rows = zip(*columns, strict=True) if columns else iter(() for _ in valid)
-        return [dict(zip(names, row, strict=True)) if there else None for row, there in zip(rows, valid, strict=True)]
-    if types.is_map(kind):
-        bounds = array.offsets.to_pylist()
-        start, length = bounds[0], bounds[-1] - bounds[0]
-        keys, items = (_values(part.slice(start, length)) for part in (array.keys, array.items))
-        parts = [slice(low - start, high - start) for low, high in pairwise(bounds)]
-        maps = [dict(zip(keys[part], items[part], strict=True)) for part in parts]
-        return [each if there else None for each, there in zip(maps, valid, strict=True)]
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        flat = iter(_values(array.flatten()))  # without those of lists that are null
-        lengths = compute.list_value_length(array).to_pylist()
-        return [None if length is None else list(islice(flat, length)) for length in lengths]
-    described = str(kind)
-    return [Unconverted(described) if there else None for there in valid]
+        some = batch.slice(start, ROWS_AT_ONCE)
+        bytes_of_rows = sum(map(sizes, some.columns), np.zeros(some.num_rows, np.int64))
+        first = 0
+        while first < some.num_rows:
+            ends = np.cumsum(bytes_of_rows[first:])
+            count = int(np.searchsorted(ends, limit, side="right"))
+            if not count:
+                yield None
+                first += 1
+                continue
+            part, size = some.slice(first, count), int(ends[count - 1])
+            if part.nbytes > 2 * size:  # most of which is not of these rows, and would be held as long as they are
+                part = pyarrow.RecordBatch.from_arrays(list(map(decoded, part.columns)), part.schema.names)
+            yield _Columns(part, size // count)
+            first += count

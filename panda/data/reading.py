@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from abc import ABC
 from abc import abstractmethod
 from collections.abc import Iterator
 from collections.abc import Mapping
-from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from typing import BinaryIO
 from typing import Protocol
-from typing import cast
 from typing import runtime_checkable
 
-from panda.registry import UserError
 from panda.registry.offers import maker
 
 
@@ -181,19 +176,6 @@ _KINDS: dict[type, str] = {
     float: "a number",
     type(None): "null",
 }
-
-
-@contextmanager
-def open_binary(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of ``file``, unpacked where its name ends in ``.gz``. Raises UserError where they cannot be read."""
-    packed = file.name.lower().endswith(".gz")
-    try:
-        with cast(BinaryIO, gzip.open(file) if packed else file.open("rb")) as stream:
-            yield stream
-    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-        raise UserError(f"{file}: not a complete gzip file: {problem}. Is it cut short?") from None
-    except OSError as problem:
-        raise UserError(f"{file}: cannot be read: {problem.strerror or problem}.") from None
 
 
 WINDOW = 1 << 20

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import BinaryIO
 from typing import Literal
 
+from panda.data.packed_files import not_utf8
+from panda.data.packed_files import open_binary
+from panda.data.packed_files import with_packed
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import lines
-from panda.data.reading import open_binary
 from panda.data.reading import too_large
 from panda.registry import UserError
 from panda.registry import register_reader
@@ -29,9 +31,9 @@ class TextOptions:
 
 @register_reader("text", options=TextOptions)
 class TextReader:
-    """Plain text in UTF-8, also gzipped: a file or a line is a row, with the field "text"."""
+    """Plain text in UTF-8, also packed: a file or a line is a row, with the field "text"."""
 
-    suffixes = (".txt", ".md", ".rst", ".txt.gz", ".md.gz", ".rst.gz")
+    suffixes = with_packed(".txt", ".md", ".rst")
 
     def __init__(self, options: TextOptions, context: ReaderContext) -> None:
         self.document = options.text_document
@@ -52,8 +54,7 @@ class TextReader:
                     text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as problem:
                     line = number + raw.count(b"\n", 0, problem.start)
-                    byte = raw[problem.start]
-                    raise UserError(f"{file}:{line}: not UTF-8: byte {byte:#04x}. Convert the file to UTF-8.") from None
+                    raise not_utf8(file, line, raw[problem.start]) from None
                 if text.strip():
                     blank = False
                     yield Row({"text": _with_unix_newlines(text.rstrip("\r\n"))}, file, number)

@@ -28,6 +28,7 @@ import numpy as np
 from panda.data.content_hash import content_hash
 from panda.data.content_hash import remember
 from panda.data.content_hash import stamp
+from panda.data.packed_files import unpacked_name
 from panda.data.recipe import Recipe
 from panda.data.token_dataset import DataReport
 from panda.data.token_dataset import SampleBlock
@@ -38,7 +39,7 @@ from panda.files.locks import held
 from panda.files.whole import whole
 from panda.registry import UserError
 
-VERSION = 3
+VERSION = 4
 """Raised by whoever changes the layout of the files, or which tokens a reader or a task of panda's makes of data."""
 
 MANIFEST = "manifest.json"
@@ -159,7 +160,7 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
 def _ending(file: Path) -> str:
     """The end of the name of ``file`` by which a reader knows how to read it."""
     name = file.name.lower()
-    unpacked = name.removesuffix(".gz")
+    unpacked = unpacked_name(file)
     return Path(unpacked).suffix + name[len(unpacked) :]
 
 

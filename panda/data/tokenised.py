@@ -12,7 +12,7 @@ from panda.data.reading import Fields
 from panda.data.reading import kind_of
 from panda.registry.contexts import IGNORED_LABEL
 
-IDS, LABELS, ATTENTION = "input_ids", "labels", "attention_mask"
+IDS, LABELS, ATTENTION, POSITIONS = "input_ids", "labels", "attention_mask", "position_ids"
 LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 """Fields that say which tokens carry loss, by 0 and 1: the common name, and TRL's two."""
 
@@ -40,7 +40,7 @@ def tokenised_of(fields: Mapping[str, Any], vocabulary: int, *, all_carry_loss: 
     """The tokens in a row, without padding, which ``attention_mask`` says; None where it has no field ``input_ids``.
 
     ``all_carry_loss``: whether tokens carry loss where no field says so. Raises UnusableRowError where ids are not
-    below ``vocabulary``, a field has another length, or nothing carries loss.
+    below ``vocabulary``, a field has another length, nothing carries loss, or several documents are packed into it.
     """
     fields = fields if isinstance(fields, Fields) else Fields(fields)
     if not fields.has(IDS):
@@ -67,6 +67,7 @@ def tokenised_of(fields: Mapping[str, Any], vocabulary: int, *, all_carry_loss: 
                     f" or {IGNORED_LABEL}"
                 )
     kept = _attended(fields, len(ids))
+    _refuse_packed(fields, kept, len(ids))
     ids, supervised = ids[kept], supervised[kept]
     supervised[:1] = bytes(len(supervised[:1]))
     if 1 not in supervised:
@@ -85,6 +86,17 @@ def _attended(fields: Fields, length: int) -> slice:
             f"field {ATTENTION!r} leaves tokens out between others, and not only padding at the ends"
         )
     return kept
+
+
+def _refuse_packed(fields: Fields, kept: slice, length: int) -> None:
+    """Raise UnusableRowError unless the positions of the tokens, if the row has them, are those of one document."""
+    if fields.has(POSITIONS):
+        positions = _of_length(_numbers(fields, POSITIONS), POSITIONS, length)[kept]
+        if positions != list(range(len(positions))):
+            raise UnusableRowError(
+                f"field {POSITIONS!r} does not count from 0 on: documents that share a row would see each other. Give"
+                " each a row of its own; `batching: packed` packs them"
+            )
 
 
 def _numbers(fields: Fields, name: str) -> list[int]:

@@ -63,7 +63,7 @@ class Profile:
     @hookimpl
     def panda_exception(self, run: Run) -> None:
         if self.profiler is not None:
-            self.profiler.stop()  # type: ignore[no-untyped-call]
+            self.profiler.stop()
 
     def _begin(self, run: Run) -> None:
         from torch.profiler import ProfilerActivity
@@ -72,7 +72,7 @@ class Profile:
         on_gpu = run.processes.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         self.profiler = profile(activities=activities)
-        self.profiler.start()  # type: ignore[no-untyped-call]
+        self.profiler.start()
         run.engine.on_part = self._mark
         self.on_gpu = on_gpu
         self._mark("between steps")
@@ -82,7 +82,7 @@ class Profile:
         import torch
 
         if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self.marks.append((part, event))
         else:
@@ -92,11 +92,11 @@ class Profile:
         assert self.profiler is not None
         self._mark("end")
         run.engine.on_part = None
-        self.profiler.stop()  # type: ignore[no-untyped-call]
+        self.profiler.stop()
         folder = run.directory / FOLDER
         folder.mkdir(exist_ok=True)
         trace, table = folder / f"trace-step{run.step}.json.gz", folder / f"parts-step{run.step}.txt"
-        self.profiler.export_chrome_trace(str(trace))  # type: ignore[no-untyped-call]
+        self.profiler.export_chrome_trace(str(trace))
         text = "\n".join([*self._parts(), "", *self._operations()]) + "\n"
         write_whole(table, text)
         print(f"{text}{table}\n{trace} (open it at https://ui.perfetto.dev)", flush=True)
@@ -115,12 +115,12 @@ class Profile:
 
     def _operations(self) -> list[str]:
         """The operations that take longest: kernels of the GPU, or torch's operations on the CPU."""
-        import torch
+        from torch._C._autograd import DeviceType  # torch.autograd has it, without exporting it
 
         assert self.profiler is not None
         found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for event in self.profiler.key_averages():
-            on_device = event.device_type == torch.autograd.DeviceType.CUDA
+            on_device = event.device_type == DeviceType.CUDA
             taken = event.self_device_time_total if self.on_gpu else event.self_cpu_time_total
             if on_device == self.on_gpu and taken:
                 found[event.key][0] += taken

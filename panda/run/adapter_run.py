@@ -50,13 +50,11 @@ def trained_adapters(run: Path) -> bool:
 
 def refuse_another_base(pretrained: Pretrained) -> None:
     """Raise UserError where a run exported the adapters of ``pretrained``, and trained them on another base."""
-    from panda.weights.pretrained import base_weights
-
     adapters = pretrained.adapters
     if adapters is None or adapters.name != EXPORT:
         return
     trained_on = _facts(adapters.parent).get("base_weights")
-    if trained_on and trained_on != base_weights(pretrained):
+    if trained_on and trained_on != pretrained.identity:
         raise UserError(
             f"ckpt_path: the adapters in {adapters} were trained on {trained_on}, but the base found is"
             f" {pretrained.describe()}, {pretrained.identity}. Give the location of the original base with `base_path`."

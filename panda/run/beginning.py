@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from panda.data.locations import data_sets
 from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import set_aside_later
@@ -21,6 +22,7 @@ from panda.run.directory_lock import RunLock
 from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
+from panda.run.sources import data_settings
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
 from panda.weights.export import decoding_of
@@ -110,6 +112,7 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         "samples": len(dataset),
         "tokens": dataset.tokens,
         "supervised_tokens": dataset.supervised_tokens,
+        "data_sets": [found.record() for each in data_settings(run.resolved) for found in data_sets(each.value)],
         "bad_rows": dataset.report.bad_rows,
         "eval_samples": len(run.evaluation.dataset) if run.evaluation else None,
         "checkpoint": pretrained.describe() if pretrained else None,

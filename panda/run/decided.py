@@ -10,15 +10,11 @@ from dataclasses import replace
 from datetime import UTC
 from datetime import date
 from datetime import datetime
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
-from panda.run.directory import RUN_CONFIG
-from panda.run.directory import find_directory
+from panda.run.directory import recorded_configuration
 from panda.tasks.instruct import InstructFormat
 
 KEPT = "decided when the run began"
@@ -41,24 +37,13 @@ def with_decided(
 
 
 def recorded(resolved: Resolved, key: str) -> Any:
-    """The value of ``key`` in the configuration of the run that this one continues; None if there is none."""
-    if resolved.core.resume is None:
-        return None
-    directory, checkpoint = find_directory(resolved)
-    run = checkpoint.absolute().parent.parent if checkpoint else directory
-    return _value_in(run / RUN_CONFIG, key)
+    """The value of ``key``, with or without a prefix, in the configuration of the run that this one continues.
 
-
-def _value_in(file: Path, key: str) -> Any:
-    """The value of ``key`` in ``file``, with or without a prefix; None where there is none."""
-    try:
-        values = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return None
-    if not isinstance(values, dict):
-        return None
+    None if there is none.
+    """
     name = key.rpartition(".")[2]
-    found = next((value for written, value in values.items() if str(written).rpartition(".")[2] == name), None)
+    values = recorded_configuration(resolved)
+    found = next((value for written, value in values.items() if written.rpartition(".")[2] == name), None)
     return found.isoformat() if isinstance(found, date) else found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from panda.data.data_sets import name_and_commit
 from panda.files.whole import write_whole
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
@@ -114,6 +115,8 @@ def _from_anywhere(setting: Setting) -> Any:
         alone = setting.location.holds_data and len(texts) == 1 and "," not in texts[0]
         return texts[0] if alone else texts
     if not setting.value or setting.value.startswith("panda:") or "://" in setting.value:
+        return setting.value
+    if setting.location.holds_data and name_and_commit(setting.value):
         return setting.value
     if not setting.location.on_hub:
         return str(resolve_path(setting.value).absolute())

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.registry import UserError
@@ -92,6 +95,19 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     if is_in_run and (given is None or given.resolve() == checkpoint.resolve().parent.parent):
         return given or checkpoint.parent.parent, checkpoint
     return _new(given, default), checkpoint
+
+
+def recorded_configuration(resolved: Resolved) -> dict[str, Any]:
+    """What config.yaml of the run that this one continues says; empty where there is none."""
+    if resolved.core.resume is None:
+        return {}
+    directory, checkpoint = find_directory(resolved)
+    run = checkpoint.absolute().parent.parent if checkpoint else directory
+    try:
+        values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _new(given: Path | None, default: Path) -> Path:

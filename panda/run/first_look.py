@@ -6,15 +6,19 @@ import os
 
 from panda.configuration.configure import Configuration
 from panda.data.auto_reader import AutoReader
+from panda.data.data_sets import name_and_commit
 from panda.data.locations import data_files
+from panda.data.locations import each_of
 from panda.data.reading import Reader
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.files.whole import check_can_be_made
 from panda.registry.contexts import ReaderContext
 from panda.registry.settings import CORE
+from panda.registry.settings import Setting
 from panda.run.directory import continues_in_place
 from panda.run.directory import find_directory
 from panda.run.directory_lock import check_free
+from panda.run.sources import data_settings
 from panda.weights.tokenizers import tokenizer_folder
 
 
@@ -28,15 +32,22 @@ def look_for_inputs(configuration: Configuration) -> None:
     resolved = configuration.resolved
     context = ReaderContext(max_row_bytes=resolved.core.max_row_bytes)
     reader = resolved.components["reader"].build(context, Reader)
-    settings = [setting for setting in resolved.settings.values() if setting.location and setting.location.holds_data]
+    settings = data_settings(resolved)
     if all(setting.owner == CORE for setting in settings):
         settings = []  # the task has no files for the reader, so what it is evaluated on need not be such files
+    _look_for_data(settings, reader, on_hub=False)
+    tokenizer_folder(resolved.core.tokenizer)
+    _look_for_data(settings, reader, on_hub=True)  # which are fetched: last, since that may take long
+
+
+def _look_for_data(settings: list[Setting], reader: Reader, *, on_hub: bool) -> None:
+    """Raise UserError if files that ``settings`` name are missing: those of data sets on the hub, or the others."""
     for setting in settings:
-        if setting.value is not None:
-            files = data_files(setting.value, reader.suffixes, setting.key)
+        texts = [text for text in each_of(setting.value) if (name_and_commit(text) is not None) == on_hub]
+        if texts or not (setting.value or on_hub):
+            files = data_files(texts, reader.suffixes, setting.key)
             if isinstance(reader, AutoReader):
                 reader.check(files)
-    tokenizer_folder(resolved.core.tokenizer)
 
 
 def look_first(configuration: Configuration, world_size: int) -> None:

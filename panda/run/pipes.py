@@ -7,11 +7,8 @@ import os
 import stat
 import tempfile
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
-from panda.configuration.configure import Configuration
-from panda.data.locations import each_of
 from panda.data.reading import WINDOW
 from panda.files.disk_full import disk_full
 from panda.registry import UserError
@@ -20,69 +17,41 @@ from panda.registry.location import resolve_path
 FOLDER = "pipes"
 """The folder in the token cache that has what came through pipes."""
 DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/")
-MAGIC = {b"\x1f\x8b": ".json.gz", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
-"""Endings of files by what they begin with, for a pipe whose name has none."""
 
 
-def with_pipes_kept(configuration: Configuration) -> Configuration:
-    """``configuration`` with files in place of pipes that its keys of data name: copies in the token cache.
-
-    Raises UserError where another process would have to read the pipe, too.
-    """
-    resolved = configuration.resolved
-    kept: dict[str, str] = {}
-    values = {}
-    for key, setting in resolved.settings.items():
-        if setting.value is None or setting.location is None or not setting.location.holds_data:
-            continue
-        texts = each_of(setting.value)
-        for text in texts:
-            if text not in kept and _is_pipe(text, key):
-                from panda.data.token_cache import cache_folder  # here, since it imports numpy
-
-                kept[text] = str(_keep(text, cache_folder(resolved.core.token_cache) / FOLDER, key))
-        if kept.keys() & set(texts):
-            files = tuple(kept.get(text, text) for text in texts)
-            values[key] = files[0] if isinstance(setting.value, str) else files
-    if not values:
-        return configuration
-    return replace(configuration, resolved=resolved.with_values(values, "kept of a pipe"))
-
-
-def _is_pipe(location: str, key: str) -> bool:
+def is_pipe(location: str, key: str) -> bool:
     """Whether ``location`` is a pipe. Raises UserError for one that this process cannot read by itself."""
     path = resolve_path(location)
     try:
-        is_pipe = stat.S_ISFIFO(path.stat().st_mode)
+        is_one = stat.S_ISFIFO(path.stat().st_mode)
     except (OSError, ValueError):
-        is_pipe = location.startswith(DESCRIPTORS)  # of the process that the shell started, which a launcher closes
-        if not is_pipe:
+        is_one = location.startswith(DESCRIPTORS)  # of the process that the shell started, which a launcher closes
+        if not is_one:
             return False
     else:
-        if not is_pipe or os.environ.get("WORLD_SIZE", "1") == "1":
-            return is_pipe
+        if not is_one or os.environ.get("WORLD_SIZE", "1") == "1":
+            return is_one
     raise UserError(
         f"{key}: {location!r} is a pipe, which only one process can read. Keep its content first: `panda prepare CONFIG"
         f" --{key} <(...)` says in which file, to name here. Or write it into a file."
     )
 
 
-def _keep(location: str, folder: Path, key: str) -> Path:
+def keep(location: str, folder: Path, key: str) -> Path:
     """The file in ``folder`` with what comes through the pipe ``location``, named by a hash of it."""
     print(f"{key}: reading {location}, a pipe, until it ends", flush=True)
-    hashed, beginning, new = hashlib.sha256(), b"", None
+    hashed, new, size = hashlib.sha256(), None, 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, new = tempfile.mkstemp(prefix=".tmp-", dir=folder)
         with resolve_path(location).open("rb") as pipe, open(descriptor, "wb") as file:
             while piece := pipe.read(WINDOW):
-                beginning = beginning or piece[:8]
+                size += len(piece)
                 hashed.update(piece)
                 file.write(piece)
-        if not beginning:
+        if not size:
             raise UserError(f"{key}: nothing came through the pipe {location!r}. Does its command fail?")
-        found = (ending for magic, ending in MAGIC.items() if beginning.startswith(magic))
-        ending = "".join(Path(location).suffixes[-2:]) or next(found, "")
+        ending = "".join(Path(location).suffixes[-2:])
         kept = (folder / f"{hashed.hexdigest()[:32]}{ending}").absolute()
         os.replace(new, kept)
     except OSError as problem:

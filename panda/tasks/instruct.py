@@ -64,8 +64,8 @@ class InstructOptions(InstructFormat):
     instruction_tuning_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = (
         "./dataset/instruction_tuning",
     )
-    """Folder, read recursively, file, or pattern of files, or a list of these; rows have "input" and "target" (or other
-    common names)."""
+    """Folder, read recursively, file, pattern of files, or data set on the hub (`OWNER/NAME:CONFIGURATION:SPLIT`), or a
+    list of these; rows have "input" and "target" (or other common names)."""
     data_weights: tuple[Annotated[float, Meta(gt=0)], ...] = ()
     """Passes over the data of each path in an epoch, `1, 0.5`; by default one over all. 2 shows each sample twice, 0.1
     another tenth of them each epoch."""

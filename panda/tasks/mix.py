@@ -32,9 +32,9 @@ class MixOptions(InstructFormat, PretrainFormat):
     """Options of the mix task: those of instruct and of pretrain, and a weight for each."""
 
     instruction_tuning_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
-    """Folder, file or pattern of instruct data, or a list; left out, the mix has only pretrain data."""
+    """Folder, file, pattern or data set of instruct data, or a list; left out, the mix has only pretrain data."""
     pretraining_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
-    """Folder, file or pattern of pretrain data, or a list; left out, the mix has only instruct data."""
+    """Folder, file, pattern or data set of pretrain data, or a list; left out, the mix has only instruct data."""
     instruct_weight: tuple[Annotated[float, Meta(gt=0)], ...] = (1.0,)
     """Passes over the instruct data in an epoch: 2 shows each sample twice, 0.1 another tenth of them each epoch. One
     for all of it, or one for each path."""

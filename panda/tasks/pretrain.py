@@ -48,8 +48,8 @@ class PretrainOptions(PretrainFormat):
     """Options of the pretrain task."""
 
     pretraining_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = ("./dataset/pretraining",)
-    """Folder, read recursively, file, or pattern of files, or a list of these; rows have "content" or "text", and
-    perhaps "title"."""
+    """Folder, read recursively, file, pattern of files, or data set on the hub (`OWNER/NAME:CONFIGURATION:SPLIT`), or a
+    list of these; rows have "content" or "text", and perhaps "title"."""
     data_weights: tuple[Annotated[float, Meta(gt=0)], ...] = ()
     """Passes over the data of each path in an epoch, `1, 0.5`; by default one over all. 2 shows each sample twice, 0.1
     another tenth of them each epoch."""

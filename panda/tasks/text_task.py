@@ -16,10 +16,12 @@ from typing import Any
 from panda.data.conversations import UnusableRowError
 from panda.data.ingredients import code_of
 from panda.data.ingredients import tokenizer_ingredients
+from panda.data.locations import data_sets
 from panda.data.locations import each_of
 from panda.data.locations import files_by_location
 from panda.data.locations import identities
 from panda.data.locations import other_files
+from panda.data.locations import repeated_paths
 from panda.data.locations import without
 from panda.data.reading import BadRow
 from panda.data.reading import Fields
@@ -112,10 +114,14 @@ class TextTask(LanguageModelling):
             if files:  # else all of them are held out
                 found.append((location, self._samples(self._recipe(files, location)), weight))
         notes = found[0][1].report.notes
+        notes += [data_set.describe() for data_set in data_sets(self.locations)]
         if others := other_files(self.locations, self.context.reader.suffixes):
             files_are = "1 file is" if (count := others.total()) == 1 else f"{count:,} files are"
             kinds = ", ".join(kind for kind, _ in others.most_common(5))
             notes.append(f"{self.option}: {files_are} of other kinds, and not read: {kinds}")
+        if again := repeated_paths(self.locations, self.context.reader.suffixes, self.option):
+            paths = "1 path leads" if again == 1 else f"{again:,} paths lead"
+            notes.append(f"{self.option}: {paths} to files that other paths lead to as well; a file is read once")
         if self.held_out_files:
             files_are = "1 file is" if self.held_out_files == 1 else f"{self.held_out_files:,} files are"
             notes.append(f"{self.option}: {files_are} held out by eval_data_dir, and not trained on")

@@ -16,7 +16,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-    """Returns the tensor, on the CPU. It may be a view of a file: copy it before changing it."""
+    """Returns the tensor, on the CPU, or a random one where it was drawn. It may be a view of a file: copy it before
+    changing it."""
 
 
 def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -392,9 +392,82 @@ def test_values_are_translated(translated: Any, text: str, expected: dict[str, A
     assert {key: found.get(key) for key in expected} == expected
 
 
+HUB = "model_name_or_path: b\ndataset_name: o/d\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "held_out"),
+    [
+        (HUB, "o/d", None),
+        (HUB + "dataset_config: main\ndataset_train_split: train\n", "o/d:main", None),
+        (HUB + "dataset_train_split: train_sft\ndataset_test_split: test_sft\n", "o/d:train_sft", "o/d:test_sft"),
+        (HUB + "dataset_config: main\neval_strategy: steps\n", "o/d:main", "o/d:main:test"),
+        (
+            "model_name_or_path: b\ndataset_mixture: {datasets: [{id: o/d, config: c, split: s}, {path: o/e}]}\n",
+            ["o/d:c:s", "o/e"],
+            None,
+        ),
+        ("base_model: b\ndatasets: [{path: o/d, name: c, split: s, revision: r}]\n", "o/d:c:s@r", None),
+        (
+            "base_model: b\ndatasets: [{path: o/d}]\ntest_datasets: [{path: o/d, split: test}]\n",
+            "o/d",
+            "o/d:test",
+        ),
+        (
+            "model_name_or_path: b\ndataset_mixture: {datasets: [{id: o/d, split: s, weight: 0.5}, {id: o/d}]}\n",
+            ["o/d:s", "o/d"],
+            None,
+        ),
+    ],
+)
+def test_data_sets_on_the_hub_with_configuration_split_and_revision(
+    translated: Any, text: str, data: Any, held_out: str | None
+) -> None:
+    found = translated(text)
+    assert values(found)["instruction_tuning_data_dir"] == data and values(found).get("eval_data_dir") == held_out
+    assert not found.lost
+
+
+def test_a_data_set_that_llama_factory_takes_from_the_hub(translated: Any, tmp_path: Path) -> None:
+    listed = {"d": {"hf_hub_url": "o/d", "subset": "c", "split": "s"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(listed))
+    found = translated(FACTORY + f"dataset_dir: {tmp_path}\n")
+    assert values(found)["instruction_tuning_data_dir"] == "o/d:c:s" and not found.lost
+    listed = {"d": {"file_name": "rows", "subset": "c"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(listed))
+    found = translated(FACTORY + f"dataset_dir: {tmp_path}\n")
+    assert values(found)["instruction_tuning_data_dir"] == str(tmp_path / "rows")
+    assert set(found.lost) == {"dataset_info.json: d.subset: c"}
+
+
+def test_only_a_place_that_panda_cannot_read_is_asked_for(
+    translated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "here").mkdir()
+    asked = {}
+    for place in ("o/d", "rows/here", "d", "rows/missing.jsonl"):
+        found = translated(f"base_model: b\ndatasets: [{{path: {place}, split: s}}]\n")
+        line = found.lines["instruction_tuning_data_dir"]
+        asked[line.value] = line.because, len(found.lost)
+    here, missing = "datasets[].path", "datasets[].path; name a file or folder of rows here"
+    assert asked == {
+        "o/d:s": (here, 0),
+        "rows/here": (here, 1),
+        "d": (missing, 1),
+        "rows/missing.jsonl": (missing, 1),
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "lost"),
     [
+        (HUB + "dataset_train_split: 'train[:10%]'\n", "o/d: split train[:10%]"),
+        (TRL + "dataset_config: c\ndataset_test_split: t\n", "d: config c"),
+        (TRL + "dataset_config: c\ndataset_test_split: t\n", "dataset_test_split: t"),
+        (TRL + "dataset_mixture: {datasets: [{id: o/d}]}\ndataset_test_split: t\n", "dataset_test_split: t"),
+        (AXOLOTL + "datasets: [{path: o/d, split: s, skip: 9}]\n", "datasets[]: o/d:s: skip 9"),
         (AXOLOTL + "optimizer: lion_8bit\n", "optimizer: lion_8bit"),
         (AXOLOTL + "lora_modules_to_save: [embed_tokens]\n", 'lora_modules_to_save: ["embed_tokens"]'),
         (AXOLOTL + "train_on_inputs: true\n", "train_on_inputs: true"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from panda.data.locations import data_files
 from panda.data.locations import files_by_location
 from panda.data.locations import identities
 from panda.data.locations import other_files
+from panda.data.locations import repeated_paths
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 
@@ -55,8 +59,71 @@ def test_files_behind_symbolic_links_are_found(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (folder / "b.json").symlink_to(tmp_path / "elsewhere" / "a.json")
+    touch(tmp_path / "other" / "b.json")
+    (folder / "b.json").symlink_to(tmp_path / "other" / "b.json")
     assert data_files(str(folder), SUFFIXES, "option") == [folder / "b.json", folder / "linked" / "a.json"]
+    assert repeated_paths(str(folder), SUFFIXES, "option") == 0
+
+
+def test_a_file_to_which_several_paths_of_one_location_lead_is_read_once(tmp_path: Path) -> None:
+    [file] = touch(tmp_path / "data" / "a.json")
+    (tmp_path / "data" / "b.json").symlink_to(file)
+    os.link(file, tmp_path / "data" / "c.json")
+    assert data_files(str(tmp_path), SUFFIXES, "option") == [file]
+    assert repeated_paths([str(tmp_path), str(tmp_path / "*" / "c.json")], SUFFIXES, "option") == 3
+
+
+@pytest.mark.parametrize("pattern", ["{}/**/*.json", "{}/**", "{}/d*/**/*.json"])
+def test_links_to_folders_above_do_not_multiply_what_a_pattern_matches(tmp_path: Path, pattern: str) -> None:
+    """glob follows them forty folders deep, and two of them without an end that anyone would wait for."""
+    [file] = touch(tmp_path / "data" / "x" / "a.json")
+    for link in ("loop", "other loop", "x/loop"):
+        (tmp_path / "data" / link).symlink_to(tmp_path / "data")
+    assert data_files(pattern.format(tmp_path), SUFFIXES, "option") == [file]
+
+
+@pytest.mark.parametrize("name", ["a.json", "deeper/b.json"])
+def test_a_link_to_nothing_is_an_error_and_not_passed_over(tmp_path: Path, name: str) -> None:
+    touch(tmp_path / "good.json", tmp_path / "deeper" / "good.json")
+    (tmp_path / "README").symlink_to("nothing")
+    (tmp_path / name).symlink_to("nothing")
+    for location in (str(tmp_path), str(tmp_path / "**"), str(tmp_path / "**" / "*.json"), str(tmp_path / name)):
+        with pytest.raises(UserError, match=f"{name}: cannot be read: it is a link to 'nothing', which does not exist"):
+            data_files(location, SUFFIXES, "option")
+
+
+def test_a_pipe_within_a_folder_is_an_error(tmp_path: Path) -> None:
+    touch(tmp_path / "good.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match=r"pipe\.json: neither a file nor a folder"):
+        data_files(str(tmp_path), SUFFIXES, "option")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, who may read everything."""
+    touch(tmp_path / "good.json", tmp_path / "locked" / "a.json")
+
+    def listed(folder: Path, iterdir: Callable[[Path], Iterator[Path]] = Path.iterdir) -> Iterator[Path]:
+        if folder.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    for location in (str(tmp_path), str(tmp_path / "**" / "*.json")):
+        with pytest.raises(UserError, match="locked: cannot be read: Permission denied"):
+            data_files(location, SUFFIXES, "option")
+
+
+def test_what_cannot_be_the_name_of_a_file_is_an_error(tmp_path: Path) -> None:
+    """An empty path would be the current folder: a variable of the shell that is not set."""
+    [file] = touch(tmp_path / "good.json")
+    for empty in ("", " ", [str(file), ""]):
+        with pytest.raises(UserError, match="option: an empty path is given"):
+            data_files(empty, SUFFIXES, "option")
+    with pytest.raises(UserError, match=r"option: 'x{300}' cannot be read: File name too long"):
+        data_files("x" * 300, SUFFIXES, "option")
+    with pytest.raises(UserError, match=r"option: 'x\\x00' does not exist"):
+        data_files("x\0", SUFFIXES, "option")
 
 
 def test_a_symbolic_link_to_a_folder_above_ends(tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import compute
 from pyarrow import feather
 from pyarrow import ipc
 from pyarrow import parquet
 
+from panda.data import arrow_arrays
 from panda.data import parquet_reader
 from panda.data.parquet_reader import ROWS_AT_ONCE
 from panda.data.parquet_reader import ParquetReader
+from panda.data.parquet_reader import _batches
 from panda.data.parquet_reader import _Columns
-from panda.data.parquet_reader import _values
+from panda.data.parquet_reader import _parts
 from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
@@ -125,6 +128,7 @@ def columns(depth: int) -> st.SearchStrategy[tuple[pyarrow.DataType, st.SearchSt
         leaf,
         inner.map(lambda of: (pyarrow.list_(of[0]), st.none() | st.lists(of[1], max_size=3))),
         inner.map(lambda of: (pyarrow.large_list(of[0]), st.none() | st.lists(of[1], max_size=3))),
+        inner.map(lambda of: (pyarrow.list_view(of[0]), st.none() | st.lists(of[1], max_size=3))),
         inner.map(lambda of: (pyarrow.list_(of[0], 2), st.none() | st.lists(of[1], min_size=2, max_size=2))),
         inner.map(
             lambda of: (pyarrow.map_(pyarrow.string(), of[0]), st.none() | st.dictionaries(TEXT, of[1], max_size=3))
@@ -143,12 +147,28 @@ def test_values_of_any_type_are_those_that_pyarrow_makes(data: st.DataObject) ->
     kind, values = data.draw(columns(2))
     expected = data.draw(st.lists(values, min_size=1, max_size=8))
     array = pyarrow.array(expected, kind)
-    assert _values(array) == array.to_pylist(maps_as_pydicts="lossy") == expected
-    assert _values(array.slice(len(expected))) == []
+    assert arrow_arrays.values(array) == array.to_pylist(maps_as_pydicts="lossy") == expected
+    assert arrow_arrays.values(array.slice(len(expected))) == []
     start = data.draw(st.integers(0, len(expected) - 1))
-    assert _values(array.slice(start)) == expected[start:]
-    [column] = pickle.loads(pickle.dumps([_Columns(pyarrow.RecordBatch.from_arrays([array.slice(start)], ["x"]))]))
+    assert arrow_arrays.values(array.slice(start)) == expected[start:]
+    batch = pyarrow.RecordBatch.from_arrays([array.slice(start)], ["x"])
+    [column] = pickle.loads(pickle.dumps([_Columns(batch, 1)]))
     assert column.values("x") == expected[start:]
+    for size, value in zip(arrow_arrays.sizes(array.slice(start)).tolist(), expected[start:], strict=True):
+        texts, others = counted(value)
+        assert texts <= size <= texts + 36 * others
+
+
+def counted(value: object) -> tuple[int, int]:
+    """Bytes of texts in a value, and the number of all else, names of fields among it: of 36 bytes at most."""
+    if isinstance(value, str):
+        return len(value.encode()), 0
+    if isinstance(value, dict):
+        value = [*map(bool, value), *value.values()]
+    if not isinstance(value, list):
+        return 0, 1
+    texts, others = zip((0, 0), *map(counted, value), strict=True)
+    return sum(texts), sum(others)
 
 
 OTHERS = {
@@ -180,18 +200,25 @@ def test_a_column_that_json_has_no_kind_for_is_an_unused_field_and_no_error(tmp_
 def test_dictionaries_and_extension_types_are_what_they_are_made_of(tmp_path: Path) -> None:
     words = pyarrow.array(["a", None, "b", "a"])
     table = pyarrow.table(
-        {"words": words.dictionary_encode(), "json": pyarrow.ExtensionArray.from_storage(pyarrow.json_(), words)}
+        {
+            "words": words.dictionary_encode(),
+            "runs": compute.run_end_encode(words),
+            "json": pyarrow.ExtensionArray.from_storage(pyarrow.json_(), words),
+        }
     )
-    feather.write_feather(table, tmp_path / "a.feather")
+    with ipc.new_file(str(tmp_path / "a.feather"), table.schema) as writer:
+        writer.write_table(table)
     rows = pickle.loads(pickle.dumps(read(tmp_path / "a.feather")[1:3]))
-    assert [dict(row.fields) for row in rows] == [{"words": None, "json": None}, {"words": "b", "json": "b"}]
+    assert [dict(row.fields) for row in rows] == [
+        dict.fromkeys(("words", "runs", "json"), value) for value in (None, "b")
+    ]
 
 
 def test_a_column_that_nothing_asks_for_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor where the rows go to another process, which gets those rows and not all of a file's batch."""
     converted = []
     monkeypatch.setattr(
-        parquet_reader, "_values", lambda array: converted.extend([array.type] * bool(array)) or array.to_pylist()
+        arrow_arrays, "values", lambda array: converted.extend([array.type] * bool(array)) or array.to_pylist()
     )
     rows = read(write(tmp_path / "a.arrow", ROWS, "file"))
     fields = [Fields(row.fields) for row in rows]
@@ -237,6 +264,67 @@ def test_a_large_dictionary_does_not_count_for_each_row(tmp_path: Path) -> None:
     feather.write_feather(pyarrow.table({"input": words}), tmp_path / "a.feather")
     found = list(ParquetReader(NoOptions(), ReaderContext(max_row_bytes=600)).read(tmp_path / "a.feather"))
     assert sum(isinstance(row, Row) for row in found) == 100
+
+
+VIEWS = {
+    "string_view": [f"{number:04000}" for number in range(10)],
+    "binary_view": [b"\xff" * 4000] * 10,
+    "list_view<item: int64>": [[number] * 500 for number in range(10)],
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_what_views_share_does_not_count_for_each_row(tmp_path: Path, kind: str) -> None:
+    """Polars writes texts so: any part of an array has all of its bytes."""
+    array = pyarrow.array(VIEWS[kind], pyarrow.list_view(pyarrow.int64()) if "list" in kind else kind)
+    batch = pyarrow.RecordBatch.from_arrays([array, array], ["input", "x"])
+    parts = list(_parts(batch, 16_000))
+    assert [part and (part.batch.num_rows, part.size) for part in parts] == [(2, 8000)] * 5
+    assert list(_parts(batch, 7999)) == [None] * 10
+
+
+@pytest.mark.parametrize("form", ["parquet", "file"])
+def test_a_text_that_is_stored_once_for_many_rows_is_held_once(tmp_path: Path, form: str) -> None:
+    """A file of some kilobytes would be gigabytes in memory otherwise, and all rows one block to tokenise."""
+    text = "0123456789" * 10_000
+    table = pyarrow.table(
+        {
+            "input": pyarrow.array([text] * 900).dictionary_encode(),
+            "messages": pyarrow.array([[{"role": "user", "content": text}]] * 900),
+            "number": pyarrow.array([1] * 900, pyarrow.decimal128(4)),
+        }
+    )
+    file = tmp_path / f"a.{form}"
+    if form == "parquet":
+        parquet.write_table(table, file)
+        assert max(batch.nbytes for batch in _batches(file)) < 3 * len(text)
+    else:
+        with ipc.new_file(str(file), table.schema) as writer:
+            writer.write_table(table)
+    rows = read(file)
+    assert {row.fields.size // len(text) for row in rows} == {2}
+    assert len(pickle.dumps(rows[0])) < 83 * 3 * len(text), "a part has 16 MiB"
+    assert len({id(row.fields["input"]) for row in rows}) < 20
+    assert rows[-1].fields["messages"] == [{"role": "user", "content": text}]
+
+
+def test_a_large_dictionary_is_not_held_by_rows_that_do_not_use_it(tmp_path: Path) -> None:
+    texts = ["a" * (1 << 20), "b", "c"]
+    words = pyarrow.DictionaryArray.from_arrays([1, 2] * 50 + [0], texts)
+    batch = pyarrow.RecordBatch.from_arrays([words], ["input"])
+    parts = list(_parts(batch, 1 << 19))
+    assert [part and part.batch.nbytes < 5000 for part in parts] == [True, None]
+    assert parts[0] is not None and parts[0].values("input") == ["b", "c"] * 50
+
+
+def test_a_parquet_column_that_may_have_a_large_dictionary_is_read_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch, of a row, would have all of it."""
+    monkeypatch.setattr(parquet_reader, "LARGEST_DICTIONARY", 1 << 16)
+    rows = [*ROWS[:5], {"input": "x" * (1 << 17)}, *ROWS[5:10]]
+    kinds = [batch.schema.field("input").type for batch in _batches(write(tmp_path / "a.parquet", rows, "parquet"))]
+    assert set(kinds) == {pyarrow.string()}
 
 
 FLIPPING = """

@@ -74,6 +74,9 @@ def test_padding_is_left_out_at_either_end(before: int, after: int) -> None:
         ({"input_ids": IDS, "attention_mask": [1, 0, 1, 1]}, "leaves tokens out between others"),
         ({"input_ids": IDS, "attention_mask": [0] * 4}, "none of its tokens carries loss"),
         ({"input_ids": IDS, "weight": 0}, "its weight is 0"),
+        ({"input_ids": IDS, "position_ids": [0, 1, 0, 1]}, "documents that share a row would see each other"),
+        ({"input_ids": IDS, "position_ids": [1, 2, 3, 4]}, "does not count from 0 on"),
+        ({"input_ids": IDS, "position_ids": [0, 1, 2]}, "field 'position_ids' has 3 values for 4"),
     ],
 )
 def test_a_row_that_is_wrong_says_how(row: dict[str, Any], problem: str) -> None:
@@ -100,3 +103,9 @@ def test_a_cut_leaves_a_token_with_loss() -> None:
     assert row.cut_to(3) == Tokenised([5, 6, 7], b"\0\0\1", cut=True)
     with pytest.raises(UnusableRowError, match="none of its first 2 tokens carries loss"):
         row.cut_to(2)
+
+
+def test_positions_of_one_document_say_nothing_else_and_those_of_padding_count_for_nothing() -> None:
+    fields = Fields({"input_ids": IDS, "position_ids": [1, 0, 1, 2], "attention_mask": [0, 1, 1, 1]})
+    assert tokenised(fields) == (IDS[1:], [0, 1, 1])
+    assert fields.unused() == []

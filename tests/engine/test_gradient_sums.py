@@ -87,6 +87,24 @@ def test_the_kernel_in_tritons_interpreter() -> None:
     assert "3 passed" in done.stdout, done.stdout
 
 
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
+@pytest.mark.parametrize("add", [False, True])
+def test_the_kernel_compiles_for_a_gpu(add: bool) -> None:
+    """The interpreter takes what the compiler refuses, as an annotation that it does not know."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from panda.engine.casting_triton import _cast
+
+    source = ASTSource(
+        fn=_cast,
+        signature={"target": "*fp32", "source": "*bf16", "size": "i64", "add": "constexpr", "block": "constexpr"},
+        constexprs={"add": add, "block": 4096},
+    )
+    assert "st.global" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
 @anywhere
 @pytest.mark.parametrize(
     ("to", "of", "add"),

@@ -79,6 +79,13 @@ def test_the_date_can_be_given_and_is_checked(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "template_date:"])
-def test_a_damaged_configuration_has_no_date(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    assert decided._value_in(tmp_path / "config.yaml", "template_date") is None
+def test_a_damaged_configuration_has_no_date(folder: Path, text: str) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "provenance.json").write_text("{}")
+    (folder / "run" / "config.yaml").write_text(text)
+    resolved = configure(parse_arguments(arguments("--resume", "auto"))).resolved
+    assert decided.recorded(resolved, "template_date") is None
+    (folder / "run" / "config.yaml").write_text("template_date: '2024-02-03'")
+    assert decided.recorded(resolved, "template_date") == "2024-02-03"
+    (folder / "run" / "config.yaml").write_text("mix.template_date: 2024-02-03")
+    assert decided.recorded(resolved, "template_date") == "2024-02-03"

@@ -18,7 +18,7 @@ from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.registry import UserError
 from panda.run.description import config_text
-from panda.run.pipes import with_pipes_kept
+from panda.run.sources import with_lasting_sources
 
 ROWS = b"".join(json.dumps({"input": f"ask {n}", "target": "say"}).encode() + b"\n" for n in range(5))
 
@@ -44,7 +44,7 @@ def write(descriptor: int, content: bytes) -> None:
 
 
 def configured(*flags: str) -> Configuration:
-    return with_pipes_kept(configure(parse_arguments(["--arch", "llama-tiny", *flags])))
+    return with_lasting_sources(configure(parse_arguments(["--arch", "llama-tiny", *flags])))
 
 
 @pytest.mark.parametrize("content", [ROWS, gzip.compress(ROWS)], ids=["plain", "gzip"])

@@ -47,7 +47,7 @@ from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
-_DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a file or folder.")
+_DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a name on the hub, a file or a folder.")
 _OF_EPOCH = "panda counts optimizer steps, and saves and evaluates at the end in any case; `panda check` says the steps"
 _PREFERENCE = "panda learns from documents and answers, not from preferences or rewards"
 
@@ -310,13 +310,11 @@ def _write_paths(items: list[Mapping[str, Any]], key: str, said: str, found: Tra
     """Write the paths of ``items``, which are below the key ``said``, as panda's ``key``."""
     paths: list[str] = []
     for item in items:
-        named = places(item)
+        named, used = places(item)
         paths += named
-        parts = {part: item[part] for part in _PARTS if item.get(part)}
-        if str(item.get("split") or "train") != "train":
-            parts["split"] = item["split"]
-        if named != [str(item.get("path"))]:
-            parts.pop("data_files")
+        parts = {part: item[part] for part in (*_PARTS, "split") if item.get(part) and part not in used}
+        if parts.get("split") == "train":
+            del parts["split"]
         if parts:
             shown_parts = ", ".join(f"{part} {value}" for part, value in parts.items())
             found.lost[f"{said}[]: {named[0]}: {shown_parts}"] = HUB_PART.reason

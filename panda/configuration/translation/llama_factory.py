@@ -37,6 +37,7 @@ from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import one_of
+from panda.configuration.translation.rules import places
 from panda.configuration.translation.rules import read_adapter
 from panda.configuration.translation.rules import read_item
 from panda.configuration.translation.rules import read_validation_share
@@ -53,7 +54,8 @@ KEYS: dict[str, Rule] = {
     "model_revision": Sets({"main": {}}, "name a folder with that revision as `ckpt_path`"),
     "adapter_name_or_path": ADAPTER,
     **each(
-        "dataset dataset_dir", Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a file or folder.")
+        "dataset dataset_dir",
+        Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a name on the hub, a file or a folder."),
     ),
     "eval_dataset": Part("write `eval_data_dir`."),
     "template": Part("write `template: chat` for the tokenizer's own chat template."),
@@ -260,6 +262,8 @@ _OF_DOCUMENTS = _OF_DATA | {"columns.prompt": one_of("text content", "name it wi
 def _place_of(name: str, folder: Path, rules: Mapping[str, Rule], found: Translation) -> str:
     """Where the data set ``name`` is by ``folder``/dataset_info.json, if that lists it; else its name.
 
+    As in LLaMA-Factory, a name on the hub takes precedence over a file.
+
     What panda cannot follow of its entry, by ``rules``, goes to ``found``.
     """
     try:
@@ -268,9 +272,12 @@ def _place_of(name: str, folder: Path, rules: Mapping[str, Rule], found: Transla
         return name
     if not isinstance(listed, Mapping):
         return name
-    read_item(listed, f"dataset_info.json: {name}", rules, found)
-    place = listed.get("file_name")
-    return str(folder / str(place)) if place else str(listed.get("hf_hub_url") or name)
+    on_hub, file = listed.get("hf_hub_url"), listed.get("file_name")
+    is_file = file and not on_hub
+    named, used = ([str(folder / str(file))], set()) if is_file else places({**listed, "path": on_hub or name})
+    left = {key: value for key, value in listed.items() if key not in used}
+    read_item(left, f"dataset_info.json: {name}", rules, found)
+    return named[0]
 
 
 TOOL = Tool(

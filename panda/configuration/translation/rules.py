@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Hashable
@@ -14,6 +15,8 @@ from dataclasses import field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from panda.weights.hub import is_data_name
 
 OFF = "leave it out: it is off in panda, too."
 
@@ -110,7 +113,7 @@ class Translation:
     def set_data(self, key: str, paths: Sequence[str], because: str) -> None:
         """Write the place of data sets as panda's ``key``: one path, or a list of them."""
         named = list(dict.fromkeys(paths))
-        found = all(Path(path).exists() for path in named)
+        found = all(Path(path).exists() or is_data_name(re.split("[:@]", path)[0]) for path in named)
         because = because if found else f"{because}; name a file or folder of rows here"
         self.set(key, named[0] if len(named) == 1 else named, because)
 
@@ -189,13 +192,27 @@ def read_item(item: Mapping[str, Any], said: str, rules: Mapping[str, Rule], fou
             found.lost[f"{said}.{key}: {shown(meant)}"] = reason
 
 
-def places(item: Mapping[str, Any]) -> list[str]:
-    """Where the rows of a data set are: its files, where it names a loader for them, or its path or name."""
+def places(item: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+    """Where the rows of a data set are, and the keys of ``item`` beside its path that this follows.
+
+    Its files, where it names a loader for them; its name on the hub with the configuration, split and revision that it
+    chooses, unless it takes a part of a split (`train[:10%]`); or its path.
+    """
     files, path = item.get("data_files"), item.get("id") or item.get("path")
     named = [*files.values()] if isinstance(files, Mapping) else [files] if isinstance(files, str) else files or []
-    return [str(place) for place in (named if path in _LOADERS and named else [path])]
+    if path in _LOADERS and named:
+        return [str(place) for place in named], {"data_files"}
+    configuration = next((item[key] for key in _CONFIGURATION if item.get(key)), "default")
+    split, revision = item.get("split") or "train", item.get("revision")
+    if not is_data_name(str(path)) or Path(str(path)).exists() or not str(split).isidentifier():
+        return [str(path)], set()
+    choice = [part for part, default in ((configuration, "default"), (split, "train")) if part != default]
+    name = ":".join(map(str, [path, *choice]))
+    return [f"{name}@{revision}" if revision else name], {*_CONFIGURATION, "split", "revision"}
 
 
+_CONFIGURATION = ("name", "config", "subset")
+"""Keys of the configuration, as the tools call it."""
 _LOADERS = (None, "json", "csv", "parquet", "arrow", "text")
 """Values of `path` beside which `data_files` names the files."""
 
@@ -280,7 +297,8 @@ ADAPTER = Part("name the adapter's folder with `ckpt_path`, and its base with `b
 """Read by ``read_adapter``."""
 FROM_ADAPTER = "the adapter that training goes on from has its own"
 NOTHING_HELD_OUT = "`eval_steps` needs held-out data: write `eval_fraction`, or `eval_data_dir`"
-HUB_PART = Absent("panda reads files: download this part of the data set, and name its folder")
+HUB_CHOICE = Part("write it after the name: `instruction_tuning_data_dir: OWNER/NAME:CONFIGURATION:SPLIT@REVISION`.")
+HUB_PART = Absent("panda reads a split of a data set, or files: download this part of it, and name its folder")
 
 SERVICES = Absent(
     "panda writes metrics.jsonl and tensorboard/ into the run directory, and sends nothing to a service; a lifecycle"

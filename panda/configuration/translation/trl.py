@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from panda.configuration.translation import trainer
+from panda.configuration.translation.rules import HUB_CHOICE
 from panda.configuration.translation.rules import HUB_PART
 from panda.configuration.translation.rules import KEPT_DATA
 from panda.configuration.translation.rules import LORA_MORE
@@ -34,16 +35,16 @@ from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
-_DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a file or folder.")
+_DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a name on the hub, a file or a folder.")
 
 KEYS: dict[str, Rule] = {
     "model_name_or_path": To("ckpt_path"),
     "model_revision": Sets({"main": {}}, "name a folder with that revision as `ckpt_path`"),
     "tokenizer_name_or_path": To("tokenizer"),
     **each("dataset_name datasets dataset_mixture dataset_mixture.* dataset_mixer dataset_mixer.*", _DATA),
-    **each("dataset_config dataset_splits dataset_configs", HUB_PART),
-    "dataset_train_split": Sets({"train": {}}, HUB_PART.reason),
-    "dataset_test_split": Absent("name held-out rows in a file of their own with `eval_data_dir`"),
+    **each("dataset_config dataset_train_split", HUB_CHOICE),
+    **each("dataset_splits dataset_configs", HUB_PART),
+    "dataset_test_split": Part("write `eval_data_dir: OWNER/NAME:CONFIGURATION:SPLIT`."),
     **each("test_split_size dataset_mixture.test_split_size", VALIDATION_SHARE),
     "dataset_text_field": Part("write `content_field`, with `task: pretrain`."),
     **each("max_seq_length max_length", To("max_seq_length")),
@@ -175,18 +176,41 @@ def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
         names = [name for name in theirs.given if name.startswith("dataset_mixer.")]
         sets = [{"id": name.removeprefix("dataset_mixer."), "weight": theirs(name)} for name in names]
     if not sets and theirs("dataset_name"):
-        where, sets = "dataset_name", [{"id": theirs("dataset_name")}]
+        chosen = {"config": theirs("dataset_config"), "split": theirs("dataset_train_split")}
+        where, sets = "dataset_name", [{"id": theirs("dataset_name"), **chosen}]
+        _read_test_split(theirs, found)
+    else:
+        for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+            if theirs(name) not in _WHOLE:
+                found.lost[f"{name}: {theirs(name)}"] = "it is of `dataset_name`; write OWNER/NAME:CONFIGURATION:SPLIT"
     for share in ("test_split_size", "dataset_mixture.test_split_size"):
         read_validation_share(share, theirs, found)
-    if sets:
-        found.set_data(key, [place for item in sets for place in places(item)], where)
+    paths = []
     for item in sets:
+        named, used = places(item)
+        paths += named
         read_item(item, "dataset_mixture.datasets[]", _OF_DATA, found)
-        named = str(item.get("id") or item.get("path"))
-        keys = [part for part in _PART_KEYS if part != "data_files" or places(item) == [named]]
-        if parts := [f"{part} {item[part]}" for part in keys if item.get(part) not in _WHOLE]:
-            found.lost[f"{named}: {', '.join(parts)}"] = HUB_PART.reason
+        left = [part for part in _PART_KEYS if part not in used and item.get(part) not in _WHOLE]
+        if parts := [f"{part} {item[part]}" for part in left]:
+            found.lost[f"{named[0]}: {', '.join(parts)}"] = HUB_PART.reason
+    if paths:
+        found.set_data(key, paths, where)
     _read_weights(sets, where, key, found)
+
+
+def _read_test_split(theirs: Theirs, found: Translation) -> None:
+    """The split that a run with an `eval_strategy` evaluates on."""
+    split = theirs("dataset_test_split")
+    if split is None and (theirs("eval_strategy") or "no") == "no":
+        return
+    chosen = {"path": theirs("dataset_name"), "config": theirs("dataset_config"), "split": split or "test"}
+    paths, used = places(chosen)
+    if "split" in used:
+        found.set_data("eval_data_dir", paths, theirs.because("dataset_test_split"))
+    else:
+        found.lost[f"dataset_test_split: {chosen['split']}"] = (
+            "name held-out rows in a file of their own with `eval_data_dir`"
+        )
 
 
 def _read_weights(sets: Sequence[Mapping[str, Any]], where: str, key: str, found: Translation) -> None:

@@ -17,6 +17,7 @@ from panda.models.adapters.quantisation import rounded
 from panda.registry import UserError
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import places_of
 from panda.weights.stored_tensor import put
 
 PREFIX = "base_model.model."
@@ -132,10 +133,16 @@ def _merged(wrapper: Any, read: Callable[[], torch.Tensor], adapters: dict[str, 
     wrapper = copy.deepcopy(wrapper)
     name = getattr(wrapper, "parameter_name", "weight")
     base = wrapper.get_base_layer()
-    setattr(base, name, torch.nn.Parameter(read().float(), requires_grad=False))
+    setattr(base, name, torch.nn.Parameter(_in_float32(read()), requires_grad=False))
+    places = places_of(wrapper)
     for key, stored in adapters.items():
-        put(wrapper, key, stored.read().float())
+        put(places[key], _in_float32(stored.read()))
     with torch.no_grad():
         wrapper.merge(safe_merge=True)
     result: torch.Tensor = base.get_parameter(name).detach()
     return result
+
+
+def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in host memory: a base of random weights is drawn on a GPU where there is one."""
+    return tensor.to("cpu", torch.float32)

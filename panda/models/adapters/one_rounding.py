@@ -2,9 +2,11 @@
 
 peft computes ``x W^T``, rounds it to 16 bits, and adds the adapter's product: an update below half of the last bit of
 ``x W^T`` is lost, in every element, and training stands still. Here the adapter's product is computed first and rounded
-by itself, which costs 2^-9 of it, and ``x W^T`` is summed onto it: a matrix product (of cuBLAS or oneDNN) reads the
+by itself, which costs 2^-9 of it, and ``x W^T`` is summed onto it: a matrix product (of oneDNN) reads the
 16-bit matrix that it adds to, adds it to its float32 sum, and rounds that once. An update then changes as many elements
-as it is large, and their average by its size. The gradient of ``x`` is computed in the same way.
+as it is large, and their average by its size. The gradient of ``x`` is computed in the same way. This holds on a CPU
+(torch 2.13). On an H200 (torch 2.11, 2026-11-26) small updates still arrive at half their size, as with peft: cuBLAS
+seems to round its product before it adds the matrix (`update` of bench/lora_layer.py).
 
 Memory traffic beyond ``x W^T`` itself, at 4 x 2048 tokens and rank 64, in MiB of reads and writes:
 
