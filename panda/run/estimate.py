@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
@@ -101,7 +102,7 @@ def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | Non
         _shard(model, plan_of(model, name, options.tensor_parallel_size), options.tensor_parallel_size)
     dtype = getattr(torch, options.dtype_name)
     masked = (options.batching == "packed" or needs_positions(model)) and bool(_why_masked(model, dtype))
-    names = quantised_names(model) if options.use_quant else []
+    names = quantised_names(model) if options.use_quant and isinstance(model, PreTrainedModel) else []
     quantised = {id(model.get_submodule(name).weight) for name in names}
     if options.use_lora:
         from panda.models.adapters.one_rounding import round_once  # imports peft
@@ -221,7 +222,10 @@ def _flops(model: torch.nn.Module) -> float:
 
 
 def state_bytes(resolved: Resolved) -> float:
-    """What the optimizer keeps for each element that it steps, found out by a step of a small weight."""
+    """What the optimizer keeps for each element that it steps, found out by a step of a small weight.
+
+    As much as AdamW's where that cannot be found out.
+    """
     weight = torch.nn.Parameter(torch.zeros(128, 128))
     groups = [{"params": [weight], "lr": 1e-3, "weight_decay": 0.0}]
     context = OptimizerContext(param_groups=groups, device=weight.device, bit_training=resolved.core.bit_training)
@@ -230,7 +234,10 @@ def state_bytes(resolved: Resolved) -> float:
         # Two moments of a byte, with a scale for 256 elements; paged ones can be in host memory.
         return 0.0 if getattr(optimizer, "is_paged", False) else 2 + 2 * 4 / 256
     weight.grad = torch.zeros_like(weight)
-    with torch.random.fork_rng(devices=[]), resolved.components["optimizer"].attributed("a step"):
-        optimizer.step()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer.step()
+    except Exception:  # of an optimizer that is not made for one weight on a CPU
+        return 8.0
     states = [one for one in optimizer.state[weight].values() if isinstance(one, torch.Tensor) and one.dim()]
     return sum(math.prod(one.shape) * one.element_size() for one in states) / weight.numel()

@@ -328,7 +328,8 @@ def _as_used(experts: Any) -> Callable[..., Any]:
 def _body(model: Any) -> Callable[..., Any]:
     """The part of ``model`` before its output head, where there is one."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return inner.base_model if getattr(inner, "sums_loss", False) else inner  # type: ignore[no-any-return]
+    body: Callable[..., Any] = getattr(inner, "base_model", inner) if getattr(inner, "sums_loss", False) else inner
+    return body
 
 
 def _of_layer(trace: _Trace, name: str, parameters: set[int]) -> LayerFootprint:

@@ -1,0 +1,55 @@
+"""What log records say of the GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from panda.hooks.progress import ProgressDisplay
+from panda.registry import NoOptions
+from panda.registry.contexts import PluginContext
+from panda.run.cards import Card
+from panda.run.records import Gpu
+
+
+def gpu_of(precision: str, name: str, monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> Gpu | None:
+    peak = {"H100": 1e15}.get(name)
+    monkeypatch.setattr("panda.run.records.this_card", lambda device: Card(name, 80 * 2**30, peak))
+    processes = SimpleNamespace(device=torch.device(device), world_size=4)
+    run: Any = SimpleNamespace(processes=processes, options=SimpleNamespace(precision=precision), flops_per_token=4e10)
+    return Gpu.of(run)
+
+
+def test_memory_is_the_peak_since_the_last_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks, reset = [50 * 2**30, 10 * 2**30], []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[len(reset)])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    gpu = gpu_of("bf16", "H100", monkeypatch)
+    assert gpu is not None
+    # 40,000 tokens a second of 4e10 operations, on four cards of 1e15.
+    assert gpu.entries(40_000) == {"memory_gib": 50.0, "mfu": 0.4}
+    assert gpu.entries(20_000) == {"memory_gib": 10.0, "mfu": 0.2}
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "H100"), ("bf16", "GB10")])
+def test_without_a_known_peak_there_is_no_mfu(precision: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    gpu = gpu_of(precision, name, monkeypatch)
+    assert gpu is not None and gpu.entries(40_000) == {"memory_gib": 1.0}
+
+
+def test_on_a_cpu_there_is_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_of("bf16", "H100", monkeypatch, device="cpu") is None
+
+
+def test_the_progress_line_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1234.5}
+    run: Any = SimpleNamespace(plan=SimpleNamespace(total_steps=2))
+    ProgressDisplay(NoOptions(), PluginContext()).panda_log(run, {**record, "memory_gib": 55.04, "mfu": 0.5312})
+    assert capsys.readouterr().out.endswith("1,234 tokens/s  MFU 53.1%  55.0 GiB\n")
+    ProgressDisplay(NoOptions(), PluginContext()).panda_log(run, record)
+    assert capsys.readouterr().out.endswith("1,234 tokens/s\n")
