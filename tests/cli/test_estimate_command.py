@@ -82,7 +82,7 @@ def test_a_file_is_read_as_for_training_but_not_its_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("arch: llama-tiny\ninstruction_tuning_data_dir: nowhere\nprecision: bf16\n")
+    file.write_text("arch: llama-tiny\ninstruction_tuning_data_dir: nobody/nothing\nprecision: bf16\n")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["estimate", str(file), "--zero_stage", "3", "--card", "h100"]) == 0
     assert (

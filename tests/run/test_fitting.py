@@ -68,7 +68,9 @@ def test_auto_recomputes_as_little_as_fits(estimates: Estimates) -> None:
 
 def test_auto_does_not_take_what_is_refused(estimates: Estimates) -> None:
     flags = "--tensor_parallel_size 2"
-    card = just_fits(needed(estimates, f"{flags} --activation_checkpointing full", 2) + 2**20)
+    selective = estimates.of(resolved(flags).with_values({"activation_checkpointing": "selective"}, "test"), 2)
+    assert selective is not None
+    card = just_fits(selective.parts.total)
     assert on_card(estimates, resolved(flags), 2, card)[0] == "full"
 
 
@@ -136,8 +138,11 @@ def test_a_run_out_of_memory_is_told_what_it_holds(estimates: Estimates) -> None
     text = explanation(estimates, base, 1, Card("H100", 2 * found.parts.total))
     assert text.startswith("The GPU is out of memory. A step with the longest rows is estimated to hold")
     assert f"activations {found.parts.activations / 2**30:.1f}" in text
-    # It had more room than it was estimated to need, and the room was too small: less is needed than that estimate.
     assert "`per_gpu_train_batch_size: 4`" in text
+    # It had more room than it was estimated to need, so a change has to save something: stage 2 has a bucket of 1 GB.
+    least = {"activation_checkpointing": "full", "per_gpu_train_batch_size": 1}
+    text = explanation(estimates, base.with_values(least, "test"), 2, Card("H100", 80 * 2**30))
+    assert "The cheapest single change" in text and "`zero_stage: 2`" not in text
 
 
 def test_cards_have_names_and_sizes() -> None:

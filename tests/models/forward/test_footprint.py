@@ -83,6 +83,9 @@ def test_adapters_keep_their_inner_results_and_what_dropout_made() -> None:
     # Each adapter has an input of its own and its mask; then neither norms' results, nor that product, are kept.
     inputs = 6 * h + f
     assert dropped.stored == plain.stored + LENGTH * (3 * inputs - 2 * 2 * h - 2 * f)
+    # Compiled code computes norms and the product again, but not what is drawn.
+    assert plain.compiled == LENGTH * (4 * 2 * h + 4 * 2 * h + LSE + 3 * 2 * f + 7 * 2 * rank)
+    assert dropped.compiled == LENGTH * (2 * 2 * h + 4 * 2 * h + LSE + 2 * 2 * f + 3 * inputs + 7 * 2 * rank)
 
 
 def test_a_mask_and_fewer_heads_count() -> None:
@@ -149,6 +152,8 @@ def test_models_that_run_save_as_much(name: str) -> None:
     assert not found.approximate
     assert sum(count for _, count in found.layers) == 3
     assert found.kept("none", compiled=False) == pytest.approx(expected, rel=0.03)
+    if name == "llama":  # products over so few terms are computed again
+        assert found.layers[0][0].selective == LENGTH * (4 * 64 + 4 * 64 + LSE)
 
 
 def test_experts_count_as_many_as_a_token_uses() -> None:
