@@ -43,9 +43,8 @@ def train(configuration: Configuration) -> Run | None:
         progress, ranks = continuation.progress, processes.data_ranks
         layout = lay_out(options, prepared.dataset, ranks, progress)
         evaluation = lay_out_evaluation(options, prepared.held_out, ranks)
-        if continuation.is_finished(prepared, layout, processes):
+        if (steps := continuation.steps_of_finished(prepared, layout, processes)) is not None:
             if processes.rank == 0:
-                steps = max(progress.step, layout.plan.total_steps)
                 print(
                     f"{continuation.directory}: nothing is left to do: {steps:,} steps are done and exported."
                     " To train further, raise `max_steps` or `num_train_epochs`; to get answers, run `panda generate"
@@ -61,7 +60,7 @@ def train(configuration: Configuration) -> Run | None:
             finish(run)
             run.hook.panda_run_end(run=run)
             if processes.rank == 0:
-                write_end(run.directory, run.step, **work_at_the_end(options, prepared.held_out))
+                write_end(run.directory, run.step, run.agreement, **work_at_the_end(options, prepared.held_out))
     return run
 
 

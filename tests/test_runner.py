@@ -243,6 +243,14 @@ def test_a_run_without_a_last_checkpoint_is_finished_by_its_export(
     assert (tmp_path / "out" / "export" / "model.safetensors").exists()
     assert recorded(*flags, "--max_steps", "3", "--resume", "auto") == []
     assert "nothing is left to do: 3 steps are done and exported" in capsys.readouterr().out
+    assert recorded(*flags, "--max_steps", "2", "--resume", "auto") == []
+    assert "nothing is left to do: 3 steps are done and exported" in capsys.readouterr().out
+    with pytest.raises(UserError, match="this run cannot continue that one: seed was 42 and is 2"):
+        recorded(*flags, "--max_steps", "3", "--resume", "auto", "--seed", "2")
+    if not saved:  # nothing better is written over the export
+        for more in (("--max_steps", "4"), ("--max_steps", "3", "--prompts", "z")):
+            with pytest.raises(UserError, match="ended after 3 steps without a checkpoint"):
+                recorded(*flags, *more, "--resume", "auto")
     shutil.rmtree(tmp_path / "out" / "export")
     steps = [number for call, number in recorded(*flags, "--max_steps", "3", "--resume", "auto") if call == "step"]
     assert steps == ([3] if saved else [1, 2, 3])

@@ -21,7 +21,7 @@ def cast_into(target: torch.Tensor, source: torch.Tensor, *, add: bool = False) 
 
 
 @triton.jit
-def _cast(target, source, size, add: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _cast(target, source, size, add: tl.constexpr, block: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = places < size
     value = tl.load(source + places, mask=inside).to(target.dtype.element_ty)

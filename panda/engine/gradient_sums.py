@@ -3,7 +3,8 @@
 For bf16 in ZeRO stage 1, DeepSpeed (``BF16_Optimizer`` of 0.19.8) converts each gradient to fp32, adds the copy to a
 sum that it has set to zero, and converts weights by torch's copy between types: 0.3 of the 2.8 s of a step of a 7B, 2 x
 2048 tokens and 8 micro batches on an H200 (2026-11-26). Here the first gradient of a step is written, and the others
-are added, by one kernel each. All numbers stay the same. Can go when DeepSpeed does so.
+are added, by one kernel each. All numbers stay the same, except where a parameter has a gradient on some ranks only,
+as an expert can: see ``backward_epilogue``. Can go when DeepSpeed does so.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def _update_hp_grad(optimizer: Any, parameter: Any, group: int, index: int, clea
 
 
 def backward_epilogue(optimizer: Any, **_: Any) -> None:
-    """After each backward pass: parameters that had no gradient since the last step have a sum of zero."""
+    """After each backward pass: parameters that had no gradient since the last step have a sum of zero.
+
+    It counts as a sum, since other ranks may have had a gradient: DeepSpeed would leave the parameter out of the norm
+    and the clipping of this rank alone, and the ranks would move the weights differently.
+    """
     for totals, summed in zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True):
         for index in (index for index, is_summed in enumerate(summed) if not is_summed):
             totals[index].zero_()

@@ -95,6 +95,12 @@ class Processes:
         return tensor
 
 
+def _set_allocator(settings: str) -> None:
+    # Neither name is public. The second is in every torch from 2.7 on, and warns where there is the first (2.13).
+    current = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (current or torch.cuda.memory._set_allocator_settings)(settings)
+
+
 def join_processes(tensor_ranks: int = 1) -> Processes:
     """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one.
 
@@ -107,8 +113,8 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
         torch.cuda.set_device(device)
         if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
             # Tensors of other sizes can then use the memory that those before them left: 5 GiB less are reserved in
-            # full fine-tuning of a 7B (H200, torch 2.11, 2026-11-26). Not yet torch's default.
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+            # full fine-tuning of a 7B (H200, torch 2.11, 2026-11-26). Can go when it is torch's default.
+            _set_allocator("expandable_segments:True")
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")

@@ -43,6 +43,7 @@ class Profile:
         self.options = options
         self.profiler: torch.profiler.profile | None = None
         self.marks: list[tuple[str, Any]] = []
+        self.on_gpu = False
         self.last_step = 0
 
     @hookimpl
@@ -55,7 +56,7 @@ class Profile:
     def panda_step_end(self, run: Run, step: int) -> None:
         if run.processes.rank != 0:
             return
-        if step == self.last_step - self.options.profile_steps and step < run.plan.total_steps:
+        if step == self.last_step - self.options.profile_steps and self.last_step <= run.plan.total_steps:
             self._begin(run)
         elif step == self.last_step and self.profiler is not None:
             self._end(run)
@@ -69,12 +70,11 @@ class Profile:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile
 
-        on_gpu = run.processes.device.type == "cuda"
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+        self.on_gpu = run.processes.device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
         self.profiler = profile(activities=activities)
         self.profiler.start()
         run.engine.on_part = self._mark
-        self.on_gpu = on_gpu
         self._mark("between steps")
 
     def _mark(self, part: str) -> None:

@@ -13,10 +13,13 @@ from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import read_progress
+from panda.engine.checkpoints.folders import refuse_differing
 from panda.engine.processes import Processes
+from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
-from panda.run.description import has_ended
+from panda.run.description import read_end
+from panda.run.directory import EXPORT
 from panda.run.directory import hold_continued
 from panda.run.directory_lock import RunLock
 from panda.run.ending import work_at_the_end
@@ -36,18 +39,35 @@ class Continuation:
     agreement: dict[str, Any]
     """The facts that must be the same in a run that continues this one."""
 
-    def is_finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> bool:
-        """Whether the continued run has taken all its steps and finished the work at its end.
+    def steps_of_finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> int | None:
+        """The steps of the continued run if it has taken all and finished the work at its end; None if it has not.
 
-        Every rank has to call it.
+        Every rank has to call it. Raises UserError if the run ended without a checkpoint of its last step, and cannot
+        do from an earlier one what is still to do.
         """
-        directory, step, total = self.directory, self.progress.step, layout.plan.total_steps
-        is_at_end = self.checkpoint is not None and step >= total
-        has_none_of_the_end = prepared.options.resume == "auto" and not prepared.options.save_final
-        if directory is None or not (is_at_end or has_none_of_the_end):
-            return False
+        return processes.from_rank_0(lambda: self._steps_of_finished(prepared, layout.plan.total_steps))
+
+    def _steps_of_finished(self, prepared: Preparation, total: int) -> int | None:
+        directory = self.directory
+        end = read_end(directory) if directory else None
+        if directory is None or end is None:
+            return None
+        steps: int = end["step"]
         expected = work_at_the_end(prepared.options, prepared.held_out)
-        return processes.from_rank_0(lambda: has_ended(directory, max(step, total), **expected))
+        is_done = all(end.get(key) == value for key, value in expected.items() if value)
+        if self.checkpoint is None:
+            refuse_differing(directory, end.get("agreement", {}), self.agreement)
+        # From a checkpoint that was chosen, the run is trained and ends again, unless it is that of the end.
+        if is_done and steps >= total and (prepared.options.resume == "auto" or steps == self.progress.step):
+            return steps
+        if self.checkpoint is None:
+            raise UserError(
+                f"resume: the run in {directory} ended after {steps:,} steps without a checkpoint (`save_final:"
+                " false`), so it can be neither trained further nor evaluated or asked again. Its weights are in"
+                f" {directory / EXPORT}: `panda generate {directory}` asks them, and with `ckpt_path` another"
+                " run starts from them. To train this one again from its first step, remove the export."
+            )
+        return None
 
 
 def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:

@@ -71,23 +71,22 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     )
 
 
-def write_end(directory: Path, step: int, **done: Any) -> None:
-    """Record in provenance.json that the run ended after ``step``, and the work that was ``done`` at its end."""
-    described = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
-    _write_json(directory / PROVENANCE, described | {"end": {"step": step, **done}})
+def write_end(directory: Path, step: int, agreement: dict[str, Any], **done: Any) -> None:
+    """Record in provenance.json that the run ended after ``step``, and the work that was ``done`` at its end.
 
-
-def has_ended(directory: Path, step: int, **expected: Any) -> bool:
-    """Whether the run in ``directory`` ended after ``step``, did all that is ``expected``, and still has its export.
-
-    An empty value of ``expected`` asks for nothing.
+    ``agreement``: the facts that a run which continues this one has to share with it.
     """
+    described = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
+    _write_json(directory / PROVENANCE, described | {"end": {"step": step, "agreement": agreement, **done}})
+
+
+def read_end(directory: Path) -> dict[str, Any] | None:
+    """What ``write_end`` recorded of the run in ``directory``; None if it has not ended, or its export is gone."""
     try:
-        end = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["end"]
+        end: dict[str, Any] = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["end"]
     except (OSError, ValueError, KeyError):
-        return False
-    is_done = all(end.get(key) == value for key, value in expected.items() if value)
-    return is_done and end["step"] == step and (directory / EXPORT).is_dir()
+        return None
+    return end if (directory / EXPORT).is_dir() else None
 
 
 def config_text(resolved: Resolved) -> str:

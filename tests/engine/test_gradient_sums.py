@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launching import ENVIRONMENT
+from launching import run_script
 
 from panda.configuration.options import RunOptions
 from panda.engine import engine as engines
@@ -76,6 +78,44 @@ def test_they_are_those_of_deepspeed(processes: Processes, monkeypatch: pytest.M
     assert found == expected
     for name, tensor in expected_weights.items():
         assert torch.equal(weights[name], tensor), name
+
+
+PARTLY_USED = """
+import torch
+from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.engine import Engine
+from panda.engine.processes import join_processes, leave_processes
+
+processes = join_processes()
+
+class Batch:
+    tokens = supervised_tokens = 1
+
+    def to(self, device):
+        return self
+
+torch.manual_seed(0)
+model = torch.nn.ModuleList(torch.nn.Linear(5, 3) for _ in range(2))
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+options = RunOptions(precision="bf16", gradient_accumulation_steps=1, max_grad_norm=0.5)
+engine = Engine(model, optimizer, deepspeed_config(options, world_size=processes.world_size, on_gpu=False), processes)
+used = range(2) if processes.world_size == 1 else [processes.rank]
+x = torch.ones(1, 5, dtype=torch.bfloat16)
+result = engine.step([Batch()], lambda _, batch: sum(model[each](x).square().sum() for each in used).float())
+weights = torch.cat([part.detach() for part in engine.optimizer.bf16_groups_flat])[:36].tolist()
+print(float(result.grad_norm) * (2 if processes.world_size == 2 else 1), weights, flush=True)
+leave_processes()
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_a_gradient_of_one_rank_counts_on_all(tmp_path: Path) -> None:
+    """Each of two ranks has the gradient of one layer; one process has both, of a loss of half the units."""
+    script = tmp_path / "partly_used.py"
+    script.write_text(PARTLY_USED)
+    (expected,), found = (run_script(script, ranks=ranks, cwd=tmp_path).splitlines() for ranks in (1, 2))
+    assert found == [expected] * 2
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernel itself runs")

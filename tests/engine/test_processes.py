@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
+import pytest
+import torch
 from launching import run_script
+
+from panda.engine.processes import _set_allocator
 
 DECIDING = """
 from panda.engine.processes import join_processes, leave_processes
@@ -34,3 +39,10 @@ def test_what_rank_0_decides_or_fails_to_reaches_every_rank(tmp_path: Path) -> N
     failed = ["ZeroDivisionError: division by zero", "UserError: rank 0 failed: ZeroDivisionError('division by zero')"]
     for rank, third in enumerate(failed):
         assert f"{rank} {[7, 'UserError: name another folder', third, 'after']}" in printed
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_setAllocatorSettings"), reason="torch has only the older name")
+def test_the_allocator_is_set_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _set_allocator("expandable_segments:False")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from typing import cast
 
 import pytest
 from launching import metrics
 from launching import run_panda
+
+from panda.hooks.profile import Profile
+from panda.hooks.profile import ProfileOptions
 
 SMALL = (
     *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2),
@@ -48,3 +54,15 @@ def test_a_run_that_is_too_short_says_so(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "note: --profile needs 6 steps: this run is too short for it" in done.stdout
     assert not (tmp_path / "run" / "profile").exists()
+
+
+@pytest.mark.parametrize(("total_steps", "begins"), [(5, False), (6, True)])
+def test_nothing_is_profiled_where_the_steps_do_not_suffice(total_steps: int, begins: bool) -> None:
+    profile = Profile(ProfileOptions(), cast(Any, None))
+    begun: list[Any] = []
+    profile._begin = begun.append  # type: ignore[method-assign]
+    run: Any = SimpleNamespace(step=0, processes=SimpleNamespace(rank=0), plan=SimpleNamespace(total_steps=total_steps))
+    profile.panda_run_start(run)
+    for step in range(1, total_steps + 1):
+        profile.panda_step_end(run, step)
+    assert bool(begun) == begins

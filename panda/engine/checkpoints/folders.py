@@ -126,23 +126,28 @@ def check_contents(checkpoint: Path, files: Iterable[Path]) -> None:
 
 
 def read_progress(checkpoint: Path, agreement: dict[str, Any]) -> Progress:
-    """How far ``checkpoint`` had come. Raises UserError where the run that made it differs in ``agreement``.
+    """How far ``checkpoint`` had come. Raises UserError where the run that made it differs in ``agreement``."""
+    manifest = _manifest(checkpoint)
+    refuse_differing(checkpoint, manifest["agreement"], agreement)
+    return Progress(**manifest["progress"])
+
+
+def refuse_differing(source: Path, recorded: dict[str, Any], agreement: dict[str, Any]) -> None:
+    """Raise UserError where what ``source`` ``recorded`` of its run differs from ``agreement``, of this one.
 
     What only one of the two runs states is not compared: a newer component may have gained an option.
     """
-    manifest = _manifest(checkpoint)
     here = json.loads(json.dumps(agreement))  # as what was written and read again: a tuple is a list
     differing = [
         f"{key} was {before!r} and is {here[key]!r}"
-        for key, before in manifest["agreement"].items()
+        for key, before in recorded.items()
         if key in here and here[key] != before
     ]
     if differing:
         raise UserError(
-            f"{checkpoint}: this run cannot continue that one: {'; '.join(differing)}."
+            f"{source}: this run cannot continue that one: {'; '.join(differing)}."
             " Give the values that it had, or start a run of its own."
         )
-    return Progress(**manifest["progress"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -427,6 +427,6 @@ def test_what_a_run_says_of_itself_is_there_whole_whatever_happens(
     with pytest.raises(OSError, match="No space"):
         write_description(tmp_path / "run", resolved, {}, {})
     with pytest.raises(OSError, match="No space"):
-        write_end(tmp_path / "run", 1)
+        write_end(tmp_path / "run", 1, {})
     assert {file: file.read_text() for file in files} == files
     assert not list((tmp_path / "run").glob(".tmp-*"))
