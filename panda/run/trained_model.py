@@ -68,6 +68,8 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
+    if processes.rank == 0:
+        print("starting the engine, and trying the model ...", flush=True)
     engine = Engine(model, optimizer, config, processes)
     with _without_compiling(options):
         refuse_unfit(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
