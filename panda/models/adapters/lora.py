@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import cast
 
 import torch
 
@@ -24,6 +25,7 @@ from panda.models.adapters.targets import chosen_targets
 from panda.models.adapters.targets import linear_targets
 from panda.registry import UserError
 from panda.registry.errors import in_brief
+from panda.weights.adapters import INSTEAD
 from panda.weights.export import exporting
 from panda.weights.files import safetensors_weights
 from panda.weights.finding import base_location
@@ -131,6 +133,8 @@ def left_bare(model: PeftModel, targets: list[str] | str) -> list[str]:
 def start_from(model: PeftModel, folder: Path) -> None:
     """Give the adapters of ``model`` the values of those in ``folder``. Raises UserError where they are of others."""
     stored = dict(stored_adapters(folder))
+    # Of a mixture's experts, adapter_config.json does not say all: they can have been chosen with some layers only.
+    instead = f" {INSTEAD}" * bool(cast("LoraConfig", model.peft_config["default"]).rank_pattern)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -140,11 +144,11 @@ def start_from(model: PeftModel, folder: Path) -> None:
             said = f"{written} is {list(parameter.shape)}"
             raise UserError(
                 f"{folder}: its adapters do not fit this model: {said}, and"
-                f" {'missing' if found is None else list(found.shape)} there."
+                f" {'missing' if found is None else list(found.shape)} there.{instead}"
             )
         parameter.data.copy_(found.read())
     if stored:
-        raise UserError(f"{folder}: its adapters do not fit this model, which has no {next(iter(stored))}.")
+        raise UserError(f"{folder}: its adapters do not fit this model, which has no {next(iter(stored))}.{instead}")
 
 
 def adapter_config(options: RunOptions) -> LoraConfig:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import llama
+from checkpoint_files import qwen3_moe
 from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
@@ -93,14 +94,6 @@ BESIDE_EXPERTS = {
     for layer in ("0.mlp", "1.mlp.shared_experts")
     for name in ("gate", "up", "down")
 }
-
-
-def qwen3_moe() -> Any:
-    """Two layers of experts without other layers in their MLPs."""
-    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes, **experts, **heads))
 
 
 EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
