@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save_file
+from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
@@ -35,6 +37,15 @@ def llama(seed: int = 5, **changes: Any) -> Any:
         for parameter in model.parameters():
             parameter.mul_(4) if parameter.dim() > 1 else parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model
+
+
+def qwen3_moe() -> Any:
+    """A mixture of experts of two layers, in plain transformers."""
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes, **experts, **heads))
 
 
 def add_tokenizer(folder: Path) -> Path:

@@ -62,8 +62,8 @@ def configure(arguments: Arguments) -> Configuration:
     resolved = resolve(catalog, RunOptions, given, default_plugins=DEFAULT_PLUGINS, renamed=renamed)
     hooks = live_hooks(resolved)
     resolved = _with_implied(resolved)
-    refuse(resolved)
     if resolved.core.ckpt_path is None:
+        refuse(resolved)
         return Configuration(resolved, hooks, None)
 
     from panda.configuration.from_checkpoint import follow_checkpoint
@@ -71,6 +71,9 @@ def configure(arguments: Arguments) -> Configuration:
 
     pretrained = pretrained or find_pretrained(resolved.core)
     assert pretrained is not None
+    if pretrained.adapters and resolved.settings["use_lora"].origin == "default":
+        resolved = resolved.with_values({"use_lora": True}, f"adapters {pretrained.adapters}")
+    refuse(resolved)
     return Configuration(follow_checkpoint(resolved, pretrained), hooks, pretrained)
 
 

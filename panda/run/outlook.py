@@ -18,6 +18,7 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory_parts import gib
 from panda.engine.processes import Processes
 from panda.models.adapters.experts import ends_of_experts
+from panda.models.adapters.experts import written_names
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.lora import left_bare
 from panda.models.adapters.targets import ALL_LINEAR
@@ -124,7 +125,7 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
     config = cast("LoraConfig", adapted.peft_config["default"]) if adapted is not None else None
     dropout = f"{options.lora_dropout:g}"
     if config and config.lora_dropout != options.lora_dropout:
-        dropout = "0, since peft has none on experts"
+        dropout = "0, since peft has none on experts and routers"
     yield f"{kind} adapters of rank {options.lora_r}, alpha {options.lora_alpha:g}, dropout {dropout}"
     if config is not None:
         names = sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
@@ -132,7 +133,8 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
             yield f"on {', '.join(names)}"
         experts = ends_of_experts(prepared.outline) if prepared.outline is not None else []
         if config.target_parameters:
-            yield f"{'and ' * bool(names)}on the parameters {', '.join(config.target_parameters)}"
+            written = written_names(prepared.outline, config.target_parameters) if prepared.outline else []
+            yield f"{'and ' * bool(names)}on the parameters {', '.join(written)}"
         elif experts:
             yield f"not on the experts: `lora_target_modules` can name {', '.join(experts)}"
         is_on_all = not options.lora_target_modules or ALL_LINEAR in options.lora_target_modules

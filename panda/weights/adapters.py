@@ -17,11 +17,21 @@ OPTIONS = {
     "r": "lora_r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules",
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
 }
 """Keys of adapter_config.json, and the options of a run that say the same."""
+
+_OF_MIXTURE = {"down_proj", "gate.weight", "gate_up_proj"}
+_FUSED = r".*\.gate_up_proj"
+"""What peft (0.21, 2026-11) writes for all layers of a mixture of experts: these parameters, and in `rank_pattern` and
+`alpha_pattern` twice the values for the one that holds two layers of the published checkpoint."""
+
+INSTEAD = (
+    "To train new adapters on top of these, merge them into their base (`panda export RUN --merge` where a run of panda"
+    " trained them, else with peft), and name the merged model with `ckpt_path`."
+)
+"""What to do with adapters that panda cannot go on training."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -29,8 +39,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian"),
     **dict.fromkeys(
         (
-            *("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
-            *("layer_replication", "exclude_modules", "target_parameters", "lora_bias", "alora_invocation_tokens"),
+            *("modules_to_save", "layers_to_transform", "layers_pattern"),
+            *("layer_replication", "exclude_modules", "lora_bias", "alora_invocation_tokens"),
         ),
         (None, False, {}, []),
     ),
@@ -72,11 +82,35 @@ def adapter_options(folder: Path) -> dict[str, Any]:
         f"{key}: {config[key]!r}" for key, plain in _UNSUPPORTED.items() if config.get(key, plain[0]) not in plain
     ]
     if unsupported:
-        raise UserError(f"{file}: panda has no option for {', '.join(unsupported)}, and cannot go on training them.")
+        raise UserError(
+            f"{file}: panda has no option for {', '.join(unsupported)}, and cannot go on training them. {INSTEAD}"
+        )
     values = {option: config[key] for key, option in OPTIONS.items() if config.get(key) is not None}
-    targets = values.get("lora_target_modules")
+    targets = _targets(file, config)
     if targets is not None:
-        values["lora_target_modules"] = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+        values["lora_target_modules"] = targets
     if config.get("trainable_token_indices"):
         values["extend_vocab"] = True
     return {"use_lora": True, **values}
+
+
+def _targets(file: Path, config: dict[str, Any]) -> tuple[str, ...] | None:
+    """``lora_target_modules`` of a run whose adapters have ``config``, which is in ``file``; None if it states none.
+
+    Raises UserError for ranks or scales that differ between layers, other than those that peft sets by itself.
+    """
+    layers, parameters = config.get("target_modules"), set(config.get("target_parameters") or ())
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not ranks and not alphas:
+        if layers is None and not parameters:
+            return None
+        routers = {name for name in parameters if name == "gate.weight"}  # named as layers, see docs/models.md
+        named = [layers] if isinstance(layers, str) else sorted(layers or ())
+        return (*named, *sorted(parameters - routers), *(name.removesuffix(".weight") for name in routers))
+    twice = ({_FUSED: 2 * config.get("r", 0)}, {_FUSED: 2 * config.get("lora_alpha", 0)})
+    if (ranks, alphas) != twice or not parameters >= _OF_MIXTURE:
+        raise UserError(
+            f"{file}: panda has no option for rank_pattern: {ranks!r} and alpha_pattern: {alphas!r}, by which layers"
+            f" differ in rank or scale, and cannot go on training them. {INSTEAD}"
+        )
+    return ("all-linear", *sorted(parameters - _OF_MIXTURE))

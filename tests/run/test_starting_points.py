@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import llama
+from checkpoint_files import qwen3_moe
 from checkpoint_files import save_hf
 from distributions import Distributions
 from launching import metrics
@@ -89,7 +90,7 @@ def test_a_run_can_start_from_a_run_and_go_on_from_its_adapters(tmp_path: Path) 
     train(tmp_path, "first", "--ckpt_path", "base")
     said = train(tmp_path, "second", "--ckpt_path", "first", "--use_lora", "--lora_r", 2, "--lora_dropout", 0)
     assert "first/export (the export of a run): safetensors, llama" in said
-    said = train(tmp_path, "third", "--ckpt_path", "second", "--lora_dropout", 0, "--use_lora", "--learning_rate", 1e-9)
+    said = train(tmp_path, "third", "--ckpt_path", "second", "--lora_dropout", 0, "--learning_rate", 1e-9)
     assert "LoRA adapters of rank 2" in said
     assert "with the adapters in" in said
     config = json.loads((tmp_path / "third" / "export" / "adapter_config.json").read_text())
@@ -103,6 +104,7 @@ def test_a_run_can_start_from_a_run_and_go_on_from_its_adapters(tmp_path: Path) 
     said = train(tmp_path, "fourth", *adapters, "--base_path", base, fails=True)
     assert "were trained on" in said and f"but the base found is {base}" in said, "its shapes are the same"
     assert found(*adapters).options.use_lora
+    assert found(*adapters, "--model", "llama", "--lora_dropout", 0.2).options.lora_dropout == 0.2
     assert found(*adapters, "--base_path", base).pretrained.folder == base  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"lora_r is 8 \(--lora_r\), but 2 in the adapters"):
         found(*adapters, "--use_lora", "--lora_r", 8)
@@ -116,6 +118,36 @@ def test_a_run_can_start_from_a_run_and_go_on_from_its_adapters(tmp_path: Path) 
     file.write_text(json.dumps(stated | {"base_model_name_or_path": "nowhere"}))
     with pytest.raises(UserError, match=r"base was not found: they name 'nowhere'.*`base_path`"):
         found(*adapters)
+
+
+MIXTURES = {"default": (), "named": ("--lora_target_modules", "q_proj, gate, experts.gate_up_proj")}
+
+
+@pytest.mark.parametrize("chosen", MIXTURES)
+def test_a_run_goes_on_from_adapters_on_experts(tmp_path: Path, chosen: str) -> None:
+    """With nothing but their folder given; its first loss is that of the model at the end of the first run."""
+    base = save_hf(qwen3_moe(), tmp_path / "base", shards=False)
+    flags = ("--use_lora", "--lora_r", 2, "--logging_steps", 1, "--learning_rate", 0.03, *MIXTURES[chosen])
+    said = train(tmp_path, "first", "--ckpt_path", base, *flags)
+    experts = "experts.down_proj, " * (chosen == "default") + "experts.gate_up_proj, gate\n"
+    assert f"and on the parameters {experts}" in said, "names that lora_target_modules takes"
+    export = tmp_path / "first" / "export"
+    steps = ("--logging_steps", 1, "--learning_rate", 1e-9)
+    train(tmp_path, "second", "--ckpt_path", export, *steps)
+    run_panda("panda", "export", "first", "--merge", cwd=tmp_path)
+    train(tmp_path, "merged", "--ckpt_path", "first/merged", *steps)
+    first, second, merged = (metrics(tmp_path / run)[0]["loss"] for run in ("first", "second", "merged"))
+    assert second == pytest.approx(merged, abs=1e-5)
+    assert abs(second - first) > 0.01, "the first step begins with the base"
+    stated, again = (
+        json.loads((tmp_path / run / "export" / "adapter_config.json").read_text()) for run in ("first", "second")
+    )
+    assert again == stated
+    assert found("--ckpt_path", export, "--lora_dropout", 0).options.lora_dropout == 0
+    for pattern in ({r".*\.gate_up_proj": 6}, {r".*\.gate_up_proj": 4, "q_proj": 4}):
+        (export / "adapter_config.json").write_text(json.dumps(stated | {"rank_pattern": pattern}))
+        with pytest.raises(UserError, match=r"no option for rank_pattern: .*`panda export RUN --merge`"):
+            found("--ckpt_path", export)
 
 
 @pytest.mark.parametrize(("tied", "stage"), [(False, 1), (True, 2)])

@@ -30,7 +30,12 @@ def ends_of_experts(model: torch.nn.Module) -> list[str]:
     return sorted({".".join(name.split(".")[-2:]) for name in expert_parameters(model)})
 
 
-def named_experts(model: torch.nn.Module, targets: Iterable[str]) -> list[str]:
-    """Those of ``targets``, full names or ends of names, that name parameters of experts of ``model``."""
+def written_names(model: torch.nn.Module, targets: Iterable[str]) -> list[str]:
+    """What users write for the parameters of ``model`` that ``targets``, ends of names as peft has them, name.
+
+    Experts by the last two parts of their names (``experts.down_proj``), routers as layers (``gate``).
+    """
     experts = expert_parameters(model)
-    return [target for target in targets if any(n == target or n.endswith(f".{target}") for n in experts)]
+    ends = tuple(f".{target}" for target in targets)
+    named = (name for name, _ in model.named_parameters() if f".{name}".endswith(ends))
+    return sorted({".".join(name.split(".")[slice(-2, None if name in experts else -1)]) for name in named})

@@ -9,22 +9,23 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import cast
 
 import torch
 
 from panda.configuration.options import RunOptions
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
-from panda.models.adapters.experts import named_experts
 from panda.models.adapters.linear_layers import linear_names
 from panda.models.adapters.linear_layers import listed_names
 from panda.models.adapters.new_rows import new_rows
 from panda.models.adapters.new_rows import rows_of_partitioned_weights
 from panda.models.adapters.targets import ALL_LINEAR
+from panda.models.adapters.targets import chosen_targets
 from panda.models.adapters.targets import linear_targets
-from panda.models.adapters.targets import target_modules
 from panda.registry import UserError
 from panda.registry.errors import in_brief
+from panda.weights.adapters import INSTEAD
 from panda.weights.export import exporting
 from panda.weights.files import safetensors_weights
 from panda.weights.finding import base_location
@@ -62,9 +63,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     is_hugging_face = isinstance(model, PreTrainedModel)
     ends = ends_of_experts(model)
     linear = ", ".join([listed_names(model), *ends])
-    experts = named_experts(model, options.lora_target_modules)
-    others = [target for target in options.lora_target_modules if target not in experts]
-    targets = target_modules(model, others) if others or not experts else []
+    targets, experts = chosen_targets(model, options.lora_target_modules)
     if targets == ALL_LINEAR and not is_hugging_face:
         raise UserError(
             f"use_lora: it is not known which linear layer of {type(model).__name__} is the output head. Name the"
@@ -76,8 +75,10 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     config.trainable_token_indices = new_rows(model)
     if experts:
         config.target_parameters = experts
-    if experts or (targets == ALL_LINEAR and expert_parameters(model)):
-        config.lora_dropout = 0.0  # peft has none for adapters on parameters; to it, experts are linear layers too
+    names_routers = any(target.rpartition(".")[2] == "gate" for target in targets)
+    if experts or (expert_parameters(model) and (targets == ALL_LINEAR or names_routers)):
+        # peft has none for adapters on parameters; to it, experts are linear layers too, and routers are parameters.
+        config.lora_dropout = 0.0
     # As of peft 0.21 (2026-11), peft gathers partitioned weights before it reads them only if transformers has been
     # given DeepSpeed's configuration. Can go when peft recognises partitioned weights by themselves.
     zero3 = HfDeepSpeedConfig(spread_by) if spread_by else None  # type: ignore[no-untyped-call]
@@ -132,6 +133,8 @@ def left_bare(model: PeftModel, targets: list[str] | str) -> list[str]:
 def start_from(model: PeftModel, folder: Path) -> None:
     """Give the adapters of ``model`` the values of those in ``folder``. Raises UserError where they are of others."""
     stored = dict(stored_adapters(folder))
+    # Of a mixture's experts, adapter_config.json does not say all: they can have been chosen with some layers only.
+    instead = f" {INSTEAD}" * bool(cast("LoraConfig", model.peft_config["default"]).rank_pattern)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -141,11 +144,11 @@ def start_from(model: PeftModel, folder: Path) -> None:
             said = f"{written} is {list(parameter.shape)}"
             raise UserError(
                 f"{folder}: its adapters do not fit this model: {said}, and"
-                f" {'missing' if found is None else list(found.shape)} there."
+                f" {'missing' if found is None else list(found.shape)} there.{instead}"
             )
         parameter.data.copy_(found.read())
     if stored:
-        raise UserError(f"{folder}: its adapters do not fit this model, which has no {next(iter(stored))}.")
+        raise UserError(f"{folder}: its adapters do not fit this model, which has no {next(iter(stored))}.{instead}")
 
 
 def adapter_config(options: RunOptions) -> LoraConfig:

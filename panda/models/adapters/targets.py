@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from panda.models.adapters.experts import ends_of_experts
+from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.linear_layers import adaptable_names
 from panda.models.adapters.linear_layers import has_linear_routers
 from panda.models.adapters.linear_layers import linear_names
@@ -20,17 +21,24 @@ ALL_LINEAR = "all-linear"
 """All linear layers except the output head, as peft has it; also the default."""
 
 
-def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] | str:
-    """What to give peft for ``written``, the items of the option: names of layers, or ``ALL_LINEAR``.
+def chosen_targets(model: torch.nn.Module, written: Sequence[str]) -> tuple[list[str] | str, list[str]]:
+    """What to give peft for ``written``, the items of the option: names of layers or ``ALL_LINEAR``, and of experts.
 
-    An item may hold several, with commas between them. Each is the end of the names of layers (``q_proj``), a regular
-    expression for names or for their ends, or a pattern of the shell. Raises UserError for one that matches none.
+    An item may hold several, with commas between them. Each is the end of the names of layers (``q_proj``) or of
+    parameters of experts (``experts.down_proj``), a regular expression for names or for their ends, or a pattern of the
+    shell. Raises UserError for one that matches none.
     """
     items = [item for text in written for item in _items(text)]
-    if not items or items == [ALL_LINEAR]:
-        return ALL_LINEAR
+    if not items:
+        return ALL_LINEAR, []
+    found_by = {item: _named(item, list(expert_parameters(model))) for item in items}
+    experts = list(dict.fromkeys(name for found in found_by.values() for name in found))
     if ALL_LINEAR in items:
-        raise UserError(f"lora_target_modules: {ALL_LINEAR} means all layers but the head: leave the others out.")
+        if any(item != ALL_LINEAR and not found for item, found in found_by.items()):
+            raise UserError(
+                f"lora_target_modules: {ALL_LINEAR} means all layers but the head: leave the other layers out."
+            )
+        return ALL_LINEAR, experts
     known = ", ".join([listed_names(model), *ends_of_experts(model)])
     adaptable = adaptable_names(model)
     others = (name for name, module in model.named_modules() if not isinstance(module, torch.nn.Linear))
@@ -41,12 +49,12 @@ def target_modules(model: torch.nn.Module, written: Sequence[str]) -> list[str] 
             found.append(item)
         elif matching := _matching(item, adaptable):
             found += matching
-        else:
+        elif not found_by[item]:
             raise UserError(
                 f"lora_target_modules: {type(model).__name__} has no {item!r}; it has {known}. A pattern"
                 f" is for whole names such as {adaptable[0] if adaptable else 'layers.0.q_proj'}, or for their ends."
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), experts
 
 
 def linear_targets(model: Any) -> list[str] | str:
@@ -66,6 +74,11 @@ def _items(text: str) -> list[str]:
         else:
             items[-1] += character
     return [item.strip() for item in items if item.strip()]
+
+
+def _named(item: str, names: Sequence[str]) -> list[str]:
+    """``item`` where it is one of ``names`` or the end of some; else those that match it as a pattern."""
+    return [item] if any(name == item or name.endswith(f".{item}") for name in names) else _matching(item, names)
 
 
 def _matching(pattern: str, names: Sequence[str]) -> list[str]:

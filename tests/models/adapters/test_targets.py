@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import llama
+from checkpoint_files import qwen3_moe
 from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
@@ -16,6 +18,7 @@ from transformers import GPT2LMHeadModel
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.configuration.options import RunOptions
+from panda.models.adapters.experts import written_names
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.lora import left_bare
 from panda.registry import UserError
@@ -91,6 +94,36 @@ BESIDE_EXPERTS = {
     for layer in ("0.mlp", "1.mlp.shared_experts")
     for name in ("gate", "up", "down")
 }
+
+
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("written", "layers", "parameters"),
+    [
+        (("q_proj,v_proj,experts.gate_up_proj",), {"q_proj", "v_proj"}, EXPERTS[1:]),
+        (("q_proj, experts.down_proj",), {"q_proj"}, EXPERTS[:1]),
+        (("model.layers.1.mlp.experts.down_proj", "o_proj"), {"o_proj"}, EXPERTS[:1]),
+        (("experts.*",), set(), EXPERTS),
+        (("*.experts.*", "q_proj"), {"q_proj"}, EXPERTS),
+        ((r"layers\.0\..*\.(q|down)_proj",), {"q_proj"}, EXPERTS[:1]),
+        (("*.layers.0.*",), {"q_proj", "k_proj", "v_proj", "o_proj"}, EXPERTS),
+        (("q_proj,gate",), {"q_proj"}, ["gate"]),
+        ((), {"q_proj", "k_proj", "v_proj", "o_proj"}, [*EXPERTS, "gate"]),
+    ],
+)
+def test_experts_are_named_among_layers_and_by_patterns(
+    written: tuple[str, ...], layers: set[str], parameters: list[str]
+) -> None:
+    model = qwen3_moe()
+    found = add_adapters(copy.deepcopy(model), RunOptions(use_lora=True, lora_r=2, lora_target_modules=written))
+    config: Any = found.peft_config["default"]
+    assert {name.rpartition(".")[2] for name in config.target_modules} == layers
+    assert written_names(model, config.target_parameters) == parameters
+    adapters = [name for name, _ in found.named_parameters() if ".lora_A." in name]
+    in_first, in_second = (any(f".{layer}.mlp." in name for name in adapters) for layer in (0, 1))
+    assert (in_first, in_second) == ("layers.1" not in str(written), ".0." not in str(written).replace("\\", ""))
 
 
 def test_layers_that_peft_takes_for_experts_are_named_or_refused() -> None:
