@@ -21,6 +21,12 @@ examples:
   WORLD_SIZE=8 panda check run.yaml --zero_stage 3"""
 
 
+TRIED_LATER = (
+    "not checked here: panda-train tries the model after its weights are loaded, before the first step; it refuses one"
+    " that looks ahead, and one whose logits are not finite or fewer than the tokenizer's entries."
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``panda check``."""
     return run_command(_check, argv)
@@ -81,3 +87,4 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     if layout.packed and prepared.outline is not None:
         refuse_without_positions(prepared.outline, resolved.components["model"].component.name)
     print("\n".join(outlook(prepared, layout, directory, checkpoint)))
+    print(TRIED_LATER)

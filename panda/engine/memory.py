@@ -27,6 +27,7 @@ def refuse_without_room(
     device: torch.device,
     *,
     drawn: bool,
+    quantisable: bool = True,
     advice: Callable[[], str] = str,
 ) -> None:
     """Raise UserError if what a run certainly holds exceeds the memory that it has to fit into.
@@ -34,12 +35,13 @@ def refuse_without_room(
     On a GPU these are the standing ``parts``: weights, fp32 masters, optimizer states and sums of gradients. On a CPU
     they are the weights of all ranks here. Weights that are ``drawn`` all at once, ``parameters`` of them, also have to
     fit into the host's memory first: each rank draws them in fp32. Activations are not counted: a run that is refused
-    cannot work, and one that is not may still run out of memory. ``advice()`` says what to change.
+    cannot work, and one that is not may still run out of memory. What to change is said: on a GPU by ``advice()``, and
+    on a CPU with `use_quant` only where the model is ``quantisable``.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
     if device.type == "cpu":
         bits = options.quant_bits if options.use_quant else 32 if options.precision == "fp32" else 16
-        instead = "Take a smaller arch" + ("" if options.use_quant else ", `use_quant` for 4 bits")
+        instead = "Take a smaller arch" + ("" if options.use_quant else ", `use_quant` for 4 bits" * quantisable)
         instead += ", or `zero_stage: 3` on more ranks"
         _refuse(parameters, bits, parts.weights * ranks_here, "this machine has", instead)
     else:

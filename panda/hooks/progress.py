@@ -47,8 +47,9 @@ class ProgressDisplay:
     def panda_log(self, run: Run, record: dict[str, Any]) -> None:
         self.first = self.first or record
         self.last = record
+        router = f"  router loss {record['router_loss']:.4f}" if "router_loss" in record else ""
         text = (
-            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}"
+            f"loss {record['loss']:.4f}{router}  lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}"
             f"  {record['tokens_per_second']:,.0f} tokens/s"
         )
         if "mfu" in record:

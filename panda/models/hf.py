@@ -98,12 +98,12 @@ def router_loss_weight(options: HfOptions, model: Any) -> float:
     Raises UserError where one is asked for that ``model`` does not have.
     """
     from panda.models.forward.router_loss import has_router_loss
+    from panda.models.forward.router_loss import own_weight
 
-    own = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", 0.0))
     asked, origin = options.router_aux_loss_coef, "router_aux_loss_coef"
     if asked is None:
         states = getattr(model.config, "output_router_logits", False)
-        asked, origin = float(own) if states else 0.0, "output_router_logits in the checkpoint's config.json"
+        asked, origin = own_weight(model) if states else 0.0, "output_router_logits in the checkpoint's config.json"
     if asked and not has_router_loss(model):
         raise UserError(
             f"{origin}: {type(model).__name__} has no router loss that panda knows. Write `router_aux_loss_coef: 0`."

@@ -44,7 +44,7 @@ def finish(run: Run) -> None:
     criteria = run.decoding.criteria(tokenizer, timed=False)
     most = min(run.options.max_seq_length, held_positions(module) or run.options.max_seq_length)
     with of_task("`encode_prompt`"):
-        prompts, encoded = _encoded(run, prompts, most - min(ANSWER_TOKENS, most // 2))
+        prompts, encoded = _encoded(run, prompts, most)
     rows = run.options.per_gpu_eval_batch_size
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
@@ -66,8 +66,14 @@ def finish(run: Run) -> None:
         write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
 
 
-def _encoded(run: Run, prompts: list[str], room: int) -> tuple[list[str], list[list[int]]]:
-    """Those of ``prompts`` that can be written as in training, and their tokens, ``room`` at most: the last ones."""
+def _encoded(run: Run, prompts: list[str], most: int) -> tuple[list[str], list[list[int]]]:
+    """Those of ``prompts`` that can be written as in training, and their tokens.
+
+    With its answer, for which up to half is kept, each has ``most`` tokens; of longer ones the last tokens are left.
+    """
+    kept = min(ANSWER_TOKENS, most // 2)
+    room = most - kept
+    whose = "max_seq_length" if most == run.options.max_seq_length else "the model's positions"
     written: list[str] = []
     encoded: list[list[int]] = []
     notes = []
@@ -80,7 +86,10 @@ def _encoded(run: Run, prompts: list[str], room: int) -> tuple[list[str], list[l
         written.append(prompt)
         encoded.append(run.task.encoder.cut(ids, room))
         if len(ids) > room:
-            notes.append(f"of {prompt[:20]!r}... the first {len(ids) - room:,} of {len(ids):,} tokens are cut")
+            notes.append(
+                f"the prompt {prompt[:20]!r}... is cut to its last {room:,} of {len(ids):,} tokens: of {most:,}"
+                f" ({whose}) {kept:,} are kept for its answer"
+            )
     if run.processes.rank == 0:
         for note in notes:
             print(printable(f"note: {note}"), flush=True)

@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
@@ -27,6 +26,7 @@ from panda.engine.tensor_parallel import plan_of
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import quantised_names
+from panda.models.adapters.quantisation import refuse_quantising
 from panda.models.forward.footprint import Footprint
 from panda.models.forward.footprint import footprint
 from panda.models.forward.stretched_positions import needs_positions
@@ -90,7 +90,8 @@ class Estimate:
 def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | None:
     """What the model of ``resolved`` needs; None if it can only be built with weights.
 
-    Raises UserError if it cannot be split over its tensor-parallel ranks, or has no layers for its adapters.
+    Raises UserError if it cannot be split over its tensor-parallel ranks, cannot be quantised, or has no layers for its
+    adapters.
     """
     options: RunOptions = resolved.core
     model: Any = build_outline(resolved, context)
@@ -102,7 +103,9 @@ def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | Non
         _shard(model, plan_of(model, name, options.tensor_parallel_size), options.tensor_parallel_size)
     dtype = getattr(torch, options.dtype_name)
     masked = (options.batching == "packed" or needs_positions(model)) and bool(_why_masked(model, dtype))
-    names = quantised_names(model) if options.use_quant and isinstance(model, PreTrainedModel) else []
+    if options.use_quant:
+        refuse_quantising(model)
+    names = quantised_names(model) if options.use_quant else []
     quantised = {id(model.get_submodule(name).weight) for name in names}
     if options.use_lora:
         from panda.models.adapters.one_rounding import round_once  # imports peft

@@ -16,6 +16,7 @@ from panda.engine.memory import refuse_without_room
 from panda.engine.memory_parts import Sizes
 from panda.engine.memory_parts import gib
 from panda.engine.memory_parts import held
+from panda.models.adapters.quantisation import refuse_quantising
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
@@ -175,6 +176,15 @@ def explanation(estimates: Estimates, resolved: Resolved, world_size: int, card:
     )
 
 
+def _is_quantisable(outline: torch.nn.Module) -> bool:
+    """Whether `use_quant` works for the model of ``outline``."""
+    try:
+        refuse_quantising(outline)
+    except UserError:
+        return False
+    return True
+
+
 def refuse_too_large(
     outline: torch.nn.Module, resolved: Resolved, context: ModelContext, world_size: int, *, drawn: bool
 ) -> None:
@@ -203,5 +213,6 @@ def refuse_too_large(
         options,
         device,
         drawn=drawn,
+        quantisable=_is_quantisable(outline),
         advice=lambda: advice(estimates, resolved, world_size, this_card(device)),
     )

@@ -18,12 +18,16 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory_parts import gib
 from panda.engine.processes import Processes
 from panda.models.adapters.experts import ends_of_experts
+from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import written_names
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.lora import left_bare
 from panda.models.adapters.targets import ALL_LINEAR
+from panda.models.forward.router_loss import has_router_loss
+from panda.models.forward.router_loss import own_weight
 from panda.optim.adam_options import AdamOptions
 from panda.registry import UserError
+from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
 from panda.run.directory import find_directory
@@ -60,7 +64,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
     """
     adapted = _adapted(prepared)
     parts = {
-        "model": [_model(prepared, adapted), *_adapters(prepared, adapted)],
+        "model": [_model(prepared, adapted), *_router_loss(prepared), *_adapters(prepared, adapted)],
         "weights": [_weights(prepared)],
         "tokenizer": [_tokenizer(prepared)],
         "text": [prepared.task.text_format()],
@@ -115,6 +119,30 @@ def _model(prepared: Preparation, adapted: PeftModel | None) -> str:
     if adapted is not None:
         return f"{called}, {parameters:,} parameters; {trained:,} of adapters are trained"
     return f"{called}, {parameters:,} parameters, {'all' if trained == parameters else f'{trained:,}'} trained"
+
+
+def _router_loss(prepared: Preparation) -> Iterator[str]:
+    """Whether a mixture of experts is trained with its router loss, with which weight, and who says so."""
+    outline: Any = prepared.outline
+    setting = prepared.resolved.settings.get("router_aux_loss_coef")
+    if outline is None or setting is None or not (expert_parameters(outline) or has_router_loss(outline)):
+        return
+    config = "the checkpoint's config.json" if prepared.pretrained else "its config"
+    added: StepLoss | None = getattr(outline, "step_loss", None)
+    if added is not None:
+        origin = setting.origin if setting.value is not None else f"output_router_logits in {config}"
+        yield f"router loss on, weight {added.weight:g} ({origin})"
+    elif not has_router_loss(outline):
+        yield f"router loss: {type(outline).__name__} has none that panda knows"
+    elif setting.value is not None:
+        yield f"router loss off ({setting.origin})"
+    else:
+        weight = own_weight(outline)
+        whose = f", the weight in {config}," if weight else ""
+        yield (
+            f"router loss off (no output_router_logits in {config}): `router_aux_loss_coef: {weight or 0.001:g}`{whose}"
+            " turns it on"
+        )
 
 
 def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]:

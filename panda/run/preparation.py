@@ -15,6 +15,8 @@ from panda.data.held_out import note_shared_samples
 from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
 from panda.engine.memory_parts import gib
+from panda.models.adapters.quantisation import refuse_quantising
+from panda.models.forward.trial import refuse_encoder
 from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
@@ -94,7 +96,8 @@ class Preparation:
     def outline(self) -> torch.nn.Module | None:
         """The model without weights; None if it can only be built with weights.
 
-        Raises UserError if it cannot be split over the tensor-parallel ranks, or exceeds the memory here.
+        Raises UserError if it is an encoder, cannot be split over the tensor-parallel ranks, cannot be quantised, or
+        exceeds the memory here.
         """
         return self._outline_and_random_weights[0]
 
@@ -133,6 +136,9 @@ class Preparation:
         drawn = random_weights(outline, self.options.seed) if self.pretrained is None else None
         if outline is not None:
             refuse_splitting(outline, self.resolved)
+            refuse_encoder(outline, self.resolved.components["model"].component.name)
+            if self.options.use_quant:
+                refuse_quantising(outline)
             drawn_whole = self.pretrained is None and drawn is None
             refuse_too_large(outline, self.resolved, self.context, self.world_size, drawn=drawn_whole)
         return outline, drawn

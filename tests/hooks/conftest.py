@@ -56,8 +56,9 @@ def make_run(tmp_path: Path) -> MakeRun:
 def record() -> Callable[..., dict[str, Any]]:
     """``record(step)``: what is logged at a step."""
 
-    def make(step: int, loss: float | None = None) -> dict[str, Any]:
+    def make(step: int, loss: float | None = None, **more: float) -> dict[str, Any]:
         return {
+            **more,
             "step": step,
             "loss": 5.5 * math.exp(-step / 30) + 0.1 * math.sin(step) + 0.2 if loss is None else loss,
             "learning_rate": 1e-3 * min(1, step / 20),

@@ -48,6 +48,15 @@ def test_where_there_is_no_terminal_a_record_is_a_plain_line(
     assert "\r" not in line
 
 
+def test_the_router_loss_follows_the_loss(
+    make_run: Any, record: Any, capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    run = make_run()
+    plugin = started(run)
+    plugin.panda_log(run, record(1, loss=5.43219, router_loss=2.00049))
+    assert "step 1/10  loss 5.4322  router loss 2.0005  lr 5.00e-05" in capsys.readouterr().out
+
+
 def test_plain_lines_are_seconds_apart_but_for_the_first_and_the_last(
     make_run: Any, record: Any, capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:

@@ -118,6 +118,21 @@ def test_changes_are_worth_their_names() -> None:
     )
 
 
+def test_quantising_is_not_advised_for_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = "num_hidden_layers=4 hidden_size=512 moe_intermediate_size=64 num_experts=4 num_attention_heads=8"
+    flags = f"--arch qwen3-30b-a3b --hf_config {shape} vocab_size=300 --max_seq_length 128 --use_lora --precision bf16"
+    flags += " --per_gpu_train_batch_size 1 --activation_checkpointing full --bit_training"
+    base, context = configure(parse_arguments(flags.split())).resolved, ModelContext(300, 128, 0, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr("panda.run.estimate.refuse_quantising", lambda model: None)
+        estimates = Estimates(context)
+        quantised = estimates.of(base.with_values({"use_quant": True}, "test"), 1)
+        assert quantised is not None
+        card = just_fits(quantised.parts.total)
+        assert "use_quant" in advice(estimates, base, 1, card), "it would fit"
+    assert "use_quant" not in advice(Estimates(context), base, 1, card)
+
+
 def test_advice_names_the_change_and_what_is_left(estimates: Estimates) -> None:
     base = with_values(activation_checkpointing="none")
     half = estimates.of(base.with_values({"per_gpu_train_batch_size": 4}, "test"), 1)

@@ -14,6 +14,7 @@ from checkpoint_files import save_hf
 from launching import BIN
 from launching import run_panda
 from launching import run_script
+from model_types import tiny
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
@@ -81,6 +82,47 @@ def test_random_weights_are_called_random_and_the_default_tokenizer_too(said: Ou
     assert parts["text"] == [r"plain, separator '\n'"]
     assert parts["output"] == ["runs/x"]
     assert "evaluation" not in parts
+
+
+MIXTURE = "num_hidden_layers=1 hidden_size=16 moe_intermediate_size=16 num_experts=4 vocab_size=320"
+ROUTER_LOSSES = {
+    "": "on, weight 0.001 (arch qwen3-30b-a3b)",
+    "--router_aux_loss_coef 0.02": "on, weight 0.02 (--router_aux_loss_coef)",
+    "--router_aux_loss_coef 0": "off (--router_aux_loss_coef)",
+}
+STATED = {
+    True: "on, weight 0.25 (output_router_logits in the checkpoint's config.json)",
+    False: (
+        "off (no output_router_logits in the checkpoint's config.json): `router_aux_loss_coef: 0.25`, the weight in"
+        " the checkpoint's config.json, turns it on"
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", ROUTER_LOSSES)
+def test_whether_the_router_loss_is_on_is_said_with_who_decides_it(said: Outlook, flags: str) -> None:
+    parts = said(f"--arch qwen3-30b-a3b --hf_config {MIXTURE} --max_seq_length 64 {flags}")
+    assert parts["model"][1:] == [f"router loss {ROUTER_LOSSES[flags]}"]
+
+
+@pytest.mark.parametrize("states", STATED)
+def test_a_checkpoint_of_experts_says_whether_its_router_loss_is_on(
+    said: Outlook, folder: Path, *, states: bool
+) -> None:
+    model = tiny("qwen3_moe")
+    model.resize_token_embeddings(259)
+    model.config.update({"output_router_logits": states, "router_aux_loss_coef": 0.25})
+    save_hf(model, folder / "experts")
+    parts = said("--ckpt_path experts --max_seq_length 64 --use_lora")
+    assert parts["model"][1] == f"router loss {STATED[states]}"
+
+
+def test_experts_without_a_known_router_loss_say_so(said: Outlook, folder: Path) -> None:
+    model = tiny("deepseek_v3")
+    model.resize_token_embeddings(259)
+    save_hf(model, folder / "experts")
+    parts = said("--ckpt_path experts --max_seq_length 64")
+    assert parts["model"][1:] == ["router loss: DeepseekV3ForCausalLM has none that panda knows"]
 
 
 def test_a_checkpoint_is_named_with_its_own_tokenizer(said: Outlook, checkpoint: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ from panda.runner import train
 
 SMALL = "--gradient_accumulation_steps 1 --max_steps 1 --max_seq_length 64 --num_workers 0 -p no:tensorboard -p no:plot"
 TINY = "--arch llama-tiny --num_layers 1 --hidden_size 16 --intermediate_size 16 --num_heads 1"
+EXPERTS = (
+    "--arch qwen3-30b-a3b --hf_config num_hidden_layers=1 hidden_size=16 intermediate_size=16 moe_intermediate_size=16"
+    " num_experts=8 num_experts_per_tok=2 num_attention_heads=2 num_key_value_heads=1 head_dim=8 vocab_size=320"
+)
 
 
 @pytest.fixture
@@ -90,6 +95,29 @@ def test_check_refuses_a_model_that_does_not_fit_as_training_does(
 def test_check_refuses_what_training_refuses(folder: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json {flags}".split()) == 2
     assert flags.split()[0].removeprefix("--") in capsys.readouterr().err
+
+
+def test_experts_are_not_quantised_and_check_says_so_as_training_does(
+    processes: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("panda.run.trained_model.make_trainable", lambda *_: pytest.fail("it read the weights"))
+    flags = f"{SMALL} {EXPERTS} --instruction_tuning_data_dir rows.json --use_quant"
+    assert check(flags.split()) == 2
+    assert re.search(
+        r"error: use_quant: \d\d% of the weights of Qwen3Moe\w* are those of experts", capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match=r"use_quant: .* are those of experts"):
+        train(configure(parse_arguments(flags.split())))
+
+
+def test_memory_is_not_advised_to_be_saved_by_quantising_experts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("panda.engine.memory._host_memory", lambda: 1000)
+    for shape, advised in {TINY: True, EXPERTS: False}.items():
+        assert check(f"{SMALL} {shape} --instruction_tuning_data_dir rows.json".split()) == 2
+        said = capsys.readouterr().err
+        assert "Take a smaller arch" in said and ("use_quant" in said) is advised
 
 
 def test_a_schedule_that_is_refused_leaves_no_run_behind(

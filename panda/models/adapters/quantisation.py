@@ -35,7 +35,23 @@ def quantise(
 
     They compute in the dtype of ``options.precision``. For a model on the meta device, ``fill(name, layer)`` is
     called before each is quantised, to give ``layer`` its weights.
-    Raises UserError where it is not known which layer is the output head, and for a mixture of experts.
+    Raises UserError as ``refuse_quantising`` does.
+    """
+    refuse_quantising(model)
+    for name in quantised_names(model):
+        layer: Any = model.get_submodule(name)
+        if fill is not None:
+            fill(name, layer)
+        model.set_submodule(name, _quantised(layer, options, device))
+    # By these attributes peft (0.21, 2026-11) chooses the classes of its own layers.
+    marked: Any = model
+    marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
+
+
+def refuse_quantising(model: torch.nn.Module) -> None:
+    """Raise UserError where it is not known which layer of ``model`` is the output head, and for experts.
+
+    ``model`` may be without weights.
     """
     from transformers import PreTrainedModel
 
@@ -50,14 +66,6 @@ def quantise(
             f"use_quant: {share:.0%} of the weights of {type(model).__name__} are those of experts, which bitsandbytes"
             " does not quantise: they are no linear layers. Leave `use_quant` out; `zero_stage: 3` partitions them."
         )
-    for name in quantised_names(model):
-        layer: Any = model.get_submodule(name)
-        if fill is not None:
-            fill(name, layer)
-        model.set_submodule(name, _quantised(layer, options, device))
-    # By these attributes peft (0.21, 2026-11) chooses the classes of its own layers.
-    marked: Any = model
-    marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = options.quant_bits == 4, options.quant_bits == 8
 
 
 def quantised_names(model: Any) -> list[str]:

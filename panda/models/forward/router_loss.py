@@ -102,6 +102,11 @@ def has_router_loss(model: Any) -> bool:
     return known and hasattr(model, "num_experts") and hasattr(model, "num_experts_per_tok")
 
 
+def own_weight(model: Any) -> float:
+    """The weight that the config of ``model`` has for this loss, whether or not it is on there; 0 for none."""
+    return float(getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", 0.0)))
+
+
 def offer_router_loss(model: Any, weight: float) -> None:
     """Make ``model``, for which transformers has a router loss, compute it with ``weight``: as its ``step_loss``."""
     loss = RouterLoss(weight, model.num_experts, model.num_experts_per_tok)

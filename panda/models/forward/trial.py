@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
 from panda.registry import UserError
 
+_CAUSAL = (
+    "Use a causal language model; an encoder such as BERT is not one (in some config.json, `is_decoder: true` makes it"
+    " one)."
+)
 LENGTH = 16
 """Tokens of a row; those in its second half differ between the rows that are compared."""
 
@@ -32,8 +37,25 @@ def refuse_unfit(module: Any, name: str, vocab_size: int, device: torch.device) 
         raise UserError(
             f"model {name}: refused, since it looks ahead: its prediction of a token depends on that token and those"
             f" after it (logits move by {moved:.2g}; {reference:.2g} where the tokens themselves differ), so its loss"
-            " would mean nothing. Use a causal language model; an encoder such as BERT is not one (in some config.json,"
-            " `is_decoder: true` makes it one)."
+            f" would mean nothing. {_CAUSAL}"
+        )
+
+
+def refuse_encoder(outline: Any, name: str) -> None:
+    """Raise UserError where transformers says of ``outline``, which may be without weights, that it is an encoder.
+
+    It finds early what ``refuse_unfit`` would find after the weights are loaded, and only for some classes: those that
+    warn, when made without `is_decoder`, that they predict the next token only with it (transformers 5.23, 2026-11).
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(outline, PreTrainedModel) or getattr(outline.config, "is_decoder", None) is not False:
+        return
+    kind: Any = type(outline)
+    if kind.__module__.startswith("transformers.") and "standalone, add `is_decoder=True" in inspect.getsource(kind):
+        raise UserError(
+            f"model {name}: refused, since it looks ahead: {kind.__name__} is causal only where its config.json says"
+            f" `is_decoder: true`, so its loss would mean nothing. {_CAUSAL}"
         )
 
 
