@@ -451,13 +451,15 @@ def test_only_a_place_that_panda_cannot_read_is_asked_for(
         found = translated(f"base_model: b\ndatasets: [{{path: {place}, split: s}}]\n")
         line = found.lines["instruction_tuning_data_dir"]
         asked[line.value] = line.because, len(found.lost)
-    here, missing = "datasets[].path", "datasets[].path; name a file or folder of rows here"
+    here, missing = "datasets[].path", "datasets[].path; name a file or folder of rows here in place of "
     assert asked == {
         "o/d:s": (here, 0),
         "rows/here": (here, 1),
-        "d": (missing, 1),
-        "rows/missing.jsonl": (missing, 1),
+        "d": (f"{missing}d", 1),
+        "rows/missing.jsonl": (f"{missing}rows/missing.jsonl", 1),
     }
+    found = translated("base_model: b\ndatasets: [{path: o/d}, {path: rows/here}, {path: e}, {path: f.jsonl}]\n")
+    assert found.lines["instruction_tuning_data_dir"].because == f"{missing}e, f.jsonl"
 
 
 @pytest.mark.parametrize(
