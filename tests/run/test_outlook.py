@@ -274,6 +274,11 @@ def test_files_with_names_of_splits_beside_train_are_noted(said: Outlook, folder
     ]
     for given in ("got/dev", "got/data/test-00000-of-00001.json", "got:train", "got/data/t*"):
         assert noted(given) == [], given
+    (folder / "got" / "README.md").write_text("---\nconfigs:\n- {config_name: all, data_files: '*/*.json'}\n---\n")
+    assert noted("got") == [], "the card says that all are of train"
+    (folder / "got" / "README.md").unlink()
+    (folder / "got" / "data" / "train-00000-of-00001.json").unlink()
+    assert noted("got") == []
 
 
 def test_a_mix_names_each_part(said: Outlook, folder: Path) -> None:
