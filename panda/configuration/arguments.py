@@ -88,8 +88,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         if "config" in given:
             raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
     given |= flags
-    if added or blocked:  # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
-        named = given.get("plugins")
+    named = given.get("plugins")
+    # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
+    if (added or blocked) and not (named and named.is_nested):
         items = (*_texts(named), *added, *(BLOCK + name for name in blocked))
         given["plugins"] = Given(items, named.origin if named else "--profile" if added else "-p", ", ".join(items))
     return Arguments(given, asks_for_help)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -200,6 +201,25 @@ def other_files(locations: Locations, suffixes: tuple[str, ...]) -> Counter[str]
         if not is_named and not file.name.lower().endswith(suffixes)
     }
     return Counter(file.suffix or file.name for file in left_out)
+
+
+def named_splits(location: str, files: Sequence[Path]) -> list[str]:
+    """The names of splits that ``files``, those read of a folder at ``location``, have beside `train`.
+
+    Empty where there are none, and where ``location`` is a data set, of which one split is read. A name is the first
+    word of that of a file, or of a folder in ``location``: `data/test-00000-of-00001.parquet`.
+    """
+    folder = resolve_path(location)
+    if not folder.is_dir() or data_set_at(location) is not None:
+        return []
+    names = set()
+    for file in files:
+        words = (re.match("[a-z]*", part.lower()) for part in file.relative_to(folder).parts)
+        names |= {next((word[0] for word in words if word and word[0] in _SPLITS), "")}
+    return sorted(names - {"", "train"}) if "train" in names else []
+
+
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 def _named(suffixes: tuple[str, ...]) -> str:

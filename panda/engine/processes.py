@@ -145,11 +145,16 @@ def leave_processes() -> None:
 
 def _join_deepspeed() -> None:
     import logging
+    import warnings
 
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # ZeRO-3 of DeepSpeed 0.19.8 calls two functions that torch 2.13 deprecates, and each call warns between the lines
+    # of a run (2026-11-26). Can go when DeepSpeed calls `all_gather_single` and `reduce_scatter_single`.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
     # DeepSpeed 0.19.8 compiles a shared-memory all-reduce at the first start on a machine without a GPU: it needs
     # a C++ compiler and half a minute, and only inference uses the result. Can go when it is compiled on first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -8,6 +8,7 @@ conversion to the type of the option that the key belongs to.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -17,9 +18,10 @@ from panda.registry.options import Given
 
 
 def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: False) -> dict[str, Given]:
-    """Keys and values of the file at ``path``. Raises UserError with file and line where it is not flat YAML.
+    """Keys and values of the file at ``path``. Raises UserError with file and line where it is no YAML of this form.
 
-    ``foreign``: whether a key is refused whatever its value is, which then may be nested, and is not read.
+    A nested value is kept as one that no option takes, so that it is refused with all else that is wrong. ``foreign``:
+    whether a key is one that can be answered; in nested values these are found by their paths, ``a.b``.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -49,9 +51,28 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         key = key_node.value
         if key in entries:
             raise UserError(f"{origin}: {key!r} is given twice, first at {entries[key].origin}. Keep one.")
-        nested = foreign(key) and not _is_flat(value_node)
-        entries[key] = Given(True, origin, "...") if nested else _given(key, value_node, origin)
+        if _is_flat(value_node):
+            entries[key] = _given(value_node, origin)
+            continue
+        leaves = {inner: (node, line) for inner, node, line in _leaves(key, value_node, set())}
+        known = [inner for inner in leaves if inner != key and foreign(inner)]
+        for inner in known:
+            node, line = leaves[inner]
+            entries.setdefault(inner, _given(node, f"{path}:{line}"))
+        if len(known) < len(leaves) or not leaves:
+            entries[key] = Given(True, origin, "...", is_nested=True)
     return entries
+
+
+def _leaves(path: str, node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, yaml.Node, int]]:
+    """The values in ``node`` that are no mappings, by their paths, with their lines; no mapping twice."""
+    for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        inner = f"{path}.{key_node.value}"
+        if not isinstance(value, yaml.MappingNode):
+            yield inner, value, key_node.start_mark.line + 1
+        elif id(value) not in seen:  # an alias may stand for a mapping around it
+            seen.add(id(value))
+            yield from _leaves(inner, value, seen)
 
 
 def _is_flat(node: yaml.Node) -> bool:
@@ -60,15 +81,12 @@ def _is_flat(node: yaml.Node) -> bool:
     )
 
 
-def _given(key: str, node: yaml.Node, origin: str) -> Given:
+def _given(node: yaml.Node, origin: str) -> Given:
     if isinstance(node, yaml.ScalarNode):
         return Given(_scalar(node), origin, node.value)
     if isinstance(node, yaml.SequenceNode) and _is_flat(node):
         return Given(tuple(map(_scalar, node.value)), origin, ", ".join(item.value for item in node.value))
-    raise UserError(
-        f"{origin}: the value of {key!r} is nested. panda's configuration is flat: one level, `key: value`,"
-        " where a value is a scalar or a list of scalars."
-    )
+    return Given(True, origin, "...", is_nested=True)
 
 
 def _scalar(node: yaml.ScalarNode) -> str | bool | None:

@@ -73,6 +73,15 @@ class Given:
     """Where it was written: ``run.yaml:3`` or ``--learning_rate``."""
     text: str = ""
     """Its characters, for messages."""
+    is_nested: bool = False
+    """Whether it is no scalar and no list of these, which no option takes; ``value`` is then only True."""
+
+    def nested_problem(self, key: str) -> str:
+        """What to say of ``key``, which has this nested value."""
+        return (
+            f"{self.origin}: the value of {key!r} is nested. panda's configuration is flat: one level, `key: value`,"
+            " where a value is a scalar or a list of scalars. `panda translate` writes files of other tools so."
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,8 @@ class Option:
 
     def convert(self, given: Given) -> Any:
         """The value of this option that ``given`` stands for. Raises UserError for a value that does not fit."""
+        if given.is_nested:
+            raise UserError(given.nested_problem(self.key))
         is_own_flag = given.origin.removeprefix("--").replace("-", "_") == self.key
         at = given.origin if is_own_flag else f"{given.origin}: {self.key}"
         try:

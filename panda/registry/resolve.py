@@ -136,14 +136,14 @@ def resolve(
     """
     core_options = options_of(core)
     core_values, problems = convert_options(core_options, given)
+    answered = [key for key in given if (key in (renamed or {}) or given[key].is_nested) and key not in core_options]
+    answers = unknown_key_messages(catalog, answered, given, [], renamed or {}, [])
     if any(key not in core_values for key in NAMING):
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(problems + answers))
     try:
         choice = choose(catalog, core_values, default_plugins)
     except UserError as problem:
-        problems += [str(problem), *_other_names(core_values, renamed or {})]
-        answered = [key for key in given if key in (renamed or {}) and key not in core_options]
-        problems += unknown_key_messages(catalog, answered, given, [], renamed or {}, [])
+        problems += [str(problem), *_other_names(core_values, renamed or {}), *answers]
         raise UserError("\n".join(problems)) from None
     if "arch" not in choice.offers and "model" not in choice.offers:
         raise UserError("\n".join([*problems, *_without_model(catalog, given, core_options, renamed or {})]))

@@ -35,6 +35,8 @@ def unknown_key_messages(
         at = given[key].origin
         if key in renamed:
             return f"{at}: {key!r} is not one of panda's keys: {renamed[key]}"
+        if given[key].is_nested:
+            return given[key].nested_problem(key)
         users = declared.get(key.rpartition(".")[2])
         if users:
             kinds = {user.split()[0] for user in users}

@@ -20,6 +20,7 @@ from panda.data.locations import data_sets
 from panda.data.locations import each_of
 from panda.data.locations import files_by_location
 from panda.data.locations import identities
+from panda.data.locations import named_splits
 from panda.data.locations import other_files
 from panda.data.locations import repeated_paths
 from panda.data.locations import without
@@ -119,6 +120,14 @@ class TextTask(LanguageModelling):
             files_are = "1 file is" if (count := others.total()) == 1 else f"{count:,} files are"
             kinds = ", ".join(kind for kind, _ in others.most_common(5))
             notes.append(f"{self.option}: {files_are} of other kinds, and not read: {kinds}")
+        for location, files in zip(self.locations, self._files, strict=True):
+            if names := " and ".join(named_splits(location, files)):
+                if self.option == "eval_data_dir":
+                    notes.append(f"note: {location}: files named train are evaluated on too, beside {names}")
+                else:
+                    notes.append(
+                        f"note: files named {names} are trained on too; `{location}:train` takes those of train"
+                    )
         if again := repeated_paths(self.locations, self.context.reader.suffixes, self.option):
             paths = "1 path leads" if again == 1 else f"{again:,} paths lead"
             notes.append(f"{self.option}: {paths} to files that other paths lead to as well; a file is read once")

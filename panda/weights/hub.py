@@ -120,6 +120,7 @@ def data_repository(name: str, revision: str | None) -> Repository:
     Where the hub does not answer, it is what the local cache has of that revision. Raises UserError if that is nothing.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub import constants
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -139,7 +140,8 @@ def data_repository(name: str, revision: str | None) -> Repository:
         try:
             folder = Path(card(local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
-            raise problem from None
+            absent = f"the data set {name!r} is not in the local cache, and " if constants.HF_HUB_OFFLINE else ""
+            raise UserError(f"{absent}{problem}") from None
     try:
         files = [file.path for file in get_cached_repo_tree(name, repo_type="dataset", revision=folder.name)]
         is_listed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -76,6 +77,10 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoConfig
     from transformers import AutoTokenizer
 
+    lacking = _lacking(folder)
+    # transformers (5.23, 2026-11) warns of the missing package, and advises to install others: the error says it.
+    logger = logging.getLogger("transformers.tokenization_utils_tokenizers")
+    logger.addFilter(is_shown := lambda record: not (lacking and "Falling back to TikToken" in record.getMessage()))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as problem:  # transformers lets the exceptions of its parsers through
@@ -88,7 +93,9 @@ def read_tokenizer(folder: Path) -> Any:
         except Exception as other:
             if str(other) == str(problem):  # transformers reads the model's configuration first
                 what = f"{folder / 'config.json'}: transformers cannot read it"
-        raise UserError(f"{what}: {_lacking(folder) or in_brief(problem)}.") from problem
+        raise UserError(f"{what}: {lacking or in_brief(problem)}.") from problem
+    finally:
+        logger.removeFilter(is_shown)
     _refuse_empty(tokenizer, folder)
     return tokenizer
 

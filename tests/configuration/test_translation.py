@@ -451,13 +451,15 @@ def test_only_a_place_that_panda_cannot_read_is_asked_for(
         found = translated(f"base_model: b\ndatasets: [{{path: {place}, split: s}}]\n")
         line = found.lines["instruction_tuning_data_dir"]
         asked[line.value] = line.because, len(found.lost)
-    here, missing = "datasets[].path", "datasets[].path; name a file or folder of rows here"
+    here, missing = "datasets[].path", "datasets[].path; name a file or folder of rows here in place of "
     assert asked == {
         "o/d:s": (here, 0),
         "rows/here": (here, 1),
-        "d": (missing, 1),
-        "rows/missing.jsonl": (missing, 1),
+        "d": (f"{missing}d", 1),
+        "rows/missing.jsonl": (f"{missing}rows/missing.jsonl", 1),
     }
+    found = translated("base_model: b\ndatasets: [{path: o/d}, {path: rows/here}, {path: e}, {path: f.jsonl}]\n")
+    assert found.lines["instruction_tuning_data_dir"].because == f"{missing}e, f.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -739,7 +741,38 @@ def test_nested_keys_of_another_tool_in_a_file_of_pandas_are_answered_with_the_r
     assert tokens.endswith("leave it out: it is off in panda, too.")
     file.write_text("arch: llama-tiny\nprompts: {a: b}\n")
     with pytest.raises(UserError, match="the value of 'prompts' is nested"):
-        parse_arguments(["--config", str(file)])
+        configure(parse_arguments(["--config", str(file)]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "{name: adamw}"])
+def test_nested_keys_hide_no_other_answer(tmp_path: Path, optimizer: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "arch: llama-tiny\nlora_rank: 8\nquantization_config:\n  load_in_4bit: true\n  llm_int8_threshold: 6\n"
+        "prompts: {a: &a {b: *a}}\nmodel_init_kwargs: {use_cache: false}\n"
+        f"optimizer: {optimizer}\nmax_seq_length: [[8]]\n"
+    )
+    with pytest.raises(UserError) as caught:
+        configure(parse_arguments(["--config", str(file)]))
+    lines = str(caught.value).splitlines()
+    nested = {"max_seq_length": 9, "quantization_config": 3, "prompts": 6} | (
+        {"optimizer": 8} if "{" in optimizer else {}
+    )
+    assert {int(line.split(":")[1]) for line in lines if "is nested" in line} == set(nested.values())
+    answers = {line.split("'")[1]: line for line in lines if "is not one of panda's keys" in line}
+    assert answers.keys() == {"lora_rank", "quantization_config.load_in_4bit", "model_init_kwargs.use_cache"}
+    assert answers["quantization_config.load_in_4bit"] == (
+        f"{file}:4: 'quantization_config.load_in_4bit' is not one of panda's keys:"
+        " write `use_quant: true` and `quant_bits: 4`."
+    )
+    assert len(lines) == len(nested) + len(answers)
+
+
+def test_a_nested_value_of_plugins_is_an_error_beside_profile_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("arch: llama-tiny\nplugins: {a: b}\n")
+    with pytest.raises(UserError, match="the value of 'plugins' is nested"):
+        configure(parse_arguments(["--config", str(file), "--profile"]))
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from launching import BIN
 from launching import run_script
+from launching import start
+from launching import zero3_at_once
 
 from panda.engine.processes import _set_allocator
 
@@ -46,3 +50,14 @@ def test_the_allocator_is_set_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _set_allocator("expandable_segments:False")
+
+
+def test_zero_3_on_two_ranks_says_nothing_of_deprecated_collectives(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"input": "a" * length, "target": "b"} for length in range(1, 9)]))
+    tiny = "--arch llama-tiny --num_layers 1 --hidden_size 16 --intermediate_size 24 --num_heads 2 --max_seq_length 32"
+    run = "--instruction_tuning_data_dir rows.json --max_steps 1 --gradient_accumulation_steps 1 --save_final false"
+    flags = [*tiny.split(), *run.split(), *zero3_at_once(tmp_path)]
+    with start(BIN / "panda-train", *flags, cwd=tmp_path, ranks=2) as started:
+        done = started.wait()
+    assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stdout + done.stderr

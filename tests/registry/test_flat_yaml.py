@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from panda.configuration.options import RunOptions
+from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.options import Given
+from panda.registry.resolve import resolve
 
 
 def load(tmp_path: Path, text: str | bytes) -> dict[str, Given]:
@@ -62,10 +65,12 @@ def test_a_repeated_key_is_refused_with_both_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["a: 1\noptimizer:\n  name: adamw\n", "a: 1\noptimizer: [[1]]\n", "a: 1\noptimizer: [{b: 1}]\n"]
 )
-def test_a_nested_value_is_refused(tmp_path: Path, text: str) -> None:
-    message = refusal(tmp_path, text)
-    assert message.startswith(":2: the value of 'optimizer' is nested.")
-    assert "flat" in message
+def test_a_nested_value_is_one_that_no_option_takes(tmp_path: Path, text: str) -> None:
+    given = load(tmp_path, text)
+    assert [key for key, each in given.items() if each.is_nested] == ["optimizer"]
+    with pytest.raises(UserError) as caught:
+        resolve(Catalog(), RunOptions, given)
+    assert f"{tmp_path / 'run.yaml'}:2: the value of 'optimizer' is nested." in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])

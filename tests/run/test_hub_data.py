@@ -174,7 +174,8 @@ def test_what_the_hub_does_not_give_is_an_error_at_once(hub: Hub, environment: d
         assert "nowhere" in text and text.startswith("error: ")
     assert data_fetched(hub) == [], "data is fetched once all else is there"
     [text] = look("org/set:main", cwd=tmp_path, environment=offline | {"HF_HOME": "none"})
-    assert "the Hugging Face hub is not asked, since HF_HUB_OFFLINE is set. Unset it, or name a folder." in text
+    not_asked = "the Hugging Face hub is not asked, since HF_HUB_OFFLINE is set. Unset it, or name a folder."
+    assert f"the data set 'org/set' is not in the local cache, and {not_asked}" in text
 
 
 def test_a_path_of_the_same_form_is_the_path(hub: Hub, environment: dict[str, str], tmp_path: Path) -> None:

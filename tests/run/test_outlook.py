@@ -42,8 +42,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_hf(llama(), tmp_path_factory.mktemp("checkpoint") / "base")
 
 
-def prepared_lines(flags: str, ranks: int, progress: Progress | None, resumed: Path | None) -> list[str]:
-    given = ["--instruction_tuning_data_dir", "rows.json", "--token_cache", "cache", *flags.split()]
+def prepared_lines(
+    flags: str, ranks: int, progress: Progress | None, resumed: Path | None, data: str = "rows.json"
+) -> list[str]:
+    given = ["--instruction_tuning_data_dir", data, "--token_cache", "cache", *flags.split()]
     configuration = configure(parse_arguments(given))
     prepared = prepare(configuration, ranks)
     prepared.decide()
@@ -56,11 +58,15 @@ def said(folder: Path) -> Outlook:
     """``said(flags)``: the lines under each label; notes under ``note``."""
 
     def lines_of(
-        flags: str, ranks: int = 1, progress: Progress | None = None, resumed: Path | None = None
+        flags: str,
+        ranks: int = 1,
+        progress: Progress | None = None,
+        resumed: Path | None = None,
+        data: str = "rows.json",
     ) -> dict[str, list[str]]:
         parts: dict[str, list[str]] = {"note": []}
         label = ""
-        for line in prepared_lines(flags, ranks, progress, resumed):
+        for line in prepared_lines(flags, ranks, progress, resumed, data):
             if line.startswith("note: "):
                 parts["note"].append(line.removeprefix("note: "))
                 continue
@@ -283,6 +289,38 @@ def test_the_engine_and_the_checkpoints_are_described(said: Outlook, folder: Pat
     assert said(f"{TINY_64} --save_final false")["saves"] == [no_last]
     assert said(f"{TINY_64} --save_final false --save_steps 10")["saves"] == ["every 10 steps"]
     assert said(TINY_64)["saves"] == ["only at the end: with `save_steps` an interrupted run can be continued"]
+
+
+def test_files_with_names_of_splits_beside_train_are_noted(said: Outlook, folder: Path) -> None:
+    names = (
+        "data/train-00000-of-00001.json",
+        "data/test-00000-of-00001.json",
+        "other.json",
+        "dev/a.json",
+        "dev/b.json",
+    )
+    for name in names:
+        (folder / "got" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "got" / name).write_text(json.dumps([{"input": name, "target": "y"}]))
+
+    def noted(given: str, flags: str = "") -> list[str]:
+        parts = said(f"{TINY_64} {flags}", data=given)
+        return [line for label in ("data", "evaluation") for line in parts.get(label, []) if line.startswith("note: ")]
+
+    assert noted("got") == ["note: files named dev and test are trained on too; `got:train` takes those of train"]
+    assert noted("got", "--eval_data_dir got/dev/*") == [
+        "note: files named test are trained on too; `got:train` takes those of train"
+    ]
+    assert noted("rows.json", "--eval_data_dir got/data") == [
+        "note: got/data: files named train are evaluated on too, beside test"
+    ]
+    for given in ("got/dev", "got/data/test-00000-of-00001.json", "got:train", "got/data/t*"):
+        assert noted(given) == [], given
+    (folder / "got" / "README.md").write_text("---\nconfigs:\n- {config_name: all, data_files: '*/*.json'}\n---\n")
+    assert noted("got") == [], "the card says that all are of train"
+    (folder / "got" / "README.md").unlink()
+    (folder / "got" / "data" / "train-00000-of-00001.json").unlink()
+    assert noted("got") == []
 
 
 def test_a_mix_names_each_part(said: Outlook, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,23 @@ def test_rows_have_to_reach_the_highest_id(folder: Path) -> None:
         _ = prepared(folder).context
     grown = prepared(folder, "--extend_vocab").context.config
     assert grown is not None and grown["vocab_size"] == 70_001
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_transformers_says_nothing_of_a_missing_package_before_panda_does(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.weights.tokenizers._is_installed", lambda module: installed)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    told: list[logging.LogRecord] = []
+    logger = logging.getLogger("transformers.tokenization_utils_tokenizers")
+    monkeypatch.setattr(logger, "callHandlers", told.append)
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        read_tokenizer(tmp_path)
+    assert len(told) == installed, "where the package is there, only transformers says why it failed"
+    logger.warning("x. Falling back to TikToken extractor.")
+    assert len(told) == installed + 1, "it is only silent around this load"
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,9 @@ class Translation:
     def set_data(self, key: str, paths: Sequence[str], because: str) -> None:
         """Write the place of data sets as panda's ``key``: one path, or a list of them."""
         named = list(dict.fromkeys(paths))
-        found = all(Path(path).exists() or is_data_name(re.split("[:@]", path)[0]) for path in named)
-        because = because if found else f"{because}; name a file or folder of rows here"
+        missing = [path for path in named if not (Path(path).exists() or is_data_name(re.split("[:@]", path)[0]))]
+        if missing:
+            because = f"{because}; name a file or folder of rows here in place of {', '.join(missing)}"
         self.set(key, named[0] if len(named) == 1 else named, because)
 
     def value(self, key: str) -> Any:

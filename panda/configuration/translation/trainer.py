@@ -139,9 +139,17 @@ KEYS: dict[str, Rule] = {
         " use_reentrant",
         Ignored("it is about how activations are computed again; the result is the same"),
     ),
-    "bnb_4bit_quant_type": Sets({"nf4": {}}, "panda's 4 bits are NF4"),
+    "quantization_config.load_in_4bit": Sets(
+        {True: {"use_quant": True, "quant_bits": 4}}, "`use_quant` is true or false"
+    ),
+    "quantization_config.load_in_8bit": Sets(
+        {True: {"use_quant": True, "quant_bits": 8}}, "`use_quant` is true or false"
+    ),
+    "quantization_config.quant_method": Sets({"bitsandbytes": {}}, "panda quantises with bitsandbytes"),
+    **each("bnb_4bit_quant_type quantization_config.bnb_4bit_quant_type", Sets({"nf4": {}}, "panda's 4 bits are NF4")),
     **each(
-        "bnb_4bit_use_double_quant use_bnb_nested_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype",
+        "bnb_4bit_use_double_quant use_bnb_nested_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype"
+        " quantization_config.bnb_4bit_*",
         Ignored("panda's 4 bits have quantised scales, and compute in `precision`"),
     ),
     "data_seed": Ignored("`seed` decides the order of samples, too"),

@@ -220,7 +220,7 @@ def advice(given: Mapping[str, Given]) -> dict[str, str]:
     for key, each in given.items():
         theirs = _CAPITAL.sub(r"_\1", key).lower()
         if is_of_another_tool(theirs):
-            rule = next(tool.keys[theirs] for tool in TOOLS.values() if theirs in tool.keys)
+            rule = next(rule for tool in TOOLS.values() if (rule := _rule(tool, theirs)))
             found[key] = rule.advice(_plain(each.value))
     for key, names in (("optimizer", OPTIMIZERS), ("lr_scheduler", SCHEDULES)):
         if key in given and isinstance(value := _plain(given[key].value), str) and value in names.values:
@@ -229,8 +229,15 @@ def advice(given: Mapping[str, Given]) -> dict[str, str]:
 
 
 def is_of_another_tool(key: str) -> bool:
-    """Whether ``key`` is one of a tool, and none of panda's."""
-    return key not in OURS and any(key in tool.keys for tool in TOOLS.values())
+    """Whether ``key``, perhaps a path (`a.b`), is one of a tool, and none of panda's."""
+    return key not in OURS and any(_rule(tool, key) for tool in TOOLS.values())
+
+
+def _rule(tool: Tool, key: str) -> Rule | None:
+    """What ``key`` means to ``tool``: a path by the pattern of a path, too, and not by `peft*`."""
+    if "." not in key:
+        return tool.keys.get(key)
+    return rule_of({theirs: rule for theirs, rule in tool.keys.items() if "." in theirs}, key)
 
 
 def _plain(value: Any) -> Any:
