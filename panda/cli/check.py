@@ -21,10 +21,7 @@ examples:
   WORLD_SIZE=8 panda check run.yaml --zero_stage 3"""
 
 
-TRIED_LATER = (
-    "not checked here: panda-train tries the model after its weights are loaded, before the first step; it refuses one"
-    " that looks ahead, and one whose logits are not finite or fewer than the tokenizer's entries."
-)
+TRIED_LATER = "not tried yet: whether the model looks ahead or lacks logits; training does so before its first step"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -138,11 +138,8 @@ def _router_loss(prepared: Preparation) -> Iterator[str]:
         yield f"router loss off ({setting.origin})"
     else:
         weight = own_weight(outline)
-        whose = f", the weight in {config}," if weight else ""
-        yield (
-            f"router loss off (no output_router_logits in {config}): `router_aux_loss_coef: {weight or 0.001:g}`{whose}"
-            " turns it on"
-        )
+        yield f"router loss off (no output_router_logits in {config})"
+        yield f"`router_aux_loss_coef: {weight or 0.001:g}`{', the weight there,' if weight else ''} turns it on"
 
 
 def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]:

@@ -97,11 +97,11 @@ ROUTER_LOSSES = {
     "--router_aux_loss_coef 0": "off (--router_aux_loss_coef)",
 }
 STATED = {
-    True: "on, weight 0.25 (output_router_logits in the checkpoint's config.json)",
-    False: (
-        "off (no output_router_logits in the checkpoint's config.json): `router_aux_loss_coef: 0.25`, the weight in"
-        " the checkpoint's config.json, turns it on"
-    ),
+    True: ["router loss on, weight 0.25 (output_router_logits in the checkpoint's config.json)"],
+    False: [
+        "router loss off (no output_router_logits in the checkpoint's config.json)",
+        "`router_aux_loss_coef: 0.25`, the weight there, turns it on",
+    ],
 }
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_experts_says_whether_its_router_loss_is_on(
     model.config.update({"output_router_logits": states, "router_aux_loss_coef": 0.25})
     save_hf(model, folder / "experts")
     parts = said("--ckpt_path experts --max_seq_length 64 --use_lora")
-    assert parts["model"][1] == f"router loss {STATED[states]}"
+    assert parts["model"][1 : 1 + len(STATED[states])] == STATED[states]
 
 
 def test_experts_without_a_known_router_loss_say_so(said: Outlook, folder: Path) -> None:
@@ -363,7 +363,8 @@ def test_a_run_on_two_ranks_says_once_what_check_says_too(folder: Path, checkpoi
     assert checked.returncode == 0, checked.stderr
     trained = run_script(BIN / "panda-train", *flags, cwd=folder, ranks=2).splitlines()
     first = checked.stdout.splitlines()
-    first = first[first.index("loading torch and DeepSpeed ...") :]
+    assert len(first[-1]) <= 100 and first[-1].startswith("not tried yet: ")
+    first = first[first.index("loading torch and DeepSpeed ...") : -1]
     assert trained[: len(first) + 1] == [*first, "loading the weights ..."]
     assert sum(line.startswith("model  ") for line in trained) == 1
     assert trained.count(first[0]) == trained.count("loading the weights ...") == trained.count("training ...") == 1

@@ -119,7 +119,7 @@ def test_a_run_that_would_train_an_encoder_is_refused(
     # An encoder that transformers does not warn of.
     monkeypatch.setattr("panda.run.preparation.refuse_encoder", lambda *_: None)
     assert main(["check", *flags]) == 0
-    assert "not checked here: panda-train tries the model after its weights are loaded" in capsys.readouterr().out
+    assert "not tried yet: whether the model looks ahead" in capsys.readouterr().out
     with pytest.raises(UserError, match="model hf: refused, since it looks ahead: its prediction"):
         train(configure(parse_arguments(flags)))
     assert not list(tmp_path.rglob("checkpoints"))
