@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from counted_operations import Operations
 from launching import ZERO3_AT_ONCE
 from peft import LoraConfig
 from peft import get_peft_model
 from peft import inject_adapter_in_model
 from peft.tuners import lora
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
@@ -281,18 +280,6 @@ def test_forward_keeps_the_input_and_what_is_small(packed: bool) -> None:
     assert x.data_ptr() in [tensor.data_ptr() for tensor in kept]
     assert [tensor.shape for tensor in others if tensor.numel() > 1024] == []  # scales, and their code
     assert sum(tensor.shape == (15, 4) for tensor in others) == 1  # x A^T
-
-
-class Operations(TorchDispatchMode):
-    """Counts what torch runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        self.counts[function.name()] += 1
-        return function(*arguments, **(keywords or {}))
 
 
 def test_selective_recomputing_does_not_repeat_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from counted_operations import Operations
 from launching import exported_weights
 from launching import losses
 from launching import train_many
 from launching import zero3_at_once
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
@@ -39,18 +39,6 @@ def model_with_dropout() -> Any:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=53, attention_dropout=0.2, use_cache=False, **shape))
     model.set_attn_implementation("sdpa")
     return model.train()
-
-
-class Operations(TorchDispatchMode):
-    """Counts what torch runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        self.counts[function.name()] += 1
-        return function(*arguments, **(keywords or {}))
 
 
 def step(model: Any) -> tuple[dict[str, torch.Tensor], Counter[str], int]:
