@@ -1,4 +1,4 @@
-"""Whether a run fits a card, and which single change makes it fit; what a run that does not is told."""
+"""Whether a run fits a card, which single change makes it fit, and the errors of a run that does not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from panda.configuration.options import IMPLIED
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import REFUSALS
 from panda.engine.deepspeed_config import deepspeed_config
@@ -95,8 +96,7 @@ def changes(options: RunOptions, world_size: int) -> Iterator[Change]:
     if not options.use_lora:
         yield Change({"use_lora": True}, world_size, "trains adapters only")
     if not options.use_quant:
-        implied = {"use_lora": True, "precision": "bf16"}
-        new = {key: value for key, value in implied.items() if getattr(options, key) != value}
+        new = {key: value for key, value in IMPLIED["use_quant"][0].items() if getattr(options, key) != value}
         yield Change({"use_quant": True, **new}, world_size, "trains adapters on a base in 4 bits")
     length = options.max_seq_length // 2
     while length >= 128:

@@ -109,8 +109,7 @@ class Preparation:
         """
         if self.outline is None:
             return "the model can only be built with weights"
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return why_masked(self.outline, device, DTYPES[self.options.precision])
+        return why_masked(self.outline, drawing_device(), DTYPES[self.options.precision])
 
     @cached_property
     def weights(self) -> Weights | None:
