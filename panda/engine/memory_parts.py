@@ -80,7 +80,7 @@ NAMES = {
     "buffers": "buffers",
     "context": "CUDA and unused memory",
 }
-"""What users are told of each part."""
+"""The name of each part in messages."""
 
 
 def gib(size: int) -> str:

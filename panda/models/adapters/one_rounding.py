@@ -156,7 +156,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class OneRounding:
-    """The forward of a layer of peft with one adapter; what is not the plain case keeps peft's own."""
+    """Replaces the forward of peft's layers with one adapter. All but the plain case is still computed by peft."""
 
     reads_parts = True
     """Forward reads the weights of the layer's parts itself, without calling them."""
