@@ -46,9 +46,6 @@ from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import Weights
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What each ``precision`` computes in."""
-
 
 class Preparation:
     """The parts of a run that need no other process, each built on first use."""
@@ -109,7 +106,7 @@ class Preparation:
         """
         if self.outline is None:
             return "the model can only be built with weights"
-        return why_masked(self.outline, drawing_device(), DTYPES[self.options.precision])
+        return why_masked(self.outline, drawing_device(), getattr(torch, self.options.dtype_name))
 
     @cached_property
     def weights(self) -> Weights | None:
