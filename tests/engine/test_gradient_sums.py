@@ -45,6 +45,7 @@ class Batch:
         self.inputs, self.used = torch.full((1, 5), 1.0 + number / 7, dtype=torch.bfloat16), used
 
     def to(self, device: torch.device) -> Batch:
+        self.inputs = self.inputs.to(device)
         return self
 
 
@@ -101,7 +102,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 options = RunOptions(precision="bf16", gradient_accumulation_steps=1, max_grad_norm=0.5)
 engine = Engine(model, optimizer, deepspeed_config(options, world_size=processes.world_size, on_gpu=False), processes)
 used = range(2) if processes.world_size == 1 else [processes.rank]
-x = torch.ones(1, 5, dtype=torch.bfloat16)
+x = torch.ones(1, 5, dtype=torch.bfloat16, device=processes.device)
 result = engine.step([Batch()], lambda _, batch: sum(model[each](x).square().sum() for each in used).float())
 weights = torch.cat([part.detach() for part in engine.optimizer.bf16_groups_flat])[:36].tolist()
 print(float(result.grad_norm) * (2 if processes.world_size == 2 else 1), weights, flush=True)

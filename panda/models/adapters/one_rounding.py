@@ -4,9 +4,9 @@ peft computes ``x W^T``, rounds it to 16 bits, and adds the adapter's product: a
 ``x W^T`` is lost, in every element, and training stands still. Here the adapter's product is computed first and rounded
 by itself, which costs 2^-9 of it, and ``x W^T`` is summed onto it: a matrix product (of oneDNN) reads the
 16-bit matrix that it adds to, adds it to its float32 sum, and rounds that once. An update then changes as many elements
-as it is large, and their average by its size. The gradient of ``x`` is computed in the same way. This holds on a CPU
-(torch 2.13). On an H200 (torch 2.11, 2026-11-26) small updates still arrive at half their size, as with peft: cuBLAS
-seems to round its product before it adds the matrix (`update` of bench/lora_layer.py).
+as it is large, and their average by its size. The gradient of ``x`` is computed in the same way. cuBLAS rounds its
+product before it adds a matrix (CUDA 13.0, 2026-11-26), so on a GPU a kernel of panda's own continues the float32 sum
+of ``x W^T`` by the adapter's product (low_rank_triton.py); where that cannot run, both are summed in float32.
 
 Memory traffic beyond ``x W^T`` itself, at 4 x 2048 tokens and rank 64, in MiB of reads and writes:
 
@@ -41,6 +41,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -76,12 +77,26 @@ def _sum(
     factor = whole.t() if transposed else whole
     result = x.new_empty((*x.shape[:-1], factor.shape[1]))
     rows, sums = x.reshape(-1, x.shape[-1]), result.view(-1, factor.shape[1])
-    if low_rank:
+    if not low_rank:
+        torch.mm(rows, factor, out=sums)
+    elif x.is_cuda and x.dtype != torch.float32:
+        result = _sum_on_gpu(rows.contiguous(), factor, *low_rank).view_as(result)
+    else:
         torch.mm(*low_rank, out=sums)
         sums.addmm_(rows, factor)
-    else:
-        torch.mm(rows, factor, out=sums)
     return result if bias is None else result.add_(bias)
+
+
+def _sum_on_gpu(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if find_spec("triton"):
+        from panda.models.adapters.low_rank_triton import can_multiply
+        from panda.models.adapters.low_rank_triton import product_with_low_rank
+
+        if can_multiply(x, weight, left, right):
+            return product_with_low_rank(x, weight, left, right)
+    total = torch.mm(x, weight, out_dtype=torch.float32)
+    total += torch.mm(left, right, out_dtype=torch.float32)
+    return total.to(x.dtype)
 
 
 def _sum_without_values(
@@ -171,8 +186,18 @@ class OneRounding:
         base, dropout = self.base_layer, self.lora_dropout[name]
         dropped = dropout(x) if isinstance(dropout, torch.nn.Dropout) and dropout.training else None
         layout, scales = _packed(base) if _is_packed(base) else ((), ())
-        settings = self.scaling[name], self.keeps_dequantised, layout
         adapter = self.lora_A[name].weight, self.lora_B[name].weight
+        if not torch.is_grad_enabled():
+            # Without the function: compiled by torch 2.11, where there are no gradients, its `forward` is given each
+            # argument in the place of the one before. Can go when 2.11 is not supported.
+            given = x if dropped is None else dropped
+            inner = given.reshape(-1, given.shape[-1]) @ adapter[0].t() * self.scaling[name]
+            low_rank = [inner, adapter[1].t()]
+            plain: Tensor = torch.ops.panda.sum_of_products(
+                x, [base.weight, *scales], layout, True, low_rank, base.bias
+            )
+            return plain
+        settings = self.scaling[name], self.keeps_dequantised, layout
         result = _AdaptedLinear.apply(settings, x, dropped, *adapter, base.bias, base.weight, *scales)  # type: ignore[no-untyped-call]
         return result
 

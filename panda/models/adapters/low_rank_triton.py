@@ -1,0 +1,121 @@
+"""A matrix product and one of low rank, summed in float32 and rounded once, on a GPU of NVIDIA's Hopper generation.
+
+cuBLAS (CUDA 13.0, 2026-11) rounds a product to 16 bits before it adds a 16-bit matrix to it. Here the product of low
+rank continues the sum of the other one, before anything is rounded or written. On an H100 that takes as long as cuBLAS
+takes for both products, and 10 % less than a float32 product, to which another kernel adds; see bench/LOG.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ROWS, COLUMNS, DEPTH = 128, 256, 64
+"""The tile of the result that a program computes at once, and what it reads of both factors at a time."""
+LEAST_ROWS = 1024
+"""With fewer rows there are too few tiles to keep a GPU busy, and cuBLAS is faster."""
+TILES_IN_A_GROUP = 8
+"""Rows of tiles that are computed after one another, so that factors are read from the cache."""
+ALIGNMENT = 16
+"""Bytes of which the copying unit of the GPU wants multiples, for the beginning of a matrix and of each of its rows."""
+
+
+def can_multiply(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether `product_with_low_rank` can be called, and pays."""
+    return (
+        x.is_cuda
+        and torch.cuda.get_device_capability(x.device)[0] == 9
+        and len(x) >= LEAST_ROWS
+        and all(_is_aligned(_by_rows(matrix)) for matrix in (x, weight, left, right))
+    )
+
+
+def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``x @ weight + left @ right``, rounded once.
+
+    ``x`` is [rows, m], ``weight`` [m, columns], ``left`` [rows, r] and ``right`` [r, columns]; all of one 16-bit type.
+    Each, or its transpose, is contiguous, and both right factors are so in the same way.
+    """
+    rows, columns, depth, rank = len(x), weight.shape[1], x.shape[1], left.shape[1]
+    result = x.new_empty(rows, columns)
+    transposed = not weight.is_contiguous()
+    rank_depth = min(DEPTH, max(16, triton.next_power_of_2(rank)))
+    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
+    programs = min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count) if x.is_cuda else tiles
+    _multiply[(programs,)](
+        TensorDescriptor.from_tensor(x, [ROWS, DEPTH]),
+        TensorDescriptor.from_tensor(_by_rows(weight), [COLUMNS, DEPTH] if transposed else [DEPTH, COLUMNS]),
+        TensorDescriptor.from_tensor(left, [ROWS, rank_depth]),
+        TensorDescriptor.from_tensor(_by_rows(right), [COLUMNS, rank_depth] if transposed else [rank_depth, COLUMNS]),
+        TensorDescriptor.from_tensor(result, [ROWS, COLUMNS // 2]),
+        rows,
+        columns,
+        depth,
+        rank,
+        transposed=transposed,
+        tile_rows=ROWS,
+        tile_columns=COLUMNS,
+        tile_depth=DEPTH,
+        rank_depth=rank_depth,
+        group=TILES_IN_A_GROUP,
+        programs=programs,
+        num_warps=8,
+        num_stages=3,
+    )
+    return result
+
+
+def _by_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.is_contiguous() else matrix.t()
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    row = matrix.shape[1] * matrix.element_size()
+    return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0 and row % ALIGNMENT == 0
+
+
+@triton.jit
+def _multiply(
+    x,
+    weight,
+    left,
+    right,
+    result,
+    rows,
+    columns,
+    depth,
+    rank,
+    transposed: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_depth: tl.constexpr,
+    rank_depth: tl.constexpr,
+    group: tl.constexpr,
+    programs: tl.constexpr,
+):
+    down, across = tl.cdiv(rows, tile_rows), tl.cdiv(columns, tile_columns)
+    for tile in tl.range(tl.program_id(0), down * across, programs, warp_specialize=True):
+        first = tile // (group * across) * group
+        height = min(down - first, group)
+        inside = tile % (group * across)
+        row = (first + inside % height) * tile_rows
+        column = inside // height * tile_columns
+        total = tl.zeros((tile_rows, tile_columns), dtype=tl.float32)
+        for at in range(0, depth, tile_depth):
+            if transposed:
+                total = tl.dot(x.load([row, at]), weight.load([column, at]).T, total)
+            else:
+                total = tl.dot(x.load([row, at]), weight.load([at, column]), total)
+        for at in range(0, rank, rank_depth):
+            if transposed:
+                total = tl.dot(left.load([row, at]), right.load([column, at]).T, total)
+            else:
+                total = tl.dot(left.load([row, at]), right.load([at, column]), total)
+        # In two halves, which need half the shared memory.
+        halves = tl.permute(tl.reshape(total, (tile_rows, 2, tile_columns // 2)), (0, 2, 1))
+        one, other = tl.split(halves)
+        result.store([row, column], one.to(result.dtype))
+        result.store([row, column + tile_columns // 2], other.to(result.dtype))
