@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.utils import see_memory_usage
 
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
@@ -90,3 +91,22 @@ def test_an_engine_has_nothing_of_the_groups_of_one_before(
     engine = make_engine(processes, "fp32", 1)
     assert engine.step([Batch(1.0), Batch(2.0)], loss_sum).applied
     assert groups.mpu is None
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [*WAYS, ("bf16", 3)])
+def test_deepspeed_neither_reports_memory_nor_collects_garbage(
+    precision: Any,
+    zero_stage: int,
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It did so for each group of parameters: with 80 layers for a minute."""
+    calls: list[None] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("deepspeed.runtime.utils.gc.collect", lambda *_: calls.append(None))
+        make_engine(processes, precision, zero_stage)
+    assert len(calls) <= 1  # ZeRO-3 does once
+    assert capsys.readouterr().out == ""
+    see_memory_usage("asked for", force=True)
+    assert "asked for" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ def test_torch_allocates_as_much(flags: str, tmp_path: Path, processes: Any, mon
     from panda.runner import train
 
     monkeypatch.chdir(tmp_path)
+    gc.collect()  # the model of the test before, which would count
     rows = [{"input": "x", "target": "y" * 2000}] * 32
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     shape = (
