@@ -41,8 +41,16 @@ of such small models whole, and code that needs them gathered would not be teste
 
 def zero3_at_once(folder: Path) -> list[object]:
     """Flags of a run with this ZeRO-3; writes a file to ``folder``."""
-    file = folder / "zero3_at_once.json"
-    file.write_text(json.dumps({"zero_optimization": ZERO3_AT_ONCE}))
+    return _zero3(folder / "zero3_at_once.json", ZERO3_AT_ONCE)
+
+
+def zero3_ahead(folder: Path) -> list[object]:
+    """Flags of a run with ZeRO-3 that partitions every weight, and fetches it ahead; writes a file to ``folder``."""
+    return _zero3(folder / "zero3_ahead.json", {"stage3_param_persistence_threshold": 0})
+
+
+def _zero3(file: Path, options: dict[str, int]) -> list[object]:
+    file.write_text(json.dumps({"zero_optimization": options}))
     return ["--zero_stage", 3, "--deepspeed_config", file]
 
 

@@ -353,18 +353,24 @@ class Engine:
 
 
 def _gather_for_readers(module: torch.nn.Module, optimizer: Any) -> None:
-    """Under ZeRO-3, gather all weights in a module that has ``reads_parts``, such as an adapted layer, when it is run.
+    """Under ZeRO-3, gather the weights that a module reads from its parts, without running these, when it is run.
 
-    DeepSpeed gathers weights when the module that has them is run. Such a module reads the weights of its parts,
-    without running them: they become its own, as DeepSpeed calls it external, and its parts lose their hooks.
-    DeepSpeed's leaf modules, which do the same, fail where the input has no gradient, as in a first layer (0.19.8).
+    DeepSpeed gathers weights when the module that has them is run. A module with ``reads_parts``, such as an adapted
+    layer, reads all those of its parts: they become its own, as DeepSpeed calls it external, and its parts lose their
+    hooks. One with ``sums_loss`` reads its head's. DeepSpeed's leaf modules, which do the same, fail where the input
+    has no gradient, as in a first layer (0.19.8). It finds out by itself what is read, but not where the weight is
+    there at that time because it was fetched ahead: backward then fails.
     """
     offload = getattr(optimizer, "parameter_offload", None)
-    readers = [part for part in module.modules() if getattr(part, "reads_parts", False)]
-    if offload is None or not readers:
+    if offload is None:
         return
     from deepspeed.runtime.zero import register_external_parameter
 
+    readers = [part for part in module.modules() if getattr(part, "reads_parts", False)]
+    for part in module.modules():
+        if getattr(part, "sums_loss", False) and hasattr(part, "get_output_embeddings"):
+            for parameter in part.get_output_embeddings().parameters():
+                register_external_parameter(part, parameter)
     hooks = set()
     for reader in readers:
         for parameter in reader.parameters():

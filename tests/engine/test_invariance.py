@@ -17,6 +17,7 @@ from launching import exported_weights
 from launching import losses
 from launching import metrics
 from launching import train_many
+from launching import zero3_ahead
 from launching import zero3_at_once
 from transformers import LlamaConfig
 
@@ -151,6 +152,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     together = [arguments(data, folder / name, split) for name, split in SPLITS.items() if split[2] == 2]
     together += [arguments(data, folder / f"zero{stage}", SPLITS["2x2x2"], "--zero_stage", stage) for stage in (1, 2)]
     together.append(arguments(data, folder / "zero3", SPLITS["2x2x2"], *zero3_at_once(folder)))
+    together.append(arguments(data, folder / "zero3 ahead", SPLITS["2x2x2"], *zero3_ahead(folder)))
+    alone.append(arguments(data, folder / "zero3 ahead alone", SPLITS["2x4"], *zero3_ahead(folder)))
     linear = ("--lr_scheduler", "linear", "--logging_steps", 4)
     alone.append(arguments(data, folder / "logged", SPLITS["1x8"], *linear))
     for label, (batching, name) in LAID_OUT.items():
@@ -163,7 +166,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*SPLITS, *LAID_OUT, "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", [*SPLITS, *LAID_OUT, "zero1", "zero2", "zero3", "zero3 ahead", "zero3 ahead alone"])
 def test_every_split_follows_the_plain_loop(
     runs: Path, name: str, reference: tuple[list[float], dict[str, torch.Tensor]]
 ) -> None:
