@@ -23,14 +23,17 @@ WHOLE_AFTER = 1_000
 def collected_between_steps() -> Iterator[None]:
     """Inside it, objects are collected by ``collect`` only, if fewer than ``MOST_NEW`` are made in between."""
     thresholds = gc.get_threshold()
+    sets_apart = not gc.get_freeze_count()  # otherwise the caller has done so, and what it froze would be lost
     gc.collect()
-    gc.freeze()  # what is there stays, and no collection looks at it; workers that are forked share its memory
+    if sets_apart:
+        gc.freeze()  # what is there stays, and no collection looks at it; workers that are forked share its memory
     gc.set_threshold(MOST_NEW, *thresholds[1:])
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        gc.unfreeze()
+        if sets_apart:
+            gc.unfreeze()
 
 
 def collect(step: int | None = None) -> None:
