@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-REDUCED_AT_ONCE = 1 << 29
-"""Elements: more than the 500 million from which on DeepSpeed reduces a tensor by itself, without copying it."""
+from panda.engine.memory_parts import REDUCED_AT_ONCE
 
 
 def sum_in_one_pass(optimizer: Any) -> None:
@@ -59,8 +58,9 @@ def clear_hp_grads(optimizer: Any) -> None:
 def _to_reduce(optimizer: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """What ranks add up, in tensors that are reduced one at a time; nothing where a rank has all data to itself.
 
-    DeepSpeed rounds the sums to bf16 for that, all at once, and one rank, which has nobody to add to, too: five passes
-    over memory, 13 GB of it for a moment, and fp32 sums that are none (7B).
+    DeepSpeed converts all sums to bf16 for that, and back, on one rank too: they are rounded for nothing, in five passes
+    over memory, of which a copy takes 13 GB for a moment (7B). The parts here have more than the 500 million elements
+    from which on it reduces a tensor without another copy.
     """
     import torch.distributed as dist
 
