@@ -3,8 +3,9 @@
 For bf16 in ZeRO stage 1, DeepSpeed (``BF16_Optimizer`` of 0.19.8) converts each gradient to fp32, adds the copy to a
 sum that it has set to zero, and converts weights by torch's copy between types: 0.3 of the 2.8 s of a step of a 7B, 2 x
 2048 tokens and 8 micro batches on an H200 (2026-11-26). Here the first gradient of a step is written, and the others
-are added, by one kernel each. All numbers stay the same, except where a parameter has a gradient on some ranks only,
-as an expert can: see ``backward_epilogue``. Can go when DeepSpeed does so.
+are added, by one kernel each. All numbers stay the same, except on one rank, where the sums are not rounded to bf16
+again (``_to_reduce``), and where a parameter has a gradient on some ranks only, as an expert can (see
+``backward_epilogue``). Can go when DeepSpeed does so.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def clear_hp_grads(optimizer: Any) -> None:
 def _to_reduce(optimizer: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """What ranks add up, in tensors that are reduced one at a time; nothing where a rank has all data to itself.
 
-    DeepSpeed converts all sums to bf16 for that, and back, on one rank too: they are rounded for nothing, in five passes
-    over memory, of which a copy takes 13 GB for a moment (7B). The parts here have more than the 500 million elements
-    from which on it reduces a tensor without another copy.
+    DeepSpeed converts all sums to bf16 for that, and back, on one rank too: they are rounded for nothing, in several
+    passes over memory, and the copy takes 13 GB for a moment (7B). The parts here have more than the 500 million
+    elements from which on it reduces a tensor without another copy.
     """
     import torch.distributed as dist
 
