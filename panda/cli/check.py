@@ -74,10 +74,10 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     from panda.run.outlook import outlook
     from panda.run.preparation import prepare
 
-    resolved, options = configuration.resolved, configuration.options
-    directory, checkpoint = find_directory(resolved)
+    directory, checkpoint = find_directory(configuration.resolved)
     prepared = prepare(configuration, world_size)
     prepared.decide()
+    resolved, options = prepared.resolved, prepared.options
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
     layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)

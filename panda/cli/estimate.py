@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import NamedTuple
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from panda.configuration.configure import Configuration
     from panda.registry.resolve import Resolved
     from panda.run.cards import Card
+    from panda.run.compiling import Choice
     from panda.run.estimate import Estimate
     from panda.run.fitting import Estimates
     from panda.run.preparation import Preparation
@@ -63,15 +65,16 @@ def _estimate(argv: list[str]) -> None:
         return
     print(_described(prepared))
     print("\n".join(_table(found)))
-    for card, _, estimate in found:
-        if not estimate.fits(card):
+    for each in found:
+        if not each.estimate.fits(each.card):
             from panda.run.fitting import advice
 
-            print(f"{card.name}: does not fit. {advice(prepared.estimates, prepared.resolved, world_size, card)}")
+            text = advice(prepared.estimates, prepared.resolved, world_size, each.card)
+            print(f"{each.card.name}: does not fit. {text}")
     if "sweep" in own:
         print("\n".join(_sweep(prepared, cards[0])))
-    if found[0][2].approximate:
-        print(f"note: approximate: {found[0][2].approximate}")
+    if found[0].estimate.approximate:
+        print(f"note: approximate: {found[0].estimate.approximate}")
 
 
 _FLAGS = {"--gpus": True, "--card": True, "--sweep": False, "--json": False}
@@ -105,9 +108,24 @@ def _world_size(own: dict[str, str], configuration: Configuration) -> int:
     return int(text)
 
 
-def _on(prepared: Preparation, card: Card) -> tuple[Card, str, Estimate]:
-    """``card``, how activations are kept on it, and the memory of each GPU then."""
-    return card, *_variant(prepared.estimates, prepared.resolved, prepared.world_size, card)
+class _OnCard(NamedTuple):
+    """A run on GPUs of one kind."""
+
+    card: Card
+    how: str
+    """How it keeps activations."""
+    compiled: Choice
+    estimate: Estimate
+
+
+def _on(prepared: Preparation, card: Card) -> _OnCard:
+    from panda.run.compiling import choice
+    from panda.run.compiling import long_run
+
+    how, found = _variant(prepared.estimates, prepared.resolved, prepared.world_size, card)
+    so = prepared.resolved.with_values({"activation_checkpointing": how}, "estimated")
+    model = prepared.estimates.model(prepared.resolved)
+    return _OnCard(card, how, choice(so, model, card, long_run(prepared.options)), found)
 
 
 def _variant(estimates: Estimates, resolved: Resolved, world_size: int, card: Card) -> tuple[str, Estimate]:
@@ -135,7 +153,7 @@ def _described(prepared: Preparation) -> str:
         said.append(f"adapters of rank {options.lora_r}")
     if options.tensor_parallel_size > 1:
         said.append(f"tensor parallel over {options.tensor_parallel_size}")
-    said += ["compiled"] * options.compile
+    said += ["compiled"] * options.compiled
     rows = f"{options.per_gpu_train_batch_size} x {options.max_seq_length:,} tokens"
     gpus = f"{prepared.world_size} GPU{'s' * (prepared.world_size > 1)}"
     said.append(f"{options.batching} rows, {rows} a micro batch on each of {gpus}")
@@ -149,28 +167,31 @@ _MOMENTS = {
 }
 
 
-def _table(found: list[tuple[Card, str, Estimate]]) -> list[str]:
+def _table(found: list[_OnCard]) -> list[str]:
     """A column for each card, with the parts of the memory in GiB."""
     from panda.engine.memory_parts import NAMES
     from panda.engine.memory_parts import gib
 
-    rows = [["GiB on each GPU", *(card.name for card, _, _ in found)]]
-    rows.append(["activation_checkpointing", *(how for _, how, _ in found)])
+    rows = [["GiB on each GPU", *(each.card.name for each in found)]]
+    rows.append(["activation_checkpointing", *(each.how for each in found)])
+    rows.append(["compile", *map(_compile_cell, found)])
     for key, name in NAMES.items():
-        sizes = [getattr(estimate.parts, key) for _, _, estimate in found]
+        sizes = [getattr(each.estimate.parts, key) for each in found]
         if any(sizes):
             rows.append([name, *map(gib, sizes)])
-    rows.append(["in all", *(gib(estimate.parts.total) for _, _, estimate in found)])
-    rows.append(["the card has", *(gib(card.memory) for card, _, _ in found)])
-    rows.append(["fits", *("yes" if estimate.fits(card) else "no" for card, _, estimate in found)])
+    rows.append(["in all", *(gib(each.estimate.parts.total) for each in found)])
+    rows.append(["the card has", *(gib(each.card.memory) for each in found)])
+    rows.append(["fits", *("yes" if each.estimate.fits(each.card) else "no" for each in found)])
     width, wide = max(len(row[0]) for row in rows), max(9, *(len(cell) for row in rows for cell in row[1:]))
     lines = [row[0].ljust(width) + "".join(f"  {cell:>{wide}}" for cell in row[1:]) for row in rows]
-    moments = {
-        "loss": "while the loss is computed",
-        "backward": "in the backward pass",
-        "step": "in the optimizer's step",
-    }
-    return [*lines, f"A step holds most {moments[found[0][2].moment]}.", ""]
+    chosen = [f"compile (auto): {each.compiled.why}." for each in found[:1] if each.compiled.why]
+    return [*lines, f"A step holds most {_MOMENTS[found[0].estimate.moment]}.", *chosen, ""]
+
+
+def _compile_cell(each: _OnCard) -> str:
+    if each.compiled.begins is None:
+        return str(each.compiled.compile).lower()
+    return f"from {each.compiled.begins:,} steps"
 
 
 def _sweep(prepared: Preparation, card: Card) -> list[str]:
@@ -199,17 +220,19 @@ def _sweep(prepared: Preparation, card: Card) -> list[str]:
     return lines
 
 
-def _as_json(prepared: Preparation, found: list[tuple[Card, str, Estimate]]) -> dict[str, Any]:
+def _as_json(prepared: Preparation, found: list[_OnCard]) -> dict[str, Any]:
     from panda.run.fitting import cheapest_change
 
     model, options = prepared.estimates.model(prepared.resolved), prepared.options
     assert model is not None
     cards = []
-    for card, how, estimate in found:
+    for card, how, compiled, estimate in found:
         entry: dict[str, Any] = {
             "card": card.name,
             "memory": card.memory,
             "activation_checkpointing": how,
+            "compile": compiled.compile,
+            "compile_from_steps": compiled.begins,
             "parts": estimate.parts.by_kind(),
             "total": estimate.parts.total,
             "allocated": estimate.parts.allocated,
@@ -228,6 +251,6 @@ def _as_json(prepared: Preparation, found: list[tuple[Card, str, Estimate]]) -> 
         "rows": options.per_gpu_train_batch_size,
         "length": options.max_seq_length,
         "flops_per_token": model.flops(options.max_seq_length),
-        "approximate": found[0][2].approximate or None,
+        "approximate": found[0].estimate.approximate or None,
         "cards": cards,
     }

@@ -138,8 +138,9 @@ class RunOptions:
     """What the backward pass recomputes instead of storing. full: each layer, from its input. selective: all but
     attention and large matrix products. Saves memory, costs time, and changes nothing else. `auto` takes the first of
     none, selective and full with which the run is estimated to fit the GPU, once: a resumed run keeps it."""
-    compile: bool = False
-    """Compile each layer with torch: faster after a slower start. Dropout draws other numbers than without it."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile each layer with torch: faster after a slower start. Dropout draws other numbers than without it. `auto`
+    does so on a GPU where the run is long enough to earn what that costs, once: a resumed run keeps it."""
     deepspeed_config: Annotated[str, Location()] | None = None
     """JSON file of DeepSpeed keys that panda does not set itself."""
 
@@ -189,6 +190,11 @@ class RunOptions:
         if self.zero_stage is None:
             return 0 if self.precision == "fp32" else 1
         return self.zero_stage
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled: not where `auto` is not decided yet."""
+        return self.compile is True
 
     @property
     def dtype_name(self) -> str:

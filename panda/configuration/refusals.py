@@ -153,9 +153,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "compile with zero_stage: 3",
-        lambda run: run.compile and run.zero_stage == 3,
+        lambda run: run.compiled and run.zero_stage == 3,
         "ZeRO-3 gathers weights in hooks around every module, and a compiled layer has no such hooks",
-        "`zero_stage: 2`, or leave `compile` out",
+        "`zero_stage: 2`, or leave `compile` out, which is then false",
     ),
     Refusal(
         "tensor_parallel_size with zero_stage: 3",
@@ -183,7 +183,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "tensor_parallel_size with compile",
-        lambda run: run.tensor_parallel_size > 1 and run.compile,
+        lambda run: run.tensor_parallel_size > 1 and run.compiled,
         "compiled layers that communicate with other ranks have not been tested on a GPU",
         "leave one of them out",
     ),

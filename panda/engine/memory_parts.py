@@ -20,6 +20,8 @@ ELEMENTS = {
     "stage3_max_live_parameters": 1_000_000_000,
 }
 """DeepSpeed's defaults of sizes in elements."""
+REDUCED_AT_ONCE = 1 << 29
+"""Elements of the fp32 sums of bf16 gradients that ranks add up at once (gradient_sums.py)."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _stage_1_and_2(
     parts = replace(parts, masters=4 * share, optimizer=-(-parts.optimizer // ranks))
     whole = 4 * sizes.trained
     if options.zero == 1 and options.precision == "bf16" and not _is_offloaded(zero, "offload_optimizer"):
-        return Held(replace(parts, accumulators=whole), 0)
+        return Held(replace(parts, accumulators=whole), element * min(sizes.trained, REDUCED_AT_ONCE) * (ranks > 1))
     buckets = 2 if zero.get("overlap_comm") else 1
     bucket = buckets * element * _elements(zero, "reduce_bucket_size")
     parts = replace(parts, buffers=parts.buffers + bucket)

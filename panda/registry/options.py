@@ -219,7 +219,8 @@ def _describe(type_: Any) -> str:
     words = [f" {_BOUNDS[name][0]} {bound}" for name, bound in bounds.asked.items()] if bounds else []
     limits = " and".join(words)
     if typing.get_origin(base) is Literal:
-        text = f"one of {', '.join(map(str, typing.get_args(base)))}{limits}"
+        choices = (str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in typing.get_args(base))
+        text = f"one of {', '.join(choices)}{limits}"
     elif typing.get_origin(base) is tuple:
         members = typing.get_args(base)
         several = "a list" if members[-1] is Ellipsis else f"{len(members)} values"
@@ -267,15 +268,16 @@ def _convert_plain(base: Any, value: Any) -> Any:
     """``value`` as a ``base``, a type without wrappings, whatever its bounds."""
     if typing.get_origin(base) is tuple:
         return _convert_tuple(typing.get_args(base), value)
-    if base is bool:
+    is_literal = typing.get_origin(base) is Literal
+    if base is bool or (is_literal and any(isinstance(choice, bool) for choice in typing.get_args(base))):
         if isinstance(value, bool):
             return value
         if isinstance(value, str) and value.lower() in _BOOLS:
             return _BOOLS[value.lower()]
-        raise ValueError("")
+        if base is bool:
+            raise ValueError("")
     if isinstance(value, bool):
         raise ValueError("" if base in (int, float) else _yaml_words(value))
-    is_literal = typing.get_origin(base) is Literal
     if isinstance(value, (tuple, list)):
         raise ValueError("" if is_literal else "A single value was expected, not a list.")
     if is_literal:

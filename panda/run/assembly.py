@@ -113,7 +113,7 @@ def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: in
 
 def _layout(options: RunOptions, dataset: SampleSet, order: SampleOrder, plan: BatchPlan, batching: str) -> Layout:
     """Rows have few lengths on a GPU if they are packed, which hardly adds padding, or if layers are compiled."""
-    few_lengths = torch.cuda.is_available() and (batching == "packed" or options.compile)
+    few_lengths = torch.cuda.is_available() and (batching == "packed" or options.compiled)
     return Layout(dataset, order, plan, batching, options.max_seq_length, few_lengths)
 
 

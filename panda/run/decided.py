@@ -15,6 +15,7 @@ from typing import Any
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
 from panda.run.directory import recorded_configuration
+from panda.run.fitting import refused
 from panda.tasks.instruct import InstructFormat
 
 KEPT = "decided when the run began"
@@ -26,13 +27,18 @@ def with_decided(
 ) -> Configuration:
     """``configuration`` with a value for ``key`` in place of ``undecided``; unchanged where it has another.
 
-    It is that of the run that this one continues, or the one that ``decide`` returns, with its origin.
+    It is that of the run that this one continues, or the one that ``decide`` returns, with its origin. One that is
+    refused beside new values of the other keys is decided again.
     """
     resolved = configuration.resolved
     if resolved.settings[key].value != undecided:
         return configuration
     kept = recorded(resolved, key)
-    value, origin = (kept, KEPT) if kept not in (None, undecided) else decide()
+    if kept not in (None, undecided):
+        again = resolved.with_values({key: kept}, KEPT)
+        if not refused(again.core):
+            return replace(configuration, resolved=again)
+    value, origin = decide()
     return replace(configuration, resolved=resolved.with_values({key: value}, origin))
 
 

@@ -126,7 +126,7 @@ def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estima
     config = deepspeed_config(options, world_size=world_size, on_gpu=True)
     standing = held(model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes)
     parts, rows, found = standing.parts, options.per_gpu_train_batch_size, model.footprint
-    how, compiled = options.activation_checkpointing, options.compile
+    how, compiled = options.activation_checkpointing, options.compiled
     kept, working = found.kept(how, compiled=compiled), found.working(how, compiled=compiled)
     element = 4 if options.precision == "fp32" else 2
     # Those of one weight exist in a backward pass only.

@@ -23,6 +23,8 @@ from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
 from panda.run.cards import Card
 from panda.run.cards import this_card
+from panda.run.compiling import Work
+from panda.run.compiling import as_chosen
 from panda.run.estimate import Estimate
 from panda.run.estimate import ModelMemory
 from panda.run.estimate import estimate
@@ -111,11 +113,13 @@ def cheapest_change(
 ) -> tuple[Change, Estimate] | None:
     """The first of ``changes`` with which the run fits ``card``, and its memory then; None if none does."""
     for change in changes(resolved.core, world_size):
-        options = replace(resolved.core, **change.values)
-        if refused(options):
+        tried = resolved.with_values(change.values, "tried")
+        if resolved.settings["compile"].origin.startswith("decided") and refused(tried.core):
+            tried = tried.with_values({"compile": False}, "tried")  # as a run with that change would decide
+        if refused(tried.core):
             continue
         try:
-            found = on_card(estimates, resolved.with_values(change.values, "tried"), change.world_size, card)[1]
+            found = on_card(estimates, tried, change.world_size, card)[1]
         except UserError:  # this combination is refused later, such as by the model
             continue
         if found is not None and found.fits(card):
@@ -140,20 +144,23 @@ def advice(estimates: Estimates, resolved: Resolved, world_size: int, card: Card
     )
 
 
-def on_card(estimates: Estimates, resolved: Resolved, world_size: int, card: Card) -> tuple[str, Estimate | None]:
+def on_card(
+    estimates: Estimates, resolved: Resolved, world_size: int, card: Card, work: Work | None = None
+) -> tuple[str, Estimate | None]:
     """How the run keeps activations on ``card``, and its memory then; no memory where it cannot be estimated.
 
-    `auto` is the fastest way with which the run fits; the one that takes least memory, where it fits with none.
+    `auto` is the fastest way with which the run fits; the one that takes least memory, where it fits with none. With
+    each of them it is compiled or not as it would decide; without its ``work``, as a long run.
     """
     how, model = resolved.core.activation_checkpointing, estimates.model(resolved)
-    if how != "auto":
-        return how, estimates.of(resolved, world_size)
     if model is None:
-        return "none", None
+        return "none" if how == "auto" else how, None
+    if how != "auto":
+        return how, estimate(model, as_chosen(resolved, model, card, work), world_size)
     ways = CHECKPOINTING if model.footprint.layers else CHECKPOINTING[:1]  # only layers can be computed again
     tried: dict[str, Estimate] = {}
     for way in ways:
-        options = replace(resolved.core, activation_checkpointing=way)
+        options = as_chosen(resolved.with_values({"activation_checkpointing": way}, "tried"), model, card, work)
         if not refused(options):
             tried[way] = estimate(model, options, world_size)
             if tried[way].fits(card):

@@ -19,6 +19,8 @@ from panda.engine.engine import StepResult
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
+from panda.run.garbage import collect
+from panda.run.garbage import collected_between_steps
 from panda.run.records import Clock
 from panda.run.records import Gpu
 from panda.run.records import evaluation_record
@@ -48,8 +50,10 @@ class Loop:
     def train(self) -> None:
         """Take the remaining steps; evaluate and save at the end."""
         run, first = self.run, self.run.step + 1
-        for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
-            self.step(step, micro_batches)
+        with collected_between_steps():
+            for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
+                self.step(step, micro_batches)
+                collect(step)
         if run.step < first:  # no steps remained
             self.evaluate()
         if self.options.save_final and self.saved_step != run.step:
@@ -103,6 +107,7 @@ class Loop:
         run.checkpoints.append(path)
         run.hook.panda_checkpoint_saved(run=run, path=path)
         self.saved_step = run.step
+        collect()
         self.clock.leave_out(time.perf_counter() - begun)
 
     def evaluate(self) -> None:
@@ -114,6 +119,7 @@ class Loop:
         loss, counts = run.engine.evaluate(micro_batches, self.loss)
         if run.processes.rank == 0:
             run.hook.panda_evaluation(run=run, record=evaluation_record(run.step, loss, counts, begun))
+        collect()
         self.clock.leave_out(time.perf_counter() - begun)
 
 

@@ -199,7 +199,7 @@ def make_trainable(
         round_once(model, keep_dequantised=options.activation_checkpointing == "full")
     if options.activation_checkpointing == "selective":
         recompute_activations(model, selective=True)
-    if options.compile:
+    if options.compiled:
         compile_layers(model, processes.device)
     if options.activation_checkpointing == "full":
         # Around compiled layers: in code that recomputes, torch (2.11) keeps what bitsandbytes computes, four times as

@@ -72,7 +72,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "evaluation": list(_evaluation(prepared)),
         "steps": [*_steps(layout), *_attention(prepared, layout)],
         "optimizer": [_optimizer(prepared)],
-        "engine": [_engine(prepared)],
+        "engine": [_engine(prepared), *_compiled(prepared)],
         "memory": list(_memory(prepared)),
         "saves": [_saves(prepared.options)],
         "output": [_output(prepared, layout, directory, checkpoint)],
@@ -285,10 +285,19 @@ def _engine(prepared: Preparation) -> str:
     how = prepared.resolved.settings["activation_checkpointing"]
     if how.value != "none":
         said.append(f"{how.value} activation checkpointing{' (auto)' * how.origin.startswith('decided')}")
-    if options.compile:
-        said.append("compiled")
+    compiled = prepared.resolved.settings["compile"]
+    if compiled.value is True:
+        said.append(f"compiled{' (auto)' * compiled.origin.startswith('decided')}")
     where = f"{_count(prepared.world_size, 'rank')} on {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
     return f"{', '.join(said)}; {where}"
+
+
+def _compiled(prepared: Preparation) -> Iterator[str]:
+    """What `compile: auto` was decided to be, and why; nothing on a CPU."""
+    setting = prepared.resolved.settings["compile"]
+    if prepared.card and setting.origin.startswith("decided"):
+        why = setting.origin.removeprefix("decided:").strip()
+        yield f"compile: {str(setting.value).lower()} (auto), {why}"
 
 
 def _memory(prepared: Preparation) -> Iterator[str]:

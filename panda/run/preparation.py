@@ -16,6 +16,7 @@ from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
 from panda.engine.memory_parts import gib
 from panda.models.adapters.quantisation import refuse_quantising
+from panda.models.forward.layers import what_compiling_lacks
 from panda.models.forward.trial import refuse_encoder
 from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError
@@ -25,9 +26,12 @@ from panda.run.adapter_run import refuse_another_base
 from panda.run.assembly import build_evaluation_task
 from panda.run.assembly import build_task
 from panda.run.assembly import dataset_of
+from panda.run.assembly import lay_out
 from panda.run.assembly import load_tokenizer
 from panda.run.cards import Card
 from panda.run.cards import this_card
+from panda.run.compiling import Work
+from panda.run.compiling import choice
 from panda.run.decided import with_decided
 from panda.run.decided import with_template_date
 from panda.run.fitting import Estimates
@@ -45,6 +49,9 @@ from panda.weights.generation_config import generation_values
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import Weights
+
+DECIDED = ("activation_checkpointing", "compile")
+"""Keys whose value `auto` a run decides, in this order: it is compiled or not by how it keeps activations."""
 
 
 class Preparation:
@@ -156,29 +163,52 @@ class Preparation:
         return model.flops(self.dataset.tokens / max(1, len(self.dataset))) if model else None
 
     def decide(self, once: Callable[[Callable[[], Any]], Any] = lambda decide: decide()) -> None:
-        """Decide what the configuration leaves to the run, `activation_checkpointing: auto`.
+        """Decide what the configuration leaves to the run, by `auto` for the keys in ``DECIDED``.
 
         ``once`` calls the function that it is given, on one rank of the run, and returns its result on all of them.
         """
-        key = "activation_checkpointing"
-        if self.resolved.settings[key].value != "auto":
+        open_keys = [key for key in DECIDED if self.resolved.settings[key].value == "auto"]
+        if not open_keys:
             return
-        setting = once(lambda: self._decided(key).resolved.settings[key])
-        resolved = self.resolved.with_values({key: setting.value}, setting.origin)
+        resolved = self.resolved
+        for setting in once(lambda: [self._decided().settings[key] for key in open_keys]):
+            resolved = resolved.with_values({setting.key: setting.value}, setting.origin)
         self.configuration = replace(self.configuration, resolved=resolved)
 
-    def _decided(self, key: str) -> Configuration:
-        return with_decided(self.configuration, key, "auto", self._checkpointing)
+    def _decided(self) -> Resolved:
+        """The configuration with values for all of ``DECIDED``."""
+        found = self.configuration
+        missing = what_compiling_lacks(drawing_device()) if self.card else "on a CPU it takes longer than it saves"
+        if missing:  # known before memory is estimated, which depends on it
+            found = with_decided(found, "compile", "auto", lambda: (False, f"decided: {missing}"))
+        undecided = found.resolved
+        found = with_decided(found, DECIDED[0], "auto", lambda: self._checkpointing(undecided))
+        half_decided = found.resolved
+        return with_decided(found, DECIDED[1], "auto", lambda: self._compiling(half_decided)).resolved
 
-    def _checkpointing(self) -> tuple[str, str]:
+    def _checkpointing(self, resolved: Resolved) -> tuple[str, str]:
         """How activations are kept, and why."""
         if self.card is None:
             return "none", "decided: on a CPU nothing is recomputed"
-        how, found = on_card(self.estimates, self.resolved, self.world_size, self.card)
+        how, found = on_card(self.estimates, resolved, self.world_size, self.card, self._work)
         if found is None:
             return how, "decided: how large its activations are is not known"
         needed = f"{gib(found.parts.total)} of {gib(self.card.memory)} GiB"
         return how, f"decided: the fastest that fits, {needed}" if found.fits(self.card) else f"decided: {needed}"
+
+    def _compiling(self, resolved: Resolved) -> tuple[bool, str]:
+        """Whether layers are compiled, and why."""
+        assert self.card is not None, "on a CPU that was decided before"
+        found = choice(resolved, self.estimates.model(resolved), self.card, self._work)
+        return found.compile, f"decided: {found.why}"
+
+    @cached_property
+    def _work(self) -> Work:
+        """What the run computes from its first step on."""
+        layout = lay_out(self.options, self.dataset, self.world_size // self.options.tensor_parallel_size)
+        length = self.dataset.tokens / max(1, len(self.dataset))
+        samples = layout.plan.step_samples / layout.plan.ranks
+        return Work(layout.plan.total_steps, samples * length / (layout.filling().share or 1.0), length)
 
     def explain_lack_of_memory(self) -> str:
         """What a step holds, and what would hold less, for a run whose GPU has no memory left."""

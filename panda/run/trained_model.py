@@ -85,4 +85,4 @@ def _without_compiling(options: RunOptions) -> AbstractContextManager[Any]:
     Code for the short rows of a trial would be of no use, and torch, having met rows of two lengths, would compile
     code for rows of any length, which is slower.
     """
-    return torch.compiler.set_stance("force_eager") if options.compile else nullcontext()
+    return torch.compiler.set_stance("force_eager") if options.compiled else nullcontext()

@@ -20,19 +20,39 @@ def said(capsys: pytest.CaptureFixture[str], flags: str) -> list[str]:
 
 def test_parts_are_named_beside_the_card(capsys: pytest.CaptureFixture[str]) -> None:
     parameters = 8 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 2 * 32000 * 1024 + 1024
-    lines = said(capsys, "--card a100 --activation_checkpointing none")
+    lines = said(capsys, "--card a100 --activation_checkpointing none --compile false")
     assert lines[0] == f"llama-tiny: {parameters:,} parameters, all trained"
     assert lines[1] == "bf16, ZeRO stage 1, adamw, padded rows, 4 x 2,048 tokens a micro batch on each of 1 GPU"
     table = {line.rpartition("  ")[0].strip(): line.split()[-1] for line in lines[3:] if "  " in line}
     assert table["GiB on each GPU"] == "A100"
-    assert table["activation_checkpointing"] == "none"
+    assert (table["activation_checkpointing"], table["compile"]) == ("none", "false")
     assert table["weights"] == f"{2 * parameters / 2**30:.1f}"
     assert table["optimizer states"] == f"{8 * parameters / 2**30:.1f}"
     assert table["the card has"] == "79.2" and table["fits"] == "yes"
     parts = [
-        float(line.split()[-1]) for line in lines[5 : lines.index(next(x for x in lines if x.startswith("in all")))]
+        float(line.split()[-1]) for line in lines[6 : lines.index(next(x for x in lines if x.startswith("in all")))]
     ]
     assert sum(parts) == pytest.approx(float(table["in all"]), abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "cell", "sentence"),
+    [
+        ("", "from 2 steps", "compile (auto): it pays from 2 steps on."),
+        ("--max_steps 9", "from 2 steps", "compile (auto): it takes about 30 s, and saves about "),
+        ("--max_steps 1", "from 2 steps", "compile (auto): it takes about 30 s, and would save about "),
+        ("--zero_stage 3", "false", "compile (auto): compile with zero_stage: 3 is refused."),
+        ("--compile", "true", ""),
+        ("--compile off", "false", ""),
+    ],
+)
+def test_whether_the_run_is_compiled_is_said(
+    flags: str, cell: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = said(capsys, f"--card l4 --gradient_accumulation_steps 1024 {flags}")
+    (row,) = (line for line in lines if line.startswith("compile  "))
+    assert row.removeprefix("compile ").strip() == cell
+    assert [line.startswith(sentence) for line in lines if line.startswith("compile (auto)")] == [True] * bool(sentence)
 
 
 def test_what_does_not_fit_is_told_with_a_change(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +95,7 @@ def test_json_has_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert card["total"] == sum(card["parts"].values()) == card["allocated"] + card["parts"]["context"]
     assert (card["memory"], card["fits"]) == (6 * 2**30, False)
     assert card["change"]["gpus"] >= 2
+    assert card["compile"] is True and card["compile_from_steps"] > 0
     assert found["flops_per_token"] > 6 * (found["parameters"] - 32000 * 1024)
 
 

@@ -110,3 +110,40 @@ def test_deepspeed_neither_reports_memory_nor_collects_garbage(
     assert capsys.readouterr().out == ""
     see_memory_usage("asked for", force=True)
     assert "asked for" in capsys.readouterr().out
+
+
+class Stubborn(torch.nn.Linear):
+    """A layer that stays in evaluation mode."""
+
+    def train(self, mode: bool = True) -> Stubborn:
+        return super().train(False)
+
+
+def test_a_step_trains_in_training_mode_whoever_changed_it(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(processes, "fp32", 0)
+    told = []
+    train = engine.deepspeed.train
+    monkeypatch.setattr(engine.deepspeed, "train", lambda: (told.append(True), train()))
+    modes: list[list[bool]] = []
+
+    def also_look(model: Any, batch: Batch) -> torch.Tensor:
+        modes.append([part.training for part in engine.module.modules()])
+        return loss_sum(model, batch)
+
+    def step() -> int:
+        told.clear()
+        engine.step([Batch(1.0)], also_look)
+        assert modes.pop() == [True] * 3
+        return len(told)
+
+    assert [step(), step()] == [0, 0], "its parts are only told if they are in another mode"
+    engine.evaluating()
+    assert [step(), step()] == [1, 0]
+    next(engine.module.children()).eval()  # a plugin, say
+    assert [step(), step()] == [1, 0]
+    engine.module[0].__class__ = Stubborn
+    engine.module.train()
+    engine.step([Batch(1.0)], also_look)
+    assert modes.pop() == [True, False, True]

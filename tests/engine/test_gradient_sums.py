@@ -49,6 +49,7 @@ class Batch:
         return self
 
 
+CLIP = 0.3
 STEPS = [
     [Batch(1, [0, 1]), Batch(2, [0]), Batch(3, [0, 1])],
     [Batch(4, [1]), Batch(5, [1]), Batch(6, [1])],  # the first layer has no gradient in this step
@@ -57,12 +58,12 @@ STEPS = [
 ]
 
 
-def trained(processes: Processes) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def trained(processes: Processes, **more: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Chosen()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    options = RunOptions(precision="bf16", gradient_accumulation_steps=3, max_grad_norm=0.3)
-    engine = Engine(model, optimizer, deepspeed_config(options, world_size=1, on_gpu=False), processes)
+    options = RunOptions(precision="bf16", gradient_accumulation_steps=3, max_grad_norm=CLIP)
+    engine = Engine(model, optimizer, deepspeed_config(options, world_size=1, on_gpu=False) | more, processes)
     assert type(engine.optimizer).__name__ == "BF16_Optimizer"
     results = [
         engine.step(batches, lambda module, batch: module(batch.inputs, batch.used).float()) for batches in STEPS
@@ -75,20 +76,58 @@ def trained(processes: Processes) -> tuple[list[Any], dict[str, torch.Tensor]]:
 def test_they_are_those_of_deepspeed(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
     found, weights = trained(processes)
     monkeypatch.setattr(engines, "sum_in_one_pass", lambda optimizer: None)
-    expected, expected_weights = trained(processes)
+    # By default it rounds the sums to bf16 before the step, on one rank too.
+    expected, expected_weights = trained(processes, communication_data_type="fp32")
     assert found == expected
     for name, tensor in expected_weights.items():
         assert torch.equal(weights[name], tensor), name
 
 
+def test_the_optimizer_steps_by_fp32_sums(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the micro batches' bf16 gradients, one rounding each; here computed by autograd alone."""
+    seen: list[torch.Tensor] = []
+
+    def step(optimizer: Any, closure: Any = None) -> None:
+        seen.extend(group["params"][0].grad.clone() for group in optimizer.param_groups)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", STEPS[:1])
+    monkeypatch.setattr(sys.modules[__name__], "CLIP", 0.0)
+    trained(processes)
+    torch.manual_seed(0)
+    plain = Chosen().bfloat16()
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in plain.parameters()]
+    for batch in STEPS[0]:
+        plain.zero_grad()
+        (plain(batch.inputs, batch.used).float() / len(STEPS[0])).backward()
+        for total, parameter in zip(sums, plain.parameters(), strict=True):
+            if parameter.grad is not None:
+                total += parameter.grad.float()
+    expected = torch.cat([total.flatten() for total in sums])
+    (found,) = seen
+    assert torch.equal(found[: len(expected)], expected) and not found[len(expected) :].any()
+    assert not torch.equal(expected, expected.bfloat16().float()), "a sum that were rounded again would be another"
+
+
+def test_gradients_are_clipped_in_one_piece_a_group(processes: Processes) -> None:
+    model = Chosen()
+    optimizer = torch.optim.AdamW([{"params": [weight]} for weight in model.parameters()], lr=0.1)
+    config = deepspeed_config(RunOptions(precision="bf16"), world_size=1, on_gpu=False)
+    wrapper = Engine(model, optimizer, config, processes).optimizer
+    clipped, (steps,) = wrapper.get_grads_for_norm(for_clipping=True), [wrapper.fp32_groups_gradient_flat_partition]
+    assert list(map(id, clipped)) == list(map(id, steps)) and len(clipped) == 4
+
+
 PARTLY_USED = """
 import torch
+from panda.engine import gradient_sums
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import join_processes, leave_processes
 
 processes = join_processes()
+gradient_sums.REDUCED_AT_ONCE = PIECE
 
 class Batch:
     tokens = supervised_tokens = 1
@@ -105,16 +144,18 @@ used = range(2) if processes.world_size == 1 else [processes.rank]
 x = torch.ones(1, 5, dtype=torch.bfloat16, device=processes.device)
 result = engine.step([Batch()], lambda _, batch: sum(model[each](x).square().sum() for each in used).float())
 weights = torch.cat([part.detach() for part in engine.optimizer.bf16_groups_flat])[:36].tolist()
-print(float(result.grad_norm) * (2 if processes.world_size == 2 else 1), weights, flush=True)
+# In one piece, since both ranks write to one pipe.
+print(f"{float(result.grad_norm) * processes.world_size} {weights}\\n", end="", flush=True)
 leave_processes()
 """
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
-def test_a_gradient_of_one_rank_counts_on_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [7, 1 << 29])
+def test_a_gradient_of_one_rank_counts_on_all(tmp_path: Path, piece: int) -> None:
     """Each of two ranks has the gradient of one layer; one process has both, of a loss of half the units."""
     script = tmp_path / "partly_used.py"
-    script.write_text(PARTLY_USED)
+    script.write_text(PARTLY_USED.replace("PIECE", str(piece)))
     (expected,), found = (run_script(script, ranks=ranks, cwd=tmp_path).splitlines() for ranks in (1, 2))
     assert found == [expected] * 2
 

@@ -40,7 +40,7 @@ def parts_of(sizes: Sizes, world_size: int, state_bytes: float = 8, **options: A
         ({"precision": "fp32", "zero_stage": 3}, 4, 7, 7, 14, 7, 4 * 0.131072, 4 + 2, 4),
         ({"precision": "bf16", "zero_stage": 0}, 1, 14, 28, 56, 0, 14, 0, 28),
         ({"precision": "bf16"}, 1, 14, 28, 56, 28, 2 * 0.131072, 0, 0),
-        ({"precision": "bf16"}, 4, 14, 7, 14, 28, 2 * 0.131072, 0, 0),
+        ({"precision": "bf16"}, 4, 14, 7, 14, 28, 2 * 0.131072, 0, 1.073741824),
         ({"precision": "fp16"}, 4, 14, 7, 14, 28, 2 * 0.131072, 1, 0.202 + 7),
         ({"precision": "bf16", "zero_stage": 2}, 4, 14, 7, 14, 7, 2 * 0.131072, 1, 0.202),
         ({"precision": "bf16", "zero_stage": 3}, 4, 3.5, 7, 14, 7, 2 * 0.131072, 2 + 1, 4),

@@ -45,6 +45,7 @@ class Sample(Base):
     flag: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     level: Literal[1, 2] = 1
+    choice: Literal["auto", True, False] = "auto"
     betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.99)
     names: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(default_factory=lambda: (1, 2))
@@ -92,6 +93,12 @@ def refusal(key: str, value: Any, text: str = "") -> str:
         ("flag", "0", False),
         ("precision", "BF16", "bf16"),
         ("level", "2", 2),
+        ("level", "1", 1),
+        ("choice", "auto", "auto"),
+        ("choice", True, True),
+        ("choice", "yes", True),
+        ("choice", False, False),
+        ("choice", "0", False),
         ("betas", "0.9, 0.95", (0.9, 0.95)),
         ("betas", "(0.9, 0.95)", (0.9, 0.95)),
         ("betas", "[0.9,0.95]", (0.9, 0.95)),
@@ -131,6 +138,7 @@ def test_a_value_is_converted_by_the_type_of_its_option(key: str, value: Any, ex
         ("flag", "maybe", "'maybe' is not true or false."),
         ("precision", "fp8", "'fp8' is not one of fp32, bf16."),
         ("level", "3", "'3' is not one of 1, 2."),
+        ("choice", "maybe", "'maybe' is not one of auto, true, false."),
         ("betas", "0.9", "'0.9' is not 2 values, each a number >= 0 and < 1. 1 were given."),
         ("betas", "0.9, 1.5", "'0.9, 1.5' is not 2 values, each a number >= 0 and < 1."),
         ("betas", ("0.9", None), "'0.9, null' is not 2 values, each a number >= 0 and < 1. Nothing was given."),
@@ -166,7 +174,8 @@ def test_a_flag_that_no_value_follows_is_not_said_to_be_true() -> None:
         with pytest.raises(UserError) as caught:
             options_of(Sample)[key].convert(Given(True, f"--{key}", ""))
         assert str(caught.value) == f"--{key}: a value is missing: {options_of(Sample)[key].expects}."
-    assert options_of(Sample)["flag"].convert(Given(True, "--flag", "")) is True
+    for key in ("flag", "choice"):
+        assert options_of(Sample)[key].convert(Given(True, f"--{key}", "")) is True
 
 
 def test_the_docstring_under_a_field_is_its_help() -> None:

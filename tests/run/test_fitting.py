@@ -32,7 +32,7 @@ from panda.run.preparation import prepare
 from panda.runner import train
 
 SHAPE = "--arch llama-tiny --hidden_size 512 --intermediate_size 1024 --num_layers 8 --num_heads 8 --precision bf16"
-SMALL = f"{SHAPE} --vocab_size 1024 --max_seq_length 2048 --per_gpu_train_batch_size 8"
+SMALL = f"{SHAPE} --vocab_size 1024 --max_seq_length 2048 --per_gpu_train_batch_size 8 --compile false"
 
 
 def resolved(flags: str = "") -> Resolved:
@@ -261,10 +261,14 @@ def test_on_a_cpu_nothing_is_recomputed(folder: Path, monkeypatch: pytest.Monkey
 def test_all_ranks_take_the_decision_of_one(folder: Path, on_a_card: Callable[[float], None]) -> None:
     on_a_card(80)
     prepared = Preparation(configure(parse_arguments(arguments())))
-    prepared.decide(lambda decide: SimpleNamespace(value="selective", origin="decided: on rank 0"))
-    setting = prepared.resolved.settings["activation_checkpointing"]
-    assert (setting.value, setting.origin) == ("selective", "decided: on rank 0")
-    assert prepared.options.activation_checkpointing == "selective"
+    of_rank_0 = [("activation_checkpointing", "selective"), ("compile", True)]
+    prepared.decide(
+        lambda _: [SimpleNamespace(key=key, value=value, origin="decided: there") for key, value in of_rank_0]
+    )
+    for key, value in of_rank_0:
+        setting = prepared.resolved.settings[key]
+        assert (setting.value, setting.origin) == (value, "decided: there")
+        assert getattr(prepared.options, key) == value
 
 
 def test_what_cannot_fit_is_refused_with_a_change(

@@ -93,7 +93,7 @@ KEYS: dict[str, Rule] = {
     "train_sampling_strategy": Sets(
         {"random": {}, "group_by_length": {"batching": "grouped"}}, "panda's order of samples is random"
     ),
-    "torch_compile": Sets({True: {"compile": True}, "auto": {}}, "`compile` is true or false"),
+    "torch_compile": Sets({True: {"compile": True}, "auto": {}}, "`compile` is true, false or auto"),
     "dataloader_num_workers": To("num_workers"),
     "dataloader_prefetch_factor": Ignored("panda's workers prepare whole steps; `prefetch_factor` says how many"),
     "logging_steps": Part("write `logging_steps`, a number of optimizer steps."),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,14 +62,34 @@ def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
 
     Raises UserError where this machine cannot compile code for ``device``.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(
-            f"compile: on a CPU torch needs a C++ compiler, and {compiler!r} was not found. Install one (`apt-get"
-            " install g++`), name one in the environment variable CXX, or leave `compile` out."
-        )
+    if missing := what_compiling_lacks(device):
+        raise UserError(f"compile: {missing}. Or write `compile: false`.")
     for layer in numbered_layers(model, "compile"):
         layer.forward = torch.compile(layer.forward)
+
+
+def what_compiling_lacks(device: torch.device) -> str:
+    """What this machine lacks to compile code for ``device``, and how to get it; empty where it lacks nothing."""
+    if device.type == "cpu":
+        compiler, named, package = os.environ.get("CXX", "g++"), "CXX", "g++"
+        found = shutil.which(compiler)
+    else:
+        # Triton compiles what calls its kernels with the first of these, and with Python's headers.
+        compiler, named, package = os.environ.get("CC", "gcc"), "CC", "gcc"
+        found = shutil.which(compiler) or (None if "CC" in os.environ else shutil.which("clang"))
+    if not found:
+        return (
+            f"torch needs a compiler for {'C++' if named == 'CXX' else 'C'}, and {compiler!r} was not found. Install"
+            f" one (`apt-get install {package}`), or name one in the environment variable {named}"
+        )
+    if device.type != "cpu":
+        if find_spec("triton") is None:
+            return "torch needs Triton, which is not installed (`pip install triton`)"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton needs a GPU of compute capability 7.0 or later"
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            return "Triton needs the headers of Python, which are not installed (`apt-get install python3-dev`)"
+    return ""
 
 
 def _recomputing(forward: Callable[..., Any], contexts: dict[str, Any]) -> Callable[..., Any]:
