@@ -157,7 +157,9 @@ def _drawn(spec: Spec, nf4: BitsAndBytesConfig, device: torch.device) -> Any:
     config = LlamaConfig(**SHAPES[str(spec.shape)].config())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for name, layer in list(model.named_modules()):
+    # By name: a list of the layers would keep the large ones alive after they are replaced.
+    for name in [name for name, _ in model.named_modules()]:
+        layer = model.get_submodule(name)
         for key, weight in list(layer.named_parameters(recurse=False)):
             drawn = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
             drawn = drawn.fill_(1.0) if "norm" in name else drawn.normal_(std=0.02)
