@@ -153,7 +153,8 @@ def _reference(resolved: Resolved, own: int) -> int:
     if reference.checkpoint is None:
         return own
     element = 4 if options.precision == "fp32" else 2
-    return element * reference_elements(reference, resolved) // options.tensor_parallel_size
+    size: int = element * reference_elements(reference, resolved) // options.tensor_parallel_size
+    return size
 
 
 def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estimate:

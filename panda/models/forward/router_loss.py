@@ -79,9 +79,8 @@ class RouterLoss:
         real = self._real.flatten()
         if self._term is not None or any(len(logits) != len(real) for logits in router_logits):
             raise UserError(
-                "router_aux_loss_coef: the loss of this task runs the model more than once for a batch, or on other rows"
-                " than the batch's, and the router loss is computed for one run of the model. Write"
-                " `router_aux_loss_coef: 0`."
+                "router_aux_loss_coef: the loss of this task runs the model more than once for a batch, or on other"
+                " rows than the batch's, and the router loss is that of one run. Write `router_aux_loss_coef: 0`."
             )
         counts = real.new_zeros(self._experts + 1, dtype=torch.float64)  # sums of integers: exact in any order
         probabilities = torch.zeros(self._experts, device=real.device)
