@@ -9,6 +9,7 @@ twice, and backward does not need the weight, which ZeRO-3 may have partitioned 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -31,6 +32,8 @@ class Variation:
     """Share of its probability that is spread over all entries, as in ``torch.nn.functional.cross_entropy``."""
     weights: torch.Tensor | None = None
     """float32 [tokens]: what that of each label is multiplied by."""
+    group: dist.ProcessGroup | None = None
+    """The ranks that have the rows of the vocabulary between them."""
 
 
 PLAIN = Variation()
@@ -53,7 +56,8 @@ def linear_cross_entropy(
     of the ranks, and all ranks of the group call this with the same ``hidden`` and ``labels``. Each gets the whole
     loss, the gradient of ``hidden``, and that of its own part of the weight.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled(), group, variation)  # type: ignore[no-untyped-call]
+    given = replace(variation, group=group)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled(), given)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -65,9 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         is_training: bool,
-        group: dist.ProcessGroup | None,
         variation: Variation,
     ) -> torch.Tensor:
+        group = variation.group
         exact = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=exact)
         hidden_grad = torch.empty_like(hidden) if is_training and ctx.needs_input_grad[0] else None
@@ -124,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         if weight_grad is not None:
             weight_grad = torch.mul(weight_grad, loss_grad, out=torch.empty_like(weight_grad, dtype=ctx.dtype))
-        return None if hidden_grad is None else hidden_grad * loss_grad, weight_grad, None, None, None, None
+        return None if hidden_grad is None else hidden_grad * loss_grad, weight_grad, None, None, None
 
 
 def _over_vocabulary(
