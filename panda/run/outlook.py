@@ -34,6 +34,7 @@ from panda.run.directory import find_directory
 from panda.run.directory import run_name
 from panda.run.fitting import advice
 from panda.run.preparation import Preparation
+from panda.run.reference import describe_reference
 from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import tokenizer_folder
 
@@ -64,8 +65,12 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
     """
     adapted = _adapted(prepared)
     parts = {
-        "model": [_model(prepared, adapted), *_router_loss(prepared), *_adapters(prepared, adapted)],
+        "model": [
+            *(_model(prepared, adapted), *_parts(prepared)),
+            *(*_router_loss(prepared), *_adapters(prepared, adapted)),
+        ],
         "weights": [_weights(prepared)],
+        "reference": [describe_reference(prepared.reference, prepared.options)] if prepared.reference else [],
         "tokenizer": [_tokenizer(prepared)],
         "text": [prepared.task.text_format()],
         "data": [*_data(prepared, prepared.dataset), *_epoch(prepared.dataset)],
@@ -119,6 +124,14 @@ def _model(prepared: Preparation, adapted: PeftModel | None) -> str:
     if adapted is not None:
         return f"{called}, {parameters:,} parameters; {trained:,} of adapters are trained"
     return f"{called}, {parameters:,} parameters, {'all' if trained == parameters else f'{trained:,}'} trained"
+
+
+def _parts(prepared: Preparation) -> Iterator[str]:
+    """The parts that the task gives the model."""
+    for name, part in (prepared.parts_of(prepared.outline) if prepared.outline is not None else {}).items():
+        size = sum(parameter.numel() for parameter in part.parameters())
+        origin = "from the checkpoint" if name in prepared.parts_from_checkpoint else "drawn from the seed"
+        yield f"and {name}, {_count(size, 'parameter')}, {origin}: trained with it"
 
 
 def _router_loss(prepared: Preparation) -> Iterator[str]:
@@ -216,7 +229,8 @@ def _data(prepared: Preparation, dataset: SampleSet, location: str | None = None
     report = dataset.report
     read = f" of {_count(report.rows, 'row')} in {_count(report.files, 'file')}" if report.files else ""
     yield f"{where}{': ' * bool(where)}{_count(len(dataset), 'sample')}{read}"
-    yield f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} of them with loss"
+    with_loss = f", {dataset.supervised_tokens:,} of them with loss" * bool(dataset.supervised_tokens)
+    yield f"{dataset.tokens:,} tokens{with_loss}"
     yield report.cut(len(dataset), prepared.options.max_seq_length)
     yield from report.lines()
 
