@@ -46,9 +46,9 @@ def make_samples(argv: list[str], ranks: int, file: str) -> str:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(file + ".partial.npz")
     arrays: dict[str, Any] = {
-        "ids": np.concatenate([ids for ids, _ in taken]).astype(np.int32),
-        "supervised": np.concatenate([supervised for _, supervised in taken]),
-        "ends": np.cumsum([len(ids) for ids, _ in taken]),
+        "ids": np.concatenate([sample["token_ids"] for sample in taken]).astype(np.int32),
+        "supervised": np.concatenate([sample["supervised"] for sample in taken]).astype(bool),
+        "ends": np.cumsum([len(sample["token_ids"]) for sample in taken]),
     }
     np.savez(partial, **arrays)
     facts = {"samples": len(taken), "tokens": len(arrays["ids"]), "supervised": int(arrays["supervised"].sum())}
