@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the customary name
 
 
-def dpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """DPO's loss (arXiv 2305.18290, equation 7; smoothed: conservative DPO) of each pair.
+def dpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
+    """DPO's loss (arXiv 2305.18290, equation 7) of each pair.
 
     ``chosen``, ``rejected``: log-probabilities, less those under the reference if there is one.
     """
-    margins = beta * (chosen - rejected)
-    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def ipo(mean_chosen: torch.Tensor, mean_rejected: torch.Tensor, beta: float) -> torch.Tensor:

@@ -27,8 +27,11 @@ ANSWERS = (
 """Fields of the preferred answer and of the other: TRL's, Argilla's, OpenAI's."""
 LABELS = ("label", "kto_tag")
 """Fields that say whether an answer is desirable: TRL's, LLaMA-Factory's."""
+SPELT = {"true": True, "1": True, "false": False, "0": False}
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
+BESIDE = ("system", "system_prompt", "tools", "functions")
+"""Fields that a row may have beside its turns."""
 TURNS = "messages"
 """The field that rows made here have their turns in."""
 _SAID = "said"
@@ -70,11 +73,11 @@ class FieldNames:
     rejected: str | None = None
 
 
-def pair_of(fields: Fields, names: FieldNames) -> Pair:
-    """The pair in a row. Raises UnusableRowError where there is none."""
+def pair_of(fields: Fields, names: FieldNames, *, has_margin: bool = False) -> Pair:
+    """The pair in a row; with ``has_margin``, its margin too. Raises UnusableRowError where there is none."""
     chosen_name, rejected_name = answer_fields(fields, names)
     chosen, rejected = fields[chosen_name], fields[rejected_name]
-    margin = _margin(fields)
+    margin = _margin(fields) if has_margin else None
     if isinstance(chosen, str) and isinstance(rejected, str):
         if chosen == rejected:
             raise UnusableRowError(f"{chosen_name!r} and {rejected_name!r} are the same")
@@ -95,6 +98,8 @@ def pair_of(fields: Fields, names: FieldNames) -> Pair:
     if shared and turns[0][0].role != "assistant":
         _check_prompt(fields, names, turns[0][:shared], chosen_name)
         both = [_with_prompt(fields, each, shared) for each in turns]
+    elif not _has_prompt(fields, names):
+        raise UnusableRowError(f"no prompt, neither in a field nor before the answers in {chosen_name!r}")
     else:
         both = [_answered(fields, names, fields[name]) for name in (chosen_name, rejected_name)]
     return Pair(*map(Answer, both), margin)
@@ -111,15 +116,13 @@ def labelled_of(fields: Fields, names: FieldNames) -> list[Labelled]:
             f"no field {' and no '.join(map(repr, LABELS))}, nor {ANSWERS[0][0]!r} and {ANSWERS[0][1]!r}; its fields"
             f" are: {', '.join(map(repr, _present(fields))) or 'none'}"
         )
-    value = fields[label]
-    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-        raise UnusableRowError(f"field {label!r} is {value!r}, not true or false")
+    desirable = _label(fields, label)
     rest = {name: fields[name] for name in fields if name != label}
     conversation = _noted(fields, rest, names.prompt, None if names.prompt is None else "completion")
     last = max(number for number, turn in enumerate(conversation.turns) if turn.role == "assistant")
     if last != len(conversation.turns) - 1:
         raise UnusableRowError("its conversation does not end with an answer, which the label would be of")
-    return [Labelled(Answer(_supervise(conversation, last)), bool(value))]
+    return [Labelled(Answer(_supervise(conversation, last)), desirable)]
 
 
 def answer_fields(fields: Mapping[str, Any], names: FieldNames) -> tuple[str, str]:
@@ -151,8 +154,16 @@ def _has_prompt(fields: Fields, names: FieldNames) -> bool:
     return bool(names.prompt) or any(fields.has(name) for name in asking)
 
 
+def _label(fields: Fields, name: str) -> bool:
+    value = fields[name]
+    if isinstance(value, str) and value.lower() in SPELT:  # a CSV file has only text
+        return SPELT[value.lower()]
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise UnusableRowError(f"field {name!r} is {value!r}, not true or false")
+    return bool(value)
+
+
 def _margin(fields: Fields) -> float | None:
-    """The margin of a row, which only the task that uses it reads."""
     if not fields.has("margin"):
         return None
     value = fields["margin"]
@@ -212,16 +223,14 @@ def _check_prompt(fields: Fields, names: FieldNames, shared: list[Turn], chosen:
 
 def _with_prompt(fields: Fields, turns: list[Turn], shared: int) -> Conversation:
     """A conversation whose first ``shared`` turns are the prompt, with the system prompt and tools of the row."""
-    beside = {name: fields[name] for name in ("system", "system_prompt", "tools", "functions") if fields.has(name)}
+    beside = {name: fields[name] for name in BESIDE if fields.has(name)}
     outer = conversation_of(Fields(beside | {"prompt": _SAID, "completion": _SAID}), None, None)
-    system = outer.turns[:-2] if turns[0].role != "system" else []
-    if system and not _is_same_system(system, turns):
-        turns, shared = [*system, *turns], shared + len(system)
+    for turn in outer.turns[:-2]:  # a system prompt beside the turns
+        if turns[0].role != "system":
+            turns, shared = [turn, *turns], shared + 1
+        elif turns[0].text != turn.text:
+            fields.leave(next(name for name in BESIDE if name in beside))
     return _supervise(Conversation(turns, outer.tools), shared)
-
-
-def _is_same_system(system: list[Turn], turns: list[Turn]) -> bool:
-    return turns[0].role == "system" and turns[0].text == system[0].text
 
 
 def _asked(fields: Fields, name: str) -> list[Turn]:

@@ -82,9 +82,7 @@ def record(name: str, folder: Path) -> dict[str, Any]:
     is_reward = kind == "Reward"
     model_folder = save(folder / "model", reward=is_reward)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    model_class = (
-        transformers.AutoModelForSequenceClassification if is_reward else transformers.AutoModelForCausalLM
-    )
+    model_class = transformers.AutoModelForSequenceClassification if is_reward else transformers.AutoModelForCausalLM
     model = model_class.from_pretrained(model_folder, dtype=torch.float32)
     rows = LABELLED if kind == "KTO" else PAIRS
     steps: list[dict[str, Any]] = []
@@ -118,7 +116,9 @@ def record(name: str, folder: Path) -> dict[str, Any]:
         **options,
     }
     config = config_class(**settings)
-    more = {"ref_model": model_class.from_pretrained(model_folder, dtype=torch.float32)} if kind in ("DPO", "KTO") else {}
+    more = (
+        {"ref_model": model_class.from_pretrained(model_folder, dtype=torch.float32)} if kind in ("DPO", "KTO") else {}
+    )
     Recording(
         model=model, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, **more
     ).train()

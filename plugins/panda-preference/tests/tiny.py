@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-WORDS = (
+TEXT = (
     "the heron waits in reeds a frog sings at night what does bird do where is it and eats sleeps flies over water "
     "nothing perhaps stone never fish small green loud quiet well"
-).split()
+)
 SPECIAL = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
-VOCABULARY = [*SPECIAL.values(), *WORDS]
+VOCABULARY = [*SPECIAL.values(), *TEXT.split()]
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 24,
