@@ -11,11 +11,12 @@ from typing import Any
 from panda import Location
 from panda import Meta
 from panda import UserError
+from panda.data.fields import Field
 from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
-from panda.tasks.dialogue_task import DialogueFormat
+from panda.tasks.dialogue_task import InstructFormat as DialogueFormat
 from panda.tasks.dialogue_task import DialogueTask
 from panda.tasks.text_task import UnusableRowError
 
@@ -225,7 +226,7 @@ class PreferenceTask(DialogueTask):
         return token_batch(rows, self.pad_token_id, shape, units=units, arrays=arrays or {})
 
 
-def bad(parsed: Parsed, problem: str, block: SampleBlock) -> None:
+def report_bad(parsed: Parsed, problem: str, block: SampleBlock) -> None:
     """Report a row of which only its tokens say that it cannot be used."""
     block.report.add_bad(BadRow(parsed.row.file, parsed.row.number, problem))
 
@@ -240,6 +241,12 @@ class PairTask(PreferenceTask):
 
     unit = "pairs"
     shown = ("rewards/accuracies", "rewards/margins")
+    fields: tuple[Field, ...] = (
+        Field("chosen", "tokens"),
+        Field("chosen_supervised", "supervised", along="chosen"),
+        Field("rejected", "tokens"),
+        Field("rejected_supervised", "supervised", along="rejected"),
+    )
     has_margin = False
     """Whether the field ``margin`` of a row is used."""
 
@@ -258,11 +265,11 @@ class PairTask(PreferenceTask):
         for each in parsed:
             chosen, rejected = self.pair(next(written), next(written))
             if chosen.token_ids == rejected.token_ids:
-                bad(each, "both answers are the same tokens", block)
+                report_bad(each, "both answers are the same tokens", block)
                 continue
             chosen, rejected = self.fit((chosen, rejected), block)
             if chosen.token_ids == rejected.token_ids:
-                bad(each, "both answers are the same as far as max_seq_length lets them be", block)
+                report_bad(each, "both answers are the same as far as max_seq_length lets them be", block)
                 block.report.truncated -= 1
                 continue
             self.add(chosen, rejected, each.values, block)
@@ -283,17 +290,6 @@ class PairTask(PreferenceTask):
             [(sample[side], sample[f"{side}_supervised"])] for side in ("chosen", "rejected") for sample in pairs
         ]
         return self.batch(sequences, shape, len(pairs))
-
-
-def pair_fields() -> tuple[Any, ...]:
-    from panda.data.token_dataset import Field
-
-    return (
-        Field("chosen", "tokens"),
-        Field("chosen_supervised", "supervised", along="chosen"),
-        Field("rejected", "tokens"),
-        Field("rejected_supervised", "supervised", along="rejected"),
-    )
 
 
 def reward_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, tuple[Any, Any]]:

@@ -65,8 +65,7 @@ class Distill(Instruct):
 
         wanted = batch.labels[:, 1:] != IGNORED_LABEL
         student = self._known(logits_of(model, batch)[:, :-1][wanted].float(), "model")
-        with torch.no_grad():
-            teacher = self._known(logits_of(self.reference, batch)[:, :-1][wanted].float(), "teacher")
+        teacher = self._known(logits_of(self.reference, batch)[:, :-1][wanted].float(), "teacher")
         of_tokens = losses.divergence(student, teacher, self.loss_type, self.temperature)
         agree = (student.argmax(-1) == teacher.argmax(-1)).sum()
         labels = batch.labels[:, 1:][wanted]

@@ -56,7 +56,6 @@ class Dpo(PairTask):
         return None if options.reference_free else Reference(options.reference_path)
 
     def loss(self, model: Any, batch: TokenBatch, statistics: Mapping[str, torch.Tensor] = {}) -> Loss:
-        import torch
         from panda.tasks.scores import sequence_log_probs
 
         from panda_preference import losses
@@ -64,8 +63,7 @@ class Dpo(PairTask):
         log_probs = sequence_log_probs(model, batch)
         ratios = log_probs
         if not self.reference_free:
-            with torch.no_grad():
-                ratios = log_probs - sequence_log_probs(self.reference, batch)
+            ratios = log_probs - sequence_log_probs(self.reference, batch)  # which has no gradients
         chosen, rejected = ratios.chunk(2)
         if self.loss_type == "ipo":
             mean_chosen, mean_rejected = (ratios / answer_lengths(batch)).chunk(2)

@@ -10,6 +10,7 @@ from typing import Any
 
 from panda import Meta
 from panda import register_task
+from panda.data.fields import Field
 from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from panda.tasks.task import Loss
@@ -19,7 +20,7 @@ from panda_preference.answers import Parsed
 from panda_preference.answers import PreferenceTask
 from panda_preference.answers import ReferenceOptions
 from panda_preference.answers import Written
-from panda_preference.answers import bad
+from panda_preference.answers import report_bad
 from panda_preference.answers import noting
 from panda_preference.rows import labelled_of
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from panda.data.batches import Sample
     from panda.data.batches import TokenBatch
     from panda.data.token_dataset import SampleBlock
+
+    from panda_preference.kto_batch import AnswersBatch
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,19 @@ class Kto(PreferenceTask):
     """Answers labelled good or bad (KTO, arXiv 2402.01306): rows of "prompt", "completion" and "label", or pairs."""
 
     unit = "answers"
+    fields = (
+        Field("answer", "tokens"),
+        Field("answer_supervised", "supervised", along="answer"),
+        Field("mismatched", "tokens"),
+        Field("mismatched_supervised", "uint8", along="mismatched"),
+        Field("desirable", "uint8"),
+    )
     shown = ("rewards/margins", "kl")
 
     def __init__(self, options: KtoOptions, context: TaskContext) -> None:
         super().__init__(options, context)
         self.beta = options.beta
-        self.weights = options.desirable_weight, options.undesirable_weight
+        self.answer_weights = options.desirable_weight, options.undesirable_weight
 
     @classmethod
     def reference_of(cls, options: KtoOptions) -> Reference | None:
@@ -61,7 +71,7 @@ class Kto(PreferenceTask):
 
     @classmethod
     def largest_sample(cls, options: KtoOptions, max_seq_length: int) -> tuple[int, int]:
-        return 2, max_seq_length
+        return 1, max_seq_length  # the mismatched answer is run before, without gradients
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -87,7 +97,7 @@ class Kto(PreferenceTask):
             if any(isinstance(one, list) for one in written):
                 written = list(self.pair(*written))
             if len(written) == 2 and written[0] == written[1]:
-                bad(each, "both answers are the same tokens", block)
+                report_bad(each, "both answers are the same tokens", block)
                 continue
             found += [(one, good) for one, good in zip(written, each.values, strict=True) if isinstance(one, Written)]
         for (written_one, good), (other, _) in zip(found, [*found[-1:], *found[:-1]], strict=True):
@@ -105,61 +115,62 @@ class Kto(PreferenceTask):
                 desirable=[good],
             )
 
-    def collate(self, rows: list[list[Sample]], shape: RowShape) -> TokenBatch:
-        """All answers, then all mismatched ones; ``desirable`` [answers]: bool."""
+    def collate(self, rows: list[list[Sample]], shape: RowShape) -> AnswersBatch:
+        """All answers, and beside them all mismatched ones; ``desirable`` [answers]: bool."""
         import torch
 
+        from panda_preference.kto_batch import AnswersBatch
+
         samples = [sample for row in rows for sample in row]
-        sequences = [
-            [(sample[side], sample[f"{side}_supervised"])] for side in ("answer", "mismatched") for sample in samples
-        ]
         desirable = torch.tensor([bool(sample["desirable"][0]) for sample in samples])
-        return self.batch(sequences, shape, len(samples), {"desirable": desirable})
+        answers, mismatched = (
+            self.batch(
+                [[(sample[side], sample[f"{side}_supervised"])] for sample in samples],
+                shape,
+                len(samples),
+                {"desirable": desirable},
+            )
+            for side in ("answer", "mismatched")
+        )
+        return AnswersBatch.of(answers, mismatched)
 
     # -- loss ------------------------------------------------------------------------------------
 
-    def statistics(self, model: Any, batch: TokenBatch) -> Mapping[str, torch.Tensor]:
+    def statistics(self, model: Any, batch: AnswersBatch) -> Mapping[str, torch.Tensor]:
         """The sum of the log-ratios of mismatched answers, and the answers of each kind."""
-        ratios = self._log_ratios(model, half(batch, 1))[0]
+        ratios = self._log_ratios(model, batch.mismatched)[0]
         desirable = batch["desirable"].sum()
         return {"kl": ratios.sum(), "good": desirable, "bad": len(ratios) - desirable}
 
-    def loss(self, model: Any, batch: TokenBatch, statistics: Mapping[str, torch.Tensor] = {}) -> Loss:
+    def loss(self, model: Any, batch: AnswersBatch, statistics: Mapping[str, torch.Tensor] = {}) -> Loss:
         import torch
 
         from panda_preference import losses
 
-        answers = statistics["good"] + statistics["bad"]
-        kl = (statistics["kl"] / answers).clamp(min=0)
-        ratios, log_probs = self._log_ratios(model, half(batch, 0))
+        good, bad = statistics["good"].float(), statistics["bad"].float()
+        answers = good + bad
+        kl = (statistics["kl"] / answers).clamp(min=0).float()
+        ratios, log_probs = self._log_ratios(model, batch)
         desirable = batch["desirable"]
-        of_answers = losses.kto(ratios, desirable, kl, self.beta, *self.weights)
+        of_answers = losses.kto(ratios, desirable, kl, self.beta, *self.answer_weights)
         rewards, log_probs = self.beta * ratios.detach(), log_probs.detach()
         metrics: dict[str, tuple[Any, Any]] = {"kl": (kl * len(ratios), len(ratios))}
         means = []
         for name, mine, all_of_step in (
-            ("chosen", desirable, statistics["good"]),
-            ("rejected", ~desirable, statistics["bad"]),
+            ("chosen", desirable, good),
+            ("rejected", ~desirable, bad),
         ):
             metrics[f"rewards/{name}"] = ((rewards * mine).sum(), mine.sum())
             metrics[f"logps/{name}"] = ((log_probs * mine).sum(), mine.sum())
             means.append((rewards * mine).sum() / all_of_step.clamp(min=1))
         # A difference of two means is no mean: what is added up is this batch's part of each.
-        both_kinds = torch.minimum(statistics["good"], statistics["bad"]) > 0
+        both_kinds = torch.minimum(good, bad) > 0
         metrics["rewards/margins"] = ((means[0] - means[1]) * both_kinds, len(ratios) / answers * both_kinds)
         return Loss(of_answers.sum(), metrics)
 
     def _log_ratios(self, model: Any, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the answers less the reference's, and without it. Both [rows]."""
-        import torch
         from panda.tasks.scores import sequence_log_probs
 
         log_probs = sequence_log_probs(model, batch)
-        with torch.no_grad():
-            reference = sequence_log_probs(self.reference, batch)
-        return log_probs - reference, log_probs
-
-
-def half(batch: TokenBatch, which: int) -> TokenBatch:
-    """The first or the second half of the rows of ``batch``."""
-    raise NotImplementedError
+        return log_probs - sequence_log_probs(self.reference, batch), log_probs

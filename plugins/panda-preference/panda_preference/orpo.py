@@ -81,7 +81,7 @@ class Orpo(PairTask):
         chosen, rejected = (in_answers.sum(1) / of_answers.sum(1).clamp(min=1)).chunk(2)
         cross_entropy = -log_probs.chunk(2)[0].sum()
         # The engine divides by pairs: the mean over tokens, those of the whole step, is brought to that.
-        per_pair = statistics["pairs"] / statistics["tokens"]
+        per_pair = (statistics["pairs"] / statistics["tokens"].clamp(min=1)).float()
         ratios = losses.log_odds_ratio(chosen, rejected).detach()
         import torch.nn.functional as F  # noqa: N812 - the customary name
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from panda import Meta
 from panda import register_task
+from panda.data.fields import Field
 from panda.registry.contexts import TaskContext
 from panda.tasks.task import Loss
 
@@ -43,6 +44,7 @@ class RewardOptions(PreferenceOptions):
 class RewardModel(PairTask):
     """A reward model: a number for an answer, read at its last token, higher for "chosen" than for "rejected"."""
 
+    fields = (*PairTask.fields, Field("margin", "float32"))
     has_margin = True
 
     def __init__(self, options: RewardOptions, context: TaskContext) -> None:

@@ -3,6 +3,9 @@
 Run it as ``python -m panda_preference.sample.generate [DIR]``; DIR is this folder unless told otherwise. Everything is
 drawn from a seeded generator, so that a second run writes the same bytes. The words are made up, so that a model has to
 learn what makes an answer right, and not which words are: held-out words are in no row to train on.
+
+``model`` is one of 37,216 parameters that knows panda's own sample; it is what a run of the flags MODEL left,
+in bfloat16 (``--model RUN/export`` writes it again).
 """
 
 from __future__ import annotations
@@ -14,6 +17,13 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+MODEL = (
+    "--task instruct --arch llama-tiny --hidden_size 32 --num_layers 2 --num_heads 4 --intermediate_size 64"
+    " --instruction_tuning_data_dir panda:data/sample/instruct --max_seq_length 128 --optimizer adamw"
+    " --learning_rate 4e-3 --lr_scheduler cosine --warmup_steps 50 --max_grad_norm 1.0"
+    " --per_gpu_train_batch_size 32 --gradient_accumulation_steps 1 --num_train_epochs 8"
+)
 
 SEED = 14
 WORDS = 160
@@ -80,7 +90,27 @@ def generate(directory: Path) -> None:
         write_rows(directory / name / "held-out.jsonl", make(held_out, random.Random(SEED + 1)))
 
 
+def write_model(export: Path, directory: Path) -> None:
+    """Copy the model at ``export``, its weights in bfloat16."""
+    import torch
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (directory / name).write_bytes((export / name).read_bytes())
+    described = json.loads((export / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(export / "model.safetensors").items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, default=Path(__file__).parent, help="default: beside this")
-    generate(parser.parse_args().directory)
+    parser.add_argument("--model", type=Path, help="write the model too, from this export")
+    arguments = parser.parse_args()
+    generate(arguments.directory)
+    if arguments.model:
+        write_model(arguments.model, arguments.directory / "model")
