@@ -57,4 +57,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     save(folder / "model")
     save(folder / "scorer", reward=True)
+    save(folder / "teacher", phase=1.0)
     return folder

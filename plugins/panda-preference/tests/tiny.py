@@ -37,8 +37,8 @@ LABELLED = [
 """Six rows: three desirable, three not."""
 
 
-def parameters(reward: bool = False) -> dict[str, Any]:
-    """The weights by name, float32."""
+def parameters(reward: bool = False, phase: float = 0.0) -> dict[str, Any]:
+    """The weights by name, float32; with another ``phase``, others."""
     import torch
 
     hidden, wide = SIZES["hidden_size"], SIZES["intermediate_size"]
@@ -62,13 +62,13 @@ def parameters(reward: bool = False) -> dict[str, Any]:
     for number, (name, shape) in enumerate(sorted(shapes.items())):
         count = torch.Size(shape).numel()
         # Steps that are no simple fraction of a turn, so that no two places have related values.
-        places = torch.arange(count, dtype=torch.float64) * 1.7320508 + number * 2.2360679
+        places = torch.arange(count, dtype=torch.float64) * 1.7320508 + number * 2.2360679 + phase
         weights = 1 + 0.1 * torch.sin(places) if "norm" in name else 0.35 * torch.sin(places * places)
         made[name] = weights.float().reshape(shape)
     return made
 
 
-def save(folder: Path, reward: bool = False) -> Path:
+def save(folder: Path, reward: bool = False, phase: float = 0.0) -> Path:
     """Write the model and its tokenizer into ``folder``; with ``reward``, one that gives a sequence a score."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer
@@ -91,7 +91,7 @@ def save(folder: Path, reward: bool = False) -> Path:
     config["architectures"] = ["LlamaForSequenceClassification" if reward else "LlamaForCausalLM"]
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file(parameters(reward), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(parameters(reward, phase), folder / "model.safetensors", metadata={"format": "pt"})
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     tokens = {f"{name}_token": token for name, token in SPECIAL.items()}
