@@ -55,7 +55,7 @@ class Orpo(PairTask):
         lengths = [sample[f"{side}_supervised"] for side in ("chosen", "rejected") for sample in pairs]
         of_answers = torch.zeros(len(lengths), max(map(len, lengths)), dtype=torch.bool)
         for row, supervised in enumerate(lengths):
-            of_answers[row, : len(supervised)] = torch.from_numpy(np.asarray(supervised, dtype=np.bool_))
+            of_answers[row, : len(supervised)] = torch.from_numpy(np.array(supervised, dtype=np.bool_))
         all_but_first = (np.arange(len(sample["chosen"])) > 0 for sample in pairs)
         sequences = [
             *([(sample["chosen"], learned)] for sample, learned in zip(pairs, all_but_first, strict=True)),
