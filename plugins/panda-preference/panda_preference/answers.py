@@ -16,7 +16,7 @@ from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
-from panda.tasks.dialogue_task import InstructFormat as DialogueFormat
+from panda.tasks.dialogue_task import DialogueFormat
 from panda.tasks.dialogue_task import DialogueTask
 from panda.tasks.text_task import UnusableRowError
 
