@@ -19,6 +19,7 @@ from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
 from panda.run.directory_lock import RunLock
+from panda.run.generating import Generation
 from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
@@ -51,6 +52,7 @@ def begin(
             print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
     layout, evaluation = layouts
+    decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
     run = Run(
         resolved,
         directory,
@@ -63,8 +65,9 @@ def begin(
         model.engine,
         prepared.configuration.hooks.call,
         continuation.agreement,
-        decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens),
+        decoding,
         reference=model.reference,
+        generate=Generation(model.engine, options, prepared.task.pad_token_id, decoding.ends),
         resumed_from=checkpoint,
         step=continuation.progress.step,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,

@@ -21,7 +21,7 @@ from toy_tasks import toy_tasks
 
 SAMPLES, HELD_OUT, STEPS = 21, 9, 3
 """Two full steps of 8 and one of 5, in which a rank can have nothing."""
-TASKS = ("toy-pairs", "toy-statistics")
+TASKS = ("toy-pairs", "toy-statistics", "toy-online")
 SPLITS = {"8x1": (8, 1), "2x4": (2, 4), "1x8": (1, 8)}
 TOGETHER = {"4x1": (4, 1), "2x2": (2, 2), "zero1": (2, 2), "zero2": (2, 2), "zero3": (2, 2)}
 """Micro batch and accumulation, on one rank and on two."""
