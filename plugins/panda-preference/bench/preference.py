@@ -1,7 +1,8 @@
 """Fine-tunes a model on worked answers, and then prefers right ones to wrong ones: does it, on pairs held out?
 
     python bench/preference.py --model MODEL --data gsm8k.json --work /tmp/preference
-    python bench/preference.py --model MODEL --data gsm8k.json --work /tmp/preference --seeds 1 --sft_steps 8 --dpo_steps 8
+    python bench/preference.py --model MODEL --data gsm8k.json --work /tmp/preference --seeds 1 --sft_steps 8 \
+      --dpo_steps 10 --batch 4 --micro_batch 2 --max_seq_length 256 --held_out 24 --dpo_rate 2e-5   # on a CPU
 
 Run it in an environment with panda and panda-preference; it takes the GPU if there is one. MODEL is a checkpoint as
 `--ckpt_path` takes it. The data is a JSON array of {"input", "target"}; a target is a worked answer in which
@@ -83,7 +84,9 @@ def train(folder: Path, name: str, options: dict[str, Any], flags: list[str]) ->
     with open(folder / f"{name}.log", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}\nfailed: see {folder / name}.log\n{(folder / f'{name}.log').read_text()[-2000:]}")
+        sys.exit(
+            f"{' '.join(command)}\nfailed: see {folder / name}.log\n{(folder / f'{name}.log').read_text()[-2000:]}"
+        )
     return run
 
 
@@ -184,7 +187,9 @@ def main() -> None:
         print(f"| {seed} | " + " | ".join(f"{values[column]:.4f}" for column in columns) + " |")
     if len(found) > 1:
         margins = [values["margin"] for values in found.values()]
-        print(f"\nreward margin: mean {statistics.mean(margins):.4f}, standard deviation {statistics.stdev(margins):.4f}")
+        print(
+            f"\nreward margin: mean {statistics.mean(margins):.4f}, standard deviation {statistics.stdev(margins):.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class Distill(Instruct):
 
     def __init__(self, options: DistillOptions, context: TaskContext) -> None:
         super().__init__(options, context)
+        assert options.teacher_path is not None
+        refuse_other_tokens(options.teacher_path, context.tokenizer)
         self.loss_type, self.temperature = options.loss_type, options.temperature
 
     @classmethod
@@ -64,8 +66,8 @@ class Distill(Instruct):
         from panda_preference import losses
 
         wanted = batch.labels[:, 1:] != IGNORED_LABEL
-        student = self._known(logits_of(model, batch)[:, :-1][wanted].float(), "model")
-        teacher = self._known(logits_of(self.reference, batch)[:, :-1][wanted].float(), "teacher")
+        student = self._known(logits_of(model, batch)[:, :-1][wanted])
+        teacher = self._known(logits_of(self.reference, batch)[:, :-1][wanted])
         of_tokens = losses.divergence(student, teacher, self.loss_type, self.temperature)
         agree = (student.argmax(-1) == teacher.argmax(-1)).sum()
         labels = batch.labels[:, 1:][wanted]
@@ -73,11 +75,29 @@ class Distill(Instruct):
         tokens = wanted.sum()
         return Loss(of_tokens.sum(), {"agreement": (agree, tokens), "cross_entropy": (of_labels, tokens)})
 
-    def _known(self, logits: torch.Tensor, whose: str) -> torch.Tensor:
-        """The logits of the tokens that the tokenizer has: models may have more rows, each another number of them."""
-        if logits.shape[-1] < self.vocabulary:
-            raise UserError(
-                f"teacher_path: the {whose} has {logits.shape[-1]:,} tokens, and the run's tokenizer {self.vocabulary:,}."
-                " Both need the same tokenizer."
-            )
-        return logits[:, : self.vocabulary]
+    def _known(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of tokens that the tokenizer has, in float32: models may have more rows, and each more of them."""
+        return logits[:, : self.vocabulary].float()
+
+
+def refuse_other_tokens(teacher_path: str, tokenizer: Any) -> None:
+    """Raise UserError where the teacher has a tokenizer of its own that reads ``tokenizer``'s tokens otherwise.
+
+    One that lacks a tokenizer is not compared: panda refuses one that has fewer rows than the tokenizer has tokens.
+    """
+    from panda.registry.location import resolve_path
+    from transformers import AutoTokenizer
+
+    folder = resolve_path(teacher_path)
+    folder = folder / "export" if (folder / "export").is_dir() else folder
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder if folder.is_dir() else teacher_path, local_files_only=True)
+    except (OSError, ValueError):
+        return
+    there = theirs.get_vocab()
+    other = next((token for token, number in tokenizer.get_vocab().items() if there.get(token) != number), None)
+    if other is not None:
+        raise UserError(
+            f"teacher_path: {teacher_path!r} has another tokenizer than the run: {other!r} is not the same token there."
+            " A teacher's probabilities are of its own tokens. Give a teacher and a `tokenizer` that belong together."
+        )

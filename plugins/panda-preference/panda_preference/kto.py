@@ -20,8 +20,8 @@ from panda_preference.answers import Parsed
 from panda_preference.answers import PreferenceTask
 from panda_preference.answers import ReferenceOptions
 from panda_preference.answers import Written
-from panda_preference.answers import report_bad
 from panda_preference.answers import noting
+from panda_preference.answers import report_bad
 from panda_preference.rows import labelled_of
 
 if TYPE_CHECKING:

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
-
 from runs import Train
 from tiny import save
+
+TESTS = Path(__file__).parent
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard", "-p", "no:progress"]

@@ -135,7 +135,7 @@ def test_a_margin_is_read_where_it_is_used() -> None:
     assert pair_of(fields, FieldNames(), has_margin=True).margin == 2.0
     assert fields.unused() == []
     for wrong in ("2", True, float("nan")):
-        with pytest.raises(UnusableRowError, match="'margin' is .*not a number"):
+        with pytest.raises(UnusableRowError, match=r"'margin' is .*not a number"):
             pair_of(Fields(row | {"margin": wrong}), FieldNames(), has_margin=True)
 
 
