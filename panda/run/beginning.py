@@ -87,6 +87,7 @@ def begin(
                 context=prepared.context,
                 pretrained=prepared.pretrained,
                 generation=run.decoding,
+                parts=model.parts,
             )
             if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
                 print(printable(note), file=sys.stderr, flush=True)
