@@ -76,9 +76,7 @@ class RewardModel(PairTask):
         import torch
 
         config: Any = model.config
-        if not config.tie_word_embeddings:  # nothing reads its logits: it would get no gradient
-            output: Any = model.get_output_embeddings()  # type: ignore[operator]
-            output.weight.requires_grad_(False)
+        config.num_labels = 1  # transformers then loads the export as a classifier with one number
         head = torch.nn.Linear(config.hidden_size, 1, bias=False)
         torch.nn.init.normal_(head.weight, std=SPREAD)
         return {HEAD: head}

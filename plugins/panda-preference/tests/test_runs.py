@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
 from runs import Train
@@ -14,6 +15,8 @@ from runs import rows_file
 from safetensors.torch import load_file
 from tiny import LABELLED
 from tiny import PAIRS
+from transformers import AutoModelForSequenceClassification
+from transformers import AutoTokenizer
 
 TASKS = ("dpo", "kto", "orpo", "simpo", "reward", "distill")
 
@@ -138,7 +141,7 @@ def test_bad_rows_cut_rows_and_unused_fields_are_reported(train: Train, tiny: Pa
     assert "6 samples of 8 rows" in printed
 
 
-def test_a_reward_model_uses_margins_and_is_exported_with_its_head(train: Train, tiny: Path, tmp_path: Path) -> None:
+def test_a_reward_model_uses_margins(train: Train, tiny: Path, tmp_path: Path) -> None:
     losses = []
     for name, margin in (("without", 0), ("with", 2)):
         rows = rows_file(tmp_path / f"{name}-rows", [{**pair, "margin": margin} for pair in PAIRS])
@@ -146,9 +149,24 @@ def test_a_reward_model_uses_margins_and_is_exported_with_its_head(train: Train,
         assert "margin" not in printed
         losses.append(read_metrics(tmp_path / name)[0]["loss"])
     assert losses[1] > losses[0] + 1
-    export = tmp_path / "with" / "export"
-    head = load_file(export / "model.safetensors")["score.weight"]
-    assert head.shape == (1, 16) and head.abs().max() > 0
+
+
+def test_transformers_gives_an_exported_reward_models_rewards(train: Train, tiny: Path, tmp_path: Path) -> None:
+    rows = rows_file(tmp_path / "rows", PAIRS)
+    train(tmp_path / "run", **options_of("reward", tiny, rows, eval_data_dir=rows, template="plain", separator=""))
+    export = tmp_path / "run" / "export"
+    model = AutoModelForSequenceClassification.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    last = read_evaluations(tmp_path / "run")[-1]
+    with torch.no_grad():
+        for side in ("chosen", "rejected"):
+            texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for pair in PAIRS]
+            rewards = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+            assert last[f"eval_rewards/{side}"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
+    # Its own weights are where another run starts, the head among them.
+    options = options_of("reward", tiny, rows, max_steps=1, template="plain", separator="") | {"ckpt_path": export}
+    train(tmp_path / "again", **options | {"per_gpu_train_batch_size": 4})
+    assert read_metrics(tmp_path / "again")[0]["loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
 
 
 def test_a_teacher_with_other_tokens_is_refused(train: Train, tiny: Path, tmp_path: Path) -> None:

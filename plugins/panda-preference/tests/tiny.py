@@ -57,7 +57,9 @@ def parameters(reward: bool = False, phase: float = 0.0) -> dict[str, Any]:
             "mlp.down_proj": (hidden, wide),
         }.items():
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    shapes["score.weight" if reward else "lm_head.weight"] = (1 if reward else len(VOCABULARY), hidden)
+    shapes["lm_head.weight"] = (len(VOCABULARY), hidden)
+    if reward:
+        shapes["score.weight"] = (1, hidden)
     made = {}
     for number, (name, shape) in enumerate(sorted(shapes.items())):
         count = torch.Size(shape).numel()
