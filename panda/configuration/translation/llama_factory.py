@@ -153,7 +153,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 _OTHER_STAGES = (
-    "panda itself learns from documents (pt) and from answers (sft); from preferences by the package panda-preference"
+    "panda learns from documents (pt) and from answers (sft); the package panda-preference has tasks for preferences"
 )
 _PLAIN = ("empty", "default", "alpaca", "vanilla", "fewshot")
 
