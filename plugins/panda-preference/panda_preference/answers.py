@@ -18,6 +18,7 @@ from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from panda.tasks.dialogue_task import DialogueFormat
 from panda.tasks.dialogue_task import DialogueTask
+from panda.tasks.task import ShownPart
 from panda.tasks.text_task import UnusableRowError
 
 from panda_preference.rows import Answer
@@ -28,7 +29,7 @@ from panda_preference.rows import pair_of
 if TYPE_CHECKING:
     import torch
     from panda.data.batches import RowShape
-    from panda.data.batches import Sample
+    from panda.data.token_dataset import Sample
     from panda.data.batches import TokenBatch
     from panda.data.templates import Exchange
     from panda.data.token_dataset import SampleBlock
@@ -121,6 +122,13 @@ class PreferenceTask(DialogueTask):
     def example_prompt(self, parsed: Parsed) -> str:
         return ""  # a prompt of several turns is no prompt to type, and a run can name `prompts`
 
+    def parts(self, sample: Sample) -> list[ShownPart]:
+        names = (each.name for each in self.fields if each.kind == "tokens")
+        return [
+            ShownPart(name, sample[name].tolist(), [bool(each) for each in sample[f"{name}_supervised"]])
+            for name in names
+        ]
+
     # -- text ------------------------------------------------------------------------------------
 
     def text_of(self, answer: Answer, fields: Fields) -> list[Exchange] | str:
@@ -134,6 +142,8 @@ class PreferenceTask(DialogueTask):
         exchanges, unused = self.template.exchanges(answer.text)
         for name in unused:
             fields.leave(name)
+        if weighed := next((exchange.weight for exchange in exchanges if exchange.weight != 1), None):
+            raise UnusableRowError(f"the weight of its answer is {weighed:g}: only all or nothing of one is compared")
         done = ""
         for exchange in exchanges:
             if not exchange.before.startswith(done):

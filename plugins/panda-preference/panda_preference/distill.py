@@ -40,6 +40,11 @@ class DistillOptions(InstructOptions):
         super().__post_init__()
         if self.teacher_path is None:
             raise UserError("teacher_path: it is missing. Give the folder, or the name on the hub, of the teacher.")
+        if self.label_smoothing:
+            raise UserError(
+                "label_smoothing: distillation has no labels to smooth, but the teacher's probabilities: a `temperature`"
+                " above 1 makes them smoother. Leave it out."
+            )
 
 
 @register_task("distill", options=DistillOptions)
@@ -73,6 +78,8 @@ class Distill(Instruct):
         labels = batch.labels[:, 1:][wanted]
         of_labels = torch.nn.functional.cross_entropy(student.detach(), labels, reduction="sum")
         tokens = wanted.sum()
+        if batch.weights is not None:
+            of_tokens = of_tokens * batch.weights[:, 1:][wanted]
         return Loss(of_tokens.sum(), {"agreement": (agree, tokens), "cross_entropy": (of_labels, tokens)})
 
     def _known(self, logits: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from panda_preference.answers import reward_metrics
 if TYPE_CHECKING:
     import torch
     from panda.data.batches import RowShape
-    from panda.data.batches import Sample
+    from panda.data.token_dataset import Sample
     from panda.data.batches import TokenBatch
     from panda.data.token_dataset import SampleBlock
 
