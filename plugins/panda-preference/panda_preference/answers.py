@@ -29,9 +29,9 @@ from panda_preference.rows import pair_of
 if TYPE_CHECKING:
     import torch
     from panda.data.batches import RowShape
-    from panda.data.token_dataset import Sample
     from panda.data.batches import TokenBatch
     from panda.data.templates import Exchange
+    from panda.data.token_dataset import Sample
     from panda.data.token_dataset import SampleBlock
 
 

@@ -42,8 +42,8 @@ class DistillOptions(InstructOptions):
             raise UserError("teacher_path: it is missing. Give the folder, or the name on the hub, of the teacher.")
         if self.label_smoothing:
             raise UserError(
-                "label_smoothing: distillation has no labels to smooth, but the teacher's probabilities: a `temperature`"
-                " above 1 makes them smoother. Leave it out."
+                "label_smoothing: distillation has no labels to smooth, but the teacher's probabilities, which a"
+                " `temperature` above 1 makes smoother. Leave it out."
             )
 
 

@@ -27,8 +27,8 @@ from panda_preference.rows import labelled_of
 if TYPE_CHECKING:
     import torch
     from panda.data.batches import RowShape
-    from panda.data.token_dataset import Sample
     from panda.data.batches import TokenBatch
+    from panda.data.token_dataset import Sample
     from panda.data.token_dataset import SampleBlock
 
     from panda_preference.kto_batch import AnswersBatch

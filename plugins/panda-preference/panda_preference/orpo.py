@@ -21,8 +21,8 @@ from panda_preference.answers import reward_metrics
 if TYPE_CHECKING:
     import torch
     from panda.data.batches import RowShape
-    from panda.data.token_dataset import Sample
     from panda.data.batches import TokenBatch
+    from panda.data.token_dataset import Sample
 
 
 @dataclass(frozen=True)

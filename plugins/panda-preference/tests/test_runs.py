@@ -190,6 +190,23 @@ def test_options_that_contradict_each_other_are_refused(train: Train, tiny: Path
         assert problem in train(tmp_path / "run", **options_of("dpo", tiny, rows, **more), fails=True)
 
 
+def test_distillation_weighs_tokens_and_smooths_no_labels(train: Train, tiny: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, weight in (("all", 1.0), ("half", 0.5)):
+        turns = [
+            [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["chosen"]}]
+            for pair in PAIRS
+        ]
+        turns[0][1]["weight"] = weight  # type: ignore[assignment]
+        rows = rows_file(tmp_path / f"{name}-rows", [{"messages": each} for each in turns])
+        more = {"max_steps": 1, "per_gpu_train_batch_size": 4}
+        train(tmp_path / name, **options_of("distill", tiny, rows, **more))
+        losses.append(read_metrics(tmp_path / name)[0]["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+    printed = train(tmp_path / "run", **options_of("distill", tiny, rows, label_smoothing=0.1), fails=True)
+    assert "label_smoothing: distillation has no labels to smooth" in printed
+
+
 def test_provenance_names_the_package(train: Train, tiny: Path, tmp_path: Path) -> None:
     rows = rows_file(tmp_path / "rows", PAIRS)
     train(tmp_path / "run", **options_of("simpo", tiny, rows, max_steps=1))

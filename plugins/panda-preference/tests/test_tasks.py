@@ -223,3 +223,17 @@ def test_declaring_imports_no_torch(tmp_path: Path) -> None:
     names = ", ".join(f"panda_preference.{name}" for name in ("distill", "dpo", "kto", "orpo", "reward", "simpo"))
     code = f"import sys, {names}; sys.exit(bool({{'torch', 'numpy', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_weights_of_turns_are_all_or_nothing(samples: Any) -> None:
+    half = [{"role": "assistant", "content": "A frog.", "weight": 0.5}]
+    row = {"prompt": "Who?", "chosen": half, "rejected": [{"role": "assistant", "content": "No."}]}
+    _, report = samples(Dpo, [PAIR, row])
+    assert report.bad_rows == 1 and "the weight of its answer is 0.5" in report.first_bad_rows[0].problem
+
+
+def test_the_sequences_of_a_sample_can_be_shown(tokenizer: Any, tmp_path: Path) -> None:
+    task = task_of(Kto, [{"prompt": "a", "completion": "b", "label": True}], tokenizer, tmp_path, 512)
+    shown = task.parts(task.dataset()[0])
+    assert [part.name for part in shown] == ["answer", "mismatched"]
+    assert tokenizer.decode(shown[0].token_ids) == "<s>a|b</s>" and shown[0].supervised == [False] * 3 + [True] * 2
