@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import Any
@@ -86,9 +87,9 @@ def pair_of(fields: Fields, names: FieldNames, *, has_margin: bool = False) -> P
             for name, text in zip((chosen_name, rejected_name), texts, strict=True):
                 if not text:
                     raise UnusableRowError(f"field {name!r} is empty")
-            return Pair(*map(Answer, texts), margin)
+            return _pair(texts, margin)
         both = [_answered(fields, names, [_message(fields, name)]) for name in (chosen_name, rejected_name)]
-        return Pair(*map(Answer, both), margin)
+        return _pair(both, margin)
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise UnusableRowError(f"one of {chosen_name!r} and {rejected_name!r} is text, and the other is not")
     turns = [_turns(fields, name) for name in (chosen_name, rejected_name)]
@@ -102,7 +103,12 @@ def pair_of(fields: Fields, names: FieldNames, *, has_margin: bool = False) -> P
         raise UnusableRowError(f"no prompt, neither in a field nor before the answers in {chosen_name!r}")
     else:
         both = [_answered(fields, names, fields[name]) for name in (chosen_name, rejected_name)]
-    return Pair(*map(Answer, both), margin)
+    return _pair(both, margin)
+
+
+def _pair(answers: Sequence[Conversation | str], margin: float | None) -> Pair:
+    chosen, rejected = answers
+    return Pair(Answer(chosen), Answer(rejected), margin)
 
 
 def labelled_of(fields: Fields, names: FieldNames) -> list[Labelled]:
