@@ -88,10 +88,13 @@ class Kto(PreferenceTask):
         """Add each answer, with that of the sample before it as its mismatched one.
 
         The divergence is estimated from answers to other prompts (section 4.1 of the paper). TRL takes them from the
-        micro batch; a sample here has its own, so that the loss does not depend on how a step is split.
+        micro batch; a sample here has its own, so that the loss does not depend on how a step is split. Of pairs, as
+        in TRL, all preferred answers come first, since the two of a pair have the same prompt. A block of one answer
+        has only that.
         """
         texts = iter(self.write([text for each in parsed for text in each.answers]))
-        found: list[tuple[Written, bool]] = []
+        firsts: list[tuple[Written, bool]] = []
+        seconds: list[tuple[Written, bool]] = []
         for each in parsed:
             written = [next(texts) for _ in each.answers]
             if any(isinstance(one, list) for one in written):
@@ -99,7 +102,10 @@ class Kto(PreferenceTask):
             if len(written) == 2 and written[0] == written[1]:
                 report_bad(each, "both answers are the same tokens", block)
                 continue
-            found += [(one, good) for one, good in zip(written, each.values, strict=True) if isinstance(one, Written)]
+            for of, one, good in zip((firsts, seconds), written, each.values, strict=False):
+                assert isinstance(one, Written)
+                of.append((one, good))
+        found = firsts + seconds
         for (written_one, good), (other, _) in zip(found, [*found[-1:], *found[:-1]], strict=True):
             ids = [*written_one.prompt, *other.token_ids[other.prompt_length :]]
             mismatched = Written(ids, bytes(written_one.prompt_length) + other.supervised[other.prompt_length :])

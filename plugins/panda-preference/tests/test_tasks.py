@@ -163,8 +163,16 @@ def test_kto_takes_the_answer_of_the_row_before(samples: Any) -> None:
         ["<s>b|", "to a</s>"],
         ["<s>c|", "to b</s>"],
     ]
-    pairs, _ = samples(Kto, [PAIR])
-    assert [sample["answer"][1] for sample in pairs] == ["A heron.</s>", "A frog.</s>"]
+
+
+def test_kto_takes_no_answer_to_the_same_prompt_of_a_pair(samples: Any) -> None:
+    pairs, _ = samples(Kto, [PAIR, {"prompt": "Where?", "chosen": "There.", "rejected": "Nowhere."}])
+    assert [(sample["answer"][1], sample["mismatched"]) for sample in pairs] == [
+        ("A heron.</s>", ["<s>Who?|", "Nowhere.</s>"]),
+        ("There.</s>", ["<s>Where?|", "A heron.</s>"]),
+        ("A frog.</s>", ["<s>Who?|", "There.</s>"]),
+        ("Nowhere.</s>", ["<s>Where?|", "A frog.</s>"]),
+    ]
 
 
 def batch_of(kind: Any, rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options: Any) -> Any:
