@@ -56,8 +56,8 @@ class RunOptions:
     resume: str | None = None
     """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
     tokenizer: Annotated[str, Location(on_hub=True)] = "panda:data/sample/tokenizer"
-    """A Hugging Face tokenizer: a folder, or a name on the hub. A path that begins with `panda:` is inside the panda
-    package; the default tokenizer reads bytes."""
+    """A Hugging Face tokenizer: a folder, or a name on the hub. A path that begins with `panda:`, or with the name of
+    another installed package, is inside that package; the default tokenizer reads bytes."""
     ckpt_path: Annotated[str, Location(on_hub=True)] | None = None
     """Weights to start from: a folder, a folder in `./pretrained-models`, or a name on the Hugging Face hub. The model
     is that of the weights. A run directory stands for its export; adapters are trained on, on their base."""

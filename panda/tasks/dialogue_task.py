@@ -28,13 +28,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InstructFormat:
-    """How rows become conversations, and conversations text."""
+class DialogueFormat:
+    """How conversations become text."""
 
-    input_field: str | None = None
-    """Field of the prompt, with target_field. By default the common names: instruction/input/output, messages, ..."""
-    target_field: str | None = None
-    """Field of the answer, with input_field."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """`chat`: the tokenizer's chat template; `plain`: turns one after another; `auto`: `chat` where there is one."""
     template_date: str | None = None
@@ -43,21 +39,34 @@ class InstructFormat:
     """Text between prompt and answer in the plain template; it is part of the prompt."""
 
     def __post_init__(self) -> None:
-        if (self.input_field is None) != (self.target_field is None):
-            raise UserError("input_field and target_field are given together, or neither is.")
         try:
             date.fromisoformat(self.template_date or "2026-01-01")
         except ValueError:
             raise UserError(f"template_date: {self.template_date!r} is not a date. Write YYYY-MM-DD.") from None
 
 
+@dataclass(frozen=True)
+class InstructFormat(DialogueFormat):
+    """How rows become conversations, and conversations text."""
+
+    input_field: str | None = None
+    """Field of the prompt, with target_field. By default the common names: instruction/input/output, messages, ..."""
+    target_field: str | None = None
+    """Field of the answer, with input_field."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.input_field is None) != (self.target_field is None):
+            raise UserError("input_field and target_field are given together, or neither is.")
+
+
 class DialogueTask(RowTask):
     """Rows that are dialogues, written as a chat template or the plain one does it."""
 
     def __init__(
-        self, format: InstructFormat, locations: Locations, context: TaskContext, weights: Sequence[float] = ()
+        self, format: DialogueFormat, locations: Locations, context: TaskContext, weights: Sequence[float] = ()
     ) -> None:
-        """``format``: the task's options, of a class that is derived from InstructFormat."""
+        """``format``: the task's options, of a class that is derived from DialogueFormat."""
         templated = replace(context, tokenizer=_templated(format, context))
         super().__init__(locations, templated, weights)
         refuse_without_end(self.tokenizer)
@@ -69,7 +78,7 @@ class DialogueTask(RowTask):
         self._carries_date = DATE_MACRO in str(context.tokenizer.chat_template)
 
     def describe(self) -> dict[str, Any]:
-        fields = {key: getattr(self.format, key) for key in ("input_field", "target_field")}
+        fields = {key: getattr(self.format, key, None) for key in ("input_field", "target_field")}
         return fields | {"chat_template": self.tokenizer.chat_template}
 
     def text_format(self) -> str:
@@ -123,11 +132,11 @@ class DialogueTask(RowTask):
         return self.template.encode([self.template.prompt([Turn("user", prompt)])])[0]
 
 
-def _is_plain(options: InstructFormat, context: TaskContext) -> bool:
+def _is_plain(options: DialogueFormat, context: TaskContext) -> bool:
     return options.template == "plain" or (options.template == "auto" and not context.tokenizer.chat_template)
 
 
-def _templated(options: InstructFormat, context: TaskContext) -> Any:
+def _templated(options: DialogueFormat, context: TaskContext) -> Any:
     """The tokenizer with the chat template that ``options`` choose, for a day that does not change."""
     tokenizer = context.tokenizer
     if _is_plain(options, context):
@@ -140,5 +149,5 @@ def _templated(options: InstructFormat, context: TaskContext) -> Any:
     return with_template(tokenizer, dated(tokenizer.chat_template, _day(options)))
 
 
-def _day(options: InstructFormat) -> date:
+def _day(options: DialogueFormat) -> date:
     return date.fromisoformat(options.template_date) if options.template_date else date.today()

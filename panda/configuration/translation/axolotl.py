@@ -49,7 +49,7 @@ from panda.registry import UserError
 
 _DATA = Part("write `instruction_tuning_data_dir`, or `pretraining_data_dir`: a name on the hub, a file or a folder.")
 _OF_EPOCH = "panda counts optimizer steps, and saves and evaluates at the end in any case; `panda check` says the steps"
-_PREFERENCE = "panda learns from documents and answers, not from preferences or rewards"
+_PREFERENCE = "panda itself learns from documents and answers; from preferences by the package panda-preference"
 
 KEYS: dict[str, Rule] = {
     "base_model": To("ckpt_path"),

@@ -119,7 +119,7 @@ KEYS: dict[str, Rule] = {
     **each("compute_accuracy print_param_status eval_on_each_dataset eval_num_beams", DISPLAY),
     **each(
         "pref_* dpo_* kto_* simpo_gamma ppo_* ref_model* reward_model* ld_alpha",
-        Absent("it is of preference training, which panda lacks"),
+        Absent("it is of preference training: the package panda-preference has its tasks"),
     ),
     "tensor_model_parallel_size": To("tensor_parallel_size"),
     **each(
@@ -151,7 +151,9 @@ DEFAULTS: dict[str, Any] = {
     "lora_target": "all",
 }
 
-_OTHER_STAGES = "panda learns from documents (pt) and from answers (sft), not from preferences or rewards"
+_OTHER_STAGES = (
+    "panda learns from documents (pt) and from answers (sft); the package panda-preference has tasks for preferences"
+)
 _PLAIN = ("empty", "default", "alpaca", "vanilla", "fewshot")
 
 

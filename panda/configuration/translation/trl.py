@@ -95,7 +95,7 @@ KEYS: dict[str, Rule] = {
     **each("ignore_bias_buffers eval_packing preprocessing_num_workers", PROCESSES),
     **each(
         "beta max_prompt_length ref_model_* loss_weights num_generations max_completion_length reward_model_*",
-        Absent("it is of preference training, which panda lacks"),
+        Absent("it is of preference training: the package panda-preference has its tasks"),
     ),
 }
 
@@ -116,8 +116,9 @@ def read(theirs: Theirs, found: Translation) -> None:
     """Task, data and adapters. Raises UserError for a file of a trainer other than TRL's SFTTrainer."""
     if other := sorted(_PREFERENCE & theirs.given.keys()):
         raise UserError(
-            f"{', '.join(other)}: a file of TRL's preference or reinforcement learning, which panda lacks."
-            " `panda translate` follows files of `trl sft`."
+            f"{', '.join(other)}: a file of TRL's preference or reinforcement learning."
+            " `panda translate` follows files of `trl sft`; the tasks of the package panda-preference (dpo, kto, orpo,"
+            " simpo, reward, distill) have keys of the same names."
         )
     text_field = theirs.given.get("dataset_text_field")
     found.set("model", "hf", "any model that transformers loads")

@@ -1,0 +1,1 @@
+"""Preference learning for panda. Names are declared in setup.cfg; nothing is imported here."""
