@@ -98,6 +98,4 @@ def _what_forbids(resolved: Resolved, model: ModelMemory | None) -> str:
         return "the model is not known to work compiled"
     if options.use_quant and options.quant_bits == 8:
         return "8 bits are not known to work compiled"
-    if options.use_quant and options.activation_checkpointing == "full":
-        return "with a quantised base and full activation checkpointing nothing was seen to be saved"
     return ""
