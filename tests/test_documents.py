@@ -32,6 +32,7 @@ from panda.registry.contexts import PluginContext
 from panda.registry.contexts import ReaderContext
 from panda.registry.hooks import Hooks
 from panda.registry.kinds import KINDS
+from panda.registry.offers import kinds
 from panda.registry.options import build
 from panda.runner import Run
 
@@ -146,6 +147,8 @@ def test_the_readme_names_what_there_is() -> None:
     titles = {"lr_schedulers": "schedules"}
     catalog = Catalog()
     for kind in KINDS.values():
+        if kind.name == "kind":  # of which panda has none
+            continue
         named = re.findall(r"`([^`]+)`", rows[titles.get(kind.plural, kind.plural)])
         offered = [offer.name for offer in catalog.offers(kind.name) if offer.distribution == "panda-train"]
         assert sorted(named) == sorted(offered)
@@ -208,12 +211,28 @@ def try_plugin(component: Any, tmp_path: Path, printed: Any) -> None:
     assert printed.readouterr().out == f"saved {tmp_path}\n"
 
 
+def try_kind(component: Any, tmp_path: Path, printed: Any) -> None:
+    site = next(Path(path) for path in sys.path if Path(path, "documented_block.py").exists())
+    (entry_points,) = site.glob("*.dist-info/entry_points.txt")
+    with entry_points.open("a") as file:
+        file.write(f"[panda.{component.name}s]\nbrevity = documented_block\n")
+    forget_installed()
+    catalog = Catalog()
+    (listed,) = (each for each in catalog.offers(component.name) if each.distribution == "documented")
+    assert listed.declaration and listed.declaration.summary and kinds()[component.name].summary == component.summary
+    loaded = catalog.load(listed)
+    assert loaded is not None
+    judge = loaded.factory(build(loaded.options, {"characters": 8}), None)
+    assert judge("four") == 0.5
+
+
 TRIED = {
     "model": try_model,
     "arch": try_arch,
     "optimizer": try_optimizer,
     "reader": try_reader,
     "plugin": try_plugin,
+    "kind": try_kind,
 }
 
 
@@ -227,7 +246,8 @@ def test_a_python_block_is_a_component_that_works(
 ) -> None:
     """Each block is a complete module: it is installed with entry points, found by name, built and used."""
     monkeypatch.syspath_prepend(str(EXAMPLE))  # for the imports that a factory makes from the example
-    registered = re.findall(r'^@register_(\w+)\("([^"]+)"', block, re.MULTILINE)
+    every = re.findall(r'^@register_(\w+)\("([^"]+)"', block, re.MULTILINE)
+    registered = [(kind, name) for kind, name in every if kind in KINDS]
     assert registered
     entry_points: dict[str, dict[str, str]] = {}
     for kind, name in registered:

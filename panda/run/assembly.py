@@ -51,6 +51,7 @@ def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
         reader_context=reader_context,
         token_cache=TokenCache(cache_folder(resolved.core.token_cache)),
         held_out=resolved.core.eval_data_dir,
+        named=resolved.named,
     )
     task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
     return task
