@@ -77,6 +77,8 @@ class GrpoOptions(DialogueFormat):
     step; `dr_grpo`: the sum over a completion over max_completion_length; `gspo`: ratios of whole completions."""
     beta: Annotated[float, Meta(ge=0)] = 0.0
     """Weight of the KL divergence from the weights that the run starts from; 0 keeps no copy of them."""
+    use_bias_correction_kl: bool = True
+    """Weigh the KL by the ratio of probabilities, which makes its gradient unbiased (DeepSeek-V3.2)."""
     epsilon: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     """A ratio of probabilities below 1 less this moves a completion no further."""
     epsilon_high: Annotated[float, Meta(gt=0)] | None = None
@@ -348,6 +350,7 @@ class Grpo(DialogueTask):
             epsilon=options.epsilon,
             epsilon_high=options.epsilon if options.epsilon_high is None else options.epsilon_high,
             beta=options.beta,
+            weighted_kl=options.use_bias_correction_kl,
         )
         total = summed(self.loss_type, found.loss, mask, options.max_completion_length)
         with torch.no_grad():

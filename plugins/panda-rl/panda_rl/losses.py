@@ -92,8 +92,12 @@ def terms(
     epsilon: float,
     epsilon_high: float,
     beta: float,
+    weighted_kl: bool,
 ) -> Terms:
     """The clipped surrogate of each token, with ``beta`` times its KL to ``reference``.
+
+    With ``weighted_kl`` the KL is multiplied by the ratio, through which its gradient is that of the KL from the policy
+    to the reference, without bias (arXiv 2512.02556, section 3.1).
 
     ``log_probs``, and those when the completions were made, ``old``, and under ``reference``: of each token;
     ``advantages`` [rows]; ``mask`` is 1 at tokens of completions, of which a row may have none.
@@ -109,6 +113,8 @@ def terms(
     if reference is not None:
         difference = (reference - log_probs) * mask
         kl = difference.exp() - difference - 1
+        if weighted_kl:
+            kl = kl * ratio
         loss = loss + beta * kl
     low = (ratio < 1 - epsilon) & (advantage < 0)
     high = (ratio > 1 + epsilon_high) & (advantage > 0)

@@ -44,8 +44,11 @@ def drawn() -> dict[str, torch.Tensor]:
     }
 
 
-def expected(name: str, values: dict[str, Any], epsilon: float, epsilon_high: float, beta: float) -> float:
-    """The step's loss: arXiv 2402.03300 eq. 3, 2503.14476 eq. 8, 2503.20783 eq. 3, 2507.18071 eq. 5."""
+def expected(
+    name: str, values: dict[str, Any], epsilon: float, epsilon_high: float, beta: float, weighted: bool = True
+) -> float:
+    """The step's loss: arXiv 2402.03300 eq. 3, 2503.14476 eq. 8, 2503.20783 eq. 3, 2507.18071 eq. 5;
+    the weight of the KL: 2512.02556 eq. 7."""
     now, old, reference = (values[key].tolist() for key in ("log_probs", "old", "reference"))
     mask, advantages = values["mask"].tolist(), values["advantages"].tolist()
     of_rows = []
@@ -58,7 +61,8 @@ def expected(name: str, values: dict[str, Any], epsilon: float, epsilon_high: fl
             bounded = min(max(ratio, 1 - epsilon), 1 + epsilon_high)
             surrogate = min(ratio * advantages[row], bounded * advantages[row])
             difference = reference[row][t] - now[row][t]
-            losses.append(-surrogate + beta * (math.exp(difference) - difference - 1))
+            kl = (math.exp(difference) - difference - 1) * (ratio if weighted else 1)
+            losses.append(-surrogate + beta * kl)
         of_rows.append(losses)
     if name in ("grpo", "gspo"):
         return sum(sum(losses) / max(1, len(losses)) for losses in of_rows) / ROWS
@@ -67,19 +71,23 @@ def expected(name: str, values: dict[str, Any], epsilon: float, epsilon_high: fl
     return sum(map(sum, of_rows)) / sum(map(len, of_rows))
 
 
-def found(name: str, values: dict[str, Any], epsilon: float, epsilon_high: float, beta: float) -> Any:
+def found(
+    name: str, values: dict[str, Any], epsilon: float, epsilon_high: float, beta: float, weighted: bool = True
+) -> Any:
     loss_type = LOSS_TYPES[name]
-    found = terms(**values, level=loss_type.level, epsilon=epsilon, epsilon_high=epsilon_high, beta=beta)
+    bounds = {"epsilon": epsilon, "epsilon_high": epsilon_high}
+    found = terms(**values, level=loss_type.level, **bounds, beta=beta, weighted_kl=weighted)
     total = summed(loss_type, found.loss, values["mask"], MOST)
     return total / {"completions": ROWS, "tokens": sum(LENGTHS)}[loss_type.unit]
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
-@pytest.mark.parametrize(("epsilon", "epsilon_high", "beta"), [(0.2, 0.2, 0.0), (0.1, 0.28, 0.3), (0.01, 0.02, 1.0)])
-def test_a_loss_equals_its_definition(name: str, epsilon: float, epsilon_high: float, beta: float) -> None:
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("bounds", [(0.2, 0.2, 0.0), (0.1, 0.28, 0.3), (0.01, 0.02, 1.0)])
+def test_a_loss_equals_its_definition(name: str, bounds: tuple[float, float, float], weighted: bool) -> None:
     values = drawn()
-    ours = found(name, values, epsilon, epsilon_high, beta)
-    assert float(ours) == pytest.approx(expected(name, values, epsilon, epsilon_high, beta), rel=0, abs=1e-12)
+    ours = found(name, values, *bounds, weighted)
+    assert float(ours) == pytest.approx(expected(name, values, *bounds, weighted), rel=0, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
@@ -111,7 +119,7 @@ def test_what_is_clipped_is_counted() -> None:
         "mask": zero + 1,
     }
     for level in ("token", "sequence"):
-        got = terms(**values, level=level, epsilon=0.2, epsilon_high=0.2, beta=0.0)
+        got = terms(**values, level=level, epsilon=0.2, epsilon_high=0.2, beta=0.0, weighted_kl=True)
         assert got.clipped_high.flatten().tolist() == [True, False, False, False]
         assert got.clipped_low.flatten().tolist() == [False, False, False, True]
         assert got.kl is None

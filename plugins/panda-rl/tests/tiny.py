@@ -17,6 +17,7 @@ REWARD_WEIGHTS = (1.0, 0.5)
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "beta": 0.1},
     "grpo-without-kl": {"loss_type": "grpo", "beta": 0.0, "scale_rewards": "none"},
+    "grpo-with-plain-kl": {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False},
     "bnpo": {"loss_type": "bnpo", "beta": 0.1},
     "dr_grpo": {"loss_type": "dr_grpo", "beta": 0.04, "scale_rewards": "none"},
     "dapo": {"loss_type": "dapo", "beta": 0.04, "epsilon_high": 0.28, "scale_rewards": "batch"},
