@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -21,9 +23,21 @@ class Location:
 
 
 def resolve_path(text: str) -> Path:
-    """The path that an option means: ``panda:`` begins one inside the installed panda package."""
-    if text.startswith("panda:"):
-        import panda
+    """The path that an option means: ``PACKAGE:`` begins one inside an installed package, ``panda:`` or another."""
+    return path_in_package(text) or Path(text).expanduser()
 
-        return Path(panda.__file__).parent / text.removeprefix("panda:")
-    return Path(text).expanduser()
+
+def path_in_package(text: str) -> Path | None:
+    """The path inside an installed package that ``text`` means, if it does: ``acme_panda:data/sample``.
+
+    No package is imported. In one that is not panda it has to exist, since a folder and a split of it are written so,
+    too (``FOLDER:SPLIT``).
+    """
+    package, colon, inside = text.partition(":")
+    if not (colon and package.isidentifier()):
+        return None
+    found = find_spec(package) if package == "panda" or not os.path.lexists(package) else None
+    if found is None or not found.submodule_search_locations:
+        return None
+    path = Path(next(iter(found.submodule_search_locations))) / inside
+    return path if package == "panda" or (inside and path.exists()) else None

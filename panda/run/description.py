@@ -16,6 +16,7 @@ import yaml
 
 from panda.data.data_sets import name_and_commit
 from panda.files.whole import write_whole
+from panda.registry.location import path_in_package
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.registry.settings import Setting
@@ -113,7 +114,7 @@ def _from_anywhere(setting: Setting) -> Any:
         texts = [_from_anywhere(replace(setting, value=text)) for text in setting.value]
         alone = setting.location.holds_data and len(texts) == 1 and "," not in texts[0]
         return texts[0] if alone else texts
-    if not setting.value or setting.value.startswith("panda:") or "://" in setting.value:
+    if not setting.value or path_in_package(setting.value) or "://" in setting.value:
         return setting.value
     if setting.location.holds_data and name_and_commit(setting.value):
         return setting.value

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from panda.registry import UserError
+from panda.registry.location import resolve_path
 from panda.weights.adapters import base_of_adapters
 from panda.weights.adapters import is_adapters
 from panda.weights.delta import check_base
@@ -162,7 +163,7 @@ def find_here(location: str) -> Path | None:
 
     Of a run directory, its export.
     """
-    path = Path(location).expanduser()
+    path = resolve_path(location)
     shelved = SHELF / location
     if path.is_dir():
         return exported_model(path)
@@ -178,7 +179,7 @@ def from_anywhere(location: str) -> str:
 def _locate(source: Source) -> tuple[Path, str, str | None, Repository | None]:
     """The folder, where it was found, its name on the hub, and the repository to fetch its weights from."""
     location, option = source.location, source.option
-    path = Path(location).expanduser()
+    path = resolve_path(location)
     shelved = SHELF / location
     if here := find_here(location):
         found = f"in ./{SHELF}" if not path.is_dir() else "a folder" if here == path else "the export of a run"
