@@ -139,7 +139,8 @@ class Layer(torch.nn.Module):
 
 
 class Nothing:
-    tokens = supervised_tokens = 1
+    tokens = units = 1
+    idle = False
 
     def to(self, device: torch.device) -> Nothing:
         return self

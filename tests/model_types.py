@@ -12,19 +12,18 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from token_batches import collate
 from transformers import AutoConfig
 from transformers import AutoModelForCausalLM
 
 from panda.configuration.options import RunOptions
-from panda.data.batches import Batch
-from panda.data.batches import collate
+from panda.data.batches import TokenBatch
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.placement import place
@@ -39,7 +38,7 @@ from panda.models.hf import build_hf
 from panda.models.initialisation.creation import without_weights
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.scores import next_token_loss
 from panda.weights.conversion import as_in_module
 from panda.weights.conversion import as_published
 from panda.weights.files import safetensors_weights
@@ -272,7 +271,7 @@ def of_panda(
     if packed:
         refuse_leaking(engine.evaluating(), "hf", ENTRIES, processes.device)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    loss_sum: Callable[[Any, Batch], torch.Tensor] = partial(LanguageModelling.loss, None)  # type: ignore[arg-type]
+    loss_sum: Callable[[Any, TokenBatch], torch.Tensor] = next_token_loss
     result = engine.step([collate(micro, pad_token_id=0, packed=packed) for micro in rows], loss_sum)
     gradients = {name: (before[name] - p.detach()) / rate for name, p in module.named_parameters()}
     loss = float(result.loss)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from panda.data.token_dataset import SampleSet
     from panda.run.preparation import Preparation
-    from panda.tasks.language_modelling import LanguageModelling
+    from panda.tasks.task import ShownPart
+    from panda.tasks.task import Task
 
 USAGE = """\
 usage: panda data CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -98,7 +99,7 @@ def _print_report(console: Console, prepared: Preparation) -> None:
     if len(dataset.sources) > 1:
         for source in dataset.sources:
             console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")
-    share = dataset.supervised_tokens / dataset.tokens
+    share = dataset.supervised_tokens / max(1, dataset.tokens)
     console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
     console.print(f"tokenizer: {prepared.options.tokenizer}, with {len(prepared.tokenizer):,} entries")
     console.print(report.cut(len(dataset), prepared.options.max_seq_length))
@@ -152,19 +153,24 @@ def _edges(lengths: np.ndarray, bins: int) -> list[int]:
     return list(range(low, high + width + 1, width))
 
 
-def shown(task: LanguageModelling, dataset: SampleSet, index: int, *, coloured: bool) -> Text:
+def shown(task: Task, dataset: SampleSet, index: int, *, coloured: bool) -> Text:
     """A decoded sample, with the parts that carry loss in colour, or between » and «."""
     from rich.text import Text
 
-    token_ids, supervised = dataset[index]
     text = Text()
-    pairs = zip(token_ids[:LONGEST_SHOWN].tolist(), supervised[:LONGEST_SHOWN].tolist(), strict=True)
-    for carries_loss, part in groupby(pairs, key=lambda pair: pair[1]):
-        decoded = printable(task.tokenizer.decode([token for token, _ in part]))
+    for number, part in enumerate(task.parts(dataset[index])):
+        text.append("\n" * (number > 0) + f"[{part.name}] " * bool(part.name))
+        _append(text, task, part, coloured=coloured)
+    return text
+
+
+def _append(text: Text, task: Task, part: ShownPart, *, coloured: bool) -> None:
+    pairs = zip(part.token_ids[:LONGEST_SHOWN], part.supervised[:LONGEST_SHOWN], strict=True)
+    for carries_loss, some in groupby(pairs, key=lambda pair: pair[1]):
+        decoded = printable(task.tokenizer.decode([token for token, _ in some]))
         if carries_loss:
             text.append(decoded if coloured else f"»{decoded}«", style=SUPERVISED)
         else:
             text.append(decoded)
-    if len(token_ids) > LONGEST_SHOWN:
-        text.append(f" ... and {len(token_ids) - LONGEST_SHOWN:,} more tokens")
-    return text
+    if len(part.token_ids) > LONGEST_SHOWN:
+        text.append(f" ... and {len(part.token_ids) - LONGEST_SHOWN:,} more tokens")

@@ -21,6 +21,10 @@ from panda.registry import UserError
 from panda.registry.resolve import Resolved
 
 
+def _any_task(factory: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One combination that panda refuses."""
@@ -30,6 +34,33 @@ class Refusal:
     applies: Callable[[RunOptions], bool]
     reason: str
     instead: str
+    of_task: Callable[[Any], bool] = _any_task
+    """Of which tasks, by their factories."""
+
+
+LAYOUTS = ("padded", "grouped")
+"""Those that any loss is right with."""
+
+
+def layouts_of(factory: Any) -> tuple[str, ...] | None:
+    """The values of ``batching`` that the task of ``factory`` supports; None where it is a function, and not known yet.
+
+    A class with a ``loss`` or a ``collate`` of its own has to state ``layouts`` itself: what it inherits is of another.
+    """
+    if not isinstance(factory, type):
+        return None
+    for cls in factory.__mro__:
+        own = vars(cls)
+        if "layouts" in own:
+            stated: tuple[str, ...] = own["layouts"]
+            return stated
+        if "loss" in own or "collate" in own:
+            return LAYOUTS
+    return LAYOUTS
+
+
+def _lacks(layout: str) -> Callable[[Any], bool]:
+    return lambda factory: layout not in (layouts_of(factory) or (layout,))
 
 
 def _in_file(run: RunOptions, *path: str) -> Any:
@@ -56,6 +87,13 @@ _OFFLOAD = ("zero_optimization", "offload_optimizer")
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
 REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "batching: packed with a task that does not say that it is right packed",
+        lambda run: run.batching == "packed",
+        "samples that share a row are one row to its loss",
+        "`batching: grouped`; or, of a task that is right so, `layouts` in its class",
+        of_task=_lacks("packed"),
+    ),
     Refusal(
         "max_steps: 0",
         lambda run: run.max_steps == 0,
@@ -193,12 +231,23 @@ REFUSALS: tuple[Refusal, ...] = (
 def refuse(resolved: Resolved) -> None:
     """Raise UserError for the combinations in ``resolved`` that cannot work."""
     found = [
-        f"{_origins(resolved, refusal)}{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
+        _said(resolved, refusal)
         for refusal in REFUSALS
-        if refusal.applies(resolved.core)
+        if refusal.applies(resolved.core) and refusal.of_task(resolved.components["task"].component.factory)
     ]
     if found:
         raise UserError("\n".join(found))
+
+
+def refuse_layout(resolved: Resolved, task: type) -> None:
+    """Raise UserError if ``task``, the class of the task that a factory made, does not support the ``batching``."""
+    for refusal in REFUSALS:
+        if refusal.of_task is not _any_task and refusal.applies(resolved.core) and refusal.of_task(task):
+            raise UserError(_said(resolved, refusal))
+
+
+def _said(resolved: Resolved, refusal: Refusal) -> str:
+    return f"{_origins(resolved, refusal)}{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
 
 
 def _origins(resolved: Resolved, refusal: Refusal) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
 from dataclasses import replace
 from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,13 +21,75 @@ from torch.utils.data import Dataset
 from panda.data.packing import Layout
 from panda.data.packing import RowLength
 from panda.data.packing import exact_length
+from panda.data.token_dataset import Sample
 from panda.registry import UserError
 from panda.registry.contexts import IGNORED_LABEL
+
+AnyBatch = TypeVar("AnyBatch", bound="Batch")
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How the layout of a run and its model want rows of tokens."""
+
+    row_length: RowLength = exact_length
+    """The tokens of the longest row of a batch to the length of all."""
+    packed: bool = False
+    """Whether batches have positions, which start at 0 again in each sample of a row."""
+    bounded: bool = False
+    """Whether those with positions also say where samples begin."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch."""
+    """One micro batch: tensors by name, ``batch["label"]``."""
+
+    arrays: Mapping[str, torch.Tensor]
+    units: float
+    """What its part of the loss is a sum over, as a number: the engine divides by those of the whole step."""
+    tokens: int
+    """Tokens that are not padding: what speeds count."""
+    idle: bool = field(default=False, kw_only=True)
+    """Whether it only keeps a rank without samples in step with the others: its loss and its metrics do not count."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.arrays[name]
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """bool [rows, length], of a batch of tokens: which are not padding."""
+        return None
+
+    def as_idle(self: AnyBatch) -> AnyBatch:
+        """The batch as one that does not count."""
+        return replace(self, units=0, tokens=0, idle=True)
+
+    def to(self: AnyBatch, device: torch.device) -> AnyBatch:
+        """The batch on ``device``. The host does not wait for copies from pinned memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self: AnyBatch) -> AnyBatch:
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self: AnyBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> AnyBatch:
+        """The batch with every tensor changed."""
+        changed: dict[str, Any] = {
+            each.name: change(value)
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), torch.Tensor)
+        }
+        arrays = {name: change(tensor) for name, tensor in self.arrays.items()} if self.arrays else self.arrays
+        return replace(self, arrays=arrays, **changed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Through the pipe from a worker as arrays. torch would pass a tensor as a file of shared memory, which for
+        one as small as this takes longer than copying it, and halves the rate of a loader (measured: bench/data.py)."""
+        return _unpickled, (type(self), {each.name: _sent(getattr(self, each.name)) for each in fields(self)})
+
+
+@dataclass(frozen=True)
+class TokenBatch(Batch):
+    """A micro batch of rows of tokens."""
 
     cells: torch.Tensor
     """int64 [2 or 3, rows, length], the input ids, the labels and, where rows hold several samples, the positions:
@@ -31,6 +98,8 @@ class Batch:
     """Tokens of each row that are not padding, which follows them."""
     supervised_tokens: int
     """Tokens that carry loss."""
+    weights: torch.Tensor | None = None
+    """float32 [rows, length], the weight of each label in the loss; None where all count alike."""
     bounds: torch.Tensor | None = None
     """int32 [samples + 1], where asked for: the first token of each sample, counted over all rows, and the end. The
     padding of a row is a sample. Empty samples at the end make their number a power of two."""
@@ -38,14 +107,10 @@ class Batch:
     """With ``bounds``: no sample has more tokens; a power of two."""
 
     @property
-    def tokens(self) -> int:
-        """Tokens that are not padding."""
-        return sum(self.lengths)
-
-    @property
     def real(self) -> torch.Tensor:
-        """bool [rows, length]: which tokens are not padding."""
-        lengths = torch.tensor(self.lengths).to(self.cells.device, non_blocking=True)
+        """bool [rows, length]: which tokens are not padding; none of an idle batch."""
+        counted = [0] * len(self.lengths) if self.idle else self.lengths
+        lengths = torch.tensor(counted).to(self.cells.device, non_blocking=True)
         return torch.arange(self.cells.shape[2], device=self.cells.device) < lengths.unsqueeze(1)
 
     @property
@@ -71,64 +136,89 @@ class Batch:
         bounded = {} if self.bounds is None else {"sample_bounds": self.bounds, "longest_sample": self.longest}
         return {"position_ids": self.cells[2], **bounded}
 
-    def to(self, device: torch.device) -> Batch:
-        bounds = None if self.bounds is None else self.bounds.to(device, non_blocking=True)
-        return replace(self, cells=self.cells.to(device, non_blocking=True), bounds=bounds)
 
-    def pin_memory(self) -> Batch:
-        bounds = None if self.bounds is None else self.bounds.pin_memory()
-        return replace(self, cells=self.cells.pin_memory(), bounds=bounds)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Through the pipe from a worker as an array of half the size. torch would pass a tensor as a file of shared
-        memory, which for one as small as this takes longer than copying it, and halves the rate of a loader
-        (measured: bench/data.py)."""
-        bounds = None if self.bounds is None else self.bounds.numpy()
-        cells = self.cells.numpy().astype(np.int32)
-        return _unpickled, (cells, self.lengths, self.supervised_tokens, bounds, self.longest)
+def _sent(value: Any) -> Any:
+    """``value`` of a batch as it goes through a pipe: token ids in half their size."""
+    if isinstance(value, torch.Tensor):
+        array = value.numpy()
+        # Token ids, labels and positions fit; other numbers of a task may not.
+        return array.astype(np.int32) if value.dim() == 3 and array.dtype == np.int64 else array
+    return {name: tensor.numpy() for name, tensor in value.items()} if isinstance(value, Mapping) else value
 
 
-def _unpickled(
-    cells: np.ndarray, lengths: tuple[int, ...], supervised_tokens: int, bounds: np.ndarray | None, longest: int
-) -> Batch:
-    on_host = None if bounds is None else torch.from_numpy(bounds)
-    return Batch(torch.from_numpy(cells.astype(np.int64)), lengths, supervised_tokens, on_host, longest)
+def _unpickled(kind: type[Batch], sent: dict[str, Any]) -> Batch:
+    made: dict[str, Any] = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in sent.items()
+    }
+    if "cells" in made:
+        made["cells"] = made["cells"].long()
+    made["arrays"] = {name: torch.from_numpy(array) for name, array in sent["arrays"].items()}
+    return kind(**made)
 
 
-def collate(
-    rows: Sequence[Sequence[tuple[Any, Any]]],
+Sequences = Sequence[Sequence[tuple[Any, ...]]]
+"""Rows, which are lists of sequences: token ids, supervision and, where given, the weight of each token, [length]."""
+
+
+def token_batch(
+    rows: Sequences,
     pad_token_id: int,
+    shape: RowShape,
     *,
-    packed: bool = False,
-    bounded: bool = False,
-    row_length: RowLength = exact_length,
-) -> Batch:
-    """One batch of ``rows``, which are lists of samples (token ids, supervision), padded to the longest.
+    units: float | None = None,
+    arrays: Mapping[str, torch.Tensor] | None = None,
+) -> TokenBatch:
+    """One batch of ``rows``, padded to the longest.
 
-    Where there are no rows, a batch of one row without loss. With ``packed``, positions start at 0 again in
-    each sample, and in the padding, which makes it a sample of its own; with ``bounded``, too, the batch says where
-    samples begin. ``row_length`` turns the tokens of the longest row into the length of all.
+    ``units``: what its part of the loss is a sum over; by default the tokens that carry loss, or the sum of their
+    weights. ``arrays``: other tensors that the loss needs.
+
+    With ``shape.packed``, positions start at 0 again in each sequence, and in the padding, which makes it one of its
+    own; with ``bounded``, too, the batch says where they begin.
     """
-    lengths = [sum(len(token_ids) for token_ids, _ in row) for row in rows]
+    lengths = [sum(len(sequence[0]) for sequence in row) for row in rows]
     # In numpy, which copies a hundred numbers in a tenth of the time that torch takes.
-    cells = np.empty((3, max(1, len(rows)), row_length(max(lengths, default=2))), dtype=np.int64)
+    cells = np.empty((3, max(1, len(rows)), shape.row_length(max(lengths, default=2))), dtype=np.int64)
     input_ids, labels, positions = cells
     from_0 = np.arange(cells.shape[2])
     input_ids[:], labels[:], positions[:] = pad_token_id, IGNORED_LABEL, from_0
+    weights: np.ndarray | None = None
     supervised_tokens = 0
     for number, row in enumerate(rows):
         start = 0
-        for token_ids, supervised in row:
+        for token_ids, supervised, *weighted in row:
             end = start + len(token_ids)
             input_ids[number, start:end] = token_ids
-            np.copyto(labels[number, start:end], token_ids, where=supervised)
+            predicted = _mask(supervised)[1:]  # nothing predicts the first
+            np.copyto(labels[number, start + 1 : end], token_ids[1:], where=predicted)
             positions[number, start:end] = from_0[: end - start]
-            supervised_tokens += int(np.count_nonzero(supervised))
+            supervised_tokens += int(np.count_nonzero(predicted))
+            if weighted:
+                weights = np.ones(input_ids.shape, dtype=np.float32) if weights is None else weights
+                weights[number, start:end] = weighted[0]
             start = end
         positions[number, start:] = from_0[: len(from_0) - start]
-    bounds, longest = _bounds(positions) if packed and bounded else (None, 0)
-    cells = cells if packed else cells[:2]
-    return Batch(torch.from_numpy(cells), tuple(lengths) or (0,), supervised_tokens, bounds, longest)
+    if units is None:
+        units = supervised_tokens if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=np.float64))
+    bounds, longest = _bounds(positions) if shape.packed and shape.bounded else (None, 0)
+    cells = cells if shape.packed else cells[:2]
+    return TokenBatch(
+        arrays or {},
+        units,
+        sum(lengths),
+        torch.from_numpy(cells),
+        tuple(lengths) or (0,),
+        supervised_tokens,
+        None if weights is None else torch.from_numpy(weights),
+        bounds,
+        longest,
+    )
+
+
+def _mask(supervised: Any) -> np.ndarray:
+    if isinstance(supervised, (bytes, bytearray)):
+        return np.frombuffer(supervised, dtype=np.bool_)
+    return np.asarray(supervised, dtype=np.bool_)
 
 
 def _bounds(positions: np.ndarray) -> tuple[torch.Tensor, int]:
@@ -148,33 +238,37 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+Collate = Callable[[list[list[Sample]], RowShape], Batch]
+"""Rows of samples to a batch; there is at least one."""
+
+
 class _Steps(Dataset[list[Batch]]):
     """The micro batches of a rank by optimizer step, made in the worker that is asked for one: its samples, their rows
     and the tensors. The training process sends only a number, and receives one message a step."""
 
-    def __init__(self, layout: Layout, rank: int, pad_token_id: int, positions: bool, bounds: bool) -> None:
-        self.layout, self.rank, self.pad_token_id = layout, rank, pad_token_id
-        self.packed, self.bounded = layout.packed or positions, bounds
+    def __init__(self, layout: Layout, rank: int, collate: Collate, shape: RowShape) -> None:
+        self.layout, self.rank, self.collate, self.shape = layout, rank, collate, shape
 
     def __getitem__(self, step: int) -> list[Batch]:
-        dataset = self.layout.dataset
-        return [
-            collate(
-                [[dataset[s] for s in row] for row in of_ranks[self.rank]],
-                self.pad_token_id,
-                packed=self.packed,
-                bounded=self.bounded,
-                row_length=self.layout.row_length,
-            )
-            for of_ranks in self.layout.micro_batches(step)
-        ]
+        return [self._batch(of_ranks) for of_ranks in self.layout.micro_batches(step)]
+
+    def _batch(self, of_ranks: list[list[list[int]]]) -> Batch:
+        if rows := of_ranks[self.rank]:
+            return self.collate([[self._sample(number) for number in row] for row in rows], self.shape)
+        # A rank without rows runs the model like the others: on the shortest sample that one has in this micro batch.
+        numbers = np.array([number for rows in of_ranks for row in rows for number in row])
+        shortest = int(numbers[self.layout.dataset.lengths(numbers).argmin()])
+        return self.collate([[self._sample(shortest)]], self.shape).as_idle()
+
+    def _sample(self, number: int) -> Sample:
+        return {**self.layout.dataset[number], "index": np.array(number)}
 
 
 def step_batches(
     layout: Layout,
+    collate: Collate,
     *,
     rank: int,
-    pad_token_id: int,
     num_workers: int,
     prefetch_factor: int,
     pin_memory: bool,
@@ -183,12 +277,13 @@ def step_batches(
 ) -> Iterator[list[Batch]]:
     """The micro batches of this rank, a list an optimizer step, from the plan's ``start_step`` to its end.
 
-    With ``positions`` they have positions even where a row is one sample; with ``bounds``, those that have positions
-    also say where samples begin.
+    ``collate`` makes each of the samples of its rows. With ``positions`` they have positions even where a row is one
+    sample; with ``bounds``, those that have positions also say where samples begin.
     """
+    shape = RowShape(layout.row_length, layout.packed or positions, bounds)
     plan = layout.plan
     loader = DataLoader(
-        _Steps(layout, rank, pad_token_id, positions, bounds),
+        _Steps(layout, rank, collate, shape),
         batch_size=None,
         sampler=range(plan.start_step + 1, plan.total_steps + 1),
         num_workers=num_workers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from panda.data.token_dataset import Sample
 from panda.data.token_dataset import SampleSet
 from panda.data.token_dataset import sample_hash
 
@@ -42,4 +43,8 @@ def _hashes(dataset: SampleSet, lengths: np.ndarray) -> np.ndarray:
         return stored
     indices = np.arange(len(dataset))
     indices = indices[np.isin(dataset.lengths(indices), lengths)]
-    return np.array([sample_hash(dataset[index][0]) for index in indices.tolist()], dtype=np.uint64)
+    return np.array([_hash_of(dataset[index]) for index in indices.tolist()], dtype=np.uint64)
+
+
+def _hash_of(sample: Sample) -> int:
+    return sample_hash(*([sample["token_ids"]] if "token_ids" in sample else sample.values()))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from panda.data.fields import TEXT
+from panda.data.fields import Field
 from panda.data.reading import Reader
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
@@ -30,16 +32,14 @@ class Recipe:
     """Token ids are below this."""
     ingredients: dict[str, Any]
     """Everything besides the content of the files that decides which tokens come out, as plain objects."""
+    fields: tuple[Field, ...] = TEXT
+    """The arrays of a sample."""
 
     def in_memory(self) -> TokenDataset:
         """The samples, tokenised now and kept in memory. Raises UserError where the data cannot be used."""
-        block = SampleBlock()
-        for part in tokenised_blocks(self.files, self.reader, self.tokenise):
-            block.token_ids.extend(part.token_ids)
-            block.supervised += part.supervised
-            block.lengths.extend(part.lengths)
-            block.sample_hashes.extend(part.sample_hashes)
-            block.report.add(part.report)
+        block = SampleBlock(self.fields)
+        for part in tokenised_blocks(self.files, self.reader, self.tokenise, fields=self.fields):
+            block.extend(part)
         return self.usable(TokenDataset.of(block))
 
     def usable(self, dataset: TokenDataset) -> TokenDataset:

@@ -14,6 +14,7 @@ from panda.data.order import Source
 from panda.data.order import key_of
 from panda.data.order import permute
 from panda.data.token_dataset import DataReport
+from panda.data.token_dataset import Sample
 from panda.data.token_dataset import SampleSet
 from panda.registry import UserError
 
@@ -75,7 +76,7 @@ class Selection:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Sample:
         return self.dataset[int(self.numbers(np.array([index]))[0])]
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
@@ -119,7 +120,13 @@ class Selection:
         return self.dataset.supervised_tokens - self._supervised([np.flatnonzero(~kept)])
 
     def _supervised(self, numbers: Iterator[np.ndarray] | Sequence[np.ndarray]) -> int:
-        return sum(int(np.count_nonzero(self.dataset[number][1])) for some in numbers for number in some.tolist())
+        return sum(
+            int(np.count_nonzero(values))
+            for some in numbers
+            for number in some.tolist()
+            for values in self.dataset[number].values()
+            if values.dtype == np.bool_  # as only supervision is
+        )
 
     def _numbers(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self), AT_ONCE):

@@ -1,6 +1,7 @@
 """Data sets tokenised once: memory-mapped files, addressed by the content that they were made of.
 
     CACHE/<key>/token_ids.bin supervised.bin offsets.bin sample_hashes.bin manifest.json
+                              (of text; in general a file for each field, and offsets for each with its own lengths)
     CACHE/<key>.lock          held by the one process that makes the folder, while the others wait
     CACHE/hashes/             hashes of file contents, remembered by size and time
 
@@ -17,7 +18,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,14 @@ import numpy as np
 from panda.data.content_hash import content_hash
 from panda.data.content_hash import remember
 from panda.data.content_hash import stamp
+from panda.data.fields import TEXT
+from panda.data.fields import Field
 from panda.data.packed_files import unpacked_name
 from panda.data.recipe import Recipe
 from panda.data.token_dataset import DataReport
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
+from panda.data.token_dataset import supervised_in
 from panda.data.tokenising import tokenised_blocks
 from panda.files.disk_full import disk_full
 from panda.files.locks import held
@@ -43,9 +49,8 @@ VERSION = 4
 """Raised by whoever changes the layout of the files, or which tokens a reader or a task of panda's makes of data."""
 
 MANIFEST = "manifest.json"
-SAMPLES = ("token_ids", "supervised", "offsets")
-"""The arrays that are the samples; what else there is derives from them."""
-ARRAYS = (*SAMPLES, "sample_hashes")
+HASHES = "sample_hashes"
+"""The array that derives from the samples; the others are the samples."""
 
 
 def cache_folder(option: str | None) -> Path:
@@ -110,8 +115,10 @@ class TokenCache:
         try:
             with whole(folder, alone=alone) as new:
                 new.mkdir()
-                blocks = tokenised_blocks(recipe.files, recipe.reader, recipe.tokenise, progress=progress)
-                manifest = _write(new, blocks, np.uint16 if recipe.vocabulary <= 1 << 16 else np.int32)
+                blocks = tokenised_blocks(
+                    recipe.files, recipe.reader, recipe.tokenise, fields=recipe.fields, progress=progress
+                )
+                manifest = _write(new, blocks, recipe)
                 for file, then, now in zip(recipe.files, before, _stamps(recipe), strict=True):
                     if then != now:
                         raise UserError(f"{file}: the file changed while it was read. Start again when it is complete.")
@@ -145,16 +152,38 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
                 raise ValueError(f"{name} does not have {size:,} bytes")
             if cache and content_hash(folder / name, cache / "hashes", progress) != manifest["hashes"][name]:
                 raise ValueError(f"{name} does not have the content that was written")
-        ids, mask, offsets, hashes = (_mapped(folder / f"{name}.bin", manifest["types"][name]) for name in ARRAYS)
-        report = DataReport.from_json(manifest["report"])
-        contents = {f"{name}.bin": manifest["hashes"][f"{name}.bin"] for name in SAMPLES}
-        samples = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-        return TokenDataset(ids, mask, offsets, hashes, report, manifest["supervised_tokens"], samples, folder)
+        fields = _stored(manifest)
+        names = dict.fromkeys([*(each.name for each in fields), *(offsets_of(each, fields) for each in fields)])
+        arrays = {name: _mapped(folder / f"{name}.bin", manifest["types"][name]) for name in [*names, HASHES]}
+        contents = {f"{name}.bin": manifest["hashes"][f"{name}.bin"] for name in names}
+        return TokenDataset(
+            fields,
+            {each.name: arrays[each.name] for each in fields},
+            {each.name: arrays[offsets_of(each, fields)] for each in fields},
+            arrays[HASHES],
+            DataReport.from_json(manifest["report"]),
+            hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
+            manifest["supervised_tokens"],
+            folder,
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, UserError) as problem:
         print(f"token cache: {folder} is damaged and is made again: {problem}", file=sys.stderr, flush=True)
         return None
+
+
+def _stored(manifest: dict[str, Any]) -> tuple[Field, ...]:
+    """The fields in a folder of the cache; of text where its manifest, of an older version, names none."""
+    if "fields" not in manifest:
+        return tuple(each for each in TEXT if not each.optional)
+    return tuple(Field(**each) for each in manifest["fields"])
+
+
+def offsets_of(field: Field, fields: Sequence[Field]) -> str:
+    """The name of the array with the offsets of ``field``, one of ``fields``."""
+    leader = field.along or field.name
+    return "offsets" if leader == fields[0].name else f"{leader}.offsets"
 
 
 def _ending(file: Path) -> str:
@@ -164,33 +193,46 @@ def _ending(file: Path) -> str:
     return Path(unpacked).suffix + name[len(unpacked) :]
 
 
-def _write(folder: Path, blocks: Iterable[SampleBlock], token_type: type) -> dict[str, Any]:
+def _write(folder: Path, blocks: Iterable[SampleBlock], recipe: Recipe) -> dict[str, Any]:
     """Write the arrays of ``blocks`` to files in ``folder``, and return what the manifest says of them."""
     report = DataReport()
-    supervised_tokens = end = 0
+    supervised_tokens = 0
+    fields = recipe.fields
     with ExitStack() as stack:
-        writers = [stack.enter_context(_Writer(folder, name)) for name in ARRAYS]
-        ids, mask, ends, hashes = writers
-        ends.write(np.zeros(1, dtype=np.int64))
+        writers: dict[str, _Writer] = {}
+
+        def writer(name: str, type_name: str) -> _Writer:
+            writers[name] = stack.enter_context(_Writer(folder, name, type_name))
+            return writers[name]
+
+        for each in fields:
+            if not each.optional:
+                writer(each.name, each.type_of(recipe.vocabulary))
+        for each in fields:
+            if each.along is None:
+                writer(offsets_of(each, fields), "int64").write(np.zeros(1, dtype=np.int64))
+        hashes = writer(HASHES, "uint64")
+        ends = {each.name: 0 for each in fields if each.along is None}
         for block in blocks:
             report.add(block.report)
-            supervised = np.frombuffer(block.supervised, dtype=np.uint8)
-            supervised_tokens += int(np.count_nonzero(supervised))
-            ids.write(np.array(block.token_ids).astype(token_type))
-            mask.write(supervised)
-            offsets = end + np.cumsum(np.array(block.lengths, dtype=np.int64))
-            ends.write(offsets)
+            supervised_tokens += supervised_in(fields, block.arrays)
+            for each in fields:
+                start, size = ends[each.along or each.name], sum(block.sizes[each.along or each.name])
+                if each.name not in writers and each.name in block.arrays:
+                    writer(each.name, each.type_of(recipe.vocabulary)).write(np.ones(start))
+                if each.name in writers:
+                    writers[each.name].write(np.array(block.arrays.get(each.name, np.ones(size))))
+            for name, end in ends.items():
+                offsets = end + np.cumsum(np.array(block.sizes[name], dtype=np.int64))
+                writers[offsets_of(Field(name, ""), fields)].write(offsets)
+                ends[name] = int(offsets[-1]) if len(offsets) else end
             hashes.write(np.array(block.sample_hashes, dtype=np.uint64))
-            end = int(offsets[-1]) if len(offsets) else end
+    stored = [asdict(each) for each in fields if each.name in writers]
     return {
-        "sizes": {f"{writer.name}.bin": writer.size for writer in writers},
-        "hashes": {f"{writer.name}.bin": writer.hash.hexdigest() for writer in writers},
-        "types": {
-            "token_ids": np.dtype(token_type).name,
-            "supervised": "bool",
-            "offsets": "int64",
-            "sample_hashes": "uint64",
-        },
+        "sizes": {f"{name}.bin": each.size for name, each in writers.items()},
+        "hashes": {f"{name}.bin": each.hash.hexdigest() for name, each in writers.items()},
+        "types": {name: each.type for name, each in writers.items()},
+        "fields": stored,
         "supervised_tokens": supervised_tokens,
         "report": report.as_json(),
     }
@@ -199,14 +241,14 @@ def _write(folder: Path, blocks: Iterable[SampleBlock], token_type: type) -> dic
 class _Writer:
     """A file of one array, hashed as it is written."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
+    def __init__(self, folder: Path, name: str, type_name: str) -> None:
+        self.type = type_name
         self.size = 0
         self.hash = hashlib.sha256()
         self.file: BinaryIO = (folder / f"{name}.bin").open("wb")
 
     def write(self, array: np.ndarray) -> None:
-        data = array.tobytes()
+        data = array.astype(self.type, copy=False).tobytes()
         self.file.write(data)
         self.hash.update(data)
         self.size += len(data)
@@ -251,7 +293,7 @@ class _PreparationLog:
         self._say(f"reading {self.location} to know its content: {self.bytes / 1e9:,.1f} GB")
 
     def tokenised(self, block: SampleBlock) -> None:
-        self.tokens += len(block.token_ids)
+        self.tokens += sum(len(block.arrays[each.name]) for each in block.fields if each.kind == "tokens")
         self.rows += block.report.rows
         rate = self.tokens / max(1e-9, time.monotonic() - self.started)
         self._say(f"tokenising {self.location}: {self.rows:,} rows, {self.tokens:,} tokens, {rate:,.0f} tokens/s")

@@ -1,4 +1,4 @@
-"""Tokenised samples in flat arrays, and a report of the rows that were left out."""
+"""Samples of named arrays, each kept in one flat array, and a report of the rows that were left out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import re
 from array import array
 from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
@@ -16,6 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
+from panda.data.fields import TEXT
+from panda.data.fields import Field
 from panda.data.order import Source
 from panda.data.reading import BadRow
 from panda.files.terminal import printable_line
@@ -27,6 +31,9 @@ KEPT_FIELDS = 200
 """Unused fields that are counted by name; the rows of the others are counted together."""
 SHOWN_FIELDS = 20
 OTHER_FIELDS = "..."
+
+Sample = Mapping[str, np.ndarray]
+"""The arrays of a sample, by name, each of one dimension."""
 
 
 @dataclass
@@ -134,32 +141,83 @@ class DataReport:
         return cls(**plain | counted | {"first_bad_rows": bad})
 
 
-def sample_hash(token_ids: Sequence[int] | np.ndarray) -> int:
+def sample_hash(*token_ids: Sequence[int] | np.ndarray) -> int:
     """A hash of the tokens of a sample, of 64 bits."""
-    tokens = np.asarray(token_ids, dtype="<i4").tobytes()
-    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(digest_size=8)
+    for tokens in token_ids:
+        digest.update(np.asarray(tokens, dtype="<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 class SampleBlock:
     """The samples of some rows, and the report of those rows: what tokenising processes return."""
 
-    def __init__(self) -> None:
+    def __init__(self, fields: Sequence[Field] = TEXT) -> None:
+        self.fields = tuple(fields)
         self.report = DataReport()
-        self.token_ids = array("i")
-        self.supervised = bytearray()
-        self.lengths = array("q")
+        self.arrays: dict[str, array[Any]] = {each.name: array(each.made_in) for each in fields if not each.optional}
+        """The values of all samples, one after another; an optional field is among them once a sample has it."""
+        self.sizes: dict[str, array[Any]] = {each.name: array("q") for each in fields if each.along is None}
+        """How many of them are of each sample."""
         self.sample_hashes = array("Q")
 
-    def add(self, token_ids: Sequence[int], supervised: bytes) -> None:
-        """Add a sample. ``supervised`` has a byte a token, 1 for a token to predict; the first cannot be predicted: 0.
+    def __len__(self) -> int:
+        return len(self.sample_hashes)
+
+    def add(self, token_ids: Sequence[int], supervised: bytes, weights: Sequence[float] | None = None) -> None:
+        """Add a sample of text. ``supervised`` has a byte a token, 1 for a token to predict; the first one cannot be
+        predicted: 0. ``weights``: of each token in the loss, where not all count alike.
 
         A row whose sample has no token to predict belongs in the report, as a bad row.
         """
         assert len(token_ids) == len(supervised) and supervised[0] == 0 and 1 in supervised
-        self.token_ids.extend(token_ids)
-        self.supervised += supervised
-        self.lengths.append(len(token_ids))
-        self.sample_hashes.append(sample_hash(token_ids))
+        given = {} if weights is None else {"weights": weights}
+        self.add_arrays(token_ids=token_ids, supervised=supervised, **given)
+
+    def add_arrays(self, **arrays: Sequence[Any] | np.ndarray) -> None:
+        """Add a sample of these arrays: all fields, except that optional ones may be left out."""
+        tokens = []
+        for each in self.fields:
+            values = arrays.pop(each.name, None)
+            if values is None:
+                assert each.optional, f"the sample lacks {each.name!r}"
+                if each.name in self.arrays:
+                    self.arrays[each.name].extend([1] * self.sizes[str(each.along)][-1])
+                continue
+            if each.along is None:
+                self.sizes[each.name].append(len(values))
+            else:
+                assert len(values) == self.sizes[each.along][-1], f"{each.name!r} is not as long as {each.along!r}"
+            if each.name not in self.arrays:
+                before = sum(self.sizes[str(each.along)]) - len(values)
+                self.arrays[each.name] = array(each.made_in, [1]) * before
+            self._append(self.arrays[each.name], values)
+            assert each.kind != "supervised" or not values[0], f"{each.name!r}: nothing predicts the first token"
+            if each.kind == "tokens":
+                tokens.append(values)
+        assert not arrays, f"no field is called {next(iter(arrays))!r}"
+        self.sample_hashes.append(sample_hash(*tokens))
+
+    def _append(self, to: array[Any], values: Sequence[Any] | np.ndarray) -> None:
+        if isinstance(values, (bytes, bytearray)):
+            to.frombytes(values)
+        elif isinstance(values, np.ndarray):
+            to.frombytes(values.astype(to.typecode).tobytes())
+        else:
+            to.extend(values)
+
+    def extend(self, other: SampleBlock) -> None:
+        """Add the samples of ``other``, and its report."""
+        for each in self.fields:
+            if each.optional and (each.name in self.arrays or each.name in other.arrays):
+                for block in (self, other):
+                    size = sum(block.sizes[str(each.along)])
+                    block.arrays.setdefault(each.name, array(each.made_in, [1]) * size)
+        for mine, theirs in ((self.arrays, other.arrays), (self.sizes, other.sizes)):
+            for name, values in theirs.items():
+                mine[name].extend(values)
+        self.sample_hashes.extend(other.sample_hashes)
+        self.report.add(other.report)
 
 
 class SampleSet(Protocol):
@@ -182,50 +240,62 @@ class SampleSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and supervision of one sample, each [length]."""
-        ...
+    def __getitem__(self, index: int) -> Sample: ...
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """int64: tokens of each of the samples ``indices``."""
+        """int64: the length of each of the samples ``indices``, by which similar ones are put together: its tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Samples one after another: sample i is ``[offsets[i], offsets[i + 1])`` of both flat arrays."""
+    """Samples one after another: field f of sample i is ``[offsets[f][i], offsets[f][i + 1])`` of its flat array."""
 
-    token_ids: np.ndarray
-    """uint16 or int32 [tokens]"""
-    supervised: np.ndarray
-    """bool [tokens]: whether the token is one to predict. The first token of a sample never is."""
-    offsets: np.ndarray
-    """int64 [samples + 1]"""
+    fields: tuple[Field, ...]
+    """Those that are stored."""
+    arrays: Mapping[str, np.ndarray]
+    """Of each field, the values of all samples: token ids in uint16 or int32, supervision in bool."""
+    offsets: Mapping[str, np.ndarray]
+    """int64 [samples + 1] of each field; of fields of the same length, the same object."""
     sample_hashes: np.ndarray
     """uint64 [samples]: of each, ``sample_hash`` of its tokens"""
     report: DataReport
-    supervised_tokens: int
     fingerprint: str
     """A hash of the samples: a run that is resumed has to continue with the same."""
+    supervised_tokens: int
+    """Tokens that carry loss; 0 where no field says which."""
     directory: Path | None = None
     """The folder of the arrays, if they are mapped from files: other processes then map them too, without a copy."""
 
     @classmethod
     def of(cls, block: SampleBlock) -> TokenDataset:
         """The samples of ``block``, in memory."""
-        token_ids = np.array(block.token_ids, dtype=np.int32)
-        supervised = np.frombuffer(bytes(block.supervised), dtype=np.bool_)
-        offsets = np.concatenate([[0], np.cumsum(np.array(block.lengths, dtype=np.int64))]).astype(np.int64)
-        digest = hashlib.sha256(b"".join(part.tobytes() for part in (token_ids, supervised, offsets))).hexdigest()
+        fields = tuple(each for each in block.fields if each.name in block.arrays)
+        arrays = {
+            each.name: np.frombuffer(block.arrays[each.name], block.arrays[each.name].typecode).astype(
+                "int32" if each.kind == "tokens" else each.type_of(0)
+            )
+            for each in fields
+        }
+        ends = {
+            name: np.concatenate([[0], np.cumsum(np.array(sizes, dtype=np.int64))]).astype(np.int64)
+            for name, sizes in block.sizes.items()
+        }
+        offsets = {each.name: ends[each.along or each.name] for each in fields}
+        parts = [*arrays.values(), *ends.values()]
+        digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
         hashes = np.array(block.sample_hashes, dtype=np.uint64)
-        return cls(token_ids, supervised, offsets, hashes, block.report, sum(block.supervised), digest)
+        return cls(fields, arrays, offsets, hashes, block.report, digest, supervised_in(fields, arrays))
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.sample_hashes)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        where = slice(self.offsets[index], self.offsets[index + 1])
-        return self.token_ids[where], self.supervised[where]
+    def __getitem__(self, index: int) -> Sample:
+        found = {}
+        for name, values in self.arrays.items():
+            offsets = self.offsets[name]
+            found[name] = values[offsets[index] : offsets[index + 1]]
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.directory is not None:
@@ -235,16 +305,38 @@ class TokenDataset:
         return TokenDataset, tuple(vars(self).values())
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        lengths: np.ndarray = self.offsets[indices + 1] - self.offsets[indices]
+        first, *others = self._measured
+        lengths: np.ndarray = first[indices + 1] - first[indices]
+        for offsets in others:
+            lengths += offsets[indices + 1] - offsets[indices]
         return lengths
 
     @property
+    def _measured(self) -> list[np.ndarray]:
+        """The offsets of the fields of tokens; without any, of all that have lengths of their own."""
+        of_tokens = [self.offsets[each.name] for each in self.fields if each.kind == "tokens"]
+        return of_tokens or [self.offsets[each.name] for each in self.fields if each.along is None]
+
+    @property
     def tokens(self) -> int:
-        return len(self.token_ids)
+        return sum(len(self.arrays[each.name]) for each in self.fields if each.kind == "tokens")
 
     @property
     def sources(self) -> Sequence[Source]:
         return (Source(len(self), len(self)),)
+
+
+def supervised_in(fields: Iterable[Field], arrays: Mapping[str, Any]) -> int:
+    """How many tokens of ``arrays`` carry loss."""
+    return sum(int(np.count_nonzero(arrays[each.name])) for each in fields if each.kind == "supervised")
+
+
+def in_memory(samples: Iterable[Mapping[str, Any]], fields: Sequence[Field] = TEXT) -> TokenDataset:
+    """``samples``, each with an array or a list for each of ``fields``, as a data set that no file holds."""
+    block = SampleBlock(fields)
+    for sample in samples:
+        block.add_arrays(**sample)
+    return TokenDataset.of(block)
 
 
 class MixedDataset:
@@ -273,7 +365,7 @@ class MixedDataset:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Sample:
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[part][index - (int(self._ends[part - 1]) if part else 0)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from panda.data.reading import kind_of
 from panda.registry.contexts import IGNORED_LABEL
 
 IDS, LABELS, ATTENTION, POSITIONS = "input_ids", "labels", "attention_mask", "position_ids"
+WEIGHTS = "weights"
+"""A field with the weight of each token in the loss, a number of at least 0."""
 LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 """Fields that say which tokens carry loss, by 0 and 1: the common name, and TRL's two."""
 
@@ -26,6 +29,8 @@ class Tokenised:
     """A byte a token, 1 for a token to predict; the first token is none."""
     cut: bool = False
     """Whether it was longer."""
+    weights: list[float] | None = None
+    """The weight of each token in the loss, where the row states them."""
 
     def cut_to(self, limit: int) -> Tokenised:
         """The first ``limit`` tokens. Raises UnusableRowError where none of them carries loss."""
@@ -33,7 +38,9 @@ class Tokenised:
             return self
         if 1 not in self.supervised[:limit]:
             raise UnusableRowError(f"none of its first {limit:,} tokens carries loss (max_seq_length)")
-        return Tokenised(self.token_ids[:limit], self.supervised[:limit], cut=True)
+        return Tokenised(
+            self.token_ids[:limit], self.supervised[:limit], cut=True, weights=self.weights and self.weights[:limit]
+        )
 
 
 def tokenised_of(fields: Mapping[str, Any], vocabulary: int, *, all_carry_loss: bool) -> Tokenised | None:
@@ -51,7 +58,7 @@ def tokenised_of(fields: Mapping[str, Any], vocabulary: int, *, all_carry_loss: 
     if wrong is not None:
         raise UnusableRowError(f"field {IDS!r} has the token {wrong}, and the tokenizer has {vocabulary:,}, from 0 on")
     masks = [name for name in LOSS_MASKS if fields.has(name)]
-    if not (masks or all_carry_loss or fields.has(LABELS)):
+    if not (masks or all_carry_loss or fields.has(LABELS) or fields.has(WEIGHTS)):
         raise UnusableRowError(f"it has {IDS!r}, and neither {LABELS!r} nor {LOSS_MASKS[0]!r} to say what carries loss")
     supervised = bytearray(b"\1" * len(ids))
     for name in masks:
@@ -66,13 +73,16 @@ def tokenised_of(fields: Mapping[str, Any], vocabulary: int, *, all_carry_loss: 
                     f"{LABELS}[{place}] is {label} and {IDS}[{place}] {token}: a label is the token at its own place,"
                     f" or {IGNORED_LABEL}"
                 )
+    weights = _weights(fields, len(ids)) if fields.has(WEIGHTS) else None
+    for place, weight in enumerate(weights or ()):
+        supervised[place] &= weight > 0
     kept = _attended(fields, len(ids))
     _refuse_packed(fields, kept, len(ids))
     ids, supervised = ids[kept], supervised[kept]
     supervised[:1] = bytes(len(supervised[:1]))
     if 1 not in supervised:
         raise UnusableRowError("none of its tokens carries loss after the first one, which nothing predicts")
-    return Tokenised(ids, bytes(supervised))
+    return Tokenised(ids, bytes(supervised), weights=weights and weights[kept])
 
 
 def _attended(fields: Fields, length: int) -> slice:
@@ -109,6 +119,17 @@ def _numbers(fields: Fields, name: str) -> list[int]:
     return value
 
 
+def _weights(fields: Fields, length: int) -> list[float]:
+    value = fields[WEIGHTS]
+    is_number = isinstance(value, list) and all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) and 0 <= each < math.inf for each in value
+    )
+    if not is_number:
+        raise UnusableRowError(f"field {WEIGHTS!r} is not an array of numbers of at least 0")
+    weights: list[float] = _of_length(value, WEIGHTS, length)
+    return weights
+
+
 def _mask(fields: Fields, name: str, length: int) -> bytes:
     value = fields[name]
     if not isinstance(value, list) or any(each not in (0, 1) for each in value):
@@ -116,7 +137,7 @@ def _mask(fields: Fields, name: str, length: int) -> bytes:
     return bytes(map(int, _of_length(value, name, length)))
 
 
-def _of_length(value: list[int], name: str, length: int) -> list[int]:
+def _of_length(value: list[Any], name: str, length: int) -> list[Any]:
     if len(value) != length:
         raise UnusableRowError(f"field {name!r} has {len(value):,} values for {length:,} of {IDS!r}")
     return value

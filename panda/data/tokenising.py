@@ -14,6 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from panda.data.fields import TEXT
+from panda.data.fields import Field
 from panda.data.reading import BadRow
 from panda.data.reading import LazyFields
 from panda.data.reading import Reader
@@ -40,15 +42,17 @@ def tokenised_blocks(
     reader: Reader,
     tokenise: Tokenise,
     *,
+    fields: Sequence[Field] = TEXT,
     processes: int | None = None,
     progress: Callable[[SampleBlock], None] = lambda block: None,
 ) -> Iterator[SampleBlock]:
     """What ``tokenise`` makes of all rows of ``files``, in order, some rows at a time.
 
-    Little data is tokenised in this process, more in ``processes`` others, by default one a core.
+    Little data is tokenised in this process, more in ``processes`` others, by default one a core. ``fields``: those of
+    a sample.
     """
     stretches = _stretches(files, reader)
-    first = SampleBlock()
+    first = SampleBlock(fields)
     first.report.files = len(files)
     yield first
     if processes is None:

@@ -1,8 +1,8 @@
 """Optimizer steps: DeepSpeed's engine under panda's contract of the loss.
 
-The loss of a step is the **sum over its supervised tokens divided by their number**, over all micro
+The loss of a step is the **sum over its units (supervised tokens, pairs) divided by their number**, over all micro
 batches of all data-parallel ranks. DeepSpeed averages over micro batches (``scale_wrt_gas``) and over
-ranks instead. So the tokens are counted before the first backward pass, the loss *sum* of every micro
+ranks instead. So the units are counted before the first backward pass, the loss *sum* of every micro
 batch is multiplied by ``ranks / count``, and DeepSpeed's average over ranks turns that into the sum over
 ranks. How the step is split then matters only to rounding. Tensor-parallel ranks hold one copy of the
 model together: they have the same batches, and count once.
@@ -14,14 +14,17 @@ import io
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from contextlib import nullcontext
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 from typing import Protocol
 from typing import TypeVar
 
@@ -29,12 +32,15 @@ import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
 from panda.engine.gradient_sums import sum_in_one_pass
+from panda.engine.metrics import MetricSums
+from panda.engine.metrics import loss_of
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import counts_here
 from panda.engine.tensor_parallel import joined
 from panda.engine.tensor_parallel import split_dimensions
 from panda.registry import UserError
+from panda.registry.contexts import Loss
 from panda.registry.contexts import StepLoss
 from panda.registry.contexts import TensorLayout
 from panda.weights.stored_tensor import StoredTensor
@@ -42,19 +48,25 @@ from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import whole_shape
 
 BatchType = TypeVar("BatchType", bound="CountedBatch")
+LossSum = Callable[..., Loss | torch.Tensor]
+"""From the module and a batch, and the statistics of the step where there are some, to the loss of the batch."""
+Statistics = Mapping[str, torch.Tensor]
 
 
 class CountedBatch(Protocol):
-    """A micro batch that knows how many tokens it has."""
+    """A micro batch that knows how many tokens and units it has, and whether it counts."""
 
     @property
     def tokens(self) -> int: ...
 
     @property
-    def supervised_tokens(self) -> int: ...
+    def units(self) -> float: ...
 
     @property
-    def real(self) -> torch.Tensor: ...
+    def idle(self) -> bool: ...
+
+    @property
+    def real(self) -> torch.Tensor | None: ...
 
     def to(self: BatchType, device: torch.device) -> BatchType: ...
 
@@ -64,15 +76,55 @@ class StepResult:
     """The results of an optimizer step, still on the device: reading a value waits for it."""
 
     loss: torch.Tensor
-    """Scalar: loss per supervised token, over the whole step and all ranks. It lacks ``step_loss``."""
+    """Scalar: loss per unit, over the whole step and all ranks. It lacks ``step_loss``."""
     grad_norm: torch.Tensor | float
     """Norm of all gradients, before clipping."""
     counts: torch.Tensor
-    """float64 [2]: tokens, and supervised tokens, of the whole step on all ranks."""
+    """float64 [2]: tokens, and units, of the whole step on all ranks."""
     applied: bool
     """False if gradients were not finite: weights and optimizer are then as they were before the step."""
     step_loss: torch.Tensor | None = None
     """Scalar: the model's own loss over the step, without its weight; None for a model without one."""
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Scalars: of each metric of the task the sum of its numerators divided by that of its denominators."""
+
+
+class Evaluated(NamedTuple):
+    """The results of an evaluation, still on the device."""
+
+    loss: torch.Tensor
+    """Scalar: per unit."""
+    counts: torch.Tensor
+    """float64 [2]: tokens, and units."""
+    metrics: Mapping[str, torch.Tensor]
+
+
+def with_statistics(loss_sum: Callable[..., Any], statistics: Statistics) -> Callable[..., Any]:
+    """``loss_sum`` with ``statistics`` as its third argument."""
+    return lambda module, batch: loss_sum(module, batch, statistics)
+
+
+def _counts(numbers: Iterable[tuple[float, float]]) -> torch.Tensor:
+    """float64 [2]: the sums of both of the ``numbers``."""
+    tokens = units = 0.0
+    for of_tokens, of_units in numbers:
+        tokens, units = tokens + of_tokens, units + of_units
+    return torch.tensor([tokens, units], dtype=torch.float64)
+
+
+def _at_least_one(units: torch.Tensor) -> torch.Tensor:
+    """``units``, or 1 where there are none: then the loss is 0, too."""
+    return torch.where(units > 0, units, torch.ones_like(units))
+
+
+def _real(batch: CountedBatch) -> torch.Tensor:
+    real = batch.real
+    if real is None:
+        raise UserError(
+            "router_aux_loss_coef: the batches of this task are no rows of tokens (TokenBatch), over which the router"
+            " loss is computed. Write `router_aux_loss_coef: 0`."
+        )
+    return real
 
 
 class Engine:
@@ -107,6 +159,8 @@ class Engine:
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
         self.on_part: Callable[[str], None] | None = None
         """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
+        self._agreed: set[str] = set()
+        """When it was found that all ranks have the same metrics."""
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO DeepSpeed does not wrap the optimizer, and then it does not keep the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -122,38 +176,45 @@ class Engine:
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
 
-    def step(self, micro_batches: list[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]) -> StepResult:
+    def step(
+        self,
+        micro_batches: list[BatchType],
+        loss_sum: LossSum,
+        statistics: Callable[[Any, BatchType], Statistics] | None = None,
+    ) -> StepResult:
         """One optimizer step over the ``micro_batches`` of this rank; every rank has the same number.
 
-        ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its supervised
-        tokens. A step whose gradients are not finite changes nothing, in every precision and ZeRO
-        stage; the host waits for the device once a step, to find that out. A ``StepLoss`` of the module is added.
+        ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its units. With ``statistics`` it is
+        given, third, the sums of what ``statistics(module, batch)`` returns for each micro batch of the step. A step
+        whose gradients are not finite changes nothing, in every precision and ZeRO stage; the host waits for the
+        device once a step, to find that out. A ``StepLoss`` of the module is added.
         """
         device = self.processes.device
         self._part("counts")
-        counts = torch.tensor(
-            [sum(batch.tokens for batch in micro_batches), sum(batch.supervised_tokens for batch in micro_batches)],
-            dtype=torch.float64,
-        ).to(device, non_blocking=True)
+        counts = _counts((batch.tokens, batch.units) for batch in micro_batches).to(device, non_blocking=True)
         self.processes.sum_(counts)
-        supervised = counts[1].clamp(min=1.0).float()
-        scale = self.processes.data_ranks / supervised
-        totals = torch.zeros(2, device=device)
+        units = _at_least_one(counts[1]).float()
+        scale = self.processes.data_ranks / units
+        totals, metrics = torch.zeros(2, device=device), MetricSums(torch.float32, device)
         self.deepspeed.train()
+        if statistics is not None:
+            loss_sum = with_statistics(loss_sum, self._gathered(micro_batches, statistics, self.deepspeed))
         added: StepLoss | None = getattr(self.module, "step_loss", None)
-        statistics = self._statistics(added, micro_batches, loss_sum) if added and len(micro_batches) > 1 else None
+        routed = self._routed(added, micro_batches, loss_sum) if added and len(micro_batches) > 1 else None
         for number, batch in enumerate(micro_batches, 1):
             self._part("forward")
             here = batch.to(device)
             forward = partial(loss_sum, self.deepspeed, here)
             if added is None:
-                loss = forward()
-                objective = loss * scale
+                loss = loss_of(forward(), idle=here.idle)
+                objective = loss.sum * scale
             else:
-                loss, term = added.term(here.real, statistics, self.processes.sum_, forward)
+                returned, term = added.term(_real(here), routed, self.processes.sum_, forward)
+                loss = loss_of(returned, idle=here.idle)
                 totals[1] += term.detach()
-                objective = loss * scale + term * (added.weight * self.processes.data_ranks)
-            totals[0] += loss.detach()
+                objective = loss.sum * scale + term * (added.weight * self.processes.data_ranks)
+            totals[0] += loss.sum.detach()
+            metrics.add(loss.metrics)
             self._part("backward")
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
             self.deepspeed.backward(objective, scale_wrt_gas=False)
@@ -162,42 +223,75 @@ class Engine:
         self._part("optimizer")
         grad_norm, applied = self._apply()
         self._part("between steps")
-        loss, of_step = self.processes.sum_(totals).unbind()
-        return StepResult(loss / supervised, grad_norm, counts, applied, of_step if added else None)
+        summed, found = self._over_ranks(totals, metrics, "training")
+        of_step = summed[1] if added else None
+        return StepResult(summed[0] / units, grad_norm, counts, applied, of_step, found)
 
-    def _statistics(
-        self, added: StepLoss, micro_batches: list[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]
-    ) -> torch.Tensor:
+    def _over_ranks(
+        self, totals: torch.Tensor, metrics: MetricSums, when: str
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """``totals`` and each of ``metrics`` over all ranks, in one collective."""
+        if when not in self._agreed:  # the first time, since the host waits for all ranks
+            metrics.agree(self.processes)
+            self._agreed.add(when)
+        summed = self.processes.sum_(torch.cat([totals, metrics.sums()]))
+        return summed[: len(totals)], metrics.divided(summed[len(totals) :])
+
+    def _gathered(
+        self,
+        micro_batches: Iterable[BatchType],
+        statistics: Callable[[Any, BatchType], Statistics],
+        module: Any,
+    ) -> Statistics:
+        """The sums of ``statistics`` over ``micro_batches`` and ranks, by name, in float64."""
+        device = self.processes.device
+        sums: dict[str, torch.Tensor] = {}
+        # The passes that are trained draw the same random numbers again: then dropout is the same in both.
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for batch in micro_batches:
+                here = batch.to(device)
+                for name, value in statistics(module, here).items():
+                    counted = value.detach().to(device, torch.float64)
+                    counted = torch.zeros_like(counted) if here.idle else counted
+                    sums[name] = sums[name] + counted if name in sums else counted
+        return {name: self.processes.sum_(sums[name].clone()) for name in sorted(sums)}
+
+    def _routed(self, added: StepLoss, micro_batches: list[BatchType], loss_sum: LossSum) -> torch.Tensor:
         """The statistics of the step that ``added`` needs, from a forward pass of each micro batch on every rank."""
         device = self.processes.device
-        # The passes that are trained draw the same random numbers again: then dropout is the same in both.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # as in _gathered
             counted = [
-                added.count(batch.real, partial(loss_sum, self.deepspeed, batch))
+                added.count(_real(batch), partial(loss_sum, self.deepspeed, batch))
                 for batch in (batch.to(device) for batch in micro_batches)
             ]
         return self.processes.sum_(torch.stack(counted).sum(0))
 
     @torch.no_grad()
     def evaluate(
-        self, micro_batches: Iterable[BatchType], loss_sum: Callable[[Any, BatchType], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss per supervised token over the ``micro_batches`` of all ranks, and ``counts`` as in a step.
+        self,
+        micro_batches: Iterable[BatchType],
+        loss_sum: LossSum,
+        statistics: Callable[[Any, BatchType], Statistics] | None = None,
+    ) -> Evaluated:
+        """The loss per unit over the ``micro_batches`` of all ranks, which are read twice where there are statistics.
 
-        Every rank must give the same number of micro batches, some of them without tokens if need be: under
+        Every rank must give the same number of micro batches, some of them idle if need be: under
         ZeRO-3 the ranks gather weights together. Sums are float64. The host does not wait for the device.
         """
         module, device = self.evaluating(), self.processes.device
-        loss = torch.zeros(1, dtype=torch.float64, device=device)
-        tokens = supervised_tokens = 0
+        if statistics is not None:
+            loss_sum = with_statistics(loss_sum, self._gathered(micro_batches, statistics, module))
+        total, metrics = torch.zeros(1, dtype=torch.float64, device=device), MetricSums(torch.float64, device)
+        numbers = []
         for batch in micro_batches:
-            loss += loss_sum(module, batch.to(device))
-            tokens += batch.tokens
-            supervised_tokens += batch.supervised_tokens
-        counts = torch.tensor([tokens, supervised_tokens], dtype=torch.float64).to(device)
-        self.processes.sum_(loss)
-        self.processes.sum_(counts)
-        return loss[0] / counts[1], counts
+            here = batch.to(device)
+            loss = loss_of(loss_sum(module, here), idle=here.idle)
+            total += loss.sum
+            metrics.add(loss.metrics)
+            numbers.append((batch.tokens, batch.units))
+        counts = self.processes.sum_(_counts(numbers).to(device))
+        summed, found = self._over_ranks(total, metrics, "evaluation")
+        return Evaluated(summed[0] / counts[1], counts, found)
 
     @property
     def optimizer_observes(self) -> bool:

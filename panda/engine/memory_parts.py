@@ -28,6 +28,8 @@ class MemoryParts:
 
     weights: int = 0
     """In the type of the forward pass, or quantised: trained ones and frozen ones."""
+    reference: int = 0
+    """A second, frozen model that the task compares with."""
     masters: int = 0
     """fp32 copies of the trained weights, which the optimizer steps."""
     optimizer: int = 0
@@ -56,7 +58,7 @@ class MemoryParts:
     @property
     def standing(self) -> int:
         """What is held between steps too, whatever the batches are."""
-        return self.weights + self.masters + self.optimizer + self.accumulators
+        return self.weights + self.reference + self.masters + self.optimizer + self.accumulators
 
     def describe(self) -> str:
         """The parts in GiB, the largest first; those that round to nothing are left out."""
@@ -71,6 +73,7 @@ class MemoryParts:
 
 NAMES = {
     "weights": "weights",
+    "reference": "the frozen reference",
     "masters": "fp32 master weights",
     "optimizer": "optimizer states",
     "accumulators": "fp32 sums of gradients",

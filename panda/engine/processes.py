@@ -67,7 +67,7 @@ class Processes:
         except Exception as error:
             failure = error
             told = str(error) if isinstance(error, UserError) else f"rank {self.rank} failed: {error!r}"
-        everywhere = self._gather(told)
+        everywhere = self.from_all(told)
         if failure is not None and not isinstance(failure, UserError):
             raise failure
         for text in everywhere:
@@ -77,9 +77,10 @@ class Processes:
 
     def all_(self, here: bool) -> bool:
         """Whether ``here`` is true on every rank. Waits for all of them."""
-        return all(self._gather(here))
+        return all(self.from_all(here))
 
-    def _gather(self, here: Any) -> list[Any]:
+    def from_all(self, here: Any) -> list[Any]:
+        """``here`` of every rank, in their order. Waits for all of them."""
         everywhere: list[Any] = [None] * self.world_size
         dist.all_gather_object(everywhere, here)
         return everywhere

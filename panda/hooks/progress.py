@@ -48,9 +48,10 @@ class ProgressDisplay:
         self.first = self.first or record
         self.last = record
         router = f"  router loss {record['router_loss']:.4f}" if "router_loss" in record else ""
+        shown = "".join(f"  {name} {record[name]:.4g}" for name in run.task.shown if name in record)
         text = (
-            f"loss {record['loss']:.4f}{router}  lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}"
-            f"  {record['tokens_per_second']:,.0f} tokens/s"
+            f"loss {record['loss']:.4f}{router}{shown}  lr {record['learning_rate']:.2e}"
+            f"  grad norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         )
         if "mfu" in record:
             text += f"  MFU {record['mfu']:.1%}"
@@ -68,8 +69,9 @@ class ProgressDisplay:
     @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
         self.evaluated = record
+        shown = "".join(f"  {each} {record[name]:.4g}" for each in run.task.shown if (name := f"eval_{each}") in record)
         line = (
-            f"step {record['step']}/{run.plan.total_steps}  evaluation loss {record['eval_loss']:.4f}"
+            f"step {record['step']}/{run.plan.total_steps}  evaluation loss {record['eval_loss']:.4f}{shown}"
             f"  {record['eval_seconds']:.1f} s"
         )
         if self.bar is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import NamedTuple
 from typing import Protocol
 
 if TYPE_CHECKING:
@@ -78,6 +79,25 @@ class ModelContext:
     """
     new_rows_from: int | None = None
     """The first row for which the checkpoint has no token, if the run adds tokens (`extend_vocab`)."""
+
+
+class Loss(NamedTuple):
+    """What a task returns for a batch."""
+
+    sum: torch.Tensor
+    """A scalar: the loss, summed over the units of the batch."""
+    metrics: Mapping[str, tuple[Any, Any]] = {}
+    """By name a numerator and a denominator, scalars on the device or numbers: each is added up over the micro batches
+    of all ranks before they are divided. Every batch has the same names."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen model that a task compares the trained one with."""
+
+    checkpoint: str | None = None
+    """Where it is, as ``ckpt_path`` would say it: another model with the same tokenizer, such as a teacher. None for
+    the weights from which the run starts; under adapters that is the base, with the adapters off."""
 
 
 class StepLoss(Protocol):

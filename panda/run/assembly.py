@@ -9,6 +9,7 @@ import torch
 
 from panda.configuration.options import RunOptions
 from panda.configuration.options import rate_multipliers
+from panda.configuration.refusals import refuse_layout
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.order import Source
@@ -26,7 +27,7 @@ from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
 from panda.registry.resolve import Resolved
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.task import Task
 from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import tokenizer_folder
 
@@ -39,7 +40,7 @@ def load_tokenizer(location: str) -> Any:
     return read_tokenizer(tokenizer_folder(location))
 
 
-def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
+def build_task(resolved: Resolved, tokenizer: Any) -> Task:
     """The task that ``resolved`` names, with its reader. Raises UserError if its data is missing."""
     reader = resolved.components["reader"]
     reader_context = ReaderContext(max_row_bytes=resolved.core.max_row_bytes)
@@ -53,11 +54,12 @@ def build_task(resolved: Resolved, tokenizer: Any) -> LanguageModelling:
         held_out=resolved.core.eval_data_dir,
         named=resolved.named,
     )
-    task: LanguageModelling = resolved.components["task"].build(context, LanguageModelling)
+    task: Task = resolved.components["task"].build(context, Task)
+    refuse_layout(resolved, type(task))  # again, of a factory that is no class: now it is known
     return task
 
 
-def build_evaluation_task(resolved: Resolved, task: LanguageModelling) -> LanguageModelling | None:
+def build_evaluation_task(resolved: Resolved, task: Task) -> Task | None:
     """``task`` over the held-out data that ``resolved`` names; None if it names none.
 
     Raises UserError if that data is missing.
@@ -69,7 +71,7 @@ def build_evaluation_task(resolved: Resolved, task: LanguageModelling) -> Langua
         return task.reading(location, "eval_data_dir")
 
 
-def dataset_of(resolved: Resolved, task: LanguageModelling) -> SampleSet:
+def dataset_of(resolved: Resolved, task: Task) -> SampleSet:
     """The samples of ``task``: the task that ``resolved`` names, over training or held-out data."""
     with resolved.components["task"].attributed("`dataset`"):
         return task.dataset()

@@ -64,6 +64,7 @@ def begin(
         prepared.configuration.hooks.call,
         continuation.agreement,
         decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens),
+        reference=model.reference,
         resumed_from=checkpoint,
         step=continuation.progress.step,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,

@@ -15,7 +15,7 @@ from typing import Any
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
 from panda.run.directory import recorded_configuration
-from panda.tasks.instruct import InstructFormat
+from panda.tasks.dialogue_task import InstructFormat
 
 KEPT = "decided when the run began"
 """The origin of a value that a resumed run keeps."""

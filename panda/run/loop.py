@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
 from panda.run.records import Clock
 from panda.run.records import Gpu
+from panda.run.records import as_number
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
 from panda.run.state import Run
+from panda.tasks.task import Task
 
 MOST_SKIPPED = 50
 """Skipped steps in a row that end the run with an error; fp16 may need some twenty to find its loss scale."""
@@ -36,10 +38,13 @@ class Loop:
         """``start``: the progress of the checkpoint that the run continues."""
         self.run = run
         self.options = run.options
-        self.loss = _attributed_loss(run)
+        self.loss, self.statistics = _attributed(run, "loss"), None
+        if type(run.task).statistics is not Task.statistics:
+            self.statistics = _attributed(run, "statistics")
+        self.makes_samples = type(run.task).rollout is not Task.rollout
         self.clock = Clock(start)
         self.gpu = Gpu.of(run)
-        self.counts = torch.tensor([start.tokens, start.supervised_tokens], dtype=torch.float64)
+        self.counts = torch.tensor([start.tokens, start.units], dtype=torch.float64)
         self.counts = self.counts.to(run.processes.device)
         self.skipped = start.skipped_steps
         self.skipped_in_a_row = 0
@@ -48,6 +53,8 @@ class Loop:
     def train(self) -> None:
         """Take the remaining steps; evaluate and save at the end."""
         run, first = self.run, self.run.step + 1
+        with run.resolved.components["task"].attributed("`start`"):
+            run.task.start(run)
         for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
             self.step(step, micro_batches)
         if run.step < first:  # no steps remained
@@ -60,7 +67,7 @@ class Loop:
         run, options, plan = self.run, self.options, self.run.plan
         factor = run.schedule(step - 1)
         run.engine.scale_learning_rate(factor)
-        result = run.engine.step(micro_batches, self.loss)
+        result = run.engine.step(self.made(micro_batches, step), self.loss, self.statistics)
         self.counts += result.counts
         run.step = step
         self.skipped += not result.applied
@@ -84,15 +91,29 @@ class Loop:
 
     def progress(self) -> Progress:
         """How far the run has come. Waits for the device."""
-        tokens, supervised = self.counts.tolist()
+        tokens, units = self.counts.tolist()
         step = self.run.step
-        return Progress(step, self.run.plan.step_end(step), int(tokens), int(supervised), self.skipped)
+        return Progress(step, self.run.plan.step_end(step), int(tokens), as_number(units), self.skipped)
+
+    def made(self, micro_batches: list[Batch], step: int, *, training: bool = True) -> list[Batch]:
+        """What the task makes of ``micro_batches`` before optimizer step ``step``, if it makes its own samples."""
+        if not self.makes_samples:
+            return micro_batches
+        run = self.run
+        with run.resolved.components["task"].attributed("`rollout`"):
+            made = run.task.rollout(micro_batches, step, training=training)
+        counts = run.processes.from_all(len(made))
+        if len(set(counts)) > 1 or not made:
+            raise UserError(f"task: `rollout` returned {counts} batches on the ranks of the run. Return equally many.")
+        return made
 
     def log(self, result: StepResult, learning_rate: float) -> None:
         """Give hooks the record of the last step. Rank 0 only."""
         run = self.run
         run.observations = run.engine.observations()
-        record = log_record(result, self.progress(), learning_rate, self.clock, run.observations, self.gpu)
+        record = log_record(
+            result, self.progress(), learning_rate, self.clock, run.observations, unit=run.task.unit, gpu=self.gpu
+        )
         run.hook.panda_log(run=run, record=record)
 
     def save(self) -> None:
@@ -110,24 +131,38 @@ class Loop:
         run, begun = self.run, time.perf_counter()
         if run.evaluation is None:
             return
-        micro_batches = chain.from_iterable(batches(run, run.evaluation))
-        loss, counts = run.engine.evaluate(micro_batches, self.loss)
+        found = run.engine.evaluate(_Evaluation(self, run.evaluation), self.loss, self.statistics)
         if run.processes.rank == 0:
-            run.hook.panda_evaluation(run=run, record=evaluation_record(run.step, loss, counts, begun))
+            record = evaluation_record(run.step, found, run.task.unit, begun)
+            run.hook.panda_evaluation(run=run, record=record)
         self.clock.leave_out(time.perf_counter() - begun)
 
 
-def _attributed_loss(run: Run) -> Callable[[Any, Batch], torch.Tensor]:
-    """The task's loss. It calls the model, so its errors name the packages of both, unless the model is panda's."""
+@dataclass(frozen=True)
+class _Evaluation:
+    """The micro batches of an evaluation, from the beginning each time that they are asked for."""
+
+    loop: Loop
+    layout: Layout
+
+    def __iter__(self) -> Iterator[Batch]:
+        run = self.loop.run
+        for some in batches(run, self.layout):
+            yield from self.loop.made(some, run.step, training=False)
+
+
+def _attributed(run: Run, method: str) -> Callable[..., Any]:
+    """A method of the task that calls the model: errors name the packages of both, unless the model is panda's."""
     task, model = run.resolved.components["task"], run.resolved.components["model"]
     called = f" (which calls {model.label} of {model.offer.distribution} {model.offer.version})"
-    part = "the loss" + called * (not model.offer.is_own)
+    part = f"the {method}" + called * (not model.offer.is_own)
+    of_task = getattr(run.task, method)
 
-    def loss(module: Any, batch: Batch) -> torch.Tensor:
+    def call(module: Any, *batch: Any) -> Any:
         with task.attributed(part):
-            return run.task.loss(module, batch)
+            return of_task(module, *batch)
 
-    return loss
+    return call
 
 
 def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
@@ -135,8 +170,8 @@ def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
     module = run.engine.module
     return step_batches(
         layout,
+        run.task.collate,
         rank=run.processes.data_rank,
-        pad_token_id=run.task.tokenizer.pad_token_id or 0,
         num_workers=run.options.num_workers,
         prefetch_factor=run.options.prefetch_factor,
         pin_memory=run.processes.device.type == "cuda",

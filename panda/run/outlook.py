@@ -34,6 +34,7 @@ from panda.run.directory import find_directory
 from panda.run.directory import run_name
 from panda.run.fitting import advice
 from panda.run.preparation import Preparation
+from panda.run.reference import describe_reference
 from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import tokenizer_folder
 
@@ -66,6 +67,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
     parts = {
         "model": [_model(prepared, adapted), *_router_loss(prepared), *_adapters(prepared, adapted)],
         "weights": [_weights(prepared)],
+        "reference": [describe_reference(prepared.reference, prepared.options)] if prepared.reference else [],
         "tokenizer": [_tokenizer(prepared)],
         "text": [prepared.task.text_format()],
         "data": [*_data(prepared, prepared.dataset), *_epoch(prepared.dataset)],
@@ -216,7 +218,8 @@ def _data(prepared: Preparation, dataset: SampleSet, location: str | None = None
     report = dataset.report
     read = f" of {_count(report.rows, 'row')} in {_count(report.files, 'file')}" if report.files else ""
     yield f"{where}{': ' * bool(where)}{_count(len(dataset), 'sample')}{read}"
-    yield f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} of them with loss"
+    with_loss = f", {dataset.supervised_tokens:,} of them with loss" * bool(dataset.supervised_tokens)
+    yield f"{dataset.tokens:,} tokens{with_loss}"
     yield report.cut(len(dataset), prepared.options.max_seq_length)
     yield from report.lines()
 

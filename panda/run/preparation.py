@@ -20,6 +20,7 @@ from panda.models.forward.trial import refuse_encoder
 from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
+from panda.registry.contexts import Reference
 from panda.registry.resolve import Resolved
 from panda.run.adapter_run import refuse_another_base
 from panda.run.assembly import build_evaluation_task
@@ -40,7 +41,8 @@ from panda.run.model import drawing_device
 from panda.run.model import model_context
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
-from panda.tasks.language_modelling import LanguageModelling
+from panda.run.reference import reference_of
+from panda.tasks.task import Task
 from panda.weights.generation_config import generation_values
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
@@ -74,12 +76,12 @@ class Preparation:
         return load_tokenizer(self.options.tokenizer)
 
     @property
-    def task(self) -> LanguageModelling:
+    def task(self) -> Task:
         """The task over the data to train on."""
         return self._tasks[0]
 
     @cached_property
-    def _tasks(self) -> tuple[LanguageModelling, LanguageModelling | None]:
+    def _tasks(self) -> tuple[Task, Task | None]:
         """The task, and the task over the held-out data. Raises UserError if data of either is missing."""
         task = build_task(self.resolved, self.tokenizer)
         return task, build_evaluation_task(self.resolved, task)
@@ -138,6 +140,11 @@ class Preparation:
             drawn_whole = self.pretrained is None and drawn is None
             refuse_too_large(outline, self.resolved, self.context, self.world_size, drawn=drawn_whole)
         return outline, drawn
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        """The frozen model that the task asks for; None for none."""
+        return reference_of(self.resolved)
 
     @property
     def card(self) -> Card | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,18 @@ import torch
 
 from panda.data.batches import Batch
 from panda.engine.checkpoints.folders import Progress
+from panda.engine.engine import Evaluated
 from panda.engine.engine import StepResult
 from panda.engine.memory_parts import GIB
+from panda.registry import UserError
 from panda.run.cards import this_card
 from panda.run.state import Run
+
+TAKEN = {
+    *("step", "loss", "router_loss", "learning_rate", "grad_norm", "tokens", "skipped_steps", "tokens_per_second"),
+    *("step_seconds", "data_wait", "memory_gib", "mfu", "seconds"),
+}
+"""Names of entries that records have besides the metrics of a task."""
 
 
 class Clock:
@@ -90,6 +99,8 @@ def log_record(
     learning_rate: float,
     clock: Clock,
     observations: dict[str, dict[str, float]],
+    *,
+    unit: str,
     gpu: Gpu | None = None,
 ) -> dict[str, Any]:
     """The record that ``panda_log`` is given, whose documentation explains the keys."""
@@ -102,24 +113,41 @@ def log_record(
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "tokens": progress.tokens,
-        "supervised_tokens": progress.supervised_tokens,
+        unit: progress.units,
         "skipped_steps": progress.skipped_steps,
         **rates,
         **(gpu.entries(rates["tokens_per_second"]) if gpu else {}),
         **_summary(observations),
+        **_metrics(result.metrics, ""),
     }
 
 
-def evaluation_record(step: int, loss: torch.Tensor, counts: torch.Tensor, begun: float) -> dict[str, Any]:
+def evaluation_record(step: int, found: Evaluated, unit: str, begun: float) -> dict[str, Any]:
     """The record that ``panda_evaluation`` is given, of an evaluation that began at ``begun`` (``perf_counter``)."""
-    tokens, supervised = counts.tolist()  # waits for the device
+    tokens, units = found.counts.tolist()  # waits for the device
     return {
         "step": step,
-        "eval_loss": float(loss),
+        "eval_loss": float(found.loss),
         "eval_tokens": int(tokens),
-        "eval_supervised_tokens": int(supervised),
+        f"eval_{unit}": as_number(units),
         "eval_seconds": round(time.perf_counter() - begun, 3),
+        **_metrics(found.metrics, "eval_"),
     }
+
+
+def as_number(units: float) -> int | float:
+    """A number of units: a fraction only where they have weights."""
+    return int(units) if units == int(units) else units
+
+
+def _metrics(found: Mapping[str, torch.Tensor], prefix: str) -> dict[str, float]:
+    """The metrics of a task as entries of a record. Raises UserError where one has the name of another entry."""
+    if taken := sorted(TAKEN & found.keys()):
+        raise UserError(f"task: a metric is called {taken[0]!r}, like another entry of a record. Name it otherwise.")
+    if not found:
+        return {}
+    values = torch.stack([value.double() for value in found.values()]).tolist()
+    return {f"{prefix}{name}": value for name, value in zip(found, values, strict=True)}
 
 
 def _summary(observations: dict[str, dict[str, float]]) -> dict[str, float]:

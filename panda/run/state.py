@@ -15,7 +15,7 @@ from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.optim.schedules import Schedule
 from panda.registry.resolve import Resolved
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.task import Task
 from panda.weights.generation_config import Decoding
 
 
@@ -29,7 +29,7 @@ class Run:
     """The run directory."""
     processes: Processes
     """This rank, how many there are, and the device."""
-    task: LanguageModelling
+    task: Task
     dataset: SampleSet
     layout: Layout
     """The rows of each step."""
@@ -44,6 +44,10 @@ class Run:
     """The facts that must be the same in a run that continues this one."""
     decoding: Decoding
     """How its answers are decoded, and where they end: what the export says too."""
+    reference: Any = None
+    """The frozen model that the task asked for, called like the model; None for none."""
+    generate: Any = None
+    """Continues prompts with the model that is trained: a ``panda.tasks.task.Generate``."""
     resumed_from: Path | None = None
     """The checkpoint that the run continues from."""
     step: int = 0

@@ -14,6 +14,8 @@ from panda.configuration.options import RunOptions
 from panda.data.packing import Layout
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
+from panda.engine.frozen import FrozenModel
+from panda.engine.frozen import WithoutAdapters
 from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
@@ -26,6 +28,8 @@ from panda.run.assembly import build_schedule
 from panda.run.model import make_trainable
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
+from panda.run.reference import build_reference
+from panda.run.reference import is_second_model
 from panda.weights.stored_tensor import whole_shape
 
 
@@ -35,6 +39,8 @@ class TrainedModel:
 
     base: torch.nn.Module
     """The model without peft's wrapper, if it has adapters."""
+    reference: FrozenModel | WithoutAdapters | None
+    """What the task compares it with."""
     engine: Engine
     schedule: Schedule
     """Completed optimizer steps to a factor of the peak learning rate."""
@@ -55,10 +61,12 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     name = prepared.resolved.components["model"].component.name
     schedule = build_schedule(prepared.resolved, layout.plan)  # before the model: its errors are found at once
 
+    wants_positions = prepared.outline is not None and needs_positions(prepared.outline)
+    bounded = (layout.packed or wants_positions) and not prepared.why_masked
+    reference = _second_model(prepared, config, processes, bounded=bounded)
     base, weights = prepared.take_base()
     if layout.packed:
         refuse_without_positions(base, name)
-    bounded = (layout.packed or needs_positions(base)) and not prepared.why_masked
     if bounded:
         attend_by_kernel(base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
@@ -76,7 +84,23 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
         if layout.packed:
             entries = prepared.context.vocab_size
             refuse_leaking(engine.evaluating(), name, entries, processes.device, bounded=bounded)
-    return TrainedModel(base, engine, schedule, config, parameters, trained)
+    if prepared.reference is not None and reference is None:
+        return TrainedModel(base, WithoutAdapters(engine.module), engine, schedule, config, parameters, trained)
+    return TrainedModel(base, reference, engine, schedule, config, parameters, trained)
+
+
+def _second_model(
+    prepared: Preparation, config: dict[str, Any], processes: Processes, *, bounded: bool
+) -> FrozenModel | None:
+    """The frozen model that the task asks for besides the model, if it does. Every rank has to call it."""
+    reference = prepared.reference
+    if reference is None or not is_second_model(reference, prepared.options):
+        return None
+    if processes.rank == 0:
+        print("placing the frozen model ...", flush=True)
+    return build_reference(
+        reference, prepared.configuration, prepared.context, prepared.tokenizer, config, processes, bounded=bounded
+    )
 
 
 def _without_compiling(options: RunOptions) -> AbstractContextManager[Any]:

@@ -1,97 +1,63 @@
-"""Next-token prediction: what all tasks of causal language models share.
-
-A task says which samples there are, what the loss of a micro batch is, which tokens a prompt becomes, and
-which prompts to try the model with. The factories of ``register_task`` return one.
-"""
+"""Next-token prediction: the loss that all tasks of causal language models share."""
 
 from __future__ import annotations
 
-from abc import ABC
-from abc import abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Annotated
 from typing import Any
 
-from panda.data.conversations import UnusableRowError
-from panda.data.encoding import Encoder
-from panda.registry import UserError
-from panda.registry.contexts import IGNORED_LABEL
+from panda.registry import Meta
 from panda.registry.contexts import TaskContext
+from panda.tasks.task import NO_STATISTICS
+from panda.tasks.task import ShownPart
+from panda.tasks.task import Statistics
+from panda.tasks.task import Task
+from panda.tasks.task import refuse_without_end
 
 if TYPE_CHECKING:
     import torch
 
     from panda.data.batches import Batch
-    from panda.data.locations import Locations
-    from panda.data.token_dataset import SampleSet
+    from panda.data.batches import RowShape
+    from panda.data.token_dataset import Sample
 
 
-class LanguageModelling(ABC):
-    """A task whose loss is the cross-entropy of the supervised tokens."""
+@dataclass(frozen=True)
+class NextTokenOptions:
+    """Options of every task of next-token prediction."""
+
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of each label's probability that is spread over all entries of the vocabulary, in training only: the loss
+    of an evaluation is without it."""
+
+
+class LanguageModelling(Task):
+    """A task whose loss is the cross-entropy of the supervised tokens. Samples have the fields ``TEXT``."""
+
+    unit = "supervised_tokens"
+    layouts = ("padded", "grouped", "packed")
+    label_smoothing = 0.0
 
     def __init__(self, context: TaskContext) -> None:
-        self.context = context
-        self.tokenizer = context.tokenizer
-        """As it is exported: its chat template, if it has one, writes a dialogue as in training."""
-        self.encoder = Encoder(self.tokenizer)
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(
-                "tokenizer: it has no end-of-sequence token, so a model could not learn where to stop. Set `eos_token`"
-                " in its tokenizer_config.json."
-            )
+        super().__init__(context)
+        refuse_without_end(self.tokenizer)
 
-    @abstractmethod
-    def dataset(self) -> SampleSet:
-        """The samples, tokenised. Raises UserError where no row can be used."""
+    def collate(self, rows: list[list[Sample]], shape: RowShape) -> Batch:
+        from panda.data.batches import token_batch
 
-    def reading(self, locations: Locations, option: str) -> LanguageModelling:
-        """This task with the data at ``locations``, which the key ``option`` names, in place of its own.
+        return token_batch([[_sequence(sample) for sample in row] for row in rows], self.pad_token_id, shape)
 
-        Raises UserError where there is none, or the task cannot read other data.
-        """
-        raise UserError(f"{option}: the task {type(self).__name__} reads only its own data. Leave `{option}` out.")
+    def loss(self, model: Any, batch: Any, statistics: Statistics = NO_STATISTICS) -> torch.Tensor:
+        """Cross-entropy of the supervised tokens of ``batch``, **summed**, in float32; a scalar."""
+        from panda.tasks.scores import next_token_loss
 
-    @abstractmethod
-    def example_prompts(self, count: int) -> list[str]:
-        """Prompts made from the first ``count`` rows that can be used."""
+        return next_token_loss(model, batch, label_smoothing=self.label_smoothing if model.training else 0.0)
 
-    def text_format(self) -> str:
-        """How text is written for the model, for the first lines of a run."""
-        return "text as it is"
+    def parts(self, sample: Sample) -> list[ShownPart]:
+        return [ShownPart("", sample["token_ids"].tolist(), sample["supervised"].tolist())]
 
-    @property
-    def end_tokens(self) -> list[int]:
-        """The tokens at which an answer ends, of which training teaches at least one."""
-        return [self.tokenizer.eos_token_id]
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` as in training. Raises UserError where it cannot be written so."""
-        try:
-            return self.prompt_ids(prompt) or [self.tokenizer.eos_token_id]
-        except UnusableRowError as problem:
-            raise UserError(f"prompt {prompt[:40]!r}: {problem}") from None
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` as in training, perhaps none. Raises UnusableRowError where that cannot be."""
-        return self.encoder.encode_content(prompt)
-
-    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Cross-entropy of the supervised tokens of ``batch``, **summed**, in float32; a scalar.
-
-        A sum, not a mean: the engine divides by the number of supervised tokens of the whole step, so that
-        it does not matter how the step is split. A model that computes the sum itself, without logits,
-        says so with ``sums_loss`` (see panda.models).
-        """
-        if getattr(model, "sums_loss", False):
-            counted = {"labels": batch.labels, "supervised_tokens": batch.supervised_tokens}
-            summed: torch.Tensor = model(batch.input_ids, **batch.positions, **counted)
-            return summed
-        import torch.nn.functional as F  # noqa: N812 - the customary name
-
-        output = model(batch.input_ids, **batch.positions)
-        logits = getattr(output, "logits", output)  # [rows, length, vocabulary]
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            batch.labels[:, 1:].flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-        )
+def _sequence(sample: Sample) -> tuple[Any, ...]:
+    given = sample["token_ids"], sample["supervised"]
+    return (*given, sample["weights"]) if "weights" in sample else given

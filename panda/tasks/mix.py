@@ -13,14 +13,16 @@ from panda.registry import Meta
 from panda.registry import UserError
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
+from panda.tasks.dialogue_task import InstructFormat
 from panda.tasks.instruct import Instruct
-from panda.tasks.instruct import InstructFormat
+from panda.tasks.instruct import InstructLoss
 from panda.tasks.instruct import InstructOptions
 from panda.tasks.language_modelling import LanguageModelling
 from panda.tasks.pretrain import Pretrain
 from panda.tasks.pretrain import PretrainFormat
 from panda.tasks.pretrain import PretrainOptions
-from panda.tasks.text_task import check_weights
+from panda.tasks.row_task import check_weights
+from panda.tasks.task import Task
 
 if TYPE_CHECKING:
     from panda.data.locations import Locations
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MixOptions(InstructFormat, PretrainFormat):
+class MixOptions(InstructFormat, PretrainFormat, InstructLoss):
     """Options of the mix task: those of instruct and of pretrain, and a weight for each."""
 
     instruction_tuning_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
@@ -59,16 +61,17 @@ class Mix(LanguageModelling):
 
     def __init__(self, options: MixOptions, context: TaskContext) -> None:
         super().__init__(context)
-        self.parts: list[tuple[str, Instruct | Pretrain, float]] = []
+        self.label_smoothing = options.label_smoothing
+        self.tasks: list[tuple[str, Instruct | Pretrain, float]] = []
         if options.instruction_tuning_data_dir is not None:
             weight, weights = _weights(options.instruct_weight)
             instruct = Instruct(_part(InstructOptions, options, data_weights=weights), context)
-            self.parts.append(("instruct", instruct, weight))
+            self.tasks.append(("instruct", instruct, weight))
         if options.pretraining_data_dir is not None:
             weight, weights = _weights(options.pretrain_weight)
             pretrain = Pretrain(_part(PretrainOptions, options, data_weights=weights), context)
-            self.parts.append(("pretrain", pretrain, weight))
-        self.first = self.parts[0][1]
+            self.tasks.append(("pretrain", pretrain, weight))
+        self.first = self.tasks[0][1]
         self.tokenizer = self.first.tokenizer
 
     def dataset(self) -> SampleSet:
@@ -77,12 +80,12 @@ class Mix(LanguageModelling):
         return MixedDataset(
             [
                 (f"{name} {location}".strip(), dataset, weight * passes)
-                for name, task, weight in self.parts
+                for name, task, weight in self.tasks
                 for location, dataset, passes in task.datasets()
             ]
         )
 
-    def reading(self, locations: Locations, option: str) -> LanguageModelling:
+    def reading(self, locations: Locations, option: str) -> Task:
         return self.first.reading(locations, option)
 
     @property
@@ -90,7 +93,7 @@ class Mix(LanguageModelling):
         return self.first.end_tokens
 
     def text_format(self) -> str:
-        return "; ".join(f"{name}: {task.text_format()}" for name, task, _ in self.parts)
+        return "; ".join(f"{name}: {task.text_format()}" for name, task, _ in self.tasks)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         return self.first.encode_prompt(prompt)

@@ -22,8 +22,9 @@ from panda.registry import Location
 from panda.registry import Meta
 from panda.registry import register_task
 from panda.registry.contexts import TaskContext
+from panda.tasks.language_modelling import NextTokenOptions
+from panda.tasks.row_task import check_weights
 from panda.tasks.text_task import TextTask
-from panda.tasks.text_task import check_weights
 
 if TYPE_CHECKING:
     from panda.data.token_dataset import SampleBlock
@@ -44,7 +45,7 @@ class PretrainFormat:
 
 
 @dataclass(frozen=True)
-class PretrainOptions(PretrainFormat):
+class PretrainOptions(PretrainFormat, NextTokenOptions):
     """Options of the pretrain task."""
 
     pretraining_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = ("./dataset/pretraining",)
@@ -68,6 +69,7 @@ class Pretrain(TextTask):
         # What is learned is text as it is, and no dialogue: the export must not write prompts as one.
         tokenizer = with_template(context.tokenizer, None)
         super().__init__(options.pretraining_data_dir, replace(context, tokenizer=tokenizer), options.data_weights)
+        self.label_smoothing = options.label_smoothing
         self.had_template = bool(context.tokenizer.chat_template)
         self.title_field, self.content_field = options.title_field, options.content_field
 
@@ -93,12 +95,14 @@ class Pretrain(TextTask):
         ids = iter(encoded)
         for document in parsed:
             if isinstance(document, Tokenised):
-                self._add(document.token_ids, document.supervised, block)
+                self._add(document.token_ids, document.supervised, block, document.weights)
             else:
                 tokens = [*self.encoder.begin, *next(ids), self.tokenizer.eos_token_id]
                 self._add(tokens, b"\0" + b"\1" * (len(tokens) - 1), block)
 
-    def _add(self, tokens: list[int], supervised: bytes, block: SampleBlock) -> None:
+    def _add(
+        self, tokens: list[int], supervised: bytes, block: SampleBlock, weights: list[float] | None = None
+    ) -> None:
         """Add the windows of a document, but for those in which nothing carries loss."""
         # A window begins with the last token of the previous one, so that every token except the
         # document's first is predicted exactly once.
@@ -106,7 +110,8 @@ class Pretrain(TextTask):
         for start in range(0, len(tokens) - 1, stride):
             carrying = supervised[start + 1 : start + stride + 1]
             if 1 in carrying:
-                block.add(tokens[start : start + stride + 1], b"\0" + carrying)
+                window = slice(start, start + stride + 1)
+                block.add(tokens[window], b"\0" + carrying, weights and weights[window])
 
     def example_prompt(self, parsed: Any) -> str:
         if isinstance(parsed, Tokenised):

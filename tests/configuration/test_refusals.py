@@ -5,13 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributions import Distributions
 
 from panda.cli.train import main
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import REFUSALS
 
 ARCH = ["--arch", "llama-7b"]
+TASK = """
+from panda.tasks.text_task import TextTask
+
+@register_task("of-its-own")
+class OfItsOwn(TextTask):
+    'It inherits from a task that is right packed, and has a loss of its own.'
+    def loss(self, model, batch, statistics={}): ...
+"""
 REFUSED: dict[str, list[Any]] = {
+    "batching: packed with a task that does not say that it is right packed": [
+        *("--task", "of-its-own", "--batching", "packed")
+    ],
     "max_steps: 0": ["--max_steps", "0"],
     "eval_steps without eval_data_dir or eval_fraction": ["--eval_steps", "10"],
     "eval_fraction with eval_data_dir": ["--eval_fraction", "0.1", "--eval_data_dir", "data"],
@@ -71,8 +83,13 @@ def test_every_refusal_is_tried_here() -> None:
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refusal_gives_its_reason_and_what_to_use_instead(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    what: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    distributions: Distributions,
 ) -> None:
+    distributions.install("of-its-own", {"tasks": {"of-its-own": "of_its_own"}}, {"of_its_own": TASK})
     found = None if "without bitsandbytes" in what else object()
     monkeypatch.setattr("panda.configuration.refusals.find_spec", lambda name: found)
     arch = [] if "--model" in REFUSED[what] else ARCH

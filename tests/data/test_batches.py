@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from token_batches import collate
 
-from panda.data.batches import Batch
-from panda.data.batches import collate
+from panda.data.batches import RowShape
+from panda.data.batches import TokenBatch
 from panda.data.batches import step_batches
+from panda.data.batches import token_batch
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.packing import LAYOUTS
 from panda.data.packing import Layout
 from panda.data.token_cache import _mapped
+from panda.data.token_dataset import Sample
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
 from panda.registry import UserError
@@ -53,18 +56,20 @@ def plan_of(**changes: Any) -> BatchPlan:
     return BatchPlan(**({"samples": SAMPLES, "micro_batch": 2, "accumulation": 2, "ranks": 1, "epochs": 1.5} | changes))
 
 
+def collated(rows: list[list[Sample]], shape: RowShape) -> TokenBatch:
+    return token_batch([[(each["token_ids"], each["supervised"]) for each in row] for row in rows], PAD, shape)
+
+
 def prepare(
     dataset: TokenDataset, plan: BatchPlan, rank: int = 0, workers: int = 0, batching: str = "padded"
-) -> list[list[Batch]]:
+) -> list[list[TokenBatch]]:
     layout = Layout(dataset, SampleOrder(dataset.sources, SEED), plan, batching, max_seq_length=9)
-    return list(
-        step_batches(layout, rank=rank, pad_token_id=PAD, num_workers=workers, prefetch_factor=2, pin_memory=False)
-    )
+    return list(step_batches(layout, collated, rank=rank, num_workers=workers, prefetch_factor=2, pin_memory=False))
 
 
-def who(batch: Batch) -> list[int]:
+def who(batch: TokenBatch) -> list[int]:
     """The samples of a batch of ``dataset`` whose rows hold one each."""
-    return [int(row[0]) - 1 for row in batch.input_ids if row[0] != PAD]
+    return [] if batch.idle else [int(row[0]) - 1 for row in batch.input_ids if row[0] != PAD]
 
 
 def test_samples_are_padded_on_the_right_to_the_longest() -> None:
@@ -117,7 +122,7 @@ def test_bounds_are_those_of_all_rows_one_after_the_other_and_of_padding() -> No
 
 def test_rows_are_padded_to_the_length_that_their_layout_says(dataset: TokenDataset) -> None:
     layout = Layout(dataset, SampleOrder(dataset.sources, SEED), plan_of(), "packed", 20, few_lengths=True)
-    given: Any = {"rank": 0, "pad_token_id": PAD, "num_workers": 0, "prefetch_factor": 2, "pin_memory": False}
+    given: Any = {"collate": collated, "rank": 0, "num_workers": 0, "prefetch_factor": 2, "pin_memory": False}
     widths = {b.input_ids.shape[1] for step in step_batches(layout, bounds=True, **given) for b in step}
     assert widths <= {8, 16, 20}
     assert all(b.bounds is not None for step in step_batches(layout, bounds=True, **given) for b in step)
@@ -126,7 +131,7 @@ def test_rows_are_padded_to_the_length_that_their_layout_says(dataset: TokenData
 
 @pytest.mark.parametrize("batching", LAYOUTS)
 def test_every_layout_carries_the_same_tokens_and_labels_in_a_step(dataset: TokenDataset, batching: str) -> None:
-    def pairs(steps: list[list[Batch]]) -> list[list[int]]:
+    def pairs(steps: list[list[TokenBatch]]) -> list[list[int]]:
         return [
             sorted(label for batch in step for label in batch.labels.flatten().tolist() if label > 0) for step in steps
         ]
@@ -145,9 +150,9 @@ def test_a_batch_moves_with_its_counts() -> None:
 
 def test_a_batch_does_not_share_memory_with_the_data_set(dataset: TokenDataset) -> None:
     [[first, *_], *_] = prepare(dataset, plan_of())
-    before = dataset.token_ids.copy()
+    before = dataset.arrays["token_ids"].copy()
     first.input_ids.fill_(-1)
-    assert np.array_equal(dataset.token_ids, before)
+    assert np.array_equal(dataset.arrays["token_ids"], before)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -172,7 +177,7 @@ def test_a_run_sees_the_samples_of_its_plan_in_order(dataset: TokenDataset) -> N
     assert seen == SampleOrder(dataset.sources, SEED).samples(range(plan.end_position)).tolist()
     for step in steps:
         for batch in step:
-            rows = [dataset[index] for index in who(batch)]
+            rows = [dataset[index].values() for index in who(batch)]
             assert batch.tokens == sum(len(ids) for ids, _ in rows) == int((batch.input_ids != PAD).sum())
             assert batch.supervised_tokens == sum(mask.sum() for _, mask in rows)
             assert batch.supervised_tokens == int((batch.labels != IGNORED_LABEL).sum())
@@ -211,7 +216,7 @@ def sequence(job: tuple[TokenDataset, BatchPlan, int, int, str]) -> list[list[li
     return [[_row_bytes(batch) for batch in step] for step in steps]
 
 
-def _row_bytes(batch: Batch) -> list[bytes]:
+def _row_bytes(batch: TokenBatch) -> list[bytes]:
     tensors = [batch.input_ids, *batch.positions.values(), batch.labels]
     filled = [int((row != PAD).sum()) for row in batch.input_ids]
     rows = [b"".join(tensor[n, :end].numpy().tobytes() for tensor in tensors) for n, end in enumerate(filled)]
@@ -222,10 +227,10 @@ def _row_bytes(batch: Batch) -> list[bytes]:
 def test_two_processes_of_three_workers_see_the_bytes_of_one_process_alone(dataset: TokenDataset) -> None:
     plan = plan_of(micro_batch=1, accumulation=2, ranks=2)
     program = (
-        "import pickle, sys\nsys.path.insert(0, sys.argv[1])\nfrom test_batches import sequence\n"
+        "import pickle, sys\nsys.path[:0] = sys.argv[1:]\nfrom test_batches import sequence\n"
         "pickle.dump([sequence(job) for job in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)"
     )
-    command = [sys.executable, "-W", "ignore", "-c", program, str(Path(__file__).parent)]
+    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, Path(__file__).parents[:2])]
     ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
     for rank, process in enumerate(ranks):
         assert process.stdin is not None
@@ -247,7 +252,8 @@ def test_a_rank_that_the_last_step_leaves_without_samples_has_batches_without_lo
     plan = BatchPlan(**{**plan.__dict__, "epochs": 25 / 23})
     last = [prepare(dataset, plan, rank)[-1] for rank in range(3)]
     assert [[len(who(batch)) for batch in step] for step in last] == [[1], [0], [0]]
-    assert [step[0].supervised_tokens for step in last[1:]] == [0, 0]
+    assert [(step[0].units, step[0].tokens, step[0].idle) for step in last[1:]] == [(0, 0, True)] * 2
+    assert [int(step[0].real.sum()) for step in last] == [last[0][0].tokens, 0, 0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -278,7 +284,7 @@ def test_workers_work_out_the_rows_of_a_step_too(dataset: TokenDataset) -> None:
 
 
 class _Rotten(TokenDataset):
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Sample:
         if index == 7:
             raise ValueError("sample 7 is rotten")
         return super().__getitem__(index)
@@ -295,7 +301,7 @@ def test_a_worker_that_raises_surfaces_its_traceback(dataset: TokenDataset, work
 
 
 class _Deadly(TokenDataset):
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Sample:
         if index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
@@ -309,5 +315,6 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang(dataset: TokenDataset) 
 def test_a_mapped_data_set_is_sent_to_a_process_by_its_place(dataset: TokenDataset, tmp_path: Path) -> None:
     """Pickling a million tokens for each worker would be a copy for each."""
     (tmp_path / "a.bin").write_bytes(bytes(1 << 20))
-    mapped = replace(dataset, token_ids=_mapped(tmp_path / "a.bin", "int32"), directory=tmp_path)
+    arrays = {**dataset.arrays, "token_ids": _mapped(tmp_path / "a.bin", "int32")}
+    mapped = replace(dataset, arrays=arrays, directory=tmp_path)
     assert len(pickle.dumps(mapped)) < 1000

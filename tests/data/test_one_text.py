@@ -108,7 +108,7 @@ def train(folder: Path, tokenizer: Any, rows: Sequence[Messages]) -> Trained:
     )
     (export / "config.json").unlink()  # the model is of another kind than the tokenizer's class may be
     data = task.dataset()
-    samples = [(ids.tolist(), supervised.tolist()) for ids, supervised in (data[i] for i in range(len(data)))]
+    samples = [(ids.tolist(), supervised.tolist()) for ids, supervised in (data[i].values() for i in range(len(data)))]
     assert data.report.bad_rows == len(data.report.first_bad_rows), "the report keeps all bad rows of a test"
     bad = {row.number - 1: row.problem for row in data.report.first_bad_rows}
     return Trained(AutoTokenizer.from_pretrained(str(export), local_files_only=True), samples, bad)

@@ -29,7 +29,7 @@ def numbered(first: int, count: int) -> TokenDataset:
 
 
 def numbers_of(samples: SampleSet) -> list[int]:
-    return [int(samples[index][0][0]) for index in range(len(samples))]
+    return [int(samples[index]["token_ids"][0]) for index in range(len(samples))]
 
 
 def split(dataset: SampleSet, fraction: float = 0.0, limit: int | None = None, seed: int = 0) -> list[list[int]]:
@@ -56,7 +56,7 @@ def test_each_sample_that_is_used_is_on_one_side(first: int, second: int, fracti
         if part:
             assert part.lengths(np.arange(len(part))).tolist() == [2 + number % 5 for number in numbers]
             assert part.tokens == sum(2 + number % 5 for number in numbers)
-            assert part.supervised_tokens == sum(int(mixed[number][1].sum()) for number in numbers)
+            assert part.supervised_tokens == sum(int(mixed[number]["supervised"].sum()) for number in numbers)
             assert shared_samples(mixed, part) == len(numbers)
     assert held_out is None or shared_samples(trained, held_out) == 0
 

@@ -81,7 +81,7 @@ def cache(tmp_path: Path) -> TokenCache:
 
 
 def texts(dataset: TokenDataset) -> list[str]:
-    return ["".join(map(chr, dataset[index][0])) for index in range(len(dataset))]
+    return ["".join(map(chr, dataset[index]["token_ids"])) for index in range(len(dataset))]
 
 
 def folder_of(dataset: TokenDataset) -> Path:
@@ -97,7 +97,7 @@ def test_what_is_cached_is_what_was_made(recipe: Recipe, cache: TokenCache) -> N
     assert made["a.jsonl"] == 6, "the third time nothing is tokenised"
     for dataset in (in_memory, first, second):
         assert texts(dataset) == ["hello", "there"]
-        assert dataset[0][1].tolist() == [False, True, True, True, True]
+        assert dataset[0]["supervised"].tolist() == [False, True, True, True, True]
         assert (dataset.tokens, dataset.supervised_tokens) == (10, 8)
         assert (dataset.report.files, dataset.report.rows, dataset.report.bad_rows) == (1, 3, 1)
         assert dataset.report.first_bad_lines()[0].endswith("row 3: expected an object, {...}, found a number")
@@ -107,15 +107,15 @@ def test_what_is_cached_is_what_was_made(recipe: Recipe, cache: TokenCache) -> N
 
 def test_the_arrays_are_mapped_and_cannot_be_written(recipe: Recipe, cache: TokenCache) -> None:
     dataset = cache.samples(recipe)
-    assert isinstance(dataset.token_ids.base, np.memmap)
+    assert isinstance(dataset.arrays["token_ids"].base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
-        dataset.token_ids[0] = 1
+        dataset.arrays["token_ids"][0] = 1
 
 
 def test_tokens_of_a_large_vocabulary_keep_their_value(recipe: Recipe, cache: TokenCache) -> None:
     write(recipe.files[0], ["\N{PANDA FACE}" * 3])
     dataset = cache.samples(replace(recipe, vocabulary=200_000))
-    assert dataset[0][0].tolist() == [ord("\N{PANDA FACE}")] * 3
+    assert dataset[0]["token_ids"].tolist() == [ord("\N{PANDA FACE}")] * 3
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(
     """/dev/full is a disk without room."""
 
     class Full(token_cache._Writer):
-        def __init__(self, folder: Path, name: str) -> None:
-            super().__init__(folder, name)
+        def __init__(self, folder: Path, name: str, type_name: str) -> None:
+            super().__init__(folder, name, type_name)
             self.file = open("/dev/full", "wb")  # noqa: SIM115
 
     monkeypatch.setattr(token_cache, "_Writer", Full)
@@ -287,11 +287,11 @@ def test_processes_tokenise_in_order_and_in_bounded_numbers(
     written = [f"text {number}" for number in range(500)]
     write(recipe.files[0], written)
     blocks = list(tokenising.tokenised_blocks(recipe.files, recipe.reader, tokenise, processes=3))
-    assert ["".join(map(chr, block.token_ids)) for block in blocks[1:3]] == [
+    assert ["".join(map(chr, block.arrays["token_ids"])) for block in blocks[1:3]] == [
         "".join(written[:7]),
         "".join(written[7:14]),
     ]
-    assert sum(len(block.lengths) for block in blocks) == 500
+    assert sum(map(len, blocks)) == 500
     assert not made, "nothing was tokenised here"
 
 

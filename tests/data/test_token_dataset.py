@@ -35,7 +35,7 @@ def test_samples_come_out_as_they_were_added(added: list[tuple[list[int], int]])
     dataset = TokenDataset.of(block)
     assert len(dataset) == len(added)
     for index, (token_ids, unsupervised) in enumerate(added):
-        ids, supervised = dataset[index]
+        ids, supervised = dataset[index].values()
         assert ids.tolist() == token_ids
         assert supervised.tolist() == [position >= unsupervised for position in range(len(token_ids))]
     assert dataset.tokens == sum(len(token_ids) for token_ids, _ in added)
@@ -46,8 +46,12 @@ def test_the_arrays_have_the_promised_types() -> None:
     block = SampleBlock()
     block.add([1, 2, 3], bytes([0, 1, 1]))
     dataset = TokenDataset.of(block)
-    assert (dataset.token_ids.dtype, dataset.supervised.dtype, dataset.offsets.dtype) == (np.int32, np.bool_, np.int64)
-    assert dataset.offsets.tolist() == [0, 3]
+    assert (
+        dataset.arrays["token_ids"].dtype,
+        dataset.arrays["supervised"].dtype,
+        dataset.offsets["token_ids"].dtype,
+    ) == (np.int32, np.bool_, np.int64)
+    assert dataset.offsets["token_ids"].tolist() == [0, 3]
 
 
 def test_a_block_without_samples_makes_a_data_set_without() -> None:

@@ -149,7 +149,9 @@ def trained(kind: str, name: str, folder: Path) -> list[Sample]:
     else:
         task = Instruct(InstructOptions(instruction_tuning_data_dir=str(file), template="plain", separator=""), context)
     data = task.dataset()
-    return [Sample(ids.tolist(), learnt.tolist()) for ids, learnt in (data[number] for number in range(len(data)))]
+    return [
+        Sample(ids.tolist(), learnt.tolist()) for ids, learnt in (data[number].values() for number in range(len(data)))
+    ]
 
 
 TOKENIZERS = sorted({row["tokenizer"] for row in RECORDED})

@@ -109,8 +109,9 @@ class Rows:
     """A micro batch: rows by step and number."""
 
     numbers: list[tuple[int, int]]
-    supervised_tokens: int
+    units: int
     tokens: int = 0
+    idle: bool = False
 
     def to(self, device: torch.device) -> Rows:
         return self

@@ -39,7 +39,8 @@ class Chosen(torch.nn.Module):
 
 
 class Batch:
-    tokens = supervised_tokens = 1
+    tokens = units = 1
+    idle = False
 
     def __init__(self, number: int, used: list[int]) -> None:
         self.inputs, self.used = torch.full((1, 5), 1.0 + number / 7, dtype=torch.bfloat16), used
@@ -90,7 +91,8 @@ from panda.engine.processes import join_processes, leave_processes
 processes = join_processes()
 
 class Batch:
-    tokens = supervised_tokens = 1
+    tokens = units = 1
+    idle = False
 
     def to(self, device):
         return self

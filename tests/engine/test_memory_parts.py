@@ -99,7 +99,8 @@ def test_parts_are_named_by_size() -> None:
 
 
 class Batch:
-    tokens = supervised_tokens = 1
+    tokens = units = 1
+    idle = False
     real = torch.ones(1, 1)
 
     def to(self, device: torch.device) -> Batch:

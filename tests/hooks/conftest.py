@@ -37,6 +37,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             directory=directory,
             processes=SimpleNamespace(rank=rank, world_size=2, device=torch.device("cpu")),
             dataset=dataset,
+            task=SimpleNamespace(shown=(), unit="supervised_tokens"),
             plan=plan,
             layout=Layout(dataset, SampleOrder(dataset.sources, seed=1), plan, "padded", 16),
             evaluation=None,

@@ -339,7 +339,7 @@ def test_a_run_in_the_place_of_one_that_exists_says_so(said: Outlook, folder: Pa
 
 
 def test_a_run_that_is_resumed_says_from_where(said: Outlook) -> None:
-    at, path = Progress(step=2, position=4, tokens=0, supervised_tokens=0, skipped_steps=0), Path("runs/x/step-2")
+    at, path = Progress(step=2, position=4, tokens=0, units=0, skipped_steps=0), Path("runs/x/step-2")
     flags = f"{TINY_64} --gradient_accumulation_steps 2"
     assert said(flags, progress=at, resumed=path)["output"] == ["runs/x, resumed from runs/x/step-2, step 2 of 3"]
     done = said(f"{flags} --max_steps 2", progress=at, resumed=path)

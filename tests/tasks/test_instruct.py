@@ -25,7 +25,8 @@ def samples(task: Any) -> list[tuple[list[int], list[int]]]:
     """Token ids and the supervised ones among them, of each sample."""
     dataset = task.dataset()
     return [
-        (dataset[index][0].tolist(), dataset[index][0][dataset[index][1]].tolist()) for index in range(len(dataset))
+        (dataset[index]["token_ids"].tolist(), dataset[index]["token_ids"][dataset[index]["supervised"]].tolist())
+        for index in range(len(dataset))
     ]
 
 
@@ -149,8 +150,8 @@ def test_rows_that_are_tokenised_apart_make_the_same_samples(instruct: Any) -> N
     rows = list(task.context.reader.read(file))
     together = task.tokenise(rows)
     apart = [task.tokenise([row]) for row in rows]
-    assert together.token_ids.tolist() == [token for block in apart for token in block.token_ids]
-    assert together.supervised == b"".join(block.supervised for block in apart)
+    for name in ("token_ids", "supervised"):
+        assert together.arrays[name].tolist() == [value for block in apart for value in block.arrays[name]]
 
 
 # -- fields -----------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from token_batches import collate
 
-from panda.data.batches import Batch
-from panda.data.batches import collate
+from panda.data.batches import TokenBatch
 from panda.registry import UserError
 from panda.registry.contexts import TaskContext
 from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.scores import next_token_loss
 
 GOOD = {"input": "a", "target": "b"}
 VOCABULARY = 11
@@ -92,7 +93,7 @@ def test_special_tokens_spelt_out_in_a_text_are_text(instruct: Any) -> None:
     """A page of HTML with <s>struck-out</s> words does not end a sequence."""
     text = "<s>no</s><pad>"
     task = instruct([{"input": text, "target": text}])
-    token_ids, _ = task.dataset()[0]
+    token_ids, _ = task.dataset()[0].values()
     written = [byte + 3 for byte in text.encode()]
     assert token_ids.tolist() == [1, *written, ord("\n") + 3, *written, 2]
     assert task.encode_prompt(text) == [1, *written, ord("\n") + 3]
@@ -123,7 +124,7 @@ def cross_entropy(table: torch.Tensor, samples: list[tuple[list[int], list[bool]
     return total
 
 
-def batch_of(samples: list[tuple[list[int], list[bool]]], pad: int = 0) -> Batch:
+def batch_of(samples: list[tuple[list[int], list[bool]]], pad: int = 0) -> TokenBatch:
     return collate([[(torch.tensor(ids).numpy(), torch.tensor(mask).numpy())] for ids, mask in samples], pad)
 
 
@@ -138,7 +139,7 @@ rows = st.lists(
 
 @pytest.fixture(scope="module")
 def loss() -> Any:
-    return lambda model, batch: LanguageModelling.loss(None, model, batch)  # type: ignore[arg-type]
+    return next_token_loss
 
 
 @given(rows)

@@ -46,7 +46,7 @@ def epoch(task: Mix, number: int = 0) -> Counter[str]:
     dataset = task.dataset()
     order = SampleOrder(dataset.sources, seed=1)
     positions = range(number * order.epoch_samples, (number + 1) * order.epoch_samples)
-    samples = [dataset[index][0] for index in order.samples(positions).tolist()]
+    samples = [dataset[index]["token_ids"] for index in order.samples(positions).tolist()]
     return Counter(task.tokenizer.decode(ids, skip_special_tokens=True) for ids in samples)
 
 
@@ -83,11 +83,11 @@ def test_a_weight_is_passes_over_a_source_in_an_epoch(mix: Any) -> None:
 
 def test_instruct_samples_keep_their_mask(mix: Any) -> None:
     dataset = mix().dataset()
-    ids, supervised = dataset[0]
+    ids, supervised = dataset[0].values()
     assert ids[supervised].tolist() == [*(byte + 3 for byte in b"say 0"), 2]
-    assert dataset[4][1].tolist() == [False] + [True] * (len(dataset[4][0]) - 1)
+    assert dataset[4]["supervised"].tolist() == [False] + [True] * (len(dataset[4]["token_ids"]) - 1)
     assert (dataset.report.files, dataset.report.rows) == (2, 14)
-    assert dataset.tokens == sum(len(dataset[index][0]) for index in range(14))
+    assert dataset.tokens == sum(len(dataset[index]["token_ids"]) for index in range(14))
 
 
 @pytest.mark.parametrize(("given", "texts"), [("instruct", ASKED), ("pretrain", TOLD)])
@@ -130,6 +130,6 @@ def test_other_data_is_read_as_the_first_of_its_parts_is(mix: Any, tmp_path: Pat
     row = INSTRUCT[2] if instruct else PRETRAIN[2]
     (tmp_path / "other.jsonl").write_text(json.dumps(row))
     other = task.reading(str(tmp_path / "other.jsonl"), "eval_data_dir").dataset()
-    assert [other[n][0].tolist() for n in range(len(other))] == [task.dataset()[2][0].tolist()]
+    assert [other[n]["token_ids"].tolist() for n in range(len(other))] == [task.dataset()[2]["token_ids"].tolist()]
     with pytest.raises(UserError, match="eval_data_dir"):
         task.reading(str(tmp_path / "nowhere"), "eval_data_dir")

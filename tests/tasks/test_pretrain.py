@@ -25,7 +25,9 @@ def ids(text: str) -> list[int]:
 
 def samples(task: Any) -> list[tuple[list[int], list[bool]]]:
     dataset = task.dataset()
-    return [(dataset[index][0].tolist(), dataset[index][1].tolist()) for index in range(len(dataset))]
+    return [
+        (dataset[index]["token_ids"].tolist(), dataset[index]["supervised"].tolist()) for index in range(len(dataset))
+    ]
 
 
 def begins_with_bos(tokenizer: Any, does: bool) -> None:

@@ -149,7 +149,7 @@ def test_fields_that_a_task_does_not_read_are_counted(tmp_path: Path, tokenizer:
     task = Upper(PretrainOptions(pretraining_data_dir=str(tmp_path / "rows.json")), context)
     for _ in range(2):
         dataset = task.dataset()
-        assert [tokenizer.decode(dataset[n][0], skip_special_tokens=True) for n in (0, 1)] == ["A", "B!"]
+        assert [tokenizer.decode(dataset[n]["token_ids"], skip_special_tokens=True) for n in (0, 1)] == ["A", "B!"]
         assert dataset.report.unused == {"id": 2, "text": 1}
 
 
@@ -206,7 +206,7 @@ def test_each_path_has_its_passes_in_an_epoch(tmp_path: Path, tokenizer: Any) ->
     weighted = task(data_weights=[2, 0.5, 1])
     dataset = weighted.dataset()
     assert dataset.sources == (Source(4, 8, paths[0]), Source(4, 2, paths[1]))
-    assert tokenizer.decode(dataset[5][0]) == "<s>b.json\n1</s>"
+    assert tokenizer.decode(dataset[5]["token_ids"]) == "<s>b.json\n1</s>"
     assert dataset.report.notes == [
         "instruction_tuning_data_dir: 1 file is held out by eval_data_dir, and not trained on"
     ]

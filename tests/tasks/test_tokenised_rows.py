@@ -23,7 +23,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 
 
 def samples(dataset: Any) -> list[tuple[list[int], list[bool]]]:
-    return [(ids.tolist(), mask.tolist()) for ids, mask in (dataset[index] for index in range(len(dataset)))]
+    return [(ids.tolist(), mask.tolist()) for ids, mask in (dataset[index].values() for index in range(len(dataset)))]
 
 
 def as_row(ids: np.ndarray, supervised: np.ndarray, form: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_the_samples_of_a_task_come_back_as_they_are(
         return Pretrain(PretrainOptions(pretraining_data_dir=str(file)), context).dataset()
 
     first = dataset([{"input": a, "target": b, "text": a + b} for a, b in rows])
-    again = dataset([as_row(*first[index], form) for index in range(len(first))])
+    again = dataset([as_row(*first[index].values(), form) for index in range(len(first))])
     assert samples(again) == samples(first)
     assert again.fingerprint == first.fingerprint and again.report.truncated == 0
 

@@ -31,7 +31,8 @@ class Progress:
     position: int = 0
     """The data cursor: global position of the next sample."""
     tokens: int = 0
-    supervised_tokens: int = 0
+    units: float = 0
+    """Of the loss: supervised tokens, pairs."""
     skipped_steps: int = 0
     """Of ``step``, those that changed nothing because gradients were not finite."""
 
@@ -129,7 +130,10 @@ def read_progress(checkpoint: Path, agreement: dict[str, Any]) -> Progress:
     """How far ``checkpoint`` had come. Raises UserError where the run that made it differs in ``agreement``."""
     manifest = _manifest(checkpoint)
     refuse_differing(checkpoint, manifest["agreement"], agreement)
-    return Progress(**manifest["progress"])
+    progress = dict(manifest["progress"])
+    if "supervised_tokens" in progress:  # in checkpoints from before any loss had units (2026-11)
+        progress["units"] = progress.pop("supervised_tokens")
+    return Progress(**progress)
 
 
 def refuse_differing(source: Path, recorded: dict[str, Any], agreement: dict[str, Any]) -> None:

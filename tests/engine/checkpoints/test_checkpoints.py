@@ -48,7 +48,8 @@ def make_engine(processes: Processes) -> Engine:
 
 
 class Batch:
-    tokens = supervised_tokens = 2
+    tokens = units = 2
+    idle = False
 
     def to(self, device: torch.device) -> Batch:
         return self

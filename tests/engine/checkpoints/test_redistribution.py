@@ -135,7 +135,8 @@ def make_engine(processes: Processes, stage: int, precision: str, kind: str = "n
 
 
 class Batch:
-    tokens = supervised_tokens = 4
+    tokens = units = 4
+    idle = False
 
     def to(self, device: torch.device) -> Batch:
         return self

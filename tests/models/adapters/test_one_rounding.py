@@ -333,7 +333,8 @@ def test_a_result_can_be_added_to_in_place() -> None:
 
 
 class Batch:
-    tokens = supervised_tokens = IDS.numel()
+    tokens = units = IDS.numel()
+    idle = False
 
     def to(self, device: torch.device) -> Batch:
         return self

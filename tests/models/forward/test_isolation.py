@@ -10,17 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from token_batches import collate
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-from panda.data.batches import collate
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.scores import next_token_loss
 
 VOCABULARY = 50
 CPU = torch.device("cpu")
@@ -59,9 +59,9 @@ def test_packed_and_unpacked_give_the_same_logits_and_the_same_loss(llama: Any, 
                 batch = collate([[each]], pad_token_id=0)
                 alone = llama(batch.input_ids).logits[0]
                 torch.testing.assert_close(logits[number, start : start + len(alone)], alone, rtol=1e-5, atol=1e-5)
-                alone_loss += float(LanguageModelling.loss(None, llama, batch))  # type: ignore[arg-type]
+                alone_loss += float(next_token_loss(llama, batch))
                 start += len(alone)
-        loss = float(LanguageModelling.loss(None, llama, packed))  # type: ignore[arg-type]
+        loss = float(next_token_loss(llama, packed))
     assert loss == pytest.approx(alone_loss, rel=1e-5, abs=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_nothing_waits_for_the_device(llama: Any, packed: bool) -> None:
     row = [sample([5, 6, 7, 8]), sample([9, 10, 11])]
     batch = collate([row, row] if packed else [[each] for each in row], 0, packed=packed)
     with Reads() as reads:
-        LanguageModelling.loss(None, llama, batch).backward()  # type: ignore[arg-type]
+        next_token_loss(llama, batch).backward()
     assert reads.found == []
     plain = LlamaForCausalLM(llama.config)
     with Reads() as reads:

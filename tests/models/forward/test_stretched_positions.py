@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import SHAPE
+from token_batches import collate
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from transformers import Phi3Config
@@ -16,7 +17,6 @@ from transformers import Phi3ForCausalLM
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
-from panda.data.batches import collate
 from panda.models.forward.packed_rows import tell_packing
 from panda.models.forward.stretched_positions import stretch_by_sample
 from panda.registry.contexts import ModelContext

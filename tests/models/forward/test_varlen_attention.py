@@ -13,12 +13,12 @@ import pytest
 import torch
 from model_types import ENTRIES
 from model_types import tiny
+from token_batches import collate
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from varlen_on_cpu import varlen_on_cpu
 
-from panda.data.batches import Batch
-from panda.data.batches import collate
+from panda.data.batches import TokenBatch
 from panda.models.causal_lm import build_causal_lm
 from panda.models.forward import varlen_attention
 from panda.models.forward.isolation import refuse_leaking
@@ -36,7 +36,7 @@ from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.scores import next_token_loss
 
 if not varlen_attention._HAS_WINDOW:
     pytest.skip("this torch has no varlen_attn with windows", allow_module_level=True)
@@ -46,7 +46,7 @@ CONTEXT = ModelContext(ENTRIES, max_seq_length=64, pad_token_id=0, bos_token_id=
 WINDOW = 4
 ROWS = ((9, 3, 14), (7, 11), (25, 4))
 """Lengths of the samples of each row; the second is padded by more than a sample, the first by less."""
-loss_of = partial(LanguageModelling.loss, None)  # type: ignore[arg-type]
+loss_of = next_token_loss
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def calls() -> Iterator[list[int]]:
         yield calls
 
 
-def packed_batch(rows: tuple[tuple[int, ...], ...] = ROWS, *, bounded: bool) -> Batch:
+def packed_batch(rows: tuple[tuple[int, ...], ...] = ROWS, *, bounded: bool) -> TokenBatch:
     generator = np.random.default_rng(len(rows))
     made = [[(generator.integers(3, ENTRIES, n).astype(np.int32), np.arange(n) > n // 3) for n in row] for row in rows]
     return collate(made, 0, packed=True, bounded=bounded, row_length=lambda tokens: 32)
@@ -78,7 +78,7 @@ def llama(**options: Any) -> Any:
     return build_llama(LlamaOptions(**shape, initializer_range=0.3, **options), CONTEXT).double()
 
 
-def loss_and_gradients(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+def loss_and_gradients(model: Any, batch: TokenBatch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss = loss_of(model, batch)
     loss.backward()

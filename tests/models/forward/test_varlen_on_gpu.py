@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from model_types import tiny
+from token_batches import collate
 
-from panda.data.batches import Batch
-from panda.data.batches import collate
+from panda.data.batches import TokenBatch
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
@@ -23,7 +23,7 @@ from panda.models.hf import build_hf
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
-from panda.tasks.language_modelling import LanguageModelling
+from panda.tasks.scores import next_token_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -33,7 +33,7 @@ LENGTHS = ((200, 30, 150), (1, 300, 7, 100), (512,), (90, 90))
 """Of the samples of each row: from one token to a whole row, over the kernel's blocks of 64 and 128 tokens."""
 ROUNDED = 3e-2
 """Of a gradient, how far off it may be, relative to its norm: some units of bfloat16 (2 ** -8) over two layers."""
-loss_of = partial(LanguageModelling.loss, None)  # type: ignore[arg-type]
+loss_of = next_token_loss
 CONTEXT = ModelContext(ENTRIES, max_seq_length=LENGTH, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SHAPE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 384, "num_layers": 2, "num_heads": 4}
 
@@ -47,7 +47,7 @@ def float32_products() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def packed_batch(rows: tuple[tuple[int, ...], ...] = LENGTHS, *, bounded: bool, length: int = LENGTH) -> Batch:
+def packed_batch(rows: tuple[tuple[int, ...], ...] = LENGTHS, *, bounded: bool, length: int = LENGTH) -> TokenBatch:
     generator = np.random.default_rng(len(rows))
     made = [[(generator.integers(3, ENTRIES, n).astype(np.int32), np.arange(n) > n // 4) for n in row] for row in rows]
     return collate(made, 0, packed=True, bounded=bounded, row_length=lambda tokens: length).to(GPU)
@@ -65,7 +65,7 @@ def hf(model_type: str, **changes: Any) -> Any:
     return build_hf(HfOptions(), ModelContext(ENTRIES, LENGTH, 0, 1, 2, config=config))
 
 
-def gradients(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(model: Any, batch: TokenBatch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = loss_of(model, batch)
     loss.backward()

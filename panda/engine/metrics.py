@@ -1,0 +1,66 @@
+"""Metrics of a task: pairs of a numerator and a denominator, added up over micro batches and ranks on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from panda.engine.processes import Processes
+from panda.registry import UserError
+from panda.registry.contexts import Loss
+
+
+def loss_of(returned: Loss | torch.Tensor, *, idle: bool) -> Loss:
+    """What a task ``returned`` for a batch, without graph but for the sum; times 0 where the batch is ``idle``."""
+    found = returned if isinstance(returned, Loss) else Loss(returned)
+    if not idle:
+        return found
+    return Loss(found.sum * 0, dict.fromkeys(found.metrics, (0.0, 0.0)))
+
+
+class MetricSums:
+    """The sums of all metrics of some batches."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.names: tuple[str, ...] | None = None
+        """In order; None before the first batch."""
+        self._parts: list[torch.Tensor] = []
+
+    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        """Add the metrics of a batch. Raises UserError where their names are others than before."""
+        names = tuple(sorted(metrics))
+        if self.names is not None and names != self.names:
+            raise UserError(
+                f"task: its metrics were {', '.join(self.names) or 'none'}, and of another batch they are"
+                f" {', '.join(names) or 'none'}. Return the same names for every batch, with denominator 0 for nothing."
+            )
+        self.names = names
+        if names:
+            values = [self._scalar(value) for name in names for value in metrics[name]]
+            self._parts.append(torch.stack(values))
+
+    def _scalar(self, value: Any) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to(self.device, self.dtype).reshape(())
+        return torch.full((), value, dtype=self.dtype, device=self.device)
+
+    def sums(self) -> torch.Tensor:
+        """Numerator and denominator of each, one after the other: [2 x metrics]."""
+        if not self._parts:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        return torch.stack(self._parts).sum(0)
+
+    def agree(self, processes: Processes) -> None:
+        """Raise UserError where ranks have metrics of other names: they could not be added. Waits for all ranks."""
+        everywhere = processes.from_all(self.names)
+        if len(set(everywhere)) > 1:
+            said = "; ".join(f"rank {rank}: {', '.join(names or ())}" for rank, names in enumerate(everywhere))
+            raise UserError(f"task: its metrics have other names on other ranks: {said}. Return the same names.")
+
+    def divided(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each metric, on the device, from ``sums`` over all ranks."""
+        pairs = sums.view(-1, 2)
+        return dict(zip(self.names or (), (pairs[:, 0] / pairs[:, 1]).unbind(), strict=True))

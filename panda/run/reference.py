@@ -1,0 +1,104 @@
+"""The frozen model that a task compares the trained one with: which it is, how large, and how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from panda.configuration.configure import Configuration
+from panda.configuration.options import RunOptions
+from panda.engine.frozen import FrozenModel
+from panda.engine.frozen import freeze
+from panda.engine.processes import Processes
+from panda.models.forward.varlen_attention import attend_by_kernel
+from panda.models.hf import HfOptions
+from panda.models.hf import build_hf
+from panda.models.initialisation.creation import without_weights
+from panda.registry import UserError
+from panda.registry.contexts import ModelContext
+from panda.registry.contexts import Reference
+from panda.registry.resolve import Resolved
+from panda.run.model import build_outline
+from panda.run.model import build_weights
+from panda.run.model import make_trainable
+from panda.run.model import model_context
+from panda.weights.finding import find_pretrained
+from panda.weights.pretrained import Pretrained
+from panda.weights.pretrained import fitted
+
+
+def reference_of(resolved: Resolved) -> Reference | None:
+    """The frozen model that the task of ``resolved`` asks for; None for none."""
+    task = resolved.components["task"]
+    asked: Any = getattr(task.component.factory, "reference_of", None)
+    if asked is None:
+        return None
+    with task.attributed("`reference_of`"):
+        found: Reference | None = asked(task.options)
+    return found
+
+
+def is_second_model(reference: Reference | None, options: RunOptions) -> bool:
+    """Whether ``reference`` is a model of its own, and not the base of the run's adapters."""
+    return reference is not None and (reference.checkpoint is not None or not options.use_lora)
+
+
+def describe_reference(reference: Reference, options: RunOptions) -> str:
+    """What it is, in one line."""
+    if reference.checkpoint is not None:
+        return f"frozen, from {reference.checkpoint}"
+    if options.use_lora:
+        return "the base, with the adapters off"
+    return "a frozen copy of the weights that the run starts from"
+
+
+def reference_outline(
+    reference: Reference, resolved: Resolved, context: ModelContext, tokenizer: Any
+) -> torch.nn.Module | None:
+    """The frozen model, without weights; None if it can only be built with weights."""
+    if reference.checkpoint is None:
+        return build_outline(resolved, context)
+    return _of_checkpoint(reference.checkpoint, resolved, tokenizer)[0]
+
+
+def build_reference(
+    reference: Reference,
+    configuration: Configuration,
+    context: ModelContext,
+    tokenizer: Any,
+    config: dict[str, Any],
+    processes: Processes,
+    *,
+    bounded: bool,
+) -> FrozenModel:
+    """The frozen model, placed like the model that is trained. Every rank has to call it.
+
+    Before the run's random numbers are seeded, which it may draw from. ``config``: DeepSpeed's for the run.
+    ``bounded``: whether attention is given the bounds of samples.
+    """
+    resolved, options = configuration.resolved, configuration.options
+    plain = replace(options, use_lora=False, use_quant=False, activation_checkpointing="none", compile=False)
+    if reference.checkpoint is None:
+        module, weights = build_weights(resolved, context, configuration.pretrained)
+    else:
+        module, pretrained = _of_checkpoint(reference.checkpoint, resolved, tokenizer)
+        weights = fitted(module, pretrained)
+    if bounded:
+        attend_by_kernel(module)
+    return freeze(make_trainable(module, plain, weights, config, processes), options, config, processes)
+
+
+def _of_checkpoint(checkpoint: str, resolved: Resolved, tokenizer: Any) -> tuple[torch.nn.Module, Pretrained]:
+    found = find_pretrained(replace(resolved.core, ckpt_path=checkpoint, base_path=None))
+    assert found is not None
+    if found.adapters or "panda_model" in found.config:
+        raise UserError(
+            f"{checkpoint}: the frozen model of a task is a whole model of transformers, and this is"
+            f" {found.describe()}. Merge adapters into their base first: `panda export RUN --merge`."
+        )
+    core = replace(resolved.core, extend_vocab=False)
+    context = model_context(replace(resolved, core=core), tokenizer, found)
+    with torch.device("cpu"), without_weights():
+        return build_hf(HfOptions(), context), found
