@@ -19,6 +19,7 @@ from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
 from panda.run.directory_lock import RunLock
+from panda.run.generating import generate_of
 from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
@@ -69,6 +70,7 @@ def begin(
         step=continuation.progress.step,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
     )
+    run.generate = generate_of(model.engine, processes, seed=options.seed, end_tokens=run.decoding.ends)
 
     @writing(f"{directory}: the description of the run", NO_ROOM_LEFT)
     def describe() -> None:

@@ -28,9 +28,9 @@ from panda.data.conversations import Turn
 from panda.data.fields import Field
 from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
-from panda.tasks.dialogue_task import DialogueFormat
 from panda.tasks.dialogue_task import DialogueTask
-from panda.tasks.row_task import UnusableRowError
+from panda.tasks.dialogue_task import InstructFormat
+from panda.data.conversations import UnusableRowError
 from panda.tasks.task import Loss
 from panda.tasks.task import Reference
 
@@ -52,7 +52,7 @@ PROMPT_FIELDS = ("prompt", "question", "instruction", "problem", "messages")
 
 
 @dataclass(frozen=True)
-class GrpoOptions(DialogueFormat):
+class GrpoOptions(InstructFormat):
     """Options of grpo."""
 
     prompt_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = ("./dataset/prompts",)
@@ -91,6 +91,8 @@ class GrpoOptions(DialogueFormat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.input_field is not None:
+            raise UserError("input_field and target_field: rows of grpo have no target. Name the prompt: `prompt_field`.")
         if not self.reward:
             raise UserError("reward: name at least one. `panda list rewards` shows what is installed.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
@@ -290,6 +292,7 @@ class Grpo(DialogueTask):
         ``rate``: tokens that were drawn for the step, and the seconds that it took, to be counted with this batch.
         """
         import torch
+        from panda.data.batches import RowShape
         from panda.data.batches import token_batch
 
         used = groups or [self._idle_group()]
@@ -306,14 +309,14 @@ class Grpo(DialogueTask):
         }
         tokens = sum(len(group.completions[number]) for group, number in rows)
         units = len(rows) if self.unit == "completions" else tokens
-        batch = token_batch(sequences, self.pad_token_id, self.shape, units=units, arrays=arrays)
+        batch = token_batch(sequences, self.pad_token_id, RowShape(), units=units, arrays=arrays)
         if self.options.num_iterations > 1:
             old = torch.zeros(batch.labels[:, 1:].shape)
             for place, (group, number) in enumerate(rows):
                 before = len(group.prompt) - 1
                 old[place, before : before + len(group.completions[number])] = torch.tensor(group.log_probs[number])
             batch = replace(batch, arrays={**batch.arrays, "old_log_probs": old})
-        return replace(batch, idle=not groups)
+        return batch if groups else batch.as_idle()
 
     # -- the loss
 

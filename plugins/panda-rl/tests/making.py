@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,3 +47,49 @@ def prompt_batch(prompts: list[list[int]], fields: list[dict[str, Any]] | None =
         "row_lengths": torch.tensor([len(row) for row in rows]),
     }
     return Batch(arrays, units=len(prompts), tokens=sum(map(len, prompts)))
+
+
+GIVEN = '''
+"""The task grpo with completions that are given: drawn from the key of each, and not by the model."""
+
+import random
+
+from panda import register_task
+from panda.tasks.task import Generated
+from panda_rl.grpo import Grpo
+from panda_rl.grpo import GrpoOptions
+
+
+def generate(prompts, *, keys, max_new_tokens, **_):
+    made = Generated([], [], [])
+    for prompt, key in zip(prompts, keys, strict=True):
+        draws = random.Random(repr(key))
+        length = draws.randint(1, max_new_tokens)
+        ids = [draws.choice((51, 52, 53, 54, 35)) for _ in range(length)]  # 0 to 3, and a space, as bytes
+        ended = length < max_new_tokens
+        made.token_ids.append(ids + [2] * ended)
+        made.log_probs.append([-1.0 - draws.random() for _ in made.token_ids[-1]])
+        made.ended.append(ended)
+    return made
+
+
+@register_task("grpo-given", options=GrpoOptions)
+class Given(Grpo):
+    """Completions that are given."""
+
+    layouts = Grpo.layouts
+
+    def start(self, run):
+        super().start(run)
+        self.generate = generate
+'''
+
+
+def install_given(site: Path) -> Path:
+    """``site``, a folder for PYTHONPATH, with a package that has the task ``grpo-given``."""
+    info = site / "given-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: given\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[panda.tasks]\ngrpo-given = given_completions\n")
+    (site / "given_completions.py").write_text(GIVEN)
+    return site
