@@ -26,7 +26,7 @@ class PairOptions(InstructFormat):
 
     pairs_dir: tuple[Annotated[str, Location(holds_data=True)], ...] = ("./pairs",)
     """Rows with "prompt", "chosen" and "rejected"."""
-    beta: float = 0.5
+    beta: float = 0.2
     """How much a reward counts."""
     teacher: str | None = None
     """Another frozen model."""
@@ -233,7 +233,10 @@ class ToyOnline(Pairs):
         scores = sequence_log_probs(model, batch, temperature=1.5)
         return Loss(
             -(scores * batch["advantages"]).sum(),
-            {"off": ((scores - batch["old"]).abs().sum(), len(scores)), "tokens_made": (batch.supervised_tokens, len(scores))},
+            {
+                "off": ((scores - batch["old"]).abs().sum(), len(scores)),
+                "tokens_made": (batch.supervised_tokens, len(scores)),
+            },
         )
 '''
 

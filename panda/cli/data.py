@@ -59,6 +59,7 @@ def _data(argv: list[str]) -> None:
     import numpy as np
     from rich.console import Console
 
+    from panda.configuration.refusals import layouts_of
     from panda.data.packing import LAYOUTS
     from panda.run.assembly import lay_out
     from panda.run.directory import run_name
@@ -80,7 +81,8 @@ def _data(argv: list[str]) -> None:
 
     rows = f"per_gpu_train_batch_size {resolved.core.per_gpu_train_batch_size}"
     console.print(f"\nrows at the start of a run, on one rank and with {rows}")
-    for batching in LAYOUTS:
+    supported = layouts_of(type(task)) or ()
+    for batching in (each for each in LAYOUTS if each in supported):
         layout = lay_out(resolved.core, dataset, 1, batching=batching)
         chosen = "  <- this run" if batching == resolved.core.batching else ""
         console.print(f"  {batching:8} {layout.filling()}{chosen}")

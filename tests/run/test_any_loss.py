@@ -21,7 +21,7 @@ from toy_tasks import toy_tasks
 
 SAMPLES, HELD_OUT, STEPS = 21, 9, 3
 """Two full steps of 8 and one of 5, in which a rank can have nothing."""
-TASKS = ("toy-pairs", "toy-statistics", "toy-online", "toy-head")
+TASKS = ("toy-pairs", "toy-statistics")
 SPLITS = {"8x1": (8, 1), "2x4": (2, 4), "1x8": (1, 8)}
 TOGETHER = {"4x1": (4, 1), "2x2": (2, 2), "zero1": (2, 2), "zero2": (2, 2), "zero3": (2, 2)}
 """Micro batch and accumulation, on one rank and on two."""
@@ -34,7 +34,7 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
         return "".join(generator.choices("abcdefghij", k=generator.randint(1, most)))
 
     return [
-        {"prompt": text(20), "chosen": text(30), "rejected": text(30), "weight": [1.0, 0.5, 2.0][number % 3]}
+        {"prompt": text(20), "chosen": text(12), "rejected": text(12), "weight": [1.0, 0.5, 2.0][number % 3]}
         for number in range(count)
     ]
 
@@ -95,7 +95,9 @@ def test_every_split_takes_the_same_steps(runs: Path, task: str, name: str) -> N
     found, expected = numbers(runs / f"{task} {name}"), numbers(runs / f"{task} 8x1")
     assert len(found) == len(expected) == STEPS + 2
     for record, reference in zip(found, expected, strict=True):
-        assert record == pytest.approx(reference, rel=1e-5, abs=2e-6)
+        assert record == pytest.approx(reference, rel=1e-5, abs=1e-5)
+        for key in {"loss", "eval_loss"} & reference.keys():
+            assert record[key] == pytest.approx(reference[key], rel=1e-6, abs=1e-6)
     trained, reference_weights = (exported_weights(runs / f"{task} {each}") for each in (name, "8x1"))
     assert trained.keys() == reference_weights.keys()
     assert max(float((trained[key] - reference_weights[key]).abs().max()) for key in trained) < 1e-6
