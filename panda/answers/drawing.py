@@ -34,7 +34,7 @@ def drawn(
 ) -> Drawn:
     """Continuations of ``prompts``, a row each, by ``model`` in evaluation mode: at least one token of each.
 
-    Random numbers follow from ``seed`` and the key of a prompt only, so that the rows beside it matter only to rounding.
+    Random numbers follow from ``seed`` and the key of a prompt only, so the rows beside it matter only to rounding.
     ``temperature`` 0 takes the likeliest token. A model of transformers keeps keys and values; any other runs on the
     whole rows for each token. ``together``: where ranks have to run the model equally often, whether one of them is
     true on any rank; ``prompts`` may then be empty on some.

@@ -17,7 +17,7 @@ from panda.tasks.task import Generate
 from panda.tasks.task import Generated
 
 MEMORY = 0.4
-"""The share of a GPU's free memory that keys and values may have: rows are drawn in several turns where they have more."""
+"""The share of a GPU's free memory that keys and values may have. Where they have more, rows are drawn in turns."""
 ROWS_ON_CPU = 512
 """Rows that are drawn at once without a GPU."""
 

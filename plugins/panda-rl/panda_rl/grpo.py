@@ -25,12 +25,12 @@ from panda import Names
 from panda import UserError
 from panda import register_task
 from panda.data.conversations import Turn
+from panda.data.conversations import UnusableRowError
 from panda.data.fields import Field
 from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from panda.tasks.dialogue_task import DialogueTask
 from panda.tasks.dialogue_task import InstructFormat
-from panda.data.conversations import UnusableRowError
 from panda.tasks.task import Loss
 from panda.tasks.task import Reference
 
@@ -73,7 +73,7 @@ class GrpoOptions(InstructFormat):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Draw only from the likeliest tokens that together have this probability."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo"] = "dapo"
-    """`grpo`: the mean over the tokens of a completion, then over completions; `dapo` and `bnpo`: over all tokens of the
+    """`grpo`: the mean over the tokens of a completion, then over completions; `dapo`, `bnpo`: over all tokens of the
     step; `dr_grpo`: the sum over a completion over max_completion_length; `gspo`: ratios of whole completions."""
     beta: Annotated[float, Meta(ge=0)] = 0.0
     """Weight of the KL divergence from the weights that the run starts from; 0 keeps no copy of them."""
@@ -92,7 +92,7 @@ class GrpoOptions(InstructFormat):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.input_field is not None:
-            raise UserError("input_field and target_field: rows of grpo have no target. Name the prompt: `prompt_field`.")
+            raise UserError("input_field: rows of grpo have a prompt and no target. Name the prompt with prompt_field.")
         if not self.reward:
             raise UserError("reward: name at least one. `panda list rewards` shows what is installed.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
@@ -123,6 +123,9 @@ class Grpo(DialogueTask):
     layouts = ("padded", "grouped")
     shown = ("reward", "completions/mean_length")
     fields = (Field("prompt", "tokens"), Field("row", "uint8"))
+
+    def __new__(cls, options: GrpoOptions, context: TaskContext) -> Grpo:
+        return super().__new__(_ScaledByStep if cls is Grpo and options.scale_rewards == "batch" else cls)
 
     def __init__(self, options: GrpoOptions, context: TaskContext) -> None:
         from panda_rl.losses import LOSS_TYPES
@@ -320,16 +323,7 @@ class Grpo(DialogueTask):
 
     # -- the loss
 
-    def statistics(self, model: Any, batch: Batch) -> Mapping[str, torch.Tensor]:
-        """Of the rewards of the step: how many there are, their sum, and that of their squares."""
-        if self.options.scale_rewards != "batch":
-            return {}
-        import torch
-
-        rewards = self._rewards(batch).double()
-        return {"rewards": torch.stack([torch.ones_like(rewards), rewards, rewards * rewards]).sum(dim=1)}
-
-    def loss(self, model: Any, batch: TokenBatch, statistics: Mapping[str, torch.Tensor] = {}) -> Loss:  # noqa: B006
+    def loss(self, model: Any, batch: TokenBatch, statistics: Mapping[str, torch.Tensor] = {}) -> Loss:
         import torch
         from panda.tasks.scores import label_log_probs
 
@@ -404,6 +398,20 @@ class Grpo(DialogueTask):
         yield "clip_ratio/high_mean", (high, counted)
         yield "clip_ratio/region_mean", (low + high, counted)
         yield "generation/tokens_per_second", (batch["generated"][0], batch["generated"][1])
+
+
+class _ScaledByStep(Grpo):
+    """With ``scale_rewards: batch``: the loss needs the spread of all rewards of the step.
+
+    A class of its own, since a task with statistics reads the batches of an evaluation twice, and generates twice.
+    """
+
+    def statistics(self, model: Any, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """Of the rewards: how many there are, their sum, and that of their squares."""
+        import torch
+
+        rewards = self._rewards(batch).double()
+        return {"rewards": torch.stack([torch.ones_like(rewards), rewards, rewards * rewards]).sum(dim=1)}
 
 
 def _is_message(message: Mapping[str, Any]) -> bool:

@@ -55,9 +55,7 @@ def centred(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def spread_of_groups(rewards: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of each prompt's ``rewards`` [prompts, generations]: [prompts, 1], 0 for one generation."""
-    if rewards.shape[1] == 1:
-        return torch.zeros_like(rewards)
+    """The standard deviation of each prompt's ``rewards`` [prompts, generations], at least two: [prompts, 1]."""
     return rewards.std(dim=1, keepdim=True)
 
 

@@ -1,6 +1,6 @@
 """Write panda_rl/sample/sums/sums.jsonl: sums of two digits that are a digit, as rows of a prompt and an answer.
 
-    python scripts/make_sample.py
+python scripts/make_sample.py
 """
 
 from __future__ import annotations

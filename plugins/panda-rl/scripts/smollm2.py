@@ -64,7 +64,7 @@ def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder or name on the hub of the model")
-    parser.add_argument("--folder", type=Path, default=Path("runs/grpo-smollm2"), help="where data and runs are written")
+    parser.add_argument("--folder", type=Path, default=Path("runs/grpo-smollm2"), help="of data and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--beta", type=float, default=0.0)

@@ -16,7 +16,7 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
-from making import install_given
+from making import install_given  # noqa: E402 - a module beside this file
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard", "-p", "no:progress"]

@@ -1,7 +1,7 @@
 """Runs ``panda-train`` in forks of one process that has already imported what it imports, which takes ten seconds.
 
-Started by conftest.py. A line of its input is an order, ``{"argv": [...], "ranks": 2, "log": "..."}``; the answer is the
-exit code of each rank.
+Started by conftest.py. A line of its input is an order, ``{"argv": [...], "ranks": 2, "log": "..."}``; the answer is
+the exit code of each rank.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ from panda import register_task
 from panda.tasks.task import Generated
 from panda_rl.grpo import Grpo
 from panda_rl.grpo import GrpoOptions
+from panda_rl.grpo import _ScaledByStep
 
 
 def generate(prompts, *, keys, max_new_tokens, **_):
@@ -77,7 +78,7 @@ def generate(prompts, *, keys, max_new_tokens, **_):
 class Given(Grpo):
     """Completions that are given."""
 
-    layouts = Grpo.layouts
+    statistics = _ScaledByStep.statistics
 
     def start(self, run):
         super().start(run)

@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 from trl import GRPOTrainer
 
-
 MEANS = (
     "kl",
     "clip_ratio/low_mean",

@@ -61,7 +61,7 @@ def fixed_rollouts() -> list[dict[str, Any]]:
         for _ in range(PROMPTS * GENERATIONS):
             length = draws.randint(1, MAX_COMPLETION_LENGTH + 1)
             ids = draws.randint(2, VOCABULARY, length).tolist()
-            completions.append(ids[:-1] + [1] if length < MAX_COMPLETION_LENGTH else ids)
+            completions.append([*ids[:-1], 1] if length < MAX_COMPLETION_LENGTH else ids)
         rewards = [draws.uniform(-1, 2, PROMPTS * GENERATIONS).round(3).tolist() for _ in REWARD_WEIGHTS]
         made.append({"prompts": prompts, "completions": completions, "rewards": rewards})
     return made
