@@ -124,8 +124,9 @@ class Grpo(DialogueTask):
     shown = ("reward", "completions/mean_length")
     fields = (Field("prompt", "tokens"), Field("row", "uint8"))
 
-    def __new__(cls, options: GrpoOptions, context: TaskContext) -> Grpo:
-        return super().__new__(_ScaledByStep if cls is Grpo and options.scale_rewards == "batch" else cls)
+    def __new__(cls, options: GrpoOptions | None = None, context: TaskContext | None = None) -> Grpo:
+        by_step = cls is Grpo and options is not None and options.scale_rewards == "batch"  # a copy has no options yet
+        return super().__new__(_ScaledByStep if by_step else cls)
 
     def __init__(self, options: GrpoOptions, context: TaskContext) -> None:
         from panda_rl.losses import LOSS_TYPES

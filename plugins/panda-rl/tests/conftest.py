@@ -34,6 +34,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
     with subprocess.Popen(
         [sys.executable, str(TESTS / "forks.py")],
         env=environment,
+        cwd=folder,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
