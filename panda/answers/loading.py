@@ -33,6 +33,8 @@ from panda.weights.hub import is_name
 from panda.weights.json_object import read_json_object
 from panda.weights.matching import matched
 from panda.weights.matching import refuse_unlike
+from panda.weights.parts import divided
+from panda.weights.parts import parts_of
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
@@ -167,6 +169,7 @@ def pretrained_module(pretrained: Pretrained) -> torch.nn.Module:
         module = build_causal_lm(config, str(pretrained.folder), dtype=None if states_dtype else first_dtype)
     source = str(pretrained.folder)
     grow = (pretrained.stored_rows, config["vocab_size"]) if pretrained.stored_rows else None
+    weights, _ = divided(weights, parts_of(config))
     found = matched(module, as_in_module(module, weights, source=source), source=source, grow_rows=grow)
     return _filled(module, {name: _cast(stored, module.dtype) for name, stored in found.items()})
 

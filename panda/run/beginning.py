@@ -19,7 +19,7 @@ from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
 from panda.run.directory_lock import RunLock
-from panda.run.generating import generate_of
+from panda.run.generating import Generation
 from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
@@ -52,6 +52,7 @@ def begin(
             print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
     layout, evaluation = layouts
+    decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
     run = Run(
         resolved,
         directory,
@@ -64,13 +65,13 @@ def begin(
         model.engine,
         prepared.configuration.hooks.call,
         continuation.agreement,
-        decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens),
+        decoding,
         reference=model.reference,
+        generate=Generation(model.engine, options, prepared.task.pad_token_id, decoding.ends),
         resumed_from=checkpoint,
         step=continuation.progress.step,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
     )
-    run.generate = generate_of(model.engine, processes, seed=options.seed, end_tokens=run.decoding.ends)
 
     @writing(f"{directory}: the description of the run", NO_ROOM_LEFT)
     def describe() -> None:
@@ -86,6 +87,7 @@ def begin(
                 context=prepared.context,
                 pretrained=prepared.pretrained,
                 generation=run.decoding,
+                parts=model.parts,
             )
             if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
                 print(printable(note), file=sys.stderr, flush=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -166,6 +168,45 @@ def refuse_splitting(outline: torch.nn.Module, resolved: Resolved) -> None:
         plan_of(outline, resolved.components["model"].component.name, resolved.core.tensor_parallel_size)
 
 
+def new_parts(
+    extend: Callable[[], Mapping[str, torch.nn.Module]], base: torch.nn.Module, seed: int
+) -> dict[str, torch.nn.Module]:
+    """What ``extend`` makes for ``base``, drawn from ``seed``. Leaves torch's random numbers as they are.
+
+    Raises UserError where it is no module, or has the name of something that the model has.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        parts = dict(extend())
+    for name, part in parts.items():
+        if not isinstance(part, torch.nn.Module) or hasattr(base, name) or "." in name:
+            raise UserError(
+                f"task: `extend` returned {name!r}, a {type(part).__name__}. Return modules, by names without dots that"
+                f" {type(base).__name__} does not have."
+            )
+    return parts
+
+
+@torch.no_grad()
+def fill_parts(parts: Mapping[str, torch.nn.Module], stored: Weights, source: str) -> frozenset[str]:
+    """Give ``parts`` the weights that are ``stored`` of them, and return the names of those that have some.
+
+    Raises UserError where only some of a part's are there, or have other shapes.
+    """
+    found = set()
+    for name, part in parts.items():
+        state = {f"{name}.{key}": tensor for key, tensor in part.state_dict(keep_vars=True).items()}
+        given = {key: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+        if not given:
+            continue
+        if any(key not in given or given[key].shape != tuple(tensor.shape) for key, tensor in state.items()):
+            raise UserError(f"{source}: its tensors of {name!r}, which the task adds, have other names or shapes.")
+        for key, tensor in state.items():
+            tensor.copy_(given[key].read())
+        found.add(name)
+    return frozenset(found)
+
+
 def make_trainable(
     model: torch.nn.Module,
     options: RunOptions,
@@ -173,10 +214,12 @@ def make_trainable(
     deepspeed: dict[str, Any],
     processes: Processes,
     adapters: Path | None = None,
+    *,
+    parts: Mapping[str, torch.nn.Module] | None = None,
 ) -> torch.nn.Module:
     """``model`` ready to be trained: with ``weights``, and split, quantised, adapted and compiled by ``options``.
 
-    ``adapters``: a folder with those to start from. Otherwise they are drawn.
+    ``adapters``: a folder with those to start from. Otherwise they are drawn. ``parts``: what the task gives it.
     Returns the same object, or with adapters peft's wrapper around it. Every rank has to call it.
     """
     free_padding_row(model)
@@ -188,6 +231,9 @@ def make_trainable(
         quantise(model, options, processes.device, partial(_fill, places_of(model), left) if left else None)
     if left:
         place(model, left, options, deepspeed, processes)
+    for name, part in (parts or {}).items():  # whole on every rank: under ZeRO-3 the engine partitions them
+        model.add_module(name, part.to(processes.device, getattr(torch, options.dtype_name)))
+    model.new_parts = tuple(parts or ())  # type: ignore[assignment]
     if options.use_lora:
         from panda.models.adapters.one_rounding import round_once  # imports peft
 

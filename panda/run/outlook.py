@@ -65,7 +65,10 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
     """
     adapted = _adapted(prepared)
     parts = {
-        "model": [_model(prepared, adapted), *_router_loss(prepared), *_adapters(prepared, adapted)],
+        "model": [
+            *(_model(prepared, adapted), *_parts(prepared)),
+            *(*_router_loss(prepared), *_adapters(prepared, adapted)),
+        ],
         "weights": [_weights(prepared)],
         "reference": [describe_reference(prepared.reference, prepared.options)] if prepared.reference else [],
         "tokenizer": [_tokenizer(prepared)],
@@ -121,6 +124,14 @@ def _model(prepared: Preparation, adapted: PeftModel | None) -> str:
     if adapted is not None:
         return f"{called}, {parameters:,} parameters; {trained:,} of adapters are trained"
     return f"{called}, {parameters:,} parameters, {'all' if trained == parameters else f'{trained:,}'} trained"
+
+
+def _parts(prepared: Preparation) -> Iterator[str]:
+    """The parts that the task gives the model."""
+    for name, part in (prepared.parts_of(prepared.outline) if prepared.outline is not None else {}).items():
+        size = sum(parameter.numel() for parameter in part.parameters())
+        origin = "from the checkpoint" if name in prepared.parts_from_checkpoint else "drawn from the seed"
+        yield f"and {name}, {_count(size, 'parameter')}, {origin}: trained with it"
 
 
 def _router_loss(prepared: Preparation) -> Iterator[str]:

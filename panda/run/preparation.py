@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ from panda.run.fitting import refuse_too_large
 from panda.run.model import build_outline
 from panda.run.model import build_with_weights
 from panda.run.model import drawing_device
+from panda.run.model import fill_parts
 from panda.run.model import model_context
+from panda.run.model import new_parts
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
 from panda.run.reference import reference_of
 from panda.tasks.task import Task
 from panda.weights.generation_config import generation_values
+from panda.weights.parts import divided
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import Weights
@@ -56,6 +60,9 @@ class Preparation:
         """``world_size``: how many processes the run has, or will have."""
         self.configuration = with_template_date(configuration)
         self.world_size = world_size
+        self._parts: dict[str, torch.nn.Module] | None = None
+        self.parts_from_checkpoint: frozenset[str] = frozenset()
+        """Those of the parts that the task gives the model whose weights are the checkpoint's."""
 
     @property
     def resolved(self) -> Resolved:
@@ -126,7 +133,19 @@ class Preparation:
                 " start from its export. Continue the run with `resume`."
             )
         refuse_another_base(self.pretrained)
-        return fitted(outline, self.pretrained)
+        return fitted(outline, self.pretrained, tuple(self.parts_of(outline)))
+
+    def parts_of(self, base: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """The parts that the task gives ``base``, the model: on the CPU, with the weights that the checkpoint has of
+        them, or else drawn from the seed."""
+        if self._parts is None:
+            task = self.resolved.components["task"]
+            with task.attributed("`extend`"):
+                self._parts = new_parts(partial(self.task.extend, base), base, self.options.seed)
+            if self.pretrained and self._parts:
+                stored = divided(self.pretrained.weights(), self._parts)[1]
+                self.parts_from_checkpoint = fill_parts(self._parts, stored, str(self.pretrained.folder))
+        return self._parts
 
     @cached_property
     def _outline_and_random_weights(self) -> tuple[torch.nn.Module | None, Weights | None]:

@@ -41,6 +41,8 @@ class TrainedModel:
     """The model without peft's wrapper, if it has adapters."""
     reference: FrozenModel | WithoutAdapters | None
     """What the task compares it with."""
+    parts: tuple[str, ...]
+    """Names of the parts that the task gave it."""
     engine: Engine
     schedule: Schedule
     """Completed optimizer steps to a factor of the peak learning rate."""
@@ -65,13 +67,14 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     bounded = (layout.packed or wants_positions) and not prepared.why_masked
     reference = _second_model(prepared, config, processes, bounded=bounded)
     base, weights = prepared.take_base()
+    parts = prepared.parts_of(base)
     if layout.packed:
         refuse_without_positions(base, name)
     if bounded:
         attend_by_kernel(base)
-    parameters = sum(parameter.numel() for parameter in base.parameters())
+    parameters = sum(parameter.numel() for part in (base, *parts.values()) for parameter in part.parameters())
     started = prepared.pretrained.adapters if prepared.pretrained else None
-    model = make_trainable(base, options, weights, config, processes, started)
+    model = make_trainable(base, options, weights, config, processes, started, parts=parts)
     del weights
     seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
@@ -84,9 +87,10 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
         if layout.packed:
             entries = prepared.context.vocab_size
             refuse_leaking(engine.evaluating(), name, entries, processes.device, bounded=bounded)
+    compared: FrozenModel | WithoutAdapters | None = reference
     if prepared.reference is not None and reference is None:
-        return TrainedModel(base, WithoutAdapters(engine.module), engine, schedule, config, parameters, trained)
-    return TrainedModel(base, reference, engine, schedule, config, parameters, trained)
+        compared = WithoutAdapters(engine.module)
+    return TrainedModel(base, compared, tuple(parts), engine, schedule, config, parameters, trained)
 
 
 def _second_model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ from panda.weights.generation_config import generation_values
 from panda.weights.generation_config import vocabulary_of
 from panda.weights.json_object import write_json_object
 from panda.weights.model_config import model_config
+from panda.weights.parts import PARTS
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
@@ -46,14 +48,16 @@ def describe_model(
     context: ModelContext,
     pretrained: Pretrained | None,
     generation: Decoding,
+    parts: Sequence[str] = (),
 ) -> None:
     """Write to ``folder`` all files of an export except its weights, which will have ``dtype``.
 
     A model of transformers is described as transformers does it, with what ``pretrained`` says of it; any other by the
-    arguments of the factory of ``model``. ``generation``: how it answers.
+    arguments of the factory of ``model``. ``generation``: how it answers. ``parts``: those that the task gave it.
     """
     from transformers import PreTrainedModel
 
+    named = {PARTS: list(parts)} if parts else {}
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer, folder)
     write_json_object(folder / GENERATION_CONFIG, generation.written())
@@ -61,7 +65,9 @@ def describe_model(
         config = copy.deepcopy(module.config)
         config.update({"use_cache": True, "dtype": dtype, "architectures": [type(module).__name__]})
         _state_ends(config, generation.ends)
-        write_json_object(folder / CONFIG, model_config(config, pretrained.config if pretrained else None))
+        described = model_config(config, pretrained.config if pretrained else None)
+        described.pop(PARTS, None)  # of the task that trained the checkpoint
+        write_json_object(folder / CONFIG, described | named)
         return
     # If there are adapters: the base, by the names that it has without them.
     state = {
@@ -79,7 +85,7 @@ def describe_model(
         "context": asdict(context),
         "shared_tensors": {name: first[id(t)] for name, t in state.items() if first[id(t)] != name},
     }
-    write_json_object(folder / CONFIG, described)
+    write_json_object(folder / CONFIG, described | named)
 
 
 def export(description: Path, weights: Weights, folder: Path) -> None:

@@ -6,6 +6,7 @@ Imports torch, and fetches weights, only when tensors or their identity are aske
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 from functools import cached_property
@@ -122,16 +123,22 @@ class Pretrained:
         return f"{line}; added to {self.base.describe()}" if self.base else line
 
 
-def fitted(module: torch.nn.Module, pretrained: Pretrained) -> Weights:
-    """The tensors of ``pretrained`` for each name in ``module``. Raises UserError where they do not fit."""
+def fitted(module: torch.nn.Module, pretrained: Pretrained, parts: Sequence[str] = ()) -> Weights:
+    """The tensors of ``pretrained`` for each name in ``module``. Raises UserError where they do not fit.
+
+    Those of ``parts``, which ``module`` is going to get, and of parts that another task gave it are left out.
+    """
     from panda.weights.conversion import as_in_module
     from panda.weights.matching import matched
     from panda.weights.matching import unwrapped
+    from panda.weights.parts import divided
+    from panda.weights.parts import parts_of
 
     config: Any = getattr(module, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     rows, wanted = pretrained.vocabulary, getattr(text, "vocab_size", None)
     grow = (rows, wanted) if rows and wanted and wanted > rows else None
     source = str(pretrained.folder)
-    weights = as_in_module(module, unwrapped(module, pretrained.weights()), source=source)
+    stored, _ = divided(unwrapped(module, pretrained.weights()), (*parts_of(pretrained.config), *parts))
+    weights = as_in_module(module, stored, source=source)
     return matched(module, weights, source=source, grow_rows=grow)

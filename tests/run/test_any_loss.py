@@ -17,11 +17,14 @@ from launching import metrics
 from launching import run_panda
 from launching import train_many
 from launching import zero3_at_once
+from safetensors.torch import load_file
 from toy_tasks import toy_tasks
 
 SAMPLES, HELD_OUT, STEPS = 21, 9, 3
 """Two full steps of 8 and one of 5, in which a rank can have nothing."""
-TASKS = ("toy-pairs", "toy-statistics")
+TASKS = ("toy-pairs", "toy-statistics", "toy-online", "toy-head")
+ADAPTED = ("toy-pairs", "toy-head", "toy-online")
+ADAPTERS = ("--use_lora", "--lora_r", 4, "--lora_dropout", 0)
 SPLITS = {"8x1": (8, 1), "2x4": (2, 4), "1x8": (1, 8)}
 TOGETHER = {"4x1": (4, 1), "2x2": (2, 2), "zero1": (2, 2), "zero2": (2, 2), "zero3": (2, 2)}
 """Micro batch and accumulation, on one rank and on two."""
@@ -69,13 +72,15 @@ def runs(folder: Path, environment: dict[str, str]) -> Path:
     stages = {"zero1": ["--zero_stage", 1], "zero2": ["--zero_stage", 2], "zero3": at_once}
     alone = [arguments(task, f"{task} {name}", split) for task in TASKS for name, split in SPLITS.items()]
     alone += [arguments(task, f"{task} saving", SPLITS["2x4"], "--save_steps", 2) for task in TASKS]
+    alone += [arguments(task, f"{task} adapters", SPLITS["2x4"], *ADAPTERS, "--save_steps", 2) for task in ADAPTED]
     train_many(alone, cwd=folder, **environment)
     train_many(
         [
             arguments(task, f"{task} {name}", split, *stages.get(name, []))
             for task in TASKS
             for name, split in TOGETHER.items()
-        ],
+        ]
+        + [arguments(task, f"{task} adapters zero3", TOGETHER["2x2"], *ADAPTERS, *at_once) for task in ADAPTED],
         ranks=2,
         cwd=folder,
         **environment,
@@ -123,6 +128,23 @@ def test_a_resumed_run_takes_the_same_steps_to_the_bit(
     assert numbers(name) == [record for record in numbers(whole) if record["step"] > 2]
     found, expected = exported_weights(name), exported_weights(whole)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("task", ADAPTED)
+def test_adapters_take_the_same_steps_on_a_partitioned_base(
+    runs: Path, environment: dict[str, str], task: str, tmp_path: Path
+) -> None:
+    """With their base as the reference, and with a head that is trained whole."""
+    whole = runs / f"{task} adapters"
+    for record, reference in zip(numbers(runs / f"{task} adapters zero3"), numbers(whole), strict=True):
+        assert record == pytest.approx(reference, rel=1e-5, abs=1e-5)
+    more = ("--resume", whole / "checkpoints" / "step-00000002")
+    train_many([arguments(task, str(tmp_path / "resumed"), SPLITS["2x4"], *ADAPTERS, *more)], cwd=runs, **environment)
+    assert numbers(tmp_path / "resumed") == [record for record in numbers(whole) if record["step"] > 2]
+    adapters = load_file(whole / "export" / "adapter_model.safetensors")
+    assert ("base_model.model.score.weight" in adapters) == (task == "toy-head")
+    if task == "toy-pairs":
+        assert numbers(whole)[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
 @pytest.mark.parametrize("task", ["toy-pairs", "toy-unstated"])

@@ -73,6 +73,9 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     config.target_modules = linear_targets(model) if targets == ALL_LINEAR else targets
     config.task_type = "CAUSAL_LM" if is_hugging_face else None
     config.trainable_token_indices = new_rows(model)
+    if parts := list(getattr(model, "new_parts", ())):  # of the task: trained whole
+        config.modules_to_save = parts
+        config.exclude_modules = parts
     if experts:
         config.target_parameters = experts
     names_routers = any(target.rpartition(".")[2] == "gate" for target in targets)
@@ -138,7 +141,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        written = name.replace(".default", "")
+        written = name.replace(".default", "").replace(".modules_to_save", "")
         found = stored.pop(written, None) or stored.pop(written.removesuffix(".weight"), None)
         if found is None or found.shape != tuple(parameter.shape):
             said = f"{written} is {list(parameter.shape)}"
