@@ -47,7 +47,7 @@ def train(folder: Path, name: str, arguments: argparse.Namespace, *flags: str) -
         *("--task", "grpo", "--model", "hf", "--ckpt_path", arguments.checkpoint, "--tokenizer", arguments.checkpoint),
         *("--prompt_data_dir", str(folder / "train"), "--eval_data_dir", str(folder / "held-out")),
         *("--reward", "last-number", "--max_completion_length", "16", "--max_seq_length", "80"),
-        *("--learning_rate", "5e-6" if not arguments.cpu else "1e-5", "--lr_scheduler", "constant"),
+        *("--lr_scheduler", "constant"),
         *("--max_grad_norm", "1.0", "--per_gpu_eval_batch_size", "4", "--logging_steps", "1", "--num_workers", "0"),
         *("--beta", str(arguments.beta), "--loss_type", arguments.loss_type, "--output_dir", str(directory)),
         *("--save_final", "false", "-p", "no:plot", "-p", "no:tensorboard"),
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/grpo-smollm2"), help="of data and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--loss_type", default="dapo")
     parser.add_argument("--cpu", action="store_true", help="smaller steps")
@@ -76,9 +77,10 @@ def main() -> None:
     for seed in arguments.seeds:
         begun = time.perf_counter()
         flags = ("--seed", str(seed), *others)
+        rate = ("--learning_rate", str(arguments.learning_rate))
         nothing = ("--max_steps", "1", "--learning_rate", "1e-30")
         still = train(arguments.folder, f"before-{seed}", arguments, *flags, *nothing)
-        run = train(arguments.folder, f"seed-{seed}", arguments, *flags, "--max_steps", str(arguments.steps))
+        run = train(arguments.folder, f"seed-{seed}", arguments, *flags, *rate, "--max_steps", str(arguments.steps))
         before.append(read_evaluations(still)[-1]["eval_reward"])
         after.append(read_evaluations(run)[-1]["eval_reward"])
         records = read_metrics(run)
