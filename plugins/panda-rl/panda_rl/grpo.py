@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
@@ -23,6 +25,7 @@ from panda import Location
 from panda import Meta
 from panda import Names
 from panda import UserError
+from panda import hookimpl
 from panda import register_task
 from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
@@ -146,7 +149,8 @@ class Grpo(DialogueTask):
         self.rewards: dict[str, Reward] = {chosen.name: chosen.build(made, Reward) for chosen in named}
         self.weights_of_rewards = list(options.reward_weights or [1.0] * len(self.rewards))
         self.read_fields = sorted({name for reward in self.rewards.values() for name in reward.fields})
-        self._kept: list[Batch] = []
+        self._kept: list[list[Group]] = []
+        """Of each micro batch, what further optimizer steps are on."""
         self._ranks = 1
 
     @classmethod
@@ -223,21 +227,35 @@ class Grpo(DialogueTask):
 
     def start(self, run: Run) -> None:
         super().start(run)
-        self._ranks = run.processes.world_size
+        self._ranks = run.processes.data_ranks
+        if run.resumed_from is not None and run.step % self.options.num_iterations:
+            self._kept = kept_in(run.resumed_from, run.processes.data_rank, self._ranks)
+            if not self._kept and run.processes.rank == 0:
+                print(
+                    f"{run.resumed_from}: it lacks the completions that num_iterations has further steps on: new ones"
+                    " are drawn",
+                    flush=True,
+                )
+
+    def keep(self, folder: Path, rank: int) -> None:
+        """Write what further optimizer steps are on, if they are, to ``folder``, a checkpoint."""
+        if self._kept:
+            written = [[asdict(group) for group in groups] for groups in self._kept]
+            (folder / f"{KEPT}{rank:05}.json").write_text(json.dumps(written), encoding="utf-8")
 
     def rollout(self, batches: list[Batch], step: int, *, training: bool) -> list[Batch]:
         """Completions of all prompts of the step on this rank, drawn together, and scored."""
         if training and (step - 1) % self.options.num_iterations and self._kept:
-            return self._kept
+            return [self._batch(groups, (0, 0.0)) for groups in self._kept]
         prompts = [_prompts_of(batch) for batch in batches]
         groups, seconds = self._groups([each for of_batch in prompts for each in of_batch], step if training else 0)
         drawn = sum(len(ids) for group in groups for ids in group.completions)
         rates = [(drawn, seconds / self._ranks), *[(0, 0.0)] * len(batches)]
         found = iter(groups)
-        made = [self._batch([next(found) for _ in each], rate) for each, rate in zip(prompts, rates, strict=False)]
+        of_batches = [[next(found) for _ in each] for each in prompts]
         if training:
-            self._kept = made if self.options.num_iterations > 1 else []
-        return made
+            self._kept = of_batches if self.options.num_iterations > 1 else []
+        return [self._batch(groups, rate) for groups, rate in zip(of_batches, rates, strict=False)]
 
     def _groups(self, prompts: list[tuple[int, list[int], dict[str, Any]]], step: int) -> tuple[list[Group], float]:
         """The completions of ``prompts`` (index, token ids, fields), and the seconds that drawing them took."""
@@ -399,6 +417,37 @@ class Grpo(DialogueTask):
         yield "clip_ratio/high_mean", (high, counted)
         yield "clip_ratio/region_mean", (low + high, counted)
         yield "generation/tokens_per_second", (batch["generated"][0], batch["generated"][1])
+
+
+KEPT = "grpo-completions-"
+"""How the names of files begin, in a checkpoint between steps on the same completions, that have these."""
+
+
+@hookimpl
+def panda_checkpoint_saved(run: Run, path: Path) -> None:
+    """Beside the state of the run, write the completions that steps after this one are on, too.
+
+    A task in another module that is derived from ``Grpo`` has to import this hook there.
+    """
+    if isinstance(run.task, Grpo) and run.step % run.task.options.num_iterations:
+        run.task.keep(path, run.processes.data_rank)
+
+
+def kept_in(checkpoint: Path, rank: int, ranks: int) -> list[list[Group]]:
+    """The completions in ``checkpoint`` for the micro batches of ``rank`` of ``ranks``; none where they are missing.
+
+    To another number of ranks they are dealt out again: the step is the same, to rounding.
+    """
+    files = sorted(checkpoint.glob(f"{KEPT}*.json"))
+    states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    every = [[[Group(**group) for group in groups] for groups in state] for state in states]
+    if len(every) == ranks:
+        return every[rank]
+    groups = [group for batches in zip(*every, strict=True) for batch in batches for group in batch]
+    size = max((len(batch) for batches in every for batch in batches), default=1)
+    count = -(-len(groups) // (size * ranks))
+    starts = [(number * ranks + rank) * size for number in range(count)]
+    return [groups[start : start + size] for start in starts]
 
 
 class _ScaledByStep(Grpo):

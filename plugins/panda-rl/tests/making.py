@@ -59,6 +59,7 @@ from panda.tasks.task import Generated
 from panda_rl.grpo import Grpo
 from panda_rl.grpo import GrpoOptions
 from panda_rl.grpo import _ScaledByStep
+from panda_rl.grpo import panda_checkpoint_saved as panda_checkpoint_saved  # hooks are live in the task's own module
 
 
 def generate(prompts, *, keys, max_new_tokens, **_):

@@ -23,9 +23,9 @@ SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "prompt_data_dir": "panda_rl:sample/sums",
     "max_samples": 10,
-    "reward": ("last-number", "length"),
+    "reward": ("last-number", "pattern"),
     "reward_weights": "1,0.5",
-    "length_target": 3,
+    "pattern": "[a-z1]",
     "max_seq_length": 16,
     "max_completion_length": 4,
     "num_generations": 4,
@@ -140,6 +140,28 @@ def test_resuming_is_the_same_to_the_bit(drawn: Path, train: Train, held_out: Pa
     assert all(torch.equal(weights[name], tensor) for name, tensor in wanted.items())
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resuming_between_steps_on_the_same_completions(ranks: int, train: Train, tmp_path: Path) -> None:
+    """To the bit with as many ranks, and with others to rounding."""
+    options = SMALL | {"num_iterations": 3, "max_steps": 4, "learning_rate": "3e-2", "save_steps": 2}
+    train(tmp_path / "whole", **options | WHOLE)
+    whole = values(tmp_path / "whole")
+    assert whole[1]["reward"] == whole[0]["reward"] == whole[2]["reward"] != whole[3]["reward"]
+    assert whole[2]["clip_ratio/region_mean"] > 0
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000002"
+    how = WHOLE if ranks == 1 else {"per_gpu_train_batch_size": 3, "gradient_accumulation_steps": 1}
+    train(tmp_path / "resumed", "--resume", str(checkpoint), ranks=ranks, **options | how)
+    found = values(tmp_path / "resumed")
+    if ranks == 1:
+        assert found == whole[2:]
+    for mine, theirs in zip(found, whole[2:], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    for file in checkpoint.glob("grpo-completions-*"):
+        file.unlink()
+    printed = train(tmp_path / "without", "--resume", str(checkpoint), **options | WHOLE)
+    assert "it lacks the completions that num_iterations has further steps on" in printed
+
+
 def test_packed_is_refused(train: Train, tmp_path: Path) -> None:
     printed = train(tmp_path / "run", fails=True, **DRAWN | {"batching": "packed"})
     assert "batching" in printed and "Traceback" not in printed
@@ -150,23 +172,24 @@ def test_records_say_what_was_generated(drawn: Path) -> None:
     record = read_metrics(drawn)[0]
     assert record["generation/tokens_per_second"] > 0
     assert 1 <= record["completions/mean_length"] <= DRAWN["max_completion_length"]
-    names = {"reward", "reward_std", "frac_reward_zero_std", "rewards/last-number/mean", "rewards/length/mean", "kl"}
+    names = {"reward", "reward_std", "frac_reward_zero_std", "rewards/last-number/mean", "rewards/pattern/mean", "kl"}
     names |= {"completions/clipped_ratio", "entropy", "clip_ratio/region_mean"}
     assert names <= record.keys()
+    assert 0 < record["reward"] < 1.5 and record["reward_std"] > 0, "so that there is something to learn"
     assert {f"eval_{name}" for name in names} <= read_evaluations(drawn)[-1].keys()
 
 
 def test_the_run_records_its_rewards(drawn: Path) -> None:
     components = json.loads((drawn / "provenance.json").read_text())["components"]
-    for label in ("task grpo", "reward last-number", "reward length"):
+    for label in ("task grpo", "reward last-number", "reward pattern"):
         assert components[label]["distribution"] == "panda-rl"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reward": "lenght"}, "unknown reward 'lenght'. Did you mean 'length'?"),
-        ({"length_target": 9}, "9 tokens are more than max_completion_length, 4"),
+        ({"reward": ("lenght", "pattern")}, "unknown reward 'lenght'. Did you mean 'length'?"),
+        ({"reward": ("length", "pattern"), "length_target": 9}, "9 tokens are more than max_completion_length, 4"),
         ({"max_completion_length": 16}, "leaves no room for a prompt"),
         ({"reward_weights": "1"}, "1 weights are given for 2 rewards"),
     ],
