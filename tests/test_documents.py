@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import re
 import runpy
 import shlex
@@ -25,15 +26,21 @@ from launching import run_panda
 
 from panda.cli.main import main as panda
 from panda.cli.train import main as panda_train
+from panda.data.batches import RowShape
+from panda.data.json_reader import JsonReader
 from panda.registry import Catalog
+from panda.registry import NoOptions
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import PluginContext
 from panda.registry.contexts import ReaderContext
+from panda.registry.contexts import Reference
+from panda.registry.contexts import TaskContext
 from panda.registry.hooks import Hooks
 from panda.registry.kinds import KINDS
 from panda.registry.offers import kinds
 from panda.registry.options import build
+from panda.run.assembly import load_tokenizer
 from panda.runner import Run
 
 ROOT = Path(__file__).parent.parent
@@ -226,7 +233,35 @@ def try_kind(component: Any, tmp_path: Path, printed: Any) -> None:
     assert judge("four") == 0.5
 
 
+def try_task(component: Any, tmp_path: Path, printed: Any) -> None:
+    """A pair that the reference likes as the model does has the loss of a toss, a better one less."""
+    (tmp_path / "rows.json").write_text('[{"prompt": "a", "chosen": "bb", "rejected": "c"}]')
+    tokenizer = load_tokenizer("panda:data/sample/tokenizer")
+    context = TaskContext(tokenizer, JsonReader(NoOptions(), ReaderContext()), 20)
+    task: Any = component.factory(build(component.options, {"pairs_dir": str(tmp_path / "rows.json")}), context)
+    batch = task.collate([[task.dataset()[0]]], RowShape())
+    model: Any = Table(len(tokenizer))
+    task.reference = model
+    loss, metrics = task.loss(model, batch, {})
+    assert float(loss) == pytest.approx(math.log(2)) and batch.units == 1
+    task.reference = lambda input_ids: torch.zeros(*input_ids.shape, len(tokenizer))
+    assert float(task.loss(model, batch, {}).sum) != pytest.approx(math.log(2), abs=1e-3)
+    assert metrics["accuracy"][1] == 1 and task.reference_of(None) == Reference()
+
+
+class Table(torch.nn.Module):
+    """A model that gives a token the logits of a table."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(entries, entries, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.table[input_ids]
+
+
 TRIED = {
+    "task": try_task,
     "model": try_model,
     "arch": try_arch,
     "optimizer": try_optimizer,
@@ -322,8 +357,8 @@ def test_the_list_of_promised_names_is_whole() -> None:
     assert attributes <= {field.name for field in fields(Run)} | set(vars(Run))
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLE.rglob("*.py")), ids=lambda file: file.name)
-def test_the_example_imports_only_promised_names(file: Path) -> None:
+@pytest.mark.parametrize("file", sorted((ROOT / "plugins").rglob("*.py")), ids=lambda file: file.name)
+def test_a_plugin_here_imports_only_promised_names(file: Path) -> None:
     assert [name for name in imported_from_panda(file.read_text()) if not is_promised(name)] == []
 
 

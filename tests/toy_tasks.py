@@ -142,7 +142,7 @@ class ToyHead(Pairs):
     def extend(self, model):
         import torch
 
-        model.get_output_embeddings().weight.requires_grad_(False)
+        model.config.num_labels = 1
         return {"score": torch.nn.Linear(model.config.hidden_size, 1, bias=False)}
 
     def collate(self, rows, shape):

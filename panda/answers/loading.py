@@ -201,6 +201,7 @@ def _described_module(folder: Path, weights: Weights | None, device: torch.devic
         with without_weights():
             module = build_causal_lm(config, str(folder))
     weights = safetensors_weights(folder) if weights is None else weights
+    weights, _ = divided(weights, parts_of(config))  # a task's own, which do not answer
     return _filled(module, matched(module, weights, source=str(folder))).to(device).eval()
 
 

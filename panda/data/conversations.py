@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Turn:
     """For a turn of the assistant: whether it carries loss."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the message, by the names that chat templates use: those of EXTRAS, without nulls."""
+    weight: float = 1.0
+    """What the loss of its tokens is multiplied by, where it carries some."""
 
     def message(self) -> dict[str, Any]:
         """The turn as a chat template is given it. Reasoning has all the names that templates know it by."""
@@ -275,7 +278,8 @@ def _turn(turn: Fields, said_by: Any) -> Turn:
             if turn.has(name) and (text := text_of(turn, name)) and extras.setdefault(REASONING[0], text) != text:
                 turn.leave(name)
         text, calls = _text_and_calls(turn, role, said_by.lower())
-        return Turn(role, text, _supervised(turn, role), extras | ({"tool_calls": calls} if calls else {}))
+        weight = _weight(turn, role)
+        return Turn(role, text, weight > 0, extras | ({"tool_calls": calls} if calls else {}), weight or 1.0)
     except UnusableRowError as problem:
         raise UnusableRowError(f": {problem}") from None
 
@@ -292,17 +296,25 @@ def _text_and_calls(turn: Fields, role: str, said_by: str) -> tuple[str, list[di
     return _content(turn, text_key) if text_key else "", _tool_calls(turn, calls_key) if calls_key else []
 
 
-def _supervised(turn: Fields, role: str) -> bool:
-    """Whether ``turn`` carries loss, by its own fields. That a turn of another side does is not supported."""
-    supervised = True
+def _weight(turn: Fields, role: str) -> float:
+    """What the loss of ``turn`` counts, by its own fields. That a turn of another side does is not supported."""
+    weight = 1.0
     for name in SUPERVISED_FIELDS:
         if turn.has(name):
-            on = _is_on(turn, name)
+            stated = _number(turn, name) if name == "weight" else float(_is_on(turn, name))
             if role == "assistant":
-                supervised = supervised and on
-            elif on:
+                weight *= stated
+            elif stated:
                 turn.leave(name)
-    return supervised
+    return weight
+
+
+def _number(fields: Fields, name: str) -> float:
+    value = fields[name]
+    if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
+        shown = value if isinstance(value, (int, float)) else kind_of(value)
+        raise UnusableRowError(f"its {name} is {shown}: a weight is a number of at least 0")
+    return float(value)
 
 
 def _is_on(fields: Fields, name: str) -> bool:

@@ -33,6 +33,8 @@ class Exchange:
     before: str
     answer: str
     """Ends with the token that ends it."""
+    weight: float = 1.0
+    """What the loss of the answer is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class ChatTemplate:
                 ended = self._ended(answer, number + 1)
                 if turn.extras.get("tool_calls") and not self._added.sub("", ended).strip():
                     raise UnusableRowError(f"the chat template writes nothing of turn {number + 1}, which calls a tool")
-                exchanges.append(Exchange(before, ended))
+                exchanges.append(Exchange(before, ended, turn.weight))
         if not exchanges:
             raise UnusableRowError("nothing is before its only answer that a model could answer")
         return exchanges

@@ -114,7 +114,7 @@ def _register(
 def register_task(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, TaskContext) -> panda.tasks.language_modelling.LanguageModelling``."""
+    """Register ``factory(options, TaskContext) -> panda.tasks.task.Task``."""
     return _register("task", name, options, aliases)
 
 

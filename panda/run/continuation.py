@@ -91,7 +91,7 @@ def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: Sam
         **names,
         **{
             f"{kind}.{key}": value
-            for kind in ("model", "optimizer")
+            for kind in ("task", "model", "optimizer")
             for key, value in asdict(resolved.components[kind].options).items()
             if options_of(resolved.components[kind].component.options)[key].location is None
         },

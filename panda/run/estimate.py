@@ -39,6 +39,9 @@ from panda.registry.resolve import Resolved
 from panda.run.cards import Card
 from panda.run.model import build_outline
 from panda.run.model import drawing_device
+from panda.run.reference import is_second_model
+from panda.run.reference import reference_elements
+from panda.run.reference import reference_of
 from panda.weights.layer_names import layer_of
 
 CONTEXT = round(0.6 * GIB)
@@ -64,6 +67,10 @@ class ModelMemory:
     flops_per_token: float
     """Of forward and backward pass on all tensor-parallel ranks: 6 for each weight that is trained and 4 for a frozen
     one, of experts for those that a token uses. Attention comes on top."""
+    rows: int
+    """Rows that the model is given at once for a sample of a micro batch."""
+    reference: int
+    """Bytes of the frozen model that the task asks for, before ZeRO-3 partitions it."""
     attention_flops: float
     """The same for each token that a token attends to, by the usual count of 12 (not halved for being causal)."""
 
@@ -113,19 +120,50 @@ def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | Non
         with torch.device("meta"):
             model = add_adapters(model, options)
         round_once(model)
+    element = 4 if options.precision == "fp32" else 2
+    whole = sum(parameter.numel() for parameter in model.parameters()) * element  # of this rank, before any adapters
     sizes = _sizes(model, options, quantised)
     linear = _flops(model) * options.tensor_parallel_size
     model = model.to(torch.device("meta"), dtype)
-    found = footprint(model, length=options.max_seq_length, masked=masked)
+    rows, length = _largest_sample(resolved)
+    found = footprint(model, length=length, masked=masked)
     attention = 12.0 * found.attention_width * options.tensor_parallel_size
-    return ModelMemory(sizes, found, state_bytes(resolved), parameters, linear, attention)
+    return ModelMemory(
+        sizes, found, state_bytes(resolved), parameters, linear, rows, _reference(resolved, whole), attention
+    )
+
+
+def _largest_sample(resolved: Resolved) -> tuple[int, int]:
+    """The rows that the largest sample has, and the tokens of each."""
+    task = resolved.components["task"]
+    length = resolved.core.max_seq_length
+    asked: Any = getattr(task.component.factory, "largest_sample", None)
+    if asked is None:
+        return 1, length
+    with task.attributed("`largest_sample`"):
+        rows, tokens = asked(task.options, length)
+    return rows, tokens
+
+
+def _reference(resolved: Resolved, own: int) -> int:
+    """Bytes on a rank of the frozen model that the task asks for; ``own``: of the model that is trained."""
+    reference, options = reference_of(resolved), resolved.core
+    if reference is None or not is_second_model(reference, options):
+        return 0
+    if reference.checkpoint is None:
+        return own
+    element = 4 if options.precision == "fp32" else 2
+    size: int = element * reference_elements(reference, resolved) // options.tensor_parallel_size
+    return size
 
 
 def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estimate:
     """The memory of each of ``world_size`` GPUs that train ``model`` with ``options``."""
     config = deepspeed_config(options, world_size=world_size, on_gpu=True)
     standing = held(model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes)
-    parts, rows, found = standing.parts, options.per_gpu_train_batch_size, model.footprint
+    rows, found = options.per_gpu_train_batch_size * model.rows, model.footprint
+    copies = max(1, world_size // options.tensor_parallel_size)
+    parts = replace(standing.parts, reference=model.reference // copies if options.zero == 3 else model.reference)
     how, compiled = options.activation_checkpointing, options.compile
     kept, working = found.kept(how, compiled=compiled), found.working(how, compiled=compiled)
     element = 4 if options.precision == "fp32" else 2

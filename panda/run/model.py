@@ -173,11 +173,15 @@ def new_parts(
 ) -> dict[str, torch.nn.Module]:
     """What ``extend`` makes for ``base``, drawn from ``seed``. Leaves torch's random numbers as they are.
 
-    Raises UserError where it is no module, or has the name of something that the model has.
+    Raises UserError where it is no module, or has the name of something that the model has, and where it freezes
+    weights, which checkpoints of whole models would lack.
     """
+    trained = [parameter.requires_grad for parameter in base.parameters()]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         parts = dict(extend())
+    if trained != [parameter.requires_grad for parameter in base.parameters()]:
+        raise UserError("task: `extend` froze parameters of the model. Leave them trained: `use_lora` freezes a model.")
     for name, part in parts.items():
         if not isinstance(part, torch.nn.Module) or hasattr(base, name) or "." in name:
             raise UserError(

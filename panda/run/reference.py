@@ -12,6 +12,7 @@ from panda.configuration.options import RunOptions
 from panda.engine.frozen import FrozenModel
 from panda.engine.frozen import freeze
 from panda.engine.processes import Processes
+from panda.models.causal_lm import build_causal_lm
 from panda.models.forward.varlen_attention import attend_by_kernel
 from panda.models.hf import HfOptions
 from panda.models.hf import build_hf
@@ -20,7 +21,6 @@ from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import Reference
 from panda.registry.resolve import Resolved
-from panda.run.model import build_outline
 from panda.run.model import build_weights
 from panda.run.model import make_trainable
 from panda.run.model import model_context
@@ -54,13 +54,13 @@ def describe_reference(reference: Reference, options: RunOptions) -> str:
     return "a frozen copy of the weights that the run starts from"
 
 
-def reference_outline(
-    reference: Reference, resolved: Resolved, context: ModelContext, tokenizer: Any
-) -> torch.nn.Module | None:
-    """The frozen model, without weights; None if it can only be built with weights."""
-    if reference.checkpoint is None:
-        return build_outline(resolved, context)
-    return _of_checkpoint(reference.checkpoint, resolved, tokenizer)[0]
+def reference_elements(reference: Reference, resolved: Resolved) -> int:
+    """The weights of the checkpoint that ``reference`` names."""
+    assert reference.checkpoint is not None
+    found = _found(reference.checkpoint, resolved)
+    with torch.device("meta"), without_weights():
+        module = build_causal_lm(found.config, reference.checkpoint)
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def build_reference(
@@ -90,7 +90,7 @@ def build_reference(
     return freeze(make_trainable(module, plain, weights, config, processes), options, config, processes)
 
 
-def _of_checkpoint(checkpoint: str, resolved: Resolved, tokenizer: Any) -> tuple[torch.nn.Module, Pretrained]:
+def _found(checkpoint: str, resolved: Resolved) -> Pretrained:
     found = find_pretrained(replace(resolved.core, ckpt_path=checkpoint, base_path=None))
     assert found is not None
     if found.adapters or "panda_model" in found.config:
@@ -98,6 +98,11 @@ def _of_checkpoint(checkpoint: str, resolved: Resolved, tokenizer: Any) -> tuple
             f"{checkpoint}: the frozen model of a task is a whole model of transformers, and this is"
             f" {found.describe()}. Merge adapters into their base first: `panda export RUN --merge`."
         )
+    return found
+
+
+def _of_checkpoint(checkpoint: str, resolved: Resolved, tokenizer: Any) -> tuple[torch.nn.Module, Pretrained]:
+    found = _found(checkpoint, resolved)
     core = replace(resolved.core, extend_vocab=False)
     context = model_context(replace(resolved, core=core), tokenizer, found)
     with torch.device("cpu"), without_weights():

@@ -87,37 +87,40 @@ class Instruct(DialogueTask, TextTask):
                 block.report.truncated += row.cut
                 block.add(row.token_ids, row.supervised, row.weights)
                 continue
-            sample: list[tuple[list[int], list[int]]] = []
+            sample: list[tuple[list[int], list[int], float]] = []
             done: list[int] = []
-            for _ in row:
+            for exchange in row:
                 prompt, answer = next(written)
                 if prompt[: len(done)] != done:  # the template, or the tokenizer, writes earlier turns otherwise
                     self._add(sample, block)
                     sample, done = [], []
-                sample.append((prompt[len(done) :], answer))
+                sample.append((prompt[len(done) :], answer, exchange.weight))
                 done = [*prompt, *answer]
             self._add(sample, block)
             whole.append((row[-1].before + row[-1].answer, done))
         block.report.altered += self.encoder.altered(*zip(*whole, strict=True)) if whole else 0
 
-    def _add(self, exchanges: list[tuple[list[int], list[int]]], block: SampleBlock) -> None:
-        """Add a sample of prompts and answers in turn.
+    def _add(self, exchanges: list[tuple[list[int], list[int], float]], block: SampleBlock) -> None:
+        """Add a sample of prompts and answers in turn, each with the weight of the answer.
 
         Where it is too long, the last exchanges are left out. Where even the first one does not fit, its
         prompt is cut at the beginning, and then its answer at the end.
         """
         limit = self.context.max_seq_length
-        token_ids, supervised, cut = self.fitted(*exchanges[0])
-        for prompt, answer in exchanges[1:]:
+        *first, weight = exchanges[0]
+        token_ids, supervised, cut = self.fitted(*first)
+        weights = [weight] * len(token_ids)
+        for prompt, answer, weight in exchanges[1:]:
             if cut or len(token_ids) + len(prompt) + len(answer) > limit:
                 cut = True
                 break
             token_ids += prompt + answer
             supervised += bytes(len(prompt)) + b"\1" * len(answer)
+            weights += [weight] * (len(prompt) + len(answer))
         if self.options.train_on_prompt:
             supervised = b"\0" + b"\1" * (len(token_ids) - 1)
         block.report.truncated += cut
-        block.add(token_ids, supervised)
+        block.add(token_ids, supervised, None if set(weights) == {1.0} else weights)
 
     def example_prompt(self, parsed: Any) -> str:
         # The text of tokens has its template around it already, and a prompt is given one.

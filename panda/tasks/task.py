@@ -165,8 +165,8 @@ class Task(ABC):
     def extend(self, model: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
         """New parts of ``model`` beside its checkpoint, by the names that they get as its attributes.
 
-        ``model`` has no weights yet. Parameters of it that the loss does not use can be frozen here. Drawn from the
-        run's seed; trained, also with adapters, and saved and exported with the model. ``part`` gives them back.
+        ``model`` has no weights yet; its ``config`` can be changed, for the export. The parts are drawn from the run's
+        seed, trained, also with adapters, and saved and exported with the model. ``part`` gives them back.
         """
         return {}
 

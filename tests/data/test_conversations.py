@@ -269,7 +269,7 @@ def test_an_answer_may_carry_no_loss(key: str, off: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        (answering(weight=0.5), "turn 2 of 'messages': its weight is 0.5: weights other than 0 and 1"),
+        (answering(weight=-0.5), "turn 2 of 'messages': its weight is -0.5: a weight is a number of at least 0"),
         (answering(train="no"), "turn 2 of 'messages': its train is a string: weights other than 0 and 1 are"),
         (answering(weight=0), "no turn of the assistant carries loss, by the weights of its turns"),
         (answering() | {"weight": 0}, "its weight is 0"),

@@ -8,6 +8,8 @@ twice, and backward does not need the weight, which ZeRO-3 may have partitioned 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -22,8 +24,27 @@ LOGITS_AT_ONCE = 2**26
 """The most logits that exist at a time (256 MiB in float32)."""
 
 
+@dataclass(frozen=True)
+class Variation:
+    """How the cross-entropy of a label differs from the plain one."""
+
+    smoothing: float = 0.0
+    """Share of its probability that is spread over all entries, as in ``torch.nn.functional.cross_entropy``."""
+    weights: torch.Tensor | None = None
+    """float32 [tokens]: what that of each label is multiplied by."""
+    group: dist.ProcessGroup | None = None
+    """The ranks that have the rows of the vocabulary between them."""
+
+
+PLAIN = Variation()
+
+
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    variation: Variation = PLAIN,
 ) -> torch.Tensor:
     """Cross-entropy of ``labels`` [tokens] under logits ``hidden @ weight.T``, summed, in float32; a scalar.
 
@@ -35,7 +56,8 @@ def linear_cross_entropy(
     of the ranks, and all ranks of the group call this with the same ``hidden`` and ``labels``. Each gets the whole
     loss, the gradient of ``hidden``, and that of its own part of the weight.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled(), group)  # type: ignore[no-untyped-call]
+    given = replace(variation, group=group)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled(), given)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -47,8 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         is_training: bool,
-        group: dist.ProcessGroup | None,
+        variation: Variation,
     ) -> torch.Tensor:
+        group = variation.group
         exact = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=exact)
         hidden_grad = torch.empty_like(hidden) if is_training and ctx.needs_input_grad[0] else None
@@ -69,12 +92,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             labelled = logits.gather(1, label)
             if group:
                 normaliser, labelled = _over_vocabulary(normaliser, labelled.masked_fill(one == 0, 0), group)
-            loss += (normaliser - labelled).sum()
+            losses = normaliser - labelled
+            weights = None if variation.weights is None else variation.weights[part].unsqueeze(1).to(exact)
+            entries, smoothing = len(weight) * (dist.get_world_size(group) if group else 1), variation.smoothing
+            if smoothing:
+                total = logits.sum(1, keepdim=True)
+                if group:
+                    dist.all_reduce(total, group=group)
+                losses = normaliser - (1 - smoothing) * labelled - smoothing * total / entries
+            loss += (losses if weights is None else losses * weights).sum()
             if hidden_grad is None and weight_grad is None:
                 continue
             # Softmax minus one at the label, in the place of the logits.
             grad = logits.sub_(normaliser).exp_()
+            if smoothing:
+                grad.sub_(smoothing / entries)
+                one = (1 - smoothing) * one
             grad.scatter_add_(1, label, -one)
+            if weights is not None:
+                grad.mul_(weights)
             rounded = grad.to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(rounded, weight, out=hidden_grad[part])
@@ -111,8 +147,10 @@ def offer_loss_sum(model: Any) -> None:
 
     If its forward is given ``labels`` [rows, length] (the token at the same place, or IGNORED_LABEL), it returns
     their cross-entropy under the token before, summed: a scalar. ``supervised_tokens`` may give the number
-    of labels that are not ignored, which saves waiting for the device to count them. ``model.sums_loss``
-    becomes true. Without labels its forward is unchanged.
+    of labels that are not ignored, which saves waiting for the device to count them; ``label_weights``
+    [rows, length] what that of each label is multiplied by, and ``label_smoothing`` the share of its probability that
+    is spread over all entries. ``model.sums_loss`` and ``sums_varied_loss`` become true. Without labels its forward
+    is unchanged.
 
     Only for a model whose logits are the output of its head, unchanged (no soft cap, no factor). If the head is not
     a plain linear layer, because an adapter is on it, logits are computed after all.
@@ -125,6 +163,8 @@ def offer_loss_sum(model: Any) -> None:
         *arguments: Any,
         labels: torch.Tensor | None = None,
         supervised_tokens: int | None = None,
+        label_weights: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
         **keywords: Any,
     ) -> Any:
         if labels is None:
@@ -135,14 +175,19 @@ def offer_loss_sum(model: Any) -> None:
             where = counts.nonzero().squeeze(1)
         else:
             where = counts.nonzero_static(size=supervised_tokens).squeeze(1)
+        weights = None if label_weights is None else F.pad(label_weights[:, 1:], (0, 1)).flatten()[where]
         head = self.get_output_embeddings()
         group = getattr(head, "vocabulary_group", None)  # tensor-parallel ranks, each with a part of the rows
         if (type(head) is not torch.nn.Linear and group is None) or head.bias is not None:
             logits = plain_forward(input_ids, *arguments, **keywords).logits.flatten(0, 1)
-            return F.cross_entropy(logits[where].float(), following[where], reduction="sum")
+            given: Any = {"label_smoothing": label_smoothing}
+            if weights is None:
+                return F.cross_entropy(logits[where].float(), following[where], reduction="sum", **given)
+            return (F.cross_entropy(logits[where].float(), following[where], reduction="none", **given) * weights).sum()
         hidden = self.base_model(input_ids, *arguments, **keywords).last_hidden_state.flatten(0, 1)
         # The weight is read from the head within this forward, where ZeRO-3 gathers it.
-        return linear_cross_entropy(hidden[where], head.weight, following[where], group)
+        variation = Variation(label_smoothing, weights)
+        return linear_cross_entropy(hidden[where], head.weight, following[where], group, variation)
 
     model.forward = MethodType(forward, model)
-    model.sums_loss = True
+    model.sums_loss = model.sums_varied_loss = True

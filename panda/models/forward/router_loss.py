@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the customary name
 
+from panda.registry import UserError
+
 
 class RouterLoss:
     """The router loss of a model: see ``StepLoss`` in panda.registry.contexts, which it is one of."""
@@ -75,6 +77,11 @@ class RouterLoss:
         """Take in the logits of the routers in a forward pass: [tokens, experts], of each layer."""
         assert self._real is not None
         real = self._real.flatten()
+        if self._term is not None or any(len(logits) != len(real) for logits in router_logits):
+            raise UserError(
+                "router_aux_loss_coef: the loss of this task runs the model more than once for a batch, or on other"
+                " rows than the batch's, and the router loss is that of one run. Write `router_aux_loss_coef: 0`."
+            )
         counts = real.new_zeros(self._experts + 1, dtype=torch.float64)  # sums of integers: exact in any order
         probabilities = torch.zeros(self._experts, device=real.device)
         for logits in router_logits:

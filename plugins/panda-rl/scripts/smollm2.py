@@ -47,7 +47,7 @@ def train(folder: Path, name: str, arguments: argparse.Namespace, *flags: str) -
         *("--task", "grpo", "--model", "hf", "--ckpt_path", arguments.checkpoint, "--tokenizer", arguments.checkpoint),
         *("--prompt_data_dir", str(folder / "train"), "--eval_data_dir", str(folder / "held-out")),
         *("--reward", "last-number", "--max_completion_length", "16", "--max_seq_length", "80"),
-        *("--lr_scheduler", "constant"),
+        *("--lr_scheduler", "constant", "--warmup_steps", "0"),
         *("--max_grad_norm", "1.0", "--per_gpu_eval_batch_size", "4", "--logging_steps", "1", "--num_workers", "0"),
         *("--beta", str(arguments.beta), "--loss_type", arguments.loss_type, "--output_dir", str(directory)),
         *("--save_final", "false", "-p", "no:plot", "-p", "no:tensorboard"),

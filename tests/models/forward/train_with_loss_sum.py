@@ -36,6 +36,12 @@ class Rows:
     input_ids: torch.Tensor
     labels: torch.Tensor
 
+    idle = False
+
+    @property
+    def units(self) -> int:
+        return self.supervised_tokens
+
     @property
     def tokens(self) -> int:
         return self.input_ids.numel()
