@@ -6,17 +6,16 @@ These processes know it only by a folder on PYTHONPATH with the content of its w
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from launching import start
+from plugin_site import SCRIPTS
+from plugin_site import install
+from plugin_site import run
 
-PLUGIN = Path(__file__).parents[1] / "plugins" / "panda-example"
-SCRIPTS = Path(sys.executable).parent
 SMALL_RUN = (
     *("--arch", "gru-tiny", "--optimizer", "lion", "--plugins", "report"),
     *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "64", "--num_workers", "0"),
@@ -24,31 +23,10 @@ SMALL_RUN = (
 )
 
 
-def run(*command: str | Path, cwd: Path, site: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` with ``site`` as PYTHONPATH."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(site)} if site else {}
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the plugin's wheel is installed in."""
-    folder = tmp_path_factory.mktemp("plugin")
-    # setuptools builds in the source tree, and files of an older build there would get into the wheel.
-    leftovers = shutil.ignore_patterns("build", "dist", "*.egg-info", "__pycache__", ".*")
-    shutil.copytree(PLUGIN, folder / "source", ignore=leftovers)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    alone = ("--no-index", "--no-deps")
-    for command in (
-        (*pip, "wheel", *alone, "--no-build-isolation", "--wheel-dir", folder / "wheels", folder / "source"),
-        (*pip, "install", *alone, "--find-links", folder / "wheels", "--target", folder / "site", "panda-example"),
-    ):
-        done = run(*command, cwd=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "site"
+    return install("panda-example", tmp_path_factory.mktemp("plugin"))
 
 
 def test_lists_and_shows_it(site: Path, tmp_path: Path) -> None:

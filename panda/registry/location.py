@@ -30,13 +30,14 @@ def resolve_path(text: str) -> Path:
 def path_in_package(text: str) -> Path | None:
     """The path inside an installed package that ``text`` means, if it does: ``acme_panda:data/sample``.
 
-    No package is imported. In one that is not panda it has to exist, since a folder and a split of it are written so,
-    too (``FOLDER:SPLIT``).
+    No package is imported. In one that is not panda it has to exist, and ``FOLDER:SPLIT``, a split of a folder here,
+    comes first.
     """
     package, colon, inside = text.partition(":")
     if not (colon and package.isidentifier()):
         return None
-    found = find_spec(package) if package == "panda" or not os.path.lexists(package) else None
+    is_split = package != "panda" and "/" not in inside and os.path.lexists(package)
+    found = None if is_split else find_spec(package)
     if found is None or not found.submodule_search_locations:
         return None
     path = Path(next(iter(found.submodule_search_locations))) / inside

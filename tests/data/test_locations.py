@@ -199,7 +199,7 @@ def test_panda_begins_a_path_inside_the_package_and_a_tilde_one_at_home(monkeypa
 
 def test_a_package_begins_a_path_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ``panda:`` does, where that is there: ``FOLDER:SPLIT`` is written so, too, and a folder comes first."""
-    (tmp_path / "site" / "acme_data" / "sample").mkdir(parents=True)
+    (tmp_path / "site" / "acme_data" / "sample" / "rows").mkdir(parents=True)
     (tmp_path / "site" / "acme_data" / "__init__.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.chdir(tmp_path)
@@ -209,3 +209,4 @@ def test_a_package_begins_a_path_inside_it(tmp_path: Path, monkeypatch: pytest.M
     assert resolve_path("nothing_here:sample") == Path("nothing_here:sample")
     (tmp_path / "acme_data").mkdir()
     assert resolve_path("acme_data:sample") == Path("acme_data:sample")
+    assert resolve_path("acme_data:sample/rows") == tmp_path / "site" / "acme_data" / "sample" / "rows"
