@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from panda.data.batches import Batch
+from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from tokenizers import Tokenizer
 from tokenizers import models
@@ -32,8 +34,17 @@ def context_with(rewards: Mapping[str, Reward], *, max_seq_length: int, tokenize
         SimpleNamespace(name=name, component=SimpleNamespace(kind="reward"), build=lambda _, expected, made=made: made)
         for name, made in rewards.items()
     ]
-    reader = SimpleNamespace(suffixes=(".jsonl",))
-    return TaskContext(tokenizer or words_tokenizer(), reader, max_seq_length, named=named)  # type: ignore[arg-type]
+    return TaskContext(tokenizer or words_tokenizer(), Lines(), max_seq_length, named=named)  # type: ignore[arg-type]
+
+
+class Lines:
+    """A reader of rows in JSON, one a line."""
+
+    suffixes = (".jsonl",)
+
+    def read(self, file: Path) -> Iterator[Row]:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            yield Row(json.loads(line), file, number)
 
 
 def prompt_batch(prompts: list[list[int]], fields: list[dict[str, Any]] | None = None, first: int = 0) -> Batch:
