@@ -22,7 +22,8 @@ SMALL: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 32,
     "prompt_data_dir": "panda_rl:sample/sums",
-    "max_samples": 10,
+    "max_samples": 13,
+    "num_train_epochs": 1,
     "reward": ("last-number", "pattern"),
     "reward_weights": "1,0.5",
     "pattern": "[a-z1]",
@@ -36,14 +37,13 @@ SMALL: dict[str, Any] = {
     "lr_scheduler": "constant",
     "warmup_steps": 0,
     "max_grad_norm": 0,
-    "max_steps": 3,
     "num_workers": 0,
     "save_final": "false",
     "logging_steps": 1,
 }
-HELD_OUT = [{"question": f"{number}+1", "answer": number + 1} for number in range(3)]
+HELD_OUT = [{"question": "2+1", "answer": 3}]
 STEP = 6
-"""Prompts a step: a number that two ranks of four do not divide, so that one has fewer or is idle."""
+"""Prompts a step. The last of three steps has one, so that one of two ranks is idle."""
 WHOLE = {"per_gpu_train_batch_size": STEP, "gradient_accumulation_steps": 1, "per_gpu_eval_batch_size": 10}
 SPLITS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro batches": (1, {"per_gpu_train_batch_size": 2, "gradient_accumulation_steps": 3}),
@@ -71,7 +71,7 @@ def values(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of rows to evaluate on: fewer than a micro batch, so that one of two ranks is idle."""
+    """A file with a row to evaluate on, so that one of two ranks is idle."""
     file = tmp_path_factory.mktemp("held-out") / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
     return file
