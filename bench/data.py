@@ -49,6 +49,13 @@ GPU_RATES = {"7B": 12_000, "1.3B": 60_000, "125M": 300_000}
 for the smallest model. Arithmetic, not measured."""
 
 
+def collate_text(rows: Any, shape: Any) -> Any:
+    """A batch of text, with token 0 as padding."""
+    from panda.data.batches import token_batch
+
+    return token_batch([[(each["token_ids"], each["supervised"]) for each in row] for row in rows], 0, shape)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -421,8 +428,8 @@ def _steps(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = step_batches(
         layout,
+        collate_text,
         rank=0,
-        pad_token_id=0,
         num_workers=2,
         prefetch_factor=2,
         pin_memory=device.type == "cuda",
@@ -486,8 +493,8 @@ def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tu
 
     batches = step_batches(
         layout,
+        collate_text,
         rank=0,
-        pad_token_id=0,
         num_workers=workers,
         prefetch_factor=2,
         pin_memory=torch.cuda.is_available(),
@@ -518,6 +525,7 @@ def measure_scale(samples: int, folder: Path) -> None:
 
     from panda.cli.data import draw_lengths
     from panda.cli.data import histogram
+    from panda.data.fields import TEXT
     from panda.data.order import BatchPlan
     from panda.data.order import SampleOrder
     from panda.data.packing import Layout
@@ -535,7 +543,10 @@ def measure_scale(samples: int, folder: Path) -> None:
             file.truncate(count * np.dtype(kind).itemsize)
         arrays.append(np.asarray(np.memmap(folder / f"{name}.bin", dtype=kind, mode="r")))
     del lengths, offsets
-    dataset = TokenDataset(*arrays, DataReport(), tokens, "", folder)
+    token_ids, mask, ends, hashes = arrays
+    offsets = {"token_ids": ends, "supervised": ends}
+    stored = {"token_ids": token_ids, "supervised": mask}
+    dataset = TokenDataset(TEXT[:2], stored, offsets, hashes, DataReport(), "", tokens, folder)
     order = SampleOrder(dataset.sources, seed=1)
     print(f"{samples:,} samples, {tokens:,} tokens; packed rows\n| | CPU, s |\n|---|---|")
 

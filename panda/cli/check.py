@@ -78,7 +78,7 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     directory, checkpoint = find_directory(resolved)
     prepared = prepare(configuration, world_size)
     prepared.decide()
-    agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
+    agreement = agreement_of(prepared.resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
     layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)
     if layout.packed and prepared.outline is not None:

@@ -216,6 +216,8 @@ def token_batch(
 
 
 def _mask(supervised: Any) -> np.ndarray:
+    if isinstance(supervised, np.ndarray) and supervised.dtype == np.bool_:
+        return supervised
     if isinstance(supervised, (bytes, bytearray)):
         return np.frombuffer(supervised, dtype=np.bool_)
     return np.asarray(supervised, dtype=np.bool_)

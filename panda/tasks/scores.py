@@ -53,9 +53,7 @@ def last_hidden(model: Any, batch: TokenBatch) -> torch.Tensor:
     try:
         # The head runs on one token a row, so that the model is run as a whole, which ZeRO-3 needs.
         output = model(batch.input_ids, **batch.positions, output_hidden_states=True, logits_to_keep=1)
-        # And it is part of the loss, with no effect: DeepSpeed's stages differ in what they do to a weight without a
-        # gradient (0.19.8 decays it in ZeRO 1 to 3 only).
-        hidden: torch.Tensor = output.hidden_states[-1] + output.logits.mean() * 0
+        hidden: torch.Tensor = output.hidden_states[-1]
     except (TypeError, AttributeError) as problem:
         kind = type(getattr(model, "module", model)).__name__
         raise UserError(

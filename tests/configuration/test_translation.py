@@ -472,7 +472,6 @@ def test_only_a_place_that_panda_cannot_read_is_asked_for(
         (AXOLOTL + "datasets: [{path: o/d, split: s, skip: 9}]\n", "datasets[]: o/d:s: skip 9"),
         (AXOLOTL + "optimizer: lion_8bit\n", "optimizer: lion_8bit"),
         (AXOLOTL + "lora_modules_to_save: [embed_tokens]\n", 'lora_modules_to_save: ["embed_tokens"]'),
-        (AXOLOTL + "train_on_inputs: true\n", "train_on_inputs: true"),
         (AXOLOTL + "some_new_key: 3\n", "some_new_key: 3"),
         (AXOLOTL + "special_tokens: {eos_token: </s>}\n", "special_tokens.eos_token: </s>"),
         (

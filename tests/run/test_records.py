@@ -48,7 +48,7 @@ def test_on_a_cpu_there_is_neither(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_progress_line_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
     record = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1234.5}
-    run: Any = SimpleNamespace(plan=SimpleNamespace(total_steps=2))
+    run: Any = SimpleNamespace(plan=SimpleNamespace(total_steps=2), task=SimpleNamespace(shown=()))
     ProgressDisplay(NoOptions(), PluginContext()).panda_log(run, {**record, "memory_gib": 55.04, "mfu": 0.5312})
     assert capsys.readouterr().out.endswith("1,234 tokens/s  MFU 53.1%  55.0 GiB\n")
     ProgressDisplay(NoOptions(), PluginContext()).panda_log(run, record)

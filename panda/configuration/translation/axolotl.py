@@ -284,7 +284,7 @@ def _read_data(theirs: Theirs, found: Translation) -> None:
         _write_paths(answers, "instruction_tuning_data_dir", "datasets", found)
         _read_answers(answers, theirs, found)
     if theirs("train_on_inputs") and task != "pretrain":
-        found.lost["train_on_inputs: true"] = ALL_LOSS.reason
+        found.set("train_on_prompt", True, "train_on_inputs")
     if documents:
         said = "datasets" if in_sets else "pretraining_dataset"
         _write_paths(documents, "pretraining_data_dir", said, found)

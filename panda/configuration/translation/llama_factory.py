@@ -9,7 +9,6 @@ from typing import Any
 
 from panda.configuration.translation import trainer
 from panda.configuration.translation.rules import ADAPTER
-from panda.configuration.translation.rules import ALL_LOSS
 from panda.configuration.translation.rules import DEFAULT_SYSTEM
 from panda.configuration.translation.rules import DISPLAY
 from panda.configuration.translation.rules import HUB_PART
@@ -63,7 +62,7 @@ KEYS: dict[str, Rule] = {
     "max_samples": Part("write `max_samples`."),
     "val_size": VALIDATION_SHARE,
     **each("packing neat_packing", Part("write `batching: packed`.", OFF)),
-    "train_on_prompt": ALL_LOSS,
+    "train_on_prompt": To("train_on_prompt"),
     "mask_history": Absent("in panda every answer carries loss; `weight: 0` in a turn leaves one out"),
     "default_system": DEFAULT_SYSTEM,
     "tool_format": Ignored("the tokenizer's chat template writes tools"),

@@ -7,7 +7,6 @@ from typing import Any
 from panda.configuration.translation.rules import DISPLAY
 from panda.configuration.translation.rules import HUB_UPLOAD
 from panda.configuration.translation.rules import NOTHING_HELD_OUT
-from panda.configuration.translation.rules import OTHER_LOSS
 from panda.configuration.translation.rules import PROCESSES
 from panda.configuration.translation.rules import SERVICES
 from panda.configuration.translation.rules import SPEED
@@ -118,7 +117,7 @@ KEYS: dict[str, Rule] = {
     ),
     **each("push_to_hub hub_model_id hub_strategy hub_* push_to_*", HUB_UPLOAD),
     **each("neftune_noise_alpha", Absent("panda adds no noise to embeddings")),
-    "label_smoothing_factor": OTHER_LOSS,
+    "label_smoothing_factor": Absent("write `label_smoothing`"),
     **each("optim_args optim_target_modules", Absent("write the optimizer's own keys (`panda show optimizer NAME`)")),
     **each(
         "load_best_model_at_end",
