@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/grpo-smollm2"), help="of data and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning_rate", type=float, default=1e-5)
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--loss_type", default="dapo")
     parser.add_argument("--cpu", action="store_true", help="smaller steps")
