@@ -33,6 +33,8 @@ def configuration() -> str:
     ]
     catalog = Catalog()
     for kind in KINDS.values():
+        if kind.name == "kind":  # of which panda has none
+            continue
         parts.append(f"\n## {kind.plural}\n\n{kind.summary[0].upper()}{kind.summary[1:]}.\n")
         shown = set()
         for offer in catalog.offers(kind.name):

@@ -33,6 +33,7 @@ settings.load_profile("panda")
 
 LONGEST = (
     "test_example_plugin.py",
+    "test_rl_plugin.py",
     "test_sharded_lamb.py",
     "test_adapters.py",
     "test_redistribution.py",

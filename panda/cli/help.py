@@ -14,7 +14,9 @@ from panda.registry import UserError
 from panda.registry.choosing import NAMING
 from panda.registry.choosing import choose
 from panda.registry.choosing import model_of
+from panda.registry.choosing import named_by_options
 from panda.registry.kinds import KINDS
+from panda.registry.offers import kinds
 from panda.registry.options import REQUIRED
 from panda.registry.options import Option
 from panda.registry.options import options_of
@@ -46,9 +48,10 @@ def print_train_help(arguments: Arguments) -> None:
     for component in components:
         print_options(f"{component.kind} {component.name}: {component.summary}", options_of(component.options))
     print()
-    for kind in KINDS.values():
+    for kind in kinds().values():
         names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers(kind.name)))
-        print(_wrapped(f"{kind.plural}: {names or 'none'}", indent=2))
+        if kind.name != "kind":  # of which a run chooses none
+            print(_wrapped(f"{kind.plural}: {names or 'none'}", indent=2))
 
 
 def _chosen(catalog: Catalog, arguments: Arguments) -> list[Component]:
@@ -57,12 +60,15 @@ def _chosen(catalog: Catalog, arguments: Arguments) -> list[Component]:
     if problems:
         raise UserError("\n".join(problems))
     choice = choose(catalog, settings, DEFAULT_PLUGINS)
-    offers = dict(choice.offers)
-    if "arch" in offers and "model" not in offers:
-        offers["model"] = model_of(catalog, offers["arch"])
-    found = [catalog.load(offers[kind]) for kind in KINDS if kind in offers and kind != "arch"]
-    found += [catalog.load(offer) for offer in choice.plugins]
-    return [component for component in found if component is not None]
+    by_kind = dict(choice.offers)
+    if "arch" in by_kind and "model" not in by_kind:
+        by_kind["model"] = model_of(catalog, by_kind["arch"])
+    offers = [*(by_kind[kind] for kind in KINDS if kind in by_kind and kind != "arch"), *choice.plugins]
+    owners = [(offer, component) for offer in offers if (component := catalog.load(offer))]
+    named, problems = named_by_options(catalog, owners, arguments.given)
+    if problems:
+        raise UserError("\n".join(problems))
+    return [component for _, component in [*owners, *named]]
 
 
 def print_options(title: str, options: dict[str, Option]) -> None:

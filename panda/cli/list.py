@@ -11,8 +11,8 @@ from panda.configuration.arguments import blocked_name
 from panda.registry import Catalog
 from panda.registry import Offer
 from panda.registry.declarations import module_summary
-from panda.registry.kinds import KINDS
-from panda.registry.kinds import kind_named
+from panda.registry.offers import kind_named
+from panda.registry.offers import kinds
 from panda.registry.offers import with_readable_source
 
 
@@ -27,19 +27,20 @@ def _list(argv: list[str]) -> None:
         description="List the installed components: their names, packages and descriptions. Imports none of them.",
         epilog="example: panda list optimizers --json",
     )
-    parser.add_argument("kind", nargs="?", help=", ".join(kind.plural for kind in KINDS.values()) + "; by default all")
+    plurals = ", ".join(kind.plural for kind in kinds().values())
+    parser.add_argument("kind", nargs="?", help=f"{plurals}; by default all")
     parser.add_argument("--json", action="store_true", help="one JSON array of objects")
     parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave out a plugin or distribution")
     arguments = parser.parse_args(argv)
-    kinds = [kind_named(arguments.kind)] if arguments.kind else list(KINDS.values())
+    shown = [kind_named(arguments.kind)] if arguments.kind else list(kinds().values())
     catalog = Catalog(map(blocked_name, arguments.p))
     if arguments.json:
-        rows = [_described(offer) for kind in kinds for offer in catalog.offers(kind.name)]  # reads every source
+        rows = [_described(offer) for kind in shown for offer in catalog.offers(kind.name)]  # reads every source
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    every = [offer for kind in kinds for offer in catalog.offers(kind.name)]
+    every = [offer for kind in shown for offer in catalog.offers(kind.name)]
     readable = set(with_readable_source(every))
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(shown):
         offers = catalog.offers(kind.name)
         print(f"{chr(10) if number else ''}{kind.plural}: {kind.summary}")
         name_width = max((len(offer.name) for offer in offers), default=0)

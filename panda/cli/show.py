@@ -8,7 +8,8 @@ from panda.cli.command import run_command
 from panda.cli.help import print_options
 from panda.registry import Catalog
 from panda.registry.declarations import module_summary
-from panda.registry.kinds import kind_named
+from panda.registry.offers import kind_named
+from panda.registry.offers import kinds
 from panda.registry.options import options_of
 
 
@@ -23,7 +24,7 @@ def _show(argv: list[str]) -> None:
         description="Show one component: its description, its options with their defaults, and where it comes from.",
         epilog="example: panda show model llama",
     )
-    parser.add_argument("kind", help="task, model, arch, optimizer, lr_scheduler, reader or plugin")
+    parser.add_argument("kind", help=", ".join(kinds()))
     parser.add_argument("name", help="its name, or DISTRIBUTION:NAME")
     arguments = parser.parse_args(argv)
     catalog = Catalog()

@@ -13,11 +13,11 @@ from panda.registry.components import recorded_names
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
 from panda.registry.hooks import has_hooks
-from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import Offer
 from panda.registry.offers import all_installed
 from panda.registry.offers import installed
+from panda.registry.offers import kinds
 from panda.registry.offers import normalised
 from panda.registry.options import options_of
 
@@ -50,6 +50,11 @@ class Catalog:
         ``origin`` is where the reference was written. Raises UserError where not exactly one offer matches.
         """
         at = f"{origin}: " if origin else ""
+        if len(providers := kinds()[kind].providers) > 1:
+            raise UserError(
+                f"{at}kind {kind!r} is added by {len(providers)} distributions, and what one means by it the others may"
+                f" not: {', '.join(providers)}. Uninstall all but one."
+            )
         matches = self.matches(kind, reference)
         allowed = [offer for offer in matches if not self.is_blocked(offer)]
         if len(allowed) == 1:
@@ -61,18 +66,18 @@ class Catalog:
                 f" {allowed[0].version}: {declared}. This is a fault of {allowed[0].distribution}."
             )
         if allowed:
-            providers = "".join(f"\n  {offer.qualified:30} {offer.describe()}" for offer in allowed)
+            choices = "".join(f"\n  {offer.qualified:30} {offer.describe()}" for offer in allowed)
             raise UserError(
-                f"{at}{kind} {reference!r} is offered by {len(allowed)} distributions. Say which one:{providers}"
+                f"{at}{kind} {reference!r} is offered by {len(allowed)} distributions. Say which one:{choices}"
             )
         if matches:
-            providers = ", ".join(offer.describe() for offer in matches)
-            raise UserError(f"{at}{kind} {reference!r} is provided by {providers}, but that is blocked by `-p no:`.")
-        others = [other for other_kind in KINDS if other_kind != kind for other in self.matches(other_kind, reference)]
+            offered = ", ".join(offer.describe() for offer in matches)
+            raise UserError(f"{at}{kind} {reference!r} is provided by {offered}, but that is blocked by `-p no:`.")
+        others = [other for each in kinds() if each != kind for other in self.matches(each, reference)]
         elsewhere = "".join(f" There is {other.kind} {other.name!r}." for other in others)
         raise UserError(
             f"{at}unknown {kind} {reference!r}.{did_you_mean(reference, self.spellings(kind, reference))}{elsewhere}"
-            f" `panda list {KINDS[kind].plural}` shows what is installed."
+            f" `panda list {kinds()[kind].plural}` shows what is installed."
         )
 
     def spellings(self, kind: str, reference: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,8 +10,14 @@ from panda.registry.catalog import Catalog
 from panda.registry.components import Component
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
+from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import Offer
+from panda.registry.offers import kinds
+from panda.registry.options import REQUIRED
+from panda.registry.options import Given
+from panda.registry.options import Option
+from panda.registry.options import options_of
 from panda.registry.settings import Setting
 
 CHOSEN_BY_NAME = ("task", "optimizer", "lr_scheduler", "reader")
@@ -104,6 +111,71 @@ def model_of(catalog: Catalog, offer: Offer) -> Offer:
     if ":" not in arch.model and catalog.matches("model", beside):
         return catalog.find("model", beside, arch.describe())
     return catalog.find("model", arch.model, arch.describe())
+
+
+Owner = tuple[Offer, Component]
+"""A component that a run chose: its offer, and what importing it registered."""
+
+
+def named_by_options(
+    catalog: Catalog, owners: Iterable[Owner], given: Mapping[str, Given]
+) -> tuple[list[Owner], list[str]]:
+    """The components of added kinds that options of ``owners``, and of what these name, name; and the problems.
+
+    A default means a component of the distribution whose option it is. A value that does not fit its option names
+    nothing here: that is reported where all values are converted.
+    """
+    found: dict[Component, Offer] = {}
+    problems: list[str] = []
+    queue = list(owners)
+    for offer, component in queue:
+        for key, option in options_of(component.options).items():
+            if option.names is None:
+                continue
+            try:
+                written = given.get(f"{prefix(component)}.{key}", given.get(key))
+                new = _named(catalog, (offer, component), option, written)
+            except UserError as problem:
+                problems.append(str(problem))
+                continue
+            queue += [owner for owner in new if owner[1] not in found]
+            found |= {named: of for of, named in new if named not in found}
+    return [(of, named) for named, of in found.items()], problems
+
+
+def _named(catalog: Catalog, owner: Owner, option: Option, given: Given | None) -> list[Owner]:
+    """The components that the value of ``option`` of ``owner`` names.
+
+    Raises UserError for an unknown name, and for a component that is named twice.
+    """
+    assert option.names is not None
+    offer, component = owner
+    if option.names in KINDS or option.names not in kinds():
+        raise UserError(
+            f"{component.describe()}: its option {option.key!r} names components of kind {option.names!r}, which no"
+            f" installed package adds. This is a fault of {offer.distribution}."
+        )
+    origin = given.origin if given else ""
+    try:
+        value = option.convert(given) if given else option.default
+    except UserError:
+        return []
+    names = [] if value in (None, "", REQUIRED) else [value] if isinstance(value, str) else value
+    found: list[Owner] = []
+    for name in names:
+        own = f"{offer.distribution}:{name}"
+        is_own = given is None and ":" not in name and catalog.matches(option.names, own)
+        new = catalog.find(option.names, own if is_own else name, origin)
+        found.append((new, load_component(catalog, new)))
+        if found[-1][1] in [earlier for _, earlier in found[:-1]]:
+            raise UserError(f"{origin}: {option.key} names {option.names} {name!r} twice. Name it once.")
+    return found
+
+
+def prefix(component: Component) -> str:
+    """The prefix of a key that several components have: the kind, or the name where a run can have several of it."""
+    has_one = component.kind in KINDS and component.kind != "plugin"
+    return component.kind if has_one else component.name.replace("-", "_")
 
 
 def load_component(catalog: Catalog, offer: Offer) -> Component:

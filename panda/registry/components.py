@@ -11,7 +11,6 @@ from typing import Any
 from typing import TypeVar
 
 from panda.registry.errors import UserError
-from panda.registry.kinds import KINDS
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -101,7 +100,6 @@ def _identity(component: Component) -> tuple[str, str]:
 def _register(
     kind: str, name: str, options: type, aliases: tuple[str, ...], model: str | None = None
 ) -> Callable[[Factory], Factory]:
-    assert kind in KINDS
     if isinstance(aliases, str):
         raise UserError(f"{kind} {name!r}: aliases must be a tuple of names, not the text {aliases!r}.")
     module = sys._getframe(2).f_globals.get("__name__", "?")  # whoever called register_KIND
@@ -169,3 +167,28 @@ def register_plugin(
     its module are enough.
     """
     return _register("plugin", name, options, aliases)
+
+
+def register_kind(name: str) -> Callable[[Factory], Factory]:
+    """Register a kind of component: a class or a protocol whose docstring says what factories of this kind make.
+
+    ``decorator_for`` makes the decorator that registers components of it, and a key marked with ``Names`` chooses
+    them. Its name is a word in small letters; its plural has an ``s`` more.
+    """
+    return _register("kind", name, NoOptions, ())
+
+
+def decorator_for(kind: str) -> Callable[..., Callable[[Factory], Factory]]:
+    """The decorator that registers components of a ``kind`` that a package adds.
+
+    It has to be called ``register_KIND``, since ``panda list`` reads it in the source, and is used as
+    ``@register_KIND("name", options=..., aliases=...)`` on ``factory(options, context)``. What adds the kind decides
+    what the context is.
+    """
+
+    def register(
+        name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+    ) -> Callable[[Factory], Factory]:
+        return _register(kind, name, options, aliases)
+
+    return register

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from panda.data import Reader
     from panda.data.token_cache import TokenCache
+    from panda.registry.resolve import Chosen
 
 
 MAX_ROW_BYTES = 16 << 20
@@ -50,6 +51,9 @@ class TaskContext:
     """Paths and patterns of the data to evaluate on, which a task does not train on."""
     reader_context: ReaderContext = ReaderContext()
     """What the reader was given beside its options: part of that address, too."""
+    named: Sequence[Chosen] = ()
+    """The components that options marked with ``Names`` name: a task builds those of the kind that its package adds,
+    with ``build(context, expected)``, where ``expected`` is the type of what the factory has to return."""
 
 
 IGNORED_LABEL = -100

@@ -1,11 +1,11 @@
-"""The kinds of component. Adding a kind is one entry in this table."""
+"""The kinds of component. Adding a kind of panda's own is one entry in this table.
+
+Packages add kinds as components of the kind ``kind``: one entry in their metadata.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from panda.registry.errors import UserError
-from panda.registry.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Kind:
     """``panda list optimizers``."""
     summary: str
     """What a component of this kind is."""
+    providers: tuple[str, ...] = ()
+    """The distributions that add it; none for a kind of panda's own."""
 
     @property
     def group(self) -> str:
@@ -35,14 +37,8 @@ KINDS: dict[str, Kind] = {
         Kind("lr_scheduler", "lr_schedulers", "the learning rate of each optimizer step"),
         Kind("reader", "readers", "files to rows"),
         Kind("plugin", "plugins", "what happens around a step: hook implementations"),
+        Kind("kind", "kinds", "kinds of component that packages add"),
     )
 }
 
-
-def kind_named(text: str) -> Kind:
-    """The kind called ``text``, singular or plural. Raises UserError for any other word."""
-    for kind in KINDS.values():
-        if text in (kind.name, kind.plural, kind.plural.replace("_", "-"), kind.name.replace("_", "-")):
-            return kind
-    names = [kind.plural for kind in KINDS.values()]
-    raise UserError(f"unknown kind {text!r}.{did_you_mean(text, names)} The kinds are: {', '.join(names)}.")
+"""Panda's own kinds by name. ``offers.kinds()`` has those that packages add, too."""

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from panda.registry.declarations import Declaration
 from panda.registry.declarations import declarations
 from panda.registry.errors import UserError
+from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
+from panda.registry.kinds import Kind
 
 OWN_DISTRIBUTION = "panda-train"
 """The name under which panda itself is installed."""
@@ -59,7 +61,8 @@ class Offer:
         return None
 
     def describe(self) -> str:
-        return f"{self.distribution} {self.version} (entry point {KINDS[self.kind].group}: {self.name} = {self.module})"
+        group = kinds()[self.kind].group
+        return f"{self.distribution} {self.version} (entry point {group}: {self.name} = {self.module})"
 
     @contextmanager
     def attributed(self, part: str) -> Iterator[None]:
@@ -104,7 +107,7 @@ def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
 
     ``installed.cache_clear()`` forgets it. A distribution whose files cannot be read offers nothing.
     """
-    offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
+    texts: list[tuple[str, str, str]] = []  # a distribution's name, its version, its entry points
     seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
         name = _name(distribution)
@@ -116,14 +119,51 @@ def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
         except Exception:  # no text, or a finder of somebody else's
             continue
         if "panda." in text:
-            version = _version(distribution)
-            for kind, entry, module in _entry_points(text):
+            texts.append((name, _version(distribution), text))
+    groups = {kind.group: kind.name for kind in KINDS.values()}
+    added = [kind for _, _, text in texts if "panda.kinds" in text for kind in _added_kinds(text)]
+    groups |= {f"panda.{kind}s": kind for kind in added}
+    offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
+    for name, version, text in texts:
+        for kind, entry, module in _entry_points(text, groups):
+            if kind != "kind" or entry in added:
                 offers[Offer(kind, entry, module, name, version)] = None
-    found: dict[str, dict[str, tuple[Offer, ...]]] = {kind: {} for kind in KINDS}
+    found: dict[str, dict[str, tuple[Offer, ...]]] = {kind: {} for kind in groups.values()}
     for offer in sorted(offers, key=lambda offer: (offer.name.lower(), offer.distribution)):
         names = found[offer.kind]
         names[offer.name.lower()] = (*names.get(offer.name.lower(), ()), offer)
     return found
+
+
+def kinds() -> Mapping[str, Kind]:
+    """Every kind of component by name: panda's own, then those that packages add. Imports nothing."""
+    added = installed()["kind"].values()
+    return KINDS | {offers[0].name: _kind_of(offers) for offers in added}
+
+
+def kind_named(text: str) -> Kind:
+    """The kind called ``text``, singular or plural. Raises UserError for any other word."""
+    for kind in kinds().values():
+        if text in (kind.name, kind.plural, kind.plural.replace("_", "-"), kind.name.replace("_", "-")):
+            return kind
+    names = [kind.plural for kind in kinds().values()]
+    raise UserError(f"unknown kind {text!r}.{did_you_mean(text, names)} The kinds are: {', '.join(names)}.")
+
+
+def _kind_of(offers: tuple[Offer, ...]) -> Kind:
+    """The kind that ``offers`` of one name add."""
+    declaration = offers[0].declaration
+    summary = declaration.summary if declaration else ""
+    return Kind(offers[0].name, f"{offers[0].name}s", summary, tuple(offer.distribution for offer in offers))
+
+
+def _added_kinds(text: str) -> list[str]:
+    """The kinds that the entry points in ``text`` add.
+
+    A name of panda's own adds nothing: installing a package changes no kind. Nor does one that cannot be a key.
+    """
+    names = [name for _, name, _ in _entry_points(text, {"panda.kinds": "kind"})]
+    return [name for name in names if name not in KINDS and re.fullmatch("[a-z][a-z0-9_]*", name)]
 
 
 def all_installed() -> Iterator[Offer]:
@@ -141,23 +181,20 @@ def with_readable_source(offers: Iterable[Offer]) -> list[Offer]:
     return offers if len(modules) <= SOURCES_READ else [offer for offer in offers if offer.is_own]
 
 
-def _entry_points(text: str) -> Iterator[tuple[str, str, str]]:
-    """Kind, name and module of the entry points in ``text`` that are panda's. A line without `=` is skipped.
+def _entry_points(text: str, groups: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Kind, name and module of the entry points in ``text`` of ``groups``, with their kinds. Skips a line without `=`.
 
     importlib.metadata reads the file in the same way, but makes more objects of it, and fails at such a line.
     """
     kind = None
     for line in map(str.strip, text.splitlines()):
         if line.startswith("["):
-            kind = _KIND_OF_GROUP.get(line.strip("[] "))
+            kind = groups.get(line.strip("[] "))
         elif kind and not line.startswith("#"):
             name, equals, value = line.partition("=")
             module = value.partition(":")[0].partition("[")[0].strip()
             if equals:
                 yield kind, name.strip(), module
-
-
-_KIND_OF_GROUP = {kind.group: kind.name for kind in KINDS.values()}
 
 
 def _name(distribution: importlib.metadata.Distribution) -> str:

@@ -64,6 +64,17 @@ class Meta:
 
 
 @dataclass(frozen=True)
+class Names:
+    """Marks an option whose text, or each of whose texts, names a component: ``Annotated[str, Names("reward")]``.
+
+    Those components are then chosen by the run, and their options are keys of it.
+    """
+
+    kind: str
+    """A kind that a package adds. Panda's own kinds have keys of their own."""
+
+
+@dataclass(frozen=True)
 class Given:
     """A value as it was written, before its option is known."""
 
@@ -104,6 +115,13 @@ class Option:
         base, _, _, location = _parts(self.type)
         is_list = typing.get_origin(base) is tuple
         return _parts(typing.get_args(base)[0])[3] if is_list and location is None else location
+
+    @property
+    def names(self) -> str | None:
+        """The kind of the components that it names; None for other options."""
+        types = [self.type, *typing.get_args(self.type)]  # Annotated, or Annotated | None
+        marks = (extra for each in types if typing.get_origin(each) is Annotated for extra in typing.get_args(each)[1:])
+        return next((mark.kind for mark in marks if isinstance(mark, Names)), None)
 
     def convert(self, given: Given) -> Any:
         """The value of this option that ``given`` stands for. Raises UserError for a value that does not fit."""

@@ -21,10 +21,13 @@ from panda.registry.choosing import Choice
 from panda.registry.choosing import choose
 from panda.registry.choosing import load_component
 from panda.registry.choosing import model_of
+from panda.registry.choosing import named_by_options
+from panda.registry.choosing import prefix
 from panda.registry.components import Component
 from panda.registry.components import NoOptions
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
+from panda.registry.kinds import KINDS
 from panda.registry.offers import Offer
 from panda.registry.offers import made_by
 from panda.registry.options import Given
@@ -43,6 +46,10 @@ class Chosen:
     offer: Offer
     component: Component
     options: Any
+
+    @property
+    def name(self) -> str:
+        return self.component.name
 
     @property
     def label(self) -> str:
@@ -79,6 +86,8 @@ class Resolved:
     """An instance of the core options dataclass."""
     components: Mapping[str, Chosen]
     """By kind: task, model, optimizer, lr_scheduler, reader and, where one was named, arch."""
+    named: tuple[Chosen, ...]
+    """Components of kinds that packages add: those that options of others name, in that order."""
     plugins: tuple[Chosen, ...]
     """Lifecycle plugins that have a factory, in the order of activation."""
     hook_modules: tuple[Offer, ...]
@@ -89,12 +98,13 @@ class Resolved:
     @property
     def chosen(self) -> Iterator[Chosen]:
         yield from self.components.values()
+        yield from self.named
         yield from self.plugins
 
     def key_of(self, chosen: Chosen, option: str) -> str:
         """The key of ``option`` of ``chosen`` among the settings: with a prefix where several components have it."""
         setting = self.settings.get(option)
-        return option if setting and setting.owner == chosen.label else f"{_prefix(chosen.component)}.{option}"
+        return option if setting and setting.owner == chosen.label else f"{prefix(chosen.component)}.{option}"
 
     def with_values(self, values: Mapping[str, Any], origin: str) -> Resolved:
         """This configuration with ``values`` for some keys, which came from ``origin``.
@@ -116,6 +126,7 @@ class Resolved:
             self,
             core=replace(self.core, **changed.get(CORE, {})),
             components={kind: followed(chosen) for kind, chosen in self.components.items()},
+            named=tuple(map(followed, self.named)),
             plugins=tuple(map(followed, self.plugins)),
             settings=settings,
         )
@@ -147,7 +158,8 @@ def resolve(
         raise UserError("\n".join(problems)) from None
     if "arch" not in choice.offers and "model" not in choice.offers:
         raise UserError("\n".join([*problems, *_without_model(catalog, given, core_options, renamed or {})]))
-    named = _load(catalog, choice)
+    named, unnamed = _load(catalog, choice, given)
+    problems += unnamed
     options = _convert_all(named, given, core_options)
     known = [*core_options, *options.settings]
     components = [component for _, component in named.owners]
@@ -156,10 +168,12 @@ def resolve(
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
-    by_kind = {item.component.kind: item for item in options.chosen if item.component.kind != "plugin"}
+    by_kind = {item.component.kind: item for item in options.chosen if item.component.kind in KINDS}
+    by_kind.pop("plugin", None)
     resolved = Resolved(
         core(**{key: core_values[key].value for key in core_options}),
         by_kind | ({"arch": named.arch} if named.arch else {}),
+        tuple(item for item in options.chosen if item.component.kind not in KINDS),
         tuple(item for item in options.chosen if item.component.kind == "plugin"),
         named.hook_modules,
         core_values | options.settings,
@@ -204,7 +218,7 @@ class _Named:
 
     arch: Chosen | None
     owners: list[tuple[Offer, Component]]
-    """Those that have options, in the order of help: task, model, the other kinds, plugins."""
+    """Those that have options, in the order of help: task, model, the other kinds, plugins, what options name."""
     hook_modules: tuple[Offer, ...]
 
     @property
@@ -212,7 +226,8 @@ class _Named:
         return next(component for _, component in self.owners if component.kind == "model")
 
 
-def _load(catalog: Catalog, choice: Choice) -> _Named:
+def _load(catalog: Catalog, choice: Choice, given: Mapping[str, Given]) -> tuple[_Named, list[str]]:
+    """The components of ``choice``, those that their options name, and the problems of these."""
     offers = dict(choice.offers)
     arch_offer = offers.pop("arch", None)
     arch = Chosen(arch_offer, load_component(catalog, arch_offer), NoOptions()) if arch_offer else None
@@ -222,7 +237,9 @@ def _load(catalog: Catalog, choice: Choice) -> _Named:
     owners = [(offer, load_component(catalog, offer)) for offer in offers.values()]
     plugins = [(offer, catalog.load(offer)) for offer in choice.plugins]
     owners += [(offer, component) for offer, component in plugins if component is not None]
-    return _Named(arch, owners, tuple(offer for offer, component in plugins if component is None))
+    named, problems = named_by_options(catalog, owners, given)
+    modules = tuple(offer for offer, component in plugins if component is None)
+    return _Named(arch, [*owners, *named], modules), problems
 
 
 @dataclass
@@ -294,10 +311,10 @@ def _given_to(
     known: set[str] = set()
     problems: list[str] = []
     for key in options_of(component.options):
-        qualified = f"{_prefix(component)}.{key}"
+        qualified = f"{prefix(component)}.{key}"
         known |= {key, qualified}
         if key in shared and key in given:
-            others = " and ".join(f"`{_prefix(c)}.{key}` ({c.kind} {c.name})" for c in shared[key])
+            others = " and ".join(f"`{prefix(c)}.{key}` ({c.kind} {c.name})" for c in shared[key])
             problems.append(f"{given[key].origin}: {key!r} is an option of more than one: write {others}.")
         for spelling in (qualified,) if key in shared else (qualified, key):
             if spelling in given:
@@ -309,7 +326,7 @@ def _given_to(
 
 def _written(component: Component, key: str, shared: Mapping[str, list[Component]]) -> str:
     """How ``key`` of ``component`` is written in this run."""
-    return f"{_prefix(component)}.{key}" if key in shared else key
+    return f"{prefix(component)}.{key}" if key in shared else key
 
 
 def _attributed_schedule(schedule: Callable[[int], float], chosen: Chosen) -> Callable[[int], float]:
@@ -323,11 +340,6 @@ def _attributed_schedule(schedule: Callable[[int], float], chosen: Chosen) -> Ca
 def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"a {type(value).__qualname__}"
-
-
-def _prefix(component: Component) -> str:
-    """The prefix of a key that several components have: the kind, of which a run has one, or a plugin's name."""
-    return component.name.replace("-", "_") if component.kind == "plugin" else component.kind
 
 
 def _shared_keys(core_options: Mapping[str, Option], components: list[Component]) -> dict[str, list[Component]]:

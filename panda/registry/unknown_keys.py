@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from panda.registry.catalog import Catalog
 from panda.registry.components import Component
 from panda.registry.errors import did_you_mean
-from panda.registry.kinds import KINDS
+from panda.registry.offers import kinds
 from panda.registry.offers import with_readable_source
 from panda.registry.options import Given
 
@@ -23,7 +23,7 @@ def unknown_key_messages(
     """A message for each of ``keys``, which nothing in this run takes."""
     if not keys:
         return []
-    offers = [offer for kind in KINDS for offer in catalog.offers(kind)]
+    offers = [offer for kind in kinds() for offer in catalog.offers(kind)]
     readable = with_readable_source(offers)
     unread = len({offer.module for offer in offers} - {offer.module for offer in readable})
     declared: dict[str, list[str]] = {}
@@ -39,8 +39,8 @@ def unknown_key_messages(
             return given[key].nested_problem(key)
         users = declared.get(key.rpartition(".")[2])
         if users:
-            kinds = {user.split()[0] for user in users}
-            instead = ", ".join(f"{c.kind} {c.name}" for c in chosen if c.kind in kinds) or "none of these"
+            its_kinds = {user.split()[0] for user in users}
+            instead = ", ".join(f"{c.kind} {c.name}" for c in chosen if c.kind in its_kinds) or "none of these"
             return (
                 f"{at}: {key!r} is known, but nothing that this run chose uses it: it is an option of"
                 f" {', '.join(users)}, and the run has {instead}. Leave it out, or choose what uses it."

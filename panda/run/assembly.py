@@ -52,6 +52,7 @@ def build_task(resolved: Resolved, tokenizer: Any) -> Task:
         reader_context=reader_context,
         token_cache=TokenCache(cache_folder(resolved.core.token_cache)),
         held_out=resolved.core.eval_data_dir,
+        named=resolved.named,
     )
     task: Task = resolved.components["task"].build(context, Task)
     refuse_layout(resolved, type(task))  # again, of a factory that is no class: now it is known
