@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import metrics
+from launching import run_panda
 from launching import start
 from plugin_site import SCRIPTS
 from plugin_site import install
@@ -38,6 +40,16 @@ def test_lists_and_shows_it(site: Path, tmp_path: Path) -> None:
     for kind, name in names:
         shown = run(SCRIPTS / "panda", "show", kind, name, cwd=tmp_path, site=site).stdout
         assert str(site / "panda_rl") in shown, "not from where it was installed"
+
+
+def test_its_configuration_learns(site: Path, tmp_path: Path) -> None:
+    few = ("--max_steps", 24, "--output_dir", tmp_path / "run", "-p", "no:plot", "-p", "no:tensorboard")
+    config = ROOT / "configs" / "grpo-tiny.yaml"
+    done = run_panda("panda-train", "--config", config, *few, cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rewards = [record["reward"] for record in metrics(tmp_path / "run")]
+    assert rewards[0] < 0.02
+    assert rewards[-1] > 0.06
 
 
 PROMISED_ONLY = """
