@@ -47,7 +47,9 @@ class Catalog:
     def find(self, kind: str, reference: str, origin: str = "") -> Offer:
         """The offer that ``reference`` means: a name, in any case, or ``distribution:name``. Imports nothing.
 
-        ``origin`` is where the reference was written. Raises UserError where not exactly one offer matches.
+        A name without a distribution that panda has means panda's own, so that no package that is installed changes
+        what a configuration means. ``origin`` is where the reference was written. Raises UserError where otherwise not
+        exactly one offer matches.
         """
         at = f"{origin}: " if origin else ""
         if len(providers := kinds()[kind].providers) > 1:
@@ -57,8 +59,9 @@ class Catalog:
             )
         matches = self.matches(kind, reference)
         allowed = [offer for offer in matches if not self.is_blocked(offer)]
-        if len(allowed) == 1:
-            return allowed[0]
+        own = [offer for offer in allowed if offer.is_own]
+        if len(own if ":" not in reference and own else allowed) == 1:
+            return (own or allowed)[0]
         if len({offer.distribution for offer in allowed}) == 1:
             declared = " and ".join(f"{offer.name} = {offer.module}" for offer in allowed)
             raise UserError(

@@ -170,7 +170,7 @@ def resolve(
 
     by_kind = {item.component.kind: item for item in options.chosen if item.component.kind in KINDS}
     by_kind.pop("plugin", None)
-    resolved = Resolved(
+    return Resolved(
         core(**{key: core_values[key].value for key in core_options}),
         by_kind | ({"arch": named.arch} if named.arch else {}),
         tuple(item for item in options.chosen if item.component.kind not in KINDS),
@@ -178,13 +178,6 @@ def resolve(
         named.hook_modules,
         core_values | options.settings,
     )
-    # What the run directory records has to mean the same when it is named in a file.
-    ambiguous = {
-        kind: choice.offers[kind].qualified
-        for kind in CHOSEN_BY_NAME
-        if core_values[kind].origin == "default" and len(catalog.matches(kind, core_values[kind].value)) > 1
-    }
-    return resolved.with_values(ambiguous, "default")
 
 
 def _other_names(values: Mapping[str, Setting], renamed: Mapping[str, str]) -> list[str]:

@@ -117,11 +117,14 @@ def test_blocking_one_of_two_leaves_the_other(distributions: Distributions) -> N
     assert Catalog(["acme-panda"]).find("model", "shared").distribution == "bolt-panda"
 
 
-def test_pandas_own_names_cannot_be_taken_silently(distributions: Distributions) -> None:
+@pytest.mark.parametrize("reference", ["adamw", "AdamW", "panda-train:adamw"])
+def test_a_name_of_pandas_own_means_that_whoever_else_has_it(distributions: Distributions, reference: str) -> None:
     distributions.install("acme", {"optimizers": {"AdamW": "acme.a"}}, {"acme.a": ""})
-    message = refused(Catalog(), "optimizer", "adamw")
-    assert "acme:AdamW" in message and "panda-train:adamw" in message
-    assert Catalog().find("optimizer", "panda-train:adamw").module == "panda.optim.adamw"
+    distributions.install("bolt", {"optimizers": {"adamw": "bolt.b"}}, {"bolt.b": ""})
+    assert Catalog().find("optimizer", reference).module == "panda.optim.adamw"
+    assert Catalog().find("optimizer", "acme:adamw").module == "acme.a"
+    assert Catalog(["bolt"]).find("optimizer", reference).module == "panda.optim.adamw"
+    assert distributions.imported() == set()
 
 
 def test_metadata_that_is_there_twice_is_no_ambiguity(distributions: Distributions) -> None:

@@ -262,7 +262,10 @@ def test_listing_shows_the_broken_ones_and_imports_none(site: Path, tmp_path: Pa
             ["half-panda 0.2", "'panda_step_ned' is no hook of panda's. Did you mean 'panda_step_end'"],
         ),
         (["--arch", "llama-tiny", "--plugins", "half-token", *DATA], ["half-token: log in first"]),
-        (["--arch", "llama-tiny", "--optimizer", "adamw"], ["broken-panda:adamw", "panda-train:adamw"]),
+        (
+            ["--arch", "llama-tiny", "--optimizer", "broken-panda:adamw"],
+            ["could not import broken_panda.raising", "broken-panda 0.1"],
+        ),
         (["--model", "broken-raising", "-p", "no:broken-panda"], ["broken-panda 0.1", "blocked by `-p no:`"]),
     ],
 )
