@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import REFUSALS
+from panda.engine.deepspeed_config import LARGEST_LAYER
 from panda.registry.resolve import Resolved
 from panda.run.cards import CARDS
 from panda.run.cards import Card
@@ -96,6 +97,8 @@ def _what_forbids(resolved: Resolved, model: ModelMemory | None) -> str:
         return "the model has no layers that could be compiled each by itself"
     if model.footprint.approximate:  # experts, or code that does not run without data
         return "the model is not known to work compiled"
+    if options.zero == 3 and model.sizes.layer > LARGEST_LAYER:
+        return f"its layers have more than {LARGEST_LAYER:,} weights, and ZeRO-3 gathers them by their modules"
     if options.use_quant and options.quant_bits == 8:
         return "8 bits are not known to work compiled"
     if options.use_quant and options.activation_checkpointing == "full":

@@ -76,7 +76,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
         if layout.packed:
             entries = prepared.context.vocab_size
             refuse_leaking(engine.evaluating(), name, entries, processes.device, bounded=bounded)
-    return TrainedModel(base, engine, schedule, config, parameters, trained)
+    return TrainedModel(base, engine, schedule, engine.config, parameters, trained)
 
 
 def _without_compiling(options: RunOptions) -> AbstractContextManager[Any]:
