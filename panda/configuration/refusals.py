@@ -84,6 +84,7 @@ def _optimizer(run: RunOptions) -> str:
 
 
 _OFFLOAD = ("zero_optimization", "offload_optimizer")
+_WEIGHTS = ("zero_optimization", "offload_param")
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -190,10 +191,10 @@ REFUSALS: tuple[Refusal, ...] = (
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
     ),
     Refusal(
-        "compile with zero_stage: 3",
-        lambda run: run.compiled and run.zero_stage == 3,
-        "ZeRO-3 gathers weights in hooks around every module, and a compiled layer has no such hooks",
-        "`zero_stage: 2`, or leave `compile` out, which is then false",
+        "compile with zero_stage: 3 and offload_param on NVMe",
+        lambda run: run.compiled and run.zero_stage == 3 and _in_file(run, *_WEIGHTS, "device") == "nvme",
+        "compiled layers are gathered whole, and DeepSpeed reads a few weights at a time from the disk",
+        '`offload_param: {"device": "cpu"}`, or leave `compile` out, which is then false',
     ),
     Refusal(
         "tensor_parallel_size with zero_stage: 3",

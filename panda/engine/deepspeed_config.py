@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 # allocates no more than the model needs.
 CPU_BUCKET_ELEMENTS = 1_000_000
 
+LARGEST_LAYER = 1_000_000_000
+"""Weights of the largest layer that ZeRO-3 gathers whole. A larger one, as of many experts, is gathered by modules."""
+SMALLEST_BUCKET = 1 << 24
+"""Elements of gradients that are reduced in one message, where there are so many."""
+
 
 def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """The dictionary that ``deepspeed.initialize`` is given and that the run directory records.
@@ -65,6 +70,26 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
     _check(extra, options)
     _merge(config, extra)
     return config
+
+
+def zero_3_sizes(elements: int, trained: int, layer: int, outside: int) -> dict[str, int]:
+    """DeepSpeed's sizes for a model, in elements: all, those that are trained, of the largest layer, outside of layers.
+
+    The next layer is fetched while one computes, and the last one stays for the backward pass. DeepSpeed's own defaults
+    are the same for each model: 50 million fetched ahead, which is a quarter of a layer at 7B, and up to a thousand
+    million kept. They apply where there are no layers, or one is too large to be gathered whole.
+    """
+    if not 0 < layer <= LARGEST_LAYER:
+        return {}
+    return {
+        "stage3_prefetch_bucket_size": layer,
+        # It only ends fetching ahead. The head stays for the whole forward pass, hence `outside`; one layer computes,
+        # the next one is fetched, and a third is counted until it has been released.
+        "stage3_max_live_parameters": outside + 3 * layer,
+        "stage3_max_reuse_distance": outside + layer,
+        # The trained weights of a layer: adapters are few.
+        "reduce_bucket_size": min(trained, max(layer * trained // elements, SMALLEST_BUCKET)),
+    }
 
 
 OWNERS = {

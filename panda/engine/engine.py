@@ -31,6 +31,8 @@ from typing import TypeVar
 import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.gathering import gather_by_layers
+from panda.engine.gathering import with_sizes
 from panda.engine.gradient_sums import sum_in_one_pass
 from panda.engine.metrics import MetricSums
 from panda.engine.metrics import loss_of
@@ -140,11 +142,12 @@ class Engine:
         # DeepSpeed 0.19.8 keeps the mpu of the previous engine in this process where none is given, and tests
         # make several. Can go when `initialize(mpu=None)` resets it.
         groups.mpu = processes.mpu
+        self.config = with_sizes(config, module)
         with _without_effect(optimizer), _without_reports_of_memory():
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, mpu=processes.mpu, dist_init_required=False
+                model=module, optimizer=optimizer, config=self.config, mpu=processes.mpu, dist_init_required=False
             )
-        _gather_for_readers(module, self.optimizer)
+        gather_by_layers(module, self.optimizer)
         # What DeepSpeed writes of the module. `exclude_frozen_parameters` of 0.19.8 leaves out frozen parameters
         # only, and not the scales of quantised ones, which bitsandbytes adds to the state dict; loading then fails.
         # Can go when DeepSpeed lets the caller choose what is written.
@@ -448,37 +451,6 @@ class Engine:
         with nullcontext() if finite else _without_effect(self.optimizer):
             self.deepspeed.step()
         return norm, finite
-
-
-def _gather_for_readers(module: torch.nn.Module, optimizer: Any) -> None:
-    """Under ZeRO-3, gather the weights that a module reads from its parts, without running these, when it is run.
-
-    DeepSpeed gathers weights when the module that has them is run. A module with ``reads_parts``, such as an adapted
-    layer, reads all those of its parts: they become its own, as DeepSpeed calls it external, and its parts lose their
-    hooks. One with ``sums_loss`` reads its head's. DeepSpeed's leaf modules, which do the same, fail where the input
-    has no gradient, as in a first layer (0.19.8). It finds out by itself what is read, but not where the weight is
-    there at that time because it was fetched ahead: backward then fails.
-    """
-    offload = getattr(optimizer, "parameter_offload", None)
-    if offload is None:
-        return
-    from deepspeed.runtime.zero import register_external_parameter
-
-    readers = [part for part in module.modules() if getattr(part, "reads_parts", False)]
-    models: list[Any] = [part for part in module.modules() if getattr(part, "sums_loss", False)]
-    for model in models:
-        for parameter in model.get_output_embeddings().parameters():
-            register_external_parameter(model, parameter)
-    hooks = set()
-    for reader in readers:
-        for parameter in reader.parameters():
-            register_external_parameter(reader, parameter)
-        for part in reader.modules():
-            if part is not reader:
-                hooks |= {id(part._forward_hooks), id(part._forward_pre_hooks)}
-    for handle in (*offload.forward_hooks, *offload.backward_hooks):
-        if id(handle.hooks_dict_ref()) in hooks:
-            handle.remove()
 
 
 def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

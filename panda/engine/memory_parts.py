@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import zero_3_sizes
 
 GIB = 2**30
 ELEMENTS = {
@@ -19,7 +20,7 @@ ELEMENTS = {
     "sub_group_size": 1_000_000_000,
     "stage3_max_live_parameters": 1_000_000_000,
 }
-"""DeepSpeed's defaults of sizes in elements."""
+"""DeepSpeed's defaults of sizes in elements. ZeRO-3 has others where the model has layers (``zero_3_sizes``)."""
 REDUCED_AT_ONCE = 1 << 29
 """Elements of the fp32 sums of bf16 gradients that ranks add up at once (gradient_sums.py)."""
 
@@ -111,6 +112,10 @@ class Sizes:
     """Bytes of the largest quantised weight when it is dequantised; 0 for none."""
     dequantised_layer: int = 0
     """The same of the largest layer."""
+    layer: int = 0
+    """Elements of the largest layer, as in ``elements``; 0 for a model without layers."""
+    outside: int = 0
+    """Elements outside of layers."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,7 @@ def _stage_3(
 
     Weights are gathered for the layers that are near, and gradients go through a bucket.
     """
+    zero = zero_3_sizes(sizes.elements, sizes.trained, sizes.layer, sizes.outside) | zero
     share = -(-sizes.trained // ranks)
     live = min(sizes.elements, _elements(zero, "stage3_max_live_parameters")) if ranks > 1 else 0
     buffers = parts.buffers + element * (live + _elements(zero, "reduce_bucket_size"))

@@ -214,27 +214,28 @@ def _why_masked(model: torch.nn.Module, dtype: torch.dtype) -> str:
 
 def _sizes(model: torch.nn.Module, options: RunOptions, quantised: set[int]) -> Sizes:
     element = 4 if options.precision == "fp32" else 2
-    trained = frozen = elements = largest = dequantised = 0
+    trained = frozen = largest = dequantised = 0
     groups: Counter[str | None] = Counter()
+    stored: Counter[str | None] = Counter()
     dequantised_layers: Counter[str | None] = Counter()
     for name, parameter in model.named_parameters():
-        count = parameter.numel()
+        count = held = parameter.numel()
         if parameter.requires_grad:
             trained += count
             largest = max(largest, count)
             groups[layer_of(name)] += count
-            elements += count
         elif id(parameter) in quantised:
             size = _quantised_bytes(parameter, options.quant_bits)
             frozen += size
-            elements += size // element
+            held = size // element
             dequantised = max(dequantised, element * count)
             dequantised_layers[layer_of(name)] += element * count
         else:
             frozen += element * count
-            elements += count
-    whole_layer = max(dequantised_layers.values(), default=0)
-    return Sizes(trained, frozen, elements, largest, max(groups.values(), default=0), dequantised, whole_layer)
+        stored[layer_of(name)] += held
+    outside = stored.pop(None, 0)
+    group, layer, whole = (max(counts.values(), default=0) for counts in (groups, stored, dequantised_layers))
+    return Sizes(trained, frozen, stored.total() + outside, largest, group, dequantised, whole, layer, outside)
 
 
 def _quantised_bytes(weight: torch.Tensor, bits: int) -> int:

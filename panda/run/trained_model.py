@@ -90,7 +90,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     compared: FrozenModel | WithoutAdapters | None = reference
     if prepared.reference is not None and reference is None:
         compared = WithoutAdapters(engine.module)
-    return TrainedModel(base, compared, tuple(parts), engine, schedule, config, parameters, trained)
+    return TrainedModel(base, compared, tuple(parts), engine, schedule, engine.config, parameters, trained)
 
 
 def _second_model(

@@ -41,7 +41,7 @@ def test_parts_are_named_beside_the_card(capsys: pytest.CaptureFixture[str]) -> 
         ("", "from 2 steps", "compile (auto): it pays from 2 steps on."),
         ("--max_steps 9", "from 2 steps", "compile (auto): it takes about 30 s, and saves about "),
         ("--max_steps 1", "from 2 steps", "compile (auto): it takes about 30 s, and would save about "),
-        ("--zero_stage 3", "false", "compile (auto): compile with zero_stage: 3 is refused."),
+        ("--use_quant --quant_bits 8", "false", "compile (auto): 8 bits are not known to work compiled."),
         ("--compile", "true", ""),
         ("--compile off", "false", ""),
     ],
@@ -82,7 +82,7 @@ def test_a_sweep_has_a_row_for_each_stage(capsys: pytest.CaptureFixture[str]) ->
     }
     assert sizes["1"][1] > sizes["1"][-1], "more ranks, less of the optimizer on each"
     assert "*" in rows["1"]
-    refused = said(capsys, "--card 9 --sweep --compile")
+    refused = said(capsys, "--card 9 --sweep --tensor_parallel_size 2")
     assert "3           refused" in refused
 
 

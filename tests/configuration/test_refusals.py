@@ -46,7 +46,10 @@ REFUSED: dict[str, list[Any]] = {
             "ZenFlow or SuperOffload": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
         }.items()
     },
-    "compile with zero_stage: 3": ["--compile", "--zero_stage", "3"],
+    "compile with zero_stage: 3 and offload_param on NVMe": [
+        *("--compile", "--zero_stage", "3"),
+        {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+    ],
     **{
         f"tensor_parallel_size with {what}": ["--tensor_parallel_size", "2", *flags]
         for what, flags in {
@@ -117,7 +120,7 @@ def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
         RunOptions(lora_r=64, lora_alpha=16.0, lora_dropout=0.05),
         RunOptions(tensor_parallel_size=2, zero_stage=0, activation_checkpointing="full"),
         RunOptions(tensor_parallel_size=2, zero_stage=2, precision="bf16"),
-        RunOptions(zero_stage=3, compile=False, use_lora=True, activation_checkpointing="selective"),
+        RunOptions(zero_stage=3, compile=True, use_lora=True, activation_checkpointing="selective"),
         RunOptions(use_lora=True, lora_r=8, lora_target_modules=("q_proj",), use_dora=True),
     ):
         assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []

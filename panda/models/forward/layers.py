@@ -66,6 +66,7 @@ def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
         raise UserError(f"compile: {missing}. Or write `compile: false`.")
     for layer in numbered_layers(model, "compile"):
         layer.forward = torch.compile(layer.forward)
+        layer.is_compiled = True  # type: ignore[assignment]
 
 
 def what_compiling_lacks(device: torch.device) -> str:

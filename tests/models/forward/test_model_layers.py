@@ -13,6 +13,7 @@ from counted_operations import Operations
 from launching import exported_weights
 from launching import losses
 from launching import train_many
+from launching import zero3_ahead
 from launching import zero3_at_once
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
@@ -121,7 +122,7 @@ VARIANTS: dict[str, tuple[object, ...]] = {
     "eager": ("--attention", "eager"),
     "compiled": ("--compile", "--activation_checkpointing", "selective"),
 }
-PARTITIONED = {"zero3-full": "full", "zero3-selective": "selective"}
+PARTITIONED = {"zero3-full": ("full", zero3_ahead), "zero3-selective": ("selective", zero3_at_once)}
 
 
 @pytest.fixture(scope="module")
@@ -131,17 +132,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*COMMON, *more, "--per_gpu_train_batch_size", 4, "--output_dir", folder / name]
         for name, more in VARIANTS.items()
     ]
-    split = ("--per_gpu_train_batch_size", 2, *zero3_at_once(folder))
+    split = [*COMMON, "--per_gpu_train_batch_size", 2]
     together = [
-        [*COMMON, *split, "--output_dir", folder / name, "--activation_checkpointing", mode]
-        for name, mode in PARTITIONED.items()
+        [*split, *zero3(folder), "--output_dir", folder / name, "--activation_checkpointing", mode]
+        for name, (mode, zero3) in PARTITIONED.items()
     ]
+    compiled = ("--compile", "--activation_checkpointing", "full")
+    together.append([*split, *zero3_ahead(folder), "--output_dir", folder / "zero3-compiled", *compiled])
     train_many(alone, cwd=folder)
     train_many(together, ranks=2, cwd=folder)
     return folder
 
 
-@pytest.mark.parametrize("name", [*list(VARIANTS)[1:], *PARTITIONED])
+@pytest.mark.parametrize("name", [*list(VARIANTS)[1:], *PARTITIONED, "zero3-compiled"])
 def test_a_run_follows_the_same_trajectory(runs: Path, name: str) -> None:
     assert losses(runs / name) == pytest.approx(losses(runs / "plain"), rel=1e-6)
     expected = exported_weights(runs / "plain")

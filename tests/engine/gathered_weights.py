@@ -1,0 +1,124 @@
+"""Trains a small LLaMA on two ranks, with ZeRO-3 and without ZeRO: losses, gathers, and weights that stay.
+
+``python gathered_weights.py OUTPUT.json``: for each way, the losses of three steps with both stages and, of the last
+step with ZeRO-3, the elements of each gather and the bytes of released weights that were alive after forward.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.zero.partition_parameters as partitioning
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+
+from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.engine import Engine
+from panda.engine.processes import Processes
+from panda.engine.processes import join_processes
+from panda.engine.processes import leave_processes
+from panda.run.model import make_trainable
+
+WAYS: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "all weights, recomputed": {"activation_checkpointing": "selective"},
+    "all weights, compiled": {"compile": True},
+    "adapters": {"use_lora": True},
+    "adapters, compiled, recomputed": {"use_lora": True, "compile": True, "activation_checkpointing": "full"},
+    "NF4, compiled": {"use_lora": True, "use_quant": True, "compile": True},
+}
+LAYERS, STEPS = 6, 3
+
+
+@dataclass
+class Batch:
+    ids: torch.Tensor
+    tokens: int = 32
+    supervised_tokens: int = 32
+
+    @property
+    def real(self) -> torch.Tensor:
+        return torch.ones_like(self.ids)
+
+    def to(self, device: torch.device) -> Batch:
+        return self
+
+
+class Watch:
+    """What DeepSpeed gathers and releases."""
+
+    def __init__(self) -> None:
+        self.gathers: list[int] = []
+        self.released: list[tuple[StorageWeakRef, int]] = []
+        gather, free = partitioning._dist_allgather_fn, partitioning.free_param
+
+        def gathering(source: torch.Tensor, target: torch.Tensor, group: Any = None) -> Any:
+            self.gathers.append(target.numel())
+            return gather(source, target, group)
+
+        def freeing(parameter: torch.Tensor) -> None:
+            storage = parameter.data.untyped_storage()
+            self.released.append((StorageWeakRef(storage), storage.nbytes()))
+            free(parameter)
+
+        partitioning._dist_allgather_fn, partitioning.free_param = gathering, freeing
+
+    def clear(self) -> None:
+        self.gathers.clear()
+        self.released.clear()
+
+    def alive(self) -> int:
+        return sum(size for storage, size in self.released if not storage.expired())
+
+
+def train(way: dict[str, Any], stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=64, use_cache=False, **shape)
+    options = RunOptions(precision="fp32", zero_stage=stage, lora_dropout=0.0, gradient_accumulation_steps=1, **way)
+    of_deepspeed = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
+    if stage == 3:  # the size of the model's layers holds, and not that for CPUs
+        del of_deepspeed["zero_optimization"]["stage3_prefetch_bucket_size"]
+        of_deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    model = make_trainable(LlamaForCausalLM(config), options, None, of_deepspeed, processes)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    engine = Engine(model, optimizer, of_deepspeed, processes)
+    alive = 0
+
+    def loss_sum(module: Any, batch: Batch) -> torch.Tensor:
+        nonlocal alive
+        logits = module(input_ids=batch.ids).logits
+        alive = watch.alive()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids.flatten(), reduction="sum")
+
+    losses = []
+    for step in range(STEPS):
+        watch.clear()
+        ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(10 * step + processes.rank))
+        losses.append(engine.step([Batch(ids)], loss_sum).loss.item())
+    engine.close()
+    return {"losses": losses, "gathers": list(watch.gathers), "alive": alive}
+
+
+def main() -> None:
+    # Splits what is kept for backward as the compiler does, and compiles no C++.
+    torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
+    processes, watch = join_processes(), Watch()
+    found = {name: [train(way, stage, processes, watch) for stage in (0, 3)] for name, way in WAYS.items()}
+    if processes.rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    dist.barrier()
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Under ZeRO-3 a layer gathers its weights at once, also compiled and recomputed, and none of them stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gathered_weights import LAYERS
+from gathered_weights import WAYS
+from launching import TESTS
+from launching import run_script
+
+from panda.configuration.options import RunOptions
+from panda.engine import gathering
+from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.engine import Engine
+from panda.engine.gathering import with_sizes
+from panda.engine.processes import Processes
+from panda.registry import UserError
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("gathering")
+    run_script(TESTS / "engine/gathered_weights.py", folder / "found.json", cwd=folder, ranks=2)
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_are_those_without_zero(found: Any, way: str) -> None:
+    plain, partitioned = found[way]
+    assert partitioned["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_is_gathered_in_one_message(found: Any, way: str) -> None:
+    """One layer is not gathered again for its backward, and embedding, norm and head add a few."""
+    gathers = found[way][1]["gathers"]
+    assert LAYERS <= len(gathers) <= 2 * LAYERS
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_backward_does_not_keep_weights_that_were_released(found: Any, way: str) -> None:
+    assert found[way][1]["alive"] == 0
+
+
+class Layered(torch.nn.Module):
+    """Two layers of two parts each, of 76 and 42 weights, between parts of 64 and 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, 8, bias=False)
+        parts = (torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Linear(width, 8)) for width in (4, 2))
+        self.layers = torch.nn.ModuleList(parts)
+        self.last = torch.nn.Linear(8, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        result: torch.Tensor = self.last(x)
+        return result
+
+
+def config_of(**zero: Any) -> dict[str, Any]:
+    options = RunOptions(precision="fp32", zero_stage=3)
+    config = deepspeed_config(options, world_size=1, on_gpu=True)
+    config["zero_optimization"] |= zero
+    return config
+
+
+def engine_of(module: torch.nn.Module, processes: Processes) -> Engine:
+    small = {"reduce_bucket_size": 1000}
+    return Engine(module, torch.optim.SGD(module.parameters(), lr=0.1), config_of(**small), processes)
+
+
+def hooked(module: torch.nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if name and part._forward_hooks]
+
+
+def test_sizes_are_those_of_the_model_where_nothing_else_is_said() -> None:
+    layer, outside = 8 * 4 + 4 + 4 * 8 + 8, 64 + 8
+    zero = with_sizes(config_of(stage3_max_reuse_distance=5), Layered())["zero_optimization"]
+    assert zero == {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 3 * layer + outside,
+        "stage3_max_reuse_distance": 5,
+        "reduce_bucket_size": layer + outside + 8 * 2 + 2 + 2 * 8 + 8,
+    }
+    assert with_sizes(config_of(), torch.nn.Linear(2, 2)) == config_of(), "a model without layers"
+    assert with_sizes({"zero_optimization": {"stage": 2}}, Layered()) == {"zero_optimization": {"stage": 2}}
+
+
+def test_only_a_layer_has_hooks(processes: Processes) -> None:
+    module = Layered()
+    engine = engine_of(module, processes)
+    assert hooked(module) == ["first", "layers", "layers.0", "layers.1", "last"]
+    engine.close()
+
+
+def too_large(module: Layered, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gathering, "LARGEST_LAYER", 75)
+
+
+def shared(module: Layered, patch: pytest.MonkeyPatch) -> None:
+    module.again = module.layers[0][0]
+
+
+@pytest.mark.parametrize(
+    ("prevent", "why"),
+    [(too_large, r"layers\.0 has 76 weights, more than 75"), (shared, r"layers\.0 shares modules with the rest")],
+)
+def test_a_layer_that_cannot_gather_all_its_weights_does_so_by_its_modules(
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    prevent: Callable[[Layered, pytest.MonkeyPatch], None],
+    why: str,
+) -> None:
+    module = Layered()
+    prevent(module, monkeypatch)
+    engine = engine_of(module, processes)
+    assert {"layers.0.1", "layers.1"} <= set(hooked(module)) and "layers.1.0" not in hooked(module)
+    engine.close()
+    module = Layered()
+    prevent(module, monkeypatch)
+    for layer in module.layers:
+        layer.is_compiled = True  # type: ignore[assignment]
+    with pytest.raises(UserError, match=rf"compile: .*{why}.*`compile: false`"):
+        engine_of(module, processes)
