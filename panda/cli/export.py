@@ -90,9 +90,12 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
 def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> None:
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
+    from panda.models.adapters.lora import stand_in_for_parts
     from panda.run.assembly import load_tokenizer
 
-    model = add_adapters(adapted.base()[0], adapted.configuration.options)
+    base, _ = adapted.base()
+    stand_in_for_parts(base, weights)
+    model = add_adapters(base, adapted.configuration.options)
     description = adapted.directory / MODEL_FOLDER
     tokenizer = load_tokenizer(str(description))
     export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, description, tokenizer)

@@ -33,7 +33,7 @@ def unknown_key_messages(
 
     def message(key: str) -> str:
         at = given[key].origin
-        if key in renamed:
+        if key in renamed and key not in declared:
             return f"{at}: {key!r} is not one of panda's keys: {renamed[key]}"
         if given[key].is_nested:
             return given[key].nested_problem(key)

@@ -49,6 +49,7 @@ from panda.run.model import new_parts
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
 from panda.run.reference import reference_of
+from panda.run.reference import refuse_missing
 from panda.tasks.task import Task
 from panda.weights.generation_config import generation_values
 from panda.weights.parts import divided
@@ -169,8 +170,11 @@ class Preparation:
 
     @cached_property
     def reference(self) -> Reference | None:
-        """The frozen model that the task asks for; None for none."""
-        return reference_of(self.resolved)
+        """The frozen model that the task asks for; None for none. Raises UserError where it is not to be found."""
+        found = reference_of(self.resolved)
+        if found is not None:
+            refuse_missing(found, self.resolved)
+        return found
 
     @property
     def card(self) -> Card | None:
@@ -279,13 +283,14 @@ class Preparation:
 def prepare(configuration: Configuration, world_size: int) -> Preparation:
     """All that a run of ``world_size`` processes needs before they join. Raises UserError for what cannot work.
 
-    Missing data is reported before the model is built, and errors of the model before the data is read, which may
-    take long.
+    Missing data, or a missing frozen model, is reported before the model is built, and errors of the model before the
+    data is read, which may take long.
     """
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
     if prepared.pretrained:
         generation_values(prepared.pretrained.folder)  # a file that cannot be read is found before the data is
-    _ = prepared.task, prepared.outline, prepared.weights, prepared.dataset, prepared.held_out  # in this order
+    _ = prepared.task, prepared.reference  # in this order
+    _ = prepared.outline, prepared.weights, prepared.dataset, prepared.held_out
     return prepared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,8 @@ from panda.registry.resolve import Resolved
 from panda.run.model import build_weights
 from panda.run.model import make_trainable
 from panda.run.model import model_context
-from panda.weights.finding import find_pretrained
+from panda.weights.finding import Source
+from panda.weights.finding import checkpoint_at
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 
@@ -90,12 +92,19 @@ def build_reference(
     return freeze(make_trainable(module, plain, weights, config, processes), options, config, processes)
 
 
+def refuse_missing(reference: Reference, resolved: Resolved) -> None:
+    """Raise UserError where the checkpoint that ``reference`` names, if it names one, is not one that can be read."""
+    if reference.checkpoint is not None:
+        _found(reference.checkpoint, resolved)
+
+
 def _found(checkpoint: str, resolved: Resolved) -> Pretrained:
-    found = find_pretrained(replace(resolved.core, ckpt_path=checkpoint, base_path=None))
-    assert found is not None
+    values = asdict(resolved.components["task"].options)
+    key = next((name for name, value in values.items() if value == checkpoint), "task")
+    found = checkpoint_at(Source(checkpoint, key, allow_pickle=resolved.core.allow_pickle))
     if found.adapters or "panda_model" in found.config:
         raise UserError(
-            f"{checkpoint}: the frozen model of a task is a whole model of transformers, and this is"
+            f"{key}: {checkpoint}: the frozen model of a task is a whole model of transformers, and this is"
             f" {found.describe()}. Merge adapters into their base first: `panda export RUN --merge`."
         )
     return found

@@ -64,14 +64,18 @@ def find_pretrained(options: NamesCheckpoint) -> Pretrained | None:
     """The checkpoint that ``options`` name, with its base where it is a delta; None where they name none."""
     if options.ckpt_path is None:
         return None
-    source = Source(options.ckpt_path, "ckpt_path", options.base_path, options.allow_pickle)
+    return checkpoint_at(Source(options.ckpt_path, "ckpt_path", options.base_path, options.allow_pickle))
+
+
+def checkpoint_at(source: Source) -> Pretrained:
+    """The checkpoint at ``source``: a model, a delta with its base, or adapters with theirs."""
     folder, _, _, repository = _locate(source)
     if not is_adapters(folder, _present(folder, repository)):
         return whole_at(source)
     if repository:
         repository.fetch([name for name in repository.files if fnmatch(name, ADAPTER_WEIGHTS)])
-    location, option = _base_location(folder, options.base_path)
-    return replace(whole_at(Source(location, option, allow_pickle=options.allow_pickle)), adapters=folder)
+    location, option = _base_location(folder, source.base_path)
+    return replace(whole_at(Source(location, option, allow_pickle=source.allow_pickle)), adapters=folder)
 
 
 def base_location(ckpt_path: str, base_path: str | None) -> str:

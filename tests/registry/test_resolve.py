@@ -325,6 +325,14 @@ def test_a_renamed_key_is_told_its_name_here() -> None:
     assert message == "--lr: 'lr' is not one of panda's keys: write `learning_rate`."
 
 
+def test_a_key_of_other_tools_that_is_an_option_of_a_component_is_that(acme: Distributions) -> None:
+    """As `loss_type`: TRL's, which panda's own tasks do not have, and that of a package's task."""
+    module = OPTIMIZER.format(must="int = 0").replace("must:", "loss_type:")
+    acme.install("bolt", {"optimizers": {"sharing": "bolt.o"}}, {"bolt.o": module})
+    message = refused("--arch", "llama-tiny", "--loss_type", "3")
+    assert message.startswith("--loss_type: 'loss_type' is known, but nothing that this run chose uses it: it is an")
+
+
 def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
     file = yaml(
         tmp_path, "arch: llama-tiny\nlr: 1\nwamup_steps: 3\nseed: -1\npower: 2\nnum_layers: none\nrun_name: no\n"

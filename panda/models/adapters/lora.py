@@ -31,6 +31,8 @@ from panda.weights.files import safetensors_weights
 from panda.weights.finding import base_location
 from panda.weights.formats import ADAPTERS
 from panda.weights.generation_config import GENERATION_CONFIG
+from panda.weights.json_object import read_json_object
+from panda.weights.parts import divided
 from panda.weights.shards import ADAPTER_FILES
 from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft import PeftModel
 
+PREFIX = "base_model.model."
+"""The prefix that peft adds to the names of a base's modules."""
+WHOLE = ".modules_to_save.default."
+"""What peft has between the name of a module that is trained whole, and the names of its tensors."""
 _STATED = (
     *("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias"),
     *("target_modules", "modules_to_save", "fan_in_fan_out", "init_lora_weights", "use_dora", "use_rslora"),
@@ -102,11 +108,25 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     if targets != ALL_LINEAR and left_bare(adapted, targets):
         raise _taken_for_experts(ends)
     config.base_model_name_or_path = options.ckpt_path and base_location(options.ckpt_path, options.base_path)
+    _settle(config, named=targets != ALL_LINEAR)
+    return adapted
+
+
+def _settle(config: LoraConfig, *, named: bool) -> None:
+    """Give ``config``, with which peft has adapted a model, the form in which it is exported.
+
+    ``named``: whether layers were chosen by name.
+    """
+    parts = config.modules_to_save or ()
+    if parts:  # for peft that is a model of another class, such as a classifier, which "CAUSAL_LM" would not load on
+        config.task_type = None
+    if not named:
+        config.exclude_modules = None  # the names that peft has made of it are whole ones, of none of the parts
+    inside = tuple(f"{part}." for part in parts)
     # peft has sets, whose order differs between processes.
-    config.target_modules = sorted(config.target_modules or ())
+    config.target_modules = sorted(each for each in config.target_modules or () if not f"{each}.".startswith(inside))
     if config.target_parameters:
         config.target_parameters = sorted(config.target_parameters)
-    return adapted
 
 
 def _taken_for_experts(ends: list[str]) -> UserError:
@@ -167,12 +187,38 @@ def adapter_config(options: RunOptions) -> LoraConfig:
     )
 
 
+def stand_in_for_parts(model: torch.nn.Module, weights: Weights) -> None:
+    """Give ``model``, a base, modules that stand for the parts that a task gave it, of which ``weights`` have some.
+
+    They only hold tensors of these names and shapes, for peft to write: the task is not asked for its parts again.
+    """
+    parts: dict[str, torch.nn.Module] = {}
+    for name, stored in weights.items():
+        part, found, path = name.removeprefix(PREFIX).partition(WHOLE)
+        if not found:
+            continue
+        module = parts.setdefault(part, torch.nn.Module())
+        *inner, last = path.split(".")
+        for each in inner:
+            if each not in dict(module.named_children()):
+                module.add_module(each, torch.nn.Module())
+            module = module.get_submodule(each)
+        empty = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        module.register_parameter(last, torch.nn.Parameter(empty, requires_grad=False))
+    for part, module in parts.items():
+        model.add_module(part, module)
+    model.new_parts = tuple(parts)  # type: ignore[assignment]
+
+
 def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> None:
     """Put ``weights``, all that training changed, into ``model`` on ``device``, by its names and in their own type.
+
+    Those of parts that a task gave the model are left out where ``model`` has no such parts: no answer needs them.
 
     Raises UserError where they are not those of such adapters.
     """
     state = model.state_dict(keep_vars=True)
+    weights = {name: stored for name, stored in weights.items() if name in state or WHOLE not in name}
     absent = [name for name in weights if name not in state]
     lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in weights]
     if absent or lacking:
@@ -235,11 +281,16 @@ def stored_adapters(folder: Path) -> Weights:
 
 
 def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
-    """``model``, a base, with the adapters in ``folder``. Raises UserError where they are not of that base."""
+    """``model``, a base, with the adapters in ``folder``, without the parts beside them that a task gave the model.
+
+    Raises UserError where they are not of that base.
+    """
     from peft import PeftModel
     from peft import get_peft_model_state_dict
 
     stored = stored_adapters(folder)
+    parts = read_json_object(folder / ADAPTERS).get("modules_to_save") or ()
+    stored = divided(stored, [f"{PREFIX}{part}" for part in parts if not hasattr(model, part)])[0]
     unfit = f"{folder}: these adapters do not fit this {type(model).__name__}: they were trained on another base."
     layers = {name for name, _ in model.named_modules()}
     # Adapters on a parameter of a layer have the name of that layer, or of one of peft's around it.

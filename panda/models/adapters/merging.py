@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.models.adapters.lora import PREFIX
+from panda.models.adapters.lora import WHOLE
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import quantised_names
 from panda.models.adapters.quantisation import rounded
@@ -19,9 +21,6 @@ from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import places_of
 from panda.weights.stored_tensor import put
-
-PREFIX = "base_model.model."
-"""The prefix that peft adds to the names of a base's modules."""
 
 
 def merged_weights(
@@ -42,7 +41,7 @@ def merged_weights(
             base = {**base, **_with_rows(base, f"{_in_base(embedding)}.weight", model, stored)}
         elif found:
             of_layer.setdefault(layer, {})[f"lora_{rest}"] = stored
-        else:  # a buffer, which training may change
+        else:  # of a part that the task added, or a buffer, which training may change
             base = {**base, _in_base(layer): stored}
     adapted = _adapted_weights(model, options)
     if unlike := of_layer.keys() ^ {layer for layer, _ in adapted.values()}:
@@ -110,7 +109,8 @@ def _adapted_weights(model: torch.nn.Module, options: RunOptions) -> dict[str, t
 
 def _in_base(name: str) -> str:
     """``name``, of a module or tensor of the adapted model, as it is in the base."""
-    return ".".join(part for part in name.removeprefix(PREFIX).split(".") if part != "base_layer")
+    name = name.removeprefix(PREFIX).replace(WHOLE, ".")
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _rounded(read: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

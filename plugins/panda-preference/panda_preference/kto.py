@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
@@ -15,6 +16,7 @@ from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from panda.tasks.task import Loss
 from panda.tasks.task import Reference
+from panda.tasks.task import ShownPart
 
 from panda_preference.answers import Parsed
 from panda_preference.answers import PreferenceTask
@@ -139,6 +141,11 @@ class Kto(PreferenceTask):
             for side in ("answer", "mismatched")
         )
         return AnswersBatch.of(answers, mismatched)
+
+    def parts(self, sample: Sample) -> list[ShownPart]:
+        answer, mismatched = super().parts(sample)
+        label = "good" if sample["desirable"][0] else "bad"
+        return [replace(answer, name=f"{answer.name}, labelled {label}"), mismatched]
 
     # -- loss ------------------------------------------------------------------------------------
 

@@ -28,7 +28,11 @@ ANSWERS = (
 """Fields of the preferred answer and of the other: TRL's, Argilla's, OpenAI's."""
 LABELS = ("label", "kto_tag")
 """Fields that say whether an answer is desirable: TRL's, LLaMA-Factory's."""
-SPELT = {"true": True, "1": True, "false": False, "0": False}
+SPELT = {
+    **dict.fromkeys(("true", "1", "desirable", "good", "chosen"), True),
+    **dict.fromkeys(("false", "0", "undesirable", "bad", "rejected"), False),
+}
+"""Labels that are text, as in a CSV file, in lower case."""
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Fields that hold a list of turns."""
 BESIDE = ("system", "system_prompt", "tools", "functions")
@@ -162,10 +166,10 @@ def _has_prompt(fields: Fields, names: FieldNames) -> bool:
 
 def _label(fields: Fields, name: str) -> bool:
     value = fields[name]
-    if isinstance(value, str) and value.lower() in SPELT:  # a CSV file has only text
+    if isinstance(value, str) and value.lower() in SPELT:
         return SPELT[value.lower()]
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-        raise UnusableRowError(f"field {name!r} is {value!r}, not true or false")
+        raise UnusableRowError(f"field {name!r} is {value!r}, not true or false (nor desirable or undesirable)")
     return bool(value)
 
 

@@ -186,6 +186,7 @@ GOOD = [*QUESTION, ("assistant", "A heron.", True)]
         {"messages": [ASKED, HERON], "label": True},
         {"messages": [ASKED, HERON], "kto_tag": True},
         {"prompt": "Who waits?", "completion": "A heron.", "label": "True"},
+        {"prompt": "Who waits?", "completion": "A heron.", "label": "desirable"},
         {"instruction": "Who waits?", "output": "A heron.", "kto_tag": True},
     ],
 )
@@ -199,7 +200,7 @@ def test_a_pair_is_two_labelled_answers() -> None:
 
 
 def test_the_label_is_of_the_last_answer() -> None:
-    found, _ = labelled({"messages": [*EARLIER, ASKED, HERON], "label": False})
+    found, _ = labelled({"messages": [*EARLIER, ASKED, HERON], "label": "Undesirable"})
     assert found == [([*AFTER_EARLIER, ("assistant", "A heron.", True)], False)]
 
 

@@ -186,6 +186,7 @@ def test_options_that_contradict_each_other_are_refused(train: Train, tiny: Path
         ({"chosen_field": "best"}, "chosen_field and rejected_field are given together"),
         ({"data_weights": "1,2"}, "data_weights: 2 weights are given for 1 paths"),
         ({"beta": 0}, "beta"),
+        ({"reference_path": "nowhere"}, "reference_path: 'nowhere' was not found. Looked for the folder"),
     ):
         assert problem in train(tmp_path / "run", **options_of("dpo", tiny, rows, **more), fails=True)
 

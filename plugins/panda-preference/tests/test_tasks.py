@@ -245,3 +245,10 @@ def test_the_sequences_of_a_sample_can_be_shown(tokenizer: Any, tmp_path: Path) 
     shown = task.parts(task.dataset()[0])
     assert [part.name for part in shown] == ["answer", "mismatched"]
     assert tokenizer.decode(shown[0].token_ids) == "<s>a|b</s>" and shown[0].supervised == [False] * 3 + [True] * 2
+
+
+def test_a_labelled_answer_is_shown_with_its_label(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    task = task_of(Kto, rows, tokenizer, tmp_path, 32)
+    shown = [[part.name for part in task.parts(task.dataset()[number])] for number in (0, 1)]
+    assert shown == [["answer, labelled good", "mismatched"], ["answer, labelled bad", "mismatched"]]
