@@ -43,7 +43,8 @@ LAYERS, STEPS = 6, 3
 class Batch:
     ids: torch.Tensor
     tokens: int = 32
-    supervised_tokens: int = 32
+    units: int = 32
+    idle: bool = False
 
     @property
     def real(self) -> torch.Tensor:
