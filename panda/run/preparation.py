@@ -48,7 +48,9 @@ from panda.run.model import model_context
 from panda.run.model import new_parts
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
+from panda.run.records import refuse_unit
 from panda.run.reference import reference_of
+from panda.run.reference import refuse_adapted
 from panda.tasks.task import Task
 from panda.weights.generation_config import generation_values
 from panda.weights.parts import divided
@@ -98,6 +100,7 @@ class Preparation:
     def _tasks(self) -> tuple[Task, Task | None]:
         """The task, and the task over the held-out data. Raises UserError if data of either is missing."""
         task = build_task(self.resolved, self.tokenizer)
+        refuse_unit(task.unit)
         return task, build_evaluation_task(self.resolved, task)
 
     @cached_property
@@ -169,8 +172,11 @@ class Preparation:
 
     @cached_property
     def reference(self) -> Reference | None:
-        """The frozen model that the task asks for; None for none."""
-        return reference_of(self.resolved)
+        """The frozen model that the task asks for; None for none. Raises UserError where that cannot be had."""
+        reference = reference_of(self.resolved)
+        if reference is not None:
+            refuse_adapted(reference, self.pretrained)
+        return reference
 
     @property
     def card(self) -> Card | None:
