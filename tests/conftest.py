@@ -19,6 +19,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 
 from distributions import distributions as distributions
+from distributions import hide_other_packages
 
 # One thread a process, set before torch is imported: the models of tests are so small that a second thread only spins
 # while it waits, and pytest runs as many processes as there are cores.
@@ -54,6 +55,14 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     begins = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: begins.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def panda_alone() -> Iterator[None]:
+    """Packages in plugins/ may be installed here for their own tests, and change no other test."""
+    with pytest.MonkeyPatch.context() as patch:
+        hide_other_packages(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

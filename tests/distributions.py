@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -73,6 +74,21 @@ def forget_installed() -> None:
     offers.installed.cache_clear()
     declarations.declarations.cache_clear()
     declarations._parsed.cache_clear()
+
+
+def hide_other_packages(patch: pytest.MonkeyPatch) -> None:
+    """In this process, let panda see no packages of others that are installed here: tests say what there is."""
+    found = list(importlib.metadata.distributions())
+    hidden = {each.name for each in found if "panda." in (each.read_text("entry_points.txt") or "")}
+    hidden -= {offers.OWN_DISTRIBUTION}
+    if hidden:
+        original = importlib.metadata.distributions
+        patch.setattr(
+            importlib.metadata,
+            "distributions",
+            lambda **where: (each for each in original(**where) if each.name not in hidden),
+        )
+        forget_installed()
 
 
 @pytest.fixture

@@ -43,13 +43,15 @@ def test_lists_and_shows_it(site: Path, tmp_path: Path) -> None:
 
 
 def test_its_configuration_learns(site: Path, tmp_path: Path) -> None:
-    few = ("--max_steps", 24, "--output_dir", tmp_path / "run", "-p", "no:plot", "-p", "no:tensorboard")
+    """With a quarter of its completions a step, and so larger steps, it takes seconds."""
+    fewer = ("--per_gpu_train_batch_size", 8, "--num_generations", 16, "--learning_rate", "3e-3", "--max_steps", 16)
+    run = ("--logging_steps", 1, "--output_dir", tmp_path / "run", "-p", "no:plot", "-p", "no:tensorboard")
     config = ROOT / "configs" / "grpo-tiny.yaml"
-    done = run_panda("panda-train", "--config", config, *few, cwd=tmp_path, PYTHONPATH=str(site))
+    done = run_panda("panda-train", "--config", config, *fewer, *run, cwd=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stdout + done.stderr
     rewards = [record["reward"] for record in metrics(tmp_path / "run")]
-    assert rewards[0] < 0.02
-    assert rewards[-1] > 0.06
+    assert sum(rewards[:4]) / 4 < 0.02
+    assert sum(rewards[-6:]) / 6 > 0.08
 
 
 PROMISED_ONLY = """

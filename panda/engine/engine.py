@@ -259,7 +259,14 @@ class Engine:
                     counted = value.detach().to(device, torch.float64)
                     counted = torch.zeros_like(counted) if here.idle else counted
                     sums[name] = sums[name] + counted if name in sums else counted
-        return {name: self.processes.sum_(sums[name].clone()) for name in sorted(sums)}
+        names = tuple(sorted(sums))
+        if "statistics" not in self._agreed:  # else ranks would wait for each other, or add up what is not the same
+            everywhere = self.processes.from_all([(name, tuple(sums[name].shape)) for name in names])
+            if any(found != everywhere[0] for found in everywhere):
+                said = "; ".join(f"rank {rank}: {found}" for rank, found in enumerate(everywhere))
+                raise UserError(f"task: its statistics are others on other ranks: {said}. Return the same everywhere.")
+            self._agreed.add("statistics")
+        return {name: self.processes.sum_(sums[name].clone()) for name in names}
 
     def _routed(self, added: StepLoss, micro_batches: list[BatchType], loss_sum: LossSum) -> torch.Tensor:
         """The statistics of the step that ``added`` needs, from a forward pass of each micro batch on every rank."""
@@ -296,7 +303,7 @@ class Engine:
             numbers.append((batch.tokens, batch.units))
         counts = self.processes.sum_(_counts(numbers).to(device))
         summed, found = self._over_ranks(total, metrics, "evaluation")
-        return Evaluated(summed[0] / counts[1], counts, found)
+        return Evaluated(summed[0] / _at_least_one(counts[1]), counts, found)
 
     @property
     def optimizer_observes(self) -> bool:

@@ -48,7 +48,9 @@ from panda.run.model import model_context
 from panda.run.model import new_parts
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
+from panda.run.records import refuse_unit
 from panda.run.reference import reference_of
+from panda.run.reference import refuse_adapted
 from panda.run.reference import refuse_missing
 from panda.tasks.task import Task
 from panda.weights.generation_config import generation_values
@@ -99,6 +101,7 @@ class Preparation:
     def _tasks(self) -> tuple[Task, Task | None]:
         """The task, and the task over the held-out data. Raises UserError if data of either is missing."""
         task = build_task(self.resolved, self.tokenizer)
+        refuse_unit(task.unit)
         return task, build_evaluation_task(self.resolved, task)
 
     @cached_property
@@ -170,10 +173,11 @@ class Preparation:
 
     @cached_property
     def reference(self) -> Reference | None:
-        """The frozen model that the task asks for; None for none. Raises UserError where it is not to be found."""
+        """The frozen model that the task asks for; None for none. Raises UserError where that cannot be had."""
         found = reference_of(self.resolved)
         if found is not None:
             refuse_missing(found, self.resolved)
+            refuse_adapted(found, self.pretrained)
         return found
 
     @property

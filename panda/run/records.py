@@ -26,7 +26,7 @@ TAKEN = {
     *("step", "loss", "router_loss", "learning_rate", "grad_norm", "tokens", "skipped_steps", "tokens_per_second"),
     *("step_seconds", "data_wait", "memory_gib", "mfu", "seconds"),
 }
-"""Names of entries that records have besides the metrics of a task."""
+"""Names of entries that records have besides the metrics of a task, and the number of its units."""
 
 
 class Clock:
@@ -106,7 +106,7 @@ def log_record(
     """The record that ``panda_log`` is given, whose documentation explains the keys."""
     loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
     rates = clock.rates(progress)
-    return {
+    record: dict[str, Any] = {
         "step": progress.step,
         "loss": loss,
         **({} if result.step_loss is None else {"router_loss": float(result.step_loss)}),
@@ -118,21 +118,21 @@ def log_record(
         **rates,
         **(gpu.entries(rates["tokens_per_second"]) if gpu else {}),
         **_summary(observations),
-        **_metrics(result.metrics, ""),
     }
+    return record | _metrics(result.metrics, "", record)
 
 
 def evaluation_record(step: int, found: Evaluated, unit: str, begun: float) -> dict[str, Any]:
     """The record that ``panda_evaluation`` is given, of an evaluation that began at ``begun`` (``perf_counter``)."""
     tokens, units = found.counts.tolist()  # waits for the device
-    return {
+    record = {
         "step": step,
         "eval_loss": float(found.loss),
         "eval_tokens": int(tokens),
         f"eval_{unit}": as_number(units),
         "eval_seconds": round(time.perf_counter() - begun, 3),
-        **_metrics(found.metrics, "eval_"),
     }
+    return record | _metrics(found.metrics, "eval_", record)
 
 
 def as_number(units: float) -> int | float:
@@ -140,9 +140,15 @@ def as_number(units: float) -> int | float:
     return int(units) if units == int(units) else units
 
 
-def _metrics(found: Mapping[str, torch.Tensor], prefix: str) -> dict[str, float]:
-    """The metrics of a task as entries of a record. Raises UserError where one has the name of another entry."""
-    if taken := sorted(TAKEN & found.keys()):
+def refuse_unit(unit: str) -> None:
+    """Raise UserError where the ``unit`` of a task is called like another entry of a record, which it would replace."""
+    if unit in TAKEN:
+        raise UserError(f"task: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
+
+
+def _metrics(found: Mapping[str, torch.Tensor], prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a task as further entries of ``record``. Raises UserError where one has the name of another."""
+    if taken := sorted(name for name in found if name in TAKEN or f"{prefix}{name}" in record):
         raise UserError(f"task: a metric is called {taken[0]!r}, like another entry of a record. Name it otherwise.")
     if not found:
         return {}

@@ -42,6 +42,19 @@ def reference_of(resolved: Resolved) -> Reference | None:
     return found
 
 
+def refuse_adapted(reference: Reference, pretrained: Pretrained | None) -> None:
+    """Raise UserError where ``reference`` is of the start of a run that goes on from the adapters of ``pretrained``.
+
+    The base with its adapters off is not that: it lacks what these adapters have learned.
+    """
+    if reference.checkpoint is None and pretrained is not None and pretrained.adapters:
+        raise UserError(
+            f"ckpt_path: the run starts from the adapters in {pretrained.adapters}, and the task compares the model"
+            " with the weights at the start, which the base without them is not. Merge them into their base first:"
+            " `panda export RUN --merge`."
+        )
+
+
 def is_second_model(reference: Reference | None, options: RunOptions) -> bool:
     """Whether ``reference`` is a model of its own, and not the base of the run's adapters."""
     return reference is not None and (reference.checkpoint is not None or not options.use_lora)

@@ -57,7 +57,7 @@ class RowTask(Task):
     def __init__(self, locations: Locations, context: TaskContext, weights: Sequence[float] = ()) -> None:
         """``weights``: of each location, the passes over its data in an epoch; none for one pass over all."""
         super().__init__(context)
-        self.weights = tuple(weights)
+        self._passes = tuple(weights)
         self._look_at(locations, self.option)
         if context.held_out is not None:
             self._leave_out(identities(context.held_out))
@@ -115,7 +115,7 @@ class RowTask(Task):
 
     def reading(self, locations: Locations, option: str) -> RowTask:
         other = copy(self)
-        other.weights = ()
+        other._passes = ()
         other._look_at(locations, option)
         return other
 
@@ -123,15 +123,15 @@ class RowTask(Task):
         from panda.data.token_dataset import MixedDataset
 
         datasets = self.datasets()
-        return MixedDataset(datasets) if self.weights else datasets[0][1]
+        return MixedDataset(datasets) if self._passes else datasets[0][1]
 
     def datasets(self) -> list[tuple[str, TokenDataset, float]]:
         """The data sets of the task: of each the location, its samples, and the passes over them in an epoch.
 
         One, without a location, unless locations have weights.
         """
-        found = [("", self._samples(self.recipe()), 1.0)] if not self.weights else []
-        for location, files, weight in zip(self.locations, self._files, self.weights, strict=False):
+        found = [("", self._samples(self.recipe()), 1.0)] if not self._passes else []
+        for location, files, weight in zip(self.locations, self._files, self._passes, strict=False):
             if files:  # else all of them are held out
                 found.append((location, self._samples(self._recipe(files, location)), weight))
         notes = found[0][1].report.notes

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from panda.engine.engine import Evaluated
 from panda.hooks.progress import ProgressDisplay
 from panda.registry import NoOptions
+from panda.registry import UserError
 from panda.registry.contexts import PluginContext
 from panda.run.cards import Card
 from panda.run.records import Gpu
+from panda.run.records import evaluation_record
+from panda.run.records import refuse_unit
 
 
 def gpu_of(precision: str, name: str, monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> Gpu | None:
@@ -40,6 +44,23 @@ def test_without_a_known_peak_there_is_no_mfu(precision: str, name: str, monkeyp
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     gpu = gpu_of(precision, name, monkeypatch)
     assert gpu is not None and gpu.entries(40_000) == {"memory_gib": 1.0}
+
+
+def evaluated(*metrics: str) -> Evaluated:
+    return Evaluated(torch.tensor(1.0), torch.tensor([6.0, 2.0]), {name: torch.tensor(0.5) for name in metrics})
+
+
+@pytest.mark.parametrize("name", ["pairs", "tokens", "learning_rate"])
+def test_a_metric_that_would_replace_another_entry_is_refused(name: str) -> None:
+    assert evaluation_record(3, evaluated("margin"), "pairs", 0.0)["eval_margin"] == 0.5
+    with pytest.raises(UserError, match=f"a metric is called '{name}', like another entry of a record"):
+        evaluation_record(3, evaluated("margin", name), "pairs", 0.0)
+
+
+def test_a_unit_that_would_replace_another_entry_is_refused() -> None:
+    refuse_unit("pairs")
+    with pytest.raises(UserError, match="its unit is called 'tokens', like another entry of a record"):
+        refuse_unit("tokens")
 
 
 def test_on_a_cpu_there_is_neither(monkeypatch: pytest.MonkeyPatch) -> None:

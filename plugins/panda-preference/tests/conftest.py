@@ -15,8 +15,8 @@ from runs import Train
 from tiny import save
 
 TESTS = Path(__file__).parent
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# Before torch is imported, in the runs and here: the models are so small that a second thread only spins.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard", "-p", "no:progress"]
 
 
@@ -24,7 +24,7 @@ NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard", "-p", "no:progress"]
 def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     """``train(directory, ranks=1, fails=False, **options)``: trains, and returns what was printed."""
     folder = tmp_path_factory.mktemp("forks")
-    environment = {**os.environ, **ENVIRONMENT, "PANDA_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "PANDA_CACHE": str(folder / "cache")}
     with subprocess.Popen(
         [sys.executable, str(TESTS / "forks.py")],
         env=environment,

@@ -20,7 +20,7 @@ from typing import Any
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # text that imports print must not look like an answer
 
-for name in ("deepspeed", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama"):
+for name in ("deepspeed", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama", "panda.runner"):
     importlib.import_module(name)
 gc.freeze()
 

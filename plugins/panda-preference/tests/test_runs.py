@@ -18,8 +18,6 @@ from tiny import PAIRS
 from transformers import AutoModelForSequenceClassification
 from transformers import AutoTokenizer
 
-TASKS = ("dpo", "kto", "orpo", "simpo", "reward", "distill")
-
 
 def rows_of(task: str) -> list[dict[str, Any]]:
     if task == "distill":
@@ -48,7 +46,7 @@ def options_of(task: str, tiny: Path, rows: Path, **more: Any) -> dict[str, Any]
     }
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["dpo", "kto", "reward", "distill"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     task: str, train: Train, tiny: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +105,13 @@ def test_adapters_are_compared_with_the_model_without_them(task: str, train: Tra
         assert "frozen copy" not in printed
     assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
     assert (tmp_path / "run" / "export" / "adapter_config.json").exists()
+    if task == "dpo":  # from there on the base is not where a run starts
+        options = options_of(task, tiny, rows, **lora) | {"ckpt_path": tmp_path / "run" / "export"}
+        printed = train(tmp_path / "again", **options, fails=True)
+        assert "ckpt_path: the run starts from the adapters in" in printed and "Traceback" not in printed
+        named = {"reference_path": tiny / "model", "max_steps": 1}
+        train(tmp_path / "again", **options | named)
+        assert abs(read_metrics(tmp_path / "again")[0]["loss"] - 0.693147) > 1e-3, "that of the base, as is said"
 
 
 def test_dpo_begins_at_the_logarithm_of_two_and_without_reference_does_not(

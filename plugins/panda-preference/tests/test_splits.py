@@ -34,9 +34,12 @@ SPLITS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-2": (2, {"per_gpu_train_batch_size": 1, "gradient_accumulation_steps": 3, "zero_stage": 2}),
     "ZeRO-3": (2, {"per_gpu_train_batch_size": 1, "gradient_accumulation_steps": 3, "zero_stage": 3}),
 }
-ALIKE = ("ipo", "simpo", "distill")
-"""Tasks whose loss is a sum over rows without anything of the step, as dpo's is: they are tried in one split."""
-TRIED = [(task, split) for task in TASKS for split in SPLITS if task not in ALIKE or split == "ZeRO-3"]
+TRIED = [("kto", split) for split in SPLITS] + [
+    *(("dpo", "ZeRO-3"), ("ipo", "two ranks"), ("simpo", "ZeRO-1"), ("orpo", "ZeRO-2"), ("distill", "ZeRO-3")),
+    *(("reward", "ZeRO-1"), ("reward", "ZeRO-3")),
+]
+"""What the stages of ZeRO do does not depend on the loss: the task with both a reference and statistics of the step is
+tried in each split, and one with a head of its own where that is partitioned differently."""
 
 
 def options_of(task: str, tiny: Path, rows: Path) -> dict[str, Any]:

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from panda.data.token_dataset import SampleBlock
     from panda.runner import Run
 
+    from panda_rl.prompt_batch import PromptBatch
+
 PROMPT_FIELDS = ("prompt", "question", "instruction", "problem", "messages")
 """Fields that ask, of which the first is taken."""
 
@@ -147,6 +149,12 @@ class Grpo(DialogueTask):
         named = [chosen for chosen in context.named if chosen.component.kind == "reward"]
         made = RewardContext(context.tokenizer, options.max_completion_length)
         self.rewards: dict[str, Reward] = {chosen.name: chosen.build(made, Reward) for chosen in named}
+        # Which rows can be used depends on them, and on their options.
+        self._judged_by = [
+            [chosen.label, chosen.offer.qualified, chosen.offer.version, repr(chosen.options)]
+            for chosen in named
+            if self.rewards[chosen.name].problem_of is not Reward.problem_of
+        ]
         self.weights_of_rewards = list(options.reward_weights or [1.0] * len(self.rewards))
         self.read_fields = sorted({name for reward in self.rewards.values() for name in reward.fields})
         self._kept: list[list[Group]] = []
@@ -165,7 +173,7 @@ class Grpo(DialogueTask):
 
     def describe(self) -> dict[str, Any]:
         ours = {"prompt_field": self.options.prompt_field, "read": self.read_fields, "room": self.room}
-        return super().describe() | ours
+        return super().describe() | ours | {"judged": self._judged_by}
 
     def parse(self, row: Row) -> tuple[list[Turn], str]:
         """The turns that ask, and JSON of the fields that rewards read."""
@@ -211,17 +219,18 @@ class Grpo(DialogueTask):
         text: str = parsed[0][-1].text
         return text
 
-    def collate(self, rows: list[list[Sample]], shape: RowShape) -> Batch:
+    def collate(self, rows: list[list[Sample]], shape: RowShape) -> PromptBatch:
         import numpy as np
         import torch
-        from panda.data.batches import Batch
+
+        from panda_rl.prompt_batch import PromptBatch
 
         samples = [sample for row in rows for sample in row]
         arrays: dict[str, Any] = {"index": torch.tensor([int(sample["index"]) for sample in samples])}
         for name in ("prompt", "row"):
             arrays[name] = torch.from_numpy(np.concatenate([sample[name] for sample in samples]).astype(np.int64))
             arrays[f"{name}_lengths"] = torch.tensor([len(sample[name]) for sample in samples])
-        return Batch(arrays, units=len(samples), tokens=len(arrays["prompt"]))
+        return PromptBatch(arrays, units=len(samples), tokens=len(arrays["prompt"]), shape=shape)
 
     # -- generation, in the loop
 
@@ -243,10 +252,11 @@ class Grpo(DialogueTask):
             written = [[asdict(group) for group in groups] for groups in self._kept]
             (folder / f"{KEPT}{rank:05}.json").write_text(json.dumps(written), encoding="utf-8")
 
-    def rollout(self, batches: list[Batch], step: int, *, training: bool) -> list[Batch]:
-        """Completions of all prompts of the step on this rank, drawn together, and scored."""
+    def rollout(self, batches: list[Any], step: int, *, training: bool) -> list[Batch]:
+        """Completions of all prompts of the step on this rank, drawn together, and scored. ``batches``: PromptBatch."""
+        shape: RowShape = batches[0].shape
         if training and (step - 1) % self.options.num_iterations and self._kept:
-            return [self._batch(groups, (0, 0.0)) for groups in self._kept]
+            return [self._batch(groups, (0, 0.0), shape) for groups in self._kept]
         prompts = [_prompts_of(batch) for batch in batches]
         groups, seconds = self._groups([each for of_batch in prompts for each in of_batch], step if training else 0)
         drawn = sum(len(ids) for group in groups for ids in group.completions)
@@ -255,7 +265,7 @@ class Grpo(DialogueTask):
         of_batches = [[next(found) for _ in each] for each in prompts]
         if training:
             self._kept = of_batches if self.options.num_iterations > 1 else []
-        return [self._batch(groups, rate) for groups, rate in zip(of_batches, rates, strict=False)]
+        return [self._batch(groups, rate, shape) for groups, rate in zip(of_batches, rates, strict=False)]
 
     def _groups(self, prompts: list[tuple[int, list[int], dict[str, Any]]], step: int) -> tuple[list[Group], float]:
         """The completions of ``prompts`` (index, token ids, fields), and the seconds that drawing them took."""
@@ -308,10 +318,11 @@ class Grpo(DialogueTask):
         count, end = self.options.num_generations, self.tokenizer.eos_token_id
         return Group([end], [[end]] * count, [[0.0]] * count, [True] * count, [[0.0] * len(self.rewards)] * count)
 
-    def _batch(self, groups: list[Group], rate: tuple[int, float]) -> TokenBatch:
+    def _batch(self, groups: list[Group], rate: tuple[int, float], shape: RowShape | None = None) -> TokenBatch:
         """The completions of ``groups`` after their prompts, a row each; an idle batch if there are none.
 
         ``rate``: tokens that were drawn for the step, and the seconds that it took, to be counted with this batch.
+        ``shape``: how the run wants rows.
         """
         import torch
         from panda.data.batches import RowShape
@@ -331,7 +342,7 @@ class Grpo(DialogueTask):
         }
         tokens = sum(len(group.completions[number]) for group, number in rows)
         units = len(rows) if self.unit == "completions" else tokens
-        batch = token_batch(sequences, self.pad_token_id, RowShape(), units=units, arrays=arrays)
+        batch = token_batch(sequences, self.pad_token_id, shape or RowShape(), units=units, arrays=arrays)
         if self.options.num_iterations > 1:
             old = torch.zeros(batch.labels[:, 1:].shape)
             for place, (group, number) in enumerate(rows):

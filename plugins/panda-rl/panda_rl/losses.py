@@ -22,7 +22,7 @@ class LossType:
 
     level: Literal["token", "sequence"]
     """Whether the ratio of probabilities is that of a token, or the geometric mean over a completion."""
-    unit: Literal["completions", "tokens"]
+    unit: Literal["completions", "completion_tokens"]
     """The sum over a step is divided by the number of these in the step."""
     row_scale: Callable[[torch.Tensor, int], torch.Tensor]
     """From the tokens of each completion [rows] and ``max_completion_length``: the factor of its summed loss [rows]."""
@@ -42,8 +42,8 @@ def _of_constant(lengths: torch.Tensor, most: int) -> torch.Tensor:
 
 LOSS_TYPES: Mapping[str, LossType] = {
     "grpo": LossType("token", "completions", _of_mean),  # arXiv 2402.03300
-    "bnpo": LossType("token", "tokens", _of_sum),  # as TRL has it, of a batch that is not split
-    "dapo": LossType("token", "tokens", _of_sum),  # arXiv 2503.14476
+    "bnpo": LossType("token", "completion_tokens", _of_sum),  # as TRL has it, of a batch that is not split
+    "dapo": LossType("token", "completion_tokens", _of_sum),  # arXiv 2503.14476
     "dr_grpo": LossType("token", "completions", _of_constant),  # arXiv 2503.20783
     "gspo": LossType("sequence", "completions", _of_mean),  # arXiv 2507.18071
 }

@@ -15,10 +15,11 @@ import pytest
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
+# Before torch is imported, in the runs and here: the models are so small that a second thread only spins.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 from making import install_given  # noqa: E402 - a module beside this file
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NOTHING_DRAWN = ["-p", "no:plot", "-p", "no:tensorboard", "-p", "no:progress"]
 
 
@@ -30,7 +31,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
     """
     folder = tmp_path_factory.mktemp("forks")
     paths = os.pathsep.join(filter(None, [str(install_given(folder / "site")), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, **ENVIRONMENT, "PANDA_CACHE": str(folder / "cache"), "PYTHONPATH": paths}
+    environment = {**os.environ, "PANDA_CACHE": str(folder / "cache"), "PYTHONPATH": paths}
     with subprocess.Popen(
         [sys.executable, str(TESTS / "forks.py")],
         env=environment,

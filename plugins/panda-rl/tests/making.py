@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from panda.data.batches import Batch
 from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from tokenizers import Tokenizer
@@ -18,6 +17,7 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from panda_rl.prompt_batch import PromptBatch
 from panda_rl.reward import Reward
 
 
@@ -31,7 +31,14 @@ def words_tokenizer(size: int = 41) -> Any:
 def context_with(rewards: Mapping[str, Reward], *, max_seq_length: int, tokenizer: Any = None) -> TaskContext:
     """A context in which the options have named ``rewards``."""
     named = [
-        SimpleNamespace(name=name, component=SimpleNamespace(kind="reward"), build=lambda _, expected, made=made: made)
+        SimpleNamespace(
+            name=name,
+            label=f"reward {name}",
+            component=SimpleNamespace(kind="reward"),
+            offer=SimpleNamespace(qualified=f"made:{name}", version="1"),
+            options=None,
+            build=lambda _, expected, made=made: made,
+        )
         for name, made in rewards.items()
     ]
     return TaskContext(tokenizer or words_tokenizer(), Lines(), max_seq_length, named=named)  # type: ignore[arg-type]
@@ -47,7 +54,7 @@ class Lines:
             yield Row(json.loads(line), file, number)
 
 
-def prompt_batch(prompts: list[list[int]], fields: list[dict[str, Any]] | None = None, first: int = 0) -> Batch:
+def prompt_batch(prompts: list[list[int]], fields: list[dict[str, Any]] | None = None, first: int = 0) -> PromptBatch:
     """A batch as ``Grpo.collate`` makes it."""
     rows = [json.dumps(each).encode() for each in fields or [{}] * len(prompts)]
     arrays = {
@@ -57,7 +64,7 @@ def prompt_batch(prompts: list[list[int]], fields: list[dict[str, Any]] | None =
         "row": torch.tensor([byte for row in rows for byte in row]),
         "row_lengths": torch.tensor([len(row) for row in rows]),
     }
-    return Batch(arrays, units=len(prompts), tokens=sum(map(len, prompts)))
+    return PromptBatch(arrays, units=len(prompts), tokens=sum(map(len, prompts)))
 
 
 GIVEN = '''

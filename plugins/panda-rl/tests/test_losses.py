@@ -78,7 +78,7 @@ def found(
     bounds = {"epsilon": epsilon, "epsilon_high": epsilon_high}
     found = terms(**values, level=loss_type.level, **bounds, beta=beta, weighted_kl=weighted)
     total = summed(loss_type, found.loss, values["mask"], MOST)
-    return total / {"completions": ROWS, "tokens": sum(LENGTHS)}[loss_type.unit]
+    return total / {"completions": ROWS, "completion_tokens": sum(LENGTHS)}[loss_type.unit]
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)

@@ -123,7 +123,7 @@ def test_tokens_are_the_units_of_a_loss_over_tokens(make: Make) -> None:
     task = make(GOOD)
     task.generate = echo  # type: ignore[assignment]
     (batch,) = task.rollout([prompt_batch([[5], [6]], [{"answer": "1"}] * 2)], step=1, training=True)
-    assert task.unit == "tokens" and batch.units == 4 + 3 + 4 + 3
+    assert task.unit == "completion_tokens" and batch.units == 4 + 3 + 4 + 3
 
 
 def test_a_rank_without_prompts_has_an_idle_batch(make: Make) -> None:
@@ -132,6 +132,24 @@ def test_a_rank_without_prompts_has_an_idle_batch(make: Make) -> None:
     (batch,) = task.rollout([prompt_batch([[5]], [{"answer": "1"}]).as_idle()], step=1, training=True)
     assert batch.idle and len(batch.input_ids) == 2
     assert torch.isfinite(task._advantages(batch, {})).all()
+
+
+def test_rows_of_completions_are_as_the_run_wants_them(make: Make) -> None:
+    """Such as a model needs them whose positions are stretched by the length of a sample, and not of the batch."""
+    task = make(GOOD)
+    task.generate = echo  # type: ignore[assignment]
+    samples = [{**task.dataset()[number], "index": number} for number in range(2)]
+    prompts = task.collate([[sample] for sample in samples], RowShape(row_length=lambda tokens: 8, packed=True))
+    (batch,) = task.rollout([prompts], step=1, training=True)
+    assert batch.input_ids.shape[1] == 8
+    assert batch.positions["position_ids"][3].tolist() == [0, 1, 2, 3, 0, 1, 2, 3], "padding is a sample of its own"
+
+
+def test_rows_are_read_again_where_another_reward_judges_them(make: Make) -> None:
+    """Both read the same field, and only one says that a row has no number."""
+    plain = make(GOOD, {"number": Reward(lambda completions: [0.0] * len(completions), fields=("answer",))})
+    assert plain.read_fields == make(GOOD).read_fields
+    assert plain.describe() != make(GOOD).describe()
 
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0, float("nan")], [0.0, float("inf")]])
