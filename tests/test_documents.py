@@ -242,10 +242,10 @@ def try_task(component: Any, tmp_path: Path, printed: Any) -> None:
     batch = task.collate([[task.dataset()[0]]], RowShape())
     model: Any = Table(len(tokenizer))
     task.reference = model
-    loss, metrics = task.loss(model, batch, {})
+    loss, metrics = task.loss(model, batch)
     assert float(loss) == pytest.approx(math.log(2)) and batch.units == 1
     task.reference = lambda input_ids: torch.zeros(*input_ids.shape, len(tokenizer))
-    assert float(task.loss(model, batch, {}).sum) != pytest.approx(math.log(2), abs=1e-3)
+    assert float(task.loss(model, batch).sum) != pytest.approx(math.log(2), abs=1e-3)
     assert metrics["accuracy"][1] == 1 and task.reference_of(None) == Reference()
 
 

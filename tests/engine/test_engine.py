@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
+from panda.registry import UserError
 
 WAYS = [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 1), ("bf16", 2)]
 
@@ -148,3 +150,18 @@ def test_a_step_trains_in_training_mode_whoever_changed_it(
     engine.module.train()
     engine.step([Batch(1.0)], also_look)
     assert modes.pop() == [True, False, True]
+
+
+def test_statistics_of_other_names_on_another_rank_are_refused() -> None:
+    """Ranks would wait for each other, or add up what is not the same."""
+    engine: Any = object.__new__(Engine)
+    engine._agreed = set()
+    others: list[Any] = [("kl", ())]
+    engine.processes = SimpleNamespace(
+        device=torch.device("cpu"), from_all=lambda mine: [mine, others], sum_=lambda tensor: tensor * 2
+    )
+    gathered = engine._gathered([Batch(1.0)], lambda module, here: {"kl": torch.tensor(1.0)}, None)
+    assert gathered == {"kl": torch.tensor(2.0, dtype=torch.float64)}
+    engine._agreed, others[0] = set(), ("reward", ())
+    with pytest.raises(UserError, match=r"its statistics are others on other ranks: rank 0: .*kl.*; rank 1: .*reward"):
+        engine._gathered([Batch(1.0)], lambda module, here: {"kl": torch.tensor(1.0)}, None)

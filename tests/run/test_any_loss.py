@@ -6,7 +6,9 @@ One trajectory however a step is split, and the same bits after a resume. The ta
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,23 @@ def test_a_loss_that_does_not_say_that_it_is_right_packed_is_refused_packed(
         done = run_panda("panda-train", *given, cwd=folder, **environment)
     is_refused = "batching: packed with a task that does not say that it is right packed" in done.stderr
     assert is_refused == (task == "toy-pairs"), done.stderr
+
+
+def test_the_guides_task_trains(folder: Path, tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    [source] = [
+        block for block in re.findall("```python\n(.*?)```", guide, re.DOTALL) if '@register_task("pairs"' in block
+    ]
+    (tmp_path / "guide_pairs.py").write_text(source)
+    info = tmp_path / "guide_pairs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guide-pairs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[panda.tasks]\npairs = guide_pairs\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    train_many([arguments("pairs", str(tmp_path / "run"), SPLITS["2x4"])], cwd=folder, PYTHONPATH=path)
+    first, *_, last = (record for record in numbers(tmp_path / "run") if "loss" in record)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-6) and "accuracy" in first
+    assert last["pairs"] == SAMPLES
 
 
 def test_a_pair_that_is_too_long_is_cut_and_counted(folder: Path, environment: dict[str, str]) -> None:

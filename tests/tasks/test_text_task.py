@@ -202,7 +202,9 @@ def test_each_path_has_its_passes_in_an_epoch(tmp_path: Path, tokenizer: Any) ->
     def task(**options: Any) -> Instruct:
         return Instruct(build(InstructOptions, {"instruction_tuning_data_dir": paths} | options), context)
 
-    assert task().dataset().sources == (Source(8, 8),)
+    plain: Any = task()
+    plain.weights = (3.0, 2.0, 1.0)  # a name that a subclass may have for something else
+    assert plain.dataset().sources == (Source(8, 8),)
     weighted = task(data_weights=[2, 0.5, 1])
     dataset = weighted.dataset()
     assert dataset.sources == (Source(4, 8, paths[0]), Source(4, 2, paths[1]))

@@ -151,7 +151,7 @@ class Grpo(DialogueTask):
         self.rewards: dict[str, Reward] = {chosen.name: chosen.build(made, Reward) for chosen in named}
         # Which rows can be used depends on them, and on their options.
         self._judged_by = [
-            [chosen.label, chosen.offer.qualified, chosen.offer.version, repr(chosen.options)]
+            [chosen.name, type(chosen.options).__module__, repr(chosen.options)]
             for chosen in named
             if self.rewards[chosen.name].problem_of is not Reward.problem_of
         ]

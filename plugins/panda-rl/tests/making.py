@@ -33,9 +33,7 @@ def context_with(rewards: Mapping[str, Reward], *, max_seq_length: int, tokenize
     named = [
         SimpleNamespace(
             name=name,
-            label=f"reward {name}",
             component=SimpleNamespace(kind="reward"),
-            offer=SimpleNamespace(qualified=f"made:{name}", version="1"),
             options=None,
             build=lambda _, expected, made=made: made,
         )
