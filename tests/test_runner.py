@@ -109,7 +109,7 @@ class Torn(Instruct):
             raise RuntimeError("torn")
         return super().dataset()
 
-    def loss(self, model, batch, statistics):
+    def loss(self, model, batch):
         raise RuntimeError("torn")
 """
 

@@ -102,7 +102,7 @@ class Pairs(DialogueTask):
 class ToyPairs(Pairs):
     """Like DPO."""
 
-    def loss(self, model, batch, statistics):
+    def loss(self, model, batch):
         import torch.nn.functional as F
 
         chosen, rejected = self.rewards(model, batch).chunk(2)

@@ -27,7 +27,6 @@ from panda.run.records import as_number
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
 from panda.run.state import Run
-from panda.tasks.task import NO_STATISTICS
 from panda.tasks.task import Task
 
 MOST_SKIPPED = 50
@@ -41,9 +40,7 @@ class Loop:
         """``start``: the progress of the checkpoint that the run continues."""
         self.run = run
         self.options = run.options
-        of_task = _attributed(run, "loss")
-        self.loss = lambda module, batch, statistics=NO_STATISTICS: of_task(module, batch, statistics)
-        self.statistics = None
+        self.loss, self.statistics = _attributed(run, "loss"), None
         if type(run.task).statistics is not Task.statistics:
             self.statistics = _attributed(run, "statistics")
         self.makes_samples = type(run.task).rollout is not Task.rollout

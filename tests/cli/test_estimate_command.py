@@ -13,6 +13,12 @@ SHAPE = "--arch llama-tiny --hidden_size 1024 --intermediate_size 2816 --num_lay
 FLAGS = f"{SHAPE} --precision bf16 --max_seq_length 2048 --per_gpu_train_batch_size 4"
 
 
+@pytest.fixture(autouse=True)
+def without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed, in tests before these, leaves the variables of one."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
 def said(capsys: pytest.CaptureFixture[str], flags: str) -> list[str]:
     assert main(["estimate", *f"{FLAGS} {flags}".split()]) == 0
     return capsys.readouterr().out.splitlines()

@@ -27,7 +27,7 @@ def generation(module: Any, counts: list[int] | None = None) -> Generation:
         all_=lambda here: here,
     )
     engine: Any = SimpleNamespace(evaluating=lambda: module, processes=processes)
-    options: Any = SimpleNamespace(zero=3 if counts else 0, compile=False, seed=3)
+    options: Any = SimpleNamespace(zero=3 if counts else 0, compiled=False, seed=3)
     return Generation(engine, options, pad_token_id=0, end_tokens=[1])
 
 

@@ -47,8 +47,7 @@ def prepared(folder: Path, *more: str) -> Preparation:
 def test_ids_above_65535_are_kept_whole(folder: Path) -> None:
     preparation = prepared(folder)
     assert rows_needed(preparation.tokenizer) == 70_001
-    ids, _ = preparation.dataset[0]
-    assert ids.tolist() == [1, 70_000, 2, 0]
+    assert preparation.dataset[0]["token_ids"].tolist() == [1, 70_000, 2, 0]
 
 
 def test_rows_have_to_reach_the_highest_id(folder: Path) -> None:

@@ -243,7 +243,7 @@ def test_weights_of_turns_are_all_or_nothing(samples: Any) -> None:
 def test_the_sequences_of_a_sample_can_be_shown(tokenizer: Any, tmp_path: Path) -> None:
     task = task_of(Kto, [{"prompt": "a", "completion": "b", "label": True}], tokenizer, tmp_path, 512)
     shown = task.parts(task.dataset()[0])
-    assert [part.name for part in shown] == ["answer", "mismatched"]
+    assert [part.name for part in shown] == ["answer, labelled good", "mismatched"]
     assert tokenizer.decode(shown[0].token_ids) == "<s>a|b</s>" and shown[0].supervised == [False] * 3 + [True] * 2
 
 

@@ -372,8 +372,6 @@ def test_under_zero_3_the_layer_gathers_what_it_reads(
     for kind in (lora.Linear, lora.Linear4bit):
         monkeypatch.setattr(kind, "forward", None)  # peft's own is not called
     engine = Engine(model, optimizers[1], deepspeed_config(options, world_size=1, on_gpu=False), processes)
-    with torch.no_grad():  # by itself too, where DeepSpeed does not find out what is read
-        model.base_model.model.model.layers[1].mlp.up_proj(torch.ones(1, 64))
     found = [engine.step([Batch()], loss_sum).loss.item() for _ in range(3)]
     assert found == pytest.approx(expected, rel=1e-5) and expected[2] < expected[0] * 0.99
     weights = {name: p for name, p in model.named_parameters() if ".mlp." in name and name.endswith("weight")}
