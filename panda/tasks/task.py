@@ -148,7 +148,8 @@ class Task(ABC):
     def loss(self, model: Any, batch: Batch, statistics: Statistics = NO_STATISTICS) -> Loss | torch.Tensor:
         """The loss of ``batch`` under ``model``, **summed** over its units, and metrics; a tensor alone has none.
 
-        ``statistics`` is given only where the task overrides that method. Under ZeRO-3 ranks run the model together: how often it is called must not depend on the batch.
+        ``statistics`` is given only where the task overrides that method. Under ZeRO-3 ranks run the model together:
+        how often it is called must not depend on the batch.
         """
 
     def statistics(self, model: Any, batch: Batch) -> Statistics:
