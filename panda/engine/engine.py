@@ -13,20 +13,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from contextlib import contextmanager
 from contextlib import nullcontext
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from dataclasses import field
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from typing import NamedTuple
-from typing import Protocol
-from typing import TypeVar
 
 import torch
 
@@ -36,69 +28,28 @@ from panda.engine.gathering import with_sizes
 from panda.engine.gradient_sums import sum_in_one_pass
 from panda.engine.metrics import MetricSums
 from panda.engine.metrics import loss_of
+from panda.engine.metrics import refuse_other_statistics
 from panda.engine.parameter_layouts import layout_of
 from panda.engine.processes import Processes
+from panda.engine.starting import without_effect
+from panda.engine.starting import without_reports_of_memory
+from panda.engine.steps import BatchType
+from panda.engine.steps import CountedBatch
+from panda.engine.steps import Evaluated
+from panda.engine.steps import LossSum
+from panda.engine.steps import Statistics
+from panda.engine.steps import StepResult
 from panda.engine.tensor_parallel import counts_here
 from panda.engine.tensor_parallel import joined
 from panda.engine.tensor_parallel import split_dimensions
+from panda.engine.trained_state import load_trained_state
+from panda.engine.trained_state import trained_state
 from panda.registry import UserError
-from panda.registry.contexts import Loss
 from panda.registry.contexts import StepLoss
 from panda.registry.contexts import TensorLayout
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import whole_shape
-
-BatchType = TypeVar("BatchType", bound="CountedBatch")
-LossSum = Callable[..., Loss | torch.Tensor]
-"""From the module and a batch, and the statistics of the step where there are some, to the loss of the batch."""
-Statistics = Mapping[str, torch.Tensor]
-
-
-class CountedBatch(Protocol):
-    """A micro batch that knows how many tokens and units it has, and whether it counts."""
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def units(self) -> float: ...
-
-    @property
-    def idle(self) -> bool: ...
-
-    @property
-    def real(self) -> torch.Tensor | None: ...
-
-    def to(self: BatchType, device: torch.device) -> BatchType: ...
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The results of an optimizer step, still on the device: reading a value waits for it."""
-
-    loss: torch.Tensor
-    """Scalar: loss per unit, over the whole step and all ranks. It lacks ``step_loss``."""
-    grad_norm: torch.Tensor | float
-    """Norm of all gradients, before clipping."""
-    counts: torch.Tensor
-    """float64 [2]: tokens, and units, of the whole step on all ranks."""
-    applied: bool
-    """False if gradients were not finite: weights and optimizer are then as they were before the step."""
-    step_loss: torch.Tensor | None = None
-    """Scalar: the model's own loss over the step, without its weight; None for a model without one."""
-    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Scalars: of each metric of the task the sum of its numerators divided by that of its denominators."""
-
-
-class Evaluated(NamedTuple):
-    """The results of an evaluation, still on the device."""
-
-    loss: torch.Tensor
-    """Scalar: per unit."""
-    counts: torch.Tensor
-    """float64 [2]: tokens, and units."""
-    metrics: Mapping[str, torch.Tensor]
 
 
 def with_statistics(loss_sum: Callable[..., Any], statistics: Statistics) -> Callable[..., Any]:
@@ -143,7 +94,7 @@ class Engine:
         # make several. Can go when `initialize(mpu=None)` resets it.
         groups.mpu = processes.mpu
         self.config = with_sizes(config, module)
-        with _without_effect(optimizer), _without_reports_of_memory():
+        with without_effect(optimizer), without_reports_of_memory():
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=self.config, mpu=processes.mpu, dist_init_required=False
             )
@@ -260,11 +211,9 @@ class Engine:
                     counted = torch.zeros_like(counted) if here.idle else counted
                     sums[name] = sums[name] + counted if name in sums else counted
         names = tuple(sorted(sums))
-        if "statistics" not in self._agreed:  # else ranks would wait for each other, or add up what is not the same
-            everywhere = self.processes.from_all([(name, tuple(sums[name].shape)) for name in names])
-            if any(found != everywhere[0] for found in everywhere):
-                said = "; ".join(f"rank {rank}: {found}" for rank, found in enumerate(everywhere))
-                raise UserError(f"task: its statistics are others on other ranks: {said}. Return the same everywhere.")
+        # Otherwise ranks would wait for each other, or add up numbers of different statistics.
+        if "statistics" not in self._agreed:
+            refuse_other_statistics({name: sums[name].shape for name in names}, self.processes)
             self._agreed.add("statistics")
         return {name: self.processes.sum_(sums[name].clone()) for name in names}
 
@@ -419,7 +368,7 @@ class Engine:
     def load(self, folder: Path, tag: str) -> bool:
         """Load what ``save`` wrote; False if nothing is there."""
         with redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the names of its internal formats
-            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained_state)
+            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained_state)
         return loaded is not None
 
     @torch.no_grad()
@@ -455,66 +404,6 @@ class Engine:
         if self.processes.tensor_ranks > 1:
             norm = self.processes.sum_(norm.square(), "tensor").sqrt()
         finite = bool(torch.isfinite(norm))
-        with nullcontext() if finite else _without_effect(self.optimizer):
+        with nullcontext() if finite else without_effect(self.optimizer):
             self.deepspeed.step()
         return norm, finite
-
-
-def trained_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The part of the state dict of ``module`` that training changes: parameters that are not frozen, and buffers."""
-    state: dict[str, torch.Tensor] = {
-        name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
-    }
-    for prefix, owner in module.named_modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if name not in owner._non_persistent_buffers_set:
-                state[f"{prefix}.{name}" if prefix else name] = buffer
-    return state
-
-
-@torch.no_grad()
-def _load_trained_state(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
-    """Copy ``src`` to the tensors of ``dst`` of the same names. DeepSpeed passes these two arguments by name."""
-    state = trained_state(dst)
-    if src.keys() != state.keys():
-        differing = ", ".join(sorted(src.keys() ^ state.keys())[:5])
-        raise UserError(f"the checkpoint is of another model: only one of the two has {differing}.")
-    for name, tensor in state.items():
-        tensor.copy_(src[name])
-
-
-@contextmanager
-def _without_reports_of_memory() -> Iterator[None]:
-    """Make DeepSpeed's function that reports memory do nothing in the meantime.
-
-    The wrappers of 0.19.8 call it for each group of parameters, whatever the level of the logger, and it collects
-    garbage before it prints: 60 s of the start of a LLaMA-65B with adapters (H100, 2026-11-26). Its code is replaced,
-    since the wrappers have imported it by name. Can go when they call it only where it is asked for.
-    """
-    from deepspeed.runtime.utils import see_memory_usage
-
-    code = see_memory_usage.__code__
-    see_memory_usage.__code__ = _reports_nothing.__code__
-    try:
-        yield
-    finally:
-        see_memory_usage.__code__ = code
-
-
-def _reports_nothing(message: str, force: bool = False) -> None:
-    pass
-
-
-@contextmanager
-def _without_effect(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Make ``optimizer.step()`` do nothing in the meantime.
-
-    The 16-bit wrappers of DeepSpeed 0.19.8 without ZeRO (``FP16_UnfusedOptimizer``) take a step with zero
-    gradients when they are made, to allocate the optimizer's state. That step counts for bias correction, and
-    decays weights. Around ``initialize`` this can go when they no longer do.
-    """
-    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del optimizer.step

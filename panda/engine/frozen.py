@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 
 from panda.configuration.options import RunOptions
 from panda.engine.processes import Processes
+from panda.engine.starting import without_reports_of_memory
 
 _KEPT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "bf16", "fp16")
 """Of DeepSpeed's configuration of a run, what a frozen model is given besides its partitioning."""
@@ -63,7 +62,7 @@ def freeze(module: torch.nn.Module, options: RunOptions, config: dict[str, Any],
         key: value for key, value in config["zero_optimization"].items() if key not in ("offload_optimizer", "zenflow")
     }
     kept = {key: config[key] for key in _KEPT if key in config}
-    with redirect_stdout(io.StringIO()):  # as in Engine
+    with without_reports_of_memory():
         engine, *_ = deepspeed.initialize(
             model=module, config=kept | {"zero_optimization": zero}, dist_init_required=False
         )

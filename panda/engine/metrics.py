@@ -1,4 +1,5 @@
-"""Metrics of a task: pairs of a numerator and a denominator, added up over micro batches and ranks on the device."""
+"""Metrics of a task: pairs of a numerator and a denominator, added up over micro batches and ranks on the device; and
+that ranks agree on what is added up, statistics too."""
 
 from __future__ import annotations
 
@@ -64,3 +65,11 @@ class MetricSums:
         """Each metric, on the device, from ``sums`` over all ranks."""
         pairs = sums.view(-1, 2)
         return dict(zip(self.names or (), (pairs[:, 0] / pairs[:, 1]).unbind(), strict=True))
+
+
+def refuse_other_statistics(shapes: Mapping[str, torch.Size], processes: Processes) -> None:
+    """Raise UserError where ranks have statistics of other names or ``shapes`` than here. Waits for all ranks."""
+    everywhere = processes.from_all([(name, tuple(shape)) for name, shape in shapes.items()])
+    if any(found != everywhere[0] for found in everywhere):
+        said = "; ".join(f"rank {rank}: {found}" for rank, found in enumerate(everywhere))
+        raise UserError(f"task: its statistics are others on other ranks: {said}. Return the same everywhere.")

@@ -15,7 +15,7 @@ from panda.data.batches import step_batches
 from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
-from panda.engine.engine import StepResult
+from panda.engine.steps import StepResult
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError

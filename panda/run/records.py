@@ -15,9 +15,9 @@ import torch
 
 from panda.data.batches import Batch
 from panda.engine.checkpoints.folders import Progress
-from panda.engine.engine import Evaluated
-from panda.engine.engine import StepResult
 from panda.engine.memory_parts import GIB
+from panda.engine.steps import Evaluated
+from panda.engine.steps import StepResult
 from panda.registry import UserError
 from panda.run.cards import this_card
 from panda.run.state import Run

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from panda.engine.engine import Evaluated
+from panda.engine.steps import Evaluated
 from panda.hooks.progress import ProgressDisplay
 from panda.registry import NoOptions
 from panda.registry import UserError

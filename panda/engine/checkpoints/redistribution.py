@@ -20,9 +20,9 @@ import torch
 
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.engine import Engine
-from panda.engine.engine import trained_state
 from panda.engine.parameter_layouts import check_values
 from panda.engine.parameter_layouts import read_layout
+from panda.engine.trained_state import trained_state
 from panda.engine.wrappers import WRAPPERS
 from panda.engine.wrappers import Saved
 from panda.registry import UserError

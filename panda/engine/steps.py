@@ -1,0 +1,66 @@
+"""What goes into an optimizer step or an evaluation, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from typing import NamedTuple
+from typing import Protocol
+from typing import TypeVar
+
+import torch
+
+from panda.registry.contexts import Loss
+
+BatchType = TypeVar("BatchType", bound="CountedBatch")
+LossSum = Callable[..., Loss | torch.Tensor]
+"""From the module and a batch, and the statistics of the step where there are some, to the loss of the batch."""
+Statistics = Mapping[str, torch.Tensor]
+
+
+class CountedBatch(Protocol):
+    """A micro batch that knows how many tokens and units it has, and whether it counts."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def units(self) -> float: ...
+
+    @property
+    def idle(self) -> bool: ...
+
+    @property
+    def real(self) -> torch.Tensor | None: ...
+
+    def to(self: BatchType, device: torch.device) -> BatchType: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The results of an optimizer step, still on the device: reading a value waits for it."""
+
+    loss: torch.Tensor
+    """Scalar: loss per unit, over the whole step and all ranks. It lacks ``step_loss``."""
+    grad_norm: torch.Tensor | float
+    """Norm of all gradients, before clipping."""
+    counts: torch.Tensor
+    """float64 [2]: tokens, and units, of the whole step on all ranks."""
+    applied: bool
+    """False if gradients were not finite: weights and optimizer are then as they were before the step."""
+    step_loss: torch.Tensor | None = None
+    """Scalar: the model's own loss over the step, without its weight; None for a model without one."""
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Scalars: of each metric of the task the sum of its numerators divided by that of its denominators."""
+
+
+class Evaluated(NamedTuple):
+    """The results of an evaluation, still on the device."""
+
+    loss: torch.Tensor
+    """Scalar: per unit."""
+    counts: torch.Tensor
+    """float64 [2]: tokens, and units."""
+    metrics: Mapping[str, torch.Tensor]
