@@ -26,7 +26,8 @@ def collected_between_steps() -> Iterator[None]:
     sets_apart = not gc.get_freeze_count()  # otherwise the caller has done so, and what it froze would be lost
     gc.collect()
     if sets_apart:
-        gc.freeze()  # what is there stays, and no collection looks at it; workers that are forked share its memory
+        # No collection looks at these objects from here on. Workers that are forked go on sharing their memory.
+        gc.freeze()
     gc.set_threshold(MOST_NEW, *thresholds[1:])
     try:
         yield

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from panda.answers.sampling import random_numbers
 from panda.answers.sampling import sampled
 from panda.configuration.options import RunOptions
 from panda.engine.engine import Engine
+from panda.models.forward.layers import without_compiling
 from panda.registry import UserError
 from panda.tasks.task import Generated
 
@@ -54,7 +53,7 @@ class Generation:
         processes, module = self.engine.processes, self.engine.evaluating()
         manner = Manner(max_new_tokens, temperature, top_p, top_k)
         made: dict[int, Sampled] = {}
-        with _without_compiling(self.options), torch.random.fork_rng(devices=[]):
+        with without_compiling(self.options.compiled), torch.random.fork_rng(devices=[]):
             for turn in self._turns(module, prompts, max_new_tokens, together=together):
                 found: list[Sampled] = sampled(
                     module,
@@ -107,8 +106,3 @@ def bytes_of_row(module: torch.nn.Module, length: int) -> int:
     layers = getattr(config, "num_hidden_layers", None) or 32
     kept = 2 * layers * shared * head * length * next(module.parameters()).element_size()
     return int(kept + BYTES_OF_SCORE * (getattr(config, "vocab_size", None) or 1))
-
-
-def _without_compiling(options: RunOptions) -> AbstractContextManager[Any]:
-    """Inside it, compiled layers run as they are: each token would be a row of another length."""
-    return torch.compiler.set_stance("force_eager") if options.compiled else nullcontext()

@@ -43,11 +43,11 @@ from panda.run.fitting import refuse_too_large
 from panda.run.model import build_outline
 from panda.run.model import build_with_weights
 from panda.run.model import drawing_device
-from panda.run.model import fill_parts
 from panda.run.model import model_context
-from panda.run.model import new_parts
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
+from panda.run.parts import fill_parts
+from panda.run.parts import new_parts
 from panda.run.records import refuse_unit
 from panda.run.reference import reference_of
 from panda.run.reference import refuse_adapted

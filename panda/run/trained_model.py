@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from panda.configuration.options import RunOptions
 from panda.data.packing import Layout
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
@@ -19,6 +16,7 @@ from panda.engine.frozen import WithoutAdapters
 from panda.engine.processes import Processes
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
+from panda.models.forward.layers import without_compiling
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.trial import refuse_unfit
 from panda.models.forward.varlen_attention import attend_by_kernel
@@ -82,7 +80,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     if processes.rank == 0:
         print("starting the engine, and trying the model ...", flush=True)
     engine = Engine(model, optimizer, config, processes)
-    with _without_compiling(options):
+    with without_compiling(options.compiled):
         refuse_unfit(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
         if layout.packed:
             entries = prepared.context.vocab_size
@@ -105,12 +103,3 @@ def _second_model(
     return build_reference(
         reference, prepared.configuration, prepared.context, prepared.tokenizer, config, processes, bounded=bounded
     )
-
-
-def _without_compiling(options: RunOptions) -> AbstractContextManager[Any]:
-    """Inside it, layers that are to be compiled run as they are.
-
-    Code for the short rows of a trial would be of no use, and torch, having met rows of two lengths, would compile
-    code for rows of any length, which is slower.
-    """
-    return torch.compiler.set_stance("force_eager") if options.compiled else nullcontext()

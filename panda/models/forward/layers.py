@@ -7,6 +7,8 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,15 @@ def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
     for layer in numbered_layers(model, "compile"):
         layer.forward = torch.compile(layer.forward)
         layer.is_compiled = True  # type: ignore[assignment]
+
+
+def without_compiling(compiled: bool) -> AbstractContextManager[Any]:
+    """Inside it, the layers of a model that is ``compiled`` run as they are.
+
+    For rows of lengths that training does not have, as in a trial or in generation: their code would be of no use, and
+    torch, having met rows of two lengths, would compile code for rows of any length, which is slower.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def what_compiling_lacks(device: torch.device) -> str:
