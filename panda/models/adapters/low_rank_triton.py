@@ -1,8 +1,9 @@
 """A matrix product and one of low rank, summed in float32 and rounded once, on a GPU of NVIDIA's Hopper generation.
 
 cuBLAS (CUDA 13.0, 2026-11) rounds a product to 16 bits before it adds a 16-bit matrix to it. Here the product of low
-rank continues the sum of the other one, before anything is rounded or written. On an H100 that takes as long as cuBLAS
-takes for both products, and 10 % less than a float32 product, to which another kernel adds; see bench/LOG.md.
+rank continues the sum of the other one, before anything is rounded or written. On an H100, over the six products of a
+LLaMA-7B's shapes, that takes 3 % less than both products of cuBLAS, and 13 % less than a float32 product to which
+another kernel adds (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 """The tile of the result that a program computes at once, and what it reads of both factors at a time."""
 LEAST_ROWS = 1024
-"""With fewer rows there are too few tiles to keep a GPU busy, and cuBLAS is faster."""
+"""With fewer rows there are too few tiles to keep a GPU busy: such products are left to cuBLAS."""
 TILES_IN_A_GROUP = 8
 """Rows of tiles that are computed after one another, so that factors are read from the cache."""
 ALIGNMENT = 16

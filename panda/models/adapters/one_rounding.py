@@ -16,7 +16,8 @@ Memory traffic beyond ``x W^T`` itself, at 4 x 2048 tokens and rank 64, in MiB o
     peft: product, scaled, added                                  384           1032
     both in float32, summed, rounded                              448           1204
     one product over ``[x, s x A^T]`` and ``[W, B]``              160            214
-    the adapter's product first (here)                            128            344
+    the adapter's product first (on a CPU)                        128            344
+    one kernel (on a GPU)                                           0              0
     ===================================================  ============  =============
 
 and 64 more in each, for the second reading of ``x``. The third has copies of ``x`` and of ``W``, or needs ``W`` stored
@@ -134,6 +135,11 @@ torch.library.impl(DEQUANTISED, "default", _whole)
 torch.library.register_fake(DEQUANTISED, _whole_without_values)
 
 
+def _inner(given: Tensor, a: Tensor, scale: float) -> Tensor:
+    """What the adapter's second matrix is given, [tokens, r], from ``given`` [..., inputs]."""
+    return given.reshape(-1, given.shape[-1]) @ a.t() * scale
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -146,7 +152,7 @@ class _AdaptedLinear(torch.autograd.Function):
         scale, keep, layout = settings
         bias, *weight = frozen
         given = x if dropped is None else dropped
-        inner = given.reshape(-1, given.shape[-1]) @ a.t() * scale
+        inner = _inner(given, a, scale)
         if keep and layout:
             weight, layout = [torch.ops.panda.dequantised(x, weight, layout)], ()
         ctx.save_for_backward(given, inner, a, b, *weight)
@@ -190,13 +196,10 @@ class OneRounding:
         if not torch.is_grad_enabled():
             # Without the function: compiled by torch 2.11, where there are no gradients, its `forward` is given each
             # argument in the place of the one before. Can go when 2.11 is not supported.
-            given = x if dropped is None else dropped
-            inner = given.reshape(-1, given.shape[-1]) @ adapter[0].t() * self.scaling[name]
-            low_rank = [inner, adapter[1].t()]
-            plain: Tensor = torch.ops.panda.sum_of_products(
-                x, [base.weight, *scales], layout, True, low_rank, base.bias
-            )
-            return plain
+            low_rank = [_inner(x if dropped is None else dropped, adapter[0], self.scaling[name]), adapter[1].t()]
+            weight = [base.weight, *scales]
+            result = torch.ops.panda.sum_of_products(x, weight, layout, True, low_rank, base.bias)
+            return result
         settings = self.scaling[name], self.keeps_dequantised, layout
         result = _AdaptedLinear.apply(settings, x, dropped, *adapter, base.bias, base.weight, *scales)  # type: ignore[no-untyped-call]
         return result

@@ -93,6 +93,23 @@ def test_outputs_and_gradients_are_pefts(config: dict[str, Any], compiled: bool)
             assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=["plain", "dropout", "rs"])
+def test_without_gradients_outputs_are_pefts(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], compiled: bool
+) -> None:
+    model, x = pair(**config), torch.randn(2, 5, 24, dtype=torch.float64)
+    mine = rounded_once(model)
+    torch.manual_seed(3)  # dropout
+    expected = model(x).detach()
+    monkeypatch.setattr(lora.Linear, "forward", None)  # peft's own is not called
+    torch.compiler.reset()
+    function = torch.compile(mine, fullgraph=True, backend="aot_eager") if compiled else mine
+    torch.manual_seed(3)
+    with torch.no_grad():
+        assert torch.allclose(function(x), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_inductor_compiles_it_without_a_break() -> None:
     model, x = pair(), torch.randn(2, 5, 24, dtype=torch.float64)
     mine = rounded_once(model)
