@@ -59,9 +59,10 @@ class Catalog:
             )
         matches = self.matches(kind, reference)
         allowed = [offer for offer in matches if not self.is_blocked(offer)]
-        own = [offer for offer in allowed if offer.is_own]
-        if len(own if ":" not in reference and own else allowed) == 1:
-            return (own or allowed)[0]
+        if ":" not in reference:
+            allowed = [offer for offer in allowed if offer.is_own] or allowed
+        if len(allowed) == 1:
+            return allowed[0]
         if len({offer.distribution for offer in allowed}) == 1:
             declared = " and ".join(f"{offer.name} = {offer.module}" for offer in allowed)
             raise UserError(
