@@ -15,13 +15,12 @@ from launching import train_many
 from launching import zero3_at_once
 from torch._dynamo.testing import CompileCounter
 
-from panda.configuration.options import RunOptions
 from panda.models.forward.layers import numbered_layers
+from panda.models.forward.layers import without_compiling
 from panda.models.forward.trial import refuse_unfit
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
-from panda.run.trained_model import _without_compiling
 
 SHAPE = "--arch llama-tiny --num_layers 2 --hidden_size 32 --intermediate_size 48 --num_heads 4 --num_key_value_heads 2"
 RUN = f"{SHAPE} --task instruct --max_seq_length 100 --batching packed --max_steps 3 --per_gpu_train_batch_size 2"
@@ -69,9 +68,9 @@ def test_the_trials_before_training_compile_nothing() -> None:
     model, counter = build_llama(LlamaOptions(**shape), context).eval(), CompileCounter()
     torch._dynamo.reset()
     numbered_layers(model, "compile")[0].compile(backend=counter)
-    with _without_compiling(RunOptions(compile=True)):
+    with without_compiling(True):
         refuse_unfit(model, "llama", 50, torch.device("cpu"))
     assert counter.frame_count == 0
-    with _without_compiling(RunOptions()):
+    with without_compiling(False):
         refuse_unfit(model, "llama", 50, torch.device("cpu"))
     assert counter.frame_count == 1
