@@ -22,6 +22,7 @@ LEVELS: tuple[set[str], ...] = (
     {"run"},
     {"runner"},
     {"cli", "hooks"},
+    {"testing"},
     {"__main__"},
 )
 """Rooms from the ground up: each imports only what is below it, and rooms on one level do not import each other."""
