@@ -202,8 +202,11 @@ def test_the_status_says_how_a_run_ended(tmp_path: Path, code: int | None, log: 
 
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    """With the processes that it has started."""
-    code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    """With the processes that it has started, also in sessions of their own, as torchrun starts ranks."""
+    code = (
+        "import subprocess; child = subprocess.Popen(['sleep', '60'], start_new_session=True);"
+        " print(child.pid, flush=True); child.wait()"
+    )
     outcome = measurement._run([sys.executable, "-c", code], tmp_path / "run", settings(tmp_path, timeout=3.0), 1, {})
     assert outcome.code is None and outcome.ended - outcome.began < 30
     child = Path(f"/proc/{int(outcome.log)}/cmdline")

@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil  # of deepspeed
+
 from bench.gpu.cases import SHAPES
 from bench.gpu.cases import TASKS
 from bench.gpu.cases import Case
@@ -244,11 +246,16 @@ def _run(command: list[str], folder: Path, settings: Settings, ranks: int, more:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the process group of ``process``."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+    """End ``process``, with all that it has started: torchrun gives each rank a process group of its own."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
+        for left in started:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+    with suppress(ProcessLookupError):  # what outlives a process that has ended by itself
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
