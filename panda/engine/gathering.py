@@ -57,6 +57,7 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any) -> None:
         return
     from deepspeed.runtime.zero import register_external_parameter
 
+    _trace_linear_layers_of_torch()
     models: list[Any] = [part for part in module.modules() if getattr(part, "sums_loss", False)]
     for model in models:
         for parameter in model.get_output_embeddings().parameters():
@@ -85,6 +86,27 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any) -> None:
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         if id(handle.hooks_dict_ref()) in hooks:
             handle.remove()
+
+
+def _trace_linear_layers_of_torch() -> None:
+    """Let torch compile its own linear layer in place of the one that DeepSpeed (0.19.8) replaces it by.
+
+    In backward, DeepSpeed's asks whether the weight has a ``ds_id``, and torch 2.11 compiles code for that number only:
+    each layer again, and after eight none. Compiled code saves the parameter itself with either.
+    """
+    import deepspeed.runtime.zero.linear as of_deepspeed
+
+    replaced, eager = of_deepspeed.zero3_linear_wrap, torch.nn.functional.linear
+    if eager is not replaced:
+        return
+
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch._C._nn.linear(input, weight, bias)
+        result: torch.Tensor = replaced(input, weight, bias)
+        return result
+
+    torch.nn.functional.linear = linear
 
 
 def _what_forbids(layer: torch.nn.Module, run_outside: set[torch.nn.Module], offload: Any) -> str:

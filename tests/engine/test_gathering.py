@@ -131,3 +131,18 @@ def test_a_layer_that_cannot_gather_all_its_weights_does_so_by_its_modules(
         layer.is_compiled = True  # type: ignore[assignment]
     with pytest.raises(UserError, match=rf"compile: .*{why}.*`compile: false`"):
         engine_of(module, processes)
+
+
+def test_compiled_code_has_the_linear_layer_of_torch(processes: Processes) -> None:
+    """DeepSpeed's asks each weight for its number, which torch 2.11 compiles again for each layer."""
+    engine = engine_of(Layered(), processes)
+    called: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(torch.nn.Linear(8, 8), backend=record)
+    torch.testing.assert_close(compiled(torch.ones(2, 8)), compiled._orig_mod(torch.ones(2, 8)))
+    assert len(called) == 1 and "linear" in called[0], called
+    engine.close()
