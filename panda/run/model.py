@@ -202,6 +202,10 @@ def make_trainable(
             model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
         if adapters:
             start_from(model, adapters)
+        if options.precision != "fp32":
+            for parameter in model.parameters():  # DeepSpeed casts a whole model, but none with partitioned weights
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(getattr(torch, options.dtype_name))
         round_once(model, keep_dequantised=options.activation_checkpointing == "full")
     if options.activation_checkpointing == "selective":
         recompute_activations(model, selective=True)

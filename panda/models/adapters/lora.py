@@ -56,9 +56,8 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
     """``model`` with adapters on the linear layers that ``options`` chooses; the rest of it is frozen.
 
     By default all linear layers except the output head get adapters. Their weights are drawn from torch's
-    generator on torch's default device, in float32; the engine casts them with the model, and the optimizer keeps its
-    own in float32. Rows of the embedding and the head that the base has no token for, ``model.new_rows``, are trained
-    too.
+    generator on torch's default device, in float32. Rows of the embedding and the head that the base has no token for,
+    ``model.new_rows``, are trained too.
     ``spread_by`` is DeepSpeed's configuration if it has partitioned the weights of ``model`` over ranks.
     Raises UserError where there is no layer to put them on.
     """
