@@ -118,10 +118,11 @@ def panda_evaluation_start(run: Run) -> None:
 def panda_evaluation(run: Run, record: dict[str, Any]) -> None:
     """The run was evaluated on its held-out data, every ``eval_steps`` steps and at the end. May act.
 
-    ``record``, which every rank is given, has ``step``; ``eval_loss``, per supervised token, each sample counted once
-    over all ranks; ``eval_tokens`` and ``eval_supervised_tokens``; ``eval_seconds``, which each rank measures for
-    itself; and with ``eval_`` before their names the metrics of the task, and what hooks have added by ``run.log`` in
-    ``panda_evaluation_start``. What writes it to a file does so on rank 0.
+    ``record`` is that of rank 0 on every rank (in a run in which nothing may act, ``eval_seconds`` and what hooks add
+    are each rank's own). It has ``step``; ``eval_loss``, per supervised token, each sample counted once over all ranks;
+    ``eval_tokens`` and ``eval_supervised_tokens``; ``eval_seconds``; and with ``eval_`` before their names the metrics
+    of the task, and what hooks have added by ``run.log`` in ``panda_evaluation_start``. What writes it to a file does
+    so on rank 0.
     """
 
 

@@ -85,11 +85,13 @@ def load_state(run: Run, checkpoint: Path) -> None:
         state |= {name: copies[written] for name, written in found["weights"].items()}
         load(run=run, state=state)
     notes += [
-        f"{key} is not in this run: what {checkpoint.name} has of its state is left out, and so is what it did"
+        f"{key} is not in this run: its state in {checkpoint.name} is not used, nor kept in later checkpoints"
         for key in described
     ]
     if run.learning_rate_factor != 1:
-        notes.append(f"hooks have scaled the learning rate by {run.learning_rate_factor:g} until {checkpoint.name}")
+        notes.append(
+            f"until {checkpoint.name} hooks scaled the learning rate by {run.learning_rate_factor:g}, which stays so"
+        )
     if run.processes.rank == 0:
         for note in notes:
             print(printable(f"note: {note}"), flush=True)

@@ -205,8 +205,14 @@ class Loop:
         run.at("panda_evaluation_start")
         with run.using_evaluated_weights():
             found = run.engine.evaluate(_Evaluation(self, run.evaluation), self.loss, self.statistics)
-        record = evaluation_record(run.step, found, run.task.unit, begun)
-        add_to(record, run.added, "eval_")
+
+        def recorded() -> dict[str, Any]:
+            record = evaluation_record(run.step, found, run.task.unit, begun)
+            add_to(record, run.added, "eval_")
+            return record
+
+        # What acts decides by it, so its last bit and its time must be the same everywhere.
+        record = run.processes.from_rank_0(recorded) if run.hooks.acts("panda_evaluation") else recorded()
         run.added = due
         run.at("panda_evaluation", record=record)
         collect()
