@@ -99,7 +99,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("plateau-resumed", *OTHERS["plateau"], resumed=6, of="plateau-whole")
     add("freeze-resumed", *OTHERS["freeze"], resumed=3, of="freeze")
     add("other-stage", *ways["3"], *EMA, resumed=3, of="1-ema")
-    train_many(configurations, ranks=2, cwd=folder, PYTHONPATH=os.pathsep.join([str(site)]))
+    train_many(
+        configurations, ranks=2, cwd=folder, PYTHONPATH=os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    )
     moved = ["--resume", folder / "2-ema/checkpoints/step-00000003", "--output_dir", folder / "other-ranks"]
     train_many([command("--per_gpu_train_batch_size", 4, *EMA, *moved)], cwd=folder)
     return folder

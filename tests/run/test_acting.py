@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributions import Distributions
@@ -19,6 +20,12 @@ from launching import losses
 from launching import metrics
 from launching import run_panda
 from launching import train_many
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.engine.processes import Processes
+from panda.registry import UserError
+from panda.runner import train
 
 ACTOR = """
 import torch
@@ -244,3 +251,120 @@ def test_numbers_that_hooks_add_are_in_the_records(runs: Path) -> None:
     assert [record["half_a_step"] for record in records if "loss" in record] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     assert [record["eval_answer"] for record in records if "eval_loss" in record] == [42, 42]
     assert not any("half_a_step" in record for record in records if "eval_loss" in record)
+
+
+# -- what is refused, in one process ----------------------------------------------------------
+
+MISTAKEN = """
+@dataclass(frozen=True)
+class MistakenOptions:
+    mistake: str = ""
+
+@register_plugin("mistaken", options=MistakenOptions)
+class Mistaken:
+    def __init__(self, options, context):
+        self.mistake = options.mistake
+
+    @hookimpl
+    def panda_log(self, run):
+        if self.mistake == "stop on rank 0":
+            run.stop("no")
+
+    @hookimpl
+    def panda_step_end(self, run):
+        if self.mistake == "skip too late":
+            run.skip_step("no")
+        if self.mistake == "own key":
+            run.log("grad_norm", 1)
+        if self.mistake == "no number":
+            run.log("mine", "1")
+        if self.mistake == "backwards":
+            run.scale_learning_rate(-1)
+
+    @hookimpl
+    def panda_evaluation_start(self, run):
+        if self.mistake == "own key of evaluations":
+            run.log("loss", 1)
+
+    @hookimpl
+    def panda_save_state(self, run):
+        return {"tuple": {"nested": [(1, 2)]}} if self.mistake == "state" else {}
+
+    @hookimpl
+    def panda_load_state(self, run, state): pass
+
+@register_plugin("watching")
+class Watching:
+    acts = False
+
+    def __init__(self, options, context): pass
+
+    @hookimpl
+    def panda_step_end(self, run):
+        run.stop("no")
+"""
+
+
+@pytest.fixture
+def trained(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``trained(*flags)``: a run of two steps, in this process."""
+    names = dict.fromkeys(("mistaken", "watching"), "mistakes.plugins")
+    distributions.install("mistakes", {"plugins": names}, {"mistakes.plugins": MISTAKEN})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("panda.run.ending.ANSWER_TOKENS", 2)
+
+    def train_with(*given: str) -> Any:
+        argv = [*map(str, RUN), "--logging_steps", "1", "-p", "no:tensorboard", "-p", "no:plot", *given]
+        argv[argv.index("--max_steps") + 1] = "2"
+        return train(configure(parse_arguments(argv)))
+
+    return train_with
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "message"),
+    [
+        ("stop on rank 0", RuntimeError, "run.stop was called where ranks do not meet"),
+        ("skip too late", RuntimeError, "run.skip_step was called where ranks do not meet.*rank: panda_step_start"),
+        ("own key", UserError, r"plugin mistaken: run.log\('grad_norm', ...\) has the name of another entry"),
+        ("own key of evaluations", UserError, r"plugin mistaken: run.log\('loss', ...\) has the name of another entry"),
+        ("no number", UserError, r"plugin mistaken: run.log\('mine', ...\) takes a number, not str"),
+        ("backwards", UserError, "plugin mistaken scales the learning rate by -1"),
+        ("state", UserError, r"at \['tuple'\]\['nested'\]\[0\] tuple.*fault of mistakes 1.0"),
+    ],
+)
+def test_what_a_hook_must_not_ask_for_is_an_error(
+    processes: Any, trained: Any, mistake: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        trained("--plugins", "mistaken", "--mistake", mistake)
+    if error is RuntimeError:
+        assert "plugin 'mistaken': mistakes 1.0" in caught.value.__notes__[0]
+
+
+def test_a_plugin_that_says_it_only_watches_must_not_ask(processes: Any, trained: Any) -> None:
+    with pytest.raises(RuntimeError, match="was called by plugin watching, which says `acts = False`"):
+        trained("--plugins", "watching")
+
+
+def test_ranks_agree_only_where_something_may_act(
+    processes: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = 0
+
+    def any_(self: Processes, here: bool) -> bool:
+        nonlocal asked
+        asked += 1
+        return here
+
+    monkeypatch.setattr(Processes, "any_", any_)
+    watching = ("--plugins", "profile", "ema", "--eval_steps", "1", "--save_steps", "1", "--output_dir", "run")
+    trained(*watching)
+    assert asked == 0, "of panda's own by default, and of these two, none"
+    trained("--plugins", "mistaken")
+    assert asked == 2 + 1, "after each step, and before the evaluation"
+    capsys.readouterr()
+    trained("--plugins", "mistaken", "--resume", "run/checkpoints/step-00000001", "--output_dir", "other")
+    notes = capsys.readouterr().out
+    assert "note: plugin mistakes:mistaken is new in this run: step-00000001 has no state of it" in notes
+    assert "note: plugin panda-train:ema is not in this run: its state in step-00000001 is not used" in notes
