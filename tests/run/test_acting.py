@@ -144,6 +144,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
         (on_two if ranks == 2 else on_one).append(
             flags(folder, ranks, name, way, *resumed, "--output_dir", folder / f"{ranks}-{name}-from-{step}")
         )
+    on = (*TOGETHER["stop"], "--at_step", 100, "--resume", folder / "2-stop/checkpoints/step-00000003")
+    on_two.append(flags(folder, 2, "stop", on, "--output_dir", folder / "2-stop-on"))
     # With another number of ranks.
     resumed = ("--resume", folder / "2-slow/checkpoints/step-00000004", "--output_dir", folder / "moved")
     train_many(on_two, ranks=2, cwd=folder, **environment)
@@ -199,6 +201,11 @@ def test_a_stopped_run_is_resumed_only_without_what_stopped_it(
     expected, found = exported_weights(plain), exported_weights(run)
     assert all(expected[name].equal(found[name]) for name in expected)
     assert heard(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_of_two_ranks_goes_on_where_one_of_them_stopped_it(runs: Path) -> None:
+    assert_same_end(runs / "2-stop-on", runs / "2-plain", after=3)
+    assert heard(runs / "2-stop-on", 1) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_step_is_left_out_on_all_ranks_where_one_asks(runs: Path) -> None:
