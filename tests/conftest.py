@@ -36,6 +36,8 @@ LONGEST = (
     "test_example_plugin.py",
     "test_rl_plugin.py",
     "test_sharded_lamb.py",
+    "test_acting_plugins.py",
+    "test_acting.py",
     "test_adapters.py",
     "test_redistribution.py",
     "test_quantisation.py",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.freezing import Freezing
 from panda.engine.gathering import gather_by_layers
 from panda.engine.gathering import with_sizes
 from panda.engine.gradient_sums import sum_in_one_pass
@@ -112,6 +113,7 @@ class Engine:
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self._module_parts = tuple(module.modules())
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
+        self.freezing = Freezing(module, self.optimizer, optimizer)
         self.on_part: Callable[[str], None] | None = None
         """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
         self._agreed: set[str] = set()
