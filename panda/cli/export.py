@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from panda.cli.answering import add_blocking
 from panda.cli.command import run_command
 from panda.cli.passed_over import report_passed_over
 from panda.files.whole import check_can_be_made
@@ -41,6 +42,7 @@ def _export(argv: list[str]) -> None:
         " this, only the adapters are written, in peft's format",
     )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    add_blocking(parser)
     arguments = parser.parse_args(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
@@ -54,7 +56,7 @@ def _export(argv: list[str]) -> None:
         raise UserError(
             f"{run}: its folder {MODEL_FOLDER!r}, which describes the model of the weights in {checkpoint}, is missing."
         )
-    adapted = adapter_run(run, arguments.ckpt_path)
+    adapted = adapter_run(run, arguments.ckpt_path, arguments.p)
     if arguments.merge and adapted is None:
         raise UserError(f"--merge: {run} trained a whole model, so there is nothing to merge. Leave --merge out.")
     output = arguments.output or run / ("merged" if arguments.merge else EXPORT)
