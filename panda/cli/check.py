@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from panda.cli.command import announce_loading
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
+from panda.run.first_look import announce_loading
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]

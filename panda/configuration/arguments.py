@@ -6,6 +6,7 @@ knowing any: ``--key value``, ``--key=value``, ``--key a b`` for a list, and ``-
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
 from collections.abc import Mapping
@@ -130,23 +131,32 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
             f"panda.train: its first argument is the path of a YAML file, a mapping of keys to values, or None, not"
             f" {type(config).__qualname__}."
         )
-    over = _with_accepted_spellings({key: _of_python(f"{key}=", value) for key, value in flags.items()})
+    over = _with_accepted_spellings({key: _of_python(f"panda.train({key}=...)", value) for key, value in flags.items()})
     recorded = {key: value for key, value in file.given.items() if key not in over} if file.is_recorded else {}
     return Arguments(file.given | over, False, file.api, recorded, in_process=True)
 
 
 def _of_python(origin: str, value: Any) -> Given:
-    """``value``, a Python object, as a given value."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, list | tuple):
-        value = tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
-        items = value
-    else:
-        items = (value,)
-    if not all(item is None or isinstance(item, str | int | float) for item in items):
-        return Given(True, origin, repr(value), is_nested=True)
-    return Given(value, origin, ", ".join(map(str, items)))
+    """``value``, a Python object, as a given value. Raises UserError where it is none that a file could have."""
+    if isinstance(value, Mapping):
+        return Given(True, origin, "...", is_nested=True)
+    items = tuple(_plain(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    for item in items:
+        if item is not None and not isinstance(item, str | int | float):
+            raise UserError(
+                f"{origin}: expected a text, a number, a truth value, None or a list of these, not a"
+                f" {type(item).__qualname__}."
+            )
+    return Given(items if isinstance(value, list | tuple) else items[0], origin, ", ".join(map(str, items)))
+
+
+def _plain(item: Any) -> Any:
+    """``item`` as a value of YAML, where it is a path or a number of some library."""
+    if isinstance(item, os.PathLike):
+        return os.fspath(item)
+    if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+        return int(item)
+    return float(item) if isinstance(item, numbers.Real) and not isinstance(item, bool) else item
 
 
 def _read(path: Path) -> _File:

@@ -43,12 +43,13 @@ def flags_of_files(resolved: Resolved) -> str:
 
     With these a run starts again from its own config.yaml.
     """
-    named = {"user_dir": resolved.core.user_dir and str(resolve_path(resolved.core.user_dir).absolute())}
+    folder = resolved.core.user_dir
+    named = {"user_dir": shlex.quote(str(resolve_path(folder).absolute()))} if folder else {}
     for key, value in resolved.lasting.items():
         texts = value if isinstance(value, tuple) else (value,)
-        if any(text and named_file(text) for text in texts):
+        if any(named_file(text) for text in texts if text):
             named[key] = shlex.join(texts)
-    return "".join(f" --{key} {value}" for key, value in named.items() if value)
+    return "".join(f" --{key} {value}" for key, value in named.items())
 
 
 def _refuse_unrepeated(arguments: Arguments, folder: Path | None) -> None:

@@ -78,8 +78,8 @@ class Names:
 class Given:
     """A value as it was written, before its option is known."""
 
-    value: str | bool | tuple[str | bool | None, ...] | None
-    """Text for text and numbers; True, False or None where YAML reads it so."""
+    value: str | bool | float | tuple[str | bool | float | None, ...] | None
+    """Text for text and numbers, which Python code may give as such; True, False or None where YAML reads it so."""
     origin: str
     """Where it was written: ``run.yaml:3`` or ``--learning_rate``."""
     text: str = ""
