@@ -59,10 +59,12 @@ def train_arguments(arguments: Arguments) -> Trained:
 
     configuration = configure(arguments)
 
+    from panda.data.ingredients import forget_unseen_code
     from panda.run.first_look import announce_loading
     from panda.run.first_look import look_first
     from panda.run.sources import with_lasting_sources
 
+    forget_unseen_code()
     configuration = with_lasting_sources(configuration)
     look_first(configuration, int(os.environ.get("WORLD_SIZE", 1)))
     # By default the OpenMP threads of torch (2.13, 2026-11) spin while they wait for each other, which makes them a

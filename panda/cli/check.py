@@ -56,9 +56,9 @@ def _print_settings(resolved: Resolved) -> None:
     print()
     for chosen in resolved.chosen:
         source = "{}:{}".format(*chosen.component.source)
-        print(f"{chosen.label}: {chosen.offer.distribution} {chosen.offer.version}, {source}")
+        print(f"{chosen.label}: {chosen.offer.provider}, {source}")
     for offer in resolved.hook_modules:
-        print(f"plugin {offer.name}: {offer.distribution} {offer.version}, {offer.module}")
+        print(f"plugin {offer.name}: {offer.provider}, {offer.file or offer.module}")
 
 
 def _check_data_and_model(configuration: Configuration, world_size: int) -> None:

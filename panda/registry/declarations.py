@@ -59,9 +59,9 @@ def forget_sources() -> None:
     _parsed.cache_clear()
 
 
-def module_summary(module: str) -> str:
-    """First line of the docstring of ``module``, without importing it."""
-    return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]
+def module_summary(module: str, file: str = "") -> str:
+    """First line of the docstring of ``module``, without importing it. ``file``: its source, if that is known."""
+    return (ast.get_docstring(_parsed(module, file)) or "").partition("\n")[0]
 
 
 @functools.cache

@@ -52,7 +52,8 @@ def offers_in_folder(folder: Path, origin: str) -> tuple[list[Offer], list[str]]
     Raises UserError where it is no folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{origin}: user_dir: {str(folder)!r} is not a folder.")
+        at = f"{origin}: " if origin.startswith("-") else f"{origin}: user_dir: "
+        raise UserError(f"{at}{str(folder)!r} is not a folder.")
     forget_sources()
     files = python_files(folder)
     found = [offer for file in files for offer in _offers(file, USER_DIR)]
@@ -161,8 +162,8 @@ def _offers(file: Path, provider: str) -> Iterator[Offer]:
     for each in declared:
         for name in each.names:
             yield Offer(each.kind, name, module, provider, "", file=str(file), line=each.line)
-    line = line_of_hooks(module, str(file))
-    if line and not any(each.kind == "plugin" for each in declared):
+    line = None if declared else line_of_hooks(module, str(file))  # hooks beside a component belong to it
+    if line is not None:
         yield Offer("plugin", module.rpartition(".")[2], module, provider, "", file=str(file), line=line)
 
 
