@@ -55,6 +55,7 @@ class Catalog:
         self.api = api
         self._unread = tuple(unread)
         self._runs_files = runs_files
+        self._in_use: set[Path] = set()  # files of the user that this run has imported
         self._blocked_distributions = frozenset(map(normalised, self.blocked))
         if OWN_DISTRIBUTION in self._blocked_distributions:
             raise UserError(f"-p no:{OWN_DISTRIBUTION}: panda cannot block itself.")
@@ -210,7 +211,7 @@ class Catalog:
         """
         if offer.api:
             checked_api(offer.api, offer.describe(), remedy=f", or an older {offer.distribution}")
-        module = _import(offer)
+        module = self._imported(offer)
         component = recorded(offer.kind, offer.name, module.__name__)
         if component is None and not (offer.kind == "plugin" and has_hooks(module)):
             present = recorded_names(offer.kind, module.__name__)
@@ -232,6 +233,34 @@ class Catalog:
                 raise UserError(f"{component.describe()}: its options cannot be used: {problem}.") from problem
         return component
 
+    def _imported(self, offer: Offer) -> ModuleType:
+        is_of_user = bool(offer.file) and offer.distribution != IN_PROCESS
+        if is_of_user:
+            if problem := unreadable(Path(offer.file)):
+                raise UserError(problem)
+            make_importable(offer, self._in_use)
+        try:
+            with importing():
+                module = importlib.import_module(offer.module)
+            if is_of_user:
+                note_executed(offer)
+                self._in_use.add(Path(offer.file))
+            return module
+        except (Exception, SystemExit) as problem:
+            if isinstance(problem, UserError):
+                raise UserError(f"while importing {offer.describe()}: {problem}") from problem
+            if is_of_user:
+                raise UserError(
+                    f"could not import {offer.file} for {offer.kind} {offer.name!r}:"
+                    f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
+                    "\nPANDA_TRACEBACK=1 shows the whole traceback."
+                ) from problem
+            raise UserError(
+                f"could not import {offer.module}, which {offer.describe()} names for {offer.kind} {offer.name!r}:"
+                f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
+                "\nPANDA_TRACEBACK=1 shows the whole traceback."
+            ) from problem
+
 
 _IN_FILE = "is in a file of the user's, and only training runs these."
 
@@ -252,34 +281,6 @@ def _declared_often(reference: str, offers: list[Offer]) -> str:
         f"{first.kind} {reference!r} is declared {len(offers)} times by {first.provider}: {declared}. This is a fault"
         f" of {first.distribution}."
     )
-
-
-def _import(offer: Offer) -> ModuleType:
-    is_of_user = bool(offer.file) and offer.distribution != IN_PROCESS
-    if is_of_user:
-        if problem := unreadable(Path(offer.file)):
-            raise UserError(problem)
-        make_importable(offer)
-    try:
-        with importing():
-            module = importlib.import_module(offer.module)
-        if is_of_user:
-            note_executed(offer)
-        return module
-    except (Exception, SystemExit) as problem:
-        if isinstance(problem, UserError):
-            raise UserError(f"while importing {offer.describe()}: {problem}") from problem
-        if is_of_user:
-            raise UserError(
-                f"could not import {offer.file} for {offer.kind} {offer.name!r}:"
-                f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
-                "\nPANDA_TRACEBACK=1 shows the whole traceback."
-            ) from problem
-        raise UserError(
-            f"could not import {offer.module}, which {offer.describe()} names for {offer.kind} {offer.name!r}:"
-            f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
-            "\nPANDA_TRACEBACK=1 shows the whole traceback."
-        ) from problem
 
 
 def _place(problem: BaseException) -> str:

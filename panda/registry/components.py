@@ -56,8 +56,10 @@ class Component:
             return code.co_filename, code.co_firstlineno
         try:
             return inspect.getsourcefile(self.factory) or self.module, inspect.getsourcelines(self.factory)[1]
-        except (OSError, TypeError):  # a class typed at a prompt has no source
-            return self.module, 0
+        except (OSError, TypeError):  # of a class in a notebook Python does not know the cell, but its functions do
+            codes = [getattr(function, "__code__", None) for function in vars(self.factory).values()]
+            known = [code for code in codes if code is not None and not code.co_filename.startswith("<")]
+            return (known[0].co_filename, known[0].co_firstlineno) if known else (self.module, 0)
 
     def describe(self) -> str:
         file, line = self.source

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import inspect
+import linecache
 import re
 import sys
 from collections.abc import Collection
@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from panda.registry.components import forget
-from panda.registry.components import recorded
 from panda.registry.components import registered_in_process
 from panda.registry.declarations import declarations
 from panda.registry.declarations import forget_sources
@@ -104,13 +103,17 @@ def python_files(folder: Path) -> list[Path]:
     return sorted(file.absolute() for file in found if file.is_file())
 
 
-def make_importable(offer: Offer) -> None:
-    """Let Python find the module of ``offer``, a user's, as its file is now. Raises UserError if its name is taken."""
+def make_importable(offer: Offer, in_use: Collection[Path]) -> None:
+    """Let Python find the module of ``offer``, a user's, as its file is now.
+
+    ``in_use``: the files that the same run has imported. Raises UserError if the name of the module is taken.
+    """
     file = Path(offer.file)
     root, module = _place(file)
     if "." in file.stem:
         raise UserError(f"{file}: a module's name has no '.': rename the file.")
-    _forget_changed(root)
+    if not any(used.is_relative_to(root) for used in in_use):
+        _forget_changed(root)
     if str(root) not in sys.path:
         sys.path.append(str(root))
     importlib.invalidate_caches()
@@ -120,17 +123,19 @@ def make_importable(offer: Offer) -> None:
     except ValueError:  # of a module that something put into sys.modules by hand
         spec = None
     origin = spec.origin if spec else None
-    if origin is None or Path(origin).resolve() not in (
-        (root / f"{top}.py").resolve(),
-        (root / top / "__init__.py").resolve(),
-    ):
+    expected = [file.resolve() for file in (root / f"{top}.py", root / top / "__init__.py")]
+    is_another = origin is None or Path(origin).resolve() not in expected
+    if origin is not None and is_another and Path(origin) in _executed and Path(origin) not in in_use:
+        _forget_changed(_place(Path(origin))[0], anyway=True)  # of an earlier run in this process
+        return make_importable(offer, in_use)
+    if is_another:
         taken = f"{origin} has" if origin else "another module has"
         raise UserError(f"{file}: it would be imported as {module!r}, and {taken} the name {top!r}. Rename it.")
 
 
 def note_executed(offer: Offer) -> None:
     """Remember the content of the files that importing the module of ``offer``, a user's, has executed."""
-    for file in _loaded(_place(Path(offer.file))[0]).values():
+    for file in filter(Path.is_file, _loaded(_place(Path(offer.file))[0]).values()):
         _executed.setdefault(file, _sha256(file))
 
 
@@ -138,17 +143,18 @@ def executed_files(offers: Iterable[Offer], folder: Path | None) -> dict[str, st
     """The sha256 of each user's file that a run which chose ``offers`` executes, or may, by path.
 
     These are all in ``folder``, the ``user_dir``, those of ``offers``, and the modules beside them that are imported.
-    For code of a notebook it is that of its source, under the name that Python has for it.
+    For code of a notebook it is that of its cell, under the name that Python has for it.
     """
     found: dict[str, str] = {}
     files = set(python_files(folder)) if folder else set()
     for offer in offers:
         if offer.file and not Path(offer.file).exists():
-            found[offer.file] = _sha256_of_code(offer)
+            lines = "".join(linecache.getlines(offer.file))
+            found[offer.file] = _sha256_of(lines.encode(errors="surrogateescape")) if lines else "unknown"
         elif offer.file:
             files |= {Path(offer.file).absolute()}
             if offer.distribution != IN_PROCESS:
-                files |= set(_loaded(_place(Path(offer.file))[0]).values())
+                files |= set(filter(Path.is_file, _loaded(_place(Path(offer.file))[0]).values()))
     return found | {str(file): _executed.get(file) or _sha256(file) for file in sorted(files)}
 
 
@@ -182,7 +188,7 @@ def _loaded(root: Path) -> dict[str, Path]:
         file = getattr(module, "__file__", None)
         if name != "__main__" and isinstance(file, str) and file.endswith(".py"):
             path = Path(file).absolute()
-            if path.is_relative_to(root) and not _is_hidden(path.relative_to(root)) and path.is_file():
+            if path.is_relative_to(root) and not _is_hidden(path.relative_to(root)):
                 found[name] = path
     return found
 
@@ -191,25 +197,21 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "site-packages" for part in path.parts)
 
 
-def _forget_changed(root: Path) -> None:
-    """Where a file below ``root`` has changed since it was imported, forget all modules from there."""
-    loaded = _loaded(root)
-    if any(file in _executed and _executed[file] != _sha256(file) for file in loaded.values()):
-        mine = {name: file for name, file in loaded.items() if file in _executed}
-        for name, file in mine.items():
+def _forget_changed(root: Path, *, anyway: bool = False) -> None:
+    """Where a file below ``root`` has changed since it was imported, or ``anyway``, forget all modules from there."""
+    loaded = {name: file for name, file in _loaded(root).items() if file in _executed}
+    if anyway or any(not file.exists() or _executed[file] != _sha256(file) for file in loaded.values()):
+        for name, file in loaded.items():
             sys.modules.pop(name, None)
             _executed.pop(file, None)
-        forget(mine)
+        forget(loaded)
+        if anyway and str(root) in sys.path:
+            sys.path.remove(str(root))
 
 
 def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return _sha256_of(file.read_bytes())
 
 
-def _sha256_of_code(offer: Offer) -> str:
-    component = recorded(offer.kind, offer.name, offer.module)
-    try:
-        source = inspect.getsource(component.factory) if component else ""
-    except (OSError, TypeError):
-        source = ""
-    return hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest() if source else "unknown"
+def _sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
