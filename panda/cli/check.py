@@ -17,8 +17,8 @@ nothing but the token cache. What panda-train would refuse on this machine is re
 that does not fit: for a run of several processes set WORLD_SIZE, as its launcher does.
 
 examples:
-  panda check configs/instruct-tiny.yaml --learning_rate 2e-3
-  WORLD_SIZE=8 panda check run.yaml --zero_stage 3"""
+  panda check panda:configs/instruct-tiny.yaml --learning_rate 2e-3
+  WORLD_SIZE=8 panda check panda:configs/instruct-tiny.yaml --zero_stage 3"""
 
 
 TRIED_LATER = "not tried yet: whether the model looks ahead or lacks logits; training does so before its first step"

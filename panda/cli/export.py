@@ -31,7 +31,7 @@ def _export(argv: list[str]) -> None:
         prog="panda export",
         description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
         " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
-        epilog="example: panda export runs/instruct-llama-7b --output my-llama",
+        epilog="example: panda export runs/instruct-llama-tiny --output my-llama",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")

@@ -23,19 +23,20 @@ from panda.registry.options import options_of
 from panda.registry.settings import convert_options
 
 USAGE = """\
-usage: panda-train [--config FILE] [--KEY VALUE ...] [-p no:NAME]
+usage: panda-train [--config FILE] [--KEY VALUE ...] [-p no:NAME] [--version]
 
 Train a language model. Every key of the YAML file is a flag, with `-` or `_`; a flag wins over the
 file. Name a task, an arch and an optimizer here to see their flags below.
 
 examples:
-  panda-train --config configs/instruct-tiny.yaml
-  panda-train --config configs/instruct-tiny.yaml --learning_rate 2e-3 --run_name faster
+  panda-train --config panda:configs/instruct-tiny.yaml
+  panda-train --config panda:configs/instruct-tiny.yaml --learning_rate 2e-3 --run_name faster
   panda-train --task instruct --arch llama-7b --optimizer adamw --help
-  torchrun --nproc_per_node 8 --no-python panda-train --config run.yaml --zero_stage 2
+  torchrun --nproc_per_node 2 --no-python panda-train --config panda:configs/instruct-tiny.yaml --zero_stage 2
 
-  --config FILE          flat YAML, one `key: value` a line (also --conf_path)
+  --config FILE          flat YAML, one `key: value` a line (also --conf_path); panda:configs/... come with panda
   -p no:NAME             leave out a plugin, or everything that a distribution provides
+  -V, --version          show the version of panda
   -h, --help             show this help"""
 
 

@@ -36,7 +36,7 @@ USAGE = (
 examples:
   panda list archs
   panda show model llama
-  panda check configs/instruct-tiny.yaml
+  panda check panda:configs/instruct-tiny.yaml
 
 `panda COMMAND --help` explains a command."""
 )
