@@ -71,7 +71,7 @@ def train_arguments(arguments: Arguments) -> Trained:
     # hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable
     # when torch loads it; it can go when torch's threads sleep by default.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "deepspeed" not in sys.modules:
+    if not (arguments.in_process and "deepspeed" in sys.modules):
         announce_loading()
     try:
         with _own_group():
