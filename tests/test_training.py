@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_runs_follow_each_other_in_one_process_as_on_the_command_line(folder: Pa
     assert [record["loss"] for record in first[2]] == [record["loss"] for record in written]
     assert second[0] == "runs/instruct-llama-tiny" and [record["step"] for record in second[3]] == [2]
     assert second[2][0]["loss"] == pytest.approx(first[2][0]["loss"], rel=1e-6)  # ZeRO-1 of one rank
+
+
+AGAIN = """
+for stage in (3, 1, 3, 0):
+    run = panda.train(TINY, zero_stage=stage, gradient_accumulation_steps=2, save_final=False)
+    if environment["RANK"] == "0":
+        print(json.dumps(run.records[-1]["loss"]))
+import torch.distributed
+
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_several_ranks_join_groups_again(folder: Path) -> None:
+    printed = run_script(script(folder, AGAIN), ranks=2, cwd=folder)
+    losses = [float(line) for line in printed.splitlines() if re.fullmatch(r"\d+\.\d+", line)]
+    assert len(losses) == 4 and losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
 
 REGISTERED = """

@@ -32,9 +32,9 @@ examples:
   panda-train --config panda:configs/instruct-tiny.yaml
   panda-train --config panda:configs/instruct-tiny.yaml --learning_rate 2e-3 --run_name faster
   panda-train --task instruct --arch llama-7b --optimizer adamw --help
-  torchrun --nproc_per_node 2 --no-python panda-train --config panda:configs/instruct-tiny.yaml --zero_stage 2
+  torchrun --nproc_per_node 2 --no-python panda-train --config panda:configs/pretrain-tiny.yaml
 
-  --config FILE          flat YAML, one `key: value` a line (also --conf_path); panda:configs/... come with panda
+  --config FILE          flat YAML, one `key: value` a line (also --conf_path); `panda:configs/` has some
   -p no:NAME             leave out a plugin, or everything that a distribution provides
   -V, --version          show the version of panda
   -h, --help             show this help"""
