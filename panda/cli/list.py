@@ -8,8 +8,8 @@ from typing import Any
 
 from panda.cli.command import run_command
 from panda.configuration.arguments import blocked_name
-from panda.configuration.user_code import catalog_with
 from panda.registry import Offer
+from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds

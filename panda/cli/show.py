@@ -6,7 +6,7 @@ import argparse
 
 from panda.cli.command import run_command
 from panda.cli.help import print_options
-from panda.configuration.user_code import catalog_with
+from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 from panda.configuration.arguments import Arguments
@@ -37,14 +36,6 @@ def catalog_of(arguments: Arguments) -> Catalog:
         offers = [each for each in offers if (each.kind, each.name.lower(), Path(each.file)) not in there]
         offers += of_process
     return Catalog(arguments.blocked, beside=offers, unread=unread, api=arguments.api)
-
-
-def catalog_with(folder: str | None, blocked: Iterable[str] = ()) -> Catalog:
-    """What is installed and not ``blocked``, and what is in ``folder``, the value of ``--user_dir``, if it is given."""
-    if folder is None:
-        return Catalog(blocked)
-    offers, unread = offers_in_folder(resolve_path(folder).absolute(), "--user_dir")
-    return Catalog(blocked, beside=offers, unread=unread)
 
 
 def flags_of_files(resolved: Resolved) -> str:

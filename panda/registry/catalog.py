@@ -17,6 +17,7 @@ from panda.registry.components import recorded_names
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
 from panda.registry.hooks import has_hooks
+from panda.registry.location import resolve_path
 from panda.registry.offers import IN_PROCESS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import USER_DIR
@@ -31,6 +32,7 @@ from panda.registry.user_files import make_importable
 from panda.registry.user_files import named_file
 from panda.registry.user_files import note_executed
 from panda.registry.user_files import offers_in_file
+from panda.registry.user_files import offers_in_folder
 from panda.registry.user_files import unreadable
 
 
@@ -260,6 +262,14 @@ class Catalog:
                 f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
                 "\nPANDA_TRACEBACK=1 shows the whole traceback."
             ) from problem
+
+
+def catalog_with(folder: str | None, blocked: Iterable[str] = ()) -> Catalog:
+    """What is installed and not ``blocked``, and what is in ``folder``, the value of ``--user_dir``, if it is given."""
+    if folder is None:
+        return Catalog(blocked)
+    offers, unread = offers_in_folder(resolve_path(folder).absolute(), "--user_dir")
+    return Catalog(blocked, beside=offers, unread=unread)
 
 
 _IN_FILE = "is in a file of the user's, and only training runs these."
