@@ -49,7 +49,8 @@ HEAVY = {
 
 
 def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+    """The modules of panda. In an sdist, ``panda/example`` is a copy of that package and no link to it."""
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "example")
 
 
 def room_of(path: Path) -> str:
