@@ -8,6 +8,7 @@ import math
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from configparser import ConfigParser
@@ -23,6 +24,7 @@ from checkpoint_files import save_hf
 from distributions import Distributions
 from distributions import forget_installed
 from launching import run_panda
+from launching import run_script
 
 from panda.cli.main import main as panda
 from panda.cli.train import main as panda_train
@@ -117,6 +119,11 @@ def test_a_documented_command_resolves(
         (tmp_path / "configs").symlink_to(ROOT / "configs")
         if "DIR" in flags:
             save_hf(llama(max_position_embeddings=2048), tmp_path / "DIR")
+        (tmp_path / "lab").mkdir()
+        shutil.copy(EXAMPLE / "panda_example" / "lion.py", tmp_path / "lab")
+        (plugin,) = (block for block in blocks(GUIDE, "python") if '@register_plugin("shout")' in block)
+        (tmp_path / "mine.py").write_text(plugin)
+        monkeypatch.setattr(sys, "path", list(sys.path))
         flags = ["panda:data/sample/instruct" if flag == "DATA" else flag for flag in flags]
         monkeypatch.chdir(tmp_path)
         code = exit_code(panda_train, flags) if "--help" in flags else exit_code(panda, ["check", *flags])
@@ -164,13 +171,24 @@ def test_the_readme_names_what_there_is() -> None:
 # -- Python blocks ----------------------------------------------------------------------------
 
 
-def python_blocks() -> list[Any]:
-    """Every ``python`` block, with an id that says where it is."""
+def python_blocks(*, that_train: bool = False) -> list[Any]:
+    """Every ``python`` block, with an id that says where it is: those that train, or the others."""
     return [
         pytest.param(block, id=f"{page.name}-{number}")
         for page in PAGES
         for number, block in enumerate(blocks(page, "python"), 1)
+        if ("panda.train(" in block) == that_train
     ]
+
+
+@pytest.mark.parametrize("block", python_blocks(that_train=True))
+def test_a_python_block_that_trains_is_a_script_that_works(block: str, tmp_path: Path) -> None:
+    """In an empty folder; what it prints of the run is true."""
+    (tmp_path / "script.py").write_text(
+        block + "\nassert len(run.records) == run.step > 1 and run.directory.is_dir()\n"
+    )
+    printed = run_script(tmp_path / "script.py", cwd=tmp_path)
+    assert "print(run" not in block or re.search(r"^runs/shorter 5 \d\.\d+$", printed, re.MULTILINE)
 
 
 def try_model(component: Any, tmp_path: Path, printed: Any) -> None:
@@ -353,7 +371,7 @@ def imported_from_panda(source: str) -> set[str]:
 
 def is_promised(name: str) -> bool:
     """Whether ``name`` is promised, or a name in a module that is."""
-    return name in PROMISED or name.rpartition(".")[0] in PROMISED
+    return name == "panda" or name in PROMISED or name.rpartition(".")[0] in PROMISED
 
 
 @pytest.mark.parametrize("name", PROMISED)
@@ -384,6 +402,12 @@ def test_a_python_block_imports_only_promised_names(block: str) -> None:
     assert imported and [name for name in imported if not is_promised(name)] == []
 
 
+@pytest.mark.parametrize("block", [*python_blocks(), *python_blocks(that_train=True)])
+def test_a_python_block_uses_only_promised_names_of_panda(block: str) -> None:
+    used = set(re.findall(r"\bpanda\.[A-Za-z]\w*", re.sub(r"^ *(from|import) .*", "", block, flags=re.MULTILINE)))
+    assert [name for name in used if not is_promised(name)] == []
+
+
 def test_the_walk_sees_every_import() -> None:
     source = "import panda.a\nif X:\n    from panda.b import C as D\ndef f():\n    from panda import e\nimport other"
     assert imported_from_panda(source) == {"panda.a", "panda.b.C", "panda.e"}
@@ -400,7 +424,7 @@ def test_the_map_of_the_code_is_that_of_the_code() -> None:
     rooms = set(re.findall(r"^  ([\w.]+)", drawn, re.MULTILINE))
     package = ROOT / "panda"
     there = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
-    assert rooms == there | {"runner.py"}
+    assert rooms == there | {"runner.py", "training.py"}
     table = text.partition("## Where would I change")[2].partition("\n## ")[0]
     for name in re.findall(r"`([\w/]+\.py)`", table):
         assert (package / name).exists(), name

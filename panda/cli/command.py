@@ -16,10 +16,11 @@ BROKEN_PIPE = 128 + 13
 """The exit code of a program that SIGPIPE ended, in a shell. Not 0: a run that could not print did not finish."""
 
 
-def announce_loading() -> None:
-    """Say, on rank 0, why the next seconds pass in silence: torch and DeepSpeed are imported."""
-    if os.environ.get("RANK", "0") == "0":
-        print("loading torch and DeepSpeed ...", flush=True)
+def print_version() -> None:
+    """Print the version of panda."""
+    import panda
+
+    print(f"panda {panda.__version__}")
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from panda.cli.answering import add_blocking
 from panda.cli.command import run_command
 from panda.cli.passed_over import report_passed_over
 from panda.files.whole import check_can_be_made
@@ -30,7 +31,7 @@ def _export(argv: list[str]) -> None:
         prog="panda export",
         description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
         " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
-        epilog="example: panda export runs/instruct-llama-7b --output my-llama",
+        epilog="example: panda export runs/instruct-llama-tiny --output my-llama",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")
@@ -46,6 +47,7 @@ def _export(argv: list[str]) -> None:
         help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
     )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    add_blocking(parser)
     arguments = parser.parse_args(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
@@ -59,7 +61,7 @@ def _export(argv: list[str]) -> None:
         raise UserError(
             f"{run}: its folder {MODEL_FOLDER!r}, which describes the model of the weights in {checkpoint}, is missing."
         )
-    adapted = adapter_run(run, arguments.ckpt_path)
+    adapted = adapter_run(run, arguments.ckpt_path, arguments.p)
     if arguments.merge and adapted is None:
         raise UserError(f"--merge: {run} trained a whole model, so there is nothing to merge. Leave --merge out.")
     output = arguments.output or run / ("merged" if arguments.merge else EXPORT)

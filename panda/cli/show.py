@@ -6,7 +6,7 @@ import argparse
 
 from panda.cli.command import run_command
 from panda.cli.help import print_options
-from panda.registry import Catalog
+from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds
@@ -26,17 +26,18 @@ def _show(argv: list[str]) -> None:
     )
     parser.add_argument("kind", help=", ".join(kinds()))
     parser.add_argument("name", help="its name, or DISTRIBUTION:NAME")
+    parser.add_argument("--user_dir", "--user-dir", metavar="FOLDER", help="of the components in this folder, too")
     arguments = parser.parse_args(argv)
-    catalog = Catalog()
-    offer = catalog.find(kind_named(arguments.kind).name, arguments.name)
+    catalog = catalog_with(arguments.user_dir)
+    offer = catalog.find(kind_named(arguments.kind, catalog.kinds).name, arguments.name)
     component = catalog.load(offer)
     print(f"{offer.kind} {component.name if component else offer.name}")
     if component is None:
-        print(f"  {module_summary(offer.module)}".rstrip())
-        print(f"\n  from     {offer.distribution} {offer.version}\n  module   {offer.module}")
+        print(f"  {module_summary(offer.module, offer.file)}".rstrip())
+        print(f"\n  from     {offer.provider}\n  module   {offer.module}")
         return
     print("\n".join(f"  {line}".rstrip() for line in component.doc.splitlines()))
-    print(f"\n  from     {offer.distribution} {offer.version}")
+    print(f"\n  from     {offer.provider}")
     print(f"  module   {offer.module}")
     print("  source   {}:{}".format(*component.source))
     if component.aliases:

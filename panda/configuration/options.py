@@ -47,6 +47,9 @@ class RunOptions:
     """How data files become rows; `auto` goes by the ending of each file's name. See `panda list readers`."""
     plugins: tuple[str, ...] = ()
     """Lifecycle plugins to add. panda's own are on; `no:NAME` (or the flag `-p no:NAME`) leaves one out."""
+    user_dir: Annotated[str, Location()] | None = None
+    """A folder with Python files that declare components, which then have names as those of packages do. A single file
+    needs no folder: `FILE.py:NAME` stands where a name does."""
 
     # -- where things are
     output_dir: Annotated[str, Location()] | None = None

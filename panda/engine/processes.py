@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore  # its public name has no type in torch 2.13
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from panda.registry import UserError
 
@@ -132,7 +134,7 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         if world_size > 1:
-            dist.init_process_group(backend)
+            _join_group(backend, rank, world_size)
         else:
             # No port is opened, so any number of single-process runs share a machine. DeepSpeed 0.19.8 reads these
             # variables even when a process group exists; they can go when it asks the group.
@@ -146,10 +148,32 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
     return Processes(rank, world_size, device, tensor_ranks, make_groups(tensor_ranks))
 
 
+_joined = 0
+
+
+def _join_group(backend: str, rank: int, world_size: int) -> None:
+    """Join the group of the processes that a launcher started, for the first time or again."""
+    global _joined
+    _joined += 1
+    if _joined == 1:
+        dist.init_process_group(backend)
+        return
+    # The store at which ranks meet still has the addresses of the group that is gone, under the names that torch (2.13)
+    # gives those of the next.
+    store, _, _ = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=PrefixStore(f"{_joined}", store), rank=rank, world_size=world_size)
+
+
 def leave_processes() -> None:
-    """Destroy the process group, so that the interpreter exits without threads in a collective."""
-    if dist.is_initialized():
+    """Destroy the process groups, so that no thread is left in a collective, and another run can join new ones."""
+    if not dist.is_initialized():
+        return
+    from deepspeed.comm import comm
+
+    if comm.cdb is None:
         dist.destroy_process_group()
+        return
+    comm.destroy_process_group()  # DeepSpeed's own, which forgets the groups that it keeps in globals, too
 
 
 def _join_deepspeed() -> None:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.configuration.user_code import flags_of_files
 from panda.files.terminal import printable
 from panda.registry import NoOptions
 from panda.registry import hookimpl
@@ -109,7 +110,8 @@ class ProgressDisplay:
             kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
             if kept:
-                again = f"panda-train --config {run.directory / 'config.yaml'} --resume {kept[-1]}"
+                files = flags_of_files(run.resolved)
+                again = f"panda-train --config {run.directory / 'config.yaml'}{files} --resume {kept[-1]}"
                 print(f"to continue it: {again}", flush=True)
             else:
                 print("no checkpoint was saved, so it cannot be continued: set `save_steps`", flush=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import is_dataclass
 from typing import Any
@@ -52,8 +56,10 @@ class Component:
             return code.co_filename, code.co_firstlineno
         try:
             return inspect.getsourcefile(self.factory) or self.module, inspect.getsourcelines(self.factory)[1]
-        except (OSError, TypeError):  # a class typed at a prompt has no source
-            return self.module, 0
+        except (OSError, TypeError):  # of a class in a notebook Python does not know the cell, but its functions do
+            codes = [getattr(function, "__code__", None) for function in vars(self.factory).values()]
+            known = [code for code in codes if code is not None and not code.co_filename.startswith("<")]
+            return (known[0].co_filename, known[0].co_firstlineno) if known else (self.module, 0)
 
     def describe(self) -> str:
         file, line = self.source
@@ -61,6 +67,33 @@ class Component:
 
 
 _recorded: dict[tuple[str, str, str], Component] = {}
+
+_by_panda: set[tuple[str, str, str]] = set()
+"""Those of ``_recorded`` that were registered while panda imported a module that a run named."""
+
+_importing = 0
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Goes around an import of panda's own: what is registered meanwhile is not of the process that called panda."""
+    global _importing
+    _importing += 1
+    try:
+        yield
+    finally:
+        _importing -= 1
+
+
+def registered_in_process() -> list[tuple[str, Component]]:
+    """What was registered while panda imported nothing, as in a script or a notebook: names in small letters."""
+    return [(key[1], component) for key, component in _recorded.items() if key not in _by_panda]
+
+
+def forget(modules: Collection[str]) -> None:
+    """Forget what ``modules`` registered: they will be imported again."""
+    for key in [key for key in _recorded if key[2] in modules]:
+        del _recorded[key]
 
 
 def recorded(kind: str, name: str, module: str) -> Component | None:
@@ -90,11 +123,16 @@ def _record(component: Component) -> None:
                 f"two components of one name: {before.describe()} and {component.describe()}. Rename one of them."
             )
         _recorded[key] = component
+        if _importing:
+            _by_panda.add(key)
+        else:
+            _by_panda.discard(key)
 
 
 def _identity(component: Component) -> tuple[str, str]:
-    factory = component.factory
-    return component.source[0], getattr(factory, "__qualname__", repr(factory))
+    factory, file = component.factory, component.source[0]
+    # The file of a notebook's cell is another one each time that the cell is edited, and none of them exists.
+    return file if os.path.exists(file) else "", getattr(factory, "__qualname__", repr(factory))
 
 
 def _register(

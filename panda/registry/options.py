@@ -78,8 +78,8 @@ class Names:
 class Given:
     """A value as it was written, before its option is known."""
 
-    value: str | bool | tuple[str | bool | None, ...] | None
-    """Text for text and numbers; True, False or None where YAML reads it so."""
+    value: str | bool | float | tuple[str | bool | float | None, ...] | None
+    """Text for text and numbers, which Python code may give as such; True, False or None where YAML reads it so."""
     origin: str
     """Where it was written: ``run.yaml:3`` or ``--learning_rate``."""
     text: str = ""
@@ -113,8 +113,12 @@ class Option:
     def location(self) -> Location | None:
         """The mark of a path; None for other options."""
         base, _, _, location = _parts(self.type)
-        is_list = typing.get_origin(base) is tuple
-        return _parts(typing.get_args(base)[0])[3] if is_list and location is None else location
+        return _parts(typing.get_args(base)[0])[3] if self.is_list and location is None else location
+
+    @property
+    def is_list(self) -> bool:
+        """Whether its value is a list."""
+        return typing.get_origin(_parts(self.type)[0]) is tuple
 
     @property
     def names(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC
 from datetime import datetime
@@ -14,12 +15,19 @@ from typing import Any
 
 import yaml
 
+import panda
+from panda.configuration.arguments import API
+from panda.configuration.arguments import RECORDED_BY
+from panda.configuration.user_code import flags_of_files
 from panda.data.data_sets import name_and_commit
+from panda.files.terminal import printable
 from panda.files.whole import write_whole
+from panda.registry.api import API_VERSION
 from panda.registry.location import path_in_package
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.registry.settings import Setting
+from panda.registry.user_files import executed_files
 from panda.run.directory import EXPORT
 from panda.run.directory import PROVENANCE
 from panda.run.directory import RUN_CONFIG
@@ -56,12 +64,16 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
         f"plugin {offer.name}": {"distribution": offer.distribution, "version": offer.version, "module": offer.module}
         for offer in resolved.hook_modules
     }
+    folder = resolved.core.user_dir and resolve_path(resolved.core.user_dir)
+    user_files = executed_files(resolved.offers, folder)
+    _report_changes(user_files, before)
     _write_json(
         directory / PROVENANCE,
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "components": components,
+            **({"user_files": user_files} if user_files else {}),
             "origins": {key: setting.origin for key, setting in resolved.settings.items()},
             "python": platform.python_version(),
             "machine": platform.platform(),
@@ -70,6 +82,14 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
             "earlier_starts": earlier,
         },
     )
+
+
+def _report_changes(user_files: Mapping[str, str], before: Mapping[str, Any] | None) -> None:
+    """Say which files of the user are others than the run had ``before``."""
+    recorded = (before or {}).get("user_files", {})
+    changed = [file for file, content in user_files.items() if recorded.get(file, content) != content]
+    for file in changed:
+        print(f"note: {printable(file)} has changed since the run was started.", file=sys.stderr, flush=True)
 
 
 def write_end(directory: Path, step: int, agreement: dict[str, Any], **done: Any) -> None:
@@ -92,7 +112,12 @@ def read_end(directory: Path) -> dict[str, Any] | None:
 
 def config_text(resolved: Resolved) -> str:
     """The resolved configuration as flat YAML that can be run again as it is, from any directory."""
-    lines = ["# The whole configuration of a run, resolved. `panda-train --config THIS_FILE` runs it again."]
+    files = flags_of_files(resolved)
+    lines = [
+        f"# The whole configuration of a run, resolved. `panda-train --config THIS_FILE{files}` runs it again.",
+        f"{API}: {API_VERSION}",
+        f"{RECORDED_BY}: {panda.__version__}",
+    ]
     owner = None
     for key, setting in resolved.settings.items():
         if key in _PLACE_KEYS or (key == "tokenizer" and setting.origin.startswith("checkpoint ")):
@@ -100,9 +125,9 @@ def config_text(resolved: Resolved) -> str:
         if setting.owner != owner:
             owner = setting.owner
             lines += ["", f"# {owner}"]
-        value = _from_anywhere(setting)
+        value = _from_anywhere(replace(setting, value=resolved.lasting.get(key, setting.value)))
         written = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6)
-        lines.append(f"{key}: {written.strip()[1:-1]}")
+        lines.append(f"{resolved.in_full(key)}: {written.strip()[1:-1]}")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,12 +139,18 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(step=7)
+    core = SimpleNamespace(user_dir=None)
+    run.resolved = SimpleNamespace(core=core, lasting={})
     started(run).panda_exception(run)
     assert f"the run stopped after step 7, in {run.directory}\nno checkpoint was saved" in capsys.readouterr().out
     run.checkpoints = [tmp_path / "step-00000005", tmp_path / "gone"]
     run.checkpoints[0].mkdir()
     started(run).panda_exception(run)
     assert f"/config.yaml --resume {tmp_path / 'step-00000005'}\n" in capsys.readouterr().out
+    core.user_dir, run.resolved.lasting = "/my lab", {"plugins": ("no:plot", "/mine.py:shout"), "optimizer": "lion"}
+    started(run).panda_exception(run)
+    again = "/config.yaml --user_dir '/my lab' --plugins no:plot /mine.py:shout --resume "
+    assert again in capsys.readouterr().out
 
 
 def test_evaluations_are_shown_and_the_last_is_in_the_summary(
