@@ -18,20 +18,12 @@ from safetensors.torch import load_file
 
 from panda.testing.processes import run_script as run_script
 from panda.testing.processes import start as start
+from panda.testing.runs import ZERO3_AT_ONCE as ZERO3_AT_ONCE
 from panda.testing.runs import train_several
 
 TESTS = Path(__file__).parent
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}
-
-
-ZERO3_AT_ONCE = {
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-}
-"""ZeRO-3 that partitions every weight, and releases it as soon as it has been used. By default it keeps the weights
-of such small models whole, and code that needs them gathered would not be tested."""
 
 
 def zero3_at_once(folder: Path) -> list[object]:

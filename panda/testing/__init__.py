@@ -12,10 +12,12 @@ from typing import Any
 
 if TYPE_CHECKING:
     from panda.testing.distributions import fake_distributions as fake_distributions
+    from panda.testing.models import check_model as check_model
     from panda.testing.runs import Trained as Trained
     from panda.testing.runs import train as train
 
 _EXPORTED = {
+    "check_model": "models",
     "fake_distributions": "distributions",
     "Trained": "runs",
     "train": "runs",

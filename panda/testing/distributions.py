@@ -6,6 +6,7 @@ What an installed package does is tested without building and installing one.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -37,8 +38,8 @@ class Distributions:
     ) -> Path:
         """Install ``modules`` (dotted name to source) and ``entry_points`` (kind in the plural to name to module).
 
-        ``metadata`` is the text of METADATA, by default the least that is valid. Returns the folder that is on
-        sys.path, which a process that is started sees as its PYTHONPATH.
+        ``metadata`` is the text of METADATA, by default the least that is valid. Returns the folder that they are in,
+        which is on sys.path and in PYTHONPATH.
         """
         site = self.folder / f"{name}-{version}"
         info = site / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -57,6 +58,7 @@ class Distributions:
             file.write_text(self.header + textwrap.dedent(source))
             self.modules.add(module.partition(".")[0])
         sys.path.append(str(site))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(site)]))
         forget_installed()
         return site
 
@@ -76,18 +78,22 @@ def forget_installed() -> None:
 
 @contextmanager
 def fake_distributions(folder: Path, header: str = "") -> Iterator[Distributions]:
-    """Distributions below ``folder`` that this process sees as installed, until the end of the ``with``.
+    """Distributions below ``folder`` that this process, and those that it starts, see as installed, until the end of
+    the ``with``.
 
     with fake_distributions(tmp_path) as made:
         made.install("acme-panda", {"models": {"tiny": "acme.tiny"}}, {"acme.tiny": source})
     """
     made = Distributions(folder, header)
-    path_before = list(sys.path)
+    path_before, variable_before = list(sys.path), os.environ.get("PYTHONPATH")
     recorded_before = set(components._recorded)
     try:
         yield made
     finally:
         sys.path[:] = path_before
+        os.environ.pop("PYTHONPATH", None)
+        if variable_before is not None:
+            os.environ["PYTHONPATH"] = variable_before
         for key in set(components._recorded) - recorded_before:
             if not key[2].startswith("panda."):  # those modules stay imported
                 del components._recorded[key]

@@ -106,6 +106,8 @@ def start(script: Path | str, *argv: object, cwd: Path, ranks: int = 0, **variab
 
     One at a time; processes that still run at the end of the ``with`` are killed.
     """
+    # The process from which the others are forked has the PYTHONPATH of its own start.
+    variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | variables
     environments = [variables]
     store = None
     if ranks:

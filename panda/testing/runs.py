@@ -17,6 +17,12 @@ from panda.testing.processes import start
 NOTHING_DRAWN = ("-p", "no:plot", "-p", "no:tensorboard")
 """Drawing a plot takes longer than the steps that it shows."""
 
+ZERO3_AT_ONCE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -90,3 +96,29 @@ def train_several(configurations: Sequence[Sequence[object]], *, ranks: int = 1,
     """
     given = json.dumps([list(map(str, argv)) for argv in configurations])
     return run_script("panda.testing.train_many", given, cwd=cwd, ranks=ranks, **variables)
+
+
+def zero3_at_once(folder: Path) -> dict[str, object]:
+    """Options of a run with ZeRO-3 that partitions every weight, and releases it as soon as it has been used.
+
+    By default it keeps the weights of such small models whole, and code that needs them gathered would not be tested.
+    Writes a file to ``folder``.
+    """
+    file = folder / "zero3_at_once.json"
+    file.write_text(json.dumps({"zero_optimization": ZERO3_AT_ONCE}))
+    return {"zero_stage": 3, "deepspeed_config": file}
+
+
+def same_losses(
+    found: Sequence[float | None], expected: Sequence[float | None], tolerance: float = 1e-5
+) -> tuple[bool, str]:
+    """Whether losses are the same to a relative ``tolerance``, and in words how far they are apart."""
+    if len(found) != len(expected):
+        return False, f"{len(found)} losses instead of {len(expected)}"
+    if not all(isinstance(each, (int, float)) for each in (*found, *expected)):
+        return False, f"losses that are not finite: {found}, and {expected}"
+    far = max((abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True)), default=0.0)  # type: ignore[operator, arg-type]
+    return (
+        far <= tolerance,
+        f"{len(found)} loss{'es' * (len(found) > 1)}, apart by {far:.1g} of their size (at most {tolerance:.0g})",
+    )

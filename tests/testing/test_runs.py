@@ -51,7 +51,7 @@ def test_a_failure_is_an_assertion_with_what_was_printed(tmp_path: Path) -> None
         train(tmp_path / "run", **TINY | {"arch": "lama-tiny"})
 
 
-def test_a_run_sees_a_fake_distribution_by_its_folder(tmp_path: Path) -> None:
+def test_a_run_sees_a_fake_distribution_until_its_end(tmp_path: Path) -> None:
     source = """
     from panda import register_arch
 
@@ -61,8 +61,8 @@ def test_a_run_sees_a_fake_distribution_by_its_folder(tmp_path: Path) -> None:
         return {"num_layers": 1, "hidden_size": 32, "num_heads": 2}
     """
     with fake_distributions(tmp_path / "site") as made:
-        site = made.install("acme-panda", {"archs": {"acme-tiny": "acme.tiny"}}, {"acme.tiny": source})
+        made.install("acme-panda", {"archs": {"acme-tiny": "acme.tiny"}}, {"acme.tiny": source})
         options = {key: value for key, value in TINY.items() if key not in ("num_layers", "hidden_size")}
-        run = train(tmp_path / "run", variables={"PYTHONPATH": str(site)}, **options | {"arch": "acme-tiny"})
+        run = train(tmp_path / "run", **options | {"arch": "acme-tiny"})
     assert len(run.losses) == 2
     assert "unknown arch 'acme-tiny'" in train(tmp_path / "b", fails=True, **options | {"arch": "acme-tiny"}).printed
