@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from panda.testing.models import check_model as check_model
     from panda.testing.runs import Trained as Trained
     from panda.testing.runs import train as train
+    from panda.testing.tasks import check_task as check_task
 
 _EXPORTED = {
     "check_model": "models",
+    "check_task": "tasks",
     "fake_distributions": "distributions",
     "Trained": "runs",
     "train": "runs",

@@ -98,7 +98,7 @@ def train_several(configurations: Sequence[Sequence[object]], *, ranks: int = 1,
     return run_script("panda.testing.train_many", given, cwd=cwd, ranks=ranks, **variables)
 
 
-def zero3_at_once(folder: Path) -> dict[str, object]:
+def zero3_at_once(folder: Path) -> dict[str, Any]:
     """Options of a run with ZeRO-3 that partitions every weight, and releases it as soon as it has been used.
 
     By default it keeps the weights of such small models whole, and code that needs them gathered would not be tested.
@@ -117,8 +117,7 @@ def same_losses(
         return False, f"{len(found)} losses instead of {len(expected)}"
     if not all(isinstance(each, (int, float)) for each in (*found, *expected)):
         return False, f"losses that are not finite: {found}, and {expected}"
-    far = max((abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True)), default=0.0)  # type: ignore[operator, arg-type]
-    return (
-        far <= tolerance,
-        f"{len(found)} loss{'es' * (len(found) > 1)}, apart by {far:.1g} of their size (at most {tolerance:.0g})",
-    )
+    pairs = zip(found, expected, strict=True)
+    far = max((abs(a - b) / max(abs(b), 1e-12) for a, b in pairs), default=0.0)  # type: ignore[operator, arg-type]
+    several = "1 loss" if len(found) == 1 else f"{len(found)} losses"
+    return far <= tolerance, f"{several}, apart by {far:.1g} of their size (at most {tolerance:.0g})"
