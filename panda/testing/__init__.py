@@ -13,12 +13,14 @@ from typing import Any
 if TYPE_CHECKING:
     from panda.testing.distributions import fake_distributions as fake_distributions
     from panda.testing.models import check_model as check_model
+    from panda.testing.plugins import check_plugin as check_plugin
     from panda.testing.runs import Trained as Trained
     from panda.testing.runs import train as train
     from panda.testing.tasks import check_task as check_task
 
 _EXPORTED = {
     "check_model": "models",
+    "check_plugin": "plugins",
     "check_task": "tasks",
     "fake_distributions": "distributions",
     "Trained": "runs",
