@@ -6,8 +6,12 @@ import argparse
 
 from panda.cli.command import run_command
 from panda.cli.help import print_options
+from panda.cli.list import HOOKS
 from panda.registry import Catalog
+from panda.registry import hookspecs
 from panda.registry.declarations import module_summary
+from panda.registry.hook_facts import HookFacts
+from panda.registry.hook_facts import hook_named
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds
 from panda.registry.options import options_of
@@ -24,9 +28,12 @@ def _show(argv: list[str]) -> None:
         description="Show one component: its description, its options with their defaults, and where it comes from.",
         epilog="example: panda show model llama",
     )
-    parser.add_argument("kind", help=", ".join(kinds()))
+    parser.add_argument("kind", help=f"{', '.join(kinds())}, hook")
     parser.add_argument("name", help="its name, or DISTRIBUTION:NAME")
     arguments = parser.parse_args(argv)
+    if arguments.kind in HOOKS:
+        _show_hook(hook_named(arguments.name))
+        return
     catalog = Catalog()
     offer = catalog.find(kind_named(arguments.kind).name, arguments.name)
     component = catalog.load(offer)
@@ -53,3 +60,11 @@ def _show(argv: list[str]) -> None:
         print_options("options", options)
     else:
         print("\nno options")
+
+
+def _show_hook(hook: HookFacts) -> None:
+    print(f"hook {hook.name}")
+    print("\n".join(f"  {line}".rstrip() for line in hook.doc.splitlines()))
+    print(f"\n  ranks      {hook.ranks}\n  arguments  {', '.join(hook.arguments)}: any of them, in any order")
+    print(f"  source     {hookspecs.__file__}:{hook.line}\n\n  @hookimpl")
+    print(f"  def {hook.name}({', '.join(hook.arguments)}): ...")

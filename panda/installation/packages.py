@@ -228,7 +228,7 @@ def _version(distribution: importlib.metadata.Distribution) -> str:
 
 
 def declared_in_source(folder: Path) -> Declared | None:
-    """The entry points for panda that files in ``folder`` declare; the first of them that has any counts: pyproject.toml,
+    """The entry points for panda that files in ``folder`` declare: the first that has any of pyproject.toml,
     setup.cfg or setup.py. None if that cannot be said."""
     project, setup = folder / "pyproject.toml", folder / "setup.cfg"
     try:
