@@ -48,9 +48,10 @@ def _examine(argv: list[str]) -> list[Finding]:
     for package in chosen:
         print(f"\n{package.label}: {_offered(package)}", flush=True)
         found += _printed([*stale(package), *unmet(package), *examine_names(package, every)])
+        said = {finding.subject for finding in found}
         for probed in [] if package.is_own else probe_modules(package):
             print(f"  {probed.module}: imported in {probed.seconds:.2f} s", flush=True)
-            found += _printed(list(probed.findings))
+            found += _printed([finding for finding in probed.findings if finding.subject not in said])
         for extra, missing in missing_extras(package).items():
             print(f"  extra {extra}: {', '.join(missing)} not installed")
     broken = sum(finding.is_broken for finding in found)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from panda.cli.command import run_command
 from panda.cli.help import print_options
 from panda.cli.list import HOOKS
 from panda.registry import Catalog
+from panda.registry import UserError
 from panda.registry import hookspecs
 from panda.registry.declarations import module_summary
 from panda.registry.hook_facts import HookFacts
@@ -52,6 +54,11 @@ def _show(argv: list[str]) -> None:
         print(f"  model    {component.model}\n")
         with offer.attributed("the factory"):
             values = component.factory()
+        if not isinstance(values, Mapping):
+            raise UserError(
+                f"{component.describe()} returned {values!r}, not a mapping of options of {component.model!r}. This is"
+                f" a fault of {offer.describe()}."
+            )
         for key, value in values.items():
             print(f"  {key}: {value}")
         return

@@ -15,6 +15,7 @@ import panda
 from panda.installation.findings import Finding
 
 SHOWN = ("torch", "transformers", "deepspeed", "peft", "triton", "bitsandbytes")
+GPUS = Path("/proc/driver/nvidia/gpus")
 LITTLE_DISK = 2 << 30
 """Bytes; a checkpoint of a small model has less."""
 
@@ -30,14 +31,14 @@ def facts() -> Iterator[str]:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {name}")
     yield ", ".join(versions)
-    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    gpus = sorted(GPUS.glob("*"))
     yield f"{os.cpu_count()} CPU cores; {len(gpus)} NVIDIA GPUs with a driver"
 
 
 def examine_machine() -> list[Finding]:
     """What is wrong with this environment."""
     found = []
-    gpus = any(Path("/proc/driver/nvidia/gpus").glob("*"))
+    gpus = any(GPUS.glob("*"))
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from panda.installation.packages import parsed
 from panda.installation.packages import plain
 from panda.registry.declarations import declarations
 from panda.registry.declarations import source_file
+from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import kinds
 
@@ -54,7 +56,7 @@ def _groups(package: Package) -> Iterator[Finding]:
     for group, names in package.declared.items():
         if group in known or group in OTHER_GROUPS:
             continue
-        near = difflib.get_close_matches(plain(group), known, n=1, cutoff=0.75)
+        near = difflib.get_close_matches(plain(group), known, n=1, cutoff=0.85)
         meant = f"Write `{near[0]}`" if near else f"Write one of {', '.join(known)}"
         yield Finding(
             f"{package.label} (entry point {group}: {', '.join(f'{name} = {value}' for name, value in names.items())})",
@@ -79,6 +81,9 @@ def _entries(package: Package) -> Iterator[Finding]:
                     "Rename one of them.",
                 )
             lower[name.lower()] = name
+            if group == "panda.kinds" and (name in KINDS or not re.fullmatch("[a-z][a-z0-9_]*", name)):
+                problem = "is one of panda's own" if name in KINDS else "is no word in small letters"
+                yield Finding(subject, f"the kind {name!r} {problem}, so it is not added", "Rename it.")
             yield from _entry(subject, module, known[group], name)
 
 

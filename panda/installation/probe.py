@@ -23,9 +23,11 @@ from panda.registry import Catalog
 from panda.registry import Component
 from panda.registry import Offer
 from panda.registry import UserError
+from panda.registry.catalog import place
 from panda.registry.hooks import Hooks
+from panda.registry.hooks import has_hooks
 from panda.registry.offers import all_installed
-from panda.registry.options import REQUIRED
+from panda.registry.offers import kinds
 from panda.registry.options import options_of
 
 HEAVY = (
@@ -65,7 +67,7 @@ def _imported(module: str) -> str:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".rstrip(": ") + place(error, module).replace("\n  at", ", at")
     return ""
 
 
@@ -84,7 +86,7 @@ def _examined(offer: Offer) -> dict[str, Any]:
         component = Catalog().load(offer)
         answer["problems"] += list(_hook_problems(offer, component))
     except UserError as problem:
-        answer["problems"].append([str(problem), ""])
+        answer["problems"].append([str(problem), "Mend the package, and install it again if its entry points change."])
         return answer
     if component is None:
         module = importlib.import_module(offer.module)
@@ -109,6 +111,9 @@ def _hook_problems(offer: Offer, component: Component | None) -> Iterator[list[s
             Hooks().add(each, offer)
         except UserError as problem:
             yield [str(problem), "Mend the hook: `panda list hooks` shows all of them."]
+            return
+    if component is not None and offer.kind == "plugin" and inspect.isclass(made[-1]) and not any(map(has_hooks, made)):
+        yield ["it implements no hook, so it does nothing", "`panda list hooks` shows what it can implement."]
 
 
 def _option_problems(component: Component) -> Iterator[list[str]]:
@@ -121,16 +126,16 @@ def _option_problems(component: Component) -> Iterator[list[str]]:
             yield [f"its option {key!r} is one of panda's own", "Rename it: nobody could tell which is meant."]
         if not option.doc:
             yield [f"its option {key!r} has no help", "Write a docstring under the field."]
-        if option.default is REQUIRED:
-            continue
-        try:
-            same = option.check(option.default) == option.default
-        except ValueError:
-            same = False
-        if not same:
+        if option.names is not None and option.names not in kinds():
             yield [
-                f"the default of its option {key!r}, {option.default!r}, is not {option.expects}",
-                "Give a default of the option's type and within its bounds.",
+                f"its option {key!r} names components of kind {option.names!r}, which no installed package adds",
+                "Require the package that adds it, or declare the kind under `panda.kinds`.",
+            ]
+    for name, value in vars(component.options).items():
+        if name[0] != "_" and name not in options_of(component.options) and isinstance(value, (int, float, str, tuple)):
+            yield [
+                f"{component.options.__name__}.{name} has no type, so it is no option",
+                f"Write `{name}: int = ...`.",
             ]
 
 

@@ -75,7 +75,7 @@ def _import_findings(subject: str, found: dict[str, Any]) -> list[Finding]:
     """What is wrong with importing a module."""
     findings = []
     if found["problem"]:
-        advice = "Mend the module, or install what it lacks. `PANDA_TRACEBACK=1 panda show KIND NAME` shows where."
+        advice = "Mend the module, or install what it lacks. `PANDA_TRACEBACK=1 panda show KIND NAME` shows all."
         findings.append(Finding(subject, f"it cannot be imported: {found['problem']}", advice))
     if found["heavy"]:
         problem = f"importing it imports {', '.join(found['heavy'])}, in {found['seconds']:.1f} s in all"
@@ -97,7 +97,9 @@ def _import_findings(subject: str, found: dict[str, Any]) -> list[Finding]:
 def _component_findings(found: dict[str, Any]) -> list[Finding]:
     """What is wrong with the components of a module."""
     return [
-        Finding(each["subject"], problem.removeprefix(f"{each['subject']}: "), advice or "See above.")
+        Finding(
+            each["subject"], problem.replace(f"{each['subject']}: ", "").replace(f"{each['subject']} ", "it "), advice
+        )
         for each in found["components"]
         for problem, advice in each["problems"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 from panda.registry.components import Component
@@ -19,7 +20,8 @@ from panda.registry.offers import all_installed
 from panda.registry.offers import installed
 from panda.registry.offers import kinds
 from panda.registry.offers import normalised
-from panda.registry.options import options_of
+from panda.registry.offers import strays
+from panda.registry.soundness import refuse_unsound
 
 
 class Catalog:
@@ -81,6 +83,7 @@ class Catalog:
         elsewhere = "".join(f" There is {other.kind} {other.name!r}." for other in others)
         raise UserError(
             f"{at}unknown {kind} {reference!r}.{did_you_mean(reference, self.spellings(kind, reference))}{elsewhere}"
+            f"{strays(reference)}"
             f" `panda list {kinds()[kind].plural}` shows what is installed."
         )
 
@@ -125,31 +128,37 @@ class Catalog:
                 " (or of a stale installation: reinstall it)."
             )
         if component is not None:
-            try:
-                options_of(component.options)
-            except Exception as problem:  # a type that no text converts to, or that names what is not imported
-                raise UserError(f"{component.describe()}: its options cannot be used: {problem}.") from problem
+            refuse_unsound(component, offer)
         return component
 
 
 def _import(offer: Offer) -> ModuleType:
     try:
         return importlib.import_module(offer.module)
-    except (Exception, SystemExit) as problem:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # one that ends Python, too
         if isinstance(problem, UserError):
-            raise UserError(f"while importing {offer.describe()}: {problem}") from problem
+            examined = f"`panda doctor {offer.distribution}` examines the package."
+            raise UserError(f"while importing {offer.describe()}: {problem}\n{examined}") from problem
         raise UserError(
             f"could not import {offer.module}, which {offer.describe()} names for {offer.kind} {offer.name!r}:"
-            f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
+            f"\n  {type(problem).__name__}: {problem}{place(problem, offer.module)}"
+            f"\nMend the module, or install what it lacks: `panda doctor {offer.distribution}` examines the package."
             "\nPANDA_TRACEBACK=1 shows the whole traceback."
         ) from problem
 
 
-def _place(problem: BaseException) -> str:
-    """Where in the source an import failed; empty where it failed in no source, as for a module that does not exist."""
+def place(problem: BaseException, module: str) -> str:
+    """Where in the source importing ``module`` failed; empty where it failed in none, as for one that is not there.
+
+    The last place in the package of ``module`` is named, and only if there is none the last of all.
+    """
     if isinstance(problem, SyntaxError):  # the traceback ends where the file was read
-        return f"\n  at {problem.filename}:{problem.lineno}"
+        return f"\n  at {problem.filename}:{problem.lineno}" if problem.filename else ""
     frames = [f for f in traceback.extract_tb(problem.__traceback__) if not f.filename.startswith("<frozen")]
     if not frames or frames[-1].filename in (__file__, importlib.__file__):
         return ""
-    return f"\n  at {frames[-1].filename}:{frames[-1].lineno}"
+    root = module.partition(".")[0]
+    own = [f for f in frames if root in Path(f.filename).with_suffix("").parts]
+    return f"\n  at {(own or frames)[-1].filename}:{(own or frames)[-1].lineno}"
