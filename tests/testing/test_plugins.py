@@ -15,16 +15,7 @@ from failures import HEADER
 
 from panda.testing import check_plugin
 
-BROKEN = (
-    "no decorator",
-    "name misspelt",
-    "missing dependency",
-    "prints",
-    "heavy",
-    "default none",
-    "no help",
-    "hook async",
-)
+BROKEN = ("no decorator", "name misspelt", "missing dependency", "prints", "heavy", "default none", "no help")
 """Failures, each of another promise; tests/installation tries all that `panda doctor` finds."""
 
 
@@ -54,12 +45,9 @@ def test_a_package_that_breaks_a_promise(name: str, distributions: Distributions
 
 
 def test_a_requirement_that_is_not_met(distributions: Distributions) -> None:
-    install(
-        distributions, FINE, metadata="Metadata-Version: 2.1\nName: acme-panda\nVersion: 1\nRequires-Dist: nil-there\n"
-    )
-    with pytest.raises(
-        AssertionError, match="installation: acme-panda 1: it requires nil-there, which is not installed"
-    ):
+    metadata = "Metadata-Version: 2.1\nName: acme-panda\nVersion: 1\nRequires-Dist: nil-there\n"
+    install(distributions, FINE, metadata=metadata)
+    with pytest.raises(AssertionError, match="acme-panda 1: it requires nil-there, which is not installed"):
         check_plugin("acme-panda")
 
 
