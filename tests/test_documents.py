@@ -10,6 +10,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from configparser import ConfigParser
 from dataclasses import fields
@@ -44,10 +45,12 @@ from panda.registry.offers import kinds
 from panda.registry.options import build
 from panda.run.assembly import load_tokenizer
 from panda.runner import Run
+from panda.testing.processes import start
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "plugins" / "panda-example"
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "plugins.md"
+TUTORIAL = ROOT / "docs" / "tutorial-plugin.md"
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -64,7 +67,7 @@ def console_lines() -> list[str]:
     """Every command of every other ``console`` block, continuation lines joined."""
     lines = []
     for page in PAGES:
-        for block in blocks(page, "console"):
+        for block in blocks(page, "console") if page != TUTORIAL else []:
             if block == OWN_RUN:
                 continue
             lines += block.replace("\\\n", " ").splitlines()
@@ -111,8 +114,10 @@ def test_a_documented_command_resolves(
     words = shlex.split(line)
     names = [word.rpartition("/")[2] for word in words]
     if "panda" in names:
-        monkeypatch.chdir(ROOT)
+        monkeypatch.chdir(tmp_path if "new" in names else ROOT)
         code = exit_code(panda, words[names.index("panda") + 1 :])
+    elif "panda-train" in names and "herons" in line:
+        return  # of a package that tests/cli/test_new.py makes and trains
     elif "panda-train" in names:
         flags = words[names.index("panda-train") + 1 :]
         (tmp_path / "run.yaml").write_text((ROOT / "configs" / "instruct-tiny.yaml").read_text())
@@ -131,7 +136,7 @@ def test_a_documented_command_resolves(
         assert (ROOT / words[1]).exists()
         return
     else:
-        assert names[0] in ("python3", "pytest"), f"who runs {line!r}?"
+        assert names[0] in ("python3", "pytest", "pip"), f"who runs {line!r}?"
         return
     assert code == 0, capsys.readouterr().err
 
@@ -176,6 +181,7 @@ def python_blocks(*, that_train: bool = False) -> list[Any]:
     return [
         pytest.param(block, id=f"{page.name}-{number}")
         for page in PAGES
+        if page != TUTORIAL
         for number, block in enumerate(blocks(page, "python"), 1)
         if ("panda.train(" in block) == that_train
     ]
@@ -346,6 +352,93 @@ def test_documented_entry_points_are_those_of_the_example(page: Path) -> None:
         assert set(lines) <= set(actual["options.entry_points"][group].strip().splitlines())
         names |= {line.partition(" = ")[0] for line in lines}
     assert names == set(re.findall(r'^@register_\w+\("([^"]+)"', module, re.MULTILINE))
+
+
+# -- the tutorial --------------------------------------------------------------------------------
+
+
+def install_from_source(folder: Path, site: Path) -> None:
+    """What `pip install -e` does, offline: metadata of the package in ``folder``, and a link to its source."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    info = site / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {module}\n" for name, module in names.items()) for group, names in groups
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    (site / folder.name).symlink_to(folder / folder.name)
+
+
+def write_block(block: str, folder: Path) -> None:
+    """Write ``block`` to the file that its first line names, or in place of one method of a class there."""
+    place, _, method = block.splitlines()[0].removeprefix("# ").partition(": ")
+    file, text = folder / place, block.partition("\n")[2]
+    if method:
+        class_name, _, name = method.partition(".")
+        source = file.read_text()
+        (found,) = (
+            item
+            for node in ast.parse(source).body
+            if isinstance(node, ast.ClassDef) and node.name == class_name
+            for item in node.body
+            if isinstance(item, ast.FunctionDef) and item.name == name
+        )
+        lines = source.splitlines(keepends=True)
+        text = "".join([*lines[: found.lineno - 1], text, *lines[found.end_lineno :]])
+    file.write_text(text)
+
+
+TUTORIAL_PARTS = TUTORIAL.read_text().split("\n## ")
+
+
+def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands and its files, in their order, where only panda is installed."""
+    monkeypatch.chdir(tmp_path)
+    site, done = tmp_path / "site", 0
+    for part in TUTORIAL_PARTS:
+        if part.startswith(("4.", "5.")) and not hasattr(Run, "stop"):
+            break
+        for language, block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL):
+            if language == "python":
+                write_block(block, tmp_path)
+            for line in block.replace("\\\n", " ").splitlines() if language == "console" else []:
+                command, *words = shlex.split(line)
+                done += 1
+                if command == "pip":
+                    install_from_source(tmp_path / words[-1].partition("[")[0], site)
+                elif command == "panda":
+                    assert panda(words) == 0, line
+                else:
+                    module = {"pytest": "pytest", "panda-train": "panda.cli.train"}[command]
+                    extra = ("-n", 0, "-p", "no:cacheprovider") if command == "pytest" else ("-p", "no:plot")
+                    with start(module, *words, *extra, cwd=tmp_path, PYTHONPATH=str(site)) as started:
+                        ended = started.wait()
+                    assert ended.returncode == 0, f"{line}\n{ended.stdout}{ended.stderr}"
+    assert done >= 9
+
+
+def test_what_the_tutorial_breaks_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two mistakes that it suggests, by the first words that it shows of what is said of them."""
+    monkeypatch.chdir(tmp_path)
+    (network,) = (block for block in blocks(TUTORIAL, "python") if "network.py" in block.splitlines()[0])
+    decays = "distance >= 0, self.keep ** distance.clamp(min=0), 0"
+    wrong = {
+        "herons": ("model", decays, "distance == distance, self.keep ** distance.abs(), 0"),
+        "bitterns": ("task", '-(batch["grade"] * scores).sum()', '-(batch["grade"] * scores).mean()'),
+    }
+    for (name, (kind, right, mistaken)), shown in zip(wrong.items(), blocks(TUTORIAL, "text"), strict=True):
+        assert panda(["new", "plugin", name, "--kind", kind]) == 0
+        if kind == "model":
+            write_block(network, tmp_path)
+        file = tmp_path / name / name / ("network.py" if kind == "model" else "task.py")
+        assert right in file.read_text()
+        file.write_text(file.read_text().replace(right, mistaken))
+        install_from_source(tmp_path / name, tmp_path / "site")
+        with start("pytest", name, "-n", 0, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")) as started:
+            printed = started.wait().stdout
+        assert shown.partition(" by ")[0].rstrip() in printed, printed
 
 
 # -- what plugins may rely on -----------------------------------------------------------------

@@ -17,7 +17,7 @@ LEVELS: tuple[set[str], ...] = (
     {"files"},
     {"weights"},
     {"optim", "configuration"},
-    {"data", "engine", "models"},
+    {"data", "engine", "models", "installation"},
     {"tasks", "answers"},
     {"run"},
     {"runner"},

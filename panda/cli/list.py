@@ -11,9 +11,13 @@ from panda.configuration.arguments import blocked_name
 from panda.registry import Offer
 from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
+from panda.registry.hook_facts import hooks
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds
 from panda.registry.offers import with_readable_source
+
+HOOKS = ("hooks", "hook")
+"""Names of a kind that is none: hooks are panda's, and packages add none."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,11 +32,14 @@ def _list(argv: list[str]) -> None:
         epilog="example: panda list optimizers --json",
     )
     plurals = ", ".join(kind.plural for kind in kinds().values())
-    parser.add_argument("kind", nargs="?", help=f"{plurals}; by default all")
+    parser.add_argument("kind", nargs="?", help=f"{plurals}, hooks; by default all components")
     parser.add_argument("--json", action="store_true", help="one JSON array of objects")
     parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave out a plugin or distribution")
     parser.add_argument("--user_dir", "--user-dir", metavar="FOLDER", help="list the components in this folder, too")
     arguments = parser.parse_args(argv)
+    if arguments.kind in HOOKS:
+        _list_hooks(as_json=arguments.json)
+        return
     catalog = catalog_with(arguments.user_dir, map(blocked_name, arguments.p))
     shown = [kind_named(arguments.kind, catalog.kinds)] if arguments.kind else list(catalog.kinds.values())
     if arguments.json:
@@ -53,6 +60,22 @@ def _list(argv: list[str]) -> None:
             print("  none")
     if unread := len(every) - len(readable):
         print(f"\nDescriptions of {unread:,} components of other packages are left out; `--json` shows all.")
+
+
+def _list_hooks(*, as_json: bool) -> None:
+    """The hooks that plugins implement: when each is called, on which ranks, with which arguments."""
+    found = hooks()
+    if as_json:
+        rows = [
+            {"name": each.name, "ranks": each.ranks, "arguments": each.arguments, "summary": each.when}
+            for each in found
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    print("hooks: what a plugin implements, marked with @hookimpl, with any of the arguments")
+    called = [f"{each.name}({', '.join(each.arguments)})" for each in found]
+    for call, each in zip(called, found, strict=True):
+        print(f"  {call:{max(map(len, called))}}  {each.ranks:{max(len(other.ranks) for other in found)}}  {each.when}")
 
 
 def _summary(offer: Offer) -> str:

@@ -25,6 +25,8 @@ COMMANDS = {
     "chat": "chat with a trained model",
     "translate": "write a configuration of another tool in panda's keys",
     "delta": "make or apply the difference between a fine-tune and its base",
+    "doctor": "examine what is installed: what is wrong with it, and what to do",
+    "new": "make a package with a component of your own, with tests and a configuration",
 }
 """Each command is a module of this package with ``main(argv)``."""
 

@@ -27,7 +27,8 @@ from panda.registry.offers import by_name
 from panda.registry.offers import installed
 from panda.registry.offers import kinds_of
 from panda.registry.offers import normalised
-from panda.registry.options import options_of
+from panda.registry.offers import strays
+from panda.registry.soundness import refuse_unsound
 from panda.registry.user_files import make_importable
 from panda.registry.user_files import named_file
 from panda.registry.user_files import note_executed
@@ -165,8 +166,8 @@ class Catalog:
         if provider and normalised(provider) not in {offer.distribution for offer in all_installed()}:
             elsewhere += f" No component of a distribution {provider} is installed: `pip install {provider}`."
         return (
-            f"unknown {kind} {reference!r}.{near}{elsewhere} `panda list {self.kinds[kind].plural}` shows what is"
-            f" installed.{''.join(f' Not read: {problem}' for problem in self._unread)}"
+            f"unknown {kind} {reference!r}.{near}{elsewhere}{strays(reference)} `panda list {self.kinds[kind].plural}`"
+            f" shows what is installed.{''.join(f' Not read: {problem}' for problem in self._unread)}"
         )
 
     def spellings(self, kind: str, reference: str) -> list[str]:
@@ -229,10 +230,7 @@ class Catalog:
                 " (or of a stale installation: reinstall it)."
             )
         if component is not None:
-            try:
-                options_of(component.options)
-            except Exception as problem:  # a type that no text converts to, or that names what is not imported
-                raise UserError(f"{component.describe()}: its options cannot be used: {problem}.") from problem
+            refuse_unsound(component, offer)
         return component
 
     def _imported(self, offer: Offer) -> ModuleType:
@@ -248,18 +246,20 @@ class Catalog:
                 note_executed(offer)
                 self._in_use.add(Path(offer.file))
             return module
-        except (Exception, SystemExit) as problem:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as problem:  # one that ends Python, too
+            examined = "" if is_of_user else f"`panda doctor {offer.distribution}` examines the package."
             if isinstance(problem, UserError):
-                raise UserError(f"while importing {offer.describe()}: {problem}") from problem
-            if is_of_user:
-                raise UserError(
-                    f"could not import {offer.file} for {offer.kind} {offer.name!r}:"
-                    f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
-                    "\nPANDA_TRACEBACK=1 shows the whole traceback."
-                ) from problem
+                raise UserError(f"while importing {offer.describe()}: {problem}\n{examined}".rstrip()) from problem
+            what = (
+                f"{offer.file} for {offer.kind} {offer.name!r}"
+                if is_of_user
+                else f"{offer.module}, which {offer.describe()} names for {offer.kind} {offer.name!r}"
+            )
+            mend = "" if is_of_user else f"\nMend the module, or install what it lacks: {examined}"
             raise UserError(
-                f"could not import {offer.module}, which {offer.describe()} names for {offer.kind} {offer.name!r}:"
-                f"\n  {type(problem).__name__}: {problem}{_place(problem)}"
+                f"could not import {what}:\n  {type(problem).__name__}: {problem}{place(problem, offer.module)}{mend}"
                 "\nPANDA_TRACEBACK=1 shows the whole traceback."
             ) from problem
 
@@ -293,11 +293,16 @@ def _declared_often(reference: str, offers: list[Offer]) -> str:
     )
 
 
-def _place(problem: BaseException) -> str:
-    """Where in the source an import failed; empty where it failed in no source, as for a module that does not exist."""
+def place(problem: BaseException, module: str) -> str:
+    """Where in the source importing ``module`` failed; empty where it failed in none, as for one that is not there.
+
+    The last place in the package of ``module`` is named, and only if there is none the last of all.
+    """
     if isinstance(problem, SyntaxError):  # the traceback ends where the file was read
-        return f"\n  at {problem.filename}:{problem.lineno}"
+        return f"\n  at {problem.filename}:{problem.lineno}" if problem.filename else ""
     frames = [f for f in traceback.extract_tb(problem.__traceback__) if not f.filename.startswith("<frozen")]
     if not frames or frames[-1].filename in (__file__, importlib.__file__):
         return ""
-    return f"\n  at {frames[-1].filename}:{frames[-1].lineno}"
+    root = module.partition(".")[0]
+    own = [f for f in frames if root in Path(f.filename).with_suffix("").parts]
+    return f"\n  at {(own or frames)[-1].filename}:{(own or frames)[-1].lineno}"

@@ -14,6 +14,7 @@ from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import Offer
+from panda.registry.offers import strays
 from panda.registry.options import REQUIRED
 from panda.registry.options import Given
 from panda.registry.options import Option
@@ -126,7 +127,7 @@ def find_model(catalog: Catalog, arch: Setting, model: Setting) -> tuple[dict[st
         known = [name for kind in ("arch", "model") for name in catalog.spellings(kind, model.value)]
         raise UserError(
             f"{model.origin}: unknown model or arch {model.value!r}.{did_you_mean(model.value, known)}"
-            " `panda list archs` and `panda list models` show what is installed."
+            f"{strays(model.value)} `panda list archs` and `panda list models` show what is installed."
         )
     return found, lasting | {"model": lasting_name(of_model, model.value)}
 
@@ -138,7 +139,7 @@ def model_of(catalog: Catalog, offer: Offer) -> Offer:
     beside = f"{offer.distribution}:{arch.model}"
     if ":" not in arch.model and catalog.has("model", beside):
         return catalog.find("model", beside, arch.describe())
-    return catalog.find("model", arch.model, arch.describe(), by=offer)
+    return catalog.find("model", arch.model, f"{offer.describe()}: {arch.describe()}", by=offer)
 
 
 Owner = tuple[Offer, Component]
@@ -193,7 +194,7 @@ def _named(catalog: Catalog, owner: Owner, option: Option, given: Given | None) 
     if option.names in KINDS or option.names not in catalog.kinds:
         raise UserError(
             f"{component.describe()}: its option {option.key!r} names components of kind {option.names!r}, which no"
-            f" installed package adds. This is a fault of {offer.distribution}."
+            f" installed package adds. This is a fault of {offer.describe()}."
         )
     origin = given.origin if given else ""
     try:

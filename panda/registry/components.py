@@ -107,8 +107,12 @@ def recorded_names(kind: str, module: str) -> list[str]:
 
 
 def _record(component: Component) -> None:
-    if not (is_dataclass(component.options) and component.options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
-        raise UserError(f"{component.describe()}: options must be a frozen dataclass, not {component.options!r}.")
+    options: Any = component.options
+    if not (isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise UserError(
+            f"{component.describe()}: options must be a frozen dataclass, not {options!r}. Write"
+            " `@dataclass(frozen=True)` above the class, and give the class."
+        )
     for name in (component.name, *component.aliases):
         if ":" in name or name != name.strip() or not name:
             raise UserError(
@@ -138,6 +142,8 @@ def _identity(component: Component) -> tuple[str, str]:
 def _register(
     kind: str, name: str, options: type, aliases: tuple[str, ...], model: str | None = None
 ) -> Callable[[Factory], Factory]:
+    if not isinstance(name, str):  # `@register_model` without the call, for one
+        raise UserError(f'a {kind} is registered under {name!r}, which is no name. Write `@register_{kind}("NAME")`.')
     if isinstance(aliases, str):
         raise UserError(f"{kind} {name!r}: aliases must be a tuple of names, not the text {aliases!r}.")
     module = sys._getframe(2).f_globals.get("__name__", "?")  # whoever called register_KIND

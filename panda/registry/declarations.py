@@ -67,7 +67,7 @@ def module_summary(module: str, file: str = "") -> str:
 @functools.cache
 def _parsed(module: str, file: str = "") -> ast.Module:
     """The syntax tree of ``module``; an empty one where its source cannot be found or read."""
-    path = Path(file) if file else _source_file(module)
+    path = Path(file) if file else source_file(module)
     try:
         return ast.parse(path.read_bytes()) if path else ast.Module([], [])
     except (OSError, SyntaxError, ValueError, RecursionError):
@@ -114,7 +114,7 @@ def _field_names(module: str, name: str, above: frozenset[tuple[str, str]] = fro
     return frozenset(found)
 
 
-def _source_file(module: str) -> Path | None:
+def source_file(module: str) -> Path | None:
     """The source of ``module``. ``importlib.util.find_spec`` would import its parents; this imports nothing."""
     search: list[str] | None = None
     origin = None

@@ -217,11 +217,11 @@ def check_hooks(plugin: object, offer: Offer) -> None:
         if mark is None and name not in HOOKS:
             problem = f"is no hook of panda's, and not marked with @hookimpl.{did_you_mean(name, HOOKS)}"
         elif mark is None:
-            problem = "is not marked with @hookimpl, so it would never be called."
+            problem = "is not marked with @hookimpl, so it would never be called. Write the mark above it."
         elif name not in HOOKS:
             problem = f"is no hook of panda's.{did_you_mean(name, HOOKS)} The hooks are: {', '.join(HOOKS)}."
         elif inspect.iscoroutinefunction(hook) or inspect.isasyncgenfunction(hook):
-            problem = "is async, and nothing would await it: write a plain `def`."
+            problem = "is async, and nothing would await it. Write a plain `def`."
         elif inspect.isgeneratorfunction(hook) and not (mark["wrapper"] or mark["hookwrapper"]):
             problem = (
                 "has a `yield`, so nothing in it would run: write it without, or mark it with @hookimpl(wrapper=True)"

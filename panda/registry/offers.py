@@ -222,6 +222,36 @@ def all_installed() -> Iterator[Offer]:
     return (offer for names in installed().values() for offers in names.values() for offer in offers)
 
 
+def strays(reference: str) -> str:
+    """What to say of entry points named ``reference`` in groups that panda does not read: an author may misspell one.
+
+    Reads metadata, for the message of a name that is unknown.
+    """
+    groups = {kind.group for kind in kinds().values()}
+    found = []
+    for distribution in importlib.metadata.distributions():
+        try:
+            text = distribution.read_text("entry_points.txt") or ""
+        except Exception:  # as in installed()
+            continue
+        named = set(re.findall(r"^\s*\[\s*(panda[^\]]*?)\s*\]", text, re.MULTILINE | re.IGNORECASE)) - groups
+        if not named and "panda." not in text:
+            continue
+        for line in map(str.strip, text.splitlines()):
+            if line and "=" not in line and line.split()[0].lower() == reference.rpartition(":")[2].lower():
+                found.append(
+                    f" {_name(distribution)} {_version(distribution)} declares {line!r}, which is no `name = module`:"
+                    f" mend its entry points, and install it again."
+                )
+        for group, name, module in _entry_points(text, {group: group for group in named}):
+            if name.lower() == reference.rpartition(":")[2].lower():
+                found.append(
+                    f" {_name(distribution)} {_version(distribution)} declares {name} = {module} under {group!r}, which"
+                    f" panda does not read: `panda doctor {_name(distribution)}` says what to write."
+                )
+    return "".join(dict.fromkeys(found))
+
+
 def with_readable_source(offers: Iterable[Offer]) -> list[Offer]:
     """Those of ``offers`` whose ``declaration`` one answer may ask for.
 

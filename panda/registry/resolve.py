@@ -73,10 +73,18 @@ class Chosen:
 
         Raises UserError where it is not of the type ``expected``, or None.
         """
-        with self.attributed("the factory"):
-            built = self.component.factory(self.options, context)
+        try:
+            with self.attributed("the factory"):
+                built = self.component.factory(self.options, context)
+        except SystemExit as ended:
+            if isinstance(ended.code, int) and ended.code >= 128:  # of a signal, which may come at any moment
+                raise
+            raise UserError(
+                f"{self.component.describe()} ended the process (SystemExit: {ended}), and returned nothing."
+                f" This is a fault of {self.offer.describe()}."
+            ) from ended
         if built is None or not isinstance(built, expected):
-            wanted = "an object" if expected is object else f"a {expected.__qualname__}"
+            wanted = "an object" if expected is object else f"a {expected.__qualname__}{_lacking(built, expected)}"
             raise UserError(
                 f"{self.component.describe()} returned {_shortened(built)}, and not {wanted}."
                 f" This is a fault of {self.offer.describe()}."
@@ -446,11 +454,16 @@ def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
         if key not in known:
             raise UserError(
                 f"{arch.describe()} sets {key!r}, which model {model.name!r} lacks.{did_you_mean(key, known)}"
+                f" This is a fault of {chosen.offer.describe()}."
             )
         try:
             checked[key] = known[key].check(value)
         except ValueError as problem:
-            raise UserError(f"{arch.describe()}: {key}: {value!r} is not {known[key].expects}. {problem}") from None
+            detail = f" {problem}" if str(problem) else ""
+            raise UserError(
+                f"{arch.describe()}: {key}: {value!r} is not {known[key].expects}.{detail} This is a fault of"
+                f" {chosen.offer.describe()}."
+            ) from None
     return checked
 
 
@@ -482,6 +495,14 @@ def _attributed_schedule(schedule: Callable[[int], float], chosen: Chosen) -> Ca
             return schedule(completed_steps)
 
     return factor
+
+
+def _lacking(built: object, expected: Any) -> str:
+    """What ``built`` lacks of a protocol that is ``expected``."""
+    if not getattr(expected, "_is_protocol", False) or built is None:
+        return ""
+    members = [name for name in {**vars(expected), **expected.__annotations__} if not name.startswith("_")]
+    return f", which has {' and '.join(f'`{name}`' for name in members if not hasattr(built, name))}"
 
 
 def _shortened(value: object) -> str:

@@ -22,6 +22,7 @@ from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
 from panda.optim.param_groups import param_groups
 from panda.optim.schedules import Schedule
+from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
 from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import ReaderContext
@@ -73,8 +74,16 @@ def build_evaluation_task(resolved: Resolved, task: Task) -> Task | None:
 
 def dataset_of(resolved: Resolved, task: Task) -> SampleSet:
     """The samples of ``task``: the task that ``resolved`` names, over training or held-out data."""
-    with resolved.components["task"].attributed("`dataset`"):
-        return task.dataset()
+    chosen = resolved.components["task"]
+    with chosen.attributed("`dataset`"):
+        found = task.dataset()
+    if not hasattr(found, "sources"):
+        raise UserError(
+            f"{chosen.component.describe()}: `dataset` returned {found!r:.60}, and not samples: return"
+            f" `panda.data.token_dataset.in_memory(...)` or another data set. This is a fault of"
+            f" {chosen.offer.describe()}."
+        )
+    return found
 
 
 def lay_out(

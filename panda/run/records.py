@@ -156,10 +156,14 @@ def as_number(units: float) -> int | float:
     return int(units) if units == int(units) else units
 
 
-def refuse_unit(unit: str) -> None:
-    """Raise UserError where the ``unit`` of a task is called like another entry of a record, which it would replace."""
+def refuse_unit(unit: str, whose: str = "") -> None:
+    """Raise UserError where the ``unit`` of a task is called like another entry of a record, which it would replace.
+
+    ``whose``: where the task is from.
+    """
     if unit in TAKEN:
-        raise UserError(f"task: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
+        of = f" of {whose}" if whose else ""
+        raise UserError(f"task{of}: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
 
 
 def _metrics(found: Mapping[str, torch.Tensor], prefix: str, record: Mapping[str, Any]) -> dict[str, float]:

@@ -169,7 +169,8 @@ def test_help_follows_a_configuration_file_and_plugins(
         every: int = 1
 
     @register_plugin("watch", options=Options)
-    class Watch: ...
+    class Watch:
+        def __init__(self, options, context): ...
     """
     distributions.install("acme", {"plugins": {"watch": "acme.w"}}, {"acme.w": source})
     file = tmp_path / "run.yaml"
