@@ -14,6 +14,13 @@ from panda.registry.errors import UserError
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
+NEEDS = {
+    "nothing": "nothing of whole parameters",
+    "norms": "norms of whole parameters",
+    "parameters": "whole parameters",
+}
+"""What an optimizer may declare that it ``needs``, and how messages say it."""
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -34,6 +41,8 @@ class Component:
     """The frozen dataclass whose fields are this component's keys and flags."""
     model: str | None = None
     """Archs only: the model whose options the arch sets."""
+    needs: str = "nothing"
+    """Optimizers only: what they have to know of whole parameters, of which a rank may hold parts: one of ``NEEDS``."""
 
     @property
     def doc(self) -> str:
@@ -98,14 +107,19 @@ def _identity(component: Component) -> tuple[str, str]:
 
 
 def _register(
-    kind: str, name: str, options: type, aliases: tuple[str, ...], model: str | None = None
+    kind: str,
+    name: str,
+    options: type,
+    aliases: tuple[str, ...],
+    model: str | None = None,
+    needs: str = "nothing",
 ) -> Callable[[Factory], Factory]:
     if isinstance(aliases, str):
         raise UserError(f"{kind} {name!r}: aliases must be a tuple of names, not the text {aliases!r}.")
     module = sys._getframe(2).f_globals.get("__name__", "?")  # whoever called register_KIND
 
     def decorate(factory: Factory) -> Factory:
-        _record(Component(kind, name, tuple(aliases), factory, module, options, model))
+        _record(Component(kind, name, tuple(aliases), factory, module, options, model, needs))
         return factory
 
     return decorate
@@ -134,14 +148,18 @@ def register_arch(name: str, *, model: str, aliases: tuple[str, ...] = ()) -> Ca
 
 
 def register_optimizer(
-    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = (), needs: str = "nothing"
 ) -> Callable[[Factory], Factory]:
     """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``.
 
     Under ZeRO it is given flat slices of parameters, so it has to work element by element, or to have a
     method ``bind`` (``OptimizerContext`` says when it is called) that learns where each parameter lies.
+    ``needs`` declares the latter: "norms" of whole parameters, or whole "parameters". What cannot give it that is
+    refused before anything is built.
     """
-    return _register("optimizer", name, options, aliases)
+    if needs not in NEEDS:
+        raise UserError(f"optimizer {name!r}: needs is {needs!r}; expected {', '.join(map(repr, NEEDS))}.")
+    return _register("optimizer", name, options, aliases, needs=needs)
 
 
 def register_lr_scheduler(

@@ -10,6 +10,7 @@ import torch
 from panda.configuration.options import RunOptions
 from panda.configuration.options import rate_multipliers
 from panda.configuration.refusals import refuse_layout
+from panda.configuration.refusals import refuse_undeclared
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.order import Source
@@ -139,4 +140,6 @@ def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.de
     )
     context = OptimizerContext(param_groups=groups, device=device, bit_training=options.bit_training)
     optimizer: torch.optim.Optimizer = resolved.components["optimizer"].build(context, torch.optim.Optimizer)
+    if hasattr(optimizer, "bind"):
+        refuse_undeclared(resolved)
     return optimizer
