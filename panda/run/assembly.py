@@ -22,6 +22,7 @@ from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
 from panda.optim.param_groups import param_groups
+from panda.optim.parameter_kinds import describe_parameters
 from panda.optim.schedules import Schedule
 from panda.registry.contexts import LRSchedulerContext
 from panda.registry.contexts import OptimizerContext
@@ -138,7 +139,13 @@ def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.de
         decay_on=options.weight_decay_on,
         multipliers=rate_multipliers(options.lr_multipliers),
     )
-    context = OptimizerContext(param_groups=groups, device=device, bit_training=options.bit_training)
+    context = OptimizerContext(
+        param_groups=groups,
+        device=device,
+        bit_training=options.bit_training,
+        described=describe_parameters(model),
+        learning_rate=options.learning_rate,
+    )
     optimizer: torch.optim.Optimizer = resolved.components["optimizer"].build(context, torch.optim.Optimizer)
     if hasattr(optimizer, "bind"):
         refuse_undeclared(resolved)
