@@ -34,7 +34,7 @@ def describe_parameters(module: torch.nn.Module) -> dict[torch.Tensor, Parameter
             return "embedding"
         if id(parameter) in norms and len(shape) <= 1:
             return "norm"
-        if words[-1].endswith("bias"):
+        if words[-1].startswith("bias") or words[-1].endswith("bias"):
             return "bias"
         if math.prod(shape) == max(shape, default=1):  # also a matrix of one row, as of a reward
             return "vector"

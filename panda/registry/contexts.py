@@ -189,8 +189,7 @@ class OptimizerContext:
     bit_training: bool = False
     """Whether 8-bit state is asked for. Only ``adamw`` has a choice; others that are not 8-bit are refused."""
     described: Mapping[torch.Tensor, ParameterDescription] = field(default_factory=dict)
-    """The parameters of ``param_groups``. A parameter that stands for others, of which an estimate asks how much state
-    it takes, is not in it."""
+    """The parameters of ``param_groups``."""
     learning_rate: float = 1e-3
     """The peak, before the factors of `lr_multipliers` that ``param_groups`` have."""
 

@@ -13,6 +13,7 @@ from panda.answers.positions import held_positions
 from panda.answers.text import decoded
 from panda.configuration.options import RunOptions
 from panda.data.token_dataset import SampleSet
+from panda.engine.evaluated_weights import evaluated_weights
 from panda.files.terminal import printable
 from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
@@ -35,7 +36,15 @@ def finish(run: Run) -> None:
     """Export the model, and let it answer the prompts. Every rank has to call it."""
     if run.processes.rank == 0:
         print("exporting the model, then answering ...", flush=True)
-    run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
+    with evaluated_weights(run.engine):
+        run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
+        _answer(run)
+    if run.processes.rank == 0:
+        write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
+
+
+def _answer(run: Run) -> None:
+    """Let the model answer the prompts. Every rank has to call it."""
     tokenizer = run.task.tokenizer
     of_task = run.resolved.components["task"].attributed
     with of_task("`example_prompts`"):
@@ -62,8 +71,6 @@ def finish(run: Run) -> None:
         run.answers += [
             {"prompt": prompt, "answer": decoded(tokenizer, ids)} for prompt, ids in zip(some, continued, strict=True)
         ]
-    if run.processes.rank == 0:
-        write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
 
 
 def _encoded(run: Run, prompts: list[str], most: int) -> tuple[list[str], list[list[int]]]:
