@@ -68,6 +68,7 @@ class RankExchange:
         self._numbers = {layout: number for number, layout in enumerate(tensors)}
         self._described, self._everyone = described, everyone
         self._processes, self._partitioned = processes, partitioned
+        self._collective = dist.all_to_all_single
         self._plans: dict[tuple[tuple[int, ...], tuple[str, ...]], _Plan] = {}
 
     def gather(
@@ -222,5 +223,5 @@ class RankExchange:
         if self._processes.world_size == 1:
             return sending
         receiving = torch.empty(sum(received), dtype=dtype, device=device)
-        dist.all_to_all_single(receiving, sending, received, sent)
+        self._collective(receiving, sending, received, sent)
         return receiving
