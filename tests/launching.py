@@ -169,7 +169,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def losses(run: Path) -> list[float]:
     """The loss of each step of a run."""
-    return [record["loss"] for record in metrics(run)]
+    return [record["loss"] for record in metrics(run) if "loss" in record]
 
 
 def assert_same_end(resumed: Path, whole: Path, *, after: int) -> None:

@@ -214,6 +214,6 @@ def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:
         if not pattern or not 0 < multipliers[pattern] < math.inf:
             raise UserError(
                 f"lr_multipliers: {text!r} is not PATTERN=FACTOR with a factor above 0: `*embed*=0.1`."
-                " To leave weights as they are, freeze them in the model."
+                " To leave weights as they are, add the plugin `freeze`."
             )
     return multipliers

@@ -24,6 +24,7 @@ import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
 from panda.engine.evaluated_weights import evaluated_weights
+from panda.engine.freezing import Freezing
 from panda.engine.gathering import gather_by_layers
 from panda.engine.gathering import with_sizes
 from panda.engine.gradient_sums import sum_in_one_pass
@@ -111,8 +112,7 @@ class Engine:
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self._module_parts = tuple(module.modules())
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
-        self.has_evaluated_weights = False
-        """Whether the model has those weights of an optimizer that it trains with others than it evaluates."""
+        self.freezing = Freezing(module, self.optimizer, optimizer)
         self.on_part: Callable[[str], None] | None = None
         """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
         self._agreed: set[str] = set()
@@ -242,15 +242,6 @@ class Engine:
         Every rank must give the same number of micro batches, some of them idle if need be: under
         ZeRO-3 the ranks gather weights together. Sums are float64. The host does not wait for the device.
         """
-        with evaluated_weights(self):
-            return self._evaluate(micro_batches, loss_sum, statistics)
-
-    def _evaluate(
-        self,
-        micro_batches: Iterable[BatchType],
-        loss_sum: LossSum,
-        statistics: Callable[[Any, BatchType], Statistics] | None,
-    ) -> Evaluated:
         module, device = self.evaluating(), self.processes.device
         if statistics is not None:
             loss_sum = with_statistics(loss_sum, self._gathered(micro_batches, statistics, module))

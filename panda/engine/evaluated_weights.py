@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from typing import Any
 
-import torch
-
 from panda.engine.parameter_layouts import read_layout
+from panda.engine.weights_copy import set_weights
 
 if TYPE_CHECKING:
     from panda.engine.engine import Engine
@@ -21,21 +20,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluated_weights(engine: Engine) -> Iterator[None]:
-    """In the meantime the model, and the optimizer's tensors, have the weights to evaluate; then those to train.
+    """In the meantime the model and the optimizer's tensors are the weights to evaluate; then those to train again.
 
-    Every rank has to open it. Nothing may be trained in it. It may be opened within itself.
+    Every rank has to open it. Nothing may be trained in it.
     """
     optimizer: Any = engine.own_optimizer
-    if not hasattr(optimizer, "eval_weights") or engine.has_evaluated_weights:
+    if not hasattr(optimizer, "eval_weights"):
         yield
         return
     optimizer.eval_weights()
     _follow(engine)
-    engine.has_evaluated_weights = True
     try:
         yield
     finally:
-        engine.has_evaluated_weights = False
         train_again(engine)
 
 
@@ -47,17 +44,7 @@ def train_again(engine: Engine) -> None:
         _follow(engine)
 
 
-@torch.no_grad()
 def _follow(engine: Engine) -> None:
-    """Set the model's weights from the tensors that the optimizer steps, as DeepSpeed does after a step."""
-    wrapper: Any = engine.optimizer
-    if wrapper is engine.own_optimizer:  # the tensors are the weights
-        return
-    if hasattr(wrapper, "update_lp_params"):  # ZeRO-1 and 2, and BF16_Optimizer
-        wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        engine.take_partitions_from(read_layout(engine.module, wrapper)[1])
-    else:  # 16 bits without ZeRO
-        for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-            for weight, master in zip(weights, masters, strict=True):
-                weight.copy_(master)
+    """Set the model's weights from the tensors that the optimizer steps, unless they are the same."""
+    if engine.optimizer is not engine.own_optimizer:
+        set_weights(engine, read_layout(engine.module, engine.optimizer)[1])

@@ -79,6 +79,14 @@ class Processes:
         """Whether ``here`` is true on every rank. Waits for all of them."""
         return all(self.from_all(here))
 
+    def any_(self, here: bool) -> bool:
+        """Whether ``here`` is true on any rank. Processes wait for each other, and for no GPU."""
+        if self.world_size == 1:
+            return here
+        flag = torch.tensor([here], dtype=torch.uint8)  # on the CPU: by gloo
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
     def from_all(self, here: Any) -> list[Any]:
         """``here`` of every rank, in their order. Waits for all of them."""
         everywhere: list[Any] = [None] * self.world_size

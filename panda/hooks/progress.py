@@ -26,6 +26,8 @@ PLAIN_SECONDS = 2.0
 class ProgressDisplay:
     """Shows on rank 0 how far the run is, and at the end where everything is and what the model answers."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.bar: RichProgress | None = None
         self.bar_task: Any = None
@@ -68,6 +70,8 @@ class ProgressDisplay:
 
     @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
+        if run.processes.rank != 0:
+            return
         self.evaluated = record
         shown = "".join(f"  {each} {record[name]:.4g}" for each in run.task.shown if (name := f"eval_{each}") in record)
         line = (

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class TensorBoard:
     """Writes tensorboard/, for `tensorboard --logdir RUN`."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.writer: Any = None
 
@@ -43,6 +45,8 @@ class TensorBoard:
 
     @hookimpl
     def panda_evaluation(self, record: dict[str, Any]) -> None:
+        if self.writer is None:  # rank 0 has one
+            return
         for key, value in record.items():
             if key != "step":
                 self.writer.add_scalar(f"eval/{key.removeprefix('eval_')}", value, record["step"])

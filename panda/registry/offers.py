@@ -48,6 +48,11 @@ class Offer:
         return f"{self.distribution}:{self.name}"
 
     @property
+    def label(self) -> str:
+        """``plugin early_stopping``."""
+        return f"{self.kind} {self.name}"
+
+    @property
     def is_own(self) -> bool:
         """Whether it is one of panda's own."""
         return self.distribution == OWN_DISTRIBUTION

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from panda.registry.components import Component
 from panda.registry.components import NoOptions
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
+from panda.registry.hooks import has_hooks
 from panda.registry.kinds import KINDS
 from panda.registry.offers import Offer
 from panda.registry.offers import made_by
@@ -46,6 +48,8 @@ class Chosen:
     offer: Offer
     component: Component
     options: Any
+    built: list[Any] = field(default_factory=list, repr=False, compare=False)
+    """Those of the objects that ``build`` has made that have hooks. Copies of this share it."""
 
     @property
     def name(self) -> str:
@@ -62,15 +66,18 @@ class Chosen:
     def build(self, context: Any, expected: Any) -> Any:
         """The product of the component's factory, given its options and ``context``.
 
-        Raises UserError where it is not of the type ``expected``.
+        Raises UserError where it is not of the type ``expected``, or None.
         """
         with self.attributed("the factory"):
             built = self.component.factory(self.options, context)
-        if not isinstance(built, expected):
+        if built is None or not isinstance(built, expected):
+            wanted = "an object" if expected is object else f"a {expected.__qualname__}"
             raise UserError(
-                f"{self.component.describe()} returned {_shortened(built)}, and not a {expected.__qualname__}."
+                f"{self.component.describe()} returned {_shortened(built)}, and not {wanted}."
                 f" This is a fault of {self.offer.describe()}."
             )
+        if has_hooks(type(built)) and not any(built is each for each in self.built):
+            self.built.append(built)
         if self.component.kind == "lr_scheduler":  # hooks, too, call a schedule
             return _attributed_schedule(built, self)
         if self.component.kind == "reader":  # tasks call it, and do not know where it is from

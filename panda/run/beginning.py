@@ -63,13 +63,14 @@ def begin(
         evaluation,
         model.schedule,
         model.engine,
-        prepared.configuration.hooks.call,
+        prepared.configuration.hooks,
         continuation.agreement,
         decoding,
         reference=model.reference,
         generate=Generation(model.engine, options, prepared.task.pad_token_id, decoding.ends),
         resumed_from=checkpoint,
         step=continuation.progress.step,
+        learning_rate_factor=continuation.progress.learning_rate_factor,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
     )
 

@@ -15,6 +15,7 @@ from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import read_progress
 from panda.engine.checkpoints.folders import refuse_differing
 from panda.engine.processes import Processes
+from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
@@ -22,6 +23,7 @@ from panda.run.description import read_end
 from panda.run.directory import EXPORT
 from panda.run.directory import hold_continued
 from panda.run.directory_lock import RunLock
+from panda.run.ending import options_of_stopper
 from panda.run.ending import work_at_the_end
 from panda.run.model import base_weights
 from panda.run.preparation import Preparation
@@ -39,15 +41,15 @@ class Continuation:
     agreement: dict[str, Any]
     """The facts that must be the same in a run that continues this one."""
 
-    def steps_of_finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> int | None:
-        """The steps of the continued run if it has taken all and finished the work at its end; None if it has not.
+    def finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> str | None:
+        """A line for a run that has taken all steps, or was stopped, and has finished the work at its end; else None.
 
         Every rank has to call it. Raises UserError if the run ended without a checkpoint of its last step, and cannot
         do from an earlier one what is still to do.
         """
-        return processes.from_rank_0(lambda: self._steps_of_finished(prepared, layout.plan.total_steps))
+        return processes.from_rank_0(lambda: self._finished(prepared, layout.plan.total_steps))
 
-    def _steps_of_finished(self, prepared: Preparation, total: int) -> int | None:
+    def _finished(self, prepared: Preparation, total: int) -> str | None:
         directory = self.directory
         end = read_end(directory) if directory else None
         if directory is None or end is None:
@@ -57,9 +59,12 @@ class Continuation:
         is_done = all(end.get(key) == value for key, value in expected.items() if value)
         if self.checkpoint is None:
             refuse_differing(directory, end.get("agreement", {}), self.agreement)
+        of_the_end = prepared.options.resume == "auto" or steps == self.progress.step
+        stopped = end.get("stopped") if steps < total and of_the_end else None
+        stands = stopped and options_of_stopper(prepared.resolved, stopped["by"]) == stopped["options"]
         # From a checkpoint that was chosen, the run is trained and ends again, unless it is that of the end.
-        if is_done and steps >= total and (prepared.options.resume == "auto" or steps == self.progress.step):
-            return steps
+        if is_done and of_the_end and (steps >= total or stands):
+            return _finished_line(directory, steps, total, stopped)
         if self.checkpoint is None:
             raise UserError(
                 f"resume: the run in {directory} ended after {steps:,} steps without a checkpoint (`save_final:"
@@ -67,7 +72,31 @@ class Continuation:
                 f" {directory / EXPORT}: `panda generate {directory}` asks them, and with `ckpt_path` another"
                 " run starts from them. To train this one again from its first step, remove the export."
             )
+        if stopped and not stands:
+            print(
+                printable(
+                    f"note: the run was stopped after step {steps:,} by {stopped['by']}: {stopped['reason']}. It goes"
+                    " on, since that is now left out or has other options."
+                )
+            )
         return None
+
+
+def _finished_line(directory: Path, steps: int, total: int, stopped: dict[str, Any] | None) -> str:
+    asked = f"to get answers, run `panda generate {directory} --prompt TEXT`."
+    if stopped is None:
+        return (
+            f"{directory}: nothing is left to do: {steps:,} steps are done and exported. To train further, raise"
+            f" `max_steps` or `num_train_epochs`; {asked}"
+        )
+    kind, _, name = stopped["by"].partition(" ")
+    without = (
+        f"leave it out by `-p no:{name}`, or give it other options" if kind == "plugin" else "give it other options"
+    )
+    return printable(
+        f"{directory}: nothing is left to do: the run was stopped after step {steps:,} of {total:,} by"
+        f" {stopped['by']}: {stopped['reason']}; it is exported. To train further, {without}, and resume again; {asked}"
+    )
 
 
 def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.steps import StepResult
+from panda.files.terminal import printable
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
+from panda.run.extra_state import write_state
 from panda.run.garbage import collect
 from panda.run.garbage import collected_between_steps
 from panda.run.records import Clock
 from panda.run.records import Gpu
+from panda.run.records import add_to
 from panda.run.records import as_number
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
@@ -48,36 +52,43 @@ class Loop:
         self.gpu = Gpu.of(run)
         self.counts = torch.tensor([start.tokens, start.units], dtype=torch.float64)
         self.counts = self.counts.to(run.processes.device)
-        self.skipped = start.skipped_steps
+        self.skipped, self.left_out = start.skipped_steps, start.left_out_steps
         self.skipped_in_a_row = 0
         self.saved_step = start.step if run.resumed_from else -1
+        self.evaluated_step = self.logged_step = -1
 
     def train(self) -> None:
-        """Take the remaining steps; evaluate and save at the end."""
+        """Take the remaining steps, or those until a hook stops the run; evaluate and save at the end."""
         run, first = self.run, self.run.step + 1
         with run.resolved.components["task"].attributed("`start`"):
             run.task.start(run)
         with collected_between_steps():
-            for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
-                self.step(step, micro_batches)
-                collect(step)
-        if run.step < first:  # no steps remained
+            if run.stopped is None:
+                for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
+                    self.step(step, micro_batches)
+                    collect(step)
+                    if run.stopped is not None:
+                        break
+        if self.evaluated_step != run.step:  # no steps remained, or a hook has stopped the run since
             self.evaluate()
-        if self.options.save_final and self.saved_step != run.step:
+        if (self.options.save_final or run.save_is_due) and self.saved_step != run.step:
             self.save()
+        self.say_stop()
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
         run, options, plan = self.run, self.options, self.run.plan
-        factor = run.schedule(step - 1)
-        run.engine.scale_learning_rate(factor)
-        result = run.engine.step(self.made(micro_batches, step), self.loss, self.statistics)
-        self.counts += result.counts
+        made = self.made(micro_batches, step)
+        run.at("panda_step_start", step=step, batches=made)
+        factor = run.schedule(step - 1) * run.learning_rate_factor
+        result = None if run.left_out else self.trained(made, factor)
         run.step = step
-        self.skipped += not result.applied
-        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
-        run.hook.panda_step_end(run=run, step=step)
-        if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
+        run.applied = result is not None and result.applied
+        if result is None:
+            self.leave_out()
+        run.at("panda_step_end", step=step)
+        is_last = step == plan.total_steps
+        if step % options.logging_steps == 0 or is_last or run.stopped:
             self.log(result, factor * options.learning_rate)
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
@@ -86,18 +97,59 @@ class Loop:
                 " from an earlier checkpoint."
             )
         # Before saving, so that a run that resumes this checkpoint already has the record.
-        if step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0):
+        if is_last or run.stopped or (options.eval_steps and step % options.eval_steps == 0):
             self.evaluate()
         for epoch in range(plan.step_end(step - 1) // plan.samples, plan.step_end(step) // plan.samples):
-            run.hook.panda_epoch_end(run=run, epoch=epoch)
-        if options.save_steps and step % options.save_steps == 0:
+            run.at("panda_epoch_end", epoch=epoch)
+        if run.stopped:  # perhaps since the record was due
+            self.log(result, factor * options.learning_rate)
+        if run.save_is_due or (options.save_steps and step % options.save_steps == 0):
             self.save()
+        if run.stopped:
+            self.log(result, factor * options.learning_rate)
+
+    def trained(self, micro_batches: list[Batch], factor: float) -> StepResult:
+        """The optimizer step over ``micro_batches``, with ``factor`` of the peak learning rate."""
+        engine = self.run.engine
+        engine.scale_learning_rate(factor)
+        result = engine.step(micro_batches, self.loss, self.statistics)
+        self.counts += result.counts
+        self.skipped += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        return result
+
+    def leave_out(self) -> None:
+        """Count and print that the step that has just passed was left out, for the reason in ``run.left_out``."""
+        run = self.run
+        self.left_out += 1
+        if run.processes.rank == 0:
+            print(printable(f"step {run.step} is left out ({run.left_out})"), flush=True)
+        run.left_out = None
+
+    def say_stop(self) -> None:
+        """Print why the run has ended, if that is before its last step."""
+        run = self.run
+        if run.stopped is None:
+            return
+        if run.step >= run.plan.total_steps:  # it has ended by itself
+            run.stopped = None
+        elif run.processes.rank == 0:
+            by, reason = run.stopped.by, run.stopped.reason
+            print(printable(f"stopped after step {run.step} of {run.plan.total_steps} by {by}: {reason}"), flush=True)
 
     def progress(self) -> Progress:
         """How far the run has come. Waits for the device."""
         tokens, units = self.counts.tolist()
-        step = self.run.step
-        return Progress(step, self.run.plan.step_end(step), int(tokens), as_number(units), self.skipped)
+        run, cursor = self.run, self.run.plan.step_end(self.run.step)
+        return Progress(
+            run.step,
+            cursor,
+            int(tokens),
+            as_number(units),
+            self.skipped,
+            left_out_steps=self.left_out,
+            learning_rate_factor=run.learning_rate_factor,
+        )
 
     def made(self, micro_batches: list[Batch], step: int, *, training: bool = True) -> list[Batch]:
         """What the task makes of ``micro_batches`` before optimizer step ``step``, if it makes its own samples."""
@@ -111,35 +163,58 @@ class Loop:
             raise UserError(f"task: `rollout` returned {counts} batches on the ranks of the run. Return equally many.")
         return made
 
-    def log(self, result: StepResult, learning_rate: float) -> None:
-        """Give hooks the record of the last step. Rank 0 only."""
+    def log(self, result: StepResult | None, learning_rate: float) -> None:
+        """Give hooks the record of the last step, once, on rank 0; None for one that was left out, which has none."""
         run = self.run
+        if run.processes.rank != 0 or result is None or self.logged_step == run.step:
+            return
         run.observations = run.engine.observations()
         record = log_record(
             result, self.progress(), learning_rate, self.clock, run.observations, unit=run.task.unit, gpu=self.gpu
         )
+        add_to(record, run.added)
+        self.logged_step = run.step
         run.hook.panda_log(run=run, record=record)
 
     def save(self) -> None:
         """Write a checkpoint. Every rank has to call it."""
         run, begun = self.run, time.perf_counter()
         folder, keep = run.directory / "checkpoints", self.options.save_total_limit
-        path = save_checkpoint(run.engine, folder, self.progress(), run.agreement, keep=keep)
+        path = save_checkpoint(
+            run.engine,
+            folder,
+            self.progress(),
+            run.agreement,
+            keep=keep,
+            kept=run.kept,
+            write=partial(write_state, run),
+        )
         run.checkpoints.append(path)
-        run.hook.panda_checkpoint_saved(run=run, path=path)
-        self.saved_step = run.step
+        self.saved_step, run.save_is_due = run.step, False
+        run.at("panda_checkpoint_saved", path=path)
         collect()
         self.clock.leave_out(time.perf_counter() - begun)
 
     def evaluate(self) -> None:
         """Compute the loss on the held-out data, if any. Draws no random numbers, and does not affect training."""
         run, begun = self.run, time.perf_counter()
+        self.evaluated_step = run.step
         if run.evaluation is None:
             return
-        found = run.engine.evaluate(_Evaluation(self, run.evaluation), self.loss, self.statistics)
-        if run.processes.rank == 0:
+        due, run.added = run.added, {}
+        run.at("panda_evaluation_start")
+        with run.using_evaluated_weights():
+            found = run.engine.evaluate(_Evaluation(self, run.evaluation), self.loss, self.statistics)
+
+        def recorded() -> dict[str, Any]:
             record = evaluation_record(run.step, found, run.task.unit, begun)
-            run.hook.panda_evaluation(run=run, record=record)
+            add_to(record, run.added, "eval_")
+            return record
+
+        # What acts decides by it, so its last bit and its time must be the same everywhere.
+        record = run.processes.from_rank_0(recorded) if run.hooks.acts("panda_evaluation") else recorded()
+        run.added = due
+        run.at("panda_evaluation", record=record)
         collect()
         self.clock.leave_out(time.perf_counter() - begun)
 

@@ -225,10 +225,19 @@ def _judged(found: Certificate) -> Certificate:
 
 
 def certificate(
-    name: str, flags: Sequence[str], folder: Path, *, cases: Sequence[Case] = CASES, limit: float = LIMIT
+    name: str,
+    flags: Sequence[str],
+    folder: Path,
+    *,
+    cases: Sequence[Case] = CASES,
+    limit: float = LIMIT,
+    resuming: bool = True,
 ) -> Certificate:
-    """Run all ``cases`` in ``folder``, in forks of this process, which must have no other threads."""
-    runs = _Runs(name, tuple(flags), folder)
+    """Run all ``cases`` in ``folder``, in forks of this process, which must have no other threads.
+
+    ``resuming``: continue each from its middle, too.
+    """
+    runs = _Runs(name, tuple(flags), folder, resuming=resuming)
     refusals = runs.refusals()  # an unknown name is said at once
     for module in IMPORTED:
         importlib.import_module(module)
@@ -242,11 +251,11 @@ def certificate(
         runs.make(orders, ranks)
     for needed in ("start", ALONE.name):
         assert runs.is_complete(needed), f"the run in one process failed: {runs.why(needed)}"
-    again = [case.elsewhere() for case in cases]
+    again = [case.elsewhere() for case in cases if resuming]
     for ranks, tensor_ranks in dict.fromkeys((place.ranks, place.tensor_ranks) for place in again):
         orders = [
             runs.elsewhere(case)
-            for case, place in zip(cases, again, strict=True)
+            for case, place in zip(cases, again, strict=resuming)
             if (place.ranks, place.tensor_ranks) == (ranks, tensor_ranks) and runs.is_complete(case.name)
         ]
         runs.make(orders, ranks)
@@ -264,14 +273,15 @@ class _Order:
 class _Runs:
     """The runs of an optimizer, each in a folder of its name."""
 
-    def __init__(self, name: str, flags: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, name: str, flags: tuple[str, ...], folder: Path, *, resuming: bool) -> None:
         self.common = (*RUN, "--optimizer", name, *flags)
-        self.folder = folder
+        self.folder, self.resuming = folder, resuming
 
     def first(self, case: Case) -> Iterator[_Order]:
         """The run of ``case`` to its end, and from its middle."""
         yield self._order(case.name, case)
-        yield self._order(f"{case.name}-resumed", case, "--resume", self._middle(case))
+        if self.resuming:
+            yield self._order(f"{case.name}-resumed", case, "--resume", self._middle(case))
         if case == ALONE:  # where it begins
             yield self._order("start", case, "--max_steps", "1", "--save_steps", "0", "--learning_rate", "1e-30")
 
@@ -339,6 +349,8 @@ class _Runs:
         row.error = self.error(case.name)
         if not row.error <= limit:
             row.failed.append(f"error {row.error:.1e}")
+        if not self.resuming:
+            return row
         row.resumed = self._resumed(case, row)
         name = f"{case.name}-elsewhere"
         row.elsewhere_refused = self._message(name, "refused")

@@ -1,6 +1,7 @@
 """Makes certificates of several optimizers in one process that has imported all they need.
 
-certify.py ORDERS.json OUT: ORDERS holds for each optimizer its flags and its cases. OUT/NAME.json is what was found.
+certify.py ORDERS.json OUT: ORDERS holds for each optimizer its flags, its cases, and whether runs are resumed.
+OUT/NAME.json is what was found.
 """
 
 from __future__ import annotations
@@ -17,5 +18,6 @@ out = Path(sys.argv[2])
 for name, order in json.loads(Path(sys.argv[1]).read_text()).items():
     folder = out / name
     folder.mkdir()
-    found = certificate(name, order["flags"], folder, cases=[Case(*case) for case in order["cases"]])
+    cases = [Case(*case) for case in order["cases"]]
+    found = certificate(name, order["flags"], folder, cases=cases, resuming=order["resuming"])
     (out / f"{name}.json").write_text(json.dumps(asdict(found)))

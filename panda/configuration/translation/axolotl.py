@@ -134,7 +134,8 @@ KEYS: dict[str, Rule] = {
         "model_config.router_aux_loss_coef overrides_of_model_config.router_aux_loss_coef", To("router_aux_loss_coef")
     ),
     **each(
-        "early_stopping_patience loss_watchdog_*", Absent("panda trains to the end; a lifecycle plugin can stop a run")
+        "early_stopping_patience loss_watchdog_*",
+        Absent("`plugins: [early_stopping]` with `early_stopping_patience` does it, by evaluations"),
     ),
     **each("device_map max_memory gpu_memory_limit", Ignored("`zero_stage` says what is partitioned over GPUs")),
     "tokenizer_use_mistral_common": Absent("panda reads a tokenizer as transformers does"),

@@ -35,6 +35,10 @@ class Progress:
     """Of the loss: supervised tokens, pairs."""
     skipped_steps: int = 0
     """Of ``step``, those that changed nothing because gradients were not finite."""
+    left_out_steps: int = 0
+    """Of ``step``, those that a hook had left out."""
+    learning_rate_factor: float = 1.0
+    """By what hooks have scaled the learning rate."""
 
 
 START = Progress()
@@ -74,6 +78,11 @@ def passed_over(path: Path) -> dict[Path, str]:
     return damaged
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint of ``step`` in its folder."""
+    return f"step-{step:08d}"
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in ``folder``, by step."""
     return [path for path in _checkpoints(folder) if damage(path) is None]
@@ -98,7 +107,7 @@ def set_aside_later(checkpoint: Path) -> list[Path]:
     """
     aside = []
     for later in _checkpoints(checkpoint.parent):
-        if _step(later) > _step(checkpoint):
+        if step_of(later) > step_of(checkpoint):
             number = 1
             while (target := later.with_name(f"abandoned-{number}-{later.name}")).exists():
                 number += 1
@@ -157,10 +166,11 @@ def refuse_differing(source: Path, recorded: dict[str, Any], agreement: dict[str
 def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step at which ``checkpoint`` was saved, as its name says; 0 for a name that does not."""
     name = _NAME.fullmatch(checkpoint.name)
     return int(name[1]) if name else 0
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,9 @@ from panda.engine.checkpoints.folders import LATEST
 from panda.engine.checkpoints.folders import MANIFEST
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import check_contents
+from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
+from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.redistribution import describe_layout
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.redistribution import redistribute
@@ -37,15 +41,24 @@ from panda.registry import UserError
 
 
 def save_checkpoint(
-    engine: Engine, folder: Path, progress: Progress, agreement: dict[str, Any], *, keep: int | None = None
+    engine: Engine,
+    folder: Path,
+    progress: Progress,
+    agreement: dict[str, Any],
+    *,
+    keep: int | None = None,
+    kept: Collection[int] = (),
+    write: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Path:
-    """Write ``folder/step-N`` and point ``latest`` at it; then remove all but the newest ``keep``.
+    """Write ``folder/step-N`` and point ``latest`` at it; then remove all but the newest ``keep``, and those of steps
+    in ``kept``.
 
-    Every rank must call this. A run that loads the checkpoint has to agree with ``agreement``. Raises UserError
-    on every rank if the disk of one is full; earlier checkpoints are untouched then.
+    Every rank must call this. ``write`` adds files of the run to the checkpoint before it is complete. A run that loads
+    the checkpoint has to agree with ``agreement``. Raises UserError on every rank if the disk of one is full; earlier
+    checkpoints are untouched then.
     """
     processes = engine.processes
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / checkpoint_name(progress.step)
     temporary = aside(final)
 
     def prepare() -> None:
@@ -60,16 +73,18 @@ def save_checkpoint(
         torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
         if layout := describe_layout(engine):
             layout_file(temporary, processes.rank).write_text(json.dumps(layout) + "\n", encoding="utf-8")
+        write(temporary)
 
     def complete() -> None:
         if processes.rank == 0:
             _complete(temporary, final, {"format": 1, "progress": asdict(progress), "agreement": agreement})
             for old in complete_checkpoints(folder)[:-keep] if keep else []:
-                remove(old)
+                if step_of(old) not in kept:
+                    remove(old)
 
     before = complete_checkpoints(folder)
-    kept = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
-    then = f"{kept} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
+    untouched = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
+    then = f"{untouched} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
     try:
         for part in (prepare, write_own, complete):
             processes.together(writing(f"{folder}: the checkpoint of step {progress.step:,}", then)(part))

@@ -1,0 +1,255 @@
+"""panda's own plugins that act, in runs on two ranks: under every sharding, and resumed, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributions import Distributions
+from distributions import forget_installed
+from launching import assert_same_end
+from launching import exported_weights
+from launching import losses
+from launching import metrics
+from launching import run_panda
+from launching import train_many
+from launching import zero3_at_once
+from safetensors.torch import load_file
+
+from panda.engine.checkpoints.weights import checkpoint_weights
+from panda.hooks.freeze import FreezeOptions
+from panda.hooks.freeze import Stretch
+from panda.hooks.freeze import stretches
+from panda.hooks.watched import Watched
+from panda.registry import UserError
+from panda.registry.options import build
+
+AT_ONCE = """
+@hookimpl
+def panda_run_start(run):
+    run.stop("to see what a run begins with")
+"""
+RUN: tuple[object, ...] = (
+    *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2),
+    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 48, "--num_workers", 0),
+    *("--max_samples", 60, "--eval_fraction", 0.2, "--gradient_accumulation_steps", 2, "--prompts", "a"),
+    *("--lr_scheduler", "constant", "--warmup_steps", 2, "--weight_decay", 0.5, "--max_steps", 6, "--save_steps", 3),
+)
+STAGES = ("0", "1", "2", "3")
+WAYS: dict[str, list[object]] = {
+    **{stage: ["--zero_stage", stage] for stage in STAGES[:3]},
+    "bf16": ["--precision", "bf16", "--zero_stage", 1],
+    "lora": ["--use_lora", "--lora_r", 4, "--zero_stage", 2],
+    "tensor": ["--tensor_parallel_size", 2, "--vocab_size", 260],
+}
+EMA = ("--plugins", "ema", "--ema_decay", 0.6)
+DIVERGING = ("--learning_rate", 0.5, "--eval_steps", 1, "--max_steps", 12, "--save_total_limit", 2)
+"""The loss soon goes up, and up again."""
+OTHERS: dict[str, list[object]] = {
+    "stopping": [*DIVERGING, "--plugins", "early_stopping", "--early_stopping_patience", 3],
+    "plateau": [*DIVERGING, "--plugins", "rate_on_plateau", "--plateau_patience", 1, "--zero_stage", 2],
+    "best": [*DIVERGING, "--plugins", "best_checkpoint", "--save_total_limit", 1, "--max_steps", 3],
+    "freeze": ["--plugins", "freeze", "--freeze", "*embed*=2-4", "*norm*", "--save_steps", 1, "--zero_stage", 1],
+}
+
+
+def command(*flags: object) -> list[object]:
+    """``RUN`` with ``flags``, of which the last one of a name counts."""
+    values: dict[object, list[object]] = {}
+    for each in (*RUN, *flags):
+        if str(each).startswith("--"):
+            values[name := each] = []
+        else:
+            values[name].append(each)
+    return [part for name, given in values.items() for part in (name, *given)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each way a run without an average, one with it, and one that goes on from its third step elsewhere; a run of
+    each other plugin, and one that goes on from a step in the middle."""
+    folder = tmp_path_factory.mktemp("acting-plugins")
+    site = Distributions(folder / "site").install("once", {"plugins": {"at-once": "at_once"}}, {"at_once": AT_ONCE})
+    sys.path.remove(str(site))  # it is for the runs, and not for this process
+    forget_installed()
+    ways = WAYS | {"3": zero3_at_once(folder)}
+    configurations = []
+
+    def add(name: str, *flags: object, resumed: int = 0, of: str = "") -> None:
+        go_on = ["--resume", folder / of / f"checkpoints/step-{resumed:08d}"] if resumed else []
+        size = () if "tensor" in name else ("--per_gpu_train_batch_size", 2)
+        configurations.append(command(*size, *flags, *go_on, "--output_dir", folder / name))
+
+    for name, way in ways.items():
+        every = ["--save_steps", 1] if name in STAGES else []
+        add(f"{name}-plain", *way, *every)
+        add(f"{name}-ema", *way, *EMA)
+        add(f"{name}-ema-resumed", *way, *EMA, resumed=3, of=f"{name}-ema")
+    add("begin", "--plugins", "at-once")
+    for name, flags in OTHERS.items():
+        add(name, *flags)
+    add("unlimited", *OTHERS["stopping"], "--save_steps", 1, "--save_total_limit", 100)
+    add("stopping-resumed", *OTHERS["stopping"], resumed=4, of="unlimited")
+    add("plateau-whole", *OTHERS["plateau"], "--save_steps", 1, "--save_total_limit", 100)
+    add("plateau-resumed", *OTHERS["plateau"], resumed=6, of="plateau-whole")
+    add("freeze-resumed", *OTHERS["freeze"], resumed=3, of="freeze")
+    add("other-stage", *ways["3"], *EMA, resumed=3, of="1-ema")
+    train_many(
+        configurations, ranks=2, cwd=folder, PYTHONPATH=os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    )
+    moved = ["--resume", folder / "2-ema/checkpoints/step-00000003", "--output_dir", folder / "other-ranks"]
+    train_many([command("--per_gpu_train_batch_size", 4, *EMA, *moved)], cwd=folder)
+    return folder
+
+
+def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return {name: each.read() for name, each in checkpoint_weights(run / f"checkpoints/step-{step:08d}").items()}
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((run / "export").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("name", [*WAYS, "3"])
+def test_training_is_that_without_an_average_and_a_resumed_average_has_the_same_bits(runs: Path, name: str) -> None:
+    plain, ema, resumed = (runs / f"{name}-{which}" for which in ("plain", "ema", "ema-resumed"))
+    assert losses(ema) == losses(plain)
+    trained = [saved(run, 6) for run in (plain, ema, resumed)]
+    assert all(each.equal(other[key]) for other in trained[1:] for key, each in trained[0].items())
+    assert_same_end(resumed, ema, after=3)
+    assert not all(each.equal(exported(plain)[key]) for key, each in exported(ema).items()), "the average is exported"
+    evaluated = [[r["eval_loss"] for r in metrics(run) if "eval_loss" in r] for run in (plain, ema, resumed)]
+    assert evaluated[0] != evaluated[1] == evaluated[2], "and evaluated"
+    provenance = json.loads((ema / "provenance.json").read_text())
+    assert provenance["end"]["exported_weights"] == "plugin ema"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_average_is_that_of_float64(runs: Path, stage: str) -> None:
+    assert list((runs / "begin/checkpoints").glob("step-*")) == [runs / "begin/checkpoints/step-00000000"]
+    average = {name: each.double() for name, each in saved(runs / "begin", 0).items()}
+    for number in range(6):
+        decay = min(0.6, (1 + number) / (10 + number))
+        weights = saved(runs / f"{stage}-plain", number + 1)
+        average = {name: decay * each + (1 - decay) * weights[name].double() for name, each in average.items()}
+    for name, each in exported_weights(runs / f"{stage}-ema").items():
+        assert (each.double() - average[name]).abs().max() <= 1e-6 * average[name].abs().max(), name
+
+
+@pytest.mark.parametrize("name", ["other-stage", "other-ranks"])
+def test_an_average_goes_on_elsewhere(runs: Path, name: str) -> None:
+    expected = exported_weights(runs / "2-ema")
+    for key, each in exported_weights(runs / name).items():
+        assert (each - expected[key]).norm() <= 1e-5 * expected[key].norm(), key
+
+
+def evaluations(run: Path) -> list[float]:
+    return [record["eval_loss"] for record in metrics(run) if "eval_loss" in record]
+
+
+def test_a_run_ends_after_evaluations_that_are_no_better(runs: Path) -> None:
+    found = evaluations(runs / "stopping")
+    best = min(found)
+    assert len(found) == found.index(best) + 1 + 3 < 12
+    stopped = json.loads((runs / "stopping/provenance.json").read_text())["end"]["stopped"]
+    assert stopped["by"] == "plugin early_stopping" and stopped["options"]["early_stopping_patience"] == 3
+    assert stopped["reason"] == (
+        f"eval_loss has been {best:.4g} at step {found.index(best) + 1} at best, and no better in the 3 evaluations"
+        " since"
+    )
+    assert_same_end(runs / "stopping-resumed", runs / "unlimited", after=4)
+    assert evaluations(runs / "stopping-resumed") == found[4:], "it counts on"
+
+
+def test_the_rate_is_lowered_where_evaluations_are_no_better_and_a_resumed_run_does_it_again(runs: Path) -> None:
+    factor, best, expected = 1.0, float("inf"), []
+    for loss in evaluations(runs / "plateau"):
+        expected.append(factor)
+        factor, best = (factor, loss) if loss < best else (max(factor / 2, 0.01), best)
+    rates = [record["learning_rate"] / 0.5 for record in metrics(runs / "plateau") if "loss" in record]
+    assert rates[1:] == expected[1:] and rates[0] == 0.5, "the warm-up has two steps"
+    assert min(rates) < 0.5
+    assert_same_end(runs / "plateau-resumed", runs / "plateau", after=6)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(runs: Path) -> None:
+    found = evaluations(runs / "best")
+    best = found.index(min(found)) + 1
+    folder = runs / "best/checkpoints"
+    assert {path.name for path in folder.glob("step-*")} == {f"step-{best:08d}", "step-00000003"} and best < 3
+    assert (folder / "best").read_text() == f"step-{best:08d}\n"
+
+
+def test_weights_are_frozen_between_two_steps(runs: Path) -> None:
+    run = runs / "freeze"
+    at = [saved(runs / "begin", 0), *(saved(run, step) for step in range(1, 7))]
+    for step in range(1, 7):
+        for name, each in at[step].items():
+            kept = "norm" in name or ("embed" in name and 2 <= step <= 4)
+            assert each.equal(at[step - 1][name]) == kept, (step, name)
+    assert_same_end(runs / "freeze-resumed", run, after=3)
+
+
+# -- without a run ----------------------------------------------------------------------------
+
+
+def test_what_counts_as_better() -> None:
+    class AtStep:
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+    def taken(watched: Watched, values: list[float]) -> list[bool]:
+        return [watched.take(AtStep(step), {"eval_x": value}) for step, value in enumerate(values)]  # type: ignore[arg-type]
+
+    nan = float("nan")
+    lower = Watched("ours", "eval_x", threshold=0.5)
+    assert taken(lower, [nan, 3, 2.5, 2.4, nan, 2.6]) == [False, True, False, True, False, False]
+    assert (lower.best, lower.best_step, lower.since) == (2.4, 3, 2)
+    higher = Watched("ours", "eval_x", higher_is_better=True)
+    assert taken(higher, [1, 1, 2, -3]) == [True, False, True, False]
+    again = Watched("ours", "eval_x", higher_is_better=True)
+    again.load(json.loads(json.dumps(higher.state())))
+    assert again.state() == higher.state()
+    other = Watched("ours", "eval_y")
+    other.load(higher.state())
+    assert other.best is None, "of another metric"
+    with pytest.raises(UserError, match=r"ours: evaluations have no metric 'eval_y'. They have: eval_x, eval_z"):
+        other.take(AtStep(1), {"step": 1, "eval_x": 1, "eval_z": 2})  # type: ignore[arg-type]
+
+
+def test_what_freeze_means() -> None:
+    assert stretches(("a*", "b=2-3", "c=-4", "d=5-")) == [
+        Stretch("a*", 1, None),
+        Stretch("b", 2, 3),
+        Stretch("c", 1, 4),
+        Stretch("d", 5, None),
+    ]
+    for wrong in ("", "=1-2", "a=", "a=3", "a=3-2", "a=0-2", "a=x-y"):
+        with pytest.raises(UserError, match="is not PATTERN or PATTERN=FIRST-LAST"):
+            build(FreezeOptions, {"freeze": [wrong]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plugins", "early_stopping"], "early_stopping goes by the evaluations of a run"),
+        (["--plugins", "freeze"], "freeze"),
+        (
+            ["--plugins", "freeze", "--freeze", "*embde*"],
+            "'*embde*' matches no parameter that is trained. These are: mod",
+        ),
+        (
+            ["--plugins", "early_stopping", "--eval_steps", 1, "--early_stopping_metric", "eval_los"],
+            "evaluations have no metric 'eval_los'. They have: eval_loss,",
+        ),
+    ],
+)
+def test_what_a_plugin_cannot_do_is_an_error(tmp_path: Path, flags: list[Any], message: str) -> None:
+    done = run_panda("panda-train", *command(*flags), cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -1,0 +1,370 @@
+"""Plugins that act: what one asks for on one rank, all ranks do alike, and a resumed run does again.
+
+Runs of two ranks, in the ZeRO stages, with a plugin of a package. Losses and weights are compared to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributions import Distributions
+from distributions import forget_installed
+from launching import assert_same_end
+from launching import exported_weights
+from launching import losses
+from launching import metrics
+from launching import run_panda
+from launching import train_many
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.engine.processes import Processes
+from panda.registry import UserError
+from panda.runner import train
+
+ACTOR = """
+import torch
+
+@dataclass(frozen=True)
+class ActorOptions:
+    do: str = "nothing"
+    at_step: int = 3
+    on_rank: int = 1
+
+@register_plugin("actor", options=ActorOptions)
+class Actor:
+    def __init__(self, options, context):
+        self.options = options
+        self.heard = []
+
+    def here(self, run, what, step):
+        return self.options.do == what and step == self.options.at_step and run.processes.rank == self.options.on_rank
+
+    @hookimpl
+    def panda_step_start(self, run, step, batches):
+        assert batches and all(batch.input_ids.device.type == "cpu" for batch in batches)
+        if self.here(run, "skip", step):
+            run.skip_step("it looks bad")
+
+    @hookimpl
+    def panda_step_end(self, run, step):
+        if self.here(run, "stop", step):
+            run.stop("enough")
+        if self.here(run, "slow", step):
+            run.scale_learning_rate(0.5)
+        if self.here(run, "save", step):
+            run.save_checkpoint()
+        if self.options.do == "log":
+            run.log("half_a_step", torch.tensor(step / 2))
+        self.heard.append(step)
+
+    @hookimpl
+    def panda_evaluation_start(self, run):
+        if self.options.do == "log":
+            run.log("answer", 42)
+
+    @hookimpl
+    def panda_evaluation(self, run, record):
+        if self.options.do == "heard":
+            everywhere = run.processes.from_all({**record, "eval_seconds": 0})
+            assert everywhere == [everywhere[0]] * run.processes.world_size and "eval_loss" in record
+
+    @hookimpl
+    def panda_save_state(self, run):
+        return {"heard": self.heard, "tensor": torch.tensor(self.heard).bfloat16(), "rate": float("inf")}
+
+    @hookimpl
+    def panda_load_state(self, run, state):
+        assert state["tensor"].tolist() == state["heard"] and state["rate"] == float("inf")
+        self.heard = state["heard"]
+
+    @hookimpl
+    def panda_run_end(self, run):
+        (run.directory / f"heard-{run.processes.rank}.json").write_text(str(self.heard))
+"""
+STEPS = 6
+RUN: tuple[object, ...] = (
+    *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2),
+    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 48, "--num_workers", 0),
+    *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--warmup_steps", 2, "--learning_rate", 0.003),
+    *("--max_steps", STEPS, "--prompts", "a", "--eval_fraction", 0.1),
+)
+ALONE: dict[str, tuple[object, ...]] = {
+    "plain": (),
+    "watched": ("actor",),
+    "stop": ("actor", "--do", "stop"),
+    "slow": ("actor", "--do", "slow", "--save_steps", 4),
+    "logged": ("actor", "--do", "log", "--eval_steps", 3),
+}
+"""Runs on one rank."""
+TOGETHER: dict[str, tuple[object, ...]] = {
+    "plain": ("--zero_stage", 2),
+    "watched": ("actor", "--zero_stage", 2, "--do", "heard", "--eval_steps", 3),
+    "stop": ("actor", "--zero_stage", 2, "--do", "stop"),
+    "skip": ("actor", "--zero_stage", 2, "--do", "skip", "--save_steps", 2),
+    "slow": ("actor", "--zero_stage", 2, "--do", "slow", "--save_steps", 4),
+    "save": ("actor", "--zero_stage", 2, "--do", "save", "--save_final", "false"),
+}
+"""Runs on two ranks, of which the second one asks."""
+
+
+def flags(folder: Path, ranks: int, name: str, way: tuple[object, ...], *more: object) -> list[object]:
+    acting = ["--plugins", *way] if way[:1] == ("actor",) else list(way)
+    if "--do" in way and ranks == 1:
+        acting += ["--on_rank", 0]
+    directory = [] if "--output_dir" in more else ["--output_dir", folder / f"{ranks}-{name}"]
+    return [*RUN, "--per_gpu_train_batch_size", 4 // ranks, *acting, *directory, *more]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    site = Distributions(tmp_path_factory.mktemp("site")).install(
+        "acting", {"plugins": {"actor": "acting_plugin"}}, {"acting_plugin": ACTOR}
+    )
+    sys.path.remove(str(site))  # it is for the runs, and not for this process
+    forget_installed()
+    return {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+    folder = tmp_path_factory.mktemp("acting")
+    on_one = [flags(folder, 1, name, way) for name, way in ALONE.items()]
+    on_two = [flags(folder, 2, name, way) for name, way in TOGETHER.items()]
+    for ranks, name, step in ((1, "slow", 4), (2, "slow", 4), (2, "skip", 2), (2, "skip", 4)):
+        way = (TOGETHER if ranks == 2 else ALONE)[name]
+        resumed = ("--resume", folder / f"{ranks}-{name}/checkpoints/step-{step:08d}")
+        (on_two if ranks == 2 else on_one).append(
+            flags(folder, ranks, name, way, *resumed, "--output_dir", folder / f"{ranks}-{name}-from-{step}")
+        )
+    # With another number of ranks.
+    resumed = ("--resume", folder / "2-slow/checkpoints/step-00000004", "--output_dir", folder / "moved")
+    train_many(on_two, ranks=2, cwd=folder, **environment)
+    train_many([*on_one, flags(folder, 1, "slow", ALONE["slow"], *resumed)], cwd=folder, **environment)
+    return folder
+
+
+def heard(run: Path, rank: int = 0) -> list[int]:
+    found: list[int] = json.loads((run / f"heard-{rank}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plugin_that_asks_for_nothing_changes_no_bit(runs: Path, ranks: int) -> None:
+    assert_same_end(runs / f"{ranks}-watched", runs / f"{ranks}-plain", after=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_on_one_rank_stops_all_at_the_end_of_the_step(runs: Path, ranks: int) -> None:
+    run = runs / f"{ranks}-stop"
+    assert [heard(run, rank) for rank in range(ranks)] == [[1, 2, 3]] * ranks
+    assert losses(run)[:3] == losses(runs / f"{ranks}-plain")[:3]
+    records = metrics(run)
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    assert [record["step"] for record in records if "eval_loss" in record] == [3]
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000003"]
+    assert (run / "export/model.safetensors").exists()
+    end = json.loads((run / "provenance.json").read_text())["end"]
+    assert end["step"] == 3
+    assert (end["stopped"]["by"], end["stopped"]["reason"]) == ("plugin actor", "enough")
+
+
+def test_a_stopped_run_is_resumed_only_without_what_stopped_it(
+    runs: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(runs / "1-stop", run)
+    again = [*flags(runs, 1, "stop", ALONE["stop"], "--output_dir", run), "--resume", "auto"]
+    done = run_panda("panda-train", *again, cwd=tmp_path, **environment)
+    assert done.returncode == 0
+    assert (
+        "the run was stopped after step 3 of 6 by plugin actor: enough; it is exported. To train further, leave it out"
+        " by `-p no:actor`, or give it other options, and resume again" in done.stdout
+    )
+    assert losses(run) == losses(runs / "1-stop")
+    done = run_panda("panda-train", *again, "--at_step", 100, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "note: the run was stopped after step 3 by plugin actor: enough. It goes on" in done.stdout
+    plain = runs / "1-plain"
+    assert losses(run) == losses(plain)
+    expected, found = exported_weights(plain), exported_weights(run)
+    assert all(expected[name].equal(found[name]) for name in expected)
+    assert heard(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_is_left_out_on_all_ranks_where_one_asks(runs: Path) -> None:
+    run, plain = runs / "2-skip", runs / "2-plain"
+    records = [record for record in metrics(run) if "loss" in record]
+    assert [record["step"] for record in records] == [1, 2, 4, 5, 6]
+    assert [record.get("left_out_steps", 0) for record in records] == [0, 0, 1, 1, 1]
+    assert losses(run)[:2] == losses(plain)[:2] and losses(run)[2] != losses(plain)[3]
+    rates = {record["step"]: record["learning_rate"] for record in metrics(plain) if "loss" in record}
+    assert [record["learning_rate"] for record in records] == [rates[record["step"]] for record in records]
+    progress = json.loads((run / "checkpoints/step-00000004/manifest.json").read_text())["progress"]
+    untouched = json.loads((run / "checkpoints/step-00000002/manifest.json").read_text())["progress"]
+    assert progress["left_out_steps"] == 1 and progress["position"] == 2 * untouched["position"]
+
+
+@pytest.mark.parametrize("name", ["1-slow-from-4", "2-slow-from-4", "2-skip-from-2", "2-skip-from-4"])
+def test_what_was_asked_for_survives_a_resume_to_the_bit(runs: Path, name: str) -> None:
+    whole = runs / name.partition("-from")[0]
+    first = int(name[-1])
+    before = sum(record["step"] <= first for record in metrics(whole) if "loss" in record)
+    assert losses(runs / name) == losses(whole)[before:]
+    expected, found = exported_weights(whole), exported_weights(runs / name)
+    assert all(expected[key].equal(found[key]) for key in expected)
+    assert heard(runs / name) == heard(whole) == [1, 2, 3, 4, 5, 6], "its own state, too"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_learning_rate_is_scaled_once_for_all_ranks(runs: Path, ranks: int) -> None:
+    slow, plain = (
+        [record["learning_rate"] for record in metrics(runs / f"{ranks}-{name}") if "loss" in record]
+        for name in ("slow", "plain")
+    )
+    assert slow == [*plain[:3], *(rate / 2 for rate in plain[3:])]
+    assert losses(runs / f"{ranks}-slow")[:4] == losses(runs / f"{ranks}-plain")[:4]
+    assert losses(runs / f"{ranks}-slow")[4] != losses(runs / f"{ranks}-plain")[4]
+
+
+def test_state_and_factor_go_on_with_another_number_of_ranks(runs: Path) -> None:
+    found = [record for record in metrics(runs / "moved") if "loss" in record]
+    expected = [record for record in metrics(runs / "2-slow") if "loss" in record][4:]
+    assert [record["learning_rate"] for record in found] == [record["learning_rate"] for record in expected]
+    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=1e-5)
+    assert heard(runs / "moved") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_is_saved_where_one_rank_asks(runs: Path) -> None:
+    assert [path.name for path in (runs / "2-save/checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def test_numbers_that_hooks_add_are_in_the_records(runs: Path) -> None:
+    records = metrics(runs / "1-logged")
+    assert [record["half_a_step"] for record in records if "loss" in record] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert [record["eval_answer"] for record in records if "eval_loss" in record] == [42, 42]
+    assert not any("half_a_step" in record for record in records if "eval_loss" in record)
+
+
+# -- what is refused, in one process ----------------------------------------------------------
+
+MISTAKEN = """
+@dataclass(frozen=True)
+class MistakenOptions:
+    mistake: str = ""
+
+@register_plugin("mistaken", options=MistakenOptions)
+class Mistaken:
+    def __init__(self, options, context):
+        self.mistake = options.mistake
+
+    @hookimpl
+    def panda_log(self, run):
+        if self.mistake == "stop on rank 0":
+            run.stop("no")
+
+    @hookimpl
+    def panda_step_end(self, run):
+        if self.mistake == "skip too late":
+            run.skip_step("no")
+        if self.mistake == "own key":
+            run.log("grad_norm", 1)
+        if self.mistake == "no number":
+            run.log("mine", "1")
+        if self.mistake == "backwards":
+            run.scale_learning_rate(-1)
+
+    @hookimpl
+    def panda_evaluation_start(self, run):
+        if self.mistake == "own key of evaluations":
+            run.log("loss", 1)
+
+    @hookimpl
+    def panda_save_state(self, run):
+        return {"tuple": {"nested": [(1, 2)]}} if self.mistake == "state" else {}
+
+    @hookimpl
+    def panda_load_state(self, run, state): pass
+
+@register_plugin("watching")
+class Watching:
+    acts = False
+
+    def __init__(self, options, context): pass
+
+    @hookimpl
+    def panda_step_end(self, run):
+        run.stop("no")
+"""
+
+
+@pytest.fixture
+def trained(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``trained(*flags)``: a run of two steps, in this process."""
+    names = dict.fromkeys(("mistaken", "watching"), "mistakes.plugins")
+    distributions.install("mistakes", {"plugins": names}, {"mistakes.plugins": MISTAKEN})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("panda.run.ending.ANSWER_TOKENS", 2)
+
+    def train_with(*given: str) -> Any:
+        argv = [*map(str, RUN), "--logging_steps", "1", "-p", "no:tensorboard", "-p", "no:plot", *given]
+        argv[argv.index("--max_steps") + 1] = "2"
+        return train(configure(parse_arguments(argv)))
+
+    return train_with
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "message"),
+    [
+        ("stop on rank 0", RuntimeError, "run.stop was called where ranks do not meet"),
+        ("skip too late", RuntimeError, "run.skip_step was called where ranks do not meet.*rank: panda_step_start"),
+        ("own key", UserError, r"plugin mistaken: run.log\('grad_norm', ...\) has the name of another entry"),
+        ("own key of evaluations", UserError, r"plugin mistaken: run.log\('loss', ...\) has the name of another entry"),
+        ("no number", UserError, r"plugin mistaken: run.log\('mine', ...\) takes a number, not str"),
+        ("backwards", UserError, "plugin mistaken scales the learning rate by -1"),
+        ("state", UserError, r"at \['tuple'\]\['nested'\]\[0\] tuple.*fault of mistakes 1.0"),
+    ],
+)
+def test_what_a_hook_must_not_ask_for_is_an_error(
+    processes: Any, trained: Any, mistake: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        trained("--plugins", "mistaken", "--mistake", mistake)
+    if error is RuntimeError:
+        assert "plugin 'mistaken': mistakes 1.0" in caught.value.__notes__[0]
+
+
+def test_a_plugin_that_says_it_only_watches_must_not_ask(processes: Any, trained: Any) -> None:
+    with pytest.raises(RuntimeError, match="was called by plugin watching, which says `acts = False`"):
+        trained("--plugins", "watching")
+
+
+def test_ranks_agree_only_where_something_may_act(
+    processes: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = 0
+
+    def any_(self: Processes, here: bool) -> bool:
+        nonlocal asked
+        asked += 1
+        return here
+
+    monkeypatch.setattr(Processes, "any_", any_)
+    watching = ("--plugins", "profile", "ema", "--eval_steps", "1", "--save_steps", "1", "--output_dir", "run")
+    trained(*watching)
+    assert asked == 0, "of panda's own by default, and of these two, none"
+    trained("--plugins", "mistaken")
+    assert asked == 2 + 1, "after each step, and before the evaluation"
+    capsys.readouterr()
+    trained("--plugins", "mistaken", "--resume", "run/checkpoints/step-00000001", "--output_dir", "other")
+    notes = capsys.readouterr().out
+    assert "note: plugin mistakes:mistaken is new in this run: step-00000001 has no state of it" in notes
+    assert "note: plugin panda-train:ema is not in this run: its state in step-00000001 is not used" in notes
