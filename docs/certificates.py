@@ -1,10 +1,10 @@
-"""Writes docs/certificates.md: `python docs/certificates.py` trains some 400 small models, in 20 minutes on two cores."""
+"""Writes docs/certificates.md: `python docs/certificates.py` trains 400 small models, in 20 minutes on two cores."""
 
 from __future__ import annotations
 
 import sys
+from datetime import UTC
 from datetime import datetime
-from datetime import timezone
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def main() -> None:
         if name in (sys.argv[1:] or OPTIMIZERS):
             found = optimizers.check_optimizer(name, *flags)
             libraries = ", ".join(f"{each} {version(each)}" for each in ("torch", "deepspeed"))
-            day = datetime.now(timezone.utc).date()
+            day = datetime.now(UTC).date()
             before[name] = f"\n{day}, {libraries}.\n\n```\n{found.table()}\n```\n"
         parts.append(f"\n## `{name}`\n{before.get(name, '').rstrip()}\n")
     page.write_text(HEAD + "".join(parts), encoding="utf-8")
