@@ -219,10 +219,26 @@ def try_plugin(component: Any, tmp_path: Path, printed: Any) -> None:
     catalog.load(offer)
     hooks = Hooks()
     hooks.add(component.factory(component.options(), PluginContext()), offer)
+    if component.name == "impatient":
+        try_stopping(hooks)
+        return
     for rank in (0, 1):
         run = SimpleNamespace(processes=SimpleNamespace(rank=rank))
         hooks.call.panda_checkpoint_saved(run=run, path=tmp_path)
     assert printed.readouterr().out == f"saved {tmp_path}\n"
+
+
+def try_stopping(hooks: Hooks) -> None:
+    """A plugin that stops a run at an evaluation that is worse, also than one before the run was resumed."""
+    stopped: list[str] = []
+    run = SimpleNamespace(stop=stopped.append)
+    for loss in (2.0, 1.5, 1.5):
+        hooks.call.panda_evaluation(run=run, record={"eval_loss": loss})
+    assert stopped == [] and hooks.acts("panda_evaluation")
+    [state] = hooks.call.panda_save_state(run=run)
+    hooks.call.panda_load_state(run=run, state=state)
+    hooks.call.panda_evaluation(run=run, record={"eval_loss": 1.75})
+    assert stopped == ["eval_loss rose from 1.500 to 1.750"]
 
 
 def try_kind(component: Any, tmp_path: Path, printed: Any) -> None:

@@ -125,7 +125,7 @@ def _find(arguments: argparse.Namespace) -> Answering:
     from panda.answers.loading import described_in
     from panda.answers.loading import found_at
     from panda.answers.loading import with_adapters
-    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.engine.checkpoints.weights_copies import evaluated_weights
     from panda.weights.finding import Source
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -136,11 +136,11 @@ def _find(arguments: argparse.Namespace) -> Answering:
     adapted = adapter_run(run, ckpt_path)
     if adapted and (checkpoint or holds_adapters):
         print(f"{checkpoint or folder}", file=sys.stderr)
-        adapters = checkpoint_weights(checkpoint) if checkpoint else folder
+        adapters = evaluated_weights(checkpoint)[0] if checkpoint else folder
         return described_in(run / MODEL_FOLDER, load=partial(_adapted_module, adapted, adapters))
     if checkpoint and (run / MODEL_FOLDER).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
-        return described_in(run / MODEL_FOLDER, checkpoint_weights(checkpoint))
+        return described_in(run / MODEL_FOLDER, evaluated_weights(checkpoint)[0])
     return found_at(replace(source, location=str(folder)))
 
 

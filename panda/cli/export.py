@@ -40,6 +40,11 @@ def _export(argv: list[str]) -> None:
         help="for adapters: merge them into their base and write the whole model, by default to RUN/merged. Without"
         " this, only the adapters are written, in peft's format",
     )
+    parser.add_argument(
+        "--trained",
+        action="store_true",
+        help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
+    )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     arguments = parser.parse_args(argv)
 
@@ -63,14 +68,17 @@ def _export(argv: list[str]) -> None:
     check_can_be_made(output, "--output")
 
     from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.engine.checkpoints.weights_copies import evaluated_weights
     from panda.weights.export import export
 
-    weights, note = checkpoint_weights(checkpoint), ""
+    weights, others = (checkpoint_weights(checkpoint), False) if arguments.trained else evaluated_weights(checkpoint)
+    note = "; the weights that it was evaluated with, an average or the like" if others else ""
     if adapted and not arguments.merge:
         _export_adapters(adapted, weights, output)
     else:
         if adapted:
-            weights, note = _merged(adapted, weights)
+            weights, merged = _merged(adapted, weights)
+            note += merged
         export(run / MODEL_FOLDER, weights, output)
     print(f"{output}: {checkpoint.name} of {run}{note}")
 

@@ -68,10 +68,9 @@ class BestCheckpoint:
     def panda_run_end(self, run: Run) -> None:
         if run.processes.rank != 0 or self.path is None:
             return
-        where = str(self.path)
         print(
-            f"best checkpoint: {where} ({self.watched}); `panda export {where} --output FOLDER` exports it, and"
-            f" {run.directory}/export has the last weights",
+            f"best checkpoint: {self.path} ({self.watched}); `panda export {self.path} --output FOLDER` exports it, and"
+            f" {run.directory / 'export'} has the last weights",
             flush=True,
         )
 

@@ -30,7 +30,8 @@ class EmaOptions:
 class Ema:
     """Averages the weights over the steps; the average is evaluated, asked and exported. `--plugins ema`.
 
-    Training and checkpoints are those without it, to the bit. The average is in fp32 and takes as much memory as the
+    Training is that without it, to the bit. Checkpoints have both: `panda export` and `panda generate` take the
+    average, and `panda export --trained` the other weights. The average is in fp32 and takes as much memory as the
     master weights, partitioned like them.
     """
 

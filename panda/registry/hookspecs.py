@@ -111,7 +111,7 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
 
 @hookspec
 def panda_evaluation_start(run: Run) -> None:
-    """The run is about to be evaluated on its held-out data, in evaluation mode. May act."""
+    """The run is about to be evaluated on its held-out data. May act."""
 
 
 @hookspec

@@ -289,7 +289,10 @@ def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
         values = arch.factory()
     known = options_of(model.options)
     if not isinstance(values, Mapping):
-        raise UserError(f"{arch.describe()} returned {values!r}, not a mapping of options of {model.name!r}.")
+        raise UserError(
+            f"{arch.describe()} returned {values!r}, not a mapping of options of {model.name!r}. This is a fault of"
+            f" {chosen.offer.describe()}."
+        )
     checked = {}
     for key, value in values.items():
         if key not in known:

@@ -56,7 +56,9 @@ def write_state(run: Run, checkpoint: Path) -> None:
                 copies[prefix + name] = each
             elif run.processes.rank == 0:
                 tensors[prefix + name] = each.detach().cpu().clone(memory_format=torch.contiguous_format)
-    write_copies(run.engine, copies, checkpoint)
+    evaluated = run.evaluated_weights[1] if run.evaluated_weights else None
+    name = next((name for name, copied in copies.items() if copied is evaluated), None)
+    write_copies(run.engine, copies, checkpoint, evaluated=name)
     if run.processes.rank == 0 and described:
         if tensors:
             save_file(tensors, checkpoint / TENSORS)

@@ -313,7 +313,9 @@ class _Runs:
         return self._export(name).exists()
 
     def _export(self, name: str) -> Path:
-        return self.folder / name / "export" / "model.safetensors"
+        export = self.folder / name / "export"
+        adapters = export / "adapter_model.safetensors"  # with `--use_lora`
+        return adapters if adapters.exists() else export / "model.safetensors"
 
     def _message(self, name: str, kind: str) -> str:
         file = self.folder / f"{name}.{kind}"

@@ -22,6 +22,7 @@ from launching import zero3_at_once
 from safetensors.torch import load_file
 
 from panda.engine.checkpoints.weights import checkpoint_weights
+from panda.engine.checkpoints.weights_copies import evaluated_weights
 from panda.hooks.freeze import FreezeOptions
 from panda.hooks.freeze import Stretch
 from panda.hooks.freeze import stretches
@@ -125,6 +126,10 @@ def test_training_is_that_without_an_average_and_a_resumed_average_has_the_same_
     assert not all(each.equal(exported(plain)[key]) for key, each in exported(ema).items()), "the average is exported"
     evaluated = [[r["eval_loss"] for r in metrics(run) if "eval_loss" in r] for run in (plain, ema, resumed)]
     assert evaluated[0] != evaluated[1] == evaluated[2], "and evaluated"
+    by_panda, is_other = evaluated_weights(ema / "checkpoints/step-00000006")
+    assert is_other and not evaluated_weights(plain / "checkpoints/step-00000006")[1]
+    if name != "lora":  # whose export has other names
+        assert all(by_panda[key].read().equal(each) for key, each in exported(ema).items())
     provenance = json.loads((ema / "provenance.json").read_text())
     assert provenance["end"]["exported_weights"] == "plugin ema"
 
@@ -193,6 +198,17 @@ def test_weights_are_frozen_between_two_steps(runs: Path) -> None:
             kept = "norm" in name or ("embed" in name and 2 <= step <= 4)
             assert each.equal(at[step - 1][name]) == kept, (step, name)
     assert_same_end(runs / "freeze-resumed", run, after=3)
+
+
+def test_a_checkpoint_is_exported_with_what_it_was_evaluated_with(runs: Path, tmp_path: Path) -> None:
+    for name in ("1-ema", "lora-ema"):
+        for flags, weights in (((), runs / name), (("--trained",), runs / name.replace("ema", "plain"))):
+            output = tmp_path / f"{name}{len(flags)}"
+            done = run_panda("panda", "export", runs / name, "--output", output, *flags, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert ("the weights that it was evaluated with" in done.stdout) == (not flags)
+            found = load_file(next(output.glob("*.safetensors")))
+            assert all(each.equal(found[key]) for key, each in exported(weights).items())
 
 
 # -- without a run ----------------------------------------------------------------------------

@@ -43,7 +43,8 @@ class Actor:
         self.heard = []
 
     def here(self, run, what, step):
-        return self.options.do == what and step == self.options.at_step and run.processes.rank == self.options.on_rank
+        is_here = self.options.on_rank in (-1, run.processes.rank)
+        return self.options.do == what and step == self.options.at_step and is_here
 
     @hookimpl
     def panda_step_start(self, run, step, batches):
@@ -108,9 +109,10 @@ TOGETHER: dict[str, tuple[object, ...]] = {
     "stop": ("actor", "--zero_stage", 2, "--do", "stop"),
     "skip": ("actor", "--zero_stage", 2, "--do", "skip", "--save_steps", 2),
     "slow": ("actor", "--zero_stage", 2, "--do", "slow", "--save_steps", 4),
+    "slow on all": ("actor", "--zero_stage", 2, "--do", "slow", "--on_rank", -1),
     "save": ("actor", "--zero_stage", 2, "--do", "save", "--save_final", "false"),
 }
-"""Runs on two ranks, of which the second one asks."""
+"""Runs on two ranks, of which the second one asks, or both."""
 
 
 def flags(folder: Path, ranks: int, name: str, way: tuple[object, ...], *more: object) -> list[object]:
@@ -231,6 +233,8 @@ def test_a_learning_rate_is_scaled_once_for_all_ranks(runs: Path, ranks: int) ->
     )
     assert slow == [*plain[:3], *(rate / 2 for rate in plain[3:])]
     assert losses(runs / f"{ranks}-slow")[:4] == losses(runs / f"{ranks}-plain")[:4]
+    if ranks == 2:
+        assert losses(runs / "2-slow on all") == losses(runs / "2-slow")
     assert losses(runs / f"{ranks}-slow")[4] != losses(runs / f"{ranks}-plain")[4]
 
 

@@ -14,6 +14,9 @@ from launching import zero3_at_once
 from safetensors.torch import load_file
 
 from panda.cli.export import main as export_main
+from panda.engine.freezing import Freezing
+from panda.optim.averaging import ScheduleFreeAdamW
+from panda.registry import UserError
 
 SHAPE = ("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2)
 DATA = ("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--eval_data_dir", "held-out.json")
@@ -70,3 +73,11 @@ def test_checkpoints_hold_what_is_exported(folder: Path, tmp_path: Path, name: s
     found, expected = load_file(tmp_path / "out" / "model.safetensors"), exported_weights(folder / name)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_freezing_is_refused() -> None:
+    """What is frozen is the weight that is trained, and its average would still decay."""
+    module = torch.nn.Linear(2, 2)
+    optimizer = ScheduleFreeAdamW(module.parameters())
+    with pytest.raises(UserError, match="freeze: this optimizer evaluates an average"):
+        Freezing(module, optimizer, optimizer).freeze(["weight"])

@@ -16,7 +16,7 @@ HOOK = """
     @hookimpl
     def panda_step_end(self, run, step): calls.append(("{0}", step, id(self)))
 """
-HOOKED = """
+HOOKED = '''
 calls = []
 
 class Whole:
@@ -24,9 +24,26 @@ class Whole:
     def __call__(self, *given): return self.build(*given)
 {factory}
 
-@register_task("hooked", options=InstructOptions)
+@register_kind("gauge")
+class Gauge:
+    """What something is worth."""
+
+register_gauge = decorator_for("gauge")
+
+@register_gauge("hooked")
+class HookedGauge(Gauge):
+    def __init__(self, options, context): pass
+{gauge}
+
+@dataclass(frozen=True)
+class HookedOptions(InstructOptions):
+    gauge: Annotated[tuple[str, ...], Names("gauge")] = ("hooked",)
+
+@register_task("hooked", options=HookedOptions)
 class Hooked(Instruct):
-    pass
+    def __init__(self, options, context):
+        super().__init__(options, context)
+        self.gauge = context.named[0].build(None, Gauge)
 {task}
 
 class Descent(torch.optim.SGD):
@@ -58,7 +75,7 @@ def level(options, context): return Level()
 class Reading(JsonReader):
     pass
 {reader}
-"""
+'''
 KINDS = ("task", "optimizer", "model", "lr_scheduler", "reader")
 
 
@@ -69,8 +86,9 @@ def test_methods_of_components_are_live_hooks(
         "import torch\nfrom panda.tasks.instruct import Instruct, InstructOptions\n"
         "from panda.data.json_reader import JsonReader\n"
     )
-    source = imports + HOOKED.format(**{kind: HOOK.format(kind) for kind in (*KINDS, "factory")})
-    distributions.install("acme", {f"{kind}s": {"hooked": "acme.hooked"} for kind in KINDS}, {"acme.hooked": source})
+    source = imports + HOOKED.format(**{kind: HOOK.format(kind) for kind in (*KINDS, "factory", "gauge")})
+    entry_points = {f"{kind}s": {"hooked": "acme.hooked"} for kind in (*KINDS, "gauge")}
+    distributions.install("acme", entry_points | {"kinds": {"gauge": "acme.hooked"}}, {"acme.hooked": source})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text('[{"input": "a", "target": "b"}]')
     argv = [part for kind in KINDS for part in (f"--{kind}", "hooked")]
@@ -81,7 +99,7 @@ def test_methods_of_components_are_live_hooks(
     calls = acme.hooked.calls
     assert sorted(set(calls)) == sorted(calls), "each once"
     assert [(kind, step) for kind, step, _ in sorted(calls)] == sorted(
-        (kind, step) for kind in (*KINDS, "factory") for step in (1, 2)
+        (kind, step) for kind in (*KINDS, "factory", "gauge") for step in (1, 2)
     )
     assert run is not None
     assert {which for kind, _, which in calls if kind == "model"} == {id(run.engine.module)}, "the one that is trained"

@@ -48,6 +48,15 @@ def checkpoint_weights(checkpoint: Path) -> Weights:
     }
 
 
+def split_dimensions_in(checkpoint: Path) -> dict[str, int]:
+    """By name, the dimension along which tensor-parallel ranks split a parameter of ``checkpoint``."""
+    file = next(iter(sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))))
+    found: dict[str, int] = torch.load(file, map_location="cpu", mmap=True, weights_only=False).get(
+        SPLIT_DIMENSIONS, {}
+    )
+    return found
+
+
 def _names_after_the_first(module: dict[str, torch.Tensor]) -> set[str]:
     """Names of tensors that have an earlier name. DeepSpeed 0.19.8 writes which those are only under ZeRO."""
     first: dict[int, str] = {}
