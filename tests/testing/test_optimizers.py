@@ -187,3 +187,11 @@ def test_a_name_that_is_unknown_is_said(capfd: pytest.CaptureFixture[str]) -> No
     """From a shell: in a process of its own."""
     assert optimizers.main(["no-such-optimizer", "--short"]) == 1
     assert "unknown optimizer 'no-such-optimizer'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["muon", "nvlamb", "adamw", "schedule_free_adamw"])
+def test_the_docs_have_a_certificate_of_all_ways(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "certificates.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## `{name}`\n")[2].partition("\n## ")[0]
+    assert f"{optimizers.STEPS} steps in {len(CASES) - 1} ways" in section
+    assert "WRONG" not in section and "NOT REFUSED" not in section
