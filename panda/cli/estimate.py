@@ -208,7 +208,7 @@ def _sweep(prepared: Preparation, card: Card) -> list[str]:
     lines.append("ZeRO stage".ljust(12) + "".join(f"{f'{number} GPUs':>{wide}}" for number in ranks))
     for stage in STAGES:
         resolved = prepared.resolved.with_values({"zero_stage": stage}, "--sweep")
-        if refused(resolved.core):
+        if refused(resolved):
             lines.append(f"{stage:<12}refused")
             continue
         cells = []

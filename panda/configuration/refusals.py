@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +19,7 @@ from panda.configuration.deepspeed_file import read_deepspeed_file
 from panda.configuration.options import LORA_KEYS
 from panda.configuration.options import RunOptions
 from panda.registry import UserError
+from panda.registry.components import NEEDS
 from panda.registry.resolve import Resolved
 
 
@@ -36,6 +38,17 @@ class Refusal:
     instead: str
     of_task: Callable[[Any], bool] = _any_task
     """Of which tasks, by their factories."""
+    of_needs: frozenset[str] = frozenset(NEEDS)
+    """Of optimizers that need one of these."""
+
+    def refuses(self, resolved: Resolved) -> bool:
+        """Whether ``resolved`` is such a combination."""
+        components = resolved.components
+        return (
+            components["optimizer"].component.needs in self.of_needs
+            and self.applies(resolved.core)
+            and self.of_task(components["task"].component.factory)
+        )
 
 
 LAYOUTS = ("padded", "grouped")
@@ -74,17 +87,15 @@ def _in_file(run: RunOptions, *path: str) -> Any:
     return value
 
 
-def _in_file_of_lamb(run: RunOptions, *path: str) -> Any:
-    """The same if the optimizer needs the norm of whole layers, else None."""
-    return _in_file(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
-
-
 def _optimizer(run: RunOptions) -> str:
     return run.optimizer.rpartition(":")[2].lower()
 
 
 _OFFLOAD = ("zero_optimization", "offload_optimizer")
 _WEIGHTS = ("zero_optimization", "offload_param")
+WHOLE = "an optimizer that needs whole parameters or their norms"
+"""The optimizers of some combinations. Messages name the one of the run, and what it needs, in place of these words."""
+_WHOLE = frozenset({"norms", "parameters"})
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -171,24 +182,25 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave `zero_stage` out: it is then 1, which sums in fp32 and on one GPU is otherwise the same",
     ),
     Refusal(
-        "optimizer: nvlamb with offload_optimizer on NVMe",
-        lambda run: _in_file_of_lamb(run, *_OFFLOAD, "device") == "nvme",
-        "the norm of a layer needs the whole layer, and DeepSpeed keeps most of it on the disk",
+        f"{WHOLE} with offload_optimizer on NVMe",
+        lambda run: _in_file(run, *_OFFLOAD, "device") == "nvme",
+        "DeepSpeed keeps most of a parameter on the disk, and gives the optimizer a piece of it at a time",
         '`offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+        of_needs=_WHOLE,
     ),
     Refusal(
-        "optimizer: nvlamb with offload_optimizer.ratio below 1",
-        lambda run: _in_file_of_lamb(run, *_OFFLOAD, "ratio") not in (None, 1),
+        f"{WHOLE} with offload_optimizer.ratio below 1",
+        lambda run: _in_file(run, *_OFFLOAD, "ratio") not in (None, 1),
         "DeepSpeed updates the part that stays on the GPU with its own AdamW",
         "leave `ratio` out, or `optimizer: adamw`",
+        of_needs=_WHOLE,
     ),
     Refusal(
-        "optimizer: nvlamb with ZenFlow or SuperOffload",
-        lambda run: bool(
-            _in_file_of_lamb(run, "zero_optimization", "zenflow") or _in_file_of_lamb(run, *_OFFLOAD, "super_offload")
-        ),
+        f"{WHOLE} with ZenFlow or SuperOffload",
+        lambda run: bool(_in_file(run, "zero_optimization", "zenflow") or _in_file(run, *_OFFLOAD, "super_offload")),
         "they update with DeepSpeed's own CPU Adam, a part of the weights at a time",
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+        of_needs=_WHOLE,
     ),
     Refusal(
         "compile with zero_stage: 3 and offload_param on NVMe",
@@ -231,11 +243,7 @@ REFUSALS: tuple[Refusal, ...] = (
 
 def refuse(resolved: Resolved) -> None:
     """Raise UserError for the combinations in ``resolved`` that cannot work."""
-    found = [
-        _said(resolved, refusal)
-        for refusal in REFUSALS
-        if refusal.applies(resolved.core) and refusal.of_task(resolved.components["task"].component.factory)
-    ]
+    found = [_said(resolved, refusal) for refusal in REFUSALS if refusal.refuses(resolved)]
     if found:
         raise UserError("\n".join(found))
 
@@ -247,13 +255,23 @@ def refuse_layout(resolved: Resolved, task: type) -> None:
             raise UserError(_said(resolved, refusal))
 
 
+def refuse_undeclared(resolved: Resolved) -> None:
+    """Raise UserError if the optimizer, which has ``bind`` and declares no ``needs``, is in such a combination."""
+    chosen = resolved.components["optimizer"]
+    if chosen.component.needs == "nothing":
+        declared = replace(chosen, component=replace(chosen.component, needs="norms"))
+        refuse(replace(resolved, components={**resolved.components, "optimizer": declared}))
+
+
 def _said(resolved: Resolved, refusal: Refusal) -> str:
-    return f"{_origins(resolved, refusal)}{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
+    component = resolved.components["optimizer"].component
+    what = refusal.what.replace(WHOLE, f"optimizer: {component.name}, which needs {NEEDS[component.needs]},")
+    return f"{_origins(resolved, what)}{what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
 
 
-def _origins(resolved: Resolved, refusal: Refusal) -> str:
-    """The places in files of the keys that ``refusal`` names, before a message; keys given as flags need none."""
-    patterns = re.findall(r"[\w*]+", refusal.what)  # `lora_*` names several
+def _origins(resolved: Resolved, what: str) -> str:
+    """The places in files of the keys that ``what`` names, before a message; keys given as flags need none."""
+    patterns = re.findall(r"[\w*]+", what)  # `lora_*` names several
     settings = (setting for key, setting in resolved.settings.items() if any(fnmatch(key, p) for p in patterns))
     places = dict.fromkeys(setting.origin for setting in settings if ":" in setting.origin)
     return f"{', '.join(places)}: " if places else ""

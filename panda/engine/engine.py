@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.evaluated_weights import evaluated_weights
 from panda.engine.freezing import Freezing
 from panda.engine.gathering import gather_by_layers
 from panda.engine.gathering import with_sizes
@@ -356,13 +357,14 @@ class Engine:
         for owner, name in writers:
             setattr(owner, name, going_on(getattr(owner, name)))
         try:
-            self.deepspeed.save_checkpoint(
-                str(folder),
-                tag=tag,
-                client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
-                save_latest=False,
-                exclude_frozen_parameters=True,
-            )
+            with evaluated_weights(self):
+                self.deepspeed.save_checkpoint(
+                    str(folder),
+                    tag=tag,
+                    client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
+                    save_latest=False,
+                    exclude_frozen_parameters=True,
+                )
         finally:
             for owner, name in writers:
                 delattr(owner, name)

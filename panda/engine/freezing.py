@@ -46,7 +46,15 @@ class Freezing:
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def freeze(self, names: Sequence[str]) -> None:
-        """Keep the parameters called ``names`` as they are from now on. Raises UserError under ZenFlow."""
+        """Keep the parameters called ``names`` as they are from now on.
+
+        Raises UserError under ZenFlow, and for an optimizer that evaluates other weights than it trains with.
+        """
+        if hasattr(self.own_optimizer, "eval_weights"):
+            raise UserError(
+                "freeze: this optimizer evaluates an average of weights that are not those that freezing keeps. Take"
+                " `optimizer: adamw`."
+            )
         if getattr(self.optimizer, "zenflow", False):
             raise UserError(
                 "freeze: ZenFlow steps weights outside of the optimizer, which panda cannot undo. Take `zenflow` out of"

@@ -70,11 +70,11 @@ def using(engine: Engine, copied: WeightsCopy | None) -> Iterator[None]:
         finally:
             _exchange(copied)
         return
-    _set_weights(engine, other)
+    set_weights(engine, other)
     try:
         yield
     finally:
-        _set_weights(engine, copied.layouts)
+        set_weights(engine, copied.layouts)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def _exchange(copied: WeightsCopy) -> None:
 
 
 @torch.no_grad()
-def _set_weights(engine: Engine, masters: list[TensorLayout]) -> None:
+def set_weights(engine: Engine, masters: list[TensorLayout]) -> None:
     """Set each trained weight of the module, in the type of the forward pass, from the ranks' parts in ``masters``."""
     if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
         engine.take_partitions_from(masters)

@@ -18,6 +18,13 @@ from panda.registry.errors import UserError
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
+NEEDS = {
+    "nothing": "nothing of whole parameters",
+    "norms": "norms of whole parameters",
+    "parameters": "whole parameters",
+}
+"""What an optimizer may declare that it ``needs``, and how messages say it."""
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -38,6 +45,8 @@ class Component:
     """The frozen dataclass whose fields are this component's keys and flags."""
     model: str | None = None
     """Archs only: the model whose options the arch sets."""
+    needs: str = "nothing"
+    """Optimizers only: what they have to know of whole parameters, of which a rank may hold parts: one of ``NEEDS``."""
 
     @property
     def doc(self) -> str:
@@ -140,7 +149,12 @@ def _identity(component: Component) -> tuple[str, str]:
 
 
 def _register(
-    kind: str, name: str, options: type, aliases: tuple[str, ...], model: str | None = None
+    kind: str,
+    name: str,
+    options: type,
+    aliases: tuple[str, ...],
+    model: str | None = None,
+    needs: str = "nothing",
 ) -> Callable[[Factory], Factory]:
     if not isinstance(name, str):  # `@register_model` without the call, for one
         raise UserError(f'a {kind} is registered under {name!r}, which is no name. Write `@register_{kind}("NAME")`.')
@@ -149,7 +163,7 @@ def _register(
     module = sys._getframe(2).f_globals.get("__name__", "?")  # whoever called register_KIND
 
     def decorate(factory: Factory) -> Factory:
-        _record(Component(kind, name, tuple(aliases), factory, module, options, model))
+        _record(Component(kind, name, tuple(aliases), factory, module, options, model, needs))
         return factory
 
     return decorate
@@ -178,14 +192,18 @@ def register_arch(name: str, *, model: str, aliases: tuple[str, ...] = ()) -> Ca
 
 
 def register_optimizer(
-    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = (), needs: str = "nothing"
 ) -> Callable[[Factory], Factory]:
     """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``.
 
     Under ZeRO it is given flat slices of parameters, so it has to work element by element, or to have a
     method ``bind`` (``OptimizerContext`` says when it is called) that learns where each parameter lies.
+    ``needs`` declares the latter: "norms" of whole parameters, or whole "parameters". What cannot give it that is
+    refused before anything is built.
     """
-    return _register("optimizer", name, options, aliases)
+    if needs not in NEEDS:
+        raise UserError(f"optimizer {name!r}: needs is {needs!r}; expected {', '.join(map(repr, NEEDS))}.")
+    return _register("optimizer", name, options, aliases, needs=needs)
 
 
 def register_lr_scheduler(

@@ -16,6 +16,7 @@ from panda.data.order import BatchPlan
 from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.engine import Engine
+from panda.engine.evaluated_weights import evaluated_weights
 from panda.engine.processes import Processes
 from panda.engine.weights_copy import WeightsCopy
 from panda.engine.weights_copy import copy_weights
@@ -163,7 +164,9 @@ class Run:
 
     def using_evaluated_weights(self) -> AbstractContextManager[None]:
         """In the meantime the model has the weights that it is evaluated with. Every rank has to open it."""
-        return using(self.engine, self.evaluated_weights[1] if self.evaluated_weights else None)
+        if self.evaluated_weights is None:
+            return evaluated_weights(self.engine)  # of an optimizer that trains with others
+        return using(self.engine, self.evaluated_weights[1])
 
     def freeze(self, patterns: Sequence[str]) -> list[str]:
         """Keep the trained parameters whose names match ``patterns`` as they are, and return their names.

@@ -13,6 +13,7 @@ from typing import Any
 if TYPE_CHECKING:
     from panda.testing.distributions import fake_distributions as fake_distributions
     from panda.testing.models import check_model as check_model
+    from panda.testing.optimizers import check_optimizer as check_optimizer
     from panda.testing.plugins import check_plugin as check_plugin
     from panda.testing.runs import Trained as Trained
     from panda.testing.runs import train as train
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _EXPORTED = {
     "check_model": "models",
+    "check_optimizer": "optimizers",
     "check_plugin": "plugins",
     "check_task": "tasks",
     "fake_distributions": "distributions",

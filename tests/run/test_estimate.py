@@ -77,6 +77,12 @@ def test_states_are_found_out_by_a_step(optimizer: str, bytes_: float) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_states_of_muon_are_those_of_its_kinds() -> None:
+    matrices = LAYERS * LINEAR
+    assert memory("--optimizer muon").state_bytes == pytest.approx((4 * matrices + 8 * (WEIGHTS - matrices)) / WEIGHTS)
+    assert memory("--optimizer schedule_free_adamw").state_bytes == 8.0
+
+
 @pytest.mark.parametrize(("optimizer", "bytes_"), [("adamw8bit", 2 + 2 * 4 / 256), ("paged_adamw8bit", 0.0)])
 def test_states_in_8_bits(optimizer: str, bytes_: float) -> None:
     pytest.importorskip("bitsandbytes")

@@ -30,6 +30,7 @@ from panda.engine.checkpoints.redistribution import describe_layout
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.redistribution import redistribute
 from panda.engine.engine import Engine
+from panda.engine.evaluated_weights import train_again
 from panda.files.disk_full import writing
 from panda.files.whole import aside
 from panda.files.whole import put
@@ -117,9 +118,11 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
     processes.together(partial(check_contents, checkpoint, files))
     if not _is_as_saved(engine, checkpoint):
         redistribute(engine, checkpoint)
+        train_again(engine)
         return False
     if not engine.load(checkpoint.parent, checkpoint.name):
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
+    train_again(engine)
     _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
     return True
 
