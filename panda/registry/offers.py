@@ -167,7 +167,8 @@ def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
     groups |= {f"panda.{kind}s": kind for kind in added}
     offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
     for name, version, text in texts:
-        api = next((value for _, entry, value in _entry_points(text, {"panda.api": "api"}) if entry == "version"), "")
+        stated = [value for _, entry, value in _entry_points(text, {"panda.api": "api"}) if entry == "version"]
+        api = stated[0].removeprefix("v") if stated else ""  # pyproject.toml takes no number there, but `v1`
         for kind, entry, module in _entry_points(text, groups):
             if kind != "kind" or entry in added:
                 offers[Offer(kind, entry, module, name, version, api)] = None

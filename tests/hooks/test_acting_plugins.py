@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributions import Distributions
-from distributions import forget_installed
+from distributions import installed_for_runs
 from launching import assert_same_end
 from launching import exported_weights
 from launching import losses
@@ -75,9 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each way a run without an average, one with it, and one that goes on from its third step elsewhere; a run of
     each other plugin, and one that goes on from a step in the middle."""
     folder = tmp_path_factory.mktemp("acting-plugins")
-    site = Distributions(folder / "site").install("once", {"plugins": {"at-once": "at_once"}}, {"at_once": AT_ONCE})
-    sys.path.remove(str(site))  # it is for the runs, and not for this process
-    forget_installed()
+    environment = installed_for_runs(folder / "site", "once", {"plugins": {"at-once": "at_once"}}, {"at_once": AT_ONCE})
     ways = WAYS | {"3": zero3_at_once(folder)}
     configurations = []
 
@@ -100,9 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("plateau-resumed", *OTHERS["plateau"], resumed=6, of="plateau-whole")
     add("freeze-resumed", *OTHERS["freeze"], resumed=3, of="freeze")
     add("other-stage", *ways["3"], *EMA, resumed=3, of="1-ema")
-    train_many(
-        configurations, ranks=2, cwd=folder, PYTHONPATH=os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
-    )
+    train_many(configurations, ranks=2, cwd=folder, **environment)
     moved = ["--resume", folder / "2-ema/checkpoints/step-00000003", "--output_dir", folder / "other-ranks"]
     train_many([command("--per_gpu_train_batch_size", 4, *EMA, *moved)], cwd=folder)
     return folder

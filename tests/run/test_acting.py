@@ -6,14 +6,12 @@ Runs of two ranks, in the ZeRO stages, with a plugin of a package. Losses and we
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributions import Distributions
-from distributions import forget_installed
+from distributions import installed_for_runs
 from launching import assert_same_end
 from launching import exported_weights
 from launching import losses
@@ -125,12 +123,8 @@ def flags(folder: Path, ranks: int, name: str, way: tuple[object, ...], *more: o
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    site = Distributions(tmp_path_factory.mktemp("site")).install(
-        "acting", {"plugins": {"actor": "acting_plugin"}}, {"acting_plugin": ACTOR}
-    )
-    sys.path.remove(str(site))  # it is for the runs, and not for this process
-    forget_installed()
-    return {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    folder = tmp_path_factory.mktemp("site")
+    return installed_for_runs(folder, "acting", {"plugins": {"actor": "acting_plugin"}}, {"acting_plugin": ACTOR})
 
 
 @pytest.fixture(scope="module")
