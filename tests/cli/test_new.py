@@ -65,7 +65,7 @@ def test_it_is_exemplary(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if path.suffix == ".py":
             compile(text, path, "exec")
     described = tomllib.loads((package / "pyproject.toml").read_text())["project"]
-    assert described["name"] == "herons" and all(group[6:] in f"{kind}s archs" for group in described["entry-points"])
+    assert described["name"] == "herons" and all(group[6:] in f"{kind}s archs api" for group in described["entry-points"])
     for command in (["check"], ["format", "--check"]):
         arguments = [*command, "--config", ROOT / "pyproject.toml", "."]
         done = subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=package, capture_output=True, text=True)
