@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from distributions import IMPORTS
 from distributions import fake_distributions
+from launching import EVERY_WAY
 
 from panda.testing import optimizers
 from panda.testing.optimizers import ALONE
@@ -93,7 +93,6 @@ def falls(options, context):
 """
 NAMES = ("naive-lamb", "naive-muon", "forgetful", "falls")
 TWO = Case(2, 1, 1)
-EVERY = bool(os.environ.get("PANDA_EVERY_CERTIFICATE"))
 ORDERS: dict[str, tuple[list[str], list[Case], bool]] = {
     "muon": (["--learning_rate", "0.003"], [Case(2, 1, 3), Case(1, 2, 1)], True),
     "naive-lamb": (["--learning_rate", "0.01"], [TWO], False),
@@ -102,7 +101,7 @@ ORDERS: dict[str, tuple[list[str], list[Case], bool]] = {
     "falls": ([], [TWO], False),
 }
 """Flags, cases, and whether each is resumed."""
-if EVERY:
+if EVERY_WAY:
     ORDERS |= {name: ([], list(SHORT[1:]), True) for name in ("adamw", "schedule_free_adamw")}
 
 
@@ -118,7 +117,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Certif
         yield certificates
 
 
-@pytest.mark.parametrize("name", ["muon", *(["adamw", "schedule_free_adamw"] if EVERY else [])])
+@pytest.mark.parametrize("name", ["muon", *(["adamw", "schedule_free_adamw"] if EVERY_WAY else [])])
 def test_an_optimizer_that_is_right_has_no_problems(found: dict[str, Certificate], name: str) -> None:
     certificate = found[name]
     assert _judged(certificate) is certificate
