@@ -93,6 +93,24 @@ def test_names_that_others_have(distributions: Distributions, capsys: pytest.Cap
     assert "'shared' is offered by bolt-panda 1.0 (bolt.tiny), too" in text and "Write `acme-panda:shared`" in text
 
 
+def test_versions_of_the_api_that_several_state_are_no_names(
+    distributions: Distributions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, module, version in (("acme-panda", "acme.tiny", "v1"), ("bolt-panda", "bolt.tiny", "1")):
+        site = install(distributions, name, **{module.partition(".")[0]: module})
+        (file,) = site.glob("*.dist-info/entry_points.txt")
+        file.write_text(file.read_text() + f"[panda.api]\nversion = {version}\n")
+    forget_installed()
+    code, text = examined(capsys, "acme-panda")
+    assert code == 0 and text.endswith("\nnothing is wrong\n")
+    file.write_text(file.read_text().replace("version = 1", "version = v9\nvresion = v1"))
+    code, text = examined(capsys, "bolt-panda")
+    assert code == 1
+    assert "panda.api: version = v9)" in text and "it was written for version 9 of panda's API" in text
+    assert "'vresion' states nothing" in text
+    assert "nothing is wrong" in examined(capsys, "acme-panda")[1]
+
+
 def test_requirements_and_extras(distributions: Distributions, capsys: pytest.CaptureFixture[str]) -> None:
     more = (
         "Requires-Dist: pyyaml<1\nRequires-Dist: nothing-there>=2; python_version < '3'\nProvides-Extra: fast\n"

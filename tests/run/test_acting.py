@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributions import IMPORTS
 from distributions import Distributions
 from distributions import installed_for_runs
 from launching import assert_same_end
@@ -24,6 +26,7 @@ from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.run.asking import Asked
 from panda.run.asking import Asking
+from panda.run.state import Run
 from panda.runner import train
 
 ACTOR = """
@@ -369,6 +372,46 @@ def test_what_a_hook_must_not_ask_for_is_an_error(
 def test_a_plugin_that_says_it_only_watches_must_not_ask(processes: Any, trained: Any) -> None:
     with pytest.raises(RuntimeError, match="was called by plugin watching, which says `acts = False`"):
         trained("--plugins", "watching")
+
+
+def test_an_average_beside_that_of_the_optimizer_is_refused(processes: Any, trained: Any) -> None:
+    with pytest.raises(UserError, match="plugin ema and optimizer schedule_free_adamw both give weights to evaluate"):
+        trained("--optimizer", "schedule_free_adamw", "--plugins", "ema")
+
+
+def test_what_two_plugins_hold_is_held_until_both_let_it_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: set[str] = set()
+    freezing = SimpleNamespace(
+        matching=lambda names: list(names), freeze=frozen.update, unfreeze=frozen.difference_update
+    )
+    run = object.__new__(Run)
+    run.kept, run.frozen, run.engine = {}, {}, SimpleNamespace(freezing=freezing)  # type: ignore[assignment]
+
+    def as_plugin(name: str) -> None:
+        monkeypatch.setattr("panda.run.state.caller", lambda: SimpleNamespace(label=name))
+
+    for name in ("a", "b", "a"):
+        as_plugin(name)
+        run.keep_checkpoint(5)
+        run.freeze(["embed"])
+    run.release_checkpoint(5)
+    assert run.unfreeze(["embed"]) == [] and frozen == {"embed"} and list(run.kept) == [5]
+    as_plugin("b")
+    run.release_checkpoint(5)
+    assert run.unfreeze(["embed", "head"]) == ["embed", "head"] and not frozen and not run.kept
+    run.release_checkpoint(7)
+
+
+def test_a_plugin_in_a_file_has_its_state_again_where_the_file_was_moved(
+    processes: Any, trained: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(IMPORTS + ACTOR)
+    trained("--plugins", "./mine.py:actor", "--do", "stop", "--at_step", "1", "--on_rank", "0", "--output_dir", "run")
+    assert heard(tmp_path / "run") == [1]
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "mine.py").rename(tmp_path / "lab" / "mine.py")
+    trained("--plugins", "lab/mine.py:actor", "--output_dir", "run", "--resume", "auto")
+    assert heard(tmp_path / "run") == [1, 2]
 
 
 def test_ranks_agree_only_where_something_may_act(
