@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 
 from panda.installation.findings import Finding
+from panda.installation.packages import API_GROUP
 from panda.installation.packages import Package
 from panda.installation.packages import module_of
 from panda.installation.packages import parsed
@@ -19,9 +20,6 @@ from panda.registry.errors import UserError
 from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import kinds
-
-API_GROUP = "panda.api"
-"""The group that states the version of panda's API for which a package was written; it holds no components."""
 
 
 def examine_names(package: Package, every: Sequence[Package]) -> list[Finding]:

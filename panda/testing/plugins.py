@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from panda.installation.findings import Finding
-from panda.installation.names import API_GROUP
 from panda.installation.names import examine_names
 from panda.installation.packages import named
 from panda.installation.packages import packages
@@ -31,9 +30,7 @@ def check_plugin(distribution: str) -> None:
         )
     report = Report(f"check_plugin {package.label}")
     _told(report, "installation", stale(package) + unmet(package), "metadata and requirements are as they should be")
-    declared = {group: names for group, names in package.declared.items() if group != API_GROUP}
-    counts = [f"{len(names)} {group.removeprefix('panda.')}" for group, names in declared.items()]
-    _told(report, "names", examine_names(package, every), f"{', '.join(counts)}, declared and registered")
+    _told(report, "names", examine_names(package, every), f"{package.offered}, declared and registered")
     for probed in probe_modules(package):
         rules = [*probed.findings]
         for finding in rules:
