@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def hide_other_packages(patch: pytest.MonkeyPatch) -> None:
             lambda **where: (each for each in original(**where) if each.name not in hidden),
         )
         forget_installed()
+
+
+def installed_for_runs(
+    folder: Path, name: str, entry_points: dict[str, dict[str, str]], modules: dict[str, str], *, version: str = "1.0"
+) -> dict[str, str]:
+    """A distribution below ``folder`` that this process does not see: the environment of runs that do."""
+    with fake_distributions(folder, IMPORTS) as made:
+        made.install(name, entry_points, modules, version=version)
+        return {"PYTHONPATH": os.environ["PYTHONPATH"]}
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from panda.testing.runs import train_several
 TESTS = Path(__file__).parent
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}
+EVERY_WAY = bool(os.environ.get("PANDA_EVERY_WAY"))
+"""Whether tests that try a choice of many ways try all of them."""
 
 
 def zero3_at_once(folder: Path) -> list[object]:

@@ -10,8 +10,10 @@ import runpy
 import shlex
 import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable
+from collections.abc import Iterator
 from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from checkpoint_files import llama
 from checkpoint_files import save_hf
 from distributions import Distributions
+from distributions import fake_distributions
 from distributions import forget_installed
 from launching import run_panda
 from launching import run_script
@@ -34,6 +37,7 @@ from panda.data.json_reader import JsonReader
 from panda.optim.unsharded import unsharded
 from panda.registry import Catalog
 from panda.registry import NoOptions
+from panda.registry import components
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import PluginContext
@@ -397,13 +401,37 @@ def write_block(block: str, folder: Path) -> None:
     file.write_text(text)
 
 
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for packages of the tutorial, which are installed in it until the end of a test."""
+    monkeypatch.chdir(tmp_path)
+    with fake_distributions(tmp_path) as made:
+        made.modules |= {"herons", "bitterns", "egrets"}
+        sys.path.append(str(tmp_path / "site"))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        yield tmp_path / "site"
+
+
+def run_tests(place: Path) -> None:
+    """What `pytest` does with the tests in ``place``, a package or a file, without importing torch in a new process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == place.parts[0]]:
+        del sys.modules[name]  # its files may have been written again
+    components.forget({key[2] for key in components._recorded if key[2].startswith(place.parts[0])})
+    forget_installed()
+    for file in sorted(place.glob("tests/test_*.py")) or [place]:
+        tests = [test for name, test in runpy.run_path(str(file)).items() if name.startswith("test_")]
+        for test in tests:
+            needed = test.__code__.co_varnames[: test.__code__.co_argcount]
+            test(**{name: Path(tempfile.mkdtemp(dir=Path.cwd())) for name in needed})
+        assert tests
+
+
 TUTORIAL_PARTS = TUTORIAL.read_text().split("\n## ")
 
 
-def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorial_works_as_it_is_written(tmp_path: Path, site: Path) -> None:
     """Its commands and its files, in their order, where only panda is installed."""
-    monkeypatch.chdir(tmp_path)
-    site, done = tmp_path / "site", 0
+    done = 0
     for part in TUTORIAL_PARTS:
         for language, block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL):
             if language == "python":
@@ -413,20 +441,21 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest
                 done += 1
                 if command == "pip":
                     install_from_source(tmp_path / words[-1].partition("[")[0], site)
+                    forget_installed()
                 elif command == "panda":
                     assert panda(words) == 0, line
+                elif command == "pytest":
+                    run_tests(Path(words[0]))
                 else:
-                    module = {"pytest": "pytest", "panda-train": "panda.cli.train"}[command]
-                    extra = ("-n", 0, "-p", "no:cacheprovider") if command == "pytest" else ("-p", "no:plot")
-                    with start(module, *words, *extra, cwd=tmp_path, PYTHONPATH=str(site)) as started:
+                    assert command == "panda-train"
+                    with start("panda.cli.train", *words, "-p", "no:plot", cwd=tmp_path) as started:
                         ended = started.wait()
                     assert ended.returncode == 0, f"{line}\n{ended.stdout}{ended.stderr}"
     assert done >= 9
 
 
-def test_what_the_tutorial_breaks_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_tutorial_breaks_is_rejected(tmp_path: Path, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The two mistakes that it suggests, by the first words that it shows of what is said of them."""
-    monkeypatch.chdir(tmp_path)
     (network,) = (block for block in blocks(TUTORIAL, "python") if "network.py" in block.splitlines()[0])
     decays = "distance >= 0, self.keep ** distance.clamp(min=0), 0"
     wrong = {
@@ -440,9 +469,11 @@ def test_what_the_tutorial_breaks_is_rejected(tmp_path: Path, monkeypatch: pytes
         file = tmp_path / name / name / ("network.py" if kind == "model" else "task.py")
         assert right in file.read_text()
         file.write_text(file.read_text().replace(right, mistaken))
-        install_from_source(tmp_path / name, tmp_path / "site")
-        with start("pytest", name, "-n", 0, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")) as started:
-            printed = started.wait().stdout
+        install_from_source(tmp_path / name, site)
+        capsys.readouterr()
+        with pytest.raises(AssertionError):
+            run_tests(Path(name) / "tests" / f"test_{kind}.py")
+        printed = capsys.readouterr().out
         assert shown.partition(" by ")[0].rstrip() in printed, printed
 
 

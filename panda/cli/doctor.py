@@ -16,8 +16,10 @@ from panda.installation.packages import stale
 from panda.installation.probing import probe_modules
 from panda.installation.requirements import missing_extras
 from panda.installation.requirements import unmet
+from panda.installation.user_folder import examine_folder
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
+from panda.registry.location import resolve_path
 
 BROKEN = 1
 """The exit code where something does not work."""
@@ -38,24 +40,39 @@ def _examine(argv: list[str]) -> list[Finding]:
         epilog="example: panda doctor acme-panda",
     )
     parser.add_argument("distribution", nargs="*", help="packages to examine; by default all, and the machine")
+    parser.add_argument(
+        "--user_dir", "--user-dir", metavar="FOLDER", help="examine only the components in its files, which it imports"
+    )
     arguments = parser.parse_args(argv)
     every = packages()
-    chosen = [_chosen(every, name) for name in arguments.distribution] or every
+    chosen = [_chosen(every, name) for name in arguments.distribution]
     found: list[Finding] = []
-    if not arguments.distribution:
+    if arguments.user_dir is not None:
+        folder = resolve_path(arguments.user_dir).absolute()
+        offers, findings = examine_folder(folder)
+        print(f"{folder}: {', '.join(offer.label for offer in offers) or 'no components'}")
+        found += _printed(findings)
+    elif not chosen:
         print("\n".join(facts()))
         found += _printed(examine_machine())
+        chosen = every
     for package in chosen:
-        print(f"\n{package.label}: {_offered(package)}", flush=True)
-        found += _printed([*stale(package), *unmet(package), *examine_names(package, every)])
-        said = {finding.subject for finding in found}
-        for probed in [] if package.is_own else probe_modules(package):
-            print(f"  {probed.module}: imported in {probed.seconds:.2f} s", flush=True)
-            found += _printed([finding for finding in probed.findings if finding.subject not in said])
-        for extra, missing in missing_extras(package).items():
-            print(f"  extra {extra}: {', '.join(missing)} not installed")
+        found += _examine_package(package, every)
     broken = sum(finding.is_broken for finding in found)
     print(f"\n{broken} broken, {len(found) - broken} to look at" if found else "\nnothing is wrong")
+    return found
+
+
+def _examine_package(package: Package, every: list[Package]) -> list[Finding]:
+    """Print and return what is wrong with ``package``."""
+    print(f"\n{package.label}: {package.offered}", flush=True)
+    found = _printed([*stale(package), *unmet(package), *examine_names(package, every)])
+    said = {finding.subject for finding in found}
+    for probed in [] if package.is_own else probe_modules(package):
+        print(f"  {probed.module}: imported in {probed.seconds:.2f} s", flush=True)
+        found += _printed([finding for finding in probed.findings if finding.subject not in said])
+    for extra, missing in missing_extras(package).items():
+        print(f"  extra {extra}: {', '.join(missing)} not installed")
     return found
 
 
@@ -68,11 +85,6 @@ def _chosen(every: list[Package], name: str) -> Package:
             f"{did_you_mean(name, known)} There are: {', '.join(known)}."
         )
     return package
-
-
-def _offered(package: Package) -> str:
-    counts = [f"{len(names)} {group.removeprefix('panda.')}" for group, names in package.declared.items()]
-    return ", ".join(counts) or "no names"
 
 
 def _printed(findings: list[Finding]) -> list[Finding]:

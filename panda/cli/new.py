@@ -13,6 +13,7 @@ from pathlib import Path
 import panda
 from panda.cli.command import run_command
 from panda.registry import UserError
+from panda.registry.api import API_VERSION
 from panda.registry.kinds import KINDS
 from panda.registry.offers import installed
 from panda.registry.offers import normalised
@@ -22,7 +23,7 @@ SUMMARIES = {
     "task": "a task of graded answers",
     "model": "a language model of causal convolutions",
     "arch": "sizes of a LLaMA",
-    "optimizer": "an optimizer that steps by the sign of momentum",
+    "optimizer": "an optimizer of bounded momentum",
     "lr_scheduler": "a triangular learning rate",
     "reader": "a reader of lines with an input and a target",
     "plugin": "a plugin that prints the lowest loss",
@@ -95,9 +96,8 @@ def _entry_points(kind: str, component: str, module: str) -> list[str]:
     declared = {KINDS[kind].group: component}
     if kind == "model":
         declared[KINDS["arch"].group] = f"{component}-tiny"
-    return [
-        f'[project.entry-points."{group}"]\n"{declared_name}" = "{module}"' for group, declared_name in declared.items()
-    ]
+    tables = [f'[project.entry-points."{group}"]\n"{name}" = "{module}"' for group, name in declared.items()]
+    return [*tables, f'[project.entry-points."panda.api"]\nversion = "v{API_VERSION}"']
 
 
 def _problem_of(name: str) -> str:

@@ -40,14 +40,17 @@ class Refusal:
     """Of which tasks, by their factories."""
     of_needs: frozenset[str] = frozenset(NEEDS)
     """Of optimizers that need one of these."""
+    of_plugins: frozenset[str] = frozenset()
+    """Only where the run has one of these plugins of panda's."""
 
     def refuses(self, resolved: Resolved) -> bool:
         """Whether ``resolved`` is such a combination."""
-        components = resolved.components
+        components, plugins = resolved.components, resolved.plugins
         return (
             components["optimizer"].component.needs in self.of_needs
             and self.applies(resolved.core)
             and self.of_task(components["task"].component.factory)
+            and (not self.of_plugins or any(each.offer.is_own and each.name in self.of_plugins for each in plugins))
         )
 
 
@@ -201,6 +204,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "they update with DeepSpeed's own CPU Adam, a part of the weights at a time",
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
         of_needs=_WHOLE,
+    ),
+    Refusal(
+        "the plugins ema or freeze with offload_optimizer on NVMe",
+        lambda run: _in_file(run, *_OFFLOAD, "device") == "nvme",
+        "they read and set the master weights, most of which DeepSpeed keeps on the disk",
+        '`offload_optimizer: {"device": "cpu"}`, or leave the plugin out',
+        of_plugins=frozenset({"ema", "freeze"}),
     ),
     Refusal(
         "compile with zero_stage: 3 and offload_param on NVMe",

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from panda.engine.engine import Engine
 
 
+def evaluates_others(engine: Engine) -> bool:
+    """Whether the optimizer of ``engine`` evaluates other weights than it trains with."""
+    return hasattr(engine.own_optimizer, "eval_weights")
+
+
 @contextmanager
 def evaluated_weights(engine: Engine) -> Iterator[None]:
     """In the meantime the model and the optimizer's tensors are the weights to evaluate; then those to train again.
@@ -25,7 +30,7 @@ def evaluated_weights(engine: Engine) -> Iterator[None]:
     Every rank has to open it. Nothing may be trained in it.
     """
     optimizer: Any = engine.own_optimizer
-    if not hasattr(optimizer, "eval_weights"):
+    if not evaluates_others(engine):
         yield
         return
     optimizer.eval_weights()

@@ -36,6 +36,7 @@ class Ema:
     """
 
     acts = False  # it asks for nothing that ranks have to agree on
+    weights_copies = 1  # for the estimate of memory
 
     def __init__(self, options: EmaOptions, context: PluginContext) -> None:
         self.decay = options.ema_decay

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 
 from panda.installation.findings import Finding
+from panda.installation.packages import API_GROUP
 from panda.installation.packages import Package
 from panda.installation.packages import module_of
 from panda.installation.packages import parsed
 from panda.installation.packages import plain
+from panda.registry.api import checked_api
 from panda.registry.declarations import declarations
 from panda.registry.declarations import source_file
+from panda.registry.errors import UserError
 from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import kinds
-
-OTHER_GROUPS = ("panda.api",)
-"""Groups of panda's that hold no components."""
 
 
 def examine_names(package: Package, every: Sequence[Package]) -> list[Finding]:
@@ -27,6 +27,7 @@ def examine_names(package: Package, every: Sequence[Package]) -> list[Finding]:
     return [
         *_lines(package),
         *_groups(package),
+        *_api(package),
         *_entries(package),
         *_undeclared(package),
         *_shadowed(package, every),
@@ -40,7 +41,7 @@ def _lines(package: Package) -> Iterator[Finding]:
             f"entry_points.txt has {line!r}, which is no `name = module`",
             "Mend the entry points of the package, and install it again.",
         )
-    if not any(names for names in package.declared.values()) and not package.is_own:
+    if not any(names for group, names in package.declared.items() if group != API_GROUP) and not package.is_own:
         yield Finding(
             package.label,
             "it requires panda-train, and has no entry points for it",
@@ -54,7 +55,7 @@ def _groups(package: Package) -> Iterator[Finding]:
     """Entry points in a group that panda does not read."""
     known = {kind.group: kind for kind in kinds().values()}
     for group, names in package.declared.items():
-        if group in known or group in OTHER_GROUPS:
+        if group in known or group == API_GROUP:
             continue
         near = difflib.get_close_matches(plain(group), known, n=1, cutoff=0.85)
         meant = f"Write `{near[0]}`" if near else f"Write one of {', '.join(known)}"
@@ -63,6 +64,19 @@ def _groups(package: Package) -> Iterator[Finding]:
             f"{group!r} is no group that panda reads, so what is declared there does not exist",
             f"{meant}, and install it again. If another package adds that kind, install that.",
         )
+
+
+def _api(package: Package) -> Iterator[Finding]:
+    """A version of panda's API that is none, or that this panda lacks."""
+    for name, value in package.declared.get(API_GROUP, {}).items():
+        subject = f"{package.label} (entry point {API_GROUP}: {name} = {value})"
+        if name != "version":
+            yield Finding(subject, f"{name!r} states nothing", 'Write `version = "v1"`, and install it again.')
+            continue
+        try:
+            checked_api(value.removeprefix("v"), "it")
+        except UserError as problem:
+            yield Finding(subject, str(problem).removeprefix("it: "), "Until then, nothing of it is imported.")
 
 
 def _entries(package: Package) -> Iterator[Finding]:
@@ -134,7 +148,7 @@ def _shadowed(package: Package, every: Sequence[Package]) -> Iterator[Finding]:
     if package.is_own:
         return
     for group, names in package.declared.items():
-        for name, value in names.items():
+        for name, value in names.items() if group != API_GROUP else ():
             having = [
                 other
                 for other in every

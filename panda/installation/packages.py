@@ -28,6 +28,10 @@ Declared = Mapping[str, Mapping[str, str]]
 """Entry points: group to name to value."""
 
 
+API_GROUP = "panda.api"
+"""The group that states the version of panda's API for which a package was written; it holds no components."""
+
+
 @dataclass(frozen=True)
 class Package:
     """An installed distribution that offers something to panda, or requires it."""
@@ -49,6 +53,12 @@ class Package:
         return f"{self.name} {self.version}"
 
     @property
+    def offered(self) -> str:
+        """How many names of each kind it declares, for messages."""
+        counts = [f"{len(names)} {group[6:]}" for group, names in self.declared.items() if group != API_GROUP]
+        return ", ".join(counts) or "no names"
+
+    @property
     def is_own(self) -> bool:
         """Whether it is panda itself."""
         return self.name == OWN_DISTRIBUTION
@@ -65,7 +75,7 @@ class Package:
     @cached_property
     def modules(self) -> list[str]:
         """The modules that its entry points name, each once."""
-        values = (value for names in self.declared.values() for value in names.values())
+        values = (value for group, names in self.declared.items() if group != API_GROUP for value in names.values())
         return list(dict.fromkeys(module_of(value) for value in values))
 
     @cached_property

@@ -56,7 +56,7 @@ def probe(distribution: str, module: str) -> dict[str, Any]:
     }
     os.chdir(folder)
     if not problem:
-        found["components"] = [_examined(offer) for offer in offers]
+        found["components"] = [examined(offer) for offer in offers]
     return found
 
 
@@ -79,8 +79,8 @@ def _changes(folder: Path, threads: int) -> Iterator[str]:
         yield "it starts a thread, which processes that are forked later lack"
 
 
-def _examined(offer: Offer) -> dict[str, Any]:
-    """The component of ``offer``, and its problems."""
+def examined(offer: Offer) -> dict[str, Any]:
+    """The component of ``offer``, imported in this process, and its problems."""
     answer: dict[str, Any] = {"subject": offer.describe(), "problems": [], "options": 0, "hooks": 0}
     try:
         component = Catalog().load(offer)

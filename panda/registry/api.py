@@ -1,7 +1,10 @@
 """The version of what packages and configurations rely on, and what panda gained with each.
 
-A configuration says with ``api: 1``, and a package with an entry point, ``panda.api: version = 1``, for which version
+A configuration says with ``api: 1``, and a package with an entry point, ``panda.api: version = v1``, for which version
 it was written. What panda gained later takes nothing from them: neither a name that a package had, nor a key.
+
+A release that adds a name or a key of every run raises ``API_VERSION``, and enters both here with that version;
+tests/registry/api.json has those of version 1, and a test compares.
 """
 
 from __future__ import annotations

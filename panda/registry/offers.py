@@ -99,11 +99,13 @@ class Offer:
         """Goes around a call of ``part`` of this component: an exception gets a note that names its distribution.
 
         Components call each other, and the innermost one is what failed: an exception that has such a note keeps
-        it. A UserError is complete, and gets none.
+        it. A UserError has no notes: one that the component itself raises gets a line, and one of panda's is complete.
         """
         try:
             yield
-        except UserError:
+        except UserError as error:
+            if not self.is_own and not _raised_by_panda(error) and ORIGIN not in str(error):
+                error.args = (f"{error}\n{ORIGIN}{part} of {self._origin()}",)
             raise
         except Exception as error:
             if not any(note.startswith(ORIGIN) for note in getattr(error, "__notes__", ())):
@@ -116,6 +118,14 @@ class Offer:
             return f"{component}, {self.file}:{self.line}."
         source = f"{component}, panda's own." if self.is_own else f"{component}: {self.describe()}."
         return source + (f" `-p no:{self.name}` runs without it." if self.kind == "plugin" else "")
+
+
+def _raised_by_panda(error: UserError) -> bool:
+    """Whether code of panda's own raised ``error``, perhaps called by a component."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "panda"
 
 
 def made_by(offer: Offer, built: object) -> None:
@@ -157,7 +167,8 @@ def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
     groups |= {f"panda.{kind}s": kind for kind in added}
     offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
     for name, version, text in texts:
-        api = next((value for _, entry, value in _entry_points(text, {"panda.api": "api"}) if entry == "version"), "")
+        stated = [value for _, entry, value in _entry_points(text, {"panda.api": "api"}) if entry == "version"]
+        api = stated[0].removeprefix("v") if stated else ""  # pyproject.toml takes no number there, but `v1`
         for kind, entry, module in _entry_points(text, groups):
             if kind != "kind" or entry in added:
                 offers[Offer(kind, entry, module, name, version, api)] = None

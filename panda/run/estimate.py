@@ -75,6 +75,8 @@ class ModelMemory:
     """Rows that the model is given at once for a sample of a micro batch."""
     reference: int
     """Bytes of the frozen model that the task asks for, before ZeRO-3 partitions it."""
+    copies: int
+    """Of the trained weights, those that plugins hold."""
     attention_flops: float
     """The same for each token that a token attends to, by the usual count of 12 (not halved for being causal)."""
 
@@ -133,7 +135,8 @@ def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | Non
     rows, length = _largest_sample(resolved)
     found = footprint(model, length=length, masked=masked)
     attention = 12.0 * found.attention_width * options.tensor_parallel_size
-    return ModelMemory(sizes, found, states, parameters, linear, rows, _reference(resolved, whole), attention)
+    copies = copies_of(resolved)
+    return ModelMemory(sizes, found, states, parameters, linear, rows, _reference(resolved, whole), copies, attention)
 
 
 def _largest_sample(resolved: Resolved) -> tuple[int, int]:
@@ -163,7 +166,9 @@ def _reference(resolved: Resolved, own: int) -> int:
 def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estimate:
     """The memory of each of ``world_size`` GPUs that train ``model`` with ``options``."""
     config = deepspeed_config(options, world_size=world_size, on_gpu=True)
-    standing = held(model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes)
+    standing = held(
+        model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes, copies=model.copies
+    )
     rows, found = options.per_gpu_train_batch_size * model.rows, model.footprint
     copies = max(1, world_size // options.tensor_parallel_size)
     parts = replace(standing.parts, reference=model.reference // copies if options.zero == 3 else model.reference)
@@ -264,6 +269,11 @@ def _flops(model: torch.nn.Module) -> float:
         share = min(1.0, chosen / len(parameter)) if name in experts and isinstance(chosen, int) else 1.0
         total += share * parameter.numel() * (6 if parameter.requires_grad else 4)
     return total
+
+
+def copies_of(resolved: Resolved) -> int:
+    """How many copies of the trained weights the plugins of ``resolved`` hold."""
+    return sum(getattr(plugin.component.factory, "weights_copies", 0) for plugin in resolved.plugins)
 
 
 def state_bytes(resolved: Resolved, model: torch.nn.Module | None = None) -> float:

@@ -23,7 +23,8 @@ FILE, TENSORS = "plugins.json", "plugins.safetensors"
 
 
 def _key(offer: Offer) -> str:
-    return f"{offer.kind} {offer.qualified}"
+    """What stands for the plugin of ``offer`` in a checkpoint: a file of the user's by its name, since it may move."""
+    return f"{offer.kind} {Path(offer.file).name}:{offer.name}" if offer.file else f"{offer.kind} {offer.qualified}"
 
 
 def write_state(run: Run, checkpoint: Path) -> None:

@@ -27,6 +27,7 @@ from panda.run.compiling import Work
 from panda.run.compiling import as_chosen
 from panda.run.estimate import Estimate
 from panda.run.estimate import ModelMemory
+from panda.run.estimate import copies_of
 from panda.run.estimate import estimate
 from panda.run.estimate import model_memory
 from panda.run.estimate import state_bytes
@@ -212,6 +213,7 @@ def refuse_too_large(
         deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
         world_size=world_size,
         state_bytes=state_bytes(resolved) if on_gpu else 0,
+        copies=copies_of(resolved) if on_gpu else 0,
     ).parts
     estimates = Estimates(context)
     refuse_without_room(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.engine import Engine
 from panda.engine.evaluated_weights import evaluated_weights
+from panda.engine.evaluated_weights import evaluates_others
 from panda.engine.processes import Processes
 from panda.engine.weights_copy import WeightsCopy
 from panda.engine.weights_copy import copy_weights
@@ -24,6 +26,7 @@ from panda.engine.weights_copy import using
 from panda.optim.schedules import Schedule
 from panda.registry import UserError
 from panda.registry.hooks import Hooks
+from panda.registry.hooks import caller
 from panda.registry.resolve import Resolved
 from panda.run.asking import Added
 from panda.run.asking import Asking
@@ -85,8 +88,10 @@ class Run:
     """What hooks ask for."""
     added: dict[str, Added] = field(default_factory=dict, repr=False)
     """On rank 0: what hooks add to the next record, by name."""
-    kept: set[int] = field(default_factory=set)
-    """Steps whose checkpoints ``save_total_limit`` does not remove."""
+    kept: dict[int, set[str]] = field(default_factory=dict, repr=False)
+    """Steps whose checkpoints ``save_total_limit`` does not remove, and who keeps each."""
+    frozen: dict[str, set[str]] = field(default_factory=dict, repr=False)
+    """Parameters that are frozen, and who keeps each so."""
     save_is_due: bool = False
     """Whether a hook has asked for a checkpoint of this step."""
     left_out: str | None = None
@@ -143,11 +148,11 @@ class Run:
 
     def keep_checkpoint(self, step: int) -> None:
         """Do not remove the checkpoint of ``step``, whatever ``save_total_limit`` says."""
-        self.kept.add(step)
+        _hold(self.kept, step)
 
     def release_checkpoint(self, step: int) -> None:
-        """Let ``save_total_limit`` remove the checkpoint of ``step`` again."""
-        self.kept.discard(step)
+        """Let ``save_total_limit`` remove the checkpoint of ``step`` again, unless another plugin keeps it."""
+        _release(self.kept, step)
 
     def weights_copy(self) -> WeightsCopy:
         """A copy of the weights that are trained, as each rank holds them: its part of the fp32 master weights."""
@@ -156,6 +161,11 @@ class Run:
     def evaluate_with(self, weights: WeightsCopy) -> None:
         """Evaluate, answer and export with ``weights`` from now on, and go on training and saving the others."""
         called = self.asking.called("evaluate_with")
+        if evaluates_others(self.engine):
+            raise UserError(
+                f"{called.label} and {self.resolved.components['optimizer'].label} both give weights to evaluate. Leave"
+                " the plugin out, or take `optimizer: adamw`."
+            )
         if self.evaluated_weights is not None and self.evaluated_weights[0] != called.label:
             raise UserError(
                 f"{called.label} and {self.evaluated_weights[0]} both give weights to evaluate. Leave one of them out."
@@ -175,13 +185,21 @@ class Run:
         """
         names = self.engine.freezing.matching(patterns)
         self.engine.freezing.freeze(names)
+        for name in names:
+            _hold(self.frozen, name)
         return names
 
     def unfreeze(self, patterns: Sequence[str]) -> list[str]:
-        """Train the parameters whose names match ``patterns`` again, and return their names."""
+        """Train the parameters whose names match ``patterns`` again, unless another plugin keeps them frozen.
+
+        Returns the names of those that are trained now.
+        """
         names = self.engine.freezing.matching(patterns)
-        self.engine.freezing.unfreeze(names)
-        return names
+        for name in names:
+            _release(self.frozen, name)
+        trained = [name for name in names if name not in self.frozen]
+        self.engine.freezing.unfreeze(trained)
+        return trained
 
     # -- what the loop does
 
@@ -216,3 +234,23 @@ class Run:
         """The options of every run."""
         options: RunOptions = self.resolved.core
         return options
+
+
+Held = TypeVar("Held")
+
+
+def _hold(held: dict[Held, set[str]], what: Held) -> None:
+    """Note in ``held`` that whose hook is being called holds ``what``."""
+    held.setdefault(what, set()).add(_who())
+
+
+def _release(held: dict[Held, set[str]], what: Held) -> None:
+    """Note that whose hook is being called holds ``what`` no longer: it is gone from ``held`` if nobody else does."""
+    held.get(what, set()).discard(_who())
+    if not held.get(what):
+        held.pop(what, None)
+
+
+def _who() -> str:
+    called = caller()
+    return called.label if called else ""

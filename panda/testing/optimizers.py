@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from collections.abc import Sequence
-from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from panda.registry import UserError
-from panda.testing.forked_ranks import on_ranks
+from panda.testing.runs import Outcome
+from panda.testing.runs import train_each
 
 LIMIT = 1e-4
 """How far a parameter may end from where one process takes it, relative to the distance that it has moved."""
@@ -40,7 +36,6 @@ RUN: tuple[str, ...] = (
     *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "48", "--num_workers", "0"),
     *("--lr_scheduler", "constant", "--warmup_steps", "3", "--weight_decay", "0.1", "--max_grad_norm", "1.5"),
     *("--max_steps", str(STEPS), "--save_steps", str(SAVED), "--prompts", "a"),
-    *("-p", "no:plot", "-p", "no:tensorboard"),
 )
 ZERO: dict[int, dict[str, Any]] = {
     # By default the weights of such small models stay whole, and are one sub-group.
@@ -52,14 +47,6 @@ NEEDED = {
     "ZenFlow": {"offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}},
 }
 """What an optimizer that needs norms or whole parameters has to refuse: `zero_optimization`, for stage 3."""
-IMPORTED = (
-    "deepspeed",
-    "panda.runner",
-    "panda.cli.train",
-    "safetensors.torch",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
-)
 SAME_BITS = "same bits"
 
 
@@ -201,27 +188,18 @@ def check_optimizer(name: str, *flags: str, short: bool = False, limit: float = 
     of the distance moved; where a resumed one has other bits; and where what the optimizer declares that it needs
     cannot be had and is not refused. ``short``: some of the ways, in half a minute; all take a few minutes.
     """
+    cases = SHORT if short else CASES
     with tempfile.TemporaryDirectory(prefix="panda-certificate-") as folder:
-        # In a process of its own, since this one may have threads, which a fork lacks.
-        order = Path(folder, "order.json")
-        order.write_text(json.dumps({"name": name, "flags": flags, "short": short, "limit": limit}))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "panda.testing.optimizers", "--order", str(order)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        answer = Path(folder, "certificate.json")
-        assert answer.exists(), f"the runs could not be made:\n{done.stdout}{done.stderr}"
-        found = json.loads(answer.read_text())
-        assert "problem" not in found, found["problem"]
-    return _judged(_read(found))
+        try:
+            return _judged(certificate(name, flags, Path(folder), cases=cases, limit=limit))
+        except UserError as problem:  # of the flags
+            raise AssertionError(str(problem)) from None
 
 
 def _judged(found: Certificate) -> Certificate:
     print(found.table(), flush=True)
     assert not found.problems, f"optimizer {found.name!r}: {'; '.join(found.problems)}"
     return found
-
-
-# -- in a process without threads
 
 
 def certificate(
@@ -233,16 +211,12 @@ def certificate(
     limit: float = LIMIT,
     resuming: bool = True,
 ) -> Certificate:
-    """Run all ``cases`` in ``folder``, in forks of this process, which must have no other threads.
+    """Run all ``cases`` in ``folder``. ``resuming``: continue each from its middle, too.
 
-    ``resuming``: continue each from its middle, too.
+    Raises UserError for an unknown name and for flags that are refused.
     """
     runs = _Runs(name, tuple(flags), folder, resuming=resuming)
     refusals = runs.refusals()  # an unknown name is said at once
-    for module in IMPORTED:
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
     if ALONE not in cases:
         cases = (ALONE, *cases)
     for ranks, tensor_ranks in dict.fromkeys((case.ranks, case.tensor_ranks) for case in cases):
@@ -276,6 +250,7 @@ class _Runs:
     def __init__(self, name: str, flags: tuple[str, ...], folder: Path, *, resuming: bool) -> None:
         self.common = (*RUN, "--optimizer", name, *flags)
         self.folder, self.resuming = folder, resuming
+        self.outcomes: dict[str, Outcome] = {}
 
     def first(self, case: Case) -> Iterator[_Order]:
         """The run of ``case`` to its end, and from its middle."""
@@ -296,34 +271,26 @@ class _Runs:
         return str(self.folder / case.name / "checkpoints" / f"step-{SAVED:08d}")
 
     def make(self, orders: list[_Order], ranks: int) -> None:
-        """Make the runs. After one that ends the processes, the others begin in new ones."""
-        left = list(orders)
-        while left:
-            output = self.folder / "output.txt"
-            output.unlink(missing_ok=True)
-            on_ranks(partial(_train_all, left, self.folder), ranks, output)
-            undone = [order for order in left if not (self.folder / f"{order.name}.done").exists()]
-            if undone:
-                text = output.read_text() if output.exists() else ""
-                (self.folder / f"{undone[0].name}.failed").write_text(text[-2000:])
-                (self.folder / f"{undone[0].name}.done").touch()
-            left = undone[1:]
+        """Make the runs."""
+        made = train_each([order.argv for order in orders], ranks=ranks, cwd=self.folder)
+        self.outcomes |= {order.name: outcome for order, outcome in zip(orders, made, strict=True)}
 
     def is_complete(self, name: str) -> bool:
-        return self._export(name).exists()
+        return self.outcomes.get(name) == Outcome() and self._export(name).exists()
 
     def _export(self, name: str) -> Path:
         export = self.folder / name / "export"
         adapters = export / "adapter_model.safetensors"  # with `--use_lora`
         return adapters if adapters.exists() else export / "model.safetensors"
 
-    def _message(self, name: str, kind: str) -> str:
-        file = self.folder / f"{name}.{kind}"
-        return file.read_text().strip() if file.exists() else ""
+    def refused(self, name: str) -> str:
+        """The message that refused a run; empty where none did."""
+        outcome = self.outcomes.get(name)
+        return _sentence(outcome.refused) if outcome and outcome.refused else ""
 
     def why(self, name: str) -> str:
         """The reason why a run did not end."""
-        return self._message(name, "refused") or _last_lines(self._message(name, "failed"))
+        return self.refused(name) or _last_lines(self.outcomes[name].failed if name in self.outcomes else "")
 
     def weights(self, name: str) -> dict[str, Any]:
         from safetensors.torch import load_file
@@ -342,7 +309,7 @@ class _Runs:
 
     def row(self, case: Case, limit: float) -> Row:
         row = Row(case)
-        row.refused = self._message(case.name, "refused")
+        row.refused = self.refused(case.name)
         if row.refused:
             return row
         if not self.is_complete(case.name):
@@ -355,7 +322,7 @@ class _Runs:
             return row
         row.resumed = self._resumed(case, row)
         name = f"{case.name}-elsewhere"
-        row.elsewhere_refused = self._message(name, "refused")
+        row.elsewhere_refused = self.refused(name)
         if self.is_complete(name):
             row.error_elsewhere = self.error(name)
             if not row.error_elsewhere <= limit:
@@ -385,11 +352,8 @@ class _Runs:
 
         found = {}
         with _quiet():
-            needs = (
-                configure(parse_arguments([*_last_of_each(self.common)]))
-                .resolved.components["optimizer"]
-                .component.needs
-            )
+            resolved = configure(parse_arguments([*_last_of_each(self.common)])).resolved
+        needs = resolved.components["optimizer"].component.needs
         for what, zero in NEEDED.items() if needs != "nothing" else ():
             file = self.folder / "refused.json"
             file.write_text(json.dumps({"zero_optimization": zero}))
@@ -399,7 +363,7 @@ class _Runs:
                 with _quiet():
                     configure(parse_arguments([*argv]))
             except UserError as problem:
-                found[what] = _sentence(problem)
+                found[what] = _sentence(str(problem))
         return found
 
 
@@ -420,29 +384,9 @@ def _last_of_each(argv: Sequence[str]) -> tuple[str, ...]:
     return (*(word for key, given in flags.items() for word in (key, *given)), *more)
 
 
-def _train_all(orders: list[_Order], folder: Path) -> None:
-    """On one rank: make the runs one after the other, in one process group."""
-    import panda.run.ending
-    from panda.configuration.arguments import parse_arguments
-    from panda.configuration.configure import configure
-    from panda.engine.processes import leave_processes
-    from panda.runner import train
-
-    panda.run.ending.ANSWER_TOKENS = 1  # under ZeRO-3 answers take longer than the training
-    for order in orders:
-        try:
-            train(configure(parse_arguments(list(order.argv))))
-        except UserError as problem:
-            if os.environ["RANK"] == "0":
-                (folder / f"{order.name}.refused").write_text(_sentence(problem))
-        if os.environ["RANK"] == "0":
-            (folder / f"{order.name}.done").touch()
-    leave_processes()
-
-
-def _sentence(problem: UserError) -> str:
+def _sentence(problem: str) -> str:
     """What refused, without the places of files that are gone after the check."""
-    lines = str(problem).splitlines()
+    lines = problem.splitlines()
     line = next((line for line in lines if "refused" in line), lines[0])
     while Path(line.partition(":")[0]).is_absolute():
         line = re.sub(r"[^:]*:(\d+:)? ", "", line, count=1)
@@ -459,37 +403,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _read(stored: dict[str, Any]) -> Certificate:
-    rows = [Row(**{**row, "case": Case(**row["case"])}) for row in stored.pop("rows")]
-    return Certificate(**{**stored, "rows": rows, "flags": tuple(stored["flags"])})
-
-
-def _obey(order: Path) -> None:
-    """Make the certificate that ``check_optimizer`` asks for."""
-    asked = json.loads(order.read_text())
-    cases = SHORT if asked["short"] else CASES
-    answer: dict[str, Any]
-    try:
-        found = certificate(asked["name"], asked["flags"], order.parent, cases=cases, limit=asked["limit"])
-        answer = asdict(found)
-    except (AssertionError, UserError) as problem:
-        answer = {"problem": str(problem)}
-    (order.parent / "certificate.json").write_text(json.dumps(answer))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m panda.testing.optimizers NAME [FLAG ...]``."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m panda.testing.optimizers")
-    parser.add_argument("name", nargs="?", help="an optimizer, as a configuration names it")
+    parser.add_argument("name", help="an optimizer, as a configuration names it")
     parser.add_argument("--short", action="store_true", help="some of the ways, in half a minute")
     parser.add_argument("--limit", type=float, default=LIMIT, help="the largest error, of the distance moved")
-    parser.add_argument("--order", type=Path, help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args(argv)
-    if arguments.order is not None:
-        _obey(arguments.order)
-        return 0
-    if arguments.name is None:
-        parser.error("name an optimizer")
     try:
         check_optimizer(arguments.name, *flags, short=arguments.short, limit=arguments.limit)
     except AssertionError as problem:

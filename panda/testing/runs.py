@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,36 @@ def train_several(configurations: Sequence[Sequence[object]], *, ranks: int = 1,
     """
     given = json.dumps([list(map(str, argv)) for argv in configurations])
     return run_script("panda.testing.train_many", given, cwd=cwd, ranks=ranks, **variables)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    refused: str = ""
+    """The message of the UserError that ended it."""
+    failed: str = ""
+    """The end of the output of the processes, which it ended."""
+
+
+def train_each(configurations: Sequence[Sequence[object]], *, ranks: int = 1, cwd: Path) -> list[Outcome]:
+    """Train each of ``configurations``, as ``train_several`` does, also where some are refused or fail.
+
+    After one that ends the processes, the others begin in new ones.
+    """
+    outcomes: list[Outcome] = []
+    while left := [list(map(str, argv)) for argv in configurations[len(outcomes) :]]:
+        with tempfile.TemporaryDirectory(prefix="panda-testing-outcomes-") as folder:
+            argv, several = (json.dumps(left), folder), ranks if ranks > 1 else 0
+            with start("panda.testing.train_many", *argv, cwd=cwd, ranks=several) as started:
+                done = started.wait()
+            ended = [file for number in range(len(left)) if (file := Path(folder, f"{number}")).exists()]
+            outcomes += [Outcome(refused=file.read_text()) for file in ended]
+        if done.returncode != 0 or len(ended) < len(left):
+            # The one that rank 0 was in; the last one where another rank failed after rank 0 had ended.
+            failed = Outcome(failed=(done.stdout + done.stderr)[-2000:])
+            outcomes = [*outcomes[: len(configurations) - 1], failed]
+    return outcomes
 
 
 def zero3_at_once(folder: Path) -> dict[str, Any]:

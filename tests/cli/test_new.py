@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from launching import EVERY_WAY
 from plugin_site import run
 
 from panda.cli import new
@@ -18,7 +18,7 @@ from panda.registry.kinds import KINDS
 from panda.testing.processes import start
 
 ROOT = Path(__file__).parents[2]
-TRIED = list(new.SUMMARIES) if os.environ.get("PANDA_EVERY_TEMPLATE") else ["plugin", "task"]
+TRIED = list(new.SUMMARIES) if EVERY_WAY else ["task"]
 """Each is installed, tested and trained, which takes half a minute."""
 
 
@@ -65,7 +65,9 @@ def test_it_is_exemplary(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if path.suffix == ".py":
             compile(text, path, "exec")
     described = tomllib.loads((package / "pyproject.toml").read_text())["project"]
-    assert described["name"] == "herons" and all(group[6:] in f"{kind}s archs" for group in described["entry-points"])
+    assert described["name"] == "herons" and all(
+        group[6:] in f"{kind}s archs api" for group in described["entry-points"]
+    )
     for command in (["check"], ["format", "--check"]):
         arguments = [*command, "--config", ROOT / "pyproject.toml", "."]
         done = subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=package, capture_output=True, text=True)

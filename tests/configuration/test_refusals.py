@@ -52,6 +52,10 @@ REFUSED: dict[str, list[Any]] = {
             "ZenFlow or SuperOffload": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
         }.items()
     },
+    "the plugins ema or freeze with offload_optimizer on NVMe": [
+        *("--plugins", "ema", "--zero_stage", "3"),
+        {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+    ],
     "compile with zero_stage: 3 and offload_param on NVMe": [
         *("--compile", "--zero_stage", "3"),
         {"zero_optimization": {"offload_param": {"device": "nvme"}}},

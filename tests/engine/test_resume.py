@@ -6,15 +6,13 @@ import errno
 import json
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from distributions import Distributions
-from distributions import forget_installed
+from distributions import installed_for_runs
 from launching import BIN
 from launching import assert_same_end
 from launching import metrics
@@ -82,11 +80,9 @@ def flags(way: tuple[object, ...]) -> list[object]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each way, a run of 6 steps, and one that continues its third step elsewhere."""
     folder = tmp_path_factory.mktemp("resume")
-    site = Distributions(folder / "site").install(
-        "dropping", {"models": {"dropping": "dropping_model"}}, {"dropping_model": DROPPING}
+    environment = installed_for_runs(
+        folder / "site", "dropping", {"models": {"dropping": "dropping_model"}}, {"dropping_model": DROPPING}
     )
-    sys.path.remove(str(site))  # it is for the runs, and not for this process
-    forget_installed()
     for ranks, ways in WAYS.items():
         runs = []
         for key, way in ways.items():
@@ -97,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             runs.append([*flags(way), *words, "--output_dir", folder / name])
             checkpoint = folder / name / "checkpoints" / "step-00000003"
             runs.append([*flags(way), *moved, "--output_dir", folder / f"{name}-resumed", "--resume", checkpoint])
-        train_many(runs, ranks=ranks, cwd=folder, PYTHONPATH=str(site))
+        train_many(runs, ranks=ranks, cwd=folder, **environment)
     return folder
 
 

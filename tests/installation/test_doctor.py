@@ -63,7 +63,7 @@ def test_what_is_installed_as_its_source_says_is_not_stale(
     site = install(distributions, tiny="acme.tiny")
     (tmp_path / "pyproject.toml").write_text('[project.entry-points."panda.models"]\ntiny = "acme.tiny"\n')
     make_editable(site, tmp_path)
-    assert examined(capsys, "acme-panda") == (0, examined(capsys, "Acme_Panda")[1])
+    assert [examined(capsys, name)[0] for name in ("acme-panda", "Acme_Panda")] == [0, 0]
     (tmp_path / "pyproject.toml").unlink()
     assert examined(capsys, "acme-panda")[0] == 0, "what cannot be read is not stale"
 
@@ -93,6 +93,24 @@ def test_names_that_others_have(distributions: Distributions, capsys: pytest.Cap
     assert "'shared' is offered by bolt-panda 1.0 (bolt.tiny), too" in text and "Write `acme-panda:shared`" in text
 
 
+def test_versions_of_the_api_that_several_state_are_no_names(
+    distributions: Distributions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, module, version in (("acme-panda", "acme.tiny", "v1"), ("bolt-panda", "bolt.tiny", "1")):
+        site = install(distributions, name, **{module.partition(".")[0]: module})
+        (file,) = site.glob("*.dist-info/entry_points.txt")
+        file.write_text(file.read_text() + f"[panda.api]\nversion = {version}\n")
+    forget_installed()
+    code, text = examined(capsys, "acme-panda")
+    assert code == 0 and text.endswith("\nnothing is wrong\n")
+    file.write_text(file.read_text().replace("version = 1", "version = v9\nvresion = v1"))
+    code, text = examined(capsys, "bolt-panda")
+    assert code == 1
+    assert "panda.api: version = v9)" in text and "it was written for version 9 of panda's API" in text
+    assert "'vresion' states nothing" in text
+    assert "nothing is wrong" in examined(capsys, "acme-panda")[1]
+
+
 def test_requirements_and_extras(distributions: Distributions, capsys: pytest.CaptureFixture[str]) -> None:
     more = (
         "Requires-Dist: pyyaml<1\nRequires-Dist: nothing-there>=2; python_version < '3'\nProvides-Extra: fast\n"
@@ -106,6 +124,26 @@ def test_requirements_and_extras(distributions: Distributions, capsys: pytest.Ca
     assert "it requires pyyaml<1, and pyyaml " in text and "`pip install 'pyyaml<1'`" in text
     assert "its extra 'fast' requires pluggy>=99" in text and "extra fast: not-there-at-all not installed" in text
     assert "nothing-there" not in text
+
+
+def test_a_folder_of_the_users(
+    distributions: Distributions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = tmp_path / "lab"
+    lab.mkdir()
+    (lab / "doctored_good.py").write_text(HEADER + FINE)
+    code, text = examined(capsys, "--user_dir", str(lab))
+    assert (code, text) == (0, f"{lab}: model tiny\n\nnothing is wrong\n")
+    (lab / "doctored_odd.py").write_text(HEADER + FINE.replace("tiny", "llama").replace("width: int = 8", "width = 8"))
+    (lab / "doctored_bad.py").write_text("def (")
+    hook = "    def __init__(self, o, c): ...\n    def panda_step_ned(self, run): ...\n"
+    (lab / "doctored_hook.py").write_text(HEADER + f'@register_plugin("hook")\nclass P:\n    "P."\n{hook}')
+    code, text = examined(capsys, "--user_dir", str(lab))
+    assert code == 1 and text.startswith(f"{lab}: model tiny, plugin hook, model llama\n")
+    assert f"BROKEN  {lab}: {lab / 'doctored_bad.py'}:1: SyntaxError" in text
+    assert "'llama' is also a name of panda-train 0.1.0\n    Write `user_dir:llama` for this one" in text
+    assert "Options.width has no type, so it is no option" in text and "Did you mean 'panda_step_end'" in text
+    assert main(["doctor", "--user_dir", str(tmp_path / "gone")]) == 2
 
 
 def test_a_package_that_nobody_has_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

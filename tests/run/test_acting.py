@@ -6,25 +6,27 @@ Runs of two ranks, in the ZeRO stages, with a plugin of a package. Losses and we
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributions import IMPORTS
 from distributions import Distributions
-from distributions import forget_installed
+from distributions import installed_for_runs
 from launching import assert_same_end
 from launching import exported_weights
 from launching import losses
 from launching import metrics
-from launching import run_panda
 from launching import train_many
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.engine.processes import Processes
 from panda.registry import UserError
+from panda.run.asking import Asked
+from panda.run.asking import Asking
+from panda.run.state import Run
 from panda.runner import train
 
 ACTOR = """
@@ -58,7 +60,7 @@ class Actor:
             run.stop("enough")
         if self.here(run, "slow", step):
             run.scale_learning_rate(0.5)
-        if self.here(run, "save", step):
+        if self.here(run, "skip", step):
             run.save_checkpoint()
         if self.options.do == "log":
             run.log("half_a_step", torch.tensor(step / 2))
@@ -97,9 +99,6 @@ RUN: tuple[object, ...] = (
 )
 ALONE: dict[str, tuple[object, ...]] = {
     "plain": (),
-    "watched": ("actor",),
-    "stop": ("actor", "--do", "stop"),
-    "slow": ("actor", "--do", "slow", "--save_steps", 4),
     "logged": ("actor", "--do", "log", "--eval_steps", 3),
 }
 """Runs on one rank."""
@@ -108,29 +107,21 @@ TOGETHER: dict[str, tuple[object, ...]] = {
     "watched": ("actor", "--zero_stage", 2, "--do", "heard", "--eval_steps", 3),
     "stop": ("actor", "--zero_stage", 2, "--do", "stop"),
     "skip": ("actor", "--zero_stage", 2, "--do", "skip", "--save_steps", 2),
-    "slow": ("actor", "--zero_stage", 2, "--do", "slow", "--save_steps", 4),
-    "slow on all": ("actor", "--zero_stage", 2, "--do", "slow", "--on_rank", -1),
-    "save": ("actor", "--zero_stage", 2, "--do", "save", "--save_final", "false"),
+    "slow": ("actor", "--zero_stage", 2, "--do", "slow", "--on_rank", -1, "--save_steps", 4),
 }
-"""Runs on two ranks, of which the second one asks, or both."""
+"""Runs on two ranks, of which the second one asks; in one, both do."""
 
 
 def flags(folder: Path, ranks: int, name: str, way: tuple[object, ...], *more: object) -> list[object]:
     acting = ["--plugins", *way] if way[:1] == ("actor",) else list(way)
-    if "--do" in way and ranks == 1:
-        acting += ["--on_rank", 0]
     directory = [] if "--output_dir" in more else ["--output_dir", folder / f"{ranks}-{name}"]
     return [*RUN, "--per_gpu_train_batch_size", 4 // ranks, *acting, *directory, *more]
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    site = Distributions(tmp_path_factory.mktemp("site")).install(
-        "acting", {"plugins": {"actor": "acting_plugin"}}, {"acting_plugin": ACTOR}
-    )
-    sys.path.remove(str(site))  # it is for the runs, and not for this process
-    forget_installed()
-    return {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    folder = tmp_path_factory.mktemp("site")
+    return installed_for_runs(folder, "acting", {"plugins": {"actor": "acting_plugin"}}, {"acting_plugin": ACTOR})
 
 
 @pytest.fixture(scope="module")
@@ -138,18 +129,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
     folder = tmp_path_factory.mktemp("acting")
     on_one = [flags(folder, 1, name, way) for name, way in ALONE.items()]
     on_two = [flags(folder, 2, name, way) for name, way in TOGETHER.items()]
-    for ranks, name, step in ((1, "slow", 4), (2, "slow", 4), (2, "skip", 2), (2, "skip", 4)):
-        way = (TOGETHER if ranks == 2 else ALONE)[name]
-        resumed = ("--resume", folder / f"{ranks}-{name}/checkpoints/step-{step:08d}")
-        (on_two if ranks == 2 else on_one).append(
-            flags(folder, ranks, name, way, *resumed, "--output_dir", folder / f"{ranks}-{name}-from-{step}")
-        )
+    for name in ("slow", "skip"):
+        resumed = ("--resume", folder / f"2-{name}/checkpoints/step-00000004")
+        on_two.append(flags(folder, 2, name, TOGETHER[name], *resumed, "--output_dir", folder / f"2-{name}-from-4"))
     on = (*TOGETHER["stop"], "--at_step", 100, "--resume", folder / "2-stop/checkpoints/step-00000003")
     on_two.append(flags(folder, 2, "stop", on, "--output_dir", folder / "2-stop-on"))
     # With another number of ranks.
-    resumed = ("--resume", folder / "2-slow/checkpoints/step-00000004", "--output_dir", folder / "moved")
+    moved = ("--resume", folder / "2-slow/checkpoints/step-00000004", "--output_dir", folder / "moved")
     train_many(on_two, ranks=2, cwd=folder, **environment)
-    train_many([*on_one, flags(folder, 1, "slow", ALONE["slow"], *resumed)], cwd=folder, **environment)
+    train_many([*on_one, flags(folder, 1, "slow", TOGETHER["slow"], *moved)], cwd=folder, **environment)
     return folder
 
 
@@ -158,16 +146,14 @@ def heard(run: Path, rank: int = 0) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_plugin_that_asks_for_nothing_changes_no_bit(runs: Path, ranks: int) -> None:
-    assert_same_end(runs / f"{ranks}-watched", runs / f"{ranks}-plain", after=0)
+def test_a_plugin_that_asks_for_nothing_changes_no_bit(runs: Path) -> None:
+    assert_same_end(runs / "2-watched", runs / "2-plain", after=0)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_stop_on_one_rank_stops_all_at_the_end_of_the_step(runs: Path, ranks: int) -> None:
-    run = runs / f"{ranks}-stop"
-    assert [heard(run, rank) for rank in range(ranks)] == [[1, 2, 3]] * ranks
-    assert losses(run)[:3] == losses(runs / f"{ranks}-plain")[:3]
+def test_a_stop_on_one_rank_stops_all_at_the_end_of_the_step(runs: Path) -> None:
+    run = runs / "2-stop"
+    assert [heard(run, rank) for rank in range(2)] == [[1, 2, 3]] * 2
+    assert losses(run)[:3] == losses(runs / "2-plain")[:3]
     records = metrics(run)
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
     assert [record["step"] for record in records if "eval_loss" in record] == [3]
@@ -176,31 +162,6 @@ def test_a_stop_on_one_rank_stops_all_at_the_end_of_the_step(runs: Path, ranks: 
     end = json.loads((run / "provenance.json").read_text())["end"]
     assert end["step"] == 3
     assert (end["stopped"]["by"], end["stopped"]["reason"]) == ("plugin actor", "enough")
-
-
-def test_a_stopped_run_is_resumed_only_without_what_stopped_it(
-    runs: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    import shutil
-
-    run = tmp_path / "run"
-    shutil.copytree(runs / "1-stop", run)
-    again = [*flags(runs, 1, "stop", ALONE["stop"], "--output_dir", run), "--resume", "auto"]
-    done = run_panda("panda-train", *again, cwd=tmp_path, **environment)
-    assert done.returncode == 0
-    assert (
-        "the run was stopped after step 3 of 6 by plugin actor: enough; it is exported. To train further, leave it out"
-        " by `-p no:actor`, or give it other options, and resume again" in done.stdout
-    )
-    assert losses(run) == losses(runs / "1-stop")
-    done = run_panda("panda-train", *again, "--at_step", 100, cwd=tmp_path, **environment)
-    assert done.returncode == 0, done.stderr
-    assert "note: the run was stopped after step 3 by plugin actor: enough. It goes on" in done.stdout
-    plain = runs / "1-plain"
-    assert losses(run) == losses(plain)
-    expected, found = exported_weights(plain), exported_weights(run)
-    assert all(expected[name].equal(found[name]) for name in expected)
-    assert heard(run) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_of_two_ranks_goes_on_where_one_of_them_stopped_it(runs: Path) -> None:
@@ -221,7 +182,7 @@ def test_a_step_is_left_out_on_all_ranks_where_one_asks(runs: Path) -> None:
     assert progress["left_out_steps"] == 1 and progress["position"] == 2 * untouched["position"]
 
 
-@pytest.mark.parametrize("name", ["1-slow-from-4", "2-slow-from-4", "2-skip-from-2", "2-skip-from-4"])
+@pytest.mark.parametrize("name", ["2-slow-from-4", "2-skip-from-4"])
 def test_what_was_asked_for_survives_a_resume_to_the_bit(runs: Path, name: str) -> None:
     whole = runs / name.partition("-from")[0]
     first = int(name[-1])
@@ -232,17 +193,14 @@ def test_what_was_asked_for_survives_a_resume_to_the_bit(runs: Path, name: str) 
     assert heard(runs / name) == heard(whole) == [1, 2, 3, 4, 5, 6], "its own state, too"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_learning_rate_is_scaled_once_for_all_ranks(runs: Path, ranks: int) -> None:
+def test_a_learning_rate_is_scaled_once_for_all_ranks(runs: Path) -> None:
     slow, plain = (
-        [record["learning_rate"] for record in metrics(runs / f"{ranks}-{name}") if "loss" in record]
+        [record["learning_rate"] for record in metrics(runs / f"2-{name}") if "loss" in record]
         for name in ("slow", "plain")
     )
     assert slow == [*plain[:3], *(rate / 2 for rate in plain[3:])]
-    assert losses(runs / f"{ranks}-slow")[:4] == losses(runs / f"{ranks}-plain")[:4]
-    if ranks == 2:
-        assert losses(runs / "2-slow on all") == losses(runs / "2-slow")
-    assert losses(runs / f"{ranks}-slow")[4] != losses(runs / f"{ranks}-plain")[4]
+    assert losses(runs / "2-slow")[:4] == losses(runs / "2-plain")[:4]
+    assert losses(runs / "2-slow")[4] != losses(runs / "2-plain")[4]
 
 
 def test_state_and_factor_go_on_with_another_number_of_ranks(runs: Path) -> None:
@@ -254,7 +212,8 @@ def test_state_and_factor_go_on_with_another_number_of_ranks(runs: Path) -> None
 
 
 def test_a_checkpoint_is_saved_where_one_rank_asks(runs: Path) -> None:
-    assert [path.name for path in (runs / "2-save/checkpoints").glob("step-*")] == ["step-00000003"]
+    saved = {int(path.name[5:]) for path in (runs / "2-skip/checkpoints").glob("step-*")}
+    assert saved == {2, 3, 4, 6}, "of these, every second one by itself"
 
 
 def test_numbers_that_hooks_add_are_in_the_records(runs: Path) -> None:
@@ -325,11 +284,68 @@ def trained(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("panda.run.ending.ANSWER_TOKENS", 2)
 
     def train_with(*given: str) -> Any:
-        argv = [*map(str, RUN), "--logging_steps", "1", "-p", "no:tensorboard", "-p", "no:plot", *given]
-        argv[argv.index("--max_steps") + 1] = "2"
+        argv = [*map(str, RUN), "--logging_steps", "1", "-p", "no:tensorboard", "-p", "no:plot"]
+        place = argv.index("--max_steps")
+        if "--max_steps" in given:
+            del argv[place : place + 2]
+        else:
+            argv[place + 1] = "2"
+        argv += given
         return train(configure(parse_arguments(argv)))
 
     return train_with
+
+
+def test_a_stopped_run_is_resumed_only_without_what_stopped_it(
+    runs: Path,
+    tmp_path: Path,
+    processes: Any,
+    trained: Any,
+    distributions: Distributions,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    distributions.install("acting", {"plugins": {"actor": "acting_plugin"}}, {"acting_plugin": ACTOR})
+    flags = ["--per_gpu_train_batch_size", "4", "--output_dir", "run", "--resume", "auto", "--max_steps", str(STEPS)]
+    stop = ["--plugins", "actor", "--do", "stop", "--on_rank", "0"]
+    trained(*flags, *stop)
+    assert "stopped after step 3 of 6 by plugin actor: enough" in capsys.readouterr().out
+    assert trained(*flags, *stop) is None
+    assert (
+        "the run was stopped after step 3 of 6 by plugin actor: enough; it is exported. To train further, leave it out"
+        " by `-p no:actor`, or give it other options, and resume again" in capsys.readouterr().out
+    )
+    assert losses(tmp_path / "run") == losses(runs / "1-plain")[:3]
+    trained(*flags, *stop, "--at_step", "100")
+    assert "note: the run was stopped after step 3 by plugin actor: enough. It goes on" in capsys.readouterr().out
+    plain = runs / "1-plain"
+    assert losses(tmp_path / "run") == losses(plain)
+    expected, found = exported_weights(plain), exported_weights(tmp_path / "run")
+    assert all(expected[name].equal(found[name]) for name in expected)
+    assert heard(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+
+
+class TwoRanks:
+    """Ranks of which the other one asks for ``other``."""
+
+    def __init__(self, other: Asked) -> None:
+        self.other = other
+
+    def any_(self, here: bool) -> bool:
+        return here or bool(self.other)
+
+    def from_all(self, asked: Asked) -> list[Asked]:
+        return [asked, self.other]
+
+
+def test_what_one_rank_asks_for_is_agreed_and_factors_that_differ_are_an_error() -> None:
+    asking = Asking()
+    asking.asked = Asked(stop={"a": "first"}, rate={"a": 0.5})
+    found = asking.agreed(TwoRanks(Asked(stop={"a": "second", "b": "too"}, rate={"a": 0.5, "b": 0.1})))  # type: ignore[arg-type]
+    assert found == Asked(stop={"a": "first", "b": "too"}, rate={"a": 0.5, "b": 0.1})
+    assert asking.asked == Asked()
+    asking.asked = Asked(rate={"a": 0.5})
+    with pytest.raises(UserError, match=r"a scales the learning rate by 0\.25 and by 0\.5 on different ranks"):
+        asking.agreed(TwoRanks(Asked(rate={"a": 0.25})))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -356,6 +372,46 @@ def test_what_a_hook_must_not_ask_for_is_an_error(
 def test_a_plugin_that_says_it_only_watches_must_not_ask(processes: Any, trained: Any) -> None:
     with pytest.raises(RuntimeError, match="was called by plugin watching, which says `acts = False`"):
         trained("--plugins", "watching")
+
+
+def test_an_average_beside_that_of_the_optimizer_is_refused(processes: Any, trained: Any) -> None:
+    with pytest.raises(UserError, match="plugin ema and optimizer schedule_free_adamw both give weights to evaluate"):
+        trained("--optimizer", "schedule_free_adamw", "--plugins", "ema")
+
+
+def test_what_two_plugins_hold_is_held_until_both_let_it_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: set[str] = set()
+    freezing = SimpleNamespace(
+        matching=lambda names: list(names), freeze=frozen.update, unfreeze=frozen.difference_update
+    )
+    run = object.__new__(Run)
+    run.kept, run.frozen, run.engine = {}, {}, SimpleNamespace(freezing=freezing)  # type: ignore[assignment]
+
+    def as_plugin(name: str) -> None:
+        monkeypatch.setattr("panda.run.state.caller", lambda: SimpleNamespace(label=name))
+
+    for name in ("a", "b", "a"):
+        as_plugin(name)
+        run.keep_checkpoint(5)
+        run.freeze(["embed"])
+    run.release_checkpoint(5)
+    assert run.unfreeze(["embed"]) == [] and frozen == {"embed"} and list(run.kept) == [5]
+    as_plugin("b")
+    run.release_checkpoint(5)
+    assert run.unfreeze(["embed", "head"]) == ["embed", "head"] and not frozen and not run.kept
+    run.release_checkpoint(7)
+
+
+def test_a_plugin_in_a_file_has_its_state_again_where_the_file_was_moved(
+    processes: Any, trained: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(IMPORTS + ACTOR)
+    trained("--plugins", "./mine.py:actor", "--do", "stop", "--at_step", "1", "--on_rank", "0", "--output_dir", "run")
+    assert heard(tmp_path / "run") == [1]
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "mine.py").rename(tmp_path / "lab" / "mine.py")
+    trained("--plugins", "lab/mine.py:actor", "--output_dir", "run", "--resume", "auto")
+    assert heard(tmp_path / "run") == [1, 2]
 
 
 def test_ranks_agree_only_where_something_may_act(

@@ -143,6 +143,20 @@ def test_several_ranks_communicate() -> None:
     assert alone.accumulators == together.accumulators == 4 * WEIGHTS
 
 
+def test_the_copy_of_an_average_is_partitioned_like_the_master_weights(tmp_path: Path) -> None:
+    offloaded = tmp_path / "offloaded.json"
+    offloaded.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    for flags, ranks, expected in (
+        ("--precision fp32 --zero_stage 0", 4, 4 * WEIGHTS),
+        ("--precision bf16 --zero_stage 1", 4, WEIGHTS),
+        ("--precision bf16 --zero_stage 3", 1, 4 * WEIGHTS),
+        (f"--precision bf16 --zero_stage 2 --deepspeed_config {offloaded}", 1, 0),
+    ):
+        with_it, without = (estimated(f"{flags} {more}", ranks).parts for more in ("--plugins ema", ""))
+        assert (with_it.copies, without.copies) == (expected, 0)
+        assert with_it.standing - without.standing == with_it.total - without.total == expected
+
+
 def test_packed_rows_need_a_mask_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plain, packed = (memory(f"--precision fp32 --batching {how}").footprint for how in ("padded", "packed"))

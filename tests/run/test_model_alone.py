@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from distributions import Distributions
+from distributions import installed_for_runs
 from launching import run_panda
 
 OPTIMIZER = """
@@ -70,23 +69,21 @@ QUIET = ("-p", "no:plot", "-p", "no:tensorboard")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with three runs that took everything that they could from a package."""
     path = tmp_path_factory.mktemp("alone")
-    made = Distributions(path / "site")
     kinds = {"optimizers": "slow", "tasks": "mine", "plugins": "loud", "models": "copy"}
     modules = {"acme.slow": OPTIMIZER, "acme.mine": TASK, "acme.loud": PLUGIN, "acme.copy": MODEL, "acme.own": OWN}
     entry_points = {kind: {name: f"acme.{name}"} for kind, name in kinds.items()}
     entry_points["models"]["own"] = "acme.own"
-    site = made.install("acme-panda", entry_points, modules, version="1.2")
+    environment = installed_for_runs(path / "site", "acme-panda", entry_points, modules, version="1.2")
     (path / "rows.json").write_text(json.dumps([{"input": "a", "target": "b"}] * 4))
     from_package = ["--task", "mine", "--optimizer", "slow", "--plugins", "loud"]
     lora = ["--use_lora", "--lora_r", "2"]
     for name, model in (("adapters", ["--arch", "llama-tiny", *lora]), ("theirs", ["--model", "copy", *lora])):
         flags = [*RUN.split(), *from_package, *model, "--output_dir", name, *QUIET]
-        done = run_panda("panda-train", *flags, cwd=path, PYTHONPATH=str(site))
+        done = run_panda("panda-train", *flags, cwd=path, **environment)
         assert done.returncode == 0, done.stderr
     flags = [*RUN.split()[8:], *from_package, "--model", "own", "--output_dir", "whole", *QUIET]
-    done = run_panda("panda-train", *flags, cwd=path, PYTHONPATH=str(site))
+    done = run_panda("panda-train", *flags, cwd=path, **environment)
     assert done.returncode == 0, done.stderr
-    sys.path.remove(str(site))
     return path
 
 
