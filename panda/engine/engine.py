@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from panda.engine.checkpoints.hashing import HashedFiles
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
 from panda.engine.freezing import Freezing
 from panda.engine.gathering import gather_by_layers
@@ -334,8 +335,8 @@ class Engine:
             whole = joined(tensor, self.processes)
             return whole.to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write the trained parameters and the optimizer to ``folder/tag``. Every rank must call this.
+    def save(self, folder: Path, tag: str, files: HashedFiles) -> None:
+        """Write the trained parameters and the optimizer to ``folder/tag``, by ``files``. Every rank must call this.
 
         If writing fails on this rank, raises that error when DeepSpeed has finished on all ranks.
         """
@@ -352,9 +353,21 @@ class Engine:
 
             return tried
 
-        writers = (self.deepspeed.checkpoint_engine, "save"), (self.deepspeed, "_copy_recovery_script")
-        for owner, name in writers:
-            setattr(owner, name, going_on(getattr(owner, name)))
+        def save(state_dict: Any, path: str) -> None:
+            files.save(state_dict, Path(path), _use_new_zipfile_serialization=writer.zipfile_serialization)
+
+        writer = self.deepspeed.checkpoint_engine
+        if type(writer).__name__ != "TorchCheckpointEngine":
+            raise UserError(
+                f"deepspeed_config: DeepSpeed writes checkpoints by {type(writer).__name__}, whose files panda cannot"
+                " hash. Remove the key that asks for it."
+            )
+        writers = (
+            (writer, "save", save),
+            (self.deepspeed, "_copy_recovery_script", self.deepspeed._copy_recovery_script),
+        )
+        for owner, name, write in writers:
+            setattr(owner, name, going_on(write))
         try:
             self.deepspeed.save_checkpoint(
                 str(folder),
@@ -364,7 +377,7 @@ class Engine:
                 exclude_frozen_parameters=True,
             )
         finally:
-            for owner, name in writers:
+            for owner, name, _ in writers:
                 delattr(owner, name)
         if problems:
             raise problems[0]
