@@ -19,9 +19,7 @@ from panda.registry.resolve import Resolved
 from panda.run.directory_lock import RunLock
 from panda.weights.run_folders import EXPORT as EXPORT
 from panda.weights.run_folders import PROVENANCE as PROVENANCE
-
-RUN_CONFIG = "config.yaml"
-"""The file in it that has the whole configuration."""
+from panda.weights.run_folders import RUN_CONFIG as RUN_CONFIG
 
 MODEL_FOLDER = "model"
 """The folder in it that describes its model: all of an export but the weights."""

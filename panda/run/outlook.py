@@ -79,7 +79,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared), *_compiled(prepared)],
         "memory": list(_memory(prepared)),
-        "saves": [_saves(prepared.options)],
+        "saves": list(_saves(prepared.options)),
         "output": [_output(prepared, layout, directory, checkpoint)],
     }
     lines = [
@@ -326,13 +326,15 @@ def _memory(prepared: Preparation) -> Iterator[str]:
         yield advice(prepared.estimates, prepared.resolved, prepared.world_size, card)
 
 
-def _saves(options: RunOptions) -> str:
-    if not options.save_steps and not options.save_final:
-        return "no checkpoint, only the export: the run cannot be continued, whether it is interrupted or finished"
-    if not options.save_steps:
-        return "only at the end: with `save_steps` an interrupted run can be continued"
+def _saves(options: RunOptions) -> Iterator[str]:
+    """When checkpoints are saved, and what is lost where a run is killed between them."""
+    steps, minutes = f"{options.save_steps:,} steps", f"{options.save_minutes:g} minutes"
+    often = [*([steps] if options.save_steps else []), *([minutes] if options.save_minutes else [])]
+    when = [f"every {text}" for text in often] + ["at the end"] * options.save_final
     kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
-    return f"every {options.save_steps:,} steps{' and at the end' * options.save_final}{kept}"
+    yield f"{', '.join([*when, 'on Ctrl-C and SIGTERM'])}{kept}"
+    lost = f"at most {' or '.join(often)}{', the shorter of them,' * (len(often) > 1)} are" if often else "all of it is"
+    yield f"{lost} lost if the run is killed or the machine fails"
 
 
 def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: Path | None) -> str:
