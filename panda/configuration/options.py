@@ -57,7 +57,11 @@ class RunOptions:
     run_name: str | None = None
     """Name of the run, a folder in `runs`; by default TASK-ARCH."""
     resume: str | None = None
-    """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
+    """`auto` continues from the newest whole checkpoint, if there is one; a path, from that checkpoint or run. Where
+    nothing else names a model, the configuration is that of the run, changed by what is given besides."""
+    if_damaged: Literal["begin", "stop"] = "begin"
+    """What `resume: auto` does where the run has checkpoints and all are damaged: `begin` sets them aside and trains
+    from the first step again, `stop` is an error."""
     tokenizer: Annotated[str, Location(on_hub=True)] = "panda:data/sample/tokenizer"
     """A Hugging Face tokenizer: a folder, or a name on the hub. A path that begins with `panda:`, or with the name of
     another installed package, is inside that package; the default tokenizer reads bytes."""

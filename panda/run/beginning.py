@@ -8,8 +8,10 @@ from typing import Any
 
 from panda.data.locations import data_sets
 from panda.data.packing import Layout
+from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
-from panda.engine.checkpoints.folders import set_aside_later
+from panda.engine.checkpoints.folders import set_aside
+from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
 from panda.files.disk_full import writing
@@ -45,7 +47,7 @@ def begin(
     ``layouts``: the rows to train on, and those to evaluate on.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
-    if checkpoint and not load_checkpoint(model.engine, checkpoint):
+    if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
         # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
         seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
         if processes.rank == 0:
@@ -98,12 +100,17 @@ def begin(
 
 
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
-    """Rename the checkpoints in ``directory`` that are later than ``checkpoint``, from which the run continues."""
+    """Rename the checkpoints in ``directory`` that are later than ``checkpoint``, from which the run continues.
+
+    It takes another course from there, and the newest checkpoint must be one of its own.
+    """
     if checkpoint and checkpoint.parent == directory / "checkpoints":
-        for path in set_aside_later(checkpoint):
-            problem = damage(path)
-            why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
-            print(f"set aside: {path}, since {why}", flush=True)
+        for later in checkpoints(checkpoint.parent):
+            if step_of(later) > step_of(checkpoint):
+                problem = damage(later)
+                path = set_aside(later, "damaged" if problem else "abandoned")
+                why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
+                print(printable(f"set aside: {path}, since {why}"), flush=True)
 
 
 def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:

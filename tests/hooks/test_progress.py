@@ -157,7 +157,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     started(run).panda_exception(run, ValueError())
     assert f"panda-train --resume {run.directory} --user_dir" in capsys.readouterr().out
     started(run).panda_exception(run, Interrupted())
-    assert capsys.readouterr().out == "", "it says it itself"
+    assert capsys.readouterr().out == "training ...\n", "it says it itself"
 
 
 def test_evaluations_are_shown_and_the_last_is_in_the_summary(

@@ -136,15 +136,6 @@ def set_aside(checkpoint: Path, why: str) -> Path:
     return checkpoint.rename(target)
 
 
-def set_aside_later(checkpoint: Path) -> list[Path]:
-    """Set the checkpoints after ``checkpoint`` in its folder aside as ``abandoned-...``, and return them.
-
-    The run takes another course from there, and the newest checkpoint must be one of its own.
-    """
-    later = [path for path in checkpoints(checkpoint.parent) if step_of(path) > step_of(checkpoint)]
-    return [set_aside(path, "abandoned") for path in later]
-
-
 def check_contents(checkpoint: Path, files: Iterable[Path]) -> None:
     """Compare ``files`` of ``checkpoint`` with the sha256 that its manifest has of them.
 
