@@ -409,11 +409,25 @@ class Engine:
         if self.on_part is not None:
             self.on_part(name)
 
+    def _forget_gradients(self) -> None:
+        """Drop the gradients of a step that was skipped.
+
+        Under ZeRO-1 and 2 with `offload_optimizer` DeepSpeed 0.19.8 keeps the sums of 16-bit gradients, and adds those
+        of the next step to them: after one NaN every later step is skipped. Can go when its overflow path sets
+        `averaged_gradients` to None there too.
+        """
+        if getattr(self.optimizer, "cpu_offload", False):
+            for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+                kept.update(dict.fromkeys(kept))
+
     def _apply(self) -> tuple[torch.Tensor | float, bool]:
         """Step the optimizer. Returns the norm of all gradients before clipping, and whether the step was taken."""
         if self._keeps_grad_norm:
             self.deepspeed.step()
-            return self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
+            applied = self.deepspeed.was_step_applied()
+            if not applied:
+                self._forget_gradients()
+            return self.deepspeed.get_global_grad_norm(), applied
         # DeepSpeed's wrappers skip a step whose gradients are not finite. In fp32 without ZeRO, 0.19.8 has no
         # wrapper, and one bad batch would make every weight NaN. Can go when it checks there too.
         parameters = [p for p in self.module.parameters() if counts_here(p, self.processes)]

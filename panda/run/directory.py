@@ -96,8 +96,8 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
             f" {path.name} is damaged: {why}." for path, why in passed_over(resolve_path(options.resume)).items()
         )
         raise UserError(
-            f"resume: no complete checkpoint at {options.resume!r}.{damaged} Give a run directory, its `checkpoints`, or one"
-            " `step-...` folder; or `auto`."
+            f"resume: no complete checkpoint at {options.resume!r}.{damaged} Give a run directory, its `checkpoints`,"
+            " or one `step-...` folder; or `auto`."
         )
     is_in_run = checkpoint.absolute().parent.name == "checkpoints"
     if is_in_run and (given is None or given.resolve() == checkpoint.resolve().parent.parent):

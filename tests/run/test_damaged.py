@@ -45,7 +45,7 @@ def test_damaged_checkpoints_are_set_aside(
     unfinished(run)
     flip(next((checkpoints / "step-00000003").glob("*model_states*")))
     (checkpoints / "step-00000002/manifest.json").write_text("[]")
-    with pytest.raises(UserError, match="step-00000003: the checkpoint is damaged: mp_rank_00_model_states.pt has ano"):
+    with pytest.raises(UserError, match=r"step-00000003: the checkpoint is damaged: mp_rank_00_model_states.pt"):
         run_again("--resume", str(checkpoints / "step-00000003"))
     assert names(checkpoints) == ["step-00000001", "step-00000002", "step-00000003"]
     capsys.readouterr()
