@@ -25,6 +25,8 @@ from panda.run.generating import Generation
 from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
+from panda.run.room import check_room
+from panda.run.room import room_of
 from panda.run.sources import data_settings
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
@@ -80,6 +82,8 @@ def begin(
     def describe() -> None:
         if processes.rank == 0:
             _set_aside(directory, checkpoint)
+            if few := check_room(directory, room_of(resolved, model, layout.plan)):
+                print(printable(f"note: {few}"), file=sys.stderr, flush=True)
             write_description(directory, resolved, model.config, _facts(run, prepared, model))
             describe_model(
                 directory / MODEL_FOLDER,
