@@ -17,9 +17,11 @@ from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.files.terminal import printable
 from panda.run.continuation import Continuation
+from panda.run.description import changes
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import make_directory
+from panda.run.directory import recorded_configuration
 from panda.run.directory_lock import RunLock
 from panda.run.generating import Generation
 from panda.run.model import base_weights
@@ -84,7 +86,9 @@ def begin(
             _set_aside(directory, checkpoint)
             if few := check_room(directory, room_of(resolved, model, layout.plan)):
                 print(printable(f"note: {few}"), file=sys.stderr, flush=True)
-            write_description(directory, resolved, model.config, _facts(run, prepared, model))
+            changed = changes(resolved, recorded_configuration(resolved)) if checkpoint else {}
+            facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
+            write_description(directory, resolved, model.config, facts)
             describe_model(
                 directory / MODEL_FOLDER,
                 model.base,

@@ -25,6 +25,7 @@ from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run.description import read_end
+from panda.run.description import refuse_later
 from panda.run.directory import EXPORT
 from panda.run.directory import find_directory
 from panda.run.directory import hold_continued
@@ -114,6 +115,8 @@ def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) 
     """
     resolved = prepared.resolved
     directory, checkpoint = processes.from_rank_0(lambda: hold_continued(resolved, lock))
+    if directory is not None:
+        refuse_later(directory)
     checkpoint = _whole(resolved, directory, checkpoint, processes)
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START

@@ -30,7 +30,9 @@ from panda.registry import UserError
 from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
+from panda.run.description import changes
 from panda.run.directory import find_directory
+from panda.run.directory import recorded_configuration
 from panda.run.directory import run_name
 from panda.run.fitting import advice
 from panda.run.preparation import Preparation
@@ -79,6 +81,10 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared), *_compiled(prepared)],
         "memory": list(_memory(prepared)),
+        "changed": [
+            f"{key} was {each['before']!r} and is {each['now']!r}"
+            for key, each in (_changed(prepared) if checkpoint else {}).items()
+        ],
         "saves": list(_saves(prepared.options)),
         "output": [_output(prepared, layout, directory, checkpoint)],
     }
@@ -324,6 +330,11 @@ def _memory(prepared: Preparation) -> Iterator[str]:
     yield f"about {gib(found.parts.total)} of {gib(card.memory)} GiB on each GPU, {rows}: {found.parts.describe()}"
     if not found.fits(card):
         yield advice(prepared.estimates, prepared.resolved, prepared.world_size, card)
+
+
+def _changed(prepared: Preparation) -> dict[str, dict[str, Any]]:
+    """What a run that goes on changes, against the configuration that the run recorded when it last began."""
+    return changes(prepared.resolved, recorded_configuration(prepared.resolved))
 
 
 def _saves(options: RunOptions) -> Iterator[str]:

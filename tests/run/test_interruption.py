@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -92,7 +93,9 @@ def evaluations(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["eval_loss"]) for record in metrics(run) if "eval_loss" in record]
 
 
-def test_hours_end_a_run_and_minutes_save_one(processes: Processes, tmp_path: Path) -> None:
+def test_hours_end_a_run_and_minutes_save_one(
+    processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     few = [*map(str, RUN[:-6]), "--num_workers", "0", "-p", "no:plot", "-p", "no:tensorboard", "--output_dir", str(run)]
     with pytest.raises(Interrupted, match="max_train_hours: 1e-09: the run has ended after step 1 of 5"):
@@ -102,6 +105,13 @@ def test_hours_end_a_run_and_minutes_save_one(processes: Processes, tmp_path: Pa
     again = ["--resume", str(run), "--max_train_hours", "1", "--save_minutes", "1e-9"]
     assert train(configure(parse_arguments(again))) is not None
     left = {path.name: read_manifest(path).passing for path in complete_checkpoints(run / "checkpoints")}
+    changed = json.loads((run / "provenance.json").read_text())["changed"]
+    assert changed == {
+        "max_train_hours": {"before": 1e-09, "now": 1.0},
+        "save_minutes": {"before": 30.0, "now": 1e-09},
+    }
+    said = capsys.readouterr().out
+    assert "changed     max_train_hours was 1e-09 and is 1.0\n            save_minutes was 30.0 and is 1e-09\n" in said
     # Steps 3 and 5 were saved because of the time, and 3 removed again; 1 and those of `save_steps` stay.
     assert left == {"step-00000001": False, "step-00000002": False, "step-00000004": False, "step-00000005": True}
 
