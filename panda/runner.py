@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,7 @@ def train(configuration: Configuration) -> Run | None:
 
     Under a launcher, every process calls this. The caller has to leave the process groups afterwards.
     """
+    begun = time.perf_counter()
     for plugin in configuration.resolved.plugins:
         configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
     prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
@@ -54,6 +56,7 @@ def train(configuration: Configuration) -> Run | None:
         model = trained_model(prepared, layout, processes)
         add_built(configuration.hooks, prepared.resolved, model.base)
         run = begin(prepared, continuation, (layout, evaluation), model, processes, lock)
+        run.begun = begun
         with _to_its_end(run, configuration):
             if run.resumed_from is not None:
                 load_state(run, run.resumed_from)

@@ -103,6 +103,7 @@ def _own_group() -> Iterator[None]:
 
     from panda.engine.processes import leave_processes
     from panda.registry import UserError
+    from panda.run.interruption import Interrupted
 
     is_callers = torch.distributed.is_initialized()
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -111,7 +112,10 @@ def _own_group() -> Iterator[None]:
     try:
         yield
         leaves = True
-    except UserError:  # which all ranks raise; after any other failure, the others may wait for this one forever
+    except (
+        UserError,
+        Interrupted,
+    ):  # which all ranks raise; after any other failure, the others may wait for this one forever
         leaves = True
         raise
     finally:

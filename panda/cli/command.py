@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from panda.files.terminal import printable
 from panda.registry import UserError
+from panda.run.interruption import SAVED
+from panda.run.interruption import Interrupted
 
 USAGE_ERROR = 2
 BROKEN_PIPE = 128 + 13
@@ -26,8 +28,8 @@ def print_version() -> None:
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None) -> int:
     """Run ``command`` on ``argv`` (by default ``sys.argv``) and return its exit code.
 
-    A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback.
-    Any other exception is a bug, and keeps its traceback.
+    A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback. A run that was
+    interrupted and has saved gives 75. Any other exception is a bug, and keeps its traceback.
     """
     _replace_what_cannot_be_written()
     try:
@@ -40,6 +42,10 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         prefix = "error" if rank == "0" else f"error on rank {rank}"
         print(f"{prefix}: " + "\n  ".join(printable(str(error)).splitlines()), file=sys.stderr)
         return USAGE_ERROR
+    except Interrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(printable(str(stopped)), flush=True)
+        return SAVED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from panda.registry.choosing import BLOCK
 from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
+from panda.weights.run_folders import CHECKPOINTS
+from panda.weights.run_folders import RUN_CONFIG
 
 IGNORED = ("local_rank",)
 """Flags that launchers add: `deepspeed` passes --local_rank, which panda reads from the environment."""
@@ -67,7 +70,7 @@ class _File:
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Read the flags in ``argv`` and the YAML file that ``--config`` names."""
+    """Read the flags in ``argv`` and the YAML file that ``--config`` names, or else that of the run they continue."""
     added: list[str] = []
     blocked: list[str] = []
     flags: dict[str, Given] = {}
@@ -105,7 +108,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if config is not None and not isinstance(config.value, str):
         more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
         raise UserError(f"--config needs the path of a YAML file, as in --config run.yaml{more}.")
-    file = _read(resolve_path(str(config.value))) if config else _File({}, None, False)
+    file = _read(resolve_path(str(config.value))) if config else _of_continued_run(flags)
     given = file.given | flags
     named = given.get("plugins")
     # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
@@ -124,14 +127,14 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
         )
     elif isinstance(config, str | os.PathLike):
         file = _read(resolve_path(os.fspath(config)))
-    elif config is None:
-        file = _File({}, None, False)
-    else:
+    elif config is not None:
         raise UserError(
             f"panda.train: its first argument is the path of a YAML file, a mapping of keys to values, or None, not"
             f" {type(config).__qualname__}."
         )
     over = _with_accepted_spellings({key: _of_python(f"panda.train({key}=...)", value) for key, value in flags.items()})
+    if config is None:
+        file = _of_continued_run(over)
     recorded = {key: value for key, value in file.given.items() if key not in over} if file.is_recorded else {}
     return Arguments(file.given | over, False, file.api, recorded, in_process=True)
 
@@ -167,6 +170,24 @@ def _read(path: Path) -> _File:
             " run.yaml` writes it in panda's keys, and lists what has no counterpart."
         )
     return _checked(_with_accepted_spellings(load_flat_yaml(path, is_of_another_tool)))
+
+
+def _of_continued_run(flags: Mapping[str, Given]) -> _File:
+    """The config.yaml of the run that ``flags`` continue, where they name no model themselves; else an empty one."""
+    place = flags.get("resume")
+    if place is not None and place.value == "auto":
+        place = flags.get("output_dir")
+    if place is None or not isinstance(place.value, str) or any(key in flags for key in ("arch", "model", "ckpt_path")):
+        return _File({}, None, False)
+    path = resolve_path(place.value).absolute()
+    folders = [path]
+    folders += [path.parent] if path.name == CHECKPOINTS else []
+    folders += [path.parents[1]] if path.parent.name == CHECKPOINTS else []
+    for folder in folders:
+        if (folder / RUN_CONFIG).is_file():
+            # Whoever wrote it, the user has not named this file: files in it are executed only where flags name them.
+            return replace(_read(folder / RUN_CONFIG), is_recorded=True)
+    return _File({}, None, False)
 
 
 def _checked(given: dict[str, Given]) -> _File:

@@ -57,7 +57,11 @@ class RunOptions:
     run_name: str | None = None
     """Name of the run, a folder in `runs`; by default TASK-ARCH."""
     resume: str | None = None
-    """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
+    """`auto` continues from the newest whole checkpoint, if there is one; a path, from that checkpoint or run. Where
+    nothing else names a model, the configuration is that of the run, changed by what is given besides."""
+    if_damaged: Literal["begin", "stop"] = "begin"
+    """What `resume: auto` does where the run has checkpoints and all are damaged: `begin` sets them aside and trains
+    from the first step again, `stop` is an error."""
     tokenizer: Annotated[str, Location(on_hub=True)] = "panda:data/sample/tokenizer"
     """A Hugging Face tokenizer: a folder, or a name on the hub. A path that begins with `panda:`, or with the name of
     another installed package, is inside that package; the default tokenizer reads bytes."""
@@ -91,6 +95,9 @@ class RunOptions:
     """Passes over the data."""
     max_steps: Annotated[int, Meta(ge=-1)] = -1
     """Exactly this many optimizer steps, whatever num_train_epochs says; -1 for no limit."""
+    max_train_hours: Annotated[float, Meta(gt=0)] | None = None
+    """Hours after which a start of the run saves and ends, as it does on SIGTERM, for a queue with a time limit.
+    `--resume RUN` goes on, for as many hours again."""
     max_seq_length: Annotated[int, Meta(ge=2)] = 2048
     """Most tokens in a sample."""
     num_workers: Annotated[int, Meta(ge=0)] = 2
@@ -173,10 +180,13 @@ class RunOptions:
     logging_steps: Annotated[int, Meta(ge=1)] = 1
     """Optimizer steps between log records."""
     save_steps: Annotated[int, Meta(ge=0)] = 0
-    """Optimizer steps between checkpoints; 0 saves only at the end."""
+    """Optimizer steps between checkpoints; 0 for none by steps."""
+    save_minutes: Annotated[float, Meta(ge=0)] = 30.0
+    """Minutes of training after which a step ends with a checkpoint, beside those of save_steps; 0 for none by time.
+    Such a checkpoint is removed once a newer one is complete."""
     save_final: bool = True
-    """Write a checkpoint after the last step too. Without it the disk needs room for the export only (of a 7B 13 GB,
-    not 94), and the finished run cannot be trained further."""
+    """Write a checkpoint after the last step too. Without it, and without save_minutes, the disk needs room for the
+    export only (of a 7B 13 GB, not 94), and the finished run cannot be trained further."""
     save_total_limit: Annotated[int, Meta(ge=1)] | None = None
     """Number of checkpoints to keep; older ones are removed once a newer one is complete. By default all."""
     prompts: tuple[str, ...] = ()

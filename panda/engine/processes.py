@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from typing import Literal
@@ -88,6 +89,14 @@ class Processes:
         flag = torch.tensor([here], dtype=torch.uint8)  # on the CPU: by gloo
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
+
+    def most(self, here: Sequence[float]) -> list[float]:
+        """The largest of each number in ``here`` on any rank. Processes wait for each other, and for no GPU."""
+        numbers = torch.tensor(here, dtype=torch.float64)  # on the CPU: by gloo
+        if self.world_size > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        found: list[float] = numbers.tolist()
+        return found
 
     def from_all(self, here: Any) -> list[Any]:
         """``here`` of every rank, in their order. Waits for all of them."""

@@ -13,6 +13,8 @@ from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.run.interruption import Interrupted
+from panda.run.interruption import how_to_continue
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -104,17 +106,15 @@ class ProgressDisplay:
         sys.stdout.flush()
 
     @hookimpl
-    def panda_exception(self, run: Run) -> None:
+    def panda_exception(self, run: Run, error: BaseException) -> None:
         self._close_bar()
-        if run.processes.rank == 0:
+        if run.processes.rank == 0 and not isinstance(error, Interrupted):  # which says it itself
             kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
             if kept:
-                files = flags_of_files(run.resolved)
-                again = f"panda-train --config {run.directory / 'config.yaml'}{files} --resume {kept[-1]}"
-                print(f"to continue it: {again}", flush=True)
+                print(how_to_continue(run.directory, kept[-1], flags_of_files(run.resolved)), flush=True)
             else:
-                print("no checkpoint was saved, so it cannot be continued: set `save_steps`", flush=True)
+                print("no checkpoint was saved, so it cannot be continued: set `save_minutes`", flush=True)
 
     def _open_bar(self, run: Run) -> None:
         from rich.progress import BarColumn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,30 @@ from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.folders import checkpoints
+from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import read_progress
 from panda.engine.checkpoints.folders import refuse_differing
+from panda.engine.checkpoints.folders import set_aside
+from panda.engine.checkpoints.writing import check_shared
 from panda.engine.processes import Processes
 from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run.description import read_end
+from panda.run.description import refuse_later
 from panda.run.directory import EXPORT
+from panda.run.directory import find_directory
 from panda.run.directory import hold_continued
+from panda.run.directory import names_checkpoint
 from panda.run.directory_lock import RunLock
 from panda.run.ending import options_of_stopper
 from panda.run.ending import work_at_the_end
 from panda.run.model import base_weights
 from panda.run.preparation import Preparation
 from panda.weights.pretrained import Pretrained
+from panda.weights.run_folders import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -106,9 +115,52 @@ def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) 
     """
     resolved = prepared.resolved
     directory, checkpoint = processes.from_rank_0(lambda: hold_continued(resolved, lock))
+    if directory is not None:
+        refuse_later(directory)
+    checkpoint = _whole(resolved, directory, checkpoint, processes)
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
     return Continuation(directory, checkpoint, progress, agreement)
+
+
+def _whole(resolved: Resolved, directory: Path | None, checkpoint: Path | None, processes: Processes) -> Path | None:
+    """``checkpoint``, or the newest before it whose files have the content that was written, in ``directory``.
+
+    Damaged ones that are newer are set aside. Raises DamagedError for one that the user named.
+    """
+    while checkpoint is not None:
+        try:
+            check_shared(processes, checkpoint)
+            break
+        except UserError as problem:
+            if directory is None or names_checkpoint(resolved, checkpoint):
+                raise
+            processes.from_rank_0(partial(_report_aside, checkpoint, str(problem)))
+            checkpoint = processes.from_rank_0(lambda: find_directory(resolved)[1])
+    if checkpoint is None and directory is not None:
+        processes.from_rank_0(lambda: _begin_again(directory, resolved.core.if_damaged))
+    return checkpoint
+
+
+def _begin_again(directory: Path, if_damaged: str) -> None:
+    """Set all checkpoints of ``directory`` aside, none of which is whole. Raises UserError if the run is to stop."""
+    damaged = checkpoints(directory / CHECKPOINTS)
+    aside = sorted((directory / CHECKPOINTS).glob("damaged-*"))
+    if not damaged and not aside:
+        return
+    if if_damaged == "stop":
+        raise UserError(
+            f"{directory}: all of its checkpoints are damaged: {', '.join(path.name for path in [*damaged, *aside])}."
+            " `if_damaged: begin` sets them aside, and trains from the first step again."
+        )
+    for path in damaged:
+        _report_aside(path, f"it is damaged: {damage(path)}")
+    if damaged:
+        print(f"{directory}: none of its checkpoints is whole: the run begins again, from its first step", flush=True)
+
+
+def _report_aside(checkpoint: Path, why: str) -> None:
+    print(printable(f"set aside: {set_aside(checkpoint, 'damaged')}, since {why}"), flush=True)
 
 
 def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:

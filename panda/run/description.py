@@ -22,6 +22,7 @@ from panda.configuration.user_code import flags_of_files
 from panda.data.data_sets import name_and_commit
 from panda.files.terminal import printable
 from panda.files.whole import write_whole
+from panda.registry import UserError
 from panda.registry.api import API_VERSION
 from panda.registry.location import path_in_package
 from panda.registry.location import resolve_path
@@ -33,8 +34,26 @@ from panda.run.directory import PROVENANCE
 from panda.run.directory import RUN_CONFIG
 from panda.weights.finding import from_anywhere
 
+FORMAT = 1
+"""Of run directories that this version writes, in provenance.json. Higher ones are read only by later versions."""
 _PLACE_KEYS = ("output_dir", "resume")
 """Keys that say where a run is stored, not what it does: left out of config.yaml, so that it can be run again."""
+
+
+def changes(resolved: Resolved, recorded: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By key, the value that the run which is continued ``recorded`` in its config.yaml, and that of ``resolved``.
+
+    Only keys whose values differ; a key that only one of the two has is ``None`` in the other.
+    """
+    if not recorded:
+        return {}
+    here = yaml.safe_load(config_text(resolved))
+    unstated = {*_PLACE_KEYS, "tokenizer", API, RECORDED_BY}
+    return {
+        key: {"before": recorded.get(key), "now": here.get(key)}
+        for key in [*here, *(key for key in recorded if key not in here)]
+        if recorded.get(key) != here.get(key) and not (key in unstated and (key not in here or key not in recorded))
+    }
 
 
 def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -70,6 +89,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     _write_json(
         directory / PROVENANCE,
         {
+            "format": FORMAT,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "components": components,
@@ -90,6 +110,19 @@ def _report_changes(user_files: Mapping[str, str], before: Mapping[str, Any] | N
     changed = [file for file, content in user_files.items() if recorded.get(file, content) != content]
     for file in changed:
         print(f"note: {printable(file)} has changed since the run was started.", file=sys.stderr, flush=True)
+
+
+def refuse_later(directory: Path) -> None:
+    """Raise UserError where a later version of panda has written the run in ``directory``, in another format."""
+    try:
+        stated = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):  # that of a run which has only begun, or of before 0.1.0
+        return
+    if isinstance(stated, int) and stated > FORMAT:
+        raise UserError(
+            f"{directory}: it was written by a later version of panda, in format {stated}, and this one reads up to"
+            f" {FORMAT}. Install that version."
+        )
 
 
 def write_end(directory: Path, step: int, agreement: dict[str, Any], **done: Any) -> None:

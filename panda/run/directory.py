@@ -13,15 +13,14 @@ from typing import Any
 import yaml
 
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import passed_over
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.run.directory_lock import RunLock
 from panda.weights.run_folders import EXPORT as EXPORT
 from panda.weights.run_folders import PROVENANCE as PROVENANCE
-
-RUN_CONFIG = "config.yaml"
-"""The file in it that has the whole configuration."""
+from panda.weights.run_folders import RUN_CONFIG as RUN_CONFIG
 
 MODEL_FOLDER = "model"
 """The folder in it that describes its model: all of an export but the weights."""
@@ -69,6 +68,12 @@ def continues_in_place(resolved: Resolved, directory: Path, checkpoint: Path | N
     return (directory / PROVENANCE).exists() and (resolved.core.resume == "auto" or owner == directory.resolve())
 
 
+def names_checkpoint(resolved: Resolved, checkpoint: Path) -> bool:
+    """Whether the user has named ``checkpoint`` itself, and not a run."""
+    resume = resolved.core.resume
+    return resume != "auto" and resolve_path(resume).resolve() == checkpoint.resolve()
+
+
 def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     """The run directory, and the checkpoint to continue from, if any. Creates and locks nothing.
 
@@ -87,9 +92,12 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
         return _new(given, default), None
     checkpoint = find_checkpoint(resolve_path(options.resume))
     if checkpoint is None:
+        damaged = "".join(
+            f" {path.name} is damaged: {why}." for path, why in passed_over(resolve_path(options.resume)).items()
+        )
         raise UserError(
-            f"resume: no complete checkpoint at {options.resume!r}. Give a run directory, its `checkpoints`, or one"
-            " `step-...` folder; or `auto`."
+            f"resume: no complete checkpoint at {options.resume!r}.{damaged} Give a run directory, its `checkpoints`,"
+            " or one `step-...` folder; or `auto`."
         )
     is_in_run = checkpoint.absolute().parent.name == "checkpoints"
     if is_in_run and (given is None or given.resolve() == checkpoint.resolve().parent.parent):

@@ -27,8 +27,11 @@ def _key(offer: Offer) -> str:
     return f"{offer.kind} {Path(offer.file).name}:{offer.name}" if offer.file else f"{offer.kind} {offer.qualified}"
 
 
-def write_state(run: Run, checkpoint: Path) -> None:
-    """Write what the plugins of ``run`` keep to the folder ``checkpoint``. Every rank has to call it."""
+def write_state(run: Run, checkpoint: Path) -> list[Path]:
+    """Write what the plugins of ``run`` keep to the folder ``checkpoint``; returns the files that this rank wrote.
+
+    Every rank has to call it.
+    """
     described: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     copies: dict[str, WeightsCopy] = {}
@@ -59,11 +62,14 @@ def write_state(run: Run, checkpoint: Path) -> None:
                 tensors[prefix + name] = each.detach().cpu().clone(memory_format=torch.contiguous_format)
     evaluated = run.evaluated_weights[1] if run.evaluated_weights else None
     name = next((name for name, copied in copies.items() if copied is evaluated), None)
-    write_copies(run.engine, copies, checkpoint, evaluated=name)
+    written = write_copies(run.engine, copies, checkpoint, evaluated=name)
     if run.processes.rank == 0 and described:
         if tensors:
             save_file(tensors, checkpoint / TENSORS)
+            written.append(checkpoint / TENSORS)
         (checkpoint / FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        written.append(checkpoint / FILE)
+    return written
 
 
 def load_state(run: Run, checkpoint: Path) -> None:

@@ -30,7 +30,9 @@ from panda.registry import UserError
 from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
+from panda.run.description import changes
 from panda.run.directory import find_directory
+from panda.run.directory import recorded_configuration
 from panda.run.directory import run_name
 from panda.run.fitting import advice
 from panda.run.preparation import Preparation
@@ -79,7 +81,11 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared), *_compiled(prepared)],
         "memory": list(_memory(prepared)),
-        "saves": [_saves(prepared.options)],
+        "changed": [
+            f"{key} was {each['before']!r} and is {each['now']!r}"
+            for key, each in (_changed(prepared) if checkpoint else {}).items()
+        ],
+        "saves": list(_saves(prepared.options)),
         "output": [_output(prepared, layout, directory, checkpoint)],
     }
     lines = [
@@ -326,13 +332,20 @@ def _memory(prepared: Preparation) -> Iterator[str]:
         yield advice(prepared.estimates, prepared.resolved, prepared.world_size, card)
 
 
-def _saves(options: RunOptions) -> str:
-    if not options.save_steps and not options.save_final:
-        return "no checkpoint, only the export: the run cannot be continued, whether it is interrupted or finished"
-    if not options.save_steps:
-        return "only at the end: with `save_steps` an interrupted run can be continued"
+def _changed(prepared: Preparation) -> dict[str, dict[str, Any]]:
+    """What a run that goes on changes, against the configuration that the run recorded when it last began."""
+    return changes(prepared.resolved, recorded_configuration(prepared.resolved))
+
+
+def _saves(options: RunOptions) -> Iterator[str]:
+    """When checkpoints are saved, and what is lost where a run is killed between them."""
+    steps, minutes = f"{options.save_steps:,} steps", f"{options.save_minutes:g} minutes"
+    often = [*([steps] if options.save_steps else []), *([minutes] if options.save_minutes else [])]
+    when = [f"every {text}" for text in often] + ["at the end"] * options.save_final
     kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
-    return f"every {options.save_steps:,} steps{' and at the end' * options.save_final}{kept}"
+    yield f"{', '.join([*when, 'on Ctrl-C and SIGTERM'])}{kept}"
+    lost = f"at most {' or '.join(often)}{', the shorter of them,' * (len(often) > 1)} are" if often else "all of it is"
+    yield f"{lost} lost if the run is killed or the machine fails"
 
 
 def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class Run:
     """The checkpoint that the run continues from."""
     step: int = 0
     """Optimizer steps done."""
+    begun: float = field(default_factory=time.perf_counter)
+    """When this start of the run began, by ``time.perf_counter``."""
     applied: bool = True
     """Whether the last step changed the weights: not one that was left out, or whose gradients were not finite."""
     learning_rate_factor: float = 1.0

@@ -22,7 +22,10 @@ from launching import train_many
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.checkpoints.folders import Manifest
+from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.run.directory import find_directory
@@ -189,7 +192,7 @@ def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for place in ("runs/instruct-llama-tiny/checkpoints", "other/checkpoints", "alone"):
         checkpoint = tmp_path / place / "step-00000001"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "manifest.json").write_text('{"files": {}}')
+        write_manifest(checkpoint, Manifest(Progress(1), {}, {}))
     for run in ("runs/instruct-llama-tiny", "other"):
         (tmp_path / run / "provenance.json").write_text("{}")
     (tmp_path / "mine").mkdir()

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from panda.engine.checkpoints.folders import check_contents
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.checkpoints.weights import split_dimensions_in
@@ -34,9 +35,10 @@ def _file(checkpoint: Path, rank: int) -> Path:
 
 def write_copies(
     engine: Engine, copies: Mapping[str, WeightsCopy], checkpoint: Path, *, evaluated: str | None = None
-) -> None:
+) -> list[Path]:
     """Write this rank's part of ``copies`` to ``checkpoint``, which describes the layout of the trained weights.
 
+    Returns the files that this rank wrote.
     ``evaluated``: the one that the model is evaluated with, if it is not with the trained weights.
     """
     processes = engine.processes
@@ -48,6 +50,8 @@ def write_copies(
         }
         facts = {"tensor_ranks": str(processes.tensor_ranks), "evaluated": evaluated or ""}
         save_file(parts, _file(checkpoint, processes.rank), facts)
+        return [_file(checkpoint, processes.rank)]
+    return []
 
 
 @torch.no_grad()
@@ -111,6 +115,7 @@ def evaluated_weights(checkpoint: Path) -> tuple[Weights, bool]:
     trained = checkpoint_weights(checkpoint)
     if not _file(checkpoint, 0).exists():
         return trained, False
+    check_contents(checkpoint, sorted([*checkpoint.glob("weights-of-plugins-*"), *checkpoint.glob("layout-*")]))
     facts = safe_open(_file(checkpoint, 0), framework="pt").metadata()  # type: ignore[no-untyped-call]
     name, tensor_ranks = facts["evaluated"], int(facts["tensor_ranks"])
     if not name:

@@ -14,10 +14,12 @@ import torch
 from launching import start
 
 from panda.configuration.options import RunOptions
+from panda.engine.checkpoints.folders import Manifest
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import read_progress
+from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint
@@ -232,5 +234,5 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     for step in (99999999, 100000000):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
-        (folder / "manifest.json").write_text('{"files": {}}')
+        write_manifest(folder, Manifest(Progress(step), {}, {}))
     assert find_checkpoint(tmp_path) == tmp_path / "step-100000000"
