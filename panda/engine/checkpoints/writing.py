@@ -7,7 +7,6 @@ are not written: they are there again when the engine is made again.
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from collections.abc import Collection
@@ -16,9 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from panda.engine.checkpoints.folders import LATEST
 from panda.engine.checkpoints.folders import MANIFEST
 from panda.engine.checkpoints.folders import Progress
@@ -26,6 +22,9 @@ from panda.engine.checkpoints.folders import check_contents
 from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import step_of
+from panda.engine.checkpoints.random_state import load_random_state
+from panda.engine.checkpoints.random_state import random_states
+from panda.engine.checkpoints.random_state import write_random_state
 from panda.engine.checkpoints.redistribution import describe_layout
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.redistribution import redistribute
@@ -69,7 +68,7 @@ def save_checkpoint(
 
     def write_own() -> None:
         engine.save(folder, temporary.name)
-        torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
+        write_random_state(temporary, processes.rank)
         if layout := describe_layout(engine):
             layout_file(temporary, processes.rank).write_text(json.dumps(layout) + "\n", encoding="utf-8")
         write(temporary)
@@ -106,7 +105,7 @@ def _complete(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
-    """Restore weights, optimizer and this rank's random state. Loads pickles: trust the path.
+    """Restore weights, optimizer and this rank's random state.
 
     With the same ranks, ZeRO stage and so on they are restored bit for bit. Otherwise each rank gets its
     new part of them, random state stays as it is, and the result is False. Raises UserError on every rank
@@ -120,29 +119,14 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
         return False
     if not engine.load(checkpoint.parent, checkpoint.name):
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
-    _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
+    load_random_state(checkpoint, engine.processes.rank)
     return True
 
 
 def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
     """Whether every rank holds what the rank of the same number held."""
-    ranks = len(list(checkpoint.glob("random-*.pt")))
+    ranks = len(random_states(checkpoint))
     file = layout_file(checkpoint, engine.processes.rank)
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     same = ranks == engine.processes.world_size and saved == describe_layout(engine)
     return engine.processes.all_(same)
-
-
-def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
