@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from panda.registry import UserError
+from panda.registry.errors import in_brief
 
 _FORCED, _UNFORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -36,6 +37,10 @@ def load_plain(file: Path) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as problem:
             raise refused(file, problem) from problem
+        except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as problem:  # of torch's parsers
+            raise UserError(
+                f"{file}: damaged, or not of a checkpoint: {in_brief(problem).partition('. ')[0]}. Name an older one."
+            ) from problem
 
 
 @contextmanager
@@ -88,10 +93,11 @@ def _allowed() -> Iterator[None]:
 def load_old_random_state(file: Path) -> dict[str, Any]:
     """The random state in ``file``, as panda wrote it until 2026-11: a pickle with an array of numpy's in it."""
     # What an array of numpy is made of in a pickle; numpy 1 and 2 have the first under different names.
-    made_of = [getattr(np, name, None) for name in ("_core", "core")]
-    rebuild = [module.multiarray._reconstruct for module in made_of if module is not None][:1]
+    holder: Any = np._core if hasattr(np, "_core") else np.core
     names: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    names += [(rebuild[0], f"{name}.multiarray._reconstruct") for name in ("numpy._core", "numpy.core")]
+    names += [
+        (holder.multiarray._reconstruct, f"{name}.multiarray._reconstruct") for name in ("numpy._core", "numpy.core")
+    ]
     with torch.serialization.safe_globals(names):
         found: dict[str, Any] = load_plain(file)
     return found
