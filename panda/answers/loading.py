@@ -15,6 +15,7 @@ import torch
 from panda.answers.assistant import Assistant
 from panda.data.ingredients import versions
 from panda.models.causal_lm import build_causal_lm
+from panda.models.causal_lm import refuse_code_of_hub
 from panda.models.initialisation.creation import keep_computed_float32
 from panda.models.initialisation.creation import without_weights
 from panda.registry import Catalog
@@ -246,8 +247,11 @@ def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
             f"{folder}: transformers loads quantised weights itself, so this delta cannot be added meanwhile. Write the"
             " whole model with `panda delta apply`, and name that."
         )
+    refuse_code_of_hub(pretrained.config, str(folder))
     try:
-        module, info = loading.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+        module, info = loading.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as problem:  # transformers lets the exceptions of its parsers through
         raise UserError(f"{folder}: transformers loads no model from it: {in_brief(problem)}.") from problem
     misshaped = [

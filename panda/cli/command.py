@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.run.interruption import SAVED
@@ -40,7 +41,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error on rank {rank}"
-        print(f"{prefix}: " + "\n  ".join(printable(str(error)).splitlines()), file=sys.stderr)
+        text = printable(without_secrets(str(error)))
+        print(f"{prefix}: " + "\n  ".join(text.splitlines()), file=sys.stderr)
         return USAGE_ERROR
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":

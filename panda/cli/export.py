@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from panda.cli.answering import add_blocking
 from panda.cli.command import run_command
 from panda.cli.passed_over import report_passed_over
+from panda.files.own import refuse_links_out
 from panda.files.whole import check_can_be_made
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
@@ -67,6 +68,8 @@ def _export(argv: list[str]) -> None:
     output = arguments.output or run / ("merged" if arguments.merge else EXPORT)
     if arguments.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {str(output)!r} is not empty. Name a folder that does not exist.")
+    if not arguments.output:
+        refuse_links_out(run)
     check_can_be_made(output, "--output")
 
     from panda.engine.checkpoints.weights import checkpoint_weights

@@ -42,6 +42,7 @@ from panda.data.token_dataset import supervised_in
 from panda.data.tokenising import tokenised_blocks
 from panda.files.disk_full import disk_full
 from panda.files.locks import held
+from panda.files.own import refuse_strangers
 from panda.files.whole import whole
 from panda.registry import UserError
 
@@ -70,7 +71,9 @@ class TokenCache:
         One process does that; others that want the same wait for it. Raises UserError where the data cannot be used.
         """
         before = _stamps(recipe)
+        refuse_strangers(self._hashes, self.folder, "token_cache")
         folder = self.folder / self._key(recipe)
+        refuse_strangers(folder, self.folder, "token_cache")
         dataset = open_cache(folder, self.folder)
         if dataset is None:
             with ExitStack() as stack:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from panda.engine.checkpoints.hashing import HashedFiles
+from panda.engine.checkpoints.reading import plain_only
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
 from panda.engine.evaluated_weights import evaluated_weights
 from panda.engine.freezing import Freezing
@@ -385,8 +386,8 @@ class Engine:
             raise problems[0]
 
     def load(self, folder: Path, tag: str) -> bool:
-        """Load what ``save`` wrote; False if nothing is there."""
-        with redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the names of its internal formats
+        """Load what ``save`` wrote; False if nothing is there. Raises UserError for a file that has more than data."""
+        with plain_only(), redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the names of its internal formats
             loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained_state)
         return loaded is not None
 

@@ -20,6 +20,8 @@ from panda.configuration.arguments import API
 from panda.configuration.arguments import RECORDED_BY
 from panda.configuration.user_code import flags_of_files
 from panda.data.data_sets import name_and_commit
+from panda.files.private import private
+from panda.files.private import private_command
 from panda.files.terminal import printable
 from panda.files.whole import write_whole
 from panda.registry import UserError
@@ -61,11 +63,9 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
 
     provenance.json keeps what it recorded of earlier starts of the run. Each file is replaced atomically.
     """
-    try:
-        before = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = None
-    earlier = [*before.pop("earlier_starts", []), before] if before else []
+    before = read_provenance(directory)
+    earlier = before.pop("earlier_starts", [])
+    earlier = [*(earlier if isinstance(earlier, list) else []), *([before] if before else [])]
     write_whole(directory / RUN_CONFIG, config_text(resolved))
     _write_json(directory / "deepspeed.json", deepspeed)
     packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
@@ -84,29 +84,29 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
         for offer in resolved.hook_modules
     }
     folder = resolved.core.user_dir and resolve_path(resolved.core.user_dir)
-    user_files = executed_files(resolved.offers, folder)
+    user_files = private(executed_files(resolved.offers, folder))
     _report_changes(user_files, before)
     _write_json(
         directory / PROVENANCE,
         {
             "format": FORMAT,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
-            "components": components,
+            "command": private_command(sys.argv),
+            "components": private(components),
             **({"user_files": user_files} if user_files else {}),
-            "origins": {key: setting.origin for key, setting in resolved.settings.items()},
+            "origins": private({key: setting.origin for key, setting in resolved.settings.items()}),
             "python": platform.python_version(),
             "machine": platform.platform(),
             "packages": {name: metadata.version(name) for name in packages},
-            **facts,
+            **private(facts),
             "earlier_starts": earlier,
         },
     )
 
 
-def _report_changes(user_files: Mapping[str, str], before: Mapping[str, Any] | None) -> None:
+def _report_changes(user_files: Mapping[str, str], before: Mapping[str, Any]) -> None:
     """Say which files of the user are others than the run had ``before``."""
-    recorded = (before or {}).get("user_files", {})
+    recorded = before.get("user_files", {})
     changed = [file for file, content in user_files.items() if recorded.get(file, content) != content]
     for file in changed:
         print(f"note: {printable(file)} has changed since the run was started.", file=sys.stderr, flush=True)
@@ -130,17 +130,24 @@ def write_end(directory: Path, step: int, agreement: dict[str, Any], **done: Any
 
     ``agreement``: the facts that a run which continues this one has to share with it.
     """
-    described = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
+    described = read_provenance(directory)
     _write_json(directory / PROVENANCE, described | {"end": {"step": step, "agreement": agreement, **done}})
 
 
 def read_end(directory: Path) -> dict[str, Any] | None:
     """What ``write_end`` recorded of the run in ``directory``; None if it has not ended, or its export is gone."""
+    end = read_provenance(directory).get("end")
+    is_whole = isinstance(end, dict) and isinstance(end.get("step"), int)
+    return end if is_whole and (directory / EXPORT).is_dir() else None
+
+
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """What provenance.json of the run in ``directory`` says; empty where there is none, or it is damaged."""
     try:
-        end: dict[str, Any] = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["end"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return end if (directory / EXPORT).is_dir() else None
+        found = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def config_text(resolved: Resolved) -> str:

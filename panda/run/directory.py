@@ -14,6 +14,7 @@ import yaml
 
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import passed_over
+from panda.files.own import refuse_links_out
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
@@ -34,6 +35,7 @@ def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path
     directory, checkpoint = find_directory(resolved)
     if not continues_in_place(resolved, directory, checkpoint):
         return None, checkpoint
+    refuse_links_out(directory)
     lock.take(directory)
     # Looked up again: the previous holder of the lock may have saved checkpoints since.
     return directory, find_checkpoint(directory) if resolved.core.resume == "auto" else find_directory(resolved)[1]

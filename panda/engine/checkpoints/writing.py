@@ -7,16 +7,12 @@ are not written: they are there again when the engine is made again.
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from panda.engine.checkpoints.folders import LATEST
 from panda.engine.checkpoints.folders import Manifest
@@ -28,6 +24,9 @@ from panda.engine.checkpoints.folders import read_manifest
 from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.checkpoints.hashing import HashedFiles
+from panda.engine.checkpoints.random_state import load_random_state
+from panda.engine.checkpoints.random_state import random_states
+from panda.engine.checkpoints.random_state import write_random_state
 from panda.engine.checkpoints.redistribution import describe_layout
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.redistribution import redistribute
@@ -77,7 +76,7 @@ def save_checkpoint(
 
     def write_own() -> None:
         engine.save(folder, temporary.name, own)
-        own.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
+        own.add(write_random_state(temporary, processes.rank))
         if layout := describe_layout(engine):
             described = layout_file(temporary, processes.rank)
             described.write_text(json.dumps(layout) + "\n", encoding="utf-8")
@@ -133,7 +132,7 @@ def _remove_older(newest: Path, keep: int | None, kept: Collection[int]) -> None
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, *, is_checked: bool = False) -> bool:
-    """Restore weights, optimizer and this rank's random state. Loads pickles: trust the path.
+    """Restore weights, optimizer and this rank's random state.
 
     With the same ranks, ZeRO stage and so on they are restored bit for bit. Otherwise each rank gets its
     new part of them, random state stays as it is, and the result is False. Raises UserError on every rank
@@ -149,7 +148,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, *, is_checked: bool = Fals
     if not engine.load(checkpoint.parent, checkpoint.name):
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
     train_again(engine)
-    _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
+    load_random_state(checkpoint, engine.processes.rank)
     return True
 
 
@@ -165,23 +164,8 @@ def check_shared(processes: Processes, checkpoint: Path) -> None:
 
 def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
     """Whether every rank holds what the rank of the same number held."""
-    ranks = len(list(checkpoint.glob("random-*.pt")))
+    ranks = len(random_states(checkpoint))
     file = layout_file(checkpoint, engine.processes.rank)
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     same = ranks == engine.processes.world_size and saved == describe_layout(engine)
     return engine.processes.all_(same)
-
-
-def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

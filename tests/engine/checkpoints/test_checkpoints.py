@@ -127,7 +127,7 @@ def test_an_interrupted_save_leaves_the_one_before(
     engine = make_engine(processes)
     first = save_checkpoint(engine, tmp_path, Progress(1), {})
     replace = os.replace
-    for broken in ("json.dumps", "put", "pointer", "torch.save"):
+    for broken in ("json.dumps", "put", "pointer", "write_random_state"):
 
         def die(*arguments: Any, broken: str = broken, **keywords: Any) -> None:
             if broken != "pointer" or Path(arguments[0]).name == ".tmp-latest":
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_complete(
     engine = make_engine(processes)
     first = save_checkpoint(engine, tmp_path, Progress(1), {})
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    random_state = (first / "random-00000.pt").stat().st_size
+    random_state = (first / "random-00000.safetensors").stat().st_size
     weights = max(file.stat().st_size for file in first.glob("*model_states*"))
     # DeepSpeed's files; the random state, which is larger than those; the manifest, when all else is written.
     assert 1000 < weights < random_state
