@@ -111,8 +111,13 @@ def recorded_configuration(resolved: Resolved) -> dict[str, Any]:
     """What config.yaml of the run that this one continues says; empty where there is none."""
     if resolved.core.resume is None:
         return {}
-    directory, checkpoint = find_directory(resolved)
-    run = checkpoint.absolute().parent.parent if checkpoint else directory
+    if resolved.core.resume == "auto":
+        run = find_directory(resolved)[0]
+    else:  # also where the directory of this run has been made
+        checkpoint = find_checkpoint(resolve_path(resolved.core.resume))
+        if checkpoint is None:
+            return {}
+        run = checkpoint.absolute().parent.parent
     try:
         values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
     except (OSError, yaml.YAMLError):
