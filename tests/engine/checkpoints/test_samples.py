@@ -62,5 +62,5 @@ def test_damage_of_a_sample_is_found(processes: Processes, sample: Path) -> None
     content[content.index(checkpoint_weights(sample)["0.weight"].read().numpy().tobytes())] ^= 1
     file.write_bytes(content)
     assert damage(sample) is None, "sizes do not tell"
-    with pytest.raises(UserError, match="the checkpoint is damaged: mp_rank_00_model_states.pt has another content"):
+    with pytest.raises(UserError, match=r"checkpoint is damaged: mp_rank_00_model_states.pt has another content"):
         load_checkpoint(an_engine(processes), sample)
