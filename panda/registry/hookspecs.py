@@ -97,7 +97,8 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     their gradients were not finite; ``left_out_steps``, where there are any, of all steps those that a hook had left
     out; ``tokens_per_second``, ``step_seconds`` and ``data_wait``, the
     share of the time that rank 0 waited for batches, each the mean since the last record, without the
-    time that saving took. On a GPU ``memory_gib``, the most that torch had allocated on rank 0's GPU
+    time that saving took; ``save_seconds``, in the record after a checkpoint, and ``resume_seconds``, in the first one
+    of a run that was resumed. On a GPU ``memory_gib``, the most that torch had allocated on rank 0's GPU
     since the last record. In 16 bits, on a card whose speed is known, ``mfu``: the operations of the
     forward and backward passes a second, as a share of the bf16 peak of all cards. A token takes 6 for
     each weight that is trained and 4 for a frozen one (without the embedding, and of experts for those

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,13 @@ def begin(
     ``layouts``: the rows to train on, and those to evaluate on.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
+    begun = time.perf_counter()
     if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
         # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
         seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
         if processes.rank == 0:
             print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
+    resume_seconds = round(continuation.seconds + time.perf_counter() - begun, 3)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
     layout, evaluation = layouts
     decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
@@ -76,6 +79,7 @@ def begin(
         reference=model.reference,
         generate=Generation(model.engine, options, prepared.task.pad_token_id, decoding.ends),
         resumed_from=checkpoint,
+        spent={"resume_seconds": resume_seconds} if checkpoint else {},
         step=continuation.progress.step,
         learning_rate_factor=continuation.progress.learning_rate_factor,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,

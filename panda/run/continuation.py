@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,8 @@ class Continuation:
     progress: Progress
     agreement: dict[str, Any]
     """The facts that must be the same in a run that continues this one."""
+    seconds: float = 0.0
+    """That comparing the checkpoint with what was written took."""
 
     def finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> str | None:
         """A line for a run that has taken all steps, or was stopped, and has finished the work at its end; else None.
@@ -117,10 +120,11 @@ def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) 
     directory, checkpoint = processes.from_rank_0(lambda: hold_continued(resolved, lock))
     if directory is not None:
         refuse_later(directory)
+    begun = time.perf_counter()
     checkpoint = _whole(resolved, directory, checkpoint, processes)
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
-    return Continuation(directory, checkpoint, progress, agreement)
+    return Continuation(directory, checkpoint, progress, agreement, time.perf_counter() - begun)
 
 
 def _whole(resolved: Resolved, directory: Path | None, checkpoint: Path | None, processes: Processes) -> Path | None:

@@ -108,8 +108,9 @@ def _encoded(run: Run, prompts: list[str], most: int) -> tuple[list[str], list[l
 
 
 def how_it_ended(run: Run) -> dict[str, Any]:
-    """What provenance.json says of the end of ``run``: who stopped it, and whose weights were exported."""
-    found: dict[str, Any] = {}
+    """What provenance.json says of the end of ``run``: who stopped it, whose weights were exported, and the
+    seconds that saving and resuming took."""
+    found: dict[str, Any] = dict(run.spent)
     if run.stopped is not None:
         found["stopped"] = {**asdict(run.stopped), "options": options_of_stopper(run.resolved, run.stopped.by)}
     if run.evaluated_weights is not None:

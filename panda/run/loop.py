@@ -65,6 +65,8 @@ class Loop:
         """Of the steps since the last checkpoint, those whose gradients were not finite."""
         self.saved_step = start.step if run.resumed_from else -1
         self.saved_at = self.clock.time
+        self.unrecorded = dict(run.spent)
+        """Seconds of saving and resuming that no record has yet."""
         self.evaluated_step = self.logged_step = -1
         self.evaluation_due = start.evaluation_due
         self.time_to_save = False
@@ -246,6 +248,8 @@ class Loop:
         record = log_record(
             result, self.progress(), learning_rate, self.clock, run.observations, unit=run.task.unit, gpu=self.gpu
         )
+        record |= self.unrecorded
+        self.unrecorded.clear()
         add_to(record, run.added)
         self.logged_step = run.step
         run.hook.panda_log(run=run, record=record)
@@ -270,6 +274,8 @@ class Loop:
         collect()
         self.saved_at = time.perf_counter()
         self.clock.leave_out(self.saved_at - begun)
+        for seconds in (run.spent, self.unrecorded):
+            seconds["save_seconds"] = round(seconds.get("save_seconds", 0) + self.saved_at - begun, 3)
 
     def evaluate(self) -> None:
         """Compute the loss on the held-out data, if any. Draws no random numbers, and does not affect training."""

@@ -26,6 +26,7 @@ from panda.run.state import Run
 TAKEN = {
     *("step", "loss", "router_loss", "learning_rate", "grad_norm", "tokens", "skipped_steps", "left_out_steps"),
     *("tokens_per_second", "step_seconds", "data_wait", "memory_gib", "mfu", "seconds"),
+    *("save_seconds", "resume_seconds"),
 }
 """Names of entries that records have besides the metrics of a task, and the number of its units."""
 

@@ -78,6 +78,8 @@ class Run:
     """By what hooks have scaled the learning rate, besides the schedule."""
     stopped: Stop | None = None
     """Who had the run end before its last step, and why; None where it has not been stopped."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds since this start of the run: ``save_seconds`` and, in one that was resumed, ``resume_seconds``."""
     checkpoints: list[Path] = field(default_factory=list)
     """Checkpoints that this process has saved."""
     observations: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -110,6 +110,12 @@ def test_hours_end_a_run_and_minutes_save_one(
         "max_train_hours": {"before": 1e-09, "now": 1.0},
         "save_minutes": {"before": 30.0, "now": 1e-09},
     }
+    first, *later = metrics(run)[1:]  # after that of the step before the resumption
+    assert first["resume_seconds"] > 0 and "save_seconds" not in first and "resume_seconds" not in later[0]
+    assert all(record["save_seconds"] > 0 for record in later if "loss" in record)
+    end = json.loads((run / "provenance.json").read_text())["end"]
+    assert end["resume_seconds"] == first["resume_seconds"]
+    assert end["save_seconds"] > sum(record.get("save_seconds", 0) for record in later)
     said = capsys.readouterr().out
     assert "changed     max_train_hours was 1e-09 and is 1.0\n            save_minutes was 30.0 and is 1e-09\n" in said
     # Steps 3 and 5 were saved because of the time, and 3 removed again; 1 and those of `save_steps` stay.
