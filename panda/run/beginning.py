@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +85,35 @@ def begin(
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
     )
 
-    @writing(f"{directory}: the description of the run", NO_ROOM_LEFT)
-    def describe() -> None:
-        if processes.rank == 0:
-            _set_aside(directory, checkpoint)
-            if few := check_room(directory, room_of(resolved, model, layout.plan)):
-                print(printable(f"note: {few}"), file=sys.stderr, flush=True)
-            changed = changes(resolved, configuration_in(checkpoint.absolute().parent.parent)) if checkpoint else {}
-            facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
-            write_description(directory, resolved, model.config, facts)
-            describe_model(
-                directory / MODEL_FOLDER,
-                model.base,
-                next(model.engine.module.parameters()).dtype,
-                prepared.task.tokenizer,
-                model=resolved.components["model"],
-                context=prepared.context,
-                pretrained=prepared.pretrained,
-                generation=run.decoding,
-                parts=model.parts,
-            )
-            if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
-                print(printable(note), file=sys.stderr, flush=True)
-
-    processes.together(describe)
+    describe = writing(f"{directory}: the description of the run", NO_ROOM_LEFT)(_describe)
+    processes.together(partial(describe, run, prepared, model))
     return run
+
+
+def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
+    """Write what the run directory says of the run, on rank 0."""
+    if run.processes.rank != 0:
+        return
+    resolved, directory, checkpoint = run.resolved, run.directory, run.resumed_from
+    _set_aside(directory, checkpoint)
+    if few := check_room(directory, room_of(resolved, model, run.plan)):
+        print(printable(f"note: {few}"), file=sys.stderr, flush=True)
+    changed = changes(resolved, configuration_in(checkpoint.absolute().parent.parent)) if checkpoint else {}
+    facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
+    write_description(directory, resolved, model.config, facts)
+    describe_model(
+        directory / MODEL_FOLDER,
+        model.base,
+        next(model.engine.module.parameters()).dtype,
+        prepared.task.tokenizer,
+        model=resolved.components["model"],
+        context=prepared.context,
+        pretrained=prepared.pretrained,
+        generation=run.decoding,
+        parts=model.parts,
+    )
+    if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
+        print(printable(note), file=sys.stderr, flush=True)
 
 
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
