@@ -191,9 +191,10 @@ def check_optimizer(name: str, *flags: str, short: bool = False, limit: float = 
     cases = SHORT if short else CASES
     with tempfile.TemporaryDirectory(prefix="panda-certificate-") as folder:
         try:
-            return _judged(certificate(name, flags, Path(folder), cases=cases, limit=limit))
+            [found] = certificates([Asked(name, flags, cases)], Path(folder), limit=limit)
         except UserError as problem:  # of the flags
             raise AssertionError(str(problem)) from None
+    return _judged(found)
 
 
 def _judged(found: Certificate) -> Certificate:
@@ -202,38 +203,36 @@ def _judged(found: Certificate) -> Certificate:
     return found
 
 
-def certificate(
-    name: str,
-    flags: Sequence[str],
-    folder: Path,
-    *,
-    cases: Sequence[Case] = CASES,
-    limit: float = LIMIT,
-    resuming: bool = True,
-) -> Certificate:
-    """Run all ``cases`` in ``folder``. ``resuming``: continue each from its middle, too.
+@dataclass(frozen=True)
+class Asked:
+    """A certificate to make."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    cases: tuple[Case, ...] = CASES
+    resuming: bool = True
+    """Whether each run is also continued from its middle."""
+
+
+def certificates(asked: Sequence[Asked], folder: Path, *, limit: float = LIMIT) -> list[Certificate]:
+    """Make the runs of all that is ``asked`` in ``folder``, and say what came of each.
 
     Raises UserError for an unknown name and for flags that are refused.
     """
-    runs = _Runs(name, tuple(flags), folder, resuming=resuming)
-    refusals = runs.refusals()  # an unknown name is said at once
-    if ALONE not in cases:
-        cases = (ALONE, *cases)
-    for ranks, tensor_ranks in dict.fromkeys((case.ranks, case.tensor_ranks) for case in cases):
-        some = [case for case in cases if (case.ranks, case.tensor_ranks) == (ranks, tensor_ranks)]
-        orders = [order for case in some for order in runs.first(case)]
-        runs.make(orders, ranks)
-    for needed in ("start", ALONE.name):
-        assert runs.is_complete(needed), f"the run in one process failed: {runs.why(needed)}"
-    again = [case.elsewhere() for case in cases if resuming]
-    for ranks, tensor_ranks in dict.fromkeys((place.ranks, place.tensor_ranks) for place in again):
-        orders = [
-            runs.elsewhere(case)
-            for case, place in zip(cases, again, strict=resuming)
-            if (place.ranks, place.tensor_ranks) == (ranks, tensor_ranks) and runs.is_complete(case.name)
-        ]
-        runs.make(orders, ranks)
-    return Certificate(name, tuple(flags), limit, [runs.row(case, limit) for case in cases], refusals)
+    every = [_Runs(each, folder / str(number)) for number, each in enumerate(asked)]
+    refusals = [runs.refusals() for runs in every]  # an unknown name is said at once
+    _make([(runs, order) for runs in every for case in runs.cases for order in runs.first(case)], folder)
+    for runs in every:
+        for needed in ("start", ALONE.name):
+            assert runs.is_complete(needed), f"the run in one process failed: {runs.why(needed)}"
+    again = [
+        (runs, case) for runs in every if runs.asked.resuming for case in runs.cases if runs.is_complete(case.name)
+    ]
+    _make([(runs, runs.elsewhere(case)) for runs, case in again], folder)
+    return [
+        Certificate(runs.asked.name, runs.asked.flags, limit, [runs.row(case, limit) for case in runs.cases], refused)
+        for runs, refused in zip(every, refusals, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -241,21 +240,33 @@ class _Order:
     """A run to make."""
 
     name: str
+    case: Case
     argv: tuple[str, ...]
+
+
+def _make(orders: list[tuple[_Runs, _Order]], folder: Path) -> None:
+    """Make the runs, those on equally many ranks in one process group, since starting one takes seconds."""
+    for place in dict.fromkeys((order.case.ranks, order.case.tensor_ranks) for _, order in orders):
+        some = [(runs, order) for runs, order in orders if (order.case.ranks, order.case.tensor_ranks) == place]
+        made = train_each([order.argv for _, order in some], ranks=place[0], cwd=folder)
+        for (runs, order), outcome in zip(some, made, strict=True):
+            runs.outcomes[order.name] = outcome
 
 
 class _Runs:
     """The runs of an optimizer, each in a folder of its name."""
 
-    def __init__(self, name: str, flags: tuple[str, ...], folder: Path, *, resuming: bool) -> None:
-        self.common = (*RUN, "--optimizer", name, *flags)
-        self.folder, self.resuming = folder, resuming
+    def __init__(self, asked: Asked, folder: Path) -> None:
+        self.asked, self.folder = asked, folder
+        self.common = (*RUN, "--optimizer", asked.name, *asked.flags)
+        self.cases = tuple(dict.fromkeys((ALONE, *asked.cases)))
         self.outcomes: dict[str, Outcome] = {}
+        folder.mkdir()
 
     def first(self, case: Case) -> Iterator[_Order]:
         """The run of ``case`` to its end, and from its middle."""
         yield self._order(case.name, case)
-        if self.resuming:
+        if self.asked.resuming:
             yield self._order(f"{case.name}-resumed", case, "--resume", self._middle(case))
         if case == ALONE:  # where it begins
             yield self._order("start", case, "--max_steps", "1", "--save_steps", "0", "--learning_rate", "1e-30")
@@ -265,15 +276,10 @@ class _Runs:
 
     def _order(self, name: str, case: Case, *more: str) -> _Order:
         output = ("--output_dir", str(self.folder / name))
-        return _Order(name, _last_of_each((*self.common, *case.flags(self.folder), *output, *more)))
+        return _Order(name, case, _last_of_each((*self.common, *case.flags(self.folder), *output, *more)))
 
     def _middle(self, case: Case) -> str:
         return str(self.folder / case.name / "checkpoints" / f"step-{SAVED:08d}")
-
-    def make(self, orders: list[_Order], ranks: int) -> None:
-        """Make the runs."""
-        made = train_each([order.argv for order in orders], ranks=ranks, cwd=self.folder)
-        self.outcomes |= {order.name: outcome for order, outcome in zip(orders, made, strict=True)}
 
     def is_complete(self, name: str) -> bool:
         return self.outcomes.get(name) == Outcome() and self._export(name).exists()
@@ -318,7 +324,7 @@ class _Runs:
         row.error = self.error(case.name)
         if not row.error <= limit:
             row.failed.append(f"error {row.error:.1e}")
-        if not self.resuming:
+        if not self.asked.resuming:
             return row
         row.resumed = self._resumed(case, row)
         name = f"{case.name}-elsewhere"

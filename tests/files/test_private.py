@@ -82,7 +82,7 @@ def test_none_is_in_provenance_or_in_a_message(
     monkeypatch.setattr(
         "sys.argv", ["panda-train", "--config", f"{tmp_path}/li/run.yaml", "--wandb_key", "geheim-geheim"]
     )
-    resolved = configure(parse_arguments(flags)).resolved
+    resolved = configure(parse_arguments(["--config", f"{tmp_path}/li/run.yaml"])).resolved
     write_description(tmp_path, resolved, {}, {"checkpoint": f"{tmp_path}/li/base, by https://a:b@host"})
     text = (tmp_path / "provenance.json").read_text()
     assert f"{tmp_path}/li" not in text and "geheim" not in text and "a:b" not in text
