@@ -21,8 +21,8 @@ from panda.run.continuation import Continuation
 from panda.run.description import changes
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
+from panda.run.directory import configuration_in
 from panda.run.directory import make_directory
-from panda.run.directory import recorded_configuration
 from panda.run.directory_lock import RunLock
 from panda.run.generating import Generation
 from panda.run.model import base_weights
@@ -90,7 +90,7 @@ def begin(
             _set_aside(directory, checkpoint)
             if few := check_room(directory, room_of(resolved, model, layout.plan)):
                 print(printable(f"note: {few}"), file=sys.stderr, flush=True)
-            changed = changes(resolved, recorded_configuration(resolved)) if checkpoint else {}
+            changed = changes(resolved, configuration_in(checkpoint.absolute().parents[1])) if checkpoint else {}
             facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
             write_description(directory, resolved, model.config, facts)
             describe_model(

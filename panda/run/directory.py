@@ -112,7 +112,11 @@ def recorded_configuration(resolved: Resolved) -> dict[str, Any]:
     if resolved.core.resume is None:
         return {}
     directory, checkpoint = find_directory(resolved)
-    run = checkpoint.absolute().parent.parent if checkpoint else directory
+    return configuration_in(checkpoint.absolute().parent.parent if checkpoint else directory)
+
+
+def configuration_in(run: Path) -> dict[str, Any]:
+    """What config.yaml in the run directory ``run`` says; empty where there is none."""
     try:
         values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
     except (OSError, yaml.YAMLError):
