@@ -333,7 +333,7 @@ def _memory(prepared: Preparation) -> Iterator[str]:
 
 
 def _changed(prepared: Preparation, checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """What a run that goes on changes, against the configuration that the run of ``checkpoint`` recorded when it last began."""
+    """What a run changes against the configuration of the one that it continues, that of ``checkpoint``."""
     return changes(prepared.resolved, configuration_in(checkpoint.absolute().parents[1]))
 
 
