@@ -90,7 +90,7 @@ def begin(
             _set_aside(directory, checkpoint)
             if few := check_room(directory, room_of(resolved, model, layout.plan)):
                 print(printable(f"note: {few}"), file=sys.stderr, flush=True)
-            changed = changes(resolved, configuration_in(checkpoint.absolute().parents[1])) if checkpoint else {}
+            changed = changes(resolved, configuration_in(checkpoint.absolute().parent.parent)) if checkpoint else {}
             facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
             write_description(directory, resolved, model.config, facts)
             describe_model(

@@ -116,7 +116,7 @@ def recorded_configuration(resolved: Resolved) -> dict[str, Any]:
 
 
 def configuration_in(run: Path) -> dict[str, Any]:
-    """What config.yaml in the run directory ``run`` says; empty where there is none."""
+    """What config.yaml of ``run``, a run directory, says; empty where there is none."""
     try:
         values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
     except (OSError, yaml.YAMLError):

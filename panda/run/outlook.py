@@ -31,8 +31,8 @@ from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
 from panda.run.description import changes
-from panda.run.directory import configuration_in
 from panda.run.directory import find_directory
+from panda.run.directory import recorded_configuration
 from panda.run.directory import run_name
 from panda.run.fitting import advice
 from panda.run.preparation import Preparation
@@ -83,7 +83,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "memory": list(_memory(prepared)),
         "changed": [
             f"{key} was {each['before']!r} and is {each['now']!r}"
-            for key, each in (_changed(prepared, checkpoint) if checkpoint else {}).items()
+            for key, each in (_changed(prepared) if checkpoint else {}).items()
         ],
         "saves": list(_saves(prepared.options)),
         "output": [_output(prepared, layout, directory, checkpoint)],
@@ -332,9 +332,9 @@ def _memory(prepared: Preparation) -> Iterator[str]:
         yield advice(prepared.estimates, prepared.resolved, prepared.world_size, card)
 
 
-def _changed(prepared: Preparation, checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """What a run changes against the configuration of the one that it continues, that of ``checkpoint``."""
-    return changes(prepared.resolved, configuration_in(checkpoint.absolute().parents[1]))
+def _changed(prepared: Preparation) -> dict[str, dict[str, Any]]:
+    """What a run that goes on changes, against the configuration that the run recorded when it last began."""
+    return changes(prepared.resolved, recorded_configuration(prepared.resolved))
 
 
 def _saves(options: RunOptions) -> Iterator[str]:
