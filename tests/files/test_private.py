@@ -79,9 +79,8 @@ def test_none_is_in_provenance_or_in_a_message(
     monkeypatch.setenv("HF_TOKEN", "geheim-geheim")
     (tmp_path / "li").mkdir()
     (tmp_path / "li/run.yaml").write_text("task: instruct\narch: llama-tiny\n")
-    monkeypatch.setattr(
-        "sys.argv", ["panda-train", "--config", f"{tmp_path}/li/run.yaml", "--wandb_key", "geheim-geheim"]
-    )
+    flags = ["--config", f"{tmp_path}/li/run.yaml"]
+    monkeypatch.setattr("sys.argv", ["panda-train", *flags, "--wandb_key", "geheim-geheim"])
     resolved = configure(parse_arguments(flags)).resolved
     write_description(tmp_path, resolved, {}, {"checkpoint": f"{tmp_path}/li/base, by https://a:b@host"})
     text = (tmp_path / "provenance.json").read_text()
