@@ -40,6 +40,8 @@ class Refusal:
     """Of which tasks, by their factories."""
     of_needs: frozenset[str] = frozenset(NEEDS)
     """Of optimizers that need one of these."""
+    of_plugins: frozenset[str] = frozenset()
+    """Of runs with one of these plugins of panda's own; empty: of all runs."""
 
     def refuses(self, resolved: Resolved) -> bool:
         """Whether ``resolved`` is such a combination."""
@@ -48,6 +50,10 @@ class Refusal:
             components["optimizer"].component.needs in self.of_needs
             and self.applies(resolved.core)
             and self.of_task(components["task"].component.factory)
+            and (
+                not self.of_plugins
+                or any(each.name in self.of_plugins for each in resolved.plugins if each.offer.is_own)
+            )
         )
 
 
@@ -117,6 +123,13 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda run: run.eval_steps > 0 and run.eval_data_dir is None and not run.eval_fraction,
         "there is nothing to evaluate on",
         "name held-out data with `eval_data_dir`, hold a part out with `eval_fraction`, or leave `eval_steps` out",
+    ),
+    Refusal(
+        "early_stopping, best_checkpoint or rate_on_plateau without evaluations",
+        lambda run: not run.eval_steps or (run.eval_data_dir is None and not run.eval_fraction),
+        "they go by the evaluations of a run, and this one has none before its end",
+        "`eval_steps` with `eval_data_dir` or `eval_fraction`",
+        of_plugins=frozenset({"early_stopping", "best_checkpoint", "rate_on_plateau"}),
     ),
     Refusal(
         "eval_fraction with eval_data_dir",

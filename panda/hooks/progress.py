@@ -114,7 +114,10 @@ class ProgressDisplay:
                 again = f"panda-train --config {run.directory / 'config.yaml'}{files} --resume {kept[-1]}"
                 print(f"to continue it: {again}", flush=True)
             else:
-                print("no checkpoint was saved, so it cannot be continued: set `save_steps`", flush=True)
+                every = run.options.save_steps
+                due = f": the first is due after step {every}" if every > run.step else ""
+                due = due if every else ": set `save_steps`"
+                print(f"no checkpoint was saved, so it cannot be continued{due}", flush=True)
 
     def _open_bar(self, run: Run) -> None:
         from rich.progress import BarColumn

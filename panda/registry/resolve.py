@@ -191,7 +191,7 @@ def resolve(
     try:
         choice = choose(catalog, core_values, default_plugins)
     except UserError as problem:
-        problems += [str(problem), *_other_names(core_values, renamed or {}), *answers]
+        problems += [str(problem), *_other_names(catalog, core_values, renamed or {}), *answers]
         raise UserError("\n".join(problems)) from None
     if "arch" not in choice.offers and "model" not in choice.offers:
         raise UserError("\n".join([*problems, *_without_model(catalog, given, core_options, renamed or {})]))
@@ -274,12 +274,12 @@ def _given_to_core(
     return found, problems
 
 
-def _other_names(values: Mapping[str, Setting], renamed: Mapping[str, str]) -> list[str]:
-    """What names of components that another tool has are in panda."""
+def _other_names(catalog: Catalog, values: Mapping[str, Setting], renamed: Mapping[str, str]) -> list[str]:
+    """What unknown names of components that another tool has are in panda."""
     return [
         f"{values[kind].origin}: {values[kind].value!r} is another tool's name: {renamed[kind]}"
         for kind in CHOSEN_BY_NAME
-        if kind in renamed
+        if kind in renamed and not catalog.has(kind, values[kind].value)
     ]
 
 
