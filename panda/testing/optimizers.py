@@ -61,6 +61,9 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )
 SAME_BITS = "same bits"
+RUNS_OF_A_CASE = 3
+"""The whole one, one that is continued from its middle, and one continued on other ranks."""
+SECONDS_BETWEEN_WORDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class Certificate:
             f"{' '.join([self.name, *self.flags])}: {STEPS} steps in {len(self.rows) - 1} ways, against one process in"
             " fp32 without ZeRO.",
             "error: of a parameter, over the distance that it has moved, the worst of all parameters."
-            f" At most {max(errors, default=0.0):.0e}; allowed: {self.limit:.0e}.",
+            f" At most {_short(max(errors, default=0.0))}; allowed: {self.limit:.0e}.",
             "",
             "data    tensor  ZeRO   offload  error    resumed    on other ranks",
         ]
@@ -178,13 +181,13 @@ class Certificate:
             if row.refused:
                 lines.append(f"{place} {noted(row.refused)}")
                 continue
-            error = "" if case == ALONE else "-" if row.error is None else f"{row.error:.0e}"
+            error = "" if case == ALONE else "-" if row.error is None else _short(row.error)
             other = case.elsewhere()
             elsewhere = ""
             if row.elsewhere_refused:
                 elsewhere = noted(row.elsewhere_refused)
             elif row.error_elsewhere is not None:
-                elsewhere = f"{row.error_elsewhere:.0e} on {other.data_ranks}, ZeRO {other.stage}"
+                elsewhere = f"{_short(row.error_elsewhere)} on {other.data_ranks}, ZeRO {other.stage}"
             lines.append(f"{place} {error:<8} {row.resumed:<10} {elsewhere}".rstrip())
             lines += [f"    WRONG: {problem}" for problem in row.failed]
         lines += ["", *(f"[{number}] {message}" for message, number in notes.items())] if notes else []
@@ -194,12 +197,17 @@ class Certificate:
         return "\n".join(lines)
 
 
+def _short(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
+
+
 def check_optimizer(name: str, *flags: str, short: bool = False, limit: float = LIMIT) -> Certificate:
     """Print what is exact and what is refused, with the optimizer ``name`` and more ``flags`` of `panda-train`.
 
     Raises AssertionError where a run that is not refused ends elsewhere than one process does, by more than ``limit``
     of the distance moved; where a resumed one has other bits; and where what the optimizer declares that it needs
-    cannot be had and is not refused. ``short``: some of the ways, in half a minute; all take a few minutes.
+    cannot be had and is not refused. ``short``: some of the ways; a minute or two on two cores, where all take several
+    times as long. How far it is goes to stderr.
     """
     with tempfile.TemporaryDirectory(prefix="panda-certificate-") as folder:
         # In a process of its own, since this one may have threads, which a fork lacks.
@@ -207,12 +215,32 @@ def check_optimizer(name: str, *flags: str, short: bool = False, limit: float = 
         order.write_text(json.dumps({"name": name, "flags": flags, "short": short, "limit": limit}))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "panda.testing.optimizers", "--order", str(order)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        said = _obeyed(command, environment, Path(folder), runs=RUNS_OF_A_CASE * len(SHORT if short else CASES) + 1)
         answer = Path(folder, "certificate.json")
-        assert answer.exists(), f"the runs could not be made:\n{done.stdout}{done.stderr}"
+        assert answer.exists(), f"the runs could not be made:\n{said}"
         found = json.loads(answer.read_text())
         assert "problem" not in found, found["problem"]
     return _judged(_read(found))
+
+
+def _obeyed(command: list[str], environment: dict[str, str], folder: Path, *, runs: int) -> str:
+    """What ``command`` printed, once it has ended. Meanwhile stderr hears how many of about ``runs`` runs are made."""
+    shown = 0
+    with Path(folder, "said.txt").open("w+") as said:
+        with subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT) as process:
+            try:
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(SECONDS_BETWEEN_WORDS)
+                        break
+                    if (made := len(list(folder.glob("*.done")))) > shown or not shown:
+                        print(f"{made} of {runs} runs are made", file=sys.stderr, flush=True)
+                        shown = made
+            except BaseException:
+                process.kill()
+                raise
+        said.seek(0)
+        return said.read()
 
 
 def _judged(found: Certificate) -> Certificate:
@@ -477,11 +505,16 @@ def _obey(order: Path) -> None:
     (order.parent / "certificate.json").write_text(json.dumps(answer))
 
 
+EPILOG = "Each FLAG is one of panda-train, such as `--learning_rate 0.01`: all runs have it."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m panda.testing.optimizers NAME [FLAG ...]``."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m panda.testing.optimizers")
+    program = "python -m panda.testing.optimizers"
+    usage = f"{program} NAME [--short] [--limit LIMIT] [FLAG ...]"
+    parser = argparse.ArgumentParser(description=__doc__, prog=program, usage=usage, epilog=EPILOG)
     parser.add_argument("name", nargs="?", help="an optimizer, as a configuration names it")
-    parser.add_argument("--short", action="store_true", help="some of the ways, in half a minute")
+    parser.add_argument("--short", action="store_true", help="some of the ways: a third of the time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="the largest error, of the distance moved")
     parser.add_argument("--order", type=Path, help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -195,3 +196,15 @@ def test_the_docs_have_a_certificate_of_all_ways(name: str) -> None:
     section = page.partition(f"\n## `{name}`\n")[2].partition("\n## ")[0]
     assert f"{optimizers.STEPS} steps in {len(CASES) - 1} ways" in section
     assert "WRONG" not in section and "NOT REFUSED" not in section
+
+
+def test_a_certificate_says_how_far_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "SECONDS_BETWEEN_WORDS", 0.01)
+    makes = "import time; from pathlib import Path; Path('a.done').touch(); print('made'); time.sleep(0.5)"
+    monkeypatch.chdir(tmp_path)
+    said = optimizers._obeyed([sys.executable, "-c", makes], dict(os.environ), tmp_path, runs=2)
+    assert said == "made\n"
+    captured = capfd.readouterr()
+    assert captured.err.splitlines()[-1] == "1 of 2 runs are made" and captured.out == ""
