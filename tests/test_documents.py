@@ -459,7 +459,7 @@ def test_what_the_tutorial_breaks_is_rejected(tmp_path: Path, site: Path, capsys
     (network,) = (block for block in blocks(TUTORIAL, "python") if "network.py" in block.splitlines()[0])
     decays = "distance >= 0, self.keep ** distance.clamp(min=0), 0"
     wrong = {
-        "herons": ("model", decays, "distance == distance, self.keep ** distance.abs(), 0"),
+        "herons": ("model", decays, decays.replace(">= 0", ">= -1")),
         "bitterns": ("task", '-(batch["grade"] * scores).sum()', '-(batch["grade"] * scores).mean()'),
     }
     for (name, (kind, right, mistaken)), shown in zip(wrong.items(), blocks(TUTORIAL, "text"), strict=True):

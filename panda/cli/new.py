@@ -64,6 +64,8 @@ def _new(argv: list[str]) -> None:
         f"  pytest {folder}\n"
         f"  panda-train --config {folder}/configs/{names['COMPONENT']}.yaml"
     )
+    if kind == "optimizer":
+        print(f"  python -m panda.testing.optimizers {names['COMPONENT']} --short  # its certificate: some minutes")
 
 
 def names_of(name: str, kind: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ from panda.registry import UserError
 from panda.registry.api import checked_api
 from panda.registry.choosing import BLOCK
 from panda.registry.flat_yaml import load_flat_yaml
+from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
 from panda.weights.run_folders import CHECKPOINTS
@@ -108,7 +109,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if config is not None and not isinstance(config.value, str):
         more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
         raise UserError(f"--config needs the path of a YAML file, as in --config run.yaml{more}.")
-    file = _read(resolve_path(str(config.value))) if config else _of_continued_run(flags)
+    file = _read(_config_path(str(config.value), config.origin)) if config else _of_continued_run(flags)
     given = file.given | flags
     named = given.get("plugins")
     # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
@@ -126,7 +127,7 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
             _with_accepted_spellings({str(key): _of_python(f"config[{key!r}]", value) for key, value in config.items()})
         )
     elif isinstance(config, str | os.PathLike):
-        file = _read(resolve_path(os.fspath(config)))
+        file = _read(_config_path(os.fspath(config), "panda.train: its first argument"))
     elif config is not None:
         raise UserError(
             f"panda.train: its first argument is the path of a YAML file, a mapping of keys to values, or None, not"
@@ -137,6 +138,12 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
         file = _of_continued_run(over)
     recorded = {key: value for key, value in file.given.items() if key not in over} if file.is_recorded else {}
     return Arguments(file.given | over, False, file.api, recorded, in_process=True)
+
+
+def _config_path(text: str, origin: str) -> Path:
+    if problem := problem_of_path(text):
+        raise UserError(f"{origin}: {text[:200]!r} is not the path of a YAML file. {problem}")
+    return resolve_path(text)
 
 
 def _of_python(origin: str, value: Any) -> Given:

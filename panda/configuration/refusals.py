@@ -122,6 +122,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "name held-out data with `eval_data_dir`, hold a part out with `eval_fraction`, or leave `eval_steps` out",
     ),
     Refusal(
+        "early_stopping, best_checkpoint or rate_on_plateau without evaluations",
+        lambda run: not run.eval_steps or (run.eval_data_dir is None and not run.eval_fraction),
+        "they go by the evaluations of a run, and this one has none before its end",
+        "`eval_steps` with `eval_data_dir` or `eval_fraction`",
+        of_plugins=frozenset({"early_stopping", "best_checkpoint", "rate_on_plateau"}),
+    ),
+    Refusal(
         "eval_fraction with eval_data_dir",
         lambda run: run.eval_data_dir is not None and run.eval_fraction > 0,
         "both say what is evaluated on",

@@ -9,7 +9,6 @@ from typing import Any
 
 from panda.files.whole import write_whole
 from panda.hooks.watched import Watched
-from panda.hooks.watched import refuse_without_evaluations
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
@@ -45,7 +44,6 @@ class BestCheckpoint:
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
-        refuse_without_evaluations(run, "best_checkpoint")
         if self.path is not None and self.path.parent == run.directory / "checkpoints":
             run.keep_checkpoint(self.watched.best_step)
 

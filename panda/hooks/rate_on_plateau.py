@@ -8,7 +8,6 @@ from typing import Annotated
 from typing import Any
 
 from panda.hooks.watched import Watched
-from panda.hooks.watched import refuse_without_evaluations
 from panda.registry import Meta
 from panda.registry import hookimpl
 from panda.registry import register_plugin
@@ -49,10 +48,6 @@ class RateOnPlateau:
             higher_is_better=options.plateau_higher_is_better,
             threshold=options.plateau_threshold,
         )
-
-    @hookimpl
-    def panda_run_start(self, run: Run) -> None:
-        refuse_without_evaluations(run, "rate_on_plateau")
 
     @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:

@@ -55,13 +55,3 @@ class Watched:
         """Go on from ``state``; afresh where that is of another metric."""
         if state["metric"] == self.metric:
             self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
-
-
-def refuse_without_evaluations(run: Run, plugin: str) -> None:
-    """Raise UserError where ``run`` is not evaluated while it trains."""
-    options = run.options
-    if not options.eval_steps or (options.eval_data_dir is None and not options.eval_fraction):
-        raise UserError(
-            f"plugins: {plugin} goes by the evaluations of a run, and this one has none before its end. Set"
-            " `eval_steps`, and `eval_data_dir` or `eval_fraction`."
-        )

@@ -13,6 +13,8 @@ from panda.registry.errors import in_brief
 if TYPE_CHECKING:
     import torch
 
+_MOST_LAYERS, _LARGEST = 10**4, 2**48
+"""Of layers, and of any other number in a config.json."""
 _NAMING_CODE = ("attn_implementation", "attn_implementation_internal", "experts_implementation")
 """Keys of a config.json with which transformers (5.23, 2026-11) can be asked for a kernel on the hub, in its code."""
 
@@ -33,6 +35,7 @@ def build_causal_lm(
     # As of 5.23 (2026-11), transformers writes into the dictionaries that it is given.
     values = copy.deepcopy(dict(config))
     refuse_code_of_hub(values, source)
+    _refuse_senseless(values, source)
     model_type = values.pop("model_type", None)
     try:
         parsed = AutoConfig.for_model(model_type, **values)
@@ -49,6 +52,17 @@ def build_causal_lm(
             f"{source}: transformers makes no causal language model of its config.json, of model_type"
             f" {model_type!r}: {in_brief(problem)}.{own}"
         ) from problem
+
+
+def _refuse_senseless(config: Mapping[str, Any], source: str) -> None:
+    """Raise UserError where ``config`` states a size that no model has: a layer is made at a time, for hours."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_senseless(value, source)
+        most = _MOST_LAYERS if key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") else _LARGEST
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most:
+            shown = str(value) if abs(value) < 10**20 else "a number of more than 20 digits"
+            raise UserError(f"{source}: {key} of its config.json is {shown}, and no model has more than {most:,}.")
 
 
 def refuse_code_of_hub(config: Mapping[str, Any], source: str) -> None:

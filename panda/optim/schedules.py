@@ -47,7 +47,7 @@ def is_factor(value: Any) -> bool:
 class WarmupOptions:
     """Options of a schedule that warms up."""
 
-    warmup_steps: Annotated[int, Meta(ge=0)] = 50
+    warmup_steps: Annotated[int, Meta(ge=0, le=10**9)] = 50
     """Optimizer steps over which the learning rate rises to its peak."""
     warmup_proportion: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Length of the warm-up as a fraction of all steps; if it is not 0, warmup_steps is ignored."""

@@ -27,7 +27,7 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file (looked in {Path.cwd()}).") from None
-    except (OSError, UnicodeDecodeError) as problem:
+    except (OSError, ValueError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)

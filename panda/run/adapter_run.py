@@ -72,8 +72,10 @@ def _facts(run: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or ("base_weights" in facts and "checkpoint" not in facts):
+            raise ValueError("it does not have the form that panda writes")
+    except (ValueError, RecursionError) as problem:
         raise UserError(
             f"{file} is damaged: {problem}. It records whether {run} trained adapters or a whole model. Resume the run"
             " with `panda-train --resume`, which writes the file again."

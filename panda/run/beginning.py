@@ -22,8 +22,8 @@ from panda.run.continuation import Continuation
 from panda.run.description import changes
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
+from panda.run.directory import configuration_in
 from panda.run.directory import make_directory
-from panda.run.directory import recorded_configuration
 from panda.run.directory_lock import RunLock
 from panda.run.generating import Generation
 from panda.run.model import base_weights
@@ -91,14 +91,14 @@ def begin(
 
 
 def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
-    """On rank 0: write what the run is to its directory."""
+    """Write what the run directory says of the run, on rank 0."""
     if run.processes.rank != 0:
         return
-    resolved, directory = run.resolved, run.directory
-    _set_aside(directory, run.resumed_from)
+    resolved, directory, checkpoint = run.resolved, run.directory, run.resumed_from
+    _set_aside(directory, checkpoint)
     if few := check_room(directory, room_of(resolved, model, run.plan)):
         print(printable(f"note: {few}"), file=sys.stderr, flush=True)
-    changed = changes(resolved, recorded_configuration(resolved)) if run.resumed_from else {}
+    changed = changes(resolved, configuration_in(checkpoint.absolute().parent.parent)) if checkpoint else {}
     facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
     write_description(directory, resolved, model.config, facts)
     describe_model(

@@ -16,6 +16,7 @@ from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import passed_over
 from panda.files.own import refuse_links_out
 from panda.registry import UserError
+from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.run.directory_lock import RunLock
@@ -57,6 +58,11 @@ def make_directory(resolved: Resolved, lock: RunLock) -> Path:
                 raise UserError(
                     f"{directory}: another run has just started in it. Start again to continue that run."
                 ) from None
+            if not (directory / PROVENANCE).exists():  # there is no folder, and none can be made
+                raise UserError(
+                    f"output_dir: cannot make {str(directory)!r}: it, or a folder above it, is a file, or a link to"
+                    " nothing. Make what the link names, or name another folder."
+                ) from None
             continue  # takes the next number, or raises UserError if this directory was given
         except OSError as problem:
             raise UserError(f"output_dir: cannot make {str(directory)!r}: {problem.strerror}.") from None
@@ -92,14 +98,15 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
             return directory, find_checkpoint(directory)
     if options.resume is None:
         return _new(given, default), None
-    checkpoint = find_checkpoint(resolve_path(options.resume))
+    problem = problem_of_path(options.resume)
+    checkpoint = None if problem else find_checkpoint(resolve_path(options.resume))
     if checkpoint is None:
         damaged = "".join(
             f" {path.name} is damaged: {why}." for path, why in passed_over(resolve_path(options.resume)).items()
         )
         raise UserError(
-            f"resume: no complete checkpoint at {options.resume!r}.{damaged} Give a run directory, its `checkpoints`,"
-            " or one `step-...` folder; or `auto`."
+            f"resume: no complete checkpoint at {options.resume[:200]!r}.{damaged} Give a run directory, its"
+            " `checkpoints`, or one `step-...` folder; or `auto`."
         )
     is_in_run = checkpoint.absolute().parent.name == "checkpoints"
     if is_in_run and (given is None or given.resolve() == checkpoint.resolve().parent.parent):
@@ -111,13 +118,12 @@ def recorded_configuration(resolved: Resolved) -> dict[str, Any]:
     """What config.yaml of the run that this one continues says; empty where there is none."""
     if resolved.core.resume is None:
         return {}
-    if resolved.core.resume == "auto":
-        run = find_directory(resolved)[0]
-    else:  # also where the directory of this run has been made
-        checkpoint = find_checkpoint(resolve_path(resolved.core.resume))
-        if checkpoint is None:
-            return {}
-        run = checkpoint.absolute().parent.parent
+    directory, checkpoint = find_directory(resolved)
+    return configuration_in(checkpoint.absolute().parent.parent if checkpoint else directory)
+
+
+def configuration_in(run: Path) -> dict[str, Any]:
+    """What config.yaml of ``run``, a run directory, says; empty where there is none."""
     try:
         values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
     except (OSError, yaml.YAMLError):

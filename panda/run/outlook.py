@@ -366,6 +366,7 @@ def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
 def _notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
     yield from _tokenizer_note(prepared)
     yield from _rate_note(prepared)
+    yield from _evaluation_note(prepared)
     schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
     if layout.plan.start_step < steps and max(map(schedule, range(min(steps, PEAK_SOUGHT_STEPS)))) < 1:
         yield "the learning rate does not reach its peak: the run ends within the warm-up"
@@ -401,3 +402,17 @@ def _rate_note(prepared: Preparation) -> Iterator[str]:
             yield f"{rate} adapters: 1e-4 to 1e-3 are usual"
     elif options.learning_rate >= HIGH_RATE:
         yield f"{rate} full fine-tuning of a checkpoint: 1e-6 to 5e-5 are usual"
+
+
+def _evaluation_note(prepared: Preparation) -> Iterator[str]:
+    """Of classes of others that may act on evaluations, which only their instances are asked for otherwise."""
+    options = prepared.options
+    if options.eval_data_dir is not None or options.eval_fraction:
+        return
+    for each in prepared.resolved.plugins:
+        factory = each.component.factory
+        if hasattr(factory, "panda_evaluation") and getattr(factory, "acts", True) and not each.offer.is_own:
+            yield (
+                f"{each.label} has the hook panda_evaluation, and this run is never evaluated: set `eval_steps`, and"
+                " `eval_data_dir` or `eval_fraction`"
+            )

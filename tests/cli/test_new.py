@@ -52,6 +52,15 @@ def test_it_installs_passes_its_tests_and_trains(kind: str, tmp_path: Path, monk
     assert "herons" in trained.stdout
 
 
+def test_the_tests_of_several_packages_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = made(tmp_path, "arch", monkeypatch), tmp_path / "egrets"
+    assert main(["new", "plugin", "egrets", "--kind", "reader"]) == 0
+    places = f"{first}{os.pathsep}{second}"
+    with start("pytest", "--collect-only", "-q", "-n", "0", first, second, cwd=tmp_path, PYTHONPATH=places) as started:
+        ended = started.wait()
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
 @pytest.mark.parametrize("kind", new.SUMMARIES)
 def test_it_is_exemplary(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No placeholder is left, every file is short, and tools find nothing."""

@@ -32,6 +32,9 @@ REFUSED: dict[str, list[Any]] = {
     ],
     "max_steps: 0": ["--max_steps", "0"],
     "eval_steps without eval_data_dir or eval_fraction": ["--eval_steps", "10"],
+    "early_stopping, best_checkpoint or rate_on_plateau without evaluations": [
+        *("--plugins", "panda-train:early_stopping", "--eval_fraction", "0.1")
+    ],
     "eval_fraction with eval_data_dir": ["--eval_fraction", "0.1", "--eval_data_dir", "data"],
     "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
     "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],
@@ -134,7 +137,24 @@ def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
         RunOptions(zero_stage=3, compile=True, use_lora=True, activation_checkpointing="selective"),
         RunOptions(use_lora=True, lora_r=8, lora_target_modules=("q_proj",), use_dora=True),
     ):
-        assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []
+        of_all_runs = [refusal for refusal in REFUSALS if not refusal.of_plugins]
+        assert [refusal.what for refusal in of_all_runs if refusal.applies(options)] == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--plugins", "early_stopping", "--eval_fraction", "0.1", "--eval_steps", "5"],
+        ["--plugins", "early_stopping", "-p", "no:early_stopping"],
+        ["--plugins", "lab:early_stopping"],
+    ],
+)
+def test_a_run_without_that_plugin_of_pandas_own_or_with_evaluations_is_not_refused(
+    flags: list[str], distributions: Distributions
+) -> None:
+    module = '@register_plugin("early_stopping")\ndef stops(options, context):\n    "Stops."'
+    distributions.install("lab", {"plugins": {"early_stopping": "lab"}}, {"lab": module})
+    configure(parse_arguments([*ARCH, *flags]))
 
 
 OPTIMIZERS = """

@@ -79,10 +79,9 @@ def test_none_is_in_provenance_or_in_a_message(
     monkeypatch.setenv("HF_TOKEN", "geheim-geheim")
     (tmp_path / "li").mkdir()
     (tmp_path / "li/run.yaml").write_text("task: instruct\narch: llama-tiny\n")
-    monkeypatch.setattr(
-        "sys.argv", ["panda-train", "--config", f"{tmp_path}/li/run.yaml", "--wandb_key", "geheim-geheim"]
-    )
-    resolved = configure(parse_arguments(["--config", f"{tmp_path}/li/run.yaml"])).resolved
+    flags = ["--config", f"{tmp_path}/li/run.yaml"]
+    monkeypatch.setattr("sys.argv", ["panda-train", *flags, "--wandb_key", "geheim-geheim"])
+    resolved = configure(parse_arguments(flags)).resolved
     write_description(tmp_path, resolved, {}, {"checkpoint": f"{tmp_path}/li/base, by https://a:b@host"})
     text = (tmp_path / "provenance.json").read_text()
     assert f"{tmp_path}/li" not in text and "geheim" not in text and "a:b" not in text

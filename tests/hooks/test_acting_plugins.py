@@ -252,7 +252,6 @@ def test_what_freeze_means() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--plugins", "early_stopping"], "early_stopping goes by the evaluations of a run"),
         (["--plugins", "freeze"], "freeze"),
         (
             ["--plugins", "freeze", "--freeze", "*embde*"],

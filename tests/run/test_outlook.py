@@ -363,6 +363,24 @@ def test_a_peak_that_is_never_reached_is_noted(said: Outlook) -> None:
     assert note not in said(f"{flags} --warmup_steps 6")["note"]
 
 
+def test_a_plugin_that_waits_for_evaluations_is_noted_where_there_are_none(said: Outlook, folder: Path) -> None:
+    source = "from panda import hookimpl, register_plugin\n"
+    for name, acts in (("stops", ""), ("watches", "\n    acts = False")):
+        source += f"""
+@register_plugin({name!r})
+class {name.title()}:
+    "A plugin."{acts}
+    def __init__(self, options, context): ...
+    @hookimpl
+    def panda_evaluation(self, run, record): ...
+"""
+    (folder / "herons_plugin.py").write_text(source)
+    flags = f"{TINY_64} --plugins ./herons_plugin.py:stops ./herons_plugin.py:watches"
+    (note,) = (note for note in said(flags)["note"] if "panda_evaluation" in note)
+    assert note.startswith("plugin stops has the hook panda_evaluation, and this run is never evaluated: set")
+    assert not any("panda_evaluation" in note for note in said(f"{flags} --eval_fraction 0.5").get("note", []))
+
+
 def test_a_run_on_two_ranks_says_once_what_check_says_too(folder: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, folder / "base")
     small = "--model llama --ckpt_path base --max_seq_length 64 --num_workers 0 -p no:tensorboard -p no:plot"

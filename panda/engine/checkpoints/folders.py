@@ -147,8 +147,10 @@ def check_contents(checkpoint: Path, files: Iterable[Path]) -> None:
         name = str(file.relative_to(checkpoint))
         try:
             whole = name in written and _is_whole(file, written[name].sha256)
+        except FileNotFoundError:
+            raise DamagedError(checkpoint, f"{name} is missing") from None
         except OSError as problem:
-            raise DamagedError(checkpoint, f"{type(problem).__name__}: {problem}") from None
+            raise DamagedError(checkpoint, f"{name}: {problem.strerror}") from None
         if not whole:
             raise DamagedError(checkpoint, f"{name} has another content than was written")
 
