@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from distributions import Distributions
+from launching import EVERY_WAY
 
 from panda.testing import check_model
 
@@ -142,6 +143,7 @@ def test_what_does_not_apply_is_a_note(toy: Distributions, capsys: pytest.Captur
     assert "note    adapters: `use_lora` is refused: use_lora: it is not known which linear" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not EVERY_WAY, reason="the tutorial's test checks a model, too")
 def test_pandas_own_model(capsys: pytest.CaptureFixture[str]) -> None:
     check_model("llama-tiny", num_layers=2, hidden_size=32)
     assert "\n  note " not in capsys.readouterr().out
