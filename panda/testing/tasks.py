@@ -18,6 +18,7 @@ from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.data.batches import RowShape
 from panda.run.preparation import Preparation
+from panda.run.records import TAKEN
 from panda.tasks.task import Task
 from panda.testing.report import Report
 from panda.testing.runs import Trained
@@ -113,8 +114,8 @@ def _check_samples(report: Report, prepared: Preparation) -> int:
 def _check_records(report: Report, whole: Trained, unit: str) -> None:
     """Units and metrics of the records of a run."""
     records = whole.records
-    names = [set(record) for record in records]
-    of_task = sorted(name for name in names[0] if name not in _OF_EVERY_RUN | {unit})
+    names = [set(record) - TAKEN - {unit} for record in records]
+    of_task = sorted(names[0])
     counts = [record[unit] for record in records]
     growing = all(b > a for a, b in zip([0, *counts], counts, strict=False))
     report.judge(
@@ -134,12 +135,6 @@ def _check_records(report: Report, whole: Trained, unit: str) -> None:
         f"not finite: {', '.join(dict.fromkeys(odd))}" if odd else ", ".join(of_task) or "none but the loss",
         "Every batch has the same metrics, each a pair of a numerator and a denominator that is not 0 over a step.",
     )
-
-
-_OF_EVERY_RUN = {
-    *("step", "loss", "router_loss", "learning_rate", "grad_norm", "tokens", "skipped_steps"),
-    *("tokens_per_second", "step_seconds", "data_wait", "memory_gib", "mfu"),
-}
 
 
 def _is_finite(value: Any) -> bool:
