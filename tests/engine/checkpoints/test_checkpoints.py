@@ -18,6 +18,7 @@ from panda.engine.checkpoints.folders import Manifest
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import passed_over
 from panda.engine.checkpoints.folders import read_progress
 from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
@@ -89,6 +90,10 @@ def test_the_newest_complete_checkpoint_is_found(processes: Processes, tmp_path:
     assert (folder / "latest").read_text().strip() == second.name
     assert find_checkpoint(tmp_path) == find_checkpoint(folder) == second
     assert find_checkpoint(first) == first
+    assert find_checkpoint(folder / "latest") == second and passed_over(folder / "latest") == {}
+    (folder / "best").write_text(first.name + "\n")
+    assert find_checkpoint(folder / "best") == first and passed_over(folder / "best") == {}
+    assert find_checkpoint(first / "manifest.json") is None
 
     largest = max(second.iterdir(), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:  # a disk that was full
