@@ -56,7 +56,9 @@ def train(
 def train_arguments(arguments: Arguments) -> Trained:
     """Train what ``arguments`` describe. Raises UserError."""
     from panda.configuration.configure import configure
+    from panda.configuration.launcher import check_launcher
 
+    check_launcher()
     configuration = configure(arguments)
 
     from panda.data.ingredients import forget_unseen_code

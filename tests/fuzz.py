@@ -1,11 +1,11 @@
 """Gives panda damaged and senseless input, in process, and counts what is neither done nor refused in words.
 
-python tests/fuzz.py --seconds 600 [--kind manifests] [--seed 1]
+    python tests/fuzz.py --seconds 600 [--kind manifests] [--seed 1]
 
 Each case is made of the seed and its number alone, so that `--seed S --first N --cases 1` repeats it, with the
-traceback. Every kind begins with something that works, and changes some of it. A case fails by an exception that is
-no refusal, by taking longer than LONGEST seconds, and by a file outside of its folder. They are counted by the place
-that raised. Exits with 1 if there are any.
+traceback. Every kind begins with something that works, and changes some of it. A case fails by an exception that is no
+refusal, by taking longer than LONGEST seconds, and by a file outside of its folder. They are counted by the place that
+raised. Exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -266,7 +266,11 @@ def fuzz_manifests(draw: random.Random, bench: Bench) -> None:
         read_end(run)
         read_metrics(run), read_evaluations(run)
         RecordFile(run / "metrics.jsonl", 3).close()
-    _command(*draw.choice((["export", str(run)], ["plot", str(run)], ["generate", str(run), "--prompt", "x"])))
+    _command(
+        *draw.choice(
+            (["export", str(run)], ["plot", str(run)], ["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"])
+        )
+    )
 
 
 FUZZED: dict[str, Callable[[random.Random, Bench], None]] = {

@@ -119,9 +119,10 @@ def _find(arguments: argparse.Namespace) -> Answering:
     Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it was moved.
     """
     from panda.engine.checkpoints.folders import find_checkpoint
+    from panda.engine.checkpoints.folders import named_in
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
-    folder = Path(location)
+    folder = named_in(Path(location))
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     checkpoint = find_checkpoint(folder)

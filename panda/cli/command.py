@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from panda.configuration.launcher import forget_empty
 from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -32,7 +33,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback. A run that was
     interrupted and has saved gives 75. Any other exception is a bug, and keeps its traceback.
     """
+    _open_what_is_closed()
     _replace_what_cannot_be_written()
+    forget_empty()
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where the error of a closed pipe is caught
@@ -55,6 +58,15 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return 0
+
+
+def _open_what_is_closed() -> None:
+    """Let what is printed go nowhere where stdout or stderr is closed, as under some schedulers: ``>&-``."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)  # libraries and children write to the descriptor
+            setattr(sys, name, os.fdopen(os.dup(number), "w", encoding="utf-8"))
 
 
 def _replace_what_cannot_be_written() -> None:

@@ -7,6 +7,7 @@ weight decay) is undone before DeepSpeed copies these to the model. That saves n
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -40,9 +41,8 @@ class Freezing:
         names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise UserError(
-                    f"freeze: {pattern!r} matches no parameter that is trained. These are: {', '.join(names)}."
-                )
+                shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+                raise UserError(f"freeze: {pattern!r} matches no parameter that is trained. These are: {shown}.")
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def freeze(self, names: Sequence[str]) -> None:

@@ -90,5 +90,9 @@ class Freeze:
         names = run.freeze(due) if due else []
         self.frozen = due
         if run.processes.rank == 0 and step <= run.plan.total_steps:
-            what = f"{len(names):,} parameters are frozen, {names[0]} among them" if names else "no parameter is frozen"
+            what = "no parameter is frozen"
+            if names:
+                what = f"{len(names):,} parameters are frozen, {names[0]} among them"
+            if len(names) == 1:
+                what = f"{names[0]} is frozen"
             print(f"freeze: from step {step} on {what}", flush=True)

@@ -161,6 +161,11 @@ class Catalog:
             hint = " It was registered by the process that called `panda.train`: register it again there, and call that"
             return f"unknown {kind} {reference!r}.{hint} with this configuration."
         near = did_you_mean(reference, self.spellings(kind, reference))
+        parts = [part.strip() for part in reference.split(",")]
+        if len(parts) > 1 and any(self.matches(kind, part) for part in parts):
+            near = (
+                f" These are several names: write `[{', '.join(parts)}]` in a file, `{' '.join(parts)}` after a flag."
+            )
         others = [other for each in self.kinds if each != kind for other in self.matches(each, reference)]
         elsewhere = "".join(f" There is {other.kind} {other.name!r}." for other in others)
         if provider and normalised(provider) not in {offer.distribution for offer in all_installed()}:

@@ -227,12 +227,34 @@ def check_hooks(plugin: object, offer: Offer) -> None:
                 "has a `yield`, so nothing in it would run: write it without, or mark it with @hookimpl(wrapper=True)"
                 " if it goes around the others."
             )
+        else:
+            problem = _problem_of_arguments(plugin, name, hook)
         if problem:
             raise UserError(f"{offer.describe()}: {name!r} {problem}")
     has = [name for name in STATE if _marked(plugin, name)]
     if len(has) == 1:
         missing = next(name for name in STATE if name not in has)
         raise UserError(f"{offer.describe()}: it has {has[0]} and not {missing}: what is saved has to be loaded.")
+
+
+def _problem_of_arguments(plugin: object, name: str, hook: types.FunctionType) -> str | None:
+    """What is wrong with what ``hook``, which ``plugin`` has under ``name``, takes; None if nothing is.
+
+    pluggy gives a hook what it names, but never what has a default.
+    """
+    given = tuple(inspect.signature(getattr(hookspecs, name)).parameters)
+    taken = list(inspect.signature(hook).parameters.values())
+    if not isinstance(plugin, types.ModuleType) and not isinstance(inspect.getattr_static(plugin, name), staticmethod):
+        taken = taken[1:]  # self
+    may = f"it may take any of {', '.join(given)} (`panda show hook {name}`)."
+    for each in taken:
+        if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+            continue
+        if each.name not in given and each.default is each.empty:
+            return f"takes {each.name!r}, which it is not given: {may}"
+        if each.name in given and each.default is not each.empty:
+            return f"has a default for {each.name!r}, so it would never be given it. Leave the default out."
+    return None
 
 
 def _means_a_hook(name: str) -> bool:

@@ -255,7 +255,7 @@ def test_what_freeze_means() -> None:
         (["--plugins", "freeze"], "freeze"),
         (
             ["--plugins", "freeze", "--freeze", "*embde*"],
-            "'*embde*' matches no parameter that is trained. These are: mod",
+            "is trained. These are: model.embed_tokens.weight, model.layers.*.self_attn.q_proj.weight, ",
         ),
         (
             ["--plugins", "early_stopping", "--eval_steps", 1, "--early_stopping_metric", "eval_los"],

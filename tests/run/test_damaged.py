@@ -68,7 +68,7 @@ def test_where_all_are_damaged_the_run_begins_again_or_stops_as_asked(
     run_again(*RUN, "--output_dir", str(run))
     expected = losses(run)
     unfinished(run)
-    flip(next((checkpoints / "step-00000003").glob("random*")))
+    flip(next((checkpoints / "step-00000003").glob("random-*")))
     for step in (1, 2):
         (checkpoints / f"step-0000000{step}/manifest.json").write_bytes(b"\0" * 99)
     auto = [*RUN, "--resume", "auto", "--output_dir", str(run)]

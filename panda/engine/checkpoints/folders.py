@@ -29,6 +29,7 @@ _END = ',\n  "sha256": "{}"\n}}\n'
 HASHING_THREADS = 4
 """Files that a rank reads at once. One has about 1.7 GB hashed a second (2026-11-26, a core with SHA instructions)."""
 LATEST = "latest"
+MOST_BYTES_OF_A_NAME = 100
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -71,8 +72,10 @@ class DamagedError(UserError):
 def find_checkpoint(path: Path) -> Path | None:
     """The newest complete checkpoint: ``path`` itself, in it, or in its ``checkpoints``; None if there is none.
 
-    Raises UserError if ``path`` is a damaged checkpoint.
+    Of a file such as ``checkpoints/best`` it is the one that the file names. Raises UserError if that, or ``path``, is
+    a damaged checkpoint.
     """
+    path = named_in(path)
     if (path / MANIFEST).exists():
         if problem := damage(path):
             raise DamagedError(path, problem)
@@ -83,13 +86,21 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
+def named_in(path: Path) -> Path:
+    """The checkpoint that ``path``, a file such as ``checkpoints/latest``, names; ``path`` if it is no such file."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES_OF_A_NAME:
+        return path
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    return path.with_name(name) if _NAME.fullmatch(name) else path
+
+
 def passed_over(path: Path) -> dict[Path, str]:
     """Damaged checkpoints at ``path`` that are newer than the one ``find_checkpoint`` finds, each with the damage.
 
     Newest first.
     """
     found = find_checkpoint(path)
-    if found == path:  # the user named it
+    if found == named_in(path):  # the user named it
         return {}
     damaged: dict[Path, str] = {}
     for folder in (path, path / "checkpoints"):

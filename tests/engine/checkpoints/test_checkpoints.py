@@ -18,6 +18,7 @@ from panda.engine.checkpoints.folders import Manifest
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import passed_over
 from panda.engine.checkpoints.folders import read_progress
 from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
@@ -89,6 +90,10 @@ def test_the_newest_complete_checkpoint_is_found(processes: Processes, tmp_path:
     assert (folder / "latest").read_text().strip() == second.name
     assert find_checkpoint(tmp_path) == find_checkpoint(folder) == second
     assert find_checkpoint(first) == first
+    assert find_checkpoint(folder / "latest") == second and passed_over(folder / "latest") == {}
+    (folder / "best").write_text(first.name + "\n")
+    assert find_checkpoint(folder / "best") == first and passed_over(folder / "best") == {}
+    assert find_checkpoint(first / "manifest.json") is None
 
     largest = max(second.iterdir(), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:  # a disk that was full
@@ -236,3 +241,23 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
         folder.mkdir()
         write_manifest(folder, Manifest(Progress(step), {}, {}))
     assert find_checkpoint(tmp_path) == tmp_path / "step-100000000"
+
+
+def test_random_states_of_an_older_version_are_read(processes: Processes, tmp_path: Path) -> None:
+    """Which had pickled Python's and numpy's as they are."""
+    engine = make_engine(processes)
+    saved = save_checkpoint(engine, tmp_path, Progress(1), {})
+    random.seed(5), np.random.seed(6), torch.manual_seed(7)
+    random.gauss(), np.random.normal()  # each keeps a second number
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    expected = [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)]
+    (saved / "random-00000.safetensors").unlink()
+    torch.save(state, saved / "random-00000.pt")
+    load_checkpoint(engine, saved)
+    assert [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)] == expected
+    # The same from a checkpoint as it is written now.
+    random.setstate(state["python"]), np.random.set_state(state["numpy"]), torch.set_rng_state(state["torch"])
+    saved = save_checkpoint(engine, tmp_path, Progress(2), {})
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    load_checkpoint(engine, saved)
+    assert [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)] == expected
