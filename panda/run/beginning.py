@@ -52,13 +52,7 @@ def begin(
     ``layouts``: the rows to train on, and those to evaluate on.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
-    begun = time.perf_counter()
-    if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
-        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
-        seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
-        if processes.rank == 0:
-            print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
-    resume_seconds = round(continuation.seconds + time.perf_counter() - begun, 3)
+    resume_seconds = _load(prepared, continuation, model, processes)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
     layout, evaluation = layouts
     decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
@@ -88,11 +82,8 @@ def begin(
     def describe() -> None:
         if processes.rank == 0:
             _set_aside(directory, checkpoint)
-            if few := check_room(directory, room_of(resolved, model, layout.plan)):
-                print(printable(f"note: {few}"), file=sys.stderr, flush=True)
-            changed = changes(resolved, configuration_in(checkpoint.absolute().parent.parent)) if checkpoint else {}
-            facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
-            write_description(directory, resolved, model.config, facts)
+            few = check_room(directory, room_of(resolved, model, layout.plan))
+            write_description(directory, resolved, model.config, _facts(run, prepared, model))
             describe_model(
                 directory / MODEL_FOLDER,
                 model.base,
@@ -104,11 +95,24 @@ def begin(
                 generation=run.decoding,
                 parts=model.parts,
             )
-            if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
+            ends = run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model")
+            for note in filter(None, (few, ends)):
                 print(printable(note), file=sys.stderr, flush=True)
 
     processes.together(describe)
     return run
+
+
+def _load(prepared: Preparation, continuation: Continuation, model: TrainedModel, processes: Processes) -> float:
+    """Load the checkpoint that the run continues from, if there is one; returns the seconds, with those of checking."""
+    begun, checkpoint = time.perf_counter(), continuation.checkpoint
+    if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
+        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
+        step, ranks = continuation.progress.step, processes.data_ranks
+        seed_random(prepared.options.seed + processes.data_rank + step * ranks)
+        if processes.rank == 0:
+            print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
+    return round(continuation.seconds + time.perf_counter() - begun, 3)
 
 
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
@@ -127,8 +131,10 @@ def _set_aside(directory: Path, checkpoint: Path | None) -> None:
 
 def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:
     """What provenance.json records of a run besides its configuration."""
-    dataset, pretrained = run.dataset, prepared.pretrained
+    dataset, pretrained, begun_from = run.dataset, prepared.pretrained, run.resumed_from
+    changed = changes(run.resolved, configuration_in(begun_from.absolute().parent.parent)) if begun_from else {}
     return {
+        **({"changed": changed} if changed else {}),
         "ranks": run.processes.world_size,
         "device": str(run.processes.device),
         "parameters": model.parameters,
