@@ -53,13 +53,7 @@ def begin(
     ``layouts``: the rows to train on, and those to evaluate on.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
-    begun = time.perf_counter()
-    if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
-        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
-        seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
-        if processes.rank == 0:
-            print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
-    resume_seconds = round(continuation.seconds + time.perf_counter() - begun, 3)
+    resume_seconds = _load(prepared, continuation, model, processes)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
     layout, evaluation = layouts
     decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
@@ -94,13 +88,11 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
     """Write what the run directory says of the run, on rank 0."""
     if run.processes.rank != 0:
         return
-    resolved, directory, checkpoint = run.resolved, run.directory, run.resumed_from
-    _set_aside(directory, checkpoint)
+    resolved, directory = run.resolved, run.directory
+    _set_aside(directory, run.resumed_from)
     if few := check_room(directory, room_of(resolved, model, run.plan)):
         print(printable(f"note: {few}"), file=sys.stderr, flush=True)
-    changed = changes(resolved, configuration_in(checkpoint.absolute().parent.parent)) if checkpoint else {}
-    facts = {**_facts(run, prepared, model), **({"changed": changed} if changed else {})}
-    write_description(directory, resolved, model.config, facts)
+    write_description(directory, resolved, model.config, _facts(run, prepared, model))
     describe_model(
         directory / MODEL_FOLDER,
         model.base,
@@ -114,6 +106,18 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
     )
     if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
         print(printable(note), file=sys.stderr, flush=True)
+
+
+def _load(prepared: Preparation, continuation: Continuation, model: TrainedModel, processes: Processes) -> float:
+    """Load the checkpoint that the run continues from, if there is one; returns the seconds, with those of checking."""
+    begun, checkpoint = time.perf_counter(), continuation.checkpoint
+    if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
+        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
+        step, ranks = continuation.progress.step, processes.data_ranks
+        seed_random(prepared.options.seed + processes.data_rank + step * ranks)
+        if processes.rank == 0:
+            print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
+    return round(continuation.seconds + time.perf_counter() - begun, 3)
 
 
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
@@ -132,8 +136,10 @@ def _set_aside(directory: Path, checkpoint: Path | None) -> None:
 
 def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:
     """What provenance.json records of a run besides its configuration."""
-    dataset, pretrained = run.dataset, prepared.pretrained
+    dataset, pretrained, begun_from = run.dataset, prepared.pretrained, run.resumed_from
+    changed = changes(run.resolved, configuration_in(begun_from.absolute().parent.parent)) if begun_from else {}
     return {
+        **({"changed": changed} if changed else {}),
         "ranks": run.processes.world_size,
         "device": str(run.processes.device),
         "parameters": model.parameters,

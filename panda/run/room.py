@@ -64,8 +64,8 @@ def check_room(directory: Path, room: Room) -> str | None:
         )
     if free < room.lasting * room.checkpoint + room.export:
         return (
-            f"{directory} has room for {_gb(free)}, and the {room.lasting:,} checkpoints that the run keeps take about"
-            f" {_gb(room.checkpoint)} each: `save_total_limit` keeps fewer"
+            f"note: {directory} has room for {_gb(free)}, and the {room.lasting:,} checkpoints that the run keeps take"
+            f" about {_gb(room.checkpoint)} each: `save_total_limit` keeps fewer"
         )
     return None
 
