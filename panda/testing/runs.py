@@ -54,6 +54,10 @@ class Trained:
         return self.directory / "export"
 
 
+AS_COMMANDS = {"PYTHONSAFEPATH": "1"}
+"""Else a folder of a project in the current one would hide the package of that name, which is installed from it."""
+
+
 def train(
     directory: Path,
     *flags: str,
@@ -64,17 +68,20 @@ def train(
 ) -> Trained:
     """Run ``panda-train`` with ``flags`` and ``options`` on ``ranks`` processes, as torchrun starts them.
 
-    ``directory`` is the run's; it begins in the folder that holds it. A list among the options is one flag with several
-    values. Nothing is drawn or sent to TensorBoard, there is no display of progress, and every step is recorded unless
-    ``logging_steps`` says otherwise. ``variables`` are added to the environment.
+    ``directory`` is the run's. It begins in the current folder, as a command does. A list among the options is one flag
+    with several values. Nothing is drawn or sent to TensorBoard, there is no display of progress, and every step is
+    recorded unless ``logging_steps`` says otherwise. ``variables`` are added to the environment.
 
     Raises AssertionError with all that was printed where the command fails, or, with ``fails``, where it does not.
     """
+    directory = directory.absolute()
     options = {"logging_steps": 1} | options
     argv = [*flags, *as_flags(options), "--output_dir", str(directory), *NOTHING_DRAWN, "-p", "no:progress"]
     directory.parent.mkdir(parents=True, exist_ok=True)
     several = ranks if ranks > 1 else 0
-    with start("panda.cli.train", *argv, cwd=directory.parent, ranks=several, **(variables or {})) as started:
+    with start(
+        "panda.cli.train", *argv, cwd=Path.cwd(), ranks=several, **AS_COMMANDS | dict(variables or {})
+    ) as started:
         done = started.wait()
     printed = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, f"panda-train {' '.join(argv)}\n{printed}"

@@ -21,6 +21,7 @@ from panda.run.preparation import Preparation
 from panda.run.records import TAKEN
 from panda.tasks.task import Task
 from panda.testing.report import Report
+from panda.testing.runs import AS_COMMANDS
 from panda.testing.runs import Trained
 from panda.testing.runs import as_flags
 from panda.testing.runs import train
@@ -186,7 +187,7 @@ def _check_splits(report: Report, folder: Path, common: Mapping[str, Any], task:
         alike = [split for split in splits if split.ranks == ranks]
         argv = [[*as_flags({**split.flags(common), "output_dir": folder / split.folder})] for split in alike]
         with suppress(AssertionError):  # of one that fails; the others are run by themselves, and say which
-            train_several(argv, ranks=ranks, cwd=folder)
+            train_several(argv, ranks=ranks, cwd=Path.cwd(), **AS_COMMANDS)
         for split in alike:
             run = report.tried(split.promise, FAILED, partial(_run_of, split, folder, common))
             if run is None:

@@ -38,6 +38,8 @@ IMPORTED = (
 )
 
 SECONDS_TO_SAY_WHY = 5
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Of Python itself: with it, the folder of the script, or of a module the current one, is not on the path."""
 
 
 def become(order: dict[str, Any], environment: dict[str, str]) -> None:
@@ -51,7 +53,10 @@ def become(order: dict[str, Any], environment: dict[str, str]) -> None:
         os.close(opened)
     sys.argv = order["argv"]
     first = order["cwd"] if order["is_module"] else os.path.dirname(sys.argv[0])
-    sys.path[:0] = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:0] = [
+        *([] if environment.get(SAFE_PATH) else [first]),
+        *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     numpy.random.seed()  # Python reseeds its own generator in each fork
 
 

@@ -66,3 +66,29 @@ def test_a_run_sees_a_fake_distribution_until_its_end(tmp_path: Path) -> None:
         run = train(tmp_path / "run", **options | {"arch": "acme-tiny"})
     assert len(run.losses) == 2
     assert "unknown arch 'acme-tiny'" in train(tmp_path / "b", fails=True, **options | {"arch": "acme-tiny"}).printed
+
+
+LAB = """
+import os
+import sys
+
+from panda import register_arch
+
+assert os.getcwd() not in sys.path  # as of `panda-train`: a folder there may have the name of an installed package
+
+@register_arch("lab-tiny", model="llama")
+def tiny():
+    "Tiny."
+    return {"num_layers": 1, "hidden_size": 32, "num_heads": 2}
+"""
+
+
+def test_relative_paths_mean_the_folder_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text('[{"input": "a", "target": "b"}, {"input": "c", "target": "d"}]')
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "lab_arch.py").write_text(LAB)
+    named = {"arch": "lab/lab_arch.py:lab-tiny", "instruction_tuning_data_dir": "rows.json", "max_steps": 1}
+    options = {key: value for key, value in TINY.items() if key not in ("num_layers", "hidden_size")}
+    run = train(Path("runs/deep/run"), **options | named)
+    assert len(run.losses) == 1 and (tmp_path / "runs" / "deep" / "run" / "metrics.jsonl").exists()
