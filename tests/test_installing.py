@@ -89,7 +89,7 @@ def trained(folder: Path, name: str, config: dict[str, object], site: Path | Non
     return folder / "runs" / name
 
 
-TIMES = {"tokens_per_second", "step_seconds", "data_wait", "eval_seconds"}
+TIMES = {"tokens_per_second", "step_seconds", "data_wait", "eval_seconds", "save_seconds", "resume_seconds"}
 
 
 def records(run: Path) -> list[dict[str, object]]:

@@ -73,7 +73,7 @@ def refuse_code_of_hub(config: Mapping[str, Any], source: str) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             refuse_code_of_hub(value, source)
-        if key.lstrip("_") in _NAMING_CODE:
+        if str(key).lstrip("_") in _NAMING_CODE:
             texts = value.values() if isinstance(value, Mapping) else [value]
             if named := next((text for text in texts if isinstance(text, str) and "/" in text), None):
                 raise UserError(

@@ -62,6 +62,7 @@ def _tables(module: torch.nn.Module) -> list[Any]:
 def _output_weight(module: Any) -> Any:
     """The weight of the layer that a transformers model calls its output embeddings; None where it names none."""
     try:
-        return getattr(module.get_output_embeddings(), "weight", None)
+        # Its own: of an embedding with rows that peft trains, `weight` is computed of weights that may be elsewhere.
+        return module.get_output_embeddings()._parameters.get("weight")
     except (AttributeError, NotImplementedError):
         return None

@@ -26,7 +26,7 @@ def test_a_component_is_shown_with_source_and_options(capsys: pytest.CaptureFixt
     assert "\n  module   panda.models.llama\n" in text
     assert "panda/models/llama.py:" in text
     assert "\n  --hidden_size [4096]\n" in text
-    assert "Width of the residual stream. (an integer >= 1)" in text
+    assert "Width of the residual stream. (an integer >= 1" in text
 
 
 def test_an_arch_is_shown_with_its_values_and_aliases(capsys: pytest.CaptureFixture[str]) -> None:

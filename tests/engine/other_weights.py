@@ -110,8 +110,8 @@ def averaged(processes: Processes, out: Path, name: str, configuration: dict[str
             found["after"], found["average after"] = forward_weights(engine), whole(engine, copied)
         if number + 1 == SAVED:
 
-            def write(folder: Path) -> None:
-                write_copies(engine, {"average": copied}, folder)
+            def write(folder: Path) -> list[Path]:
+                return [*write_copies(engine, {"average": copied}, folder)]
 
             checkpoint = save_checkpoint(engine, out / f"{name}-checkpoints", Progress(SAVED), {}, write=write)
             found["saved"] = whole(engine, copied)

@@ -92,7 +92,7 @@ def runs(folder: Path, environment: dict[str, str]) -> Path:
 
 def numbers(run: Path) -> list[dict[str, float]]:
     """The records of a run without what depends on its speed."""
-    timed = {"tokens_per_second", "step_seconds", "data_wait", "eval_seconds"}
+    timed = {"tokens_per_second", "step_seconds", "data_wait", "eval_seconds", "save_seconds", "resume_seconds"}
     return [{key: value for key, value in record.items() if key not in timed} for record in metrics(run)]
 
 

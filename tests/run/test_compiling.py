@@ -161,7 +161,7 @@ def test_models_of_plugins_and_models_without_layers_are_not_compiled() -> None:
 def test_auto_is_no_combination_that_is_refused() -> None:
     run = resolved(f"{LLAMA_7B} --zero_stage 3")
     assert run.core.compile == "auto" and not run.core.compiled
-    assert not any(refusal.applies(run.core) for refusal in REFUSALS)
+    assert not any(refusal.refuses(run) for refusal in REFUSALS)
 
 
 def test_activations_are_kept_by_whether_the_run_is_compiled() -> None:

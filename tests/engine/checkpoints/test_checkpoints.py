@@ -253,7 +253,7 @@ def test_random_states_of_an_older_version_are_read(processes: Processes, tmp_pa
     expected = [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)]
     (saved / "random-00000.safetensors").unlink()
     torch.save(state, saved / "random-00000.pt")
-    load_checkpoint(engine, saved)
+    load_checkpoint(engine, saved, is_checked=True)
     assert [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)] == expected
     # The same from a checkpoint as it is written now.
     random.setstate(state["python"]), np.random.set_state(state["numpy"]), torch.set_rng_state(state["torch"])
