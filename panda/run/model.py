@@ -202,7 +202,7 @@ def make_trainable(
             model = add_adapters(model, options, deepspeed if options.zero == 3 else None)
         if adapters:
             start_from(model, adapters)
-        if options.precision != "fp32":
+        if options.zero == 3 and options.precision != "fp32":
             for parameter in model.parameters():  # DeepSpeed casts a whole model, but none with partitioned weights
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(getattr(torch, options.dtype_name))

@@ -21,7 +21,9 @@ def run_directory(folder: Path, losses: list[float | None], rate: float = 0.1, *
         "end": {"agreement": {"data": "a1"}},
     }
     (folder / "provenance.json").write_text(json.dumps(plain | provenance))
-    records = [{"step": step, "loss": loss, "learning_rate": 0.1, "grad_norm": 1.0} for step, loss in enumerate(losses, 1)]
+    records = [
+        {"step": step, "loss": loss, "learning_rate": 0.1, "grad_norm": 1.0} for step, loss in enumerate(losses, 1)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 

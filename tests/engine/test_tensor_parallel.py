@@ -300,7 +300,15 @@ def test_the_parts_of_an_embedding_learn_what_the_whole_does(
 def test_processes_that_make_no_whole_copies_are_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    set_by_launcher = {
+        "WORLD_SIZE": "3",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    for name, value in set_by_launcher.items():
+        monkeypatch.setenv(name, value)
     assert train_main(["--arch", "llama-7b", "--tensor_parallel_size", "2"]) == 2
     assert "2 processes hold a copy of the model together, and there are 3" in capsys.readouterr().err
 

@@ -307,7 +307,9 @@ FAILURES: dict[str, Failure] = {
     "hook async": plugin(
         "is async, and nothing would await it", "@hookimpl\n    async def panda_step_end(self, run): ..."
     ),
-    "hook of no argument": plugin("{'loss'} are declared", "@hookimpl\n    def panda_step_end(self, loss): ..."),
+    "hook of no argument": plugin(
+        "takes 'loss', which it is not given", "@hookimpl\n    def panda_step_end(self, loss): ..."
+    ),
     "hook that yields": plugin("has a `yield`", "@hookimpl\n    def panda_step_end(self, run): yield"),
     "plugin without arguments": plugin(
         "is called as `Tiny(options, context)`", "@hookimpl\n    def panda_step_end(self, run): ...", "pass"

@@ -405,12 +405,12 @@ def test_what_two_plugins_hold_is_held_until_both_let_it_go(monkeypatch: pytest.
 def test_a_plugin_in_a_file_has_its_state_again_where_the_file_was_moved(
     processes: Any, trained: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.py").write_text(IMPORTS + ACTOR)
-    trained("--plugins", "./mine.py:actor", "--do", "stop", "--at_step", "1", "--on_rank", "0", "--output_dir", "run")
+    (tmp_path / "held.py").write_text(IMPORTS + ACTOR)
+    trained("--plugins", "./held.py:actor", "--do", "stop", "--at_step", "1", "--on_rank", "0", "--output_dir", "run")
     assert heard(tmp_path / "run") == [1]
     (tmp_path / "lab").mkdir()
-    (tmp_path / "mine.py").rename(tmp_path / "lab" / "mine.py")
-    trained("--plugins", "lab/mine.py:actor", "--output_dir", "run", "--resume", "auto")
+    (tmp_path / "held.py").rename(tmp_path / "lab" / "held.py")
+    trained("--plugins", "lab/held.py:actor", "--output_dir", "run", "--resume", "auto")
     assert heard(tmp_path / "run") == [1, 2]
 
 
