@@ -23,8 +23,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzz.Bench]:
         yield fuzz.Bench(folder / "work")
 
 
-# Manifests are left to the long form: what is damage there is tested with checkpoints.
-@pytest.mark.parametrize("kind", list(fuzz.FUZZED))
+@pytest.mark.parametrize("kind", fuzz.FUZZED)
 def test_senseless_input_is_done_or_refused(kind: str, bench: fuzz.Bench) -> None:
     found = fuzz.run([kind], bench, seconds=600, cases=CASES, first=0, seed=0)[kind]
     assert found == {"fine": CASES}
