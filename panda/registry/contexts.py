@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from panda.data import Reader
     from panda.data.token_cache import TokenCache
-    from panda.registry.resolve import Chosen
+    from panda.registry.chosen import Chosen
 
 
 MAX_ROW_BYTES = 16 << 20

@@ -6,37 +6,33 @@ one chosen component.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from dataclasses import field
 from dataclasses import replace
 from typing import Any
 
-from panda.registry.api import gained_key
 from panda.registry.catalog import Catalog
 from panda.registry.choosing import CHOSEN_BY_NAME
 from panda.registry.choosing import NAMING
 from panda.registry.choosing import Choice
-from panda.registry.choosing import Owner
 from panda.registry.choosing import choose
 from panda.registry.choosing import find_model
 from panda.registry.choosing import load_component
 from panda.registry.choosing import model_of
 from panda.registry.choosing import named_by_options
-from panda.registry.choosing import own_prefix
 from panda.registry.choosing import prefix
+from panda.registry.chosen import Chosen
 from panda.registry.components import Component
 from panda.registry.components import NoOptions
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
-from panda.registry.hooks import has_hooks
 from panda.registry.kinds import KINDS
 from panda.registry.offers import Offer
-from panda.registry.offers import made_by
+from panda.registry.option_keys import Keys
+from panda.registry.option_keys import given_to
+from panda.registry.option_keys import keys_of
 from panda.registry.options import Given
 from panda.registry.options import Option
 from panda.registry.options import options_of
@@ -44,58 +40,6 @@ from panda.registry.settings import CORE
 from panda.registry.settings import Setting
 from panda.registry.settings import convert_options
 from panda.registry.unknown_keys import unknown_key_messages
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A component that the run named, with its options."""
-
-    offer: Offer
-    component: Component
-    options: Any
-    built: list[Any] = field(default_factory=list, repr=False, compare=False)
-    """Those of the objects that ``build`` has made that have hooks. Copies of this share it."""
-
-    @property
-    def name(self) -> str:
-        return self.component.name
-
-    @property
-    def label(self) -> str:
-        return f"{self.component.kind} {self.component.name}"
-
-    def attributed(self, part: str) -> AbstractContextManager[None]:
-        """Goes around a call of ``part`` of this component, or of what it made: an exception names the distribution."""
-        return self.offer.attributed(part)
-
-    def build(self, context: Any, expected: Any) -> Any:
-        """The product of the component's factory, given its options and ``context``.
-
-        Raises UserError where it is not of the type ``expected``, or None.
-        """
-        try:
-            with self.attributed("the factory"):
-                built = self.component.factory(self.options, context)
-        except SystemExit as ended:
-            if isinstance(ended.code, int) and ended.code >= 128:  # of a signal, which may come at any moment
-                raise
-            raise UserError(
-                f"{self.component.describe()} ended the process (SystemExit: {ended}), and returned nothing."
-                f" This is a fault of {self.offer.describe()}."
-            ) from ended
-        if built is None or not isinstance(built, expected):
-            wanted = "an object" if expected is object else f"a {expected.__qualname__}{_lacking(built, expected)}"
-            raise UserError(
-                f"{self.component.describe()} returned {_shortened(built)}, and not {wanted}."
-                f" This is a fault of {self.offer.describe()}."
-            )
-        if has_hooks(type(built)) and not any(built is each for each in self.built):
-            self.built.append(built)
-        if self.component.kind == "lr_scheduler":  # hooks, too, call a schedule
-            return _attributed_schedule(built, self)
-        if self.component.kind == "reader":  # tasks call it, and do not know where it is from
-            made_by(self.offer, built)
-        return built
 
 
 @dataclass(frozen=True)
@@ -196,7 +140,7 @@ def resolve(
     if "arch" not in choice.offers and "model" not in choice.offers:
         raise UserError("\n".join([*problems, *_without_model(catalog, given, core_options, renamed or {})]))
     named = _load(catalog, choice, given)
-    keys = _keys_of(named.owners, core_options, given, catalog.api)
+    keys = keys_of(named.owners, core_options, given, catalog.api)
     if keys.taken:  # by options that were there first
         core_given, problems = _given_to_core(given, core_options, keys.taken)
         core_values, more = convert_options(core_options, core_given)
@@ -240,7 +184,7 @@ def resolve_model(catalog: Catalog, core: type, given: Mapping[str, Given]) -> R
     if not offers:
         raise UserError("\n".join(_without_model(catalog, given, core_options, {})))
     named = _load_model(catalog, offers)
-    keys = _keys_of(named.owners, core_options, given, catalog.api)
+    keys = keys_of(named.owners, core_options, given, catalog.api)
     options = _convert_all(named, given, keys)
     if options.problems:
         raise UserError("\n".join(options.problems))
@@ -339,66 +283,6 @@ def _load_model(catalog: Catalog, offers: Mapping[str, Offer]) -> _Named:
     return _Named(chosen, [(model, load_component(catalog, model))], (), {}, ())
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """How the options of the components that a run names are written in it."""
-
-    shared: Mapping[str, list[Component]]
-    """Options that several components have, by name."""
-    core: Collection[str]
-    """Options that have the name of a core option."""
-    taken: Mapping[str, Component]
-    """Of those: the ones that were there before the core option, and that the name alone means."""
-    named_alike: Collection[str]
-    """Prefixes that several components have as their names, or one as its name and another as its kind."""
-    warnings: tuple[str, ...]
-
-    def written(self, component: Component, key: str) -> str:
-        """How the option ``key`` of ``component`` is written in this run."""
-        return f"{prefix(component)}.{key}" if key in self.shared or key in self.core else key
-
-    def spellings(self, component: Component, key: str) -> list[str]:
-        """All ways to write it: with its kind or its name before it, and alone where that means no other."""
-        names = [prefix(component)]
-        if own_prefix(component) not in self.named_alike:
-            names.append(own_prefix(component))
-        spelled = [f"{name}.{key}" for name in dict.fromkeys(names)]
-        alone = self.taken.get(key) is component if key in self.core else key not in self.shared
-        return [*spelled, key] if alone else spelled
-
-
-def _keys_of(
-    owners: list[Owner], core_options: Mapping[str, Option], given: Mapping[str, Given], api: int | None
-) -> _Keys:
-    """How the options of ``owners`` are written, where the configuration states the version ``api``, or none."""
-    having: dict[str, list[Owner]] = {}
-    for owner in owners:
-        for key in options_of(owner[1].options):
-            having.setdefault(key, []).append(owner)
-    shared = {key: [component for _, component in several] for key, several in having.items() if len(several) > 1}
-    core = [key for key in having if key in core_options]
-    taken: dict[str, Component] = {}
-    warnings = []
-    for key in core:
-        (offer, component), *others = having[key]
-        stated = int(offer.api) if api is None and offer.api else api
-        is_older = stated is not None and gained_key(key) > stated and key not in NAMING
-        if key in given and is_older and not others:
-            taken[key] = component
-        if key in given and given[key].origin:
-            means = f"that of {component.kind} {component.name}" if key in taken else "that of every run"
-            whole = " and ".join(f"`{prefix(each)}.{key}`" for _, each in having[key])
-            warnings.append(
-                f"{given[key].origin}: {key!r} is taken as {means}. Every run has a key of this name, which can be"
-                f" written `{CORE}.{key}`, and {' and '.join(f'{each.kind} {each.name}' for _, each in having[key])},"
-                f" whose key is {whole}."
-            )
-    names = [own_prefix(component) for _, component in owners]
-    prefixes = {prefix(component) for _, component in owners if prefix(component) != own_prefix(component)}
-    alike = {name for name in names if names.count(name) > 1 or name in prefixes or name == CORE}
-    return _Keys(shared, core, taken, alike, tuple(warnings))
-
-
 @dataclass
 class _Converted:
     """The options of the components that a run names."""
@@ -410,12 +294,12 @@ class _Converted:
     problems: list[str]
 
 
-def _convert_all(named: _Named, given: Mapping[str, Given], keys: _Keys) -> _Converted:
+def _convert_all(named: _Named, given: Mapping[str, Given], keys: Keys) -> _Converted:
     arch_values = _arch_values(named.arch, named.model) if named.arch else {}
     arch_label = named.arch.label if named.arch else ""
     done = _Converted({}, [], set(), [])
     for offer, component in named.owners:
-        mine, known, found = _given_to(component, given, keys)
+        mine, known, found = given_to(component, given, keys)
         done.used |= known
         overrides = arch_values if component.kind == "model" else {}
         owner = f"{component.kind} {component.name}"
@@ -465,46 +349,3 @@ def _arch_values(chosen: Chosen, model: Component) -> dict[str, Any]:
                 f" {chosen.offer.describe()}."
             ) from None
     return checked
-
-
-def _given_to(
-    component: Component, given: Mapping[str, Given], keys: _Keys
-) -> tuple[dict[str, Given], set[str], list[str]]:
-    """The values given for the options of ``component``, every key that it answers to, and the problems."""
-    mine: dict[str, Given] = {}
-    known: set[str] = set()
-    problems: list[str] = []
-    for key in options_of(component.options):
-        spellings = keys.spellings(component, key)
-        known |= {key, *spellings}
-        if key in keys.shared and key not in keys.core and key in given:
-            several = keys.shared[key]
-            others = " and ".join(f"`{prefix(c)}.{key}` ({c.kind} {c.name})" for c in several)
-            problems.append(f"{given[key].origin}: {key!r} is an option of more than one: write {others}.")
-        for spelling in spellings:
-            if spelling in given:
-                if key in mine:
-                    problems.append(f"{given[spelling].origin}: {key!r} is also given at {mine[key].origin}.")
-                mine[key] = given[spelling]
-    return mine, known, problems
-
-
-def _attributed_schedule(schedule: Callable[[int], float], chosen: Chosen) -> Callable[[int], float]:
-    def factor(completed_steps: int) -> float:
-        with chosen.attributed("the schedule"):
-            return schedule(completed_steps)
-
-    return factor
-
-
-def _lacking(built: object, expected: Any) -> str:
-    """What ``built`` lacks of a protocol that is ``expected``."""
-    if not getattr(expected, "_is_protocol", False) or built is None:
-        return ""
-    members = [name for name in {**vars(expected), **expected.__annotations__} if not name.startswith("_")]
-    return f", which has {' and '.join(f'`{name}`' for name in members if not hasattr(built, name))}"
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"a {type(value).__qualname__}"

@@ -20,8 +20,8 @@ import torch
 from panda.files.disk_full import writing
 from panda.files.own import refuse_others
 from panda.files.whole import whole
+from panda.registry.chosen import Chosen
 from panda.registry.contexts import ModelContext
-from panda.registry.resolve import Chosen
 from panda.weights.conversion import as_published
 from panda.weights.files import write_weights
 from panda.weights.formats import ADAPTERS

@@ -24,11 +24,11 @@ from panda.answers.generation import greedy
 from panda.answers.loading import described_in
 from panda.cli.main import main
 from panda.registry import Catalog
+from panda.registry.chosen import Chosen
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
 from panda.registry.options import build
-from panda.registry.resolve import Chosen
 from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 from panda.weights.export import export
