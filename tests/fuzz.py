@@ -247,7 +247,7 @@ def fuzz_models(draw: random.Random, bench: Bench) -> None:
 def fuzz_manifests(draw: random.Random, bench: Bench) -> None:
     from panda.engine.checkpoints.folders import find_checkpoint
     from panda.engine.checkpoints.folders import passed_over
-    from panda.engine.checkpoints.folders import read_progress
+    from panda.engine.checkpoints.manifest import read_progress
     from panda.hooks.metrics import read_evaluations
     from panda.hooks.metrics import read_metrics
     from panda.hooks.record_file import RecordFile

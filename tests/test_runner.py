@@ -14,7 +14,7 @@ from launching import metrics
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
-from panda.engine.checkpoints.folders import read_progress
+from panda.engine.checkpoints.manifest import read_progress
 from panda.engine.engine import Engine
 from panda.registry import UserError
 from panda.runner import train

@@ -65,8 +65,8 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     print()
     announce_loading()
 
-    from panda.engine.checkpoints.folders import START
-    from panda.engine.checkpoints.folders import read_progress
+    from panda.engine.checkpoints.manifest import START
+    from panda.engine.checkpoints.manifest import read_progress
     from panda.models.forward.isolation import refuse_without_positions
     from panda.run.assembly import lay_out
     from panda.run.continuation import agreement_of

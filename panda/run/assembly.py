@@ -19,8 +19,8 @@ from panda.data.reading import Reader
 from panda.data.token_cache import TokenCache
 from panda.data.token_cache import cache_folder
 from panda.data.token_dataset import SampleSet
-from panda.engine.checkpoints.folders import START
-from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.manifest import START
+from panda.engine.checkpoints.manifest import Progress
 from panda.optim.param_groups import param_groups
 from panda.optim.parameter_kinds import describe_parameters
 from panda.optim.schedules import Schedule

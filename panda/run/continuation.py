@@ -12,13 +12,13 @@ from typing import Any
 from panda.configuration.options import LORA_KEYS
 from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
-from panda.engine.checkpoints.folders import START
-from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
-from panda.engine.checkpoints.folders import read_progress
-from panda.engine.checkpoints.folders import refuse_differing
 from panda.engine.checkpoints.folders import set_aside
+from panda.engine.checkpoints.manifest import START
+from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.manifest import read_progress
+from panda.engine.checkpoints.manifest import refuse_differing
 from panda.engine.checkpoints.writing import check_shared
 from panda.engine.processes import Processes
 from panda.files.terminal import printable

@@ -17,7 +17,7 @@ from panda.configuration.user_code import flags_of_files
 from panda.data.batches import Batch
 from panda.data.batches import step_batches
 from panda.data.packing import Layout
-from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.steps import StepResult
 from panda.files.terminal import printable

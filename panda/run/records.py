@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from panda.data.batches import Batch
-from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.manifest import Progress
 from panda.engine.memory_parts import GIB
 from panda.engine.steps import Evaluated
 from panda.engine.steps import StepResult

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
-from panda.engine.checkpoints.folders import Manifest
-from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import find_checkpoint
-from panda.engine.checkpoints.folders import write_manifest
+from panda.engine.checkpoints.manifest import Manifest
+from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.manifest import write_manifest
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.run.directory import find_directory

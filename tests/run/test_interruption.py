@@ -22,7 +22,7 @@ from launching import train_many
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.engine.checkpoints.folders import complete_checkpoints
-from panda.engine.checkpoints.folders import read_manifest
+from panda.engine.checkpoints.manifest import read_manifest
 from panda.engine.processes import Processes
 from panda.run.interruption import SAVED
 from panda.run.interruption import Interrupted

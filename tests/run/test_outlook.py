@@ -18,7 +18,7 @@ from model_types import tiny
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
-from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.manifest import Progress
 from panda.registry.location import resolve_path
 from panda.run.assembly import lay_out
 from panda.run.outlook import outlook

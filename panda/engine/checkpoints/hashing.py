@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from panda.engine.checkpoints.folders import Written
+from panda.engine.checkpoints.manifest import Written
 
 
 class HashedFiles:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from panda.engine.checkpoints.folders import check_contents
+from panda.engine.checkpoints.manifest import check_contents
 from panda.engine.checkpoints.reading import load_plain
 from panda.engine.checkpoints.reading import plain_only
 from panda.registry import UserError

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from panda.engine.checkpoints.folders import check_contents
+from panda.engine.checkpoints.manifest import check_contents
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.checkpoints.weights import split_dimensions_in

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from panda.engine.checkpoints.folders import LATEST
-from panda.engine.checkpoints.folders import Manifest
-from panda.engine.checkpoints.folders import Progress
-from panda.engine.checkpoints.folders import check_contents
 from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
-from panda.engine.checkpoints.folders import read_manifest
 from panda.engine.checkpoints.folders import step_of
-from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.checkpoints.hashing import HashedFiles
+from panda.engine.checkpoints.manifest import Manifest
+from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.manifest import check_contents
+from panda.engine.checkpoints.manifest import read_manifest
+from panda.engine.checkpoints.manifest import write_manifest
 from panda.engine.checkpoints.random_state import load_random_state
 from panda.engine.checkpoints.random_state import random_states
 from panda.engine.checkpoints.random_state import write_random_state

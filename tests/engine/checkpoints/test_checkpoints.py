@@ -14,13 +14,13 @@ import torch
 from launching import start
 
 from panda.configuration.options import RunOptions
-from panda.engine.checkpoints.folders import Manifest
-from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import passed_over
-from panda.engine.checkpoints.folders import read_progress
-from panda.engine.checkpoints.folders import write_manifest
+from panda.engine.checkpoints.manifest import Manifest
+from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.manifest import read_progress
+from panda.engine.checkpoints.manifest import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint

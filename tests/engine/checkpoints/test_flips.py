@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from panda.configuration.options import RunOptions
-from panda.engine.checkpoints.folders import MANIFEST
-from panda.engine.checkpoints.folders import DamagedError
-from panda.engine.checkpoints.folders import Progress
-from panda.engine.checkpoints.folders import check_contents
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import find_checkpoint
-from panda.engine.checkpoints.folders import read_manifest
-from panda.engine.checkpoints.folders import read_progress
-from panda.engine.checkpoints.folders import write_manifest
+from panda.engine.checkpoints.manifest import MANIFEST
+from panda.engine.checkpoints.manifest import DamagedError
+from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.manifest import check_contents
+from panda.engine.checkpoints.manifest import read_manifest
+from panda.engine.checkpoints.manifest import read_progress
+from panda.engine.checkpoints.manifest import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint
@@ -155,7 +155,7 @@ def test_a_later_format_is_told_as_such_and_not_as_damage(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = shutil.copytree(saved, tmp_path / "copied")
-    monkeypatch.setattr("panda.engine.checkpoints.folders.FORMAT", 3)
+    monkeypatch.setattr("panda.engine.checkpoints.manifest.FORMAT", 3)
     write_manifest(copied, read_manifest(saved))
     monkeypatch.undo()
     with pytest.raises(UserError, match="written by a later version of panda, in format 3") as caught:

@@ -15,7 +15,7 @@ from launching import losses
 from launching import train_many
 
 from panda.configuration.options import RunOptions
-from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config

@@ -12,10 +12,10 @@ from written_sample import PROGRESS
 from written_sample import an_engine
 from written_sample import losses
 
-from panda.engine.checkpoints.folders import MANIFEST
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import find_checkpoint
-from panda.engine.checkpoints.folders import read_progress
+from panda.engine.checkpoints.manifest import MANIFEST
+from panda.engine.checkpoints.manifest import read_progress
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from panda.configuration.options import RunOptions
-from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
