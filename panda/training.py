@@ -114,10 +114,7 @@ def _own_group() -> Iterator[None]:
     try:
         yield
         leaves = True
-    except (
-        UserError,
-        Interrupted,
-    ):  # which all ranks raise; after any other failure, the others may wait for this one forever
+    except (UserError, Interrupted):  # all ranks raise these; after any other failure, others may wait for this one
         leaves = True
         raise
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 import panda
 from panda.cli.command import run_command
 from panda.registry import UserError
+from panda.registry.api import API_GROUP
 from panda.registry.api import API_VERSION
 from panda.registry.kinds import KINDS
 from panda.registry.offers import installed
@@ -99,7 +100,7 @@ def _entry_points(kind: str, component: str, module: str) -> list[str]:
     if kind == "model":
         declared[KINDS["arch"].group] = f"{component}-tiny"
     tables = [f'[project.entry-points."{group}"]\n"{name}" = "{module}"' for group, name in declared.items()]
-    return [*tables, f'[project.entry-points."panda.api"]\nversion = "v{API_VERSION}"']
+    return [*tables, f'[project.entry-points."{API_GROUP}"]\nversion = "v{API_VERSION}"']
 
 
 def _problem_of(name: str) -> str:

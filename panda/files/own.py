@@ -1,6 +1,6 @@
-"""What panda may write over or read from: inside a folder of its own, and of whom it trusts.
+"""What panda may overwrite, and whose files it reads: only inside its own folders, and only of users that it trusts.
 
-A folder can come from somebody else, or lie where others may write: a link in it could lead to what is not panda's.
+A folder can come from somebody else, or others may be able to write into it. A link in it could then lead anywhere.
 """
 
 from __future__ import annotations

@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 
 from panda.installation.findings import Finding
-from panda.installation.packages import API_GROUP
 from panda.installation.packages import Package
 from panda.installation.packages import module_of
 from panda.installation.packages import parsed
 from panda.installation.packages import plain
+from panda.registry.api import API_GROUP
 from panda.registry.api import checked_api
 from panda.registry.declarations import declarations
 from panda.registry.declarations import source_file
 from panda.registry.errors import UserError
 from panda.registry.kinds import KINDS
-from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import kinds
 
 
@@ -165,7 +164,7 @@ def _shadowed(package: Package, every: Sequence[Package]) -> Iterator[Finding]:
                 )
                 problem = f"{name!r} is offered by {others}, too, so the name alone is an error"
                 yield Finding(subject, problem, f"Write `{qualified}` where this one is meant.", is_broken=False)
-    if any(name.startswith(f"{OWN_DISTRIBUTION}:") for names in package.declared.values() for name in names):
+    if any(":" in name for names in package.declared.values() for name in names):
         yield Finding(package.label, "a name has `:` in it", "Names must not contain `:`: rename it.")
 
 

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 from urllib.parse import urlparse
 
 from panda.installation.findings import Finding
+from panda.registry.api import API_GROUP
 from panda.registry.declarations import source_file
 from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
@@ -26,10 +27,6 @@ from panda.registry.offers import normalised
 
 Declared = Mapping[str, Mapping[str, str]]
 """Entry points: group to name to value."""
-
-
-API_GROUP = "panda.api"
-"""The group that states the version of panda's API for which a package was written; it holds no components."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,7 @@ def editable_folder(distribution: importlib.metadata.Distribution) -> Path | Non
 
 
 def stale(package: Package) -> list[Finding]:
-    """Metadata that no longer says what is there."""
+    """Findings about metadata that no longer matches the files."""
     found = [
         Finding(
             f"{package.label}",

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from panda.registry.errors import UserError
 
+API_GROUP = "panda.api"
+"""The group of entry points in which a package states the version; it holds no components."""
+
 API_VERSION = 1
 """Raised by a release in which panda gains names of components or keys of every run, or removes what was promised."""
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import dataclass
 
+from panda.registry.api import API_GROUP
 from panda.registry.declarations import Declaration
 from panda.registry.declarations import declarations
 from panda.registry.errors import UserError
@@ -167,7 +168,7 @@ def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
     groups |= {f"panda.{kind}s": kind for kind in added}
     offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
     for name, version, text in texts:
-        stated = [value for _, entry, value in _entry_points(text, {"panda.api": "api"}) if entry == "version"]
+        stated = [value for _, entry, value in _entry_points(text, {API_GROUP: "api"}) if entry == "version"]
         api = stated[0].removeprefix("v") if stated else ""  # pyproject.toml takes no number there, but `v1`
         for kind, entry, module in _entry_points(text, groups):
             if kind != "kind" or entry in added:
