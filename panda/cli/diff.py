@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 from panda.cli.command import run_command
 from panda.files.terminal import printable_line
 from panda.registry import UserError
+from panda.run.description import read_provenance
+from panda.run.directory import PROVENANCE
+from panda.run.directory import configuration_in
 
 HEADS = {"started", "command", "components", "origins", "packages", "user_files", "earlier_starts", "end"}
 """Of provenance.json: what has a heading of its own, or differs between any two runs."""
@@ -33,12 +35,12 @@ def _diff(argv: list[str]) -> None:
     parser.add_argument("runs", nargs=2, metavar="RUN", type=Path, help="a run directory")
     runs: list[Path] = parser.parse_args(argv).runs
     for run in runs:
-        if not (run / "config.yaml").is_file():
+        if not configuration_in(run):
             raise UserError(f"{run}: expected a run directory, with the config.yaml of its run in it.")
-    configs, provenances = (
-        [_yaml(run / "config.yaml") for run in runs],
-        [_json(run / "provenance.json") for run in runs],
-    )
+    configs, provenances = [configuration_in(run) for run in runs], [read_provenance(run) for run in runs]
+    for run, provenance in zip(runs, provenances, strict=True):
+        if not provenance:
+            print(f"note: {run / PROVENANCE} is missing or damaged: only configurations and losses are compared.\n")
     same = True
     for title, pair in (
         ("configuration", configs),
@@ -58,7 +60,7 @@ def _diff(argv: list[str]) -> None:
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What the two do not share: keys, and the values of both."""
-    for key in [*first, *(second.keys() - first.keys())]:
+    for key in [*first, *(key for key in second if key not in first)]:
         before, after = (printable_line(str(each[key])) if key in each else MISSING for each in (first, second))
         if before != after:
             yield key, before, after
@@ -133,21 +135,3 @@ def _agreed(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _yaml(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as problem:
-        raise UserError(f"{path}: cannot be read: {printable_line(str(problem))}") from problem
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """What ``path`` holds; nothing where the file is missing, or damaged."""
-    try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        print(f"note: {path} is missing or damaged: without it only configurations and losses are compared.\n")
-        return {}

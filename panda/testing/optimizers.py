@@ -245,9 +245,16 @@ class _Order:
 
 
 def _make(orders: list[tuple[_Runs, _Order]], folder: Path) -> None:
-    """Make the runs, those on equally many ranks in one process group, since starting one takes seconds."""
+    """Make the runs, those on equally many ranks in one process group, since starting one takes seconds.
+
+    Says on stderr how far it is.
+    """
+    done = 0
     for place in dict.fromkeys((order.case.ranks, order.case.tensor_ranks) for _, order in orders):
         some = [(runs, order) for runs, order in orders if (order.case.ranks, order.case.tensor_ranks) == place]
+        where = "1 process" if place[0] == 1 else f"{place[0]} ranks"
+        print(f"{done} of {len(orders)} runs are made; {len(some)} on {where} ...", file=sys.stderr, flush=True)
+        done += len(some)
         made = train_each([order.argv for _, order in some], ranks=place[0], cwd=folder)
         for (runs, order), outcome in zip(some, made, strict=True):
             runs.outcomes[order.name] = outcome

@@ -132,7 +132,9 @@ FAILURES: dict[str, Failure] = {
     "group misspelt": Failure("Write `panda.models`", entry_points="[panda.modles]\ntiny = acme.tiny"),
     "group with a hyphen": Failure("Write `panda.models`", entry_points="[panda-models]\ntiny = acme.tiny"),
     "kind that nobody adds": Failure("Write one of panda.tasks", entry_points="[panda.judges]\ntiny = acme.tiny"),
-    "entry point with a colon": Failure("a name has `:` in it", entry_points="[panda.models]\nacme:tiny = acme.tiny", unnamed=("show", "check")),
+    "entry point with a colon": Failure(
+        "a name has `:` in it", entry_points="[panda.models]\nacme:tiny = acme.tiny", unnamed=("show", "check")
+    ),
     "entry point without =": Failure("is no `name = module`", entry_points="[panda.models]\ntiny acme.tiny"),
     "entry point without module": Failure("is no `name = module`", entry_points="[panda.models]\ntiny =", shown="tiny"),
     "no entry points": Failure(
