@@ -66,6 +66,8 @@ def test_profile_is_short_for_one_more_plugin(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("plugins: [a, b]")
     argv = ["--config", str(tmp_path / "run.yaml"), "--profile", "-p", "no:plot"]
     assert parse_arguments(argv).given["plugins"].value == ("a", "b", "profile", "no:plot")
+    (tmp_path / "run.yaml").write_text("plugins: [a, 'no:plot']\n")  # as a run with `-p no:plot` records it
+    assert parse_arguments([*argv, "-p", "no:plot"]).given["plugins"].value == ("a", "no:plot", "profile")
 
 
 @pytest.mark.parametrize("argv", [["-p"], ["-p", "plot"], ["-p", "no:"], ["-p="]])
