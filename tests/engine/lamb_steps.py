@@ -150,12 +150,26 @@ def one_parameter_each(layout: ParameterLayout) -> ParameterLayout:
     return ParameterLayout(tuple(described), lambda squares: squares)
 
 
-def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
+def config_of(configuration: dict[str, Any], file: Path, processes: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration of a case; what the case adds to it goes through ``file``."""
     from panda.configuration.options import RunOptions
+    from panda.engine.deepspeed_config import deepspeed_config
+
+    if processes.rank == 0:
+        file.write_text(json.dumps(configuration.get("deepspeed", {})))
+    processes.barrier()
+    options = RunOptions(
+        **configuration["options"],
+        gradient_accumulation_steps=len(COUNTS) // processes.world_size,
+        deepspeed_config=str(file),
+    )
+    return deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
+
+
+def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
     from panda.engine.checkpoints.writing import Progress
     from panda.engine.checkpoints.writing import load_checkpoint
     from panda.engine.checkpoints.writing import save_checkpoint
-    from panda.engine.deepspeed_config import deepspeed_config
     from panda.engine.engine import Engine
     from panda.engine.processes import join_processes
     from panda.engine.processes import leave_processes
@@ -172,17 +186,7 @@ def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
         )
         if configuration.get("naive"):
             optimizer.bind = lambda layout: NVLamb.bind(optimizer, one_parameter_each(layout))
-        file = out / f"{name}.json"
-        if processes.rank == 0:
-            file.write_text(json.dumps(configuration.get("deepspeed", {})))
-        processes.barrier()
-        options = RunOptions(
-            **configuration["options"],
-            gradient_accumulation_steps=len(COUNTS) // processes.world_size,
-            deepspeed_config=str(file),
-        )
-        config = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
-        return Engine(module, optimizer, config, processes)
+        return Engine(module, optimizer, config_of(configuration, out / f"{name}.json", processes), processes)
 
     def steps(engine: Engine, numbers: range) -> None:
         for step in numbers:

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lamb_steps import COUNTS
+from lamb_steps import config_of
 from lamb_steps import groups_of
 from lamb_steps import loss_sum
 from lamb_steps import make_network
 from lamb_steps import micro_batches
 from lamb_steps import trained_weights
 
-from panda.configuration.options import RunOptions
 from panda.engine.checkpoints.weights_copies import read_copies
 from panda.engine.checkpoints.weights_copies import write_copies
 from panda.engine.checkpoints.writing import Progress
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint
-from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
@@ -47,15 +45,7 @@ def make_engine(processes: Processes, file: Path, configuration: dict[str, Any])
     module = make_network(configuration["network"])
     with torch.no_grad():
         next(module.parameters()).view(-1)[:3] = -0.0  # whose sign must not be lost
-    if processes.rank == 0:
-        file.write_text(json.dumps(configuration.get("deepspeed", {})))
-    processes.barrier()
-    options = RunOptions(
-        **configuration["options"],
-        gradient_accumulation_steps=len(COUNTS) // processes.world_size,
-        deepspeed_config=str(file),
-    )
-    config = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
+    config = config_of(configuration, file, processes)
     return Engine(module, torch.optim.AdamW(groups_of(module), eps=1e-4), config, processes)
 
 
