@@ -115,8 +115,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
     if (added or blocked) and not (named and named.is_nested):
         written = texts_of(named)
-        more = dict.fromkeys([*added, *(BLOCK + name for name in blocked)])
-        items = (*written, *(item for item in more if item not in written))  # a run's own config.yaml has them, too
+        short = dict.fromkeys([*added, *(BLOCK + name for name in blocked)])
+        items = (*written, *(item for item in short if item not in written))  # a run's own config.yaml has them, too
         given["plugins"] = Given(items, named.origin if named else "--profile" if added else "-p", ", ".join(items))
     recorded = {key: value for key, value in file.given.items() if key not in flags} if file.is_recorded else {}
     return Arguments(given, asks_for_help, file.api, recorded)

@@ -54,14 +54,11 @@ def copy_weights(engine: Engine) -> WeightsCopy:
 
 
 @contextmanager
-def using(engine: Engine, copied: WeightsCopy | None) -> Iterator[None]:
-    """In the meantime the model has the weights of ``copied``; then it has its own again, to the bit. None: its own.
+def using(engine: Engine, copied: WeightsCopy) -> Iterator[None]:
+    """In the meantime the model has the weights of ``copied``; then it has its own again, to the bit.
 
     Every rank has to open it. Nothing may be trained or saved in it.
     """
-    if copied is None:
-        yield
-        return
     other = [replace(layout, tensor=tensor) for layout, tensor in zip(copied.layouts, copied.tensors, strict=True)]
     if engine.optimizer is engine.own_optimizer:  # its tensors are the weights of the model: nothing is wrapped
         _exchange(copied)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from panda.registry.declarations import declarations
 from panda.registry.declarations import source_file
 from panda.registry.errors import UserError
 from panda.registry.kinds import KINDS
+from panda.registry.offers import can_be_kind
 from panda.registry.offers import kinds
 
 
@@ -94,7 +94,7 @@ def _entries(package: Package) -> Iterator[Finding]:
                     "Rename one of them.",
                 )
             lower[name.lower()] = name
-            if group == "panda.kinds" and (name in KINDS or not re.fullmatch("[a-z][a-z0-9_]*", name)):
+            if group == "panda.kinds" and not can_be_kind(name):
                 problem = "is one of panda's own" if name in KINDS else "is no word in small letters"
                 yield Finding(subject, f"the kind {name!r} {problem}, so it is not added", "Rename it.")
             yield from _entry(subject, module, known[group], name)

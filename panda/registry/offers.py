@@ -67,11 +67,6 @@ class Offer:
         return f"{self.kind} {self.name}"
 
     @property
-    def lasting(self) -> str:
-        """The spelling that means this offer whatever else is installed: a name of panda's own alone does."""
-        return self.name if self.is_own else self.qualified
-
-    @property
     def is_own(self) -> bool:
         """Whether it is one of panda's own."""
         return self.distribution == OWN_DISTRIBUTION

@@ -98,16 +98,15 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (folder / f"{name}.py").write_text(source)
     (tmp_path / "mine.py").write_text(SHOUT)
     monkeypatch.chdir(tmp_path)
-    path, modules, recorded = list(sys.path), set(sys.modules), set(components._recorded)
+    path, executed = list(sys.path), dict(user_files._executed)
     yield folder
     sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
-    for key in set(components._recorded) - recorded:
-        if not key[2].startswith("panda."):
-            del components._recorded[key]
+    forgotten = imported(tmp_path)
+    for name in forgotten:
+        del sys.modules[name]
+    components.forget(forgotten)
     user_files._executed.clear()
+    user_files._executed.update(executed)  # files of earlier tests in this process, which panda would forget itself
 
 
 RUN = ("--arch", "llama-tiny", "--instruction_tuning_data_dir", "data")
