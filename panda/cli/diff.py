@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.run_folders import run_folder
 from panda.files.terminal import printable_line
-from panda.registry import UserError
 from panda.run.description import read_provenance
 from panda.run.directory import PROVENANCE
 from panda.run.directory import configuration_in
@@ -32,11 +32,8 @@ def _diff(argv: list[str]) -> None:
         " loss, a gradient norm or a rate differs. Figures are compared as they are recorded, to the bit.",
         epilog="example: panda diff runs/first runs/second",
     )
-    parser.add_argument("runs", nargs=2, metavar="RUN", type=Path, help="a run directory")
-    runs: list[Path] = parser.parse_args(argv).runs
-    for run in runs:
-        if not configuration_in(run):
-            raise UserError(f"{run}: expected a run directory, with the config.yaml of its run in it.")
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="a run directory")
+    runs = [run_folder(run) for run in parser.parse_args(argv).runs]
     configs, provenances = [configuration_in(run) for run in runs], [read_provenance(run) for run in runs]
     for run, provenance in zip(runs, provenances, strict=True):
         if not provenance:

@@ -1,25 +1,43 @@
-"""``panda plot``: draws the learning-rate schedule of a configuration."""
+"""``panda plot``: draws curves of runs beside each other, or the learning-rate schedule of a configuration."""
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.cli.run_folders import run_folder
+from panda.cli.run_folders import short_names
 from panda.configuration.configure import Configuration
 from panda.files.whole import check_can_be_made
+from panda.hooks.curves import X_AXES
+from panda.hooks.curves import Recorded
+from panda.hooks.curves import draw_runs
 from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
+from panda.registry.location import resolve_path
 
 USAGE = """\
-usage: panda plot schedule CONFIG [--out FILE.png] [--KEY VALUE ...] [-p no:NAME]
+usage: panda plot RUN [RUN ...] [--metric NAME] [--x steps|tokens|hours] [--out FILE]
+       panda plot schedule CONFIG [--out FILE] [--KEY VALUE ...] [-p no:NAME]
 
-Draw the learning rate of every optimizer step of a run, by default into schedule.png. Without
-max_steps the data is read and tokenised, since it decides how many steps there are.
+Draw a metric of runs beside each other, by default their loss, over steps, into runs.png. Each RUN
+is the folder of a run, also of one that is still training. NAME is an entry of its metrics.jsonl,
+such as eval_loss, grad_norm, learning_rate or tokens_per_second.
 
+Or draw the learning rate of every optimizer step of a configuration, by default into schedule.png.
+Without max_steps the data is read and tokenised, since it decides how many steps there are.
+
+FILE ends in .png, .svg or .pdf.
+
+example: panda plot runs/first runs/second --metric eval_loss --x hours
 example: panda plot schedule panda:configs/instruct-tiny.yaml --lr_scheduler wsd --max_steps 1000"""
+
+FORMATS = (".png", ".svg", ".pdf")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,10 +48,35 @@ def main(argv: list[str] | None = None) -> int:
 def _plot(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
-        return
-    if argv[:1] != ["schedule"]:
-        raise UserError(f"expected `schedule`, the only thing that it draws.\n{USAGE}")
-    flags, out = _without_out(argv[1:])
+    elif argv[:1] == ["schedule"]:
+        _plot_schedule(argv[1:])
+    else:
+        _plot_runs(argv)
+
+
+def _plot_runs(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="panda plot", usage=USAGE.removeprefix("usage: "))
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--metric", default="loss")
+    parser.add_argument("--x", choices=[*X_AXES], default="steps")
+    parser.add_argument("--out", default="runs.png")
+    arguments = parser.parse_args(argv)
+    out = _checked_out(arguments.out)
+    folders = [run_folder(run) for run in arguments.runs]
+    runs = [Recorded.read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    draw_runs(runs, out, metric=arguments.metric, over=arguments.x)
+    for run in runs:
+        _, values = run.curve(arguments.metric, arguments.x)
+        finite = [value for value in values if math.isfinite(value)]
+        shown = (
+            f"first {finite[0]:.4g}, least {min(finite):.4g}, last {finite[-1]:.4g}" if finite else "no finite value"
+        )
+        print(f"{run.name}: {arguments.metric} {shown}, {len(values):,} records")
+    print(out)
+
+
+def _plot_schedule(argv: list[str]) -> None:
+    flags, out = _without_out(argv)
     configuration = configured(flags, USAGE)
     if configuration is None:
         return
@@ -52,11 +95,15 @@ def _without_out(argv: list[str]) -> tuple[list[str], Path]:
     if "--out" not in words:
         return words, Path("schedule.png")
     at = words.index("--out")
-    out = Path(words[at + 1]) if at + 1 < len(words) else Path()
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise UserError(f"--out: {str(out)!r} is not a .png file in an existing folder.")
+    return words[:at] + words[at + 2 :], _checked_out(words[at + 1] if at + 1 < len(words) else "")
+
+
+def _checked_out(text: str) -> Path:
+    out = resolve_path(text) if text else Path()
+    if out.suffix not in FORMATS or not out.parent.is_dir():
+        raise UserError(f"--out: {text!r} is not a file in an existing folder that ends in {', '.join(FORMATS)}.")
     check_can_be_made(out, "--out")
-    return words[:at] + words[at + 2 :], out
+    return out
 
 
 def _total_steps(configuration: Configuration) -> int:
@@ -91,4 +138,4 @@ def draw_schedule(rates: list[float], path: Path, *, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.set_title(title, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    figure.savefig(path)

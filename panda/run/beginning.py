@@ -145,6 +145,7 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         "parameters": model.parameters,
         "trained_parameters": model.trained_parameters,
         "attention": getattr(getattr(model.base, "config", None), "_attn_implementation", None),
+        "total_steps": run.plan.total_steps,
         "samples": len(dataset),
         "tokens": dataset.tokens,
         "supervised_tokens": dataset.supervised_tokens,

@@ -26,6 +26,11 @@ class RunLock(ExitStack):
             raise UserError(f"{directory}: cannot be written to: {problem.strerror}.") from None
 
 
+def is_in_use(directory: Path) -> bool:
+    """Whether a process holds ``directory``. Creates and holds nothing."""
+    return holder_of(directory / FILE) is not None
+
+
 def check_free(directory: Path) -> None:
     """Raise UserError if a process holds ``directory``. Creates and holds nothing."""
     if holder := holder_of(directory / FILE):

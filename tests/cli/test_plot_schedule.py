@@ -47,7 +47,7 @@ def test_ranks_that_hold_a_copy_together_take_one_part_of_the_data(
     for processes in (None, "1", "2"):  # of the second, a run would be refused
         monkeypatch.setenv("WORLD_SIZE", processes) if processes else monkeypatch.delenv("WORLD_SIZE", raising=False)
         assert main(["schedule", config, "--tensor_parallel_size", "2"]) == 0
-        assert capsys.readouterr().out.startswith("schedule.png: 169 steps, ")
+        assert "schedule.png: 169 steps, " in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["schedule", config, "--tensor_parallel_size", "2"]) == 0
     assert capsys.readouterr().out.startswith("schedule.png: 85 steps, ")
@@ -55,18 +55,17 @@ def test_ranks_that_hold_a_copy_together_take_one_part_of_the_data(
 
 def test_without_max_steps_the_data_decides(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule", config, "--out=steps.png"]) == 0
-    assert capsys.readouterr().out.startswith("steps.png: 169 steps, ")  # 5,400 rows by 32
+    assert "steps.png: 169 steps, " in capsys.readouterr().out  # 5,400 rows by 32
     assert Path("steps.png").exists()
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "expected `schedule`"),
-        (["loss"], "expected `schedule`"),
+        (["loss"], "loss: expected a run directory"),
         (["schedule"], "no configuration is given"),
         (["schedule", "run.yaml", "--out", "nowhere/a.png"], "nowhere/a.png"),
-        (["schedule", "run.yaml", "--out", "a.pdf"], "a.pdf"),
+        (["schedule", "run.yaml", "--out", "a.jpg"], "a.jpg"),
         (["schedule", "run.yaml", "--min_lr_ratio", "0.1"], "min_lr_ratio"),
     ],
 )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
+from panda.hooks.curves import Recorded
+from panda.hooks.curves import draw_run
 from panda.hooks.plot import Plot
-from panda.hooks.plot import _smoothed
-from panda.hooks.plot import draw_loss
 from panda.registry import NoOptions
 from panda.registry.contexts import PluginContext
 
@@ -66,41 +66,5 @@ def test_odd_records_and_names_still_make_a_picture(
     records = [record(step, loss) for step, loss in enumerate(losses, 1)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        draw_loss(records, tmp_path / "loss.png", title=title)
+        draw_run(Recorded(title, records), tmp_path / "loss.png")
     assert_picture(tmp_path / "loss.png")
-
-
-def test_the_smoothed_curve_of_a_constant_is_that_constant() -> None:
-    assert _smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
-
-
-def test_the_smoothed_curve_is_the_weighted_mean_of_what_came_before() -> None:
-    assert _smoothed([1.0, 2.0, 4.0]) == pytest.approx(
-        [1.0, (0.9 * 1 + 2) / 1.9, (0.81 * 1 + 0.9 * 2 + 4) / (0.81 + 0.9 + 1)]
-    )
-
-
-def test_evaluations_are_a_curve_of_their_own(make_run: Any, record: Any, evaluation: Any, drawn: list[Any]) -> None:
-    run = make_run(step=2)
-    lines = [record(1), record(2), evaluation(2), record(3), evaluation(3)]
-    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plugin = started(run)
-    for step in (3, 4):
-        plugin.panda_log(record(step))
-    plugin.panda_evaluation(evaluation(4, loss=float("nan")))
-    plugin.panda_run_end(run)
-    assert_picture(run.directory / "loss.png")
-    (figure,) = drawn
-    curves = {line.get_label(): line.get_xdata().tolist() for axes in figure.axes for line in axes.lines}
-    assert curves["loss"] == [1, 2, 3, 4] and curves["evaluation"] == [2, 4]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved."""
-    from matplotlib.figure import Figure
-
-    figures: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
-    return figures

@@ -1,0 +1,46 @@
+"""Runs that a command line names, or that are found in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+
+from panda.registry import UserError
+from panda.registry.location import resolve_path
+from panda.run.directory import PROVENANCE
+from panda.run.directory import RUN_CONFIG
+
+
+def run_folder(text: str) -> Path:
+    """The run directory that ``text`` names. Raises UserError where it is none."""
+    folder = resolve_path(text)
+    if not is_run(folder):
+        raise UserError(f"{text}: expected a run directory, with the config.yaml of its run in it.")
+    return folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is a run directory."""
+    return (folder / RUN_CONFIG).is_file()
+
+
+def runs_below(folder: Path) -> Iterator[Path]:
+    """The runs in ``folder`` and its folders, but not those within runs, by name."""
+    for each in sorted(folder.iterdir()):
+        if each.is_dir() and not each.is_symlink() and not each.name.startswith("."):
+            if is_run(each) and (each / PROVENANCE).exists():
+                yield each
+            else:
+                yield from runs_below(each)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each of ``folders``: the parts of their paths, from the first that is not the same in all."""
+    paths = [folder.absolute().parts for folder in folders]
+    if len(set(paths)) < 2:
+        return [folder.absolute().name for folder in folders]
+    shared = 0
+    while len({parts[: shared + 1] for parts in paths}) == 1:
+        shared += 1
+    return ["/".join(parts[shared:]) or parts[-1] for parts in paths]

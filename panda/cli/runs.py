@@ -1,0 +1,139 @@
+"""``panda runs``: the runs in a folder, how far they are, and how good."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from panda.cli.command import run_command
+from panda.cli.run_folders import runs_below
+from panda.files.terminal import printable_line
+from panda.registry import UserError
+from panda.registry.location import resolve_path
+from panda.run.description import read_provenance
+from panda.run.directory import configuration_in
+from panda.run.directory_lock import is_in_use
+
+ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "run": lambda row: str(row["run"]),
+    "status": lambda row: str(row["status"]),
+    "step": lambda row: f"{row['step']:,}" + (f"/{row['total_steps']:,}" if row["total_steps"] else ""),
+    "loss": lambda row: _loss(row["loss"]),
+    "least": lambda row: _loss(row["least_loss"]),
+    "eval": lambda row: _loss(row["eval_loss"]),
+    "best eval": lambda row: _loss(row["best_eval_loss"]),
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "",
+    "age": lambda row: _age(row["age_seconds"]),
+}
+"""The columns, and what a row says in each."""
+TEXTS = ("run", "status")
+"""Columns of texts, which are set to the left."""
+SORTED = {"age": "age_seconds", "loss": "loss", "eval": "best_eval_loss", "run": "run"}
+"""What rows are sorted by, from the least."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``panda runs``."""
+    return run_command(_runs, argv)
+
+
+def _runs(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="panda runs",
+        description="List the runs in a folder and its folders: whether they train, have finished or were interrupted,"
+        " how far they are, the last and the least loss (training, and evaluation where there is one), speed, and the"
+        " time since they last wrote something.",
+        epilog="example: panda runs runs --sort eval",
+    )
+    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="by default %(default)s")
+    parser.add_argument("--sort", choices=[*SORTED], default="age", help="by default the latest come first")
+    parser.add_argument("--json", action="store_true", help="one JSON array of objects")
+    arguments = parser.parse_args(argv)
+    folder = resolve_path(arguments.folder)
+    if not folder.is_dir():
+        raise UserError(f"{arguments.folder}: no such folder. Name the one that has your runs: panda runs DIR.")
+    key = SORTED[arguments.sort]
+    rows = sorted((described(run, folder) for run in runs_below(folder)), key=lambda row: _place(row[key]))
+    if arguments.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif rows:
+        _print(rows)
+    else:
+        print(f"no runs in {printable_line(str(folder))}")
+
+
+def described(run: Path, folder: Path) -> dict[str, Any]:
+    """A row for ``run``, which is somewhere in ``folder``."""
+    from panda.hooks.metrics import read_evaluations
+    from panda.hooks.metrics import read_metrics
+
+    records, evaluations, provenance = read_metrics(run), read_evaluations(run), read_provenance(run)
+    total = provenance.get("total_steps")
+    last: dict[str, Any] = records[-1] if records else {}
+    losses, evaluated = (_finite(found, key) for found, key in ((records, "loss"), (evaluations, "eval_loss")))
+    touched = max(path.stat().st_mtime for path in (run, *run.glob("*.json*")))
+    return {
+        "run": str(run.relative_to(folder)),
+        "status": _status(run, provenance, last),
+        "step": last.get("step", 0),
+        "total_steps": total if isinstance(total, int) else None,
+        "loss": last.get("loss"),
+        "least_loss": min(losses, default=None),
+        "eval_loss": evaluated[-1] if evaluated else None,
+        "best_eval_loss": min(evaluated, default=None),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "task": configuration_in(run).get("task"),
+        "age_seconds": max(0, round(time.time() - touched)),
+    }
+
+
+def _status(run: Path, provenance: dict[str, Any], last: dict[str, Any]) -> str:
+    """What is known of ``run``; of one on another machine that holds no lock here, what it has written."""
+    if is_in_use(run):
+        return "training" if last else "starting"
+    end = provenance.get("end")
+    if isinstance(end, dict):
+        return "stopped early" if end.get("stopped") else "finished"
+    saved = any((run / "checkpoints").glob("step-*"))
+    return "interrupted" if saved else "ended without a checkpoint"
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    """A table of the columns that any of ``rows`` has something for."""
+    cells = {name: [printable_line(shown(row)) for row in rows] for name, shown in ROWS.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
+    for number in range(-1, len(rows)):
+        line = [
+            f"{name if number < 0 else cells[name][number]:{'<' if name in TEXTS else '>'}{width}}"
+            for name, width in widths.items()
+        ]
+        print("  ".join(line).rstrip())
+    sys.stdout.flush()
+
+
+def _finite(records: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in records if record[key] is not None and math.isfinite(record[key])]
+
+
+def _place(value: Any) -> tuple[bool, Any]:
+    """Where a row is sorted: those without a value last."""
+    return value is None, value if value is not None else 0
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,114 @@
+"""``panda runs``, and ``panda plot`` of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from panda.cli import plot
+from panda.cli import runs
+from panda.cli.run_folders import short_names
+from panda.files.locks import held
+
+
+def make(run: Path, losses: list[float | None], **provenance: Any) -> Path:
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("task: instruct\n")
+    (run / "provenance.json").write_text(json.dumps({"total_steps": 10} | provenance))
+    steps = {"learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1234.5, "step_seconds": 1.0}
+    records = [{"step": step, "loss": loss, "tokens": step, **steps} for step, loss in enumerate(losses, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    return run
+
+
+@pytest.fixture
+def some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs"
+    make(folder / "finished", [2.0, 1.0, 1.5], end={"step": 3})
+    with (folder / "finished" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "eval_loss": 1.25}\n{"step": 3, "eval_loss": 1.75}\n')
+    make(folder / "stopped", [2.0], end={"step": 1, "stopped": {"by": "early_stopping", "reason": "no better"}})
+    make(folder / "lab" / "interrupted", [3.0, None]).joinpath("checkpoints", "step-00000001").mkdir()
+    make(folder / "lab" / "without", [])
+    os.utime(folder / "stopped", (0, 0))
+    (folder / "no_run" / "export").mkdir(parents=True)
+    return folder
+
+
+def rows(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert runs.main([*argv, "--json"]) == 0
+    return {row["run"]: row for row in json.loads(capsys.readouterr().out)}
+
+
+def test_runs_are_listed_with_their_status(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(some / "lab" / "without" / ".lock"):
+        found = rows(capsys)
+    assert {run: row["status"] for run, row in found.items()} == {
+        "finished": "finished",
+        "stopped": "stopped early",
+        "lab/interrupted": "interrupted",
+        "lab/without": "starting",
+    }
+    assert rows(capsys)["lab/without"]["status"] == "ended without a checkpoint"
+    finished = found["finished"]
+    assert [finished[key] for key in ("step", "total_steps", "loss", "least_loss")] == [3, 10, 1.5, 1.0]
+    assert [finished[key] for key in ("eval_loss", "best_eval_loss", "tokens_per_second")] == [1.75, 1.25, 1234.5]
+    assert found["lab/interrupted"]["loss"] is None and found["lab/interrupted"]["least_loss"] == 3
+
+
+def test_a_run_that_trains_is_said_to(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(some / "finished" / ".lock"):
+        assert rows(capsys)["finished"]["status"] == "training"
+
+
+def test_the_table_is_sorted_and_fits_a_terminal(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.main(["runs", "--sort", "loss"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "status", "step", "loss", "least", "eval", "best", "eval", "tokens/s", "age"]
+    assert [line.split()[0] for line in lines[1:]] == ["finished", "stopped", "lab/interrupted", "lab/without"]
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+    assert runs.main([str(tmp_path / "x")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_runs_are_plotted(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plot.main(["runs/finished", "runs/stopped", "--x", "hours"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "finished: loss first 2, least 1, last 1.5, 3 records",
+        "stopped: loss first 2, least 2, last 2, 1 records",
+        "runs.png",
+    ]
+    assert plot.main(["runs/finished", "--metric", "eval_loss", "--out", "a.svg"]) == 0
+    assert Path("runs.png").read_bytes().startswith(b"\x89PNG") and "<svg" in Path("a.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["runs/nowhere"], "error: runs/nowhere: expected a run directory, with the config.yaml of its run in it.\n"),
+        (["runs/finished", "--out", "a.jpg"], "error: --out: 'a.jpg' is not a file in an existing folder that ends in"),
+        (["runs/stopped", "--metric", "eval_loss"], "error: --metric: stopped has no 'eval_loss' on record, but grad_"),
+    ],
+)
+def test_what_cannot_be_plotted_is_refused(
+    some: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert plot.main(argv) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_names_are_the_parts_that_differ() -> None:
+    paths = ["/a/runs/x/seed-1", "/a/runs/x/seed-2", "/a/runs/y"]
+    assert short_names([Path(each) for each in paths]) == ["x/seed-1", "x/seed-2", "y"]
+    assert short_names([Path("/a/runs/x")]) == ["x"]
+    assert short_names([Path("/a"), Path("/a/b")]) == ["a", "b"]
