@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import chain
 from multiprocessing.reduction import ForkingPickler
@@ -310,6 +311,31 @@ class _Deadly(TokenDataset):
 def test_a_worker_that_is_killed_is_an_error_and_no_hang(dataset: TokenDataset) -> None:
     with pytest.raises(UserError, match="a process that prepares batches was killed from outside"):
         prepare(_Deadly(**vars(dataset)), plan_of(), workers=2)
+
+
+class _Signalled(TokenDataset):
+    heard = signal.SIGINT
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 7:  # by another process: as a scheduler, or a terminal
+            subprocess.run(["kill", f"-{self.heard:d}", str(os.getpid())], check=True)
+            time.sleep(0.2)
+        return super().__getitem__(index)
+
+
+class _Terminated(_Signalled):
+    heard = signal.SIGTERM
+
+
+@pytest.mark.parametrize("kind", [_Signalled, _Terminated])
+def test_a_worker_goes_on_when_all_processes_of_a_run_are_signalled(
+    dataset: TokenDataset, kind: type[TokenDataset]
+) -> None:
+    """The step of which it prepares batches is to be finished first."""
+    prepared = prepare(kind(**vars(dataset)), plan_of(), workers=1)
+    assert [[who(batch) for batch in step] for step in prepared] == [
+        [who(batch) for batch in step] for step in prepare(dataset, plan_of())
+    ]
 
 
 def test_a_mapped_data_set_is_sent_to_a_process_by_its_place(dataset: TokenDataset, tmp_path: Path) -> None:

@@ -27,12 +27,14 @@ from panda.run.description import write_end
         ("hf_" + "a" * 30 + " is it", "*** is it"),
         ("hf_shape and sk-1 and mail@host", "hf_shape and sk-1 and mail@host"),
         ("from the environment: correct horse", "from the environment: ***"),
+        ("from the environment: correct horse battery", "from the environment: ***"),
     ],
 )
 def test_secrets_are_known_by_their_form_or_from_the_environment(
     text: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACME_API_KEY", "correct horse")
+    monkeypatch.setenv("ACME_TOKEN", "correct horse battery")  # of which another one is a part
     monkeypatch.setenv("ACME_KEY_FILE", "environment")  # where it is, not what it is
     monkeypatch.setenv("SHORT_TOKEN", "it")
     assert without_secrets(text) == expected

@@ -86,9 +86,10 @@ def test_one_damaged_line_does_not_drop_the_rest(
     run = make_run(step=5)
     lines = [json.dumps(record(step)).encode() for step in range(1, 6)]
     lines[1], lines[3] = b'{"step": 2, "loss": "\xff', b"[" * 100_000
-    (run.directory / "metrics.jsonl").write_bytes(b"\n".join([*lines, b""]))
+    lines.append(json.dumps(record(1) | {"step": True}).encode())
+    (run.directory / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"{}", b""]))
     assert [line["step"] for line in read_metrics(run.directory)] == [1, 3, 5]
-    assert "metrics.jsonl:2 and 1 more lines: damaged, and left out" in capsys.readouterr().err
+    assert "metrics.jsonl:2 and 2 more lines: damaged, and left out" in capsys.readouterr().err
     started(run)
     assert steps(run) == [1, 3, 5]
 
