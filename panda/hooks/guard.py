@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
+from panda.configuration.user_code import flags_of_files
 from panda.files.terminal import printable
 from panda.files.whole import whole
 from panda.hooks.record_file import RecordFile
@@ -24,6 +26,8 @@ from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from panda.data.batches import Batch
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 FILE_NAME = "skipped.jsonl"
 BATCHES = "skipped-batches"
 """The folder of the batches at which a run was stopped."""
+OWN = "plugin guard: "
+"""Before the reasons of this plugin where a run names who skips a step."""
 SHOWN = 3
 """Samples and steps that a line names."""
 WINDOW = 100
@@ -42,6 +48,11 @@ TO_DEVIATION = 1.4826
 """Times the median of the distances from the median: the standard deviation, of a normal distribution."""
 LEAST_DEVIATION = 0.01
 """Of the median: where all steps are alike, smaller differences are none."""
+
+
+def read_skipped(run: Path) -> dict[int, dict[str, Any]]:
+    """The records of the skipped steps of ``run``, a run directory, by step."""
+    return {record["step"]: record for record in read_records(run / FILE_NAME)}
 
 
 @dataclass(frozen=True)
@@ -95,12 +106,12 @@ class Guard:
         self.in_a_row += 1
         loss, grad_norm = float(run.loss), float(run.grad_norm)  # waits for the device, as a step that was skipped may
         searches = run.options.precision == "fp16" and isfinite(loss) and run.left_out is None
-        why = f"by {run.left_out}" if run.left_out else _why_not_finite(loss, searches=searches)
+        why = run.left_out.removeprefix(OWN) if run.left_out else _why_not_finite(loss, searches=searches)
         samples = list(samples_of(run, step))
         if run.processes.rank == 0:
             self._write(run, step, why, (loss, grad_norm), samples)
             if not searches or self.in_a_row == 1:
-                print(printable(f"step {step} is skipped {why}. {_named(run, step, samples)}"), flush=True)
+                print(printable(f"step {step} is skipped: {why}. {_named(run, step, samples)}"), flush=True)
         if self.in_a_row >= self.options.guard_patience:
             run.processes.together(lambda: _save(run, step, self.batches))
 
@@ -117,6 +128,7 @@ class Guard:
 
     def _write(self, run: Run, step: int, why: str, found: tuple[float, float], samples: list[dict[str, Any]]) -> None:
         rate = run.options.learning_rate * run.schedule(step - 1) * run.learning_rate_factor
+        samples = [each | {"row": each["row"] and os.path.abspath(each["row"])} for each in samples]
         record = {"step": step, "why": why, "loss": found[0], "grad_norm": found[1], "learning_rate": rate}
         if self.file is None:
             self.file = RecordFile(run.directory / FILE_NAME, step - 1)
@@ -198,8 +210,8 @@ def samples_of(run: Run, step: int) -> Iterator[dict[str, Any]]:
 
 def _why_not_finite(loss: float, *, searches: bool) -> str:
     if searches:
-        return "since its gradients overflow in fp16, and the loss scale is lowered"
-    return "since its gradients are not finite" if isfinite(loss) else f"since its loss is {_spelt(loss)}"
+        return "its gradients overflow in fp16, and the loss scale is lowered"
+    return "its gradients are not finite" if isfinite(loss) else f"its loss is {_spelt(loss)}"
 
 
 def _spelt(value: float) -> str:
@@ -210,7 +222,8 @@ def _named(run: Run, step: int, samples: list[dict[str, Any]]) -> str:
     """The first of ``samples``, and where the others are."""
     first = ", ".join(each["row"] or f"sample {each['sample']}" for each in samples[:SHOWN])
     more = f" and {len(samples) - SHOWN:,} more" if len(samples) > SHOWN else ""
-    return f"Its rows: {first}{more} ({FILE_NAME}); `panda replay {run.directory} {step}` finds those responsible"
+    replay = f"panda replay {run.directory} {step}{flags_of_files(run.resolved)}"
+    return f"Its rows: {first}{more} ({FILE_NAME}). To find those responsible: {replay}"
 
 
 def _save(run: Run, step: int, batches: list[Batch]) -> None:
