@@ -14,6 +14,7 @@ from panda.configuration.arguments import parse_arguments
 from panda.files.terminal import printable_line
 from panda.registry import UserError
 from panda.registry.options import Given
+from panda.run.directory import PROVENANCE
 from panda.run.directory import RUN_CONFIG
 from panda.run.directory import configuration_in
 
@@ -83,9 +84,7 @@ def _checkpoint_before(run: Path, step: int) -> Path | None:
         return None
     before = find_checkpoint(Path(begun_from))
     if before is None or step_of(before) >= step:
-        raise UserError(
-            f"{run}: the run began from {begun_from}, of which no checkpoint before step {step:,} is there."
-        )
+        raise UserError(f"{run}: it began from {begun_from}, and there is no checkpoint before step {step:,} any more.")
     return before
 
 
@@ -94,29 +93,33 @@ def _arguments(run: Path, flags: list[str], checkpoint: Path | None, output: Pat
     arguments = parse_arguments(["--config", str(run / RUN_CONFIG), *flags])
     given = arguments.given
     origin = "panda replay"
-    for key, value in _as_it_was(run, given).items():
+    others: dict[str, Any] = {
+        "gradient_accumulation_steps": _micro_batches(run),
+        "output_dir": str(output),
+        "num_workers": 0,
+        **({"resume": str(checkpoint.absolute())} if checkpoint else {}),
+    }
+    for key, value in others.items():
         given[key] = Given(value, origin, str(value))
-    if checkpoint is not None:
-        given["resume"] = Given(str(checkpoint.absolute()), origin, str(checkpoint))
-    given["output_dir"] = Given(str(output), origin, str(output))
-    given["num_workers"] = Given(0, origin, "0")
-    for key in ("resume", "output_dir", "num_workers", "gradient_accumulation_steps"):
         arguments.recorded.pop(key, None)
     return arguments
 
 
-def _as_it_was(run: Path, given: dict[str, Given]) -> dict[str, Any]:
-    """The keys with which a step has the samples that it had in ``run``, on the ranks of this command."""
+def _micro_batches(run: Path) -> int:
+    """Those of a rank of this command, with which a step has the samples that it had in ``run``."""
     from panda.run.description import read_provenance
 
-    ranks = read_provenance(run).get("ranks", 1)
-    recorded = configuration_in(run)
-    together = recorded.get("tensor_parallel_size", 1)
-    accumulation = recorded.get("gradient_accumulation_steps")
+    recorded = {key.removeprefix("run."): value for key, value in configuration_in(run).items()}
+    numbers = {
+        "ranks": read_provenance(run).get("ranks"),
+        **{key: recorded.get(key) for key in ("tensor_parallel_size", "gradient_accumulation_steps")},
+    }
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{run}: {RUN_CONFIG} and {PROVENANCE} do not say {name!r}, so its steps are not known.")
+    ranks, together, accumulation = (int(value or 1) for value in numbers.values())
     here = int(os.environ.get("WORLD_SIZE", 1))
-    if "gradient_accumulation_steps" in given and given["gradient_accumulation_steps"].value != accumulation:
-        return {}
-    if here % together or not isinstance(accumulation, int):
+    if here % together:
         raise UserError(
             f"{run}: {together} ranks hold its model together. Start them: torchrun --nproc_per_node {together}"
             f" -m panda.cli.main replay {run} ..."
@@ -125,9 +128,9 @@ def _as_it_was(run: Path, given: dict[str, Given]) -> dict[str, Any]:
     if rest:
         raise UserError(
             f"{run}: a step has {accumulation * (ranks // together)} micro batches, which {here // together} ranks"
-            " cannot share evenly. Start another number of them, or one."
+            " cannot share evenly. Start one rank."
         )
-    return {"gradient_accumulation_steps": micro_batches}
+    return micro_batches
 
 
 def _replayed(arguments: Arguments, step: int, skipped: frozenset[int], *, between: bool) -> Replayed:
