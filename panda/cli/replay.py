@@ -56,7 +56,9 @@ def _replay(argv: list[str]) -> None:
         raise UserError(f"{run}: expected a run directory, with the {RUN_CONFIG} of its run in it.")
 
     from panda.hooks.guard import read_skipped
+    from panda.run.description import refuse_later
 
+    refuse_later(run)
     skipped = read_skipped(run)
     checkpoint = _checkpoint_before(run, step)
     rank = int(os.environ.get("RANK", 0))

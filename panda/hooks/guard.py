@@ -82,7 +82,6 @@ class Guard:
         self.options = options
         self.file: RecordFile | None = None
         self.batches: list[Batch] = []
-        self.in_a_row = 0
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
@@ -100,19 +99,17 @@ class Guard:
         if run.loss is None or run.grad_norm is None:  # left out
             return
         if run.applied:
-            self.in_a_row = 0
             self._taken()
             return
-        self.in_a_row += 1
         loss, grad_norm = float(run.loss), float(run.grad_norm)  # waits for the device, as a step that was skipped may
         searches = run.options.precision == "fp16" and isfinite(loss) and run.left_out is None
         why = run.left_out.removeprefix(OWN) if run.left_out else _why_not_finite(loss, searches=searches)
         samples = list(samples_of(run, step))
         if run.processes.rank == 0:
             self._write(run, step, why, (loss, grad_norm), samples)
-            if not searches or self.in_a_row == 1:
+            if not searches or run.skipped_in_a_row == 1:
                 print(printable(f"step {step} is skipped: {why}. {_named(run, step, samples)}"), flush=True)
-        if self.in_a_row >= self.options.guard_patience:
+        if run.skipped_in_a_row >= run.most_skipped:
             run.processes.together(lambda: _save(run, step, self.batches))
 
     def _taken(self) -> None:
@@ -145,8 +142,8 @@ class Guard:
         steps = [record["step"] for record in read_records(path)]
         if steps:
             shown = ", ".join(f"{step:,}" for step in steps[:SHOWN]) + ", ..." * (len(steps) > SHOWN)
-            were = "step was" if len(steps) == 1 else "steps were"
-            print(printable(f"{len(steps):,} of {run.step:,} {were} skipped: {shown} ({path})"), flush=True)
+            were = "was" if len(steps) == 1 else "were"
+            print(printable(f"{len(steps):,} of {run.step:,} steps {were} skipped: {shown} ({path})"), flush=True)
 
 
 class SpikeGuard(Guard):

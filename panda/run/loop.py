@@ -59,7 +59,7 @@ class Loop:
         self.counts = torch.tensor([start.tokens, start.units], dtype=torch.float64)
         self.counts = self.counts.to(run.processes.device)
         self.skipped, self.left_out = start.skipped_steps, start.left_out_steps
-        self.skipped_in_a_row = start.skipped_in_a_row
+        run.skipped_in_a_row = start.skipped_in_a_row
         self.skipped_since_saved = 0
         """Of the steps since the last checkpoint, those that were skipped."""
         if run.hooks.has("panda_gradients") and not run.engine.judges:
@@ -101,7 +101,7 @@ class Loop:
                 self.evaluate()
             wanted = self.options.save_final or run.save_is_due or self.is_interrupted
             if wanted and self.saved_step != run.step and self.is_worth_saving():
-                self.save(keep_all=self.skipped_in_a_row > 0)
+                self.save(keep_all=self.run.skipped_in_a_row > 0)
             if self.ended_by is None:
                 self.listen_outside()  # since the last step: then the export is still to do
         self.say_stop()
@@ -128,7 +128,7 @@ class Loop:
         is_last = step == plan.total_steps
         if step % options.logging_steps == 0 or is_last or run.stopped or self.ended_by:
             self.log(result, factor * options.learning_rate)
-        if self.skipped_in_a_row >= run.most_skipped:
+        if self.run.skipped_in_a_row >= run.most_skipped:
             if self.is_worth_saving():
                 self.save(keep_all=True)
             raise UserError(self.too_many_skipped())
@@ -145,7 +145,7 @@ class Loop:
             run.save_is_due = True
         # A step that was skipped is followed by the checkpoint only once one has been taken: a run whose gradients
         # stay NaN must not replace its last good checkpoint.
-        if (run.save_is_due or self.time_to_save) and not self.skipped_in_a_row:
+        if (run.save_is_due or self.time_to_save) and not self.run.skipped_in_a_row:
             self.save()
         if run.stopped:
             self.log(result, factor * options.learning_rate)
@@ -181,25 +181,27 @@ class Loop:
         return f"{how}, and {kept} is saved\n{how_to_continue(run.directory, kept, flags_of_files(run.resolved))}"
 
     def too_many_skipped(self) -> str:
+        run = self.run
         return (
-            f"step {self.run.step}: the last {self.skipped_in_a_row} steps were skipped, since their loss or gradients"
+            f"step {run.step}: the last {run.skipped_in_a_row} steps were skipped, since their loss or gradients"
             f" were not finite{self.or_judged()}. Lower `learning_rate`, look at the data, or write `precision: bf16`"
             f" in place of fp16. {self.last_good()}"
         )
 
     def ends_on_skipped(self) -> bool:
         """Whether the last steps were skipped, by more than fp16 skips to find its loss scale."""
-        if not self.skipped_in_a_row or self.options.precision != "fp16":
-            return self.skipped_in_a_row > 0
-        loss = self.run.loss
-        return self.skipped_in_a_row >= SEARCHING or (loss is not None and not bool(torch.isfinite(loss)))
+        skipped, loss = self.run.skipped_in_a_row, self.run.loss
+        if not skipped or self.options.precision != "fp16":
+            return skipped > 0
+        return skipped >= SEARCHING or (loss is not None and not bool(torch.isfinite(loss)))
 
     def ended_on_skipped(self) -> str:
-        last = "step was" if self.skipped_in_a_row == 1 else f"{self.skipped_in_a_row} steps were"
+        run = self.run
+        last = "step was" if run.skipped_in_a_row == 1 else f"{run.skipped_in_a_row} steps were"
+        export = f" `panda export {run.directory}` exports it as it is." if run.newest_checkpoint else ""
         return (
-            f"the run ends on skipped steps: of {self.run.step:,} the last {last} skipped, since loss or gradients were"
-            f" not finite{self.or_judged()}. So nothing is exported. {self.last_good()} `panda export"
-            f" {self.run.directory}` exports it as it is."
+            f"the run ends on skipped steps: of {run.step:,} the last {last} skipped, since loss or gradients were"
+            f" not finite{self.or_judged()}. So nothing is exported. {self.last_good()}{export}"
         )
 
     def or_judged(self) -> str:
@@ -221,7 +223,7 @@ class Loop:
         self.counts += result.counts
         self.skipped += not result.applied
         self.skipped_since_saved += not result.applied
-        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        self.run.skipped_in_a_row = 0 if result.applied else self.run.skipped_in_a_row + 1
         return result
 
     def judged(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> bool:
@@ -260,7 +262,7 @@ class Loop:
             left_out_steps=self.left_out,
             learning_rate_factor=run.learning_rate_factor,
             evaluation_due=self.evaluation_due and self.evaluated_step != run.step,
-            skipped_in_a_row=self.skipped_in_a_row,
+            skipped_in_a_row=self.run.skipped_in_a_row,
         )
 
     def made(self, micro_batches: list[Batch], step: int, *, training: bool = True) -> list[Batch]:

@@ -78,6 +78,8 @@ class Run:
     """The loss of the last step per unit, over all ranks, on the device; None where it was left out."""
     grad_norm: torch.Tensor | float | None = None
     """The norm of its gradients before clipping, on the device; not finite where they were not. None as of ``loss``."""
+    skipped_in_a_row: int = 0
+    """Of the last steps, those that were skipped."""
     most_skipped: int = 50
     """Skipped steps in a row that end the run with an error; fp16 may need some twenty to find its loss scale."""
     learning_rate_factor: float = 1.0

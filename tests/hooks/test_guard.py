@@ -158,7 +158,7 @@ def test_a_spoilt_step_is_skipped_and_named_and_the_run_is_that_without_it(
     whys = {"nan": "its loss is NaN", "inf": "its loss is infinite", "spike": "its loss of "}
     assert record["why"].startswith(whys[kind])
     assert f"step {BAD} is skipped: {record['why']}. Its rows: " in printed
-    assert f"1 of {STEPS} step was skipped: {BAD} ({run}/skipped.jsonl)" in printed
+    assert f"1 of {STEPS} steps was skipped: {BAD} ({run}/skipped.jsonl)" in printed
     assert not (without / "skipped.jsonl").exists()
 
 
