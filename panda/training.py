@@ -76,7 +76,7 @@ def train_arguments(arguments: Arguments) -> Trained:
     if not (arguments.in_process and "deepspeed" in sys.modules):
         announce_loading()
     try:
-        with _own_group():
+        with own_group():
             return _trained(configuration)
     finally:
         gc.collect()  # an engine is part of cycles
@@ -99,7 +99,7 @@ def _trained(configuration: Configuration) -> Trained:
 
 
 @contextmanager
-def _own_group() -> Iterator[None]:
+def own_group() -> Iterator[None]:
     """Leave the process group that a run joins meanwhile, unless the caller had joined one, and its traces."""
     import torch.distributed
 

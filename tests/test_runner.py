@@ -336,10 +336,9 @@ def test_a_full_disk_is_reported_without_a_traceback(processes: Any, recorded: A
 def test_a_run_that_skips_every_step_ends_with_an_error(
     processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("panda.run.loop.MOST_SKIPPED", 3)
     monkeypatch.setattr("panda.tasks.instruct.Instruct.loss", _not_a_number)
     with pytest.raises(UserError, match="step 3: the last 3 steps were skipped"):
-        recorded("--per_gpu_train_batch_size", "1")
+        recorded("--per_gpu_train_batch_size", "1", "--guard_patience", "3")
 
 
 def _not_a_number(task: Any, model: Any, batch: Any) -> Any:

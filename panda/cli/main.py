@@ -27,6 +27,7 @@ COMMANDS = {
     "translate": "write a configuration of another tool in panda's keys",
     "delta": "make or apply the difference between a fine-tune and its base",
     "diff": "say where two runs part: configuration, data, versions, first different step",
+    "replay": "run a step of a run again, and name the samples that spoil it",
     "doctor": "examine what is installed: what is wrong with it, and what to do",
     "new": "make a package with a component of your own, with tests and a configuration",
 }

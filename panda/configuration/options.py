@@ -13,7 +13,7 @@ from panda.registry import Meta
 from panda.registry import UserError
 from panda.registry.contexts import MAX_ROW_BYTES
 
-DEFAULT_PLUGINS = ("progress", "metrics", "tensorboard", "plot")
+DEFAULT_PLUGINS = ("progress", "metrics", "tensorboard", "plot", "guard")
 """Lifecycle plugins of panda's own that every run has; ``-p no:NAME`` leaves one out."""
 
 IMPLIED: dict[str, tuple[dict[str, Any], str]] = {

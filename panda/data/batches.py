@@ -269,6 +269,18 @@ class _Steps(Dataset[list[Batch]]):
         return {**self.layout.dataset[number], "index": np.array(number)}
 
 
+def batch_of(
+    layout: Layout, collate: Collate, samples: Sequence[int], *, positions: bool = False, bounds: bool = False
+) -> Batch:
+    """``samples`` as a batch of their own, each a row. ``positions`` and ``bounds``: as of ``step_batches``."""
+    steps = _Steps(layout, 0, collate, _shape(layout, positions=positions, bounds=bounds))
+    return collate([[steps._sample(number)] for number in samples], steps.shape)
+
+
+def _shape(layout: Layout, *, positions: bool, bounds: bool) -> RowShape:
+    return RowShape(layout.row_length, layout.packed or positions, bounds)
+
+
 def _leave_signals_to_parent(worker: int) -> None:
     """In a worker: let only the training process end it.
 
@@ -302,7 +314,7 @@ def step_batches(
     ``collate`` makes each of the samples of its rows. With ``positions`` they have positions even where a row is one
     sample; with ``bounds``, those that have positions also say where samples begin.
     """
-    shape = RowShape(layout.row_length, layout.packed or positions, bounds)
+    shape = _shape(layout, positions=positions, bounds=bounds)
     plan = layout.plan
     loader = DataLoader(
         _Steps(layout, rank, collate, shape),

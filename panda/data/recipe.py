@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +48,4 @@ class Recipe:
         if len(dataset) == 0:
             reasons = "".join(f"\n  {line}" for line in dataset.report.lines())
             raise UserError(f"{self.option}: {self.location!r} has no row that can be trained on.{reasons}")
-        return dataset
+        return replace(dataset, files=tuple(self.files)) if dataset.directory else dataset

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -78,6 +79,12 @@ class Selection:
 
     def __getitem__(self, index: int) -> Sample:
         return self.dataset[int(self.numbers(np.array([index]))[0])]
+
+    def place(self, index: int) -> tuple[Path, int] | None:
+        """The file and the row, counted from 1, of which sample ``index`` is made; None where that is not known."""
+        find = getattr(self.dataset, "place", None)
+        found: tuple[Path, int] | None = find(int(self.numbers(np.array([index]))[0])) if find is not None else None
+        return found
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         return self.dataset.lengths(self.numbers(indices))

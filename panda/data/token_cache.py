@@ -1,6 +1,6 @@
 """Data sets tokenised once: memory-mapped files, addressed by the content that they were made of.
 
-    CACHE/<key>/token_ids.bin supervised.bin offsets.bin sample_hashes.bin manifest.json
+    CACHE/<key>/token_ids.bin supervised.bin offsets.bin sample_hashes.bin places.bin manifest.json
                               (of text; in general a file for each field, and offsets for each with its own lengths)
     CACHE/<key>.lock          held by the one process that makes the folder, while the others wait
     CACHE/hashes/             hashes of file contents, remembered by size and time
@@ -38,6 +38,7 @@ from panda.data.recipe import Recipe
 from panda.data.token_dataset import DataReport
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
+from panda.data.token_dataset import renumbered
 from panda.data.token_dataset import supervised_in
 from panda.data.tokenising import tokenised_blocks
 from panda.files.disk_full import disk_full
@@ -48,12 +49,14 @@ from panda.registry import UserError
 from panda.registry.location import expanded
 from panda.registry.location import problem_of_path
 
-VERSION = 4
+VERSION = 5
 """Raised by whoever changes the layout of the files, or which tokens a reader or a task of panda's makes of data."""
 
 MANIFEST = "manifest.json"
 HASHES = "sample_hashes"
-"""The array that derives from the samples; the others are the samples."""
+PLACES = "places"
+"""The arrays that are about the samples: hashes of their tokens, and the rows that they are made of. The others are the
+samples."""
 
 
 def cache_folder(option: str | None) -> Path:
@@ -168,7 +171,7 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
                 raise ValueError(f"{name} does not have the content that was written")
         fields = _stored(manifest)
         names = dict.fromkeys([*(each.name for each in fields), *(offsets_of(each, fields) for each in fields)])
-        arrays = {name: _mapped(folder / f"{name}.bin", manifest["types"][name]) for name in [*names, HASHES]}
+        arrays = {name: _mapped(folder / f"{name}.bin", manifest["types"][name]) for name in [*names, HASHES, PLACES]}
         contents = {f"{name}.bin": manifest["hashes"][f"{name}.bin"] for name in names}
         return TokenDataset(
             fields,
@@ -179,6 +182,7 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
             hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
             manifest["supervised_tokens"],
             folder,
+            arrays[PLACES],
         )
     except FileNotFoundError:
         return None
@@ -225,7 +229,8 @@ def _write(folder: Path, blocks: Iterable[SampleBlock], recipe: Recipe) -> dict[
         for each in fields:
             if each.along is None:
                 writer(offsets_of(each, fields), "int64").write(np.zeros(1, dtype=np.int64))
-        hashes = writer(HASHES, "uint64")
+        hashes, places = writer(HASHES, "uint64"), writer(PLACES, "int64")
+        numbers = {file: number for number, file in enumerate(recipe.files)}
         ends = {each.name: 0 for each in fields if each.along is None}
         for block in blocks:
             report.add(block.report)
@@ -241,6 +246,7 @@ def _write(folder: Path, blocks: Iterable[SampleBlock], recipe: Recipe) -> dict[
                 writers[offsets_of(Field(name, ""), fields)].write(offsets)
                 ends[name] = int(offsets[-1]) if len(offsets) else end
             hashes.write(np.array(block.sample_hashes, dtype=np.uint64))
+            places.write(renumbered(block.places, [numbers.get(file) for file in block.files]))
     stored = [asdict(each) for each in fields if each.name in writers]
     return {
         "sizes": {f"{name}.bin": each.size for name, each in writers.items()},

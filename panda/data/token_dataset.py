@@ -22,6 +22,7 @@ from panda.data.fields import TEXT
 from panda.data.fields import Field
 from panda.data.order import Source
 from panda.data.reading import BadRow
+from panda.data.reading import Row
 from panda.files.terminal import printable_line
 
 SHOWN_BAD_ROWS = 10
@@ -149,6 +150,28 @@ def sample_hash(*token_ids: Sequence[int] | np.ndarray) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
+UNKNOWN = 0
+"""In place of a place."""
+_ROW_BITS = 40
+
+
+def place_code(file: int, row: int) -> int:
+    """Row ``row``, counted from 1, of file ``file``, counted from 0, in one number."""
+    return file << _ROW_BITS | row
+
+
+def renumbered(places: array[int], files: Sequence[int | None]) -> np.ndarray:
+    """int64: ``places`` with other numbers of files, by their present one; UNKNOWN where there is none."""
+    found = np.array(places, dtype=np.int64)
+    if not files:
+        return found
+    known = found != UNKNOWN
+    others = np.array([-1 if file is None else file for file in files], dtype=np.int64)
+    file = others[found >> _ROW_BITS]
+    codes: np.ndarray = np.where(known & (file >= 0), file << _ROW_BITS | found & ((1 << _ROW_BITS) - 1), UNKNOWN)
+    return codes
+
+
 class SampleBlock:
     """The samples of some rows, and the report of those rows: what tokenising processes return."""
 
@@ -160,6 +183,26 @@ class SampleBlock:
         self.sizes: dict[str, array[Any]] = {each.name: array("q") for each in fields if each.along is None}
         """How many of them are of each sample."""
         self.sample_hashes = array("Q")
+        self.places = array("q")
+        """Of each sample, which row of which of ``files`` it is made of; see ``place_code``."""
+        self.files: list[Path] = []
+        self.rows: Sequence[Row] = ()
+        """The rows that are being made into samples, in the order in which a task is given what they mean."""
+        self._place = UNKNOWN
+
+    def begin(self, number: int) -> None:
+        """Note that the samples which are added next are made of the row ``number`` of those that the task was given,
+        counted from 0. Of a task that does not say so, it is not known which rows samples are made of."""
+        if self.rows:
+            row = self.rows[number]
+            self._place = place_code(self._number_of(row.file), row.number)
+
+    def _number_of(self, file: Path) -> int:
+        if file not in self.files[-1:]:
+            if file in self.files:
+                return self.files.index(file)
+            self.files.append(file)
+        return len(self.files) - 1
 
     def __len__(self) -> int:
         return len(self.sample_hashes)
@@ -197,6 +240,7 @@ class SampleBlock:
                 tokens.append(values)
         assert not arrays, f"no field is called {next(iter(arrays))!r}"
         self.sample_hashes.append(sample_hash(*tokens))
+        self.places.append(self._place)
 
     def _append(self, to: array[Any], values: Sequence[Any] | np.ndarray) -> None:
         if isinstance(values, (bytes, bytearray)):
@@ -217,7 +261,16 @@ class SampleBlock:
             for name, values in theirs.items():
                 mine[name].extend(values)
         self.sample_hashes.extend(other.sample_hashes)
+        numbers = [self._number_of(file) for file in other.files]
+        self.places.frombytes(renumbered(other.places, numbers).tobytes())
         self.report.add(other.report)
+
+
+def place_of(dataset: SampleSet, index: int) -> str | None:
+    """FILE:ROW of sample ``index`` of ``dataset``, the row counted from 1; None where that is not known."""
+    find = getattr(dataset, "place", None)  # that of a task of a package may have none
+    found = find(index) if find is not None else None
+    return None if found is None else f"{found[0]}:{found[1]}"
 
 
 class SampleSet(Protocol):
@@ -266,6 +319,10 @@ class TokenDataset:
     """Tokens that carry loss; 0 where no field says which."""
     directory: Path | None = None
     """The folder of the arrays, if they are mapped from files: other processes then map them too, without a copy."""
+    places: np.ndarray | None = None
+    """int64 [samples]: the row of each, see ``place_code``."""
+    files: tuple[Path, ...] = ()
+    """The files of these rows."""
 
     @classmethod
     def of(cls, block: SampleBlock) -> TokenDataset:
@@ -285,7 +342,11 @@ class TokenDataset:
         parts = [*arrays.values(), *ends.values()]
         digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
         hashes = np.array(block.sample_hashes, dtype=np.uint64)
-        return cls(fields, arrays, offsets, hashes, block.report, digest, supervised_in(fields, arrays))
+        places = np.array(block.places, dtype=np.int64)
+        supervised = supervised_in(fields, arrays)
+        return cls(
+            fields, arrays, offsets, hashes, block.report, digest, supervised, places=places, files=tuple(block.files)
+        )
 
     def __len__(self) -> int:
         return len(self.sample_hashes)
@@ -303,6 +364,11 @@ class TokenDataset:
 
             return open_cache, (self.directory,)
         return TokenDataset, tuple(vars(self).values())
+
+    def place(self, index: int) -> tuple[Path, int] | None:
+        """The file and the row, counted from 1, of which sample ``index`` is made; None where that is not known."""
+        code = UNKNOWN if self.places is None or not self.files else int(self.places[index])
+        return None if code == UNKNOWN else (self.files[code >> _ROW_BITS], code & ((1 << _ROW_BITS) - 1))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         first, *others = self._measured
@@ -366,8 +432,18 @@ class MixedDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
+        part, number = self._part(index)
+        return self.parts[part][number]
+
+    def place(self, index: int) -> tuple[Path, int] | None:
+        """The file and the row, counted from 1, of which sample ``index`` is made; None where that is not known."""
+        part, number = self._part(index)
+        return self.parts[part].place(number)
+
+    def _part(self, index: int) -> tuple[int, int]:
+        """The part that has sample ``index``, and its number there."""
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+        return part, index - (int(self._ends[part - 1]) if part else 0)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         lengths = np.empty(len(indices), dtype=np.int64)

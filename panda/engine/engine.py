@@ -25,6 +25,8 @@ import torch
 from panda.engine.checkpoints.hashing import HashedFiles
 from panda.engine.checkpoints.reading import plain_only
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.deciding import RandomState
+from panda.engine.deciding import deciding
 from panda.engine.evaluated_weights import evaluated_weights
 from panda.engine.freezing import Freezing
 from panda.engine.gathering import gather_by_layers
@@ -40,6 +42,7 @@ from panda.engine.starting import without_reports_of_memory
 from panda.engine.steps import BatchType
 from panda.engine.steps import CountedBatch
 from panda.engine.steps import Evaluated
+from panda.engine.steps import Judge
 from panda.engine.steps import LossSum
 from panda.engine.steps import Statistics
 from panda.engine.steps import StepResult
@@ -72,6 +75,16 @@ def _counts(numbers: Iterable[tuple[float, float]]) -> torch.Tensor:
 def _at_least_one(units: torch.Tensor) -> torch.Tensor:
     """``units``, or 1 where there are none: then the loss is 0, too."""
     return torch.where(units > 0, units, torch.ones_like(units))
+
+
+def _with_gradients_of_nan(objective: torch.Tensor) -> torch.Tensor:
+    """``objective``; where it is not finite, with gradients that are NaN, so that all ranks find that out.
+
+    A loss can be infinite and have finite gradients. The device computes it, and the host does not wait; a finite loss
+    is multiplied by 1.
+    """
+    here = objective.detach()
+    return objective * (here - here + 1)
 
 
 def _real(batch: CountedBatch) -> torch.Tensor:
@@ -141,15 +154,17 @@ class Engine:
         micro_batches: list[BatchType],
         loss_sum: LossSum,
         statistics: Callable[[Any, BatchType], Statistics] | None = None,
+        judge: Judge | None = None,
     ) -> StepResult:
         """One optimizer step over the ``micro_batches`` of this rank; every rank has the same number.
 
         ``loss_sum(module, batch)`` returns the loss of a micro batch, summed over its units. With ``statistics`` it is
         given, third, the sums of what ``statistics(module, batch)`` returns for each micro batch of the step. A step
-        whose gradients are not finite changes nothing, in every precision and ZeRO stage; the host waits for the
-        device once a step, to find that out. A ``StepLoss`` of the module is added.
+        whose loss or gradients are not finite on any rank changes nothing, in every precision and ZeRO stage; the host
+        waits for the device once a step, to find that out. Where they are finite, ``judge`` is asked whether the step
+        is taken. A ``StepLoss`` of the module is added.
         """
-        device = self.processes.device
+        device, random = self.processes.device, RandomState(self.processes.device)
         self._part("counts")
         counts = _counts((batch.tokens, batch.units) for batch in micro_batches).to(device, non_blocking=True)
         self.processes.sum_(counts)
@@ -180,15 +195,17 @@ class Engine:
             metrics.add(loss.metrics)
             self._part("backward")
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
-            self.deepspeed.backward(objective, scale_wrt_gas=False)
+            self.deepspeed.backward(_with_gradients_of_nan(objective), scale_wrt_gas=False)
             if number < len(micro_batches):
                 self.deepspeed.step()
         self._part("optimizer")
-        grad_norm, applied = self._apply()
-        self._part("between steps")
         summed, found = self._over_ranks(totals, metrics, "training")
-        of_step = summed[1] if added else None
-        return StepResult(summed[0] / units, grad_norm, counts, applied, of_step, found)
+        mean = summed[0] / units
+        grad_norm, applied = self._apply(None if judge is None else partial(judge, mean))
+        if not applied:
+            random.restore()
+        self._part("between steps")
+        return StepResult(mean, grad_norm, counts, applied, summed[1] if added else None, found)
 
     def _over_ranks(
         self, totals: torch.Tensor, metrics: MetricSums, when: str
@@ -423,21 +440,30 @@ class Engine:
             for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
                 kept.update(dict.fromkeys(kept))
 
-    def _apply(self) -> tuple[torch.Tensor | float, bool]:
-        """Step the optimizer. Returns the norm of all gradients before clipping, and whether the step was taken."""
+    @property
+    def judges(self) -> bool:
+        """Whether it can ask if a step is taken: not under ZenFlow, which steps weights outside of the optimizer."""
+        return not getattr(self.optimizer, "zenflow", False)
+
+    def _apply(self, judge: Callable[[Any], bool] | None) -> tuple[torch.Tensor | float, bool]:
+        """Step the optimizer if ``judge``, which is given the norm, agrees. Returns the norm of all gradients before
+        clipping, and whether the step was taken."""
         if self._keeps_grad_norm:
-            self.deepspeed.step()
+            stepped = [self.own_optimizer, getattr(self.optimizer, "backup_optimizer", None)]
+            asked = None if judge is None else lambda: judge(self.optimizer._global_grad_norm)
+            with deciding([each for each in stepped if each is not None], asked) as decision:
+                self.deepspeed.step()
             applied = self.deepspeed.was_step_applied()
             if not applied:
                 self._forget_gradients()
-            return self.deepspeed.get_global_grad_norm(), applied
+            return self.deepspeed.get_global_grad_norm(), applied and decision.taken
         # DeepSpeed's wrappers skip a step whose gradients are not finite. In fp32 without ZeRO, 0.19.8 has no
         # wrapper, and one bad batch would make every weight NaN. Can go when it checks there too.
         parameters = [p for p in self.module.parameters() if counts_here(p, self.processes)]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.processes.tensor_ranks > 1:
             norm = self.processes.sum_(norm.square(), "tensor").sqrt()
-        finite = bool(torch.isfinite(norm))
-        with nullcontext() if finite else without_effect(self.optimizer):
+        taken = bool(torch.isfinite(norm)) and (judge is None or judge(norm))
+        with nullcontext() if taken else without_effect(self.optimizer):
             self.deepspeed.step()
-        return norm, finite
+        return norm, taken

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 from typing import TypeVar
@@ -18,6 +19,8 @@ BatchType = TypeVar("BatchType", bound="CountedBatch")
 LossSum = Callable[..., Loss | torch.Tensor]
 """From the module and a batch, and the statistics of the step where there are some, to the loss of the batch."""
 Statistics = Mapping[str, torch.Tensor]
+Judge = Callable[[torch.Tensor, Any], bool]
+"""From the loss per unit and the norm of the gradients of a step to whether it is taken; the same on all ranks."""
 
 
 class CountedBatch(Protocol):
@@ -49,7 +52,8 @@ class StepResult:
     counts: torch.Tensor
     """float64 [2]: tokens, and units, of the whole step on all ranks."""
     applied: bool
-    """False if gradients were not finite: weights and optimizer are then as they were before the step."""
+    """False if the loss or gradients were not finite, or the step was judged not to be taken: weights, optimizer and
+    random numbers are then as they were before the step."""
     step_loss: torch.Tensor | None = None
     """Scalar: the model's own loss over the step, without its weight; None for a model without one."""
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -142,6 +142,7 @@ _CONTENTS = {
     "metrics.jsonl": "the log, one record a line",
     "loss.png": "the loss curve",
     "profile": "where the time of a step goes",
+    "skipped.jsonl": "the steps that were skipped, with the rows that they had",
     "tensorboard": "for `tensorboard --logdir`",
     "checkpoints": "to resume from",
     "export": "the trained model and its tokenizer",

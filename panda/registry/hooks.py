@@ -84,6 +84,10 @@ class Hooks:
                 f"{offer.describe()}: {reason}. panda/registry/hookspecs.py says what each hook is given."
             ) from problem
 
+    def has(self, hook: str) -> bool:
+        """Whether anything implements ``hook``."""
+        return bool(getattr(self.call, hook).get_hookimpls())
+
     def acts(self, hook: str) -> bool:
         """Whether something that implements ``hook`` may ask the run for something."""
         return any(found.plugin.caller.acts for found in getattr(self.call, hook).get_hookimpls())

@@ -31,6 +31,8 @@ from typing import Any
 import pluggy
 
 if TYPE_CHECKING:
+    import torch
+
     from panda.data.batches import Batch
     from panda.runner import Run
 
@@ -77,12 +79,23 @@ def panda_step_start(run: Run, step: int, batches: list[Batch]) -> None:
 
 
 @hookspec
+def panda_gradients(run: Run, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> None:
+    """The gradients of ``step`` are known and finite, and no weight has changed yet. May act.
+
+    ``loss`` is that of the step per unit, and ``grad_norm`` the norm of its gradients before clipping, both over all
+    ranks and on the device: to read one makes the host wait, once more a step. ``run.skip_step(reason)`` skips the
+    step, on all ranks and under every ZeRO stage. A run in which nothing has this hook pays nothing for it.
+    """
+
+
+@hookspec
 def panda_step_end(run: Run, step: int) -> None:
     """Optimizer step ``step`` (counted from 1) is done. May act.
 
-    ``run.applied`` says whether it changed the weights: not where it was left out, or its gradients were not finite.
-    Values are still on the device. Reading one makes the host wait: do not, here. ``run.log(name, value)`` takes such
-    a value, and it is read when a record is made.
+    ``run.applied`` says whether it changed the weights: not where it was left out or skipped. ``run.loss`` and
+    ``run.grad_norm`` are those of the step, None where it was left out. Values are still on the device. Reading one
+    makes the host wait: do not, here. ``run.log(name, value)`` takes such a value, and it is read when a record is
+    made.
     """
 
 
@@ -90,23 +103,21 @@ def panda_step_end(run: Run, step: int) -> None:
 def panda_log(run: Run, record: dict[str, Any]) -> None:
     """A log record of plain numbers, every ``logging_steps`` steps. **Rank 0 only.**
 
-    Keys: ``step``; ``loss``, per supervised token, the mean over the whole step of the last step;
-    ``router_loss``, without its weight, where a mixture of experts is trained with one;
-    ``learning_rate``; ``grad_norm``, before clipping; ``tokens`` and ``supervised_tokens``, since the
-    run began and over all ranks; ``skipped_steps``, of all steps those that changed nothing because
-    their gradients were not finite; ``left_out_steps``, where there are any, of all steps those that a hook had left
-    out; ``tokens_per_second``, ``step_seconds`` and ``data_wait``, the
-    share of the time that rank 0 waited for batches, each the mean since the last record, without the
-    time that saving took; ``save_seconds``, in the record after a checkpoint, and ``resume_seconds``, in the first one
-    of a run that was resumed. On a GPU ``memory_gib``, the most that torch had allocated on rank 0's GPU
-    since the last record. In 16 bits, on a card whose speed is known, ``mfu``: the operations of the
-    forward and backward passes a second, as a share of the bf16 peak of all cards. A token takes 6 for
-    each weight that is trained and 4 for a frozen one (without the embedding, and of experts for those
-    that a token uses), and 12 x layers x width x mean length of a sample for attention; padding and what
-    is recomputed do not count. In addition ``_min``, ``_median`` and ``_max`` of each quantity that the
-    optimizer reports of each parameter (``trust_ratio`` of nvlamb); all of them are in
-    ``run.observations``. Then the metrics of the task, and what hooks have added by ``run.log``. A step that was left
-    out has no record.
+    Keys: ``step``; ``loss``, per supervised token, the mean over the whole step of the last step; ``router_loss``,
+    without its weight, where a mixture of experts is trained with one; ``learning_rate``; ``grad_norm``, before
+    clipping; ``tokens`` and ``supervised_tokens``, since the run began and over all ranks; ``skipped_steps``, of all
+    steps those that changed nothing because their loss or gradients were not finite, or a hook had them skipped;
+    ``left_out_steps``, where there are any, of all steps those that a hook had left out; ``tokens_per_second``,
+    ``step_seconds`` and ``data_wait``, the share of the time that rank 0 waited for batches, each the mean since the
+    last record, without the time that saving took; ``save_seconds``, in the record after a checkpoint, and
+    ``resume_seconds``, in the first one of a run that was resumed. On a GPU ``memory_gib``, the most that torch had
+    allocated on rank 0's GPU since the last record. In 16 bits, on a card whose speed is known, ``mfu``: the operations
+    of the forward and backward passes a second, as a share of the bf16 peak of all cards. A token takes 6 for each
+    weight that is trained and 4 for a frozen one (without the embedding, and of experts for those that a token uses),
+    and 12 x layers x width x mean length of a sample for attention; padding and what is recomputed do not count. In
+    addition ``_min``, ``_median`` and ``_max`` of each quantity that the optimizer reports of each parameter
+    (``trust_ratio`` of nvlamb); all of them are in ``run.observations``. Then the metrics of the task, and what hooks
+    have added by ``run.log``. A step that was left out has no record.
     """
 
 

@@ -15,7 +15,7 @@ from panda.registry.hooks import Caller
 from panda.registry.hooks import caller
 
 MOMENTS = (
-    *("panda_run_start", "panda_step_start", "panda_step_end", "panda_epoch_end"),
+    *("panda_run_start", "panda_step_start", "panda_gradients", "panda_step_end", "panda_epoch_end"),
     *("panda_evaluation_start", "panda_evaluation", "panda_checkpoint_saved"),
 )
 """Hooks that every rank calls while a run trains."""

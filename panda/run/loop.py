@@ -7,7 +7,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -40,8 +39,8 @@ from panda.run.state import Run
 from panda.tasks.task import Task
 
 SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60, 3600
-MOST_SKIPPED = 50
-"""Skipped steps in a row that end the run with an error; fp16 may need some twenty to find its loss scale."""
+SEARCHING = 20
+"""Steps that fp16 may skip in a row to find its loss scale; it tries a larger one from time to time, too."""
 
 
 class Loop:
@@ -60,9 +59,15 @@ class Loop:
         self.counts = torch.tensor([start.tokens, start.units], dtype=torch.float64)
         self.counts = self.counts.to(run.processes.device)
         self.skipped, self.left_out = start.skipped_steps, start.left_out_steps
-        self.skipped_in_a_row = 0
+        run.skipped_in_a_row = start.skipped_in_a_row
         self.skipped_since_saved = 0
-        """Of the steps since the last checkpoint, those whose gradients were not finite."""
+        """Of the steps since the last checkpoint, those that were skipped."""
+        if run.hooks.has("panda_gradients") and not run.engine.judges:
+            raise UserError(
+                "guard_spike: no step can be skipped under ZenFlow, which steps weights outside of the optimizer. Take"
+                " `zenflow` out of `deepspeed_config`; or leave out `guard_spike`, and plugins that have the hook"
+                " panda_gradients."
+            )
         self.saved_step = start.step if run.resumed_from else -1
         self.saved_at = self.clock.time
         self.unrecorded = dict(run.spent)
@@ -96,12 +101,14 @@ class Loop:
                 self.evaluate()
             wanted = self.options.save_final or run.save_is_due or self.is_interrupted
             if wanted and self.saved_step != run.step and self.is_worth_saving():
-                self.save(keep_all=self.skipped_in_a_row > 0)
+                self.save(keep_all=self.run.skipped_in_a_row > 0)
             if self.ended_by is None:
                 self.listen_outside()  # since the last step: then the export is still to do
         self.say_stop()
         if self.is_interrupted:
             raise Interrupted(self.how_it_goes_on())
+        if self.ends_on_skipped():
+            raise UserError(self.ended_on_skipped())
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
@@ -112,14 +119,18 @@ class Loop:
         result = None if run.left_out else self.trained(made, factor)
         run.step = step
         run.applied = result is not None and result.applied
+        run.loss, run.grad_norm = (None, None) if result is None else (result.loss, result.grad_norm)
         if result is None:
             self.leave_out()
         run.at("panda_step_end", step=step)
+        run.left_out = None
         self.listen_outside()
         is_last = step == plan.total_steps
         if step % options.logging_steps == 0 or is_last or run.stopped or self.ended_by:
             self.log(result, factor * options.learning_rate)
-        if self.skipped_in_a_row == MOST_SKIPPED:
+        if self.run.skipped_in_a_row >= run.most_skipped:
+            if self.is_worth_saving():
+                self.save(keep_all=True)
             raise UserError(self.too_many_skipped())
         # Before saving, so that a run that resumes this checkpoint already has the record. An interrupted run saves
         # first, since it may be killed soon.
@@ -134,7 +145,7 @@ class Loop:
             run.save_is_due = True
         # A step that was skipped is followed by the checkpoint only once one has been taken: a run whose gradients
         # stay NaN must not replace its last good checkpoint.
-        if (run.save_is_due or self.time_to_save) and not self.skipped_in_a_row:
+        if (run.save_is_due or self.time_to_save) and not self.run.skipped_in_a_row:
             self.save()
         if run.stopped:
             self.log(result, factor * options.learning_rate)
@@ -164,34 +175,61 @@ class Loop:
         """What to print of a run that was interrupted."""
         run = self.run
         how = f"{self.ended_by}: the run has ended after step {run.step:,} of {run.plan.total_steps:,}"
-        kept = self.newest_checkpoint()
+        kept = run.newest_checkpoint
         if kept is None:
             return f"{how}. There is no checkpoint to continue from, since no step has changed the weights"
         return f"{how}, and {kept} is saved\n{how_to_continue(run.directory, kept, flags_of_files(run.resolved))}"
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that there is: all were saved after steps that changed the weights."""
-        kept = [path for path in (self.run.resumed_from, *self.run.checkpoints) if path is not None and path.exists()]
-        return kept[-1] if kept else None
-
     def too_many_skipped(self) -> str:
-        kept = self.newest_checkpoint()
-        again = f"The last good checkpoint is {kept}, which `--resume` continues." if kept else "None was saved before."
+        run = self.run
         return (
-            f"step {self.run.step}: the last {MOST_SKIPPED} steps were skipped, since their gradients were not finite."
-            " Lower `learning_rate`, look at the data, or write `precision: bf16` in place of fp16. " + again
+            f"step {run.step}: the last {run.skipped_in_a_row} steps were skipped, since their loss or gradients"
+            f" were not finite{self.or_judged()}. Lower `learning_rate`, look at the data, or write `precision: bf16`"
+            f" in place of fp16. {self.last_good()}"
+        )
+
+    def ends_on_skipped(self) -> bool:
+        """Whether the last steps were skipped, by more than fp16 skips to find its loss scale."""
+        skipped, loss = self.run.skipped_in_a_row, self.run.loss
+        if not skipped or self.options.precision != "fp16":
+            return skipped > 0
+        return skipped >= SEARCHING or (loss is not None and not bool(torch.isfinite(loss)))
+
+    def ended_on_skipped(self) -> str:
+        run = self.run
+        last = "step was" if run.skipped_in_a_row == 1 else f"{run.skipped_in_a_row} steps were"
+        export = f" `panda export {run.directory}` exports it as it is." if run.newest_checkpoint else ""
+        return (
+            f"the run ends on skipped steps: of {run.step:,} the last {last} skipped, since loss or gradients were"
+            f" not finite{self.or_judged()}. So nothing is exported. {self.last_good()}{export}"
+        )
+
+    def or_judged(self) -> str:
+        return ", or since a plugin had them skipped" if self.run.hooks.has("panda_gradients") else ""
+
+    def last_good(self) -> str:
+        """The checkpoint that a run which skips its steps recommends."""
+        kept = self.run.newest_checkpoint
+        return (
+            f"The last good checkpoint is {kept}, which `--resume` continues." if kept else "No checkpoint was saved."
         )
 
     def trained(self, micro_batches: list[Batch], factor: float) -> StepResult:
         """The optimizer step over ``micro_batches``, with ``factor`` of the peak learning rate."""
         engine = self.run.engine
         engine.scale_learning_rate(factor)
-        result = engine.step(micro_batches, self.loss, self.statistics)
+        judge = self.judged if self.run.hooks.has("panda_gradients") else None
+        result = engine.step(micro_batches, self.loss, self.statistics, judge)
         self.counts += result.counts
         self.skipped += not result.applied
         self.skipped_since_saved += not result.applied
-        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        self.run.skipped_in_a_row = 0 if result.applied else self.run.skipped_in_a_row + 1
         return result
+
+    def judged(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> bool:
+        """Whether the step that is under way is taken: no hook on any rank has it skipped."""
+        self.run.at("panda_gradients", step=self.run.step + 1, loss=loss, grad_norm=grad_norm)
+        return self.run.left_out is None
 
     def leave_out(self) -> None:
         """Count and print that the step that has just passed was left out, for the reason in ``run.left_out``."""
@@ -199,7 +237,6 @@ class Loop:
         self.left_out += 1
         if run.processes.rank == 0:
             print(printable(f"step {run.step} is left out ({run.left_out})"), flush=True)
-        run.left_out = None
 
     def say_stop(self) -> None:
         """Print why the run has ended, if that is before its last step."""
@@ -225,6 +262,7 @@ class Loop:
             left_out_steps=self.left_out,
             learning_rate_factor=run.learning_rate_factor,
             evaluation_due=self.evaluation_due and self.evaluated_step != run.step,
+            skipped_in_a_row=self.run.skipped_in_a_row,
         )
 
     def made(self, micro_batches: list[Batch], step: int, *, training: bool = True) -> list[Batch]:

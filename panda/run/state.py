@@ -73,7 +73,15 @@ class Run:
     begun: float = field(default_factory=time.perf_counter)
     """When this start of the run began, by ``time.perf_counter``."""
     applied: bool = True
-    """Whether the last step changed the weights: not one that was left out, or whose gradients were not finite."""
+    """Whether the last step changed the weights: not one that was left out or skipped."""
+    loss: torch.Tensor | None = None
+    """The loss of the last step per unit, over all ranks, on the device; None where it was left out."""
+    grad_norm: torch.Tensor | float | None = None
+    """The norm of its gradients before clipping, on the device; not finite where they were not. None as of ``loss``."""
+    skipped_in_a_row: int = 0
+    """Of the last steps, those that were skipped."""
+    most_skipped: int = 50
+    """Skipped steps in a row that end the run with an error; fp16 may need some twenty to find its loss scale."""
     learning_rate_factor: float = 1.0
     """By what hooks have scaled the learning rate, besides the schedule."""
     stopped: Stop | None = None
@@ -100,7 +108,7 @@ class Run:
     save_is_due: bool = False
     """Whether a hook has asked for a checkpoint of this step."""
     left_out: str | None = None
-    """Who has the step left out that comes next, and why."""
+    """Who has the step left out that comes next, or skipped that is under way, and why."""
     evaluated_weights: tuple[str, WeightsCopy] | None = None
     """Who gave other weights to evaluate and to export, and these; None where they are the trained ones."""
 
@@ -116,9 +124,11 @@ class Run:
     def skip_step(self, reason: str) -> None:
         """Leave out the step that comes next, in ``panda_step_start``; on one rank is enough.
 
-        Weights, optimizer and random numbers stay as they are; data and schedule go on. It is counted and printed.
+        Weights, optimizer and random numbers stay as they are; data and schedule go on. It is counted and printed. In
+        ``panda_gradients`` the step that is under way is skipped, as one whose gradients are not finite is.
         """
-        self.asking.asked.skip[self.asking.allowed("skip_step", ("panda_step_start",)).label] = reason
+        moments = ("panda_step_start", "panda_gradients")
+        self.asking.asked.skip[self.asking.allowed("skip_step", moments).label] = reason
 
     def scale_learning_rate(self, factor: float) -> None:
         """Multiply the learning rate of all steps that are still to come by ``factor``, besides the schedule.
@@ -158,6 +168,12 @@ class Run:
     def release_checkpoint(self, step: int) -> None:
         """Let ``save_total_limit`` remove the checkpoint of ``step`` again, unless another plugin keeps it."""
         _release(self.kept, step)
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that there is: all were saved after steps that changed the weights."""
+        kept = [path for path in (self.resumed_from, *self.checkpoints) if path is not None and path.exists()]
+        return kept[-1] if kept else None
 
     def weights_copy(self) -> WeightsCopy:
         """A copy of the weights that are trained, as each rank holds them: its part of the fp32 master weights."""

@@ -82,7 +82,8 @@ class Instruct(DialogueTask, TextTask):
         for name in (name for each in parsed if not isinstance(each, Tokenised) for name in each[2]):
             block.report.add_unused(name)
         whole: list[tuple[str, list[int]]] = []
-        for row in rows:
+        for number, row in enumerate(rows):
+            block.begin(number)
             if isinstance(row, Tokenised):
                 block.report.truncated += row.cut
                 block.add(row.token_ids, row.supervised, row.weights)

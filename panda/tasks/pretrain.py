@@ -93,7 +93,8 @@ class Pretrain(TextTask):
         encoded = self.encoder.encode(texts)
         block.report.altered += self.encoder.altered(texts, encoded)
         ids = iter(encoded)
-        for document in parsed:
+        for number, document in enumerate(parsed):
+            block.begin(number)
             if isinstance(document, Tokenised):
                 self._add(document.token_ids, document.supervised, block, document.weights)
             else:

@@ -92,7 +92,8 @@ class RowTask(Task):
     def add_samples(self, parsed: list[Any], block: SampleBlock) -> None:
         """Tokenise what ``parse`` returned for some rows, and add the samples to ``block``.
 
-        Samples that lose tokens are counted: ``block.report.truncated``.
+        Samples that lose tokens are counted: ``block.report.truncated``. ``block.begin(number)``, before the samples of
+        ``parsed[number]``, lets reports name their row.
         """
 
     @abstractmethod
@@ -196,17 +197,20 @@ class RowTask(Task):
 
         block = SampleBlock(self.fields)
         block.report.rows = len(rows)
-        parsed = []
+        parsed, used = [], []
         for row in rows:
             try:
                 good = _good(row)
                 fields = Fields(good.fields)
                 parsed.append(self.parse(replace(good, fields=fields)))
+                used.append(good)
                 for name in fields.unused():
                     block.report.add_unused(name)
             except UnusableRowError as problem:
                 block.report.add_bad(BadRow(row.file, row.number, str(problem)))
+        block.rows = used
         self.add_samples(parsed, block)
+        block.rows = ()  # what is sent to the process that writes it
         return block
 
     def example_prompts(self, count: int) -> list[str]:

@@ -34,7 +34,7 @@ from panda.tasks.pretrain import Pretrain
 from panda.tasks.pretrain import PretrainOptions
 
 GOLDEN = {
-    "version": "4",
+    "version": "5",
     "pretrain a.json": "0668013881e3b226",
     "instruct a.json": "1e81df160cf6f2da",
     "pretrain a.jsonl.gz": "0668013881e3b226",

@@ -13,7 +13,6 @@ from panda.configuration.configure import configure
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.processes import Processes
 from panda.registry import UserError
-from panda.run import loop
 from panda.runner import train
 from panda.tasks.text_task import TextTask
 
@@ -48,14 +47,14 @@ def saved(run: Path) -> list[str]:
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
-    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_from: list[int]
+    processes: Processes, tmp_path: Path, bad_from: list[int]
 ) -> None:
     bad_from[0] = 4
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 4)
     run = tmp_path / "run"
     recommended = rf"last 4 steps were skipped, .*The last good checkpoint is {run}/checkpoints/step-00000003, which"
     with pytest.raises(UserError, match=recommended):
-        train(configure(parse_arguments([*RUN, "--output_dir", str(run), *ONE, "--max_steps", "9"])))
+        flags = [*ONE, "--max_steps", "9", "--guard_patience", "4"]
+        train(configure(parse_arguments([*RUN, "--output_dir", str(run), *flags])))
     assert saved(run) == ["step-00000003"]
     assert metrics(run)[-1]["skipped_steps"] == 4
 
@@ -65,8 +64,11 @@ def test_a_run_that_ends_on_skipped_steps_keeps_it_too(
 ) -> None:
     bad_from[0] = 4
     run = tmp_path / "run"
-    train(configure(parse_arguments([*RUN, "--output_dir", str(run), *ONE, "--max_steps", "6"])))
+    message = r"of 6 the last 3 steps were skipped, .* nothing is exported. The last good checkpoint is .*step-00000003"
+    with pytest.raises(UserError, match=message):
+        train(configure(parse_arguments([*RUN, "--output_dir", str(run), *ONE, "--max_steps", "6"])))
     assert saved(run) == ["step-00000003"]
+    assert not (run / "export").exists()
 
 
 def test_a_checkpoint_that_is_due_at_a_skipped_step_follows_the_next_that_is_taken(
@@ -83,5 +85,10 @@ def test_what_was_trained_before_skipped_steps_at_the_end_is_saved_and_nothing_r
 ) -> None:
     bad_from[0] = 4
     run, few = tmp_path / "end", ("--save_steps", "2", "--save_total_limit", "1", "--max_steps", "5")
-    train(configure(parse_arguments([*RUN, "--output_dir", str(run), *few])))
+    with pytest.raises(UserError, match="the last 2 steps were skipped"):
+        train(configure(parse_arguments([*RUN, "--output_dir", str(run), *few])))
     assert saved(run) == ["step-00000002", "step-00000005"]
+    # Nothing is left to train, and it still does not call that the end of a run.
+    with pytest.raises(UserError, match="the last 2 steps were skipped"):
+        train(configure(parse_arguments(["--resume", str(run)])))
+    assert not (run / "export").exists()

@@ -39,13 +39,15 @@ class Progress:
     units: float = 0
     """Of the loss: supervised tokens, pairs."""
     skipped_steps: int = 0
-    """Of ``step``, those that changed nothing because gradients were not finite."""
+    """Of ``step``, those that changed nothing because of what their loss or gradients were."""
     left_out_steps: int = 0
     """Of ``step``, those that a hook had left out."""
     learning_rate_factor: float = 1.0
     """By what hooks have scaled the learning rate."""
     evaluation_due: bool = False
     """Whether the evaluation of this step is still to be done: an interrupted run saves first."""
+    skipped_in_a_row: int = 0
+    """Of the last steps, those that were skipped: saved at the end of a run only."""
 
 
 START = Progress()

@@ -272,7 +272,8 @@ class PairTask(PreferenceTask):
 
     def add_samples(self, parsed: list[Parsed], block: SampleBlock) -> None:
         written = iter(self.write([text for each in parsed for text in each.answers]))
-        for each in parsed:
+        for number, each in enumerate(parsed):
+            block.begin(number)
             chosen, rejected = self.pair(next(written), next(written))
             if chosen.token_ids == rejected.token_ids:
                 report_bad(each, "both answers are the same tokens", block)

@@ -95,9 +95,9 @@ class Kto(PreferenceTask):
         has only that.
         """
         texts = iter(self.write([text for each in parsed for text in each.answers]))
-        firsts: list[tuple[Written, bool]] = []
-        seconds: list[tuple[Written, bool]] = []
-        for each in parsed:
+        firsts: list[tuple[Written, bool, int]] = []
+        seconds: list[tuple[Written, bool, int]] = []
+        for number, each in enumerate(parsed):
             written = [next(texts) for _ in each.answers]
             if any(isinstance(one, list) for one in written):
                 written = list(self.pair(*written))
@@ -106,9 +106,10 @@ class Kto(PreferenceTask):
                 continue
             for of, one, good in zip((firsts, seconds), written, each.values, strict=False):
                 assert isinstance(one, Written)
-                of.append((one, good))
+                of.append((one, good, number))
         found = firsts + seconds
-        for (written_one, good), (other, _) in zip(found, [*found[-1:], *found[:-1]], strict=True):
+        for (written_one, good, number), (other, *_) in zip(found, [*found[-1:], *found[:-1]], strict=True):
+            block.begin(number)
             ids = [*written_one.prompt, *other.token_ids[other.prompt_length :]]
             mismatched = Written(ids, bytes(written_one.prompt_length) + other.supervised[other.prompt_length :])
             [fitted] = self.fit((written_one,), block)

@@ -210,7 +210,8 @@ class Grpo(DialogueTask):
         import numpy as np
 
         texts = [self.template.prompt(turns) for turns, _ in parsed]
-        for ids, (_, row) in zip(self.template.encode(texts), parsed, strict=True):
+        for number, (ids, (_, row)) in enumerate(zip(self.template.encode(texts), parsed, strict=True)):
+            block.begin(number)
             start = self.encoder.cut(ids, self.room) or ids[-1:] or [self.tokenizer.eos_token_id]
             block.report.truncated += len(start) < len(ids)
             block.add_arrays(prompt=start, row=np.frombuffer(row.encode(), dtype=np.uint8))
