@@ -199,7 +199,10 @@ def warm_up() -> None:
 
     with suppress(ImportError):
         import transformers.models.llama.modeling_llama  # noqa: F401
-    assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork has no other thread's locks to wait for"
+    deadline = time.monotonic() + 10
+    while os.listdir("/proc/self/task") != [str(os.getpid())]:  # a fork would wait for the locks of other threads
+        assert time.monotonic() < deadline, "a thread that importing started does not end"
+        time.sleep(0.1)
     gc.collect()
     gc.freeze()
 
@@ -209,12 +212,15 @@ def warm_up() -> None:
 
 def difference(run: Path, plain: Path) -> str | None:
     """The first thing in which ``run`` has ended otherwise than ``plain``; None for the same bits."""
+    from same_bits import different  # which imports torch, for which `own_folder` sets variables first
+
     names = [sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (run, plain)]
     if names[0] != names[1]:
         return f"checkpoints {names[0]}, not {names[1]}"
     for name in names[1]:
-        if (plain / "checkpoints" / name).is_dir() and (problem := _other_checkpoint(run, plain, name)):
-            return problem
+        folders = [each / "checkpoints" / name for each in (run, plain)]
+        if folders[1].is_dir() and (problem := different(*folders)):
+            return f"{name}: {problem}"
     for name in (
         "checkpoints/latest",
         "answers.json",
@@ -227,27 +233,6 @@ def difference(run: Path, plain: Path) -> str | None:
             return f"metrics.jsonl, record {number}: {found}, not {expected}"
     left = [str(path.relative_to(run)) for path in run.rglob(".tmp-*")]
     return f"left: {left}" if left else None
-
-
-def _other_checkpoint(run: Path, plain: Path, name: str) -> str | None:
-    from safetensors import safe_open
-
-    folders = [each / "checkpoints" / name for each in (run, plain)]
-    found, expected = (json.loads((folder / "manifest.json").read_text()) for folder in folders)
-    for key in expected.keys() - {"files", "sha256"}:
-        if found[key] != expected[key]:
-            return f"{name}: {key}"
-    for file in expected["files"]:
-        if found["files"].get(file) == expected["files"][file]:  # the sha256 of its content
-            continue
-        if not file.endswith(".safetensors"):
-            return f"{name}/{file}"
-        opened = [safe_open(folder / file, "pt") for folder in folders]  # whose metadata come in any order
-        if opened[0].metadata() != opened[1].metadata() or opened[0].keys() != opened[1].keys():
-            return f"{name}/{file}"
-        if any(not opened[0].get_tensor(key).equal(opened[1].get_tensor(key)) for key in opened[1].keys()):  # noqa: SIM118
-            return f"{name}/{file}"
-    return None
 
 
 def _records(run: Path) -> list[dict[str, Any]]:

@@ -364,7 +364,7 @@ class Engine:
                 f"deepspeed_config: DeepSpeed writes checkpoints by {type(writer).__name__}, whose files panda cannot"
                 " hash. Remove the key that asks for it."
             )
-        split = self.processes.together(lambda: split_dimensions(self.module))
+        split = going_on(split_dimensions)(self.module)
         writers = (
             (writer, "save", save),
             (self.deepspeed, "_copy_recovery_script", self.deepspeed._copy_recovery_script),
