@@ -343,11 +343,9 @@ def calls(runs: Runs, most: int | None, way: str, ranks: int, draw: random.Rando
     assert difference(counted, plain) is None, difference(counted, plain)
     made = json.loads(listing.read_text())
     total = len(made)
-    numbers = range(1, total + 1) if most is None else sorted(draw.sample(range(1, total + 1), min(most, total)))
+    numbers = draw.sample(range(1, total + 1), total if most is None else min(most, total))
     meant = {"exit": "the process ends"}.get(way, way)
-    row = Row(
-        f"{meant} at {'each' if most is None else len(numbers)} of {total} calls, {ranks} rank{'s' * (ranks > 1)}"
-    )
+    row = Row(f"{meant} at a call of {total}, {ranks} rank{'s' * (ranks > 1)}")
     started = time.monotonic()
     for number in numbers:
         if not runs.within(started):

@@ -32,8 +32,8 @@ def _different_file(found: Path, expected: Path) -> str | None:
         from safetensors import safe_open
 
         contents = [
-            {key: opened.get_tensor(key) for key in opened.keys()}
-            | {"metadata": sorted((opened.metadata() or {}).items())}  # noqa: SIM118
+            {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+            | {"metadata": sorted((opened.metadata() or {}).items())}
             for opened in (safe_open(file, "pt") for file in (found, expected))
         ]
     elif found.suffix == ".pt":  # which say the same object twice, or once and where
