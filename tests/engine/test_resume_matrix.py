@@ -33,10 +33,8 @@ KINDS: dict[str, tuple[object, ...]] = {
     "lora": ("--use_lora", "--lora_r", 4),
     "nf4": ("--use_quant", "--lora_r", 4),
 }
-SOME = (("0", "nvlamb", "full"), ("3", "adamw", "lora"), ("offload", "nvlamb", "full"), ("2", "adamw", "nf4"))
+SOME = (("3", "adamw", "lora"), ("offload", "nvlamb", "full"), ("2", "adamw", "nf4"))
 WAYS = tuple(itertools.product(LAYOUTS, OPTIMIZERS, KINDS)) if EVERY_WAY else SOME
-REFUSED = {("3", "nf4"): "use_quant with zero_stage: 3"}
-"""Combinations that panda refuses, by layout and kind."""
 MIDDLE, EPOCH, LATER = 2, 3, 4
 FROM = {"middle": ("whole", MIDDLE), "epoch": ("whole", EPOCH), "twice": ("middle", LATER)}
 """By name, the run and the step whose checkpoint each continues."""
@@ -76,10 +74,6 @@ def test_a_continued_run_ends_with_the_same_bits(
     trained: tuple[Path, dict[tuple[str, str, str], list[Outcome]]], way: tuple[str, str, str]
 ) -> None:
     folder, outcomes = trained
-    layout, _, kind = way
-    if (layout, kind) in REFUSED:
-        assert REFUSED[layout, kind] in outcomes[way][0].refused
-        pytest.skip(f"refused: {outcomes[way][0].refused}")
     assert outcomes[way] == [Outcome()] * len(outcomes[way])
     whole = place(folder, way, "whole")
     for name, (_, step) in FROM.items():
