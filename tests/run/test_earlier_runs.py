@@ -34,9 +34,14 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_did(processes: Processes, run
     weights = exported_weights(run)
     for name, stored in checkpoint_weights(run / f"checkpoints/step-{STEPS:08d}").items():
         assert torch.equal(stored.read(), weights[name]), name
+    interrupted = (
+        run / "checkpoints/.tmp-step-00000001"
+    )  # as by a process that was killed while it removed a checkpoint
+    interrupted.mkdir()
     argv = ["--resume", str(run), "--max_steps", str(STEPS + len(NEXT)), "--instruction_tuning_data_dir", str(ROWS)]
     train(configure(parse_arguments(argv)))
     assert losses(run)[STEPS:] == pytest.approx(NEXT, rel=1e-5)
+    assert not interrupted.exists()
     assert json.loads((run / "provenance.json").read_text())["end"]["step"] == STEPS + len(NEXT)
 
 
