@@ -10,6 +10,7 @@ import pytest
 import torch
 from launching import exported_weights
 from launching import losses
+from launching import metrics
 from written_run import ROWS
 from written_run import STEPS
 
@@ -34,15 +35,25 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_did(processes: Processes, run
     weights = exported_weights(run)
     for name, stored in checkpoint_weights(run / f"checkpoints/step-{STEPS:08d}").items():
         assert torch.equal(stored.read(), weights[name]), name
-    interrupted = (
-        run / "checkpoints/.tmp-step-00000001"
-    )  # as by a process that was killed while it removed a checkpoint
-    interrupted.mkdir()
     argv = ["--resume", str(run), "--max_steps", str(STEPS + len(NEXT)), "--instruction_tuning_data_dir", str(ROWS)]
     train(configure(parse_arguments(argv)))
     assert losses(run)[STEPS:] == pytest.approx(NEXT, rel=1e-5)
-    assert not interrupted.exists()
     assert json.loads((run / "provenance.json").read_text())["end"]["step"] == STEPS + len(NEXT)
+
+
+def test_a_run_that_was_killed_while_it_removed_a_checkpoint_ends_without_traces(
+    processes: Processes, run: Path
+) -> None:
+    """After its last step: nothing is saved any more, which would remove what is left, and nothing recorded twice."""
+    described = json.loads((run / "provenance.json").read_text())
+    del described["end"]
+    (run / "provenance.json").write_text(json.dumps(described))
+    (run / "checkpoints/.tmp-step-00000001").mkdir()
+    before = metrics(run)
+    train(configure(parse_arguments(["--resume", str(run), "--instruction_tuning_data_dir", str(ROWS)])))
+    assert not (run / "checkpoints/.tmp-step-00000001").exists()
+    assert metrics(run) == before and "eval_loss" in before[-1]
+    assert json.loads((run / "provenance.json").read_text())["end"]["step"] == STEPS
 
 
 def test_an_export_of_an_earlier_version_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
