@@ -6,8 +6,10 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from panda.configuration.configure import Configuration
+from panda.engine.determinism import deterministic
 from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import join_processes
 from panda.files.disk_full import writing
@@ -43,7 +45,8 @@ def train(configuration: Configuration) -> Run | None:
     processes = join_processes(prepared.options.tensor_parallel_size)
     prepared.decide(processes.from_rank_0)
     options = prepared.options
-    with RunLock() as lock, explaining_lack_of_memory(prepared.explain_lack_of_memory):
+    explained = explaining_lack_of_memory(prepared.explain_lack_of_memory)
+    with RunLock() as lock, explained, deterministic(options.deterministic):
         continuation = continuation_of(prepared, processes, lock)
         progress, ranks = continuation.progress, processes.data_ranks
         layout = lay_out(options, prepared.dataset, ranks, progress)
@@ -59,7 +62,7 @@ def train(configuration: Configuration) -> Run | None:
         run.begun = begun
         with _to_its_end(run, configuration):
             if run.resumed_from is not None:
-                load_state(run, run.resumed_from)
+                processes.together(partial(load_state, run, run.resumed_from))
             run.at("panda_run_start")
             Loop(run, progress).train()
             finish(run)

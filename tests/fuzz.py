@@ -1,10 +1,12 @@
 """Gives panda damaged and senseless input, in process, and counts what is neither done nor refused in words.
 
-    python tests/fuzz.py --seconds 600 [--kind manifests] [--seed 1]
+    python tests/fuzz.py --seconds 600 [--kind manifests] [--seed 1] [--processes]
 
 Each case is made of the seed and its number alone, so that `--seed S --first N --cases 1` repeats it, with the
 traceback. Every kind begins with something that works, and changes some of it. A case fails by an exception that is no
-refusal, by taking longer than LONGEST seconds, and by a file outside of its folder. They are counted by the place that
+refusal, by taking longer than LONGEST seconds of CPU time (LATEST in all), and by a file outside of its folder that its
+command line does not name. With `--processes` each case is a process of its own, a fork of this one, which must not end
+by a signal either. They are counted by the place that
 raised. Exits with 1 if there are any.
 """
 
@@ -27,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LONGEST = 10.0
+LONGEST, LATEST = 10.0, 60.0
 
 NUMBERS = ("0", "-1", "1e36", "1" + "0" * 30, "nan", "inf", "-0", "1e-400", "0x10", "1_000", "9" * 5000, "1.5", "٣", "")
 TEXTS = (
@@ -125,6 +127,8 @@ class Bench:
         from panda.registry.location import resolve_path
 
         self.folder, self.made = folder / "case", folder / "made"
+        self.named = ""
+        """The command line of the case."""
         self.made.mkdir(parents=True)
         self.rows = [{"instruction": f"say {n}", "input": "", "output": f"it is {n}"} for n in range(4)]
         (self.made / "rows.json").write_text(json.dumps(self.rows))
@@ -170,9 +174,10 @@ class Bench:
         return target
 
 
-def _command(*argv: str) -> None:
+def _command(bench: Bench, *argv: str) -> None:
     from panda.cli.main import main
 
+    bench.named = "\n".join(argv)
     main(list(argv))
 
 
@@ -201,7 +206,7 @@ def fuzz_command_lines(draw: random.Random, bench: Bench) -> None:
         ("check", "check", "estimate", "list", "show", "data", "generate", "export", "plot", "translate")
     )
     given = common if command in ("check", "estimate") else draw.choice(([], [str(rows)], [str(bench.folder)]))
-    _command(command, *given, *_flags(draw, _keys()))
+    _command(bench, command, *given, *_flags(draw, _keys()))
 
 
 def fuzz_configurations(draw: random.Random, bench: Bench) -> None:
@@ -212,7 +217,7 @@ def fuzz_configurations(draw: random.Random, bench: Bench) -> None:
         lines[draw.choice(_keys())] = draw.choice((value, json.dumps(value), f"[{value}, {value}]", f"{{a: {value}}}"))
     text = "".join(f"{key}: {value}\n" for key, value in lines.items()).encode(errors="surrogateescape")
     (bench.folder / "run.yaml").write_bytes(damaged_bytes(draw, text) if draw.random() < 0.5 else text)
-    _command(draw.choice(("check", "translate", "estimate")), str(bench.folder / "run.yaml"))
+    _command(bench, draw.choice(("check", "translate", "estimate")), str(bench.folder / "run.yaml"))
 
 
 def fuzz_data(draw: random.Random, bench: Bench) -> None:
@@ -231,17 +236,17 @@ def fuzz_data(draw: random.Random, bench: Bench) -> None:
         (["--task", "instruct", "--instruction_tuning_data_dir"], ["--task", "pretrain", "--pretraining_data_dir"])
     )
     given = ["--arch", "llama-tiny", *task, str(file), "--token_cache", str(bench.folder / "cache")]
-    _command(draw.choice(("prepare", "data")), *given)
+    _command(bench, draw.choice(("prepare", "data")), *given)
 
 
 def fuzz_models(draw: random.Random, bench: Bench) -> None:
     folder = bench.fresh("model")
     damage_file(draw, draw.choice([file for file in sorted(folder.iterdir()) if file.is_file()]))
     if draw.random() < 0.5:
-        _command("generate", str(folder), "--prompt", "x", "--max_new_tokens", "1")
+        _command(bench, "generate", str(folder), "--prompt", "x", "--max_new_tokens", "1")
     else:
         rows = shutil.copy(bench.made / "rows.json", bench.folder)
-        _command("check", "--ckpt_path", str(folder), "--instruction_tuning_data_dir", str(rows))
+        _command(bench, "check", "--ckpt_path", str(folder), "--instruction_tuning_data_dir", str(rows))
 
 
 def fuzz_manifests(draw: random.Random, bench: Bench) -> None:
@@ -267,9 +272,10 @@ def fuzz_manifests(draw: random.Random, bench: Bench) -> None:
         read_metrics(run), read_evaluations(run)
         RecordFile(run / "metrics.jsonl", 3).close()
     _command(
+        bench,
         *draw.choice(
             (["export", str(run)], ["plot", str(run)], ["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"])
-        )
+        ),
     )
 
 
@@ -285,14 +291,15 @@ FUZZED: dict[str, Callable[[random.Random, Bench], None]] = {
 def outcome(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = False) -> str | None:
     """How case ``number`` of ``kind`` failed, by place; None where it did not."""
     draw = random.Random(f"{kind} {seed} {number}")
-    before, begun = _around(bench), time.monotonic()
+    before, begun = _around(bench), time.process_time()
+    bench.named = ""
     silent = io.StringIO()
 
     def stop(signal_number: int, frame: Any) -> None:
         raise _TooLong
 
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST, 1)
+    signal.setitimer(signal.ITIMER_REAL, LATEST, 1)
     try:
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             sys.stdin = io.StringIO("")
@@ -308,9 +315,31 @@ def outcome(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = 
         return f"{type(problem).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    if (after := _around(bench)) != before:
-        return f"a file outside: {sorted(after - before)[:1]}"
-    return f"over {LONGEST:g} s" if time.monotonic() - begun > LONGEST else None
+    if outside := {name for name in _around(bench) - before if name not in bench.named}:
+        return f"a file outside: {sorted(outside)[:1]}"
+    return f"over {LONGEST:g} s" if time.process_time() - begun > LONGEST else None
+
+
+def outcome_of_process(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = False) -> str | None:
+    """As ``outcome``, of a process of its own."""
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        with open(os.devnull, "r+b") as nowhere:
+            os.dup2(nowhere.fileno(), 0)
+            for descriptor in () if verbose else (1, 2):
+                os.dup2(nowhere.fileno(), descriptor)
+        os.write(writing, (outcome(kind, number, seed, bench, verbose=verbose) or "").encode(errors="replace"))
+        os._exit(0)
+    os.close(writing)
+    deadline = time.monotonic() + 2 * LATEST
+    while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with os.fdopen(reading, "rb") as said:
+        problem = said.read().decode()
+    return problem or (f"ends with {code}" if code else None)
 
 
 def _around(bench: Bench) -> set[str]:
@@ -319,14 +348,21 @@ def _around(bench: Bench) -> set[str]:
 
 
 def run(
-    kinds: list[str], bench: Bench, *, seconds: float, cases: int | None, first: int, seed: int
+    kinds: list[str],
+    bench: Bench,
+    *,
+    seconds: float,
+    cases: int | None,
+    first: int,
+    seed: int,
+    one: Callable[..., str | None] = outcome,
 ) -> dict[str, Counter[str]]:
     """How the cases of each of ``kinds`` ended, which take turns: `fine`, or the failure."""
     found: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     begun, number = time.monotonic(), first
     while time.monotonic() - begun < seconds and (cases is None or number < first + cases):
         for kind in kinds:
-            problem = outcome(kind, number, seed, bench, verbose=cases == 1)
+            problem = one(kind, number, seed, bench, verbose=cases == 1)
             found[kind][problem or "fine"] += 1
             if problem and found[kind][problem] == 1:
                 print(f"{kind} {number}: {problem}", flush=True)
@@ -340,10 +376,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="most cases of each kind")
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", action="store_true", help="each case in a process of its own")
     parser.add_argument("--kind", choices=FUZZED, action="append")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="panda-fuzz-") as folder:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "PANDA_CACHE": f"{folder}/cache"}
+        os.environ |= {"HF_HUB_OFFLINE": "1", "PANDA_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
         Path(folder, "here").mkdir()
         bench = Bench(Path(folder, "work"))
         os.chdir(Path(folder, "here"))
@@ -354,6 +391,7 @@ def main() -> int:
             cases=given.cases,
             first=given.first,
             seed=given.seed,
+            one=outcome_of_process if given.processes else outcome,
         )
         os.chdir("/")
     failures = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +41,9 @@ def test_a_failure_is_found(bench: fuzz.Bench, monkeypatch: pytest.MonkeyPatch) 
         while True:
             pass
 
-    monkeypatch.setattr(fuzz, "LONGEST", 0.1)
+    monkeypatch.setattr(fuzz, "LATEST", 0.1)
+    monkeypatch.setitem(fuzz.FUZZED, "models", lambda draw, made: os.kill(os.getpid(), signal.SIGKILL))
+    assert fuzz.outcome_of_process("models", 0, 0, bench) == "ends with -9"
     for case, expected in ((outside, "a file outside: ['left']"), (endless, "_TooLong at"), (len, "TypeError at")):
         monkeypatch.setitem(fuzz.FUZZED, "models", case)
         problem = fuzz.outcome("models", 0, 0, bench)

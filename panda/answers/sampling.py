@@ -105,7 +105,7 @@ class _Chooser:
             logits = logits / manner.temperature
             # In the order of the vocabulary: where tokens are nearly as likely, an order by likelihood would depend on
             # the rounding of a batch.
-            chances = (logits.softmax(-1) * self._allowed(logits)).double().cumsum(-1)
+            chances = _running_sums((logits.softmax(-1) * self._allowed(logits)).double())
             at_most = self.draws[:, step : step + 1] * chances[:, -1:]
             tokens = torch.searchsorted(chances, at_most, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
         self.log_probs.append(logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1))
@@ -118,13 +118,21 @@ class _Chooser:
             allowed &= logits >= logits.topk(min(manner.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         if manner.top_p < 1:
             chances, order = logits.masked_fill(~allowed, -torch.inf).softmax(-1).sort(-1, descending=True)
-            before = chances.cumsum(-1) - chances
+            before = _running_sums(chances) - chances
             allowed &= torch.zeros_like(allowed).scatter(-1, order, before < manner.top_p)
         return allowed
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens = self.choose(scores)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
+
+
+def _running_sums(numbers: torch.Tensor) -> torch.Tensor:
+    """The sums along the last dimension, up to each element."""
+    if numbers.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # torch 2.13 sums floats on a GPU in any order, and raises where that is asked to be the same each time.
+        return numbers.cpu().cumsum(-1).to(numbers.device)
+    return numbers.cumsum(-1)
 
 
 def _with_cache(

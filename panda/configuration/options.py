@@ -21,6 +21,10 @@ IMPLIED: dict[str, tuple[dict[str, Any], str]] = {
         {"use_lora": True, "precision": "bf16"},
         "quantised weights cannot be trained, but adapters on them can, computed in bf16",
     ),
+    "deterministic": (
+        {"compile": False},
+        "torch's compiler chooses kernels by how fast they are, and two starts may choose others",
+    ),
 }
 """Defaults that a switch changes, with the reason. Values that the user gave stay."""
 
@@ -134,6 +138,9 @@ class RunOptions:
     training, which it is not."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
     """Seed of random weights, data order and dropout."""
+    deterministic: bool = False
+    """Have the GPU compute so that two runs give the same bits, on the same machine with the same versions; some of it
+    takes longer. On a CPU they do anyway. What cannot be computed so ends the run, with its name."""
 
     # -- numbers and memory
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -226,6 +226,12 @@ REFUSALS: tuple[Refusal, ...] = (
         '`offload_param: {"device": "cpu"}`, or leave `compile` out, which is then false',
     ),
     Refusal(
+        "deterministic with compile",
+        lambda run: run.deterministic and run.compiled,
+        "torch's compiler chooses kernels by how fast they are, and two starts may choose others",
+        "leave `compile` out, which is then false",
+    ),
+    Refusal(
         "tensor_parallel_size with zero_stage: 3",
         lambda run: run.tensor_parallel_size > 1 and run.zero_stage == 3,
         "both partition the weights, and a checkpoint of the two together cannot be read back whole",

@@ -381,6 +381,7 @@ class Engine:
                 f"deepspeed_config: DeepSpeed writes checkpoints by {type(writer).__name__}, whose files panda cannot"
                 " hash. Remove the key that asks for it."
             )
+        split = going_on(split_dimensions)(self.module)
         writers = (
             (writer, "save", save),
             (self.deepspeed, "_copy_recovery_script", self.deepspeed._copy_recovery_script),
@@ -392,7 +393,7 @@ class Engine:
                 self.deepspeed.save_checkpoint(
                     str(folder),
                     tag=tag,
-                    client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
+                    client_state={SPLIT_DIMENSIONS: split},
                     save_latest=False,
                     exclude_frozen_parameters=True,
                 )

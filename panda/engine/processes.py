@@ -53,7 +53,7 @@ class Processes:
 
     def from_rank_0(self, decide: Callable[[], Result]) -> Result:
         """What ``decide()`` returns on rank 0, on every rank. If it fails, every rank raises, as in ``together``."""
-        held: list[Any] = [self.together(lambda: decide() if self.rank == 0 else None)]
+        held: list[Any] = [self._together(lambda: decide() if self.rank == 0 else None, alike=True)]
         dist.broadcast_object_list(held, src=0)
         result: Result = held[0]
         return result
@@ -61,21 +61,28 @@ class Processes:
     def together(self, do: Callable[[], Result]) -> Result:
         """What ``do()`` returns on this rank. If it fails on any rank, every rank raises. Waits for all of them.
 
-        All raise the first UserError; a rank that fails in another way raises its own error.
+        All raise one UserError, which names the ranks that failed unless all failed alike. A rank that failed by
+        another error raises that, with a note that names them. ``do`` must not wait for others once it may have failed.
         """
+        return self._together(do, alike=False)
+
+    def _together(self, do: Callable[[], Result], *, alike: bool) -> Result:
+        """``alike``: a UserError of one rank is of the run, and names none."""
         failure: Exception | None = None
         told = None
         try:
             result = do()
         except Exception as error:
             failure = error
-            told = str(error) if isinstance(error, UserError) else f"rank {self.rank} failed: {error!r}"
+            told = (True, str(error)) if isinstance(error, UserError) else (False, repr(error))
         everywhere = self.from_all(told)
+        said = _who_failed(everywhere, alike=alike)
         if failure is not None and not isinstance(failure, UserError):
+            if self.world_size > 1:
+                failure.add_note(said)
             raise failure
-        for text in everywhere:
-            if text is not None:
-                raise UserError(text) from failure
+        if said:
+            raise UserError(said) from failure
         return result
 
     def all_(self, here: bool) -> bool:
@@ -113,6 +120,23 @@ class Processes:
         group = self.mpu.get_data_parallel_group() if over == "data" else self.mpu.get_model_parallel_group()
         dist.all_reduce(tensor, group=group)
         return tensor
+
+
+def _who_failed(everywhere: Sequence[tuple[bool, str] | None], *, alike: bool) -> str:
+    """The errors of all ranks, each with the ranks that had it; ``(False, text)`` is no UserError. Empty for none."""
+    ranks_of: dict[tuple[bool, str], list[int]] = {}
+    for rank, told in enumerate(everywhere):
+        if told is not None:
+            ranks_of.setdefault(told, []).append(rank)
+    lines = []
+    for (is_user_error, text), ranks in ranks_of.items():
+        *most, last = map(str, ranks)
+        named = f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
+        if is_user_error:
+            lines.append(text if alike or len(ranks) == len(everywhere) else f"{named}: {text}")
+        else:
+            lines.append(f"{named} failed: {text}")
+    return "\n".join(lines)
 
 
 def _set_allocator(settings: str) -> None:

@@ -37,11 +37,14 @@ class Metrics:
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.file: RecordFile | None = None
+        self.evaluated: list[dict[str, Any]] = []
+        """Evaluations of the step at which the run goes on."""
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
         if run.processes.rank == 0:
             self.file = RecordFile(run.directory / FILE_NAME, run.step)
+            self.evaluated = [each for each in read_evaluations(run.directory) if each["step"] == run.step]
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
@@ -50,7 +53,9 @@ class Metrics:
 
     @hookimpl
     def panda_evaluation(self, record: dict[str, Any]) -> None:
-        self.panda_log(record)
+        # A run that was killed after its last step, before it had exported, is evaluated once more when it goes on.
+        if not any(_without_times(record) == _without_times(each) for each in self.evaluated):
+            self.panda_log(record)
 
     @hookimpl
     def panda_run_end(self) -> None:
@@ -64,3 +69,7 @@ class Metrics:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def _without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if "seconds" not in key and "per_second" not in key}

@@ -15,6 +15,8 @@ from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.writing import load_checkpoint
+from panda.engine.checkpoints.writing import remove_interrupted
+from panda.engine.determinism import how_alike
 from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.files.terminal import printable
@@ -36,6 +38,7 @@ from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
 from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
+from panda.weights.run_folders import CHECKPOINTS
 
 NO_ROOM_LEFT = "Complete checkpoints are untouched: make room, and continue from the newest one with `--resume auto`."
 
@@ -89,6 +92,7 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
     if run.processes.rank != 0:
         return
     resolved, directory = run.resolved, run.directory
+    remove_interrupted(directory / CHECKPOINTS)  # it takes up room
     _set_aside(directory, run.resumed_from)
     if few := check_room(directory, room_of(resolved, model, run.plan)):
         print(printable(f"note: {few}"), file=sys.stderr, flush=True)
@@ -142,6 +146,7 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         **({"changed": changed} if changed else {}),
         "ranks": run.processes.world_size,
         "device": str(run.processes.device),
+        **({"deterministic": how_alike()} if run.options.deterministic else {}),
         "parameters": model.parameters,
         "trained_parameters": model.trained_parameters,
         "attention": getattr(getattr(model.base, "config", None), "_attn_implementation", None),

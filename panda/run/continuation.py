@@ -123,7 +123,7 @@ def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) 
     begun = time.perf_counter()
     checkpoint = _whole(resolved, directory, checkpoint, processes)
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
-    progress = read_progress(checkpoint, agreement) if checkpoint else START
+    progress = processes.together(lambda: read_progress(checkpoint, agreement)) if checkpoint else START
     return Continuation(directory, checkpoint, progress, agreement, time.perf_counter() - begun)
 
 

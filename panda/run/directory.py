@@ -102,7 +102,8 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     checkpoint = None if problem else find_checkpoint(resolve_path(options.resume))
     if checkpoint is None:
         damaged = "".join(
-            f" {path.name} is damaged: {why}." for path, why in passed_over(resolve_path(options.resume)).items()
+            f" {path.name} is damaged: {why}."
+            for path, why in ({} if problem else passed_over(resolve_path(options.resume))).items()
         )
         raise UserError(
             f"resume: no complete checkpoint at {options.resume[:200]!r}.{damaged} Give a run directory, its"

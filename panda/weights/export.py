@@ -23,6 +23,7 @@ from panda.files.whole import whole
 from panda.registry.chosen import Chosen
 from panda.registry.contexts import ModelContext
 from panda.weights.conversion import as_published
+from panda.weights.export_format import write_export_format
 from panda.weights.files import write_weights
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
@@ -115,6 +116,7 @@ def exporting(folder: Path) -> Iterator[Path]:
     then = "Checkpoints and any earlier export are untouched: free some space, then run `panda export RUN`."
     with writing(f"{folder}: the export", then), whole(folder) as new:
         yield new
+        write_export_format(new)
 
 
 def decoding_of(module: Any, tokenizer: Any, pretrained: Pretrained | None, taught: list[int]) -> Decoding:

@@ -15,6 +15,7 @@ from panda.weights.adapters import base_of_adapters
 from panda.weights.adapters import is_adapters
 from panda.weights.delta import check_base
 from panda.weights.delta import is_delta
+from panda.weights.export_format import refuse_later_export
 from panda.weights.formats import format_among
 from panda.weights.formats import format_of
 from panda.weights.hub import Repository
@@ -71,6 +72,7 @@ def find_pretrained(options: NamesCheckpoint) -> Pretrained | None:
 def checkpoint_at(source: Source) -> Pretrained:
     """The checkpoint at ``source``: a model, a delta with its base, or adapters with theirs."""
     folder, _, _, repository = _locate(source)
+    refuse_later_export(folder)
     if not is_adapters(folder, _present(folder, repository)):
         return whole_at(source)
     if repository:
@@ -143,6 +145,7 @@ def added_to(delta: Pretrained, source: Source) -> Pretrained:
 def pretrained_at(source: Source) -> Pretrained:
     """The checkpoint at ``source``, a delta without its base. Raises UserError where there is none that may be read."""
     folder, found, name, repository = _locate(source)
+    refuse_later_export(folder)
     present = _present(folder, repository)
     is_adapters(folder, present)  # refuses a model beside adapters
     format_ = format_of(folder, present, source.option)

@@ -63,6 +63,7 @@ REFUSED: dict[str, list[Any]] = {
         *("--compile", "--zero_stage", "3"),
         {"zero_optimization": {"offload_param": {"device": "nvme"}}},
     ],
+    "deterministic with compile": ["--deterministic", "--compile"],
     **{
         f"tensor_parallel_size with {what}": ["--tensor_parallel_size", "2", *flags]
         for what, flags in {

@@ -24,14 +24,20 @@ processes = join_processes()
 def told():
     raise UserError("name another folder")
 
-def outcome(decide):
+def outcome(decide, how=processes.from_rank_0):
     try:
-        return processes.from_rank_0(decide)
+        return how(decide)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}" + "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+
+def on(rank, fail):
+    return lambda: fail() if processes.rank == rank else 7
 
 found = [outcome(decide) for decide in (lambda: 7 + processes.rank, told, lambda: 1 / 0, lambda: "after")]
 print(f"{processes.rank} {found}", flush=True)
+tried = (told, on(1, told), on(0, lambda: 1 / 0), lambda: 1 / 0, lambda: "after")
+found = [outcome(do, processes.together) for do in tried]
+print(f"{processes.rank} together {found}", flush=True)
 leave_processes()
 """
 
@@ -40,9 +46,13 @@ def test_what_rank_0_decides_or_fails_to_reaches_every_rank(tmp_path: Path) -> N
     script = tmp_path / "deciding.py"
     script.write_text(DECIDING)
     printed = run_script(script, ranks=2, cwd=tmp_path)
-    failed = ["ZeroDivisionError: division by zero", "UserError: rank 0 failed: ZeroDivisionError('division by zero')"]
-    for rank, third in enumerate(failed):
-        assert f"{rank} {[7, 'UserError: name another folder', third, 'after']}" in printed
+    failed, named = "ZeroDivisionError: division by zero", "rank 0 failed: ZeroDivisionError('division by zero')"
+    both = f"{failed} (ranks 0 and 1 failed: ZeroDivisionError('division by zero'))"
+    told = "UserError: name another folder"
+    for rank, third in enumerate([f"{failed} ({named})", f"UserError: {named}"]):
+        assert f"{rank} {[7, told, third, 'after']}" in printed
+        of_rank_1 = "UserError: rank 1: name another folder"
+        assert f"{rank} together {[told, of_rank_1, third, both, 'after']}" in printed
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_accelerator_setAllocatorSettings"), reason="torch has only the older name")

@@ -183,6 +183,12 @@ def test_nothing_to_resume_is_an_error(folder: Path) -> None:
     assert "no complete checkpoint at" in done.stderr
 
 
+def test_a_name_that_no_file_can_have_is_an_error_in_words() -> None:
+    resolved = configure(parse_arguments(["--arch", "llama-tiny", "--resume", "a" * 300])).resolved
+    with pytest.raises(UserError, match="resume: no complete checkpoint at 'aaaaa"):
+        find_directory(resolved)
+
+
 # -- which directory, without training --------------------------------------------------------
 
 

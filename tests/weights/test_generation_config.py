@@ -224,7 +224,7 @@ def test_what_is_left_out_is_said_with_its_reason_in_one_line(tokenizer: Any) ->
 def test_the_ends_are_those_of_both_files_the_tokenizer_and_training(tokenizer: Any) -> None:
     assert answer_ends([90, 2], tokenizer, {"eos_token_id": 0}, {"eos_token_id": [0, 7]}) == [0, 7, 2, 90]
     assert answer_ends([], tokenizer, {"eos_token_id": None}, {}) == [2]
-    assert answer_ends([0], tokenizer, {"eos_token_id": [-1, True, "</s>", 5]}) == [5, 2, 0]
+    assert answer_ends([0], tokenizer, {"eos_token_id": [-1, True, "</s>", 2**63, 5]}) == [5, 2, 0]
 
 
 @pytest.mark.parametrize("said", [None, {"eos_token_id": 70, "repetition_penalty": 1.3, "num_beams": 2}])

@@ -68,8 +68,7 @@ def save_checkpoint(
     def prepare() -> None:
         if processes.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".tmp-*"):  # of interrupted saves
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove_interrupted(folder)
             temporary.mkdir()
 
     own = HashedFiles(temporary)
@@ -92,7 +91,7 @@ def save_checkpoint(
             if not keep_all:
                 _remove_older(final, keep, kept)
 
-    before = complete_checkpoints(folder)
+    before = processes.together(lambda: complete_checkpoints(folder))
     untouched = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
     then = f"{untouched} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
     try:
@@ -131,6 +130,12 @@ def _remove_older(newest: Path, keep: int | None, kept: Collection[int]) -> None
             remove(old)
 
 
+def remove_interrupted(folder: Path) -> None:
+    """Remove what a process that was killed while it saved, or removed a checkpoint, has left in ``folder``."""
+    for left in folder.glob(".tmp-*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def load_checkpoint(engine: Engine, checkpoint: Path, *, is_checked: bool = False) -> bool:
     """Restore weights, optimizer and this rank's random state.
 
@@ -142,13 +147,17 @@ def load_checkpoint(engine: Engine, checkpoint: Path, *, is_checked: bool = Fals
     if not is_checked:
         check_shared(processes, checkpoint)
     if not _is_as_saved(engine, checkpoint):
-        redistribute(engine, checkpoint)
-        train_again(engine)
+        processes.together(lambda: redistribute(engine, checkpoint))
+        processes.together(lambda: train_again(engine))
         return False
-    if not engine.load(checkpoint.parent, checkpoint.name):
-        raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
-    train_again(engine)
-    load_random_state(checkpoint, engine.processes.rank)
+
+    def load() -> None:
+        if not engine.load(checkpoint.parent, checkpoint.name):
+            raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
+        train_again(engine)
+        load_random_state(checkpoint, processes.rank)
+
+    processes.together(load)
     return True
 
 
@@ -164,8 +173,11 @@ def check_shared(processes: Processes, checkpoint: Path) -> None:
 
 def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
     """Whether every rank holds what the rank of the same number held."""
-    ranks = len(random_states(checkpoint))
-    file = layout_file(checkpoint, engine.processes.rank)
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    same = ranks == engine.processes.world_size and saved == describe_layout(engine)
-    return engine.processes.all_(same)
+
+    def is_same() -> bool:
+        ranks = len(random_states(checkpoint))
+        file = layout_file(checkpoint, engine.processes.rank)
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return ranks == engine.processes.world_size and saved == describe_layout(engine)
+
+    return engine.processes.all_(engine.processes.together(is_same))

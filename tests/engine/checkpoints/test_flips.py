@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flipping import flipped
+from flipping import is_found
 
 from panda.configuration.options import RunOptions
 from panda.engine.checkpoints.folders import damage
@@ -55,28 +55,6 @@ def write_more(checkpoint: Path) -> list[Path]:
 def saved(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flips")
     return save_checkpoint(an_engine(processes), folder, PROGRESS, {"seed": 42}, write=write_more)
-
-
-@contextmanager
-def flipped(file: Path, bit: int) -> Iterator[None]:
-    """In the meantime ``bit`` of ``file`` is another. Written in place: ext4 syncs a file that is written again."""
-    with file.open("r+b", buffering=0) as stream:
-        stream.seek(bit // 8)
-        byte = stream.read(1)[0]
-        for value in (byte ^ 1 << bit % 8, byte):
-            stream.seek(bit // 8)
-            stream.write(bytes([value]))
-            if value != byte:
-                yield
-
-
-def is_found(checkpoint: Path, file: Path) -> bool:
-    """Whether ``file`` is found to be damaged. Without pytest.raises, which takes longer than the check."""
-    try:
-        check_contents(checkpoint, [file])
-    except DamagedError:
-        return True
-    return False
 
 
 def test_every_bit_of_a_manifest_counts(saved: Path, tmp_path: Path) -> None:

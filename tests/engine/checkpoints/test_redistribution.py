@@ -58,6 +58,10 @@ MOVES = [  # ranks and ZeRO stage, before and after; the folder of the run befor
 ]
 
 
+TURNS = ((2, 2), (1, 1), (3, 3))
+"""Ranks and ZeRO stages that a run has in turn."""
+
+
 def flags(optimizer: str, place: tuple[int, int]) -> list[object]:
     ranks, stage = place
     micro = SAMPLES_A_STEP // (ACCUMULATION * ranks)
@@ -79,20 +83,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ranks, some in runs.items():
         train_many(some, ranks=ranks, cwd=folder)
     for ranks in (1, 2, 3):
-        train_many(
+        moved = [
             [
-                [
-                    *flags(optimizer, after),
-                    *("--output_dir", folder / name(optimizer, before, after)),
-                    *("--resume", folder / name(optimizer, before) / f"checkpoints/step-{MIDDLE:08d}"),
-                ]
-                for optimizer, (before, after) in itertools.product(OPTIMIZERS, MOVES)
-                if after[0] == ranks
-            ],
-            ranks=ranks,
-            cwd=folder,
-        )
+                *flags(optimizer, after),
+                *("--output_dir", folder / name(optimizer, before, after)),
+                *("--resume", folder / name(optimizer, before) / f"checkpoints/step-{MIDDLE:08d}"),
+            ]
+            for optimizer, (before, after) in itertools.product(OPTIMIZERS, MOVES)
+            if after[0] == ranks
+        ]
+        train_many([*moved, *in_turn(folder, ranks)], ranks=ranks, cwd=folder)
     return folder
+
+
+def in_turn(folder: Path, ranks: int) -> list[list[object]]:
+    """On 1 and 3 ``ranks``, the runs of TURNS: each goes on from the one before, by a step or two."""
+    runs = []
+    for optimizer, number in itertools.product(OPTIMIZERS, (1, 2)):
+        if TURNS[number][0] == ranks:
+            step = MIDDLE + number - 1
+            before = folder / name(optimizer, *TURNS[:number]) / f"checkpoints/step-{step:08d}"
+            written = [*flags(optimizer, TURNS[number]), "--output_dir", folder / name(optimizer, *TURNS[: number + 1])]
+            written[written.index("--save_steps") + 1] = 1
+            runs.append([*written, "--resume", before])
+    return runs
 
 
 def name(optimizer: str, *places: tuple[int, int]) -> str:
@@ -107,6 +121,15 @@ def test_other_ranks_and_stages_go_on_as_one_process_without_a_break(
     whole, moved = folder / f"{optimizer}-whole", folder / name(optimizer, before, after)
     assert losses(moved) == pytest.approx(losses(whole)[MIDDLE:], rel=1e-6)
     expected, found = exported_weights(whole), exported_weights(moved)
+    for key, weight in expected.items():
+        assert (found[key] - weight).norm() <= 1e-6 * weight.norm(), key
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_ranks_then_one_then_three_go_on_as_one_process_without_a_break(folder: Path, optimizer: str) -> None:
+    whole, last = folder / f"{optimizer}-whole", folder / name(optimizer, *TURNS)
+    assert losses(last) == pytest.approx(losses(whole)[MIDDLE + 1 :], rel=1e-6)
+    expected, found = exported_weights(whole), exported_weights(last)
     for key, weight in expected.items():
         assert (found[key] - weight).norm() <= 1e-6 * weight.norm(), key
 
