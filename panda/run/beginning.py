@@ -16,6 +16,7 @@ from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
+from panda.engine.standing import stand
 from panda.files.disk_full import writing
 from panda.files.terminal import printable
 from panda.run.continuation import Continuation
@@ -111,6 +112,8 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
 def _load(prepared: Preparation, continuation: Continuation, model: TrainedModel, processes: Processes) -> float:
     """Load the checkpoint that the run continues from, if there is one; returns the seconds, with those of checking."""
     begun, checkpoint = time.perf_counter(), continuation.checkpoint
+    if checkpoint:
+        stand(f"loading {checkpoint.name}")
     if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
         # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
         step, ranks = continuation.progress.step, processes.data_ranks

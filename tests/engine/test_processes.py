@@ -40,7 +40,10 @@ def test_what_rank_0_decides_or_fails_to_reaches_every_rank(tmp_path: Path) -> N
     script = tmp_path / "deciding.py"
     script.write_text(DECIDING)
     printed = run_script(script, ranks=2, cwd=tmp_path)
-    failed = ["ZeroDivisionError: division by zero", "UserError: rank 0 failed: ZeroDivisionError('division by zero')"]
+    failed = [
+        "ZeroDivisionError: division by zero",
+        "AnotherRankError: rank 0 failed: ZeroDivisionError('division by zero')",
+    ]
     for rank, third in enumerate(failed):
         assert f"{rank} {[7, 'UserError: name another folder', third, 'after']}" in printed
 
