@@ -7,8 +7,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from panda.configuration.launcher import AnotherRankError
+from panda.configuration.launcher import LostRankError
 from panda.configuration.launcher import forget_empty
 from panda.configuration.launcher import tell_launcher
 from panda.files.private import without_secrets
@@ -45,9 +47,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where the error of a closed pipe is caught
     except AnotherRankError:
-        sys.stdout.flush()
-        # Not through the end of the interpreter: libraries would wait there for ranks that are gone.
-        os._exit(ANOTHER_FAILED)
+        _end_now(ANOTHER_FAILED)
     except UserError as error:
         if error.is_said:
             return USAGE_ERROR
@@ -58,6 +58,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         text = printable(without_secrets(str(error)))
         print(f"{prefix}: " + "\n  ".join(text.splitlines()), file=sys.stderr, flush=True)
         tell_launcher(text)
+        if isinstance(error, LostRankError):
+            _end_now(USAGE_ERROR)
         return USAGE_ERROR
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -73,6 +75,12 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
         raise
     return 0
+
+
+def _end_now(code: int) -> NoReturn:
+    """End this process, but not through the end of the interpreter: libraries would wait there for ranks that are gone."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _open_what_is_closed() -> None:

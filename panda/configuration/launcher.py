@@ -14,7 +14,11 @@ _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 
-class AnotherRankError(UserError):
+class LostRankError(UserError):
+    """Another rank is lost, so that nothing can be waited for: not even the end of the interpreter."""
+
+
+class AnotherRankError(LostRankError):
     """This rank ends because of another one, and has said so: nothing is left to be printed."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from typing import Literal
 from typing import TypeVar
@@ -195,6 +196,7 @@ def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Process
             # full fine-tuning of a 7B (H200, torch 2.11, 2026-11-26). Can go when it is torch's default.
             _set_allocator("expandable_segments:True")
         backend = "cpu:gloo,cuda:nccl"
+        _record_collectives()
     else:
         device = torch.device("cpu")
         backend = "gloo"
@@ -214,6 +216,20 @@ def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Process
     from panda.engine.tensor_parallel import make_groups
 
     return Processes(rank, world_size, device, tensor_ranks, make_groups(tensor_ranks))
+
+
+def _record_collectives() -> None:
+    """Have torch's flight recorder (2.7 to 2.13, under two names) keep the last collectives, in a few hundred KB."""
+    if not os.environ.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
+        os.environ |= {"TORCH_FR_BUFFER_SIZE": "1000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "1000"}
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def dump_collectives_in(folder: Path) -> None:
+    """Where NCCL gives up after `timeout`, have it write what each rank had called to ``folder/nccl-rank-N``."""
+    names = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch 2.13 and before
+    if torch.cuda.is_available() and not os.environ.keys() & set(names):
+        os.environ |= dict.fromkeys(names, str(folder.absolute() / "nccl-rank-"))
 
 
 def _meet(rank: int, world_size: int) -> Meeting:

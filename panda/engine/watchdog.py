@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from panda.configuration.launcher import AnotherRankError
+from panda.configuration.launcher import LostRankError
 from panda.configuration.launcher import tell_launcher
 from panda.engine.meeting import minutes
 from panda.engine.meeting import spoken
@@ -83,7 +84,7 @@ def ask_for_batches(where: Callable[[], str]) -> None:
 def watching(rank: int, world_size: int, timeout: float, store: Any = None) -> Iterator[Watchdog]:
     """Watch this rank in the meantime, and the others by ``store``, a connection that nobody else uses.
 
-    An exception whose cause is another rank becomes ``AnotherRankError``, or a UserError that names that rank.
+    An exception whose cause is another rank becomes ``AnotherRankError``, or a LostRankError that names that rank.
     """
     global _current
     outer, watchdog = _current, Watchdog(rank, world_size, timeout, store)
@@ -120,7 +121,7 @@ class Watchdog:
         self._concludes = False
         self._gone: dict[int, float] = {}
         """Of ranks that have ended, since when that is known."""
-        self._ended, self._hurry = threading.Event(), threading.Event()
+        self._ended, self._hurry, self._wakes = threading.Event(), threading.Event(), threading.Event()
         self._reports = _Reports(store, rank, world_size) if store is not None else None
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self._reports is not None:
@@ -134,6 +135,7 @@ class Watchdog:
         """End the threads; a rank that ends as it should says so."""
         self._ended.set()
         self._hurry.set()
+        self._wakes.set()
         for thread in self._threads:
             thread.join(2 * BEAT)  # not longer: it may wait for a store that is gone
 
@@ -145,7 +147,11 @@ class Watchdog:
     # -- threads
 
     def _watch(self) -> None:
-        while not self._ended.wait(self.beat):
+        while True:
+            self._wakes.wait(self.beat)
+            self._wakes.clear()
+            if self._ended.is_set():
+                return
             look = self._standing.look()._asdict()
             is_late = look.pop("for_data") and look["idle"] >= self.stall
             before = self._report
@@ -169,6 +175,7 @@ class Watchdog:
                 reports.exchange(self._report, is_done=is_last and self.failure is None)
                 self.failure = self.failure or reports.failure()
                 if self.failure is not None:
+                    self._wakes.set()
                     reports.count()
                 reports.answered = begun
                 if self._speaks():
@@ -298,7 +305,7 @@ class Watchdog:
     def _wait_for_others(self) -> None:
         """Wait until the other ranks have said that they end: the last words are this one's."""
         assert self._reports is not None
-        until = time.monotonic() + self.beat + 3 * GRACE
+        until = time.monotonic() + 2 * self.beat + 3 * GRACE
         while time.monotonic() < until and self._reports.have_spoken < sum(
             not self._is_gone(rank) for rank in range(self.world_size) if rank != self.rank
         ):
@@ -330,7 +337,7 @@ class Watchdog:
         assert failure is not None
         if failure.by == self.rank:
             self._wait_for_others()
-            return None if own else UserError(failure.text)
+            return None if own else LostRankError(failure.text)
         if isinstance(error, UserError) and str(error) == failure.text:
             error.is_said = reports.has_spoken = True
             return None

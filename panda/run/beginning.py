@@ -16,6 +16,7 @@ from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
+from panda.engine.processes import dump_collectives_in
 from panda.engine.standing import stand
 from panda.files.disk_full import writing
 from panda.files.terminal import printable
@@ -56,6 +57,8 @@ def begin(
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
     resume_seconds = _load(prepared, continuation, model, processes)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
+    if processes.world_size > 1:
+        dump_collectives_in(directory)
     layout, evaluation = layouts
     decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
     run = Run(

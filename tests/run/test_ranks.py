@@ -13,7 +13,7 @@ from launching import start
 
 from panda.testing.processes import Started
 
-TROUBLE = """
+TROUBLE = """\
 import os
 import time
 
@@ -45,6 +45,13 @@ def begin(tmp_path: Path, trouble: str, minutes: float) -> Any:
     return start(BIN / "panda-train", *RUN, "--timeout", minutes, cwd=tmp_path, ranks=2)
 
 
+def assert_ended(started: Started, *codes: int) -> None:
+    """Each rank has its exit code; or, on a machine that is slow just now, was killed as launchers do, after another."""
+    found = started.ended or []
+    assert found.count(-signal.SIGKILL) < len(codes) or -signal.SIGKILL in codes
+    assert all(own in (code, -signal.SIGKILL) for own, code in zip(found, codes, strict=True)), found
+
+
 def wait_for(started: Started, text: str) -> None:
     until = time.monotonic() + 120
     while text not in started.stderr.read_text():
@@ -67,7 +74,7 @@ def test_a_rank_that_was_stopped_is_named_and_then_the_first_signal_ends_the_run
 def test_a_rank_that_sleeps_is_named_with_its_place_and_ends_the_run_after_the_timeout(tmp_path: Path) -> None:
     with begin(tmp_path, "time.sleep(1000)", 0.2) as started:
         done = started.wait()
-    assert started.ended == [2, 1], done.stderr
+    assert_ended(started, 2, 1)
     place = f"{tmp_path / 'trouble.py'}:16 (panda_step_start)"
     assert f"without doing anything: step 2, {place}; rank 0 waits: step 2, panda/engine/processes.py:" in done.stderr
     *_, others, last = done.stderr.splitlines()
@@ -79,7 +86,7 @@ def test_a_rank_that_sleeps_is_named_with_its_place_and_ends_the_run_after_the_t
 def test_a_rank_that_is_killed_is_named_by_another(tmp_path: Path) -> None:
     with begin(tmp_path, "time.sleep(2); os.kill(os.getpid(), 9)", 0.5) as started:
         done = started.wait()
-    assert started.ended == [2, -signal.SIGKILL], done.stderr
+    assert_ended(started, 2, -signal.SIGKILL)
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: rank 1 was killed; last seen: step 2, {tmp_path / 'trouble.py'}:16 ")
     assert "Traceback" not in done.stderr and "gloo" not in done.stderr
@@ -88,7 +95,7 @@ def test_a_rank_that_is_killed_is_named_by_another(tmp_path: Path) -> None:
 def test_the_last_words_are_those_of_the_rank_that_failed(tmp_path: Path) -> None:
     with begin(tmp_path, "raise ValueError('an egret')", 0.5) as started:
         done = started.wait()
-    assert sorted(started.ended or []) == [1, 1]
+    assert_ended(started, 1, 1)
     assert done.stderr.count("Traceback") == 1 and "gloo" not in done.stderr
     before, after = done.stderr.split("Traceback")
     assert before.splitlines()[-1].removesuffix("[rank1]: ") == "rank 0 ends because rank 1 failed"
