@@ -11,7 +11,10 @@ from functools import partial
 from panda.configuration.configure import Configuration
 from panda.engine.determinism import deterministic
 from panda.engine.memory import explaining_lack_of_memory
+from panda.engine.processes import Meeting
 from panda.engine.processes import join_processes
+from panda.engine.processes import meeting
+from panda.engine.standing import stand
 from panda.files.disk_full import writing
 from panda.registry.contexts import PluginContext
 from panda.registry.hooks import add_built
@@ -26,6 +29,7 @@ from panda.run.ending import finish
 from panda.run.ending import how_it_ended
 from panda.run.ending import work_at_the_end
 from panda.run.extra_state import load_state
+from panda.run.loop import SECONDS_A_MINUTE
 from panda.run.loop import Loop
 from panda.run.outlook import announce
 from panda.run.preparation import prepare
@@ -38,11 +42,18 @@ def train(configuration: Configuration) -> Run | None:
 
     Under a launcher, every process calls this. The caller has to leave the process groups afterwards.
     """
+    with meeting(configuration.options.timeout * SECONDS_A_MINUTE) as met:
+        return _train(configuration, met)
+
+
+def _train(configuration: Configuration, met: Meeting) -> Run | None:
     begun = time.perf_counter()
     for plugin in configuration.resolved.plugins:
         configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
+    stand("preparing data and model")
     prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
-    processes = join_processes(prepared.options.tensor_parallel_size)
+    processes = join_processes(prepared.options.tensor_parallel_size, met)
+    stand("making the model")
     prepared.decide(processes.from_rank_0)
     options = prepared.options
     explained = explaining_lack_of_memory(prepared.explain_lack_of_memory)
@@ -65,7 +76,9 @@ def train(configuration: Configuration) -> Run | None:
                 processes.together(partial(load_state, run, run.resumed_from))
             run.at("panda_run_start")
             Loop(run, progress).train()
+            stand("exporting the model, and answering")
             finish(run)
+            stand("ending")
             run.hook.panda_run_end(run=run)
             if processes.rank == 0:
                 done = work_at_the_end(options, prepared.held_out)

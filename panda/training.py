@@ -73,6 +73,10 @@ def train_arguments(arguments: Arguments) -> Trained:
     # hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable
     # when torch loads it; it can go when torch's threads sleep by default.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Where a rank ends, torch (2.13) warns in the others with a trace of C++ for each lost connection; panda says
+        # what has happened in a line. Read when torch is loaded.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not (arguments.in_process and "deepspeed" in sys.modules):
         announce_loading()
     try:
@@ -103,6 +107,7 @@ def own_group() -> Iterator[None]:
     """Leave the process group that a run joins meanwhile, unless the caller had joined one, and its traces."""
     import torch.distributed
 
+    from panda.configuration.launcher import LostRankError
     from panda.engine.processes import leave_processes
     from panda.registry import UserError
     from panda.run.interruption import Interrupted
@@ -114,8 +119,9 @@ def own_group() -> Iterator[None]:
     try:
         yield
         leaves = True
-    except (UserError, Interrupted):  # all ranks raise these; after any other failure, others may wait for this one
-        leaves = True
+    except (UserError, Interrupted) as error:
+        # All ranks raise these; after any other failure, others may wait for this one.
+        leaves = not isinstance(error, LostRankError)
         raise
     finally:
         if leaves and not is_callers:

@@ -7,8 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
+from panda.configuration.launcher import AnotherRankError
+from panda.configuration.launcher import LostRankError
 from panda.configuration.launcher import forget_empty
+from panda.configuration.launcher import tell_launcher
 from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -16,6 +20,8 @@ from panda.run.interruption import SAVED
 from panda.run.interruption import Interrupted
 
 USAGE_ERROR = 2
+ANOTHER_FAILED = 1
+"""The exit code of a rank that ends because of another one."""
 BROKEN_PIPE = 128 + 13
 """The exit code of a program that SIGPIPE ended, in a shell. Not 0: a run that could not print did not finish."""
 
@@ -31,7 +37,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     """Run ``command`` on ``argv`` (by default ``sys.argv``) and return its exit code.
 
     A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback. A run that was
-    interrupted and has saved gives 75. Any other exception is a bug, and keeps its traceback.
+    interrupted and has saved gives 75, a rank that ends because of another one 1. Any other exception is a bug, and
+    keeps its traceback.
     """
     _open_what_is_closed()
     _replace_what_cannot_be_written()
@@ -39,13 +46,20 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where the error of a closed pipe is caught
+    except AnotherRankError:
+        _end_now(ANOTHER_FAILED)
     except UserError as error:
+        if error.is_said:
+            return USAGE_ERROR
         if os.environ.get("PANDA_TRACEBACK"):
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error on rank {rank}"
         text = printable(without_secrets(str(error)))
-        print(f"{prefix}: " + "\n  ".join(text.splitlines()), file=sys.stderr)
+        print(f"{prefix}: " + "\n  ".join(text.splitlines()), file=sys.stderr, flush=True)
+        tell_launcher(text)
+        if isinstance(error, LostRankError):
+            _end_now(USAGE_ERROR)
         return USAGE_ERROR
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -57,7 +71,16 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     except BrokenPipeError:  # `panda list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except Exception as error:
+        tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
+        raise
     return 0
+
+
+def _end_now(code: int) -> NoReturn:
+    """End this process, but not through the end of the interpreter: libraries would wait there for ranks that are gone."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _open_what_is_closed() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
 
 from panda.cli.command import print_version
 from panda.cli.command import run_command
 from panda.cli.help import print_train_help
 from panda.configuration.arguments import parse_arguments
+from panda.run.interruption import Ending
 from panda.training import train_arguments
 
 
@@ -25,13 +26,8 @@ def _train(argv: list[str]) -> None:
     if arguments.help:
         print_train_help(arguments)
         return
-    signal.signal(signal.SIGTERM, _stop)
-    train_arguments(arguments)
-
-
-def _stop(signal_number: int, frame: object) -> None:
-    """Turn SIGTERM, with which schedulers end a job, into an exception, as Ctrl-C does, so that hooks are called."""
-    raise SystemExit(128 + signal_number)
+    with Ending(launched="RANK" in os.environ).listening():
+        train_arguments(arguments)
 
 
 if __name__ == "__main__":  # torchrun -m panda.cli.train

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from contextlib import suppress
+from pathlib import Path
 
 from panda.registry import UserError
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
+
+class LostRankError(UserError):
+    """Another rank is lost, so that nothing can be waited for: not even the end of the interpreter."""
+
+
+class AnotherRankError(LostRankError):
+    """This rank ends because of another one, and has said so: nothing is left to be printed."""
 
 
 def forget_empty() -> None:
@@ -31,3 +43,11 @@ def check_launcher() -> None:
         raise UserError(f"{said} in the environment, and no {' and '.join(missing)}: left over from a launcher? {then}")
     if not rank < max(ranks, 1) or ranks < 1:
         raise UserError(f"{said} in the environment: ranks count from 0 to one less than WORLD_SIZE. {then}")
+
+
+def tell_launcher(text: str) -> None:
+    """Let torchrun, which ends the other ranks and lists how all ended, name this one as the cause."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}), encoding="utf-8")

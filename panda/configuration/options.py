@@ -158,6 +158,9 @@ class RunOptions:
     compile: Literal["auto", True, False] = "auto"
     """Compile each layer with torch: faster after a slower start. Dropout draws other numbers than without it. `auto`
     does so on a GPU where the run is long enough to earn what that costs, once: a resumed run keeps it."""
+    timeout: Annotated[float, Meta(gt=0, le=10**6)] = 30.0
+    """Minutes for which ranks wait for others, where they meet and in each exchange, before the run ends with an error.
+    Which rank keeps the others waiting, and where it stands, is said within one."""
     deepspeed_config: Annotated[str, Location()] | None = None
     """JSON file of DeepSpeed keys that panda does not set itself."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from panda.data.packing import Layout
 from panda.data.packing import RowLength
 from panda.data.packing import exact_length
 from panda.data.token_dataset import Sample
-from panda.registry import UserError
+from panda.data.workers import Workers
 from panda.registry.contexts import IGNORED_LABEL
 
 AnyBatch = TypeVar("AnyBatch", bound="Batch")
@@ -251,8 +252,8 @@ class _Steps(Dataset[list[Batch]]):
     """The micro batches of a rank by optimizer step, made in the worker that is asked for one: its samples, their rows
     and the tensors. The training process sends only a number, and receives one message a step."""
 
-    def __init__(self, layout: Layout, rank: int, collate: Collate, shape: RowShape) -> None:
-        self.layout, self.rank, self.collate, self.shape = layout, rank, collate, shape
+    def __init__(self, layout: Layout, rank: int, collate: Collate, shape: RowShape, workers: Workers) -> None:
+        self.layout, self.rank, self.collate, self.shape, self.workers = layout, rank, collate, shape, workers
 
     def __getitem__(self, step: int) -> list[Batch]:
         return [self._batch(of_ranks) for of_ranks in self.layout.micro_batches(step)]
@@ -266,6 +267,7 @@ class _Steps(Dataset[list[Batch]]):
         return self.collate([[self._sample(shortest)]], self.shape).as_idle()
 
     def _sample(self, number: int) -> Sample:
+        self.workers.reads(number)
         return {**self.layout.dataset[number], "index": np.array(number)}
 
 
@@ -273,7 +275,7 @@ def batch_of(
     layout: Layout, collate: Collate, samples: Sequence[int], *, positions: bool = False, bounds: bool = False
 ) -> Batch:
     """``samples`` as a batch of their own, each a row. ``positions`` and ``bounds``: as of ``step_batches``."""
-    steps = _Steps(layout, 0, collate, _shape(layout, positions=positions, bounds=bounds))
+    steps = _Steps(layout, 0, collate, _shape(layout, positions=positions, bounds=bounds), Workers(0))
     return collate([[steps._sample(number)] for number in samples], steps.shape)
 
 
@@ -281,7 +283,13 @@ def _shape(layout: Layout, *, positions: bool, bounds: bool) -> RowShape:
     return RowShape(layout.row_length, layout.packed or positions, bounds)
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _begin(workers: Workers, worker: int) -> None:
+    """The beginning of a worker."""
+    workers.begin(worker)
+    _leave_signals_to_parent()
+
+
+def _leave_signals_to_parent() -> None:
     """In a worker: let only the training process end it.
 
     Ctrl-C in a terminal, and schedulers, signal all processes of a run at once, whose step is to be finished first.
@@ -315,29 +323,28 @@ def step_batches(
     sample; with ``bounds``, those that have positions also say where samples begin.
     """
     shape = _shape(layout, positions=positions, bounds=bounds)
-    plan = layout.plan
+    plan, workers = layout.plan, Workers(num_workers)
     loader = DataLoader(
-        _Steps(layout, rank, collate, shape),
+        _Steps(layout, rank, collate, shape, workers),
         batch_size=None,
         sampler=range(plan.start_step + 1, plan.total_steps + 1),
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=partial(_begin, workers),
         # A generator of its own, since the loader draws a seed for its workers: the run's random numbers
         # must not depend on how often a loader is started.
         generator=torch.Generator().manual_seed(0),
     )
     batches = iter(loader)
     try:
-        yield from batches
-    except RuntimeError as problem:
-        if "exited unexpectedly" not in str(problem):
-            raise
-        raise UserError(
-            f"num_workers: a process that prepares batches was killed from outside ({problem}), most likely since"
-            " memory ran out. Lower num_workers or prefetch_factor."
-        ) from problem
+        with workers.watched(batches):
+            while True:
+                with workers.waited_for():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
     finally:
         # Not left to the garbage collector: an exception from a worker keeps the iterator in a reference cycle,
         # and when it is collected there its workers are not told to end, and it waits five seconds for each.

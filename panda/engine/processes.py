@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from typing import Literal
 from typing import TypeVar
@@ -14,8 +18,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore  # its public name has no type in torch 2.13
 from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import distributed_c10d
 
+from panda.configuration.launcher import AnotherRankError
+from panda.engine.meeting import own_part
+from panda.engine.meeting import reach
+from panda.engine.meeting import wait_for_all
+from panda.engine.watchdog import Watchdog
+from panda.engine.watchdog import watching
 from panda.registry import UserError
 
 Result = TypeVar("Result")
@@ -62,7 +72,8 @@ class Processes:
         """What ``do()`` returns on this rank. If it fails on any rank, every rank raises. Waits for all of them.
 
         All raise one UserError, which names the ranks that failed unless all failed alike. A rank that failed by
-        another error raises that, with a note that names them. ``do`` must not wait for others once it may have failed.
+        another error raises that, with a note that names them, and then the others raise AnotherRankError. ``do`` must
+        not wait for others once it may have failed.
         """
         return self._together(do, alike=False)
 
@@ -81,8 +92,12 @@ class Processes:
             if self.world_size > 1:
                 failure.add_note(said)
             raise failure
+        if not all(is_users for is_users, _ in filter(None, everywhere)):
+            raise AnotherRankError(said) from failure
         if said:
-            raise UserError(said) from failure
+            common = UserError(said)
+            common.is_everywhere, common.is_said = True, self.rank > 0
+            raise common from failure
         return result
 
     def all_(self, here: bool) -> bool:
@@ -145,10 +160,54 @@ def _set_allocator(settings: str) -> None:
     (current or torch.cuda.memory._set_allocator_settings)(settings)
 
 
-def join_processes(tensor_ranks: int = 1) -> Processes:
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of a run meet, before they join a group."""
+
+    rank: int
+    world_size: int
+    timeout: float
+    """Seconds for which ranks wait for each other."""
+    store: Any = None
+    """The part of the store that they share for this run; None for one rank, or in a group of the caller's."""
+    watchdog: Watchdog | None = None
+
+
+TIMEOUT = 1800.0
+"""Seconds for which ranks wait that nobody watches, as in tests of parts of a run."""
+
+_met = 0
+
+
+@contextmanager
+def meeting(timeout: float) -> Iterator[Meeting]:
+    """Meet the ranks that ``torchrun`` or ``deepspeed`` started, and watch in the meantime whether they go on.
+
+    Waits for rank 0, not for the others, which may still prepare. Raises UserError after ``timeout`` seconds.
+    """
+    global _met
+    _met += 1
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    stores = (None, None)
+    if world_size > 1:
+        stores = reach(rank, timeout) if not dist.is_initialized() else (None, _connection_of_group())
+    own, watched = (store and own_part(store, f"{_met}") for store in stores)
+    with watching(rank, world_size, timeout, watched) as watchdog:
+        yield Meeting(rank, world_size, timeout, own, watchdog)
+
+
+def _connection_of_group() -> Any:
+    """A connection to the store of the group that this process has joined; None if that is of another kind."""
+    store = distributed_c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store.clone() if isinstance(store, dist.TCPStore) else None  # type: ignore[attr-defined]
+
+
+def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Processes:
     """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one.
 
-    ``tensor_ranks`` must divide their number.
+    ``tensor_ranks`` must divide their number. ``met``: where they have met; by default they do so now.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -160,6 +219,7 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
             # full fine-tuning of a 7B (H200, torch 2.11, 2026-11-26). Can go when it is torch's default.
             _set_allocator("expandable_segments:True")
         backend = "cpu:gloo,cuda:nccl"
+        _record_collectives()
     else:
         device = torch.device("cpu")
         backend = "gloo"
@@ -167,7 +227,7 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         if world_size > 1:
-            _join_group(backend, rank, world_size)
+            _join_group(backend, met or _meet(rank, world_size))
         else:
             # No port is opened, so any number of single-process runs share a machine. DeepSpeed 0.19.8 reads these
             # variables even when a process group exists; they can go when it asks the group.
@@ -181,26 +241,60 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
     return Processes(rank, world_size, device, tensor_ranks, make_groups(tensor_ranks))
 
 
-_joined = 0
+def _record_collectives() -> None:
+    """Have torch's flight recorder (2.7 to 2.13, under two names) keep the last collectives, in a few hundred KB."""
+    if not os.environ.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
+        os.environ |= {"TORCH_FR_BUFFER_SIZE": "1000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "1000"}
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
-def _join_group(backend: str, rank: int, world_size: int) -> None:
-    """Join the group of the processes that a launcher started, for the first time or again."""
-    global _joined
-    _joined += 1
-    if _joined == 1:
-        dist.init_process_group(backend)
-        return
-    # The store at which ranks meet still has the addresses of the group that is gone, under the names that torch (2.13)
-    # gives those of the next.
-    store, _, _ = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=PrefixStore(f"{_joined}", store), rank=rank, world_size=world_size)
+def dump_collectives_in(folder: Path) -> None:
+    """Where NCCL gives up after `timeout`, have it write what each rank had called to ``folder/nccl-rank-N``."""
+    names = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch 2.13 and before
+    if torch.cuda.is_available() and not os.environ.keys() & set(names):
+        os.environ |= dict.fromkeys(names, str(folder.absolute() / "nccl-rank-"))
+
+
+def _meet(rank: int, world_size: int) -> Meeting:
+    global _met
+    _met += 1
+    return Meeting(rank, world_size, TIMEOUT, own_part(reach(rank, TIMEOUT)[0], f"{_met}"))
+
+
+def _join_group(backend: str, met: Meeting) -> None:
+    """Join the group of the ranks that have ``met``, once all have."""
+    prepares = met.watchdog.prepares if met.watchdog is not None else (lambda rank: False)
+    wait_for_all(PrefixStore("meeting", met.store), met.rank, met.world_size, met.timeout, prepares)
+    timeout = timedelta(seconds=met.timeout)
+    met.store.set_timeout(timeout)  # for what comes later: NCCL exchanges addresses by it in the first step
+    _set_default_timeouts(timeout, timeout)
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", met.store),
+        rank=met.rank,
+        world_size=met.world_size,
+        timeout=timeout,
+    )
+
+
+def _set_default_timeouts(general: Any, of_nccl: Any) -> None:
+    """Have groups that are made of some of the ranks, by DeepSpeed and FairScale, use these time limits.
+
+    They give none (DeepSpeed 0.19.8, FairScale 0.4.13), and torch (2.7 to 2.13) then takes these two names. Can go when
+    a group of some ranks has the limit of the group of all.
+    """
+    distributed_c10d.default_pg_timeout = general
+    distributed_c10d.default_pg_nccl_timeout = of_nccl  # type: ignore[attr-defined]
+
+
+_TORCHS_TIMEOUTS = [getattr(distributed_c10d, name) for name in ("default_pg_timeout", "default_pg_nccl_timeout")]
 
 
 def leave_processes() -> None:
     """Destroy the process groups, so that no thread is left in a collective, and another run can join new ones."""
     if not dist.is_initialized():
         return
+    _set_default_timeouts(*_TORCHS_TIMEOUTS)
     from deepspeed.comm import comm
 
     if comm.cdb is None:

@@ -13,6 +13,11 @@ class UserError(Exception):
     without a traceback and exits with 2; anything else that is raised is a bug and keeps its own.
     """
 
+    is_everywhere = False
+    """Whether every process of the run raises it."""
+    is_said = False
+    """Whether another process of the run prints the same error."""
+
 
 def in_brief(problem: Exception, most: int = 300) -> str:
     """The message of ``problem`` on one line, without the full stop; cut after ``most`` characters.

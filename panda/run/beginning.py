@@ -18,6 +18,8 @@ from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import remove_interrupted
 from panda.engine.determinism import how_alike
 from panda.engine.processes import Processes
+from panda.engine.processes import dump_collectives_in
+from panda.engine.standing import stand
 from panda.files.disk_full import writing
 from panda.files.terminal import printable
 from panda.run.continuation import Continuation
@@ -58,6 +60,8 @@ def begin(
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
     resume_seconds = _load(prepared, continuation, model, processes)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
+    if processes.world_size > 1:
+        dump_collectives_in(directory)
     layout, evaluation = layouts
     decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
     run = Run(
@@ -115,6 +119,8 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
 def _load(prepared: Preparation, continuation: Continuation, model: TrainedModel, processes: Processes) -> float:
     """Load the checkpoint that the run continues from, if there is one; returns the seconds, with those of checking."""
     begun, checkpoint = time.perf_counter(), continuation.checkpoint
+    if checkpoint:
+        stand(f"loading {checkpoint.name}")
     if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
         # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
         step, ranks = continuation.progress.step, processes.data_ranks

@@ -23,12 +23,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_SECONDS = 1.0
 """Under a launcher, signals this soon after the first are the same one: Ctrl-C in a terminal reaches torchrun and its
 ranks, and torchrun passes it on to the ranks once more."""
+UNHEARD_SECONDS = 3.0
+"""So long after a signal, the process is ended if its main thread has not come to it."""
+LOOK_SECONDS = 1.0
+"""Seconds between two looks, after a signal, at whether a rank has been lost since."""
 
 _END = b"\0"
 
 
 class Interrupted(KeyboardInterrupt):
     """A run was interrupted and has saved. Raised on all ranks; the text says how to go on."""
+
+    is_everywhere = True
 
 
 class Interruption:
@@ -37,11 +43,22 @@ class Interruption:
     A thread hears the signals, so that the second one ends the process also where it waits for another rank in C.
     """
 
-    def __init__(self, *, launched: bool, announce: bool) -> None:
-        """``launched``: by a launcher, which may repeat signals. ``announce``: print that a signal has been heard."""
+    def __init__(
+        self,
+        *,
+        launched: bool,
+        announce: bool,
+        hopeless: Callable[[], str | None] = lambda: None,
+        is_ending: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``launched``: by a launcher, which may repeat signals. ``announce``: print that a signal has been heard.
+
+        ``hopeless``: why the step under way will not end, such as a rank that is lost; None where it may. A signal then
+        ends the process at once. ``is_ending``: whether the process ends by itself, since another rank has failed.
+        """
         self.signal: signal.Signals | None = None
         """The first one; None for none."""
-        self._launched, self._announce = launched, announce
+        self._launched, self._announce, self._hopeless, self._is_ending = launched, announce, hopeless, is_ending
         self._first = 0.0
         self.restore: Callable[[], None] = lambda: None
         """Gives the signals back to who had them before."""
@@ -67,7 +84,7 @@ class Interruption:
         _listening.append(self)
         thread.start()
         for number in SIGNALS:
-            signal.signal(number, _leave_to_thread)
+            signal.signal(number, self._heard_by_python)
         before = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
         try:
             yield
@@ -79,30 +96,69 @@ class Interruption:
             ours.close()
             pythons.close()
 
+    def _heard_by_python(self, number: int, frame: object) -> None:
+        """Python writes a signal to the wake-up descriptor only where it has a handler."""
+
     def _hear(self, ours: socket.socket) -> None:
-        while (heard := ours.recv(1)) != _END:
+        ours.settimeout(LOOK_SECONDS)
+        while True:
+            try:
+                heard = ours.recv(1)
+            except TimeoutError:
+                self._look()
+                continue
+            if heard == _END:
+                return
             with suppress(ValueError):  # a signal of somebody else's
                 self._take(signal.Signals(heard[0]))
 
     def _take(self, heard: signal.Signals) -> None:
         now = time.monotonic()
-        if heard not in SIGNALS:
+        if heard not in SIGNALS or self._is_ending():
             return
         if self.signal is None:
             self.signal, self._first = heard, now
-            if self._announce:
+            if self._announce and not self._hopeless():
                 print(f"{heard.name}: the run ends after this step, and saves; once more ends it at once", flush=True)
+            self._look()
         elif not self._launched or now - self._first > ECHO_SECONDS:
-            with suppress(OSError):
-                os.write(2, f"ended at once by a second signal, {heard.name}\n".encode())
-            os._exit(128 + heard)  # not SystemExit: the main thread may wait for a rank that never comes
+            self._end(heard, f"ended at once by a second signal, {heard.name}")
+
+    def _look(self) -> None:
+        """End the process after the first signal where the step under way will not end."""
+        if self.signal is not None and not self._is_ending() and (why := self._hopeless()):
+            self._end(self.signal, f"ended at once by {self.signal.name}, without saving, since {why}")
+
+    def _end(self, heard: signal.Signals, line: str) -> None:
+        with suppress(OSError):
+            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+        os._exit(128 + heard)  # not SystemExit: the main thread may wait for a rank that never comes
+
+
+class Ending(Interruption):
+    """Before and after the steps of a run: a signal ends it by an exception, so that hooks are called.
+
+    A thread ends the process where the main thread does not come to that, since it waits in C.
+    """
+
+    def __init__(self, *, launched: bool) -> None:
+        super().__init__(launched=launched, announce=False)
+        self._is_raised = False
+
+    def _heard_by_python(self, number: int, frame: object) -> None:
+        self._is_raised = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    def _look(self) -> None:
+        if self.signal is None or self._is_raised:
+            return
+        if time.monotonic() - self._first > UNHEARD_SECONDS:
+            self._end(self.signal, f"ended by {self.signal.name}")
 
 
 _listening: list[Interruption] = []
-
-
-def _leave_to_thread(signal_number: int, frame: object) -> None:
-    """Python writes a signal to the wake-up descriptor only where it has a handler."""
 
 
 def _hear_nothing_in_fork() -> None:

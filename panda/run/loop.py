@@ -16,9 +16,14 @@ from panda.configuration.user_code import flags_of_files
 from panda.data.batches import Batch
 from panda.data.batches import step_batches
 from panda.data.packing import Layout
+from panda.data.workers import workers_standing
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
+from panda.engine.standing import stand
 from panda.engine.steps import StepResult
+from panda.engine.watchdog import ask_for_batches
+from panda.engine.watchdog import is_ending
+from panda.engine.watchdog import trouble
 from panda.files.terminal import printable
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
@@ -75,7 +80,12 @@ class Loop:
         self.evaluated_step = self.logged_step = -1
         self.evaluation_due = start.evaluation_due
         self.time_to_save = False
-        self.interruption = Interruption(launched=run.processes.world_size > 1, announce=run.processes.rank == 0)
+        self.interruption = Interruption(
+            launched=run.processes.world_size > 1,
+            announce=run.processes.rank == 0,
+            hopeless=trouble,
+            is_ending=is_ending,
+        )
         self.ended_by: str | None = None
         """What has the run save and end from outside, agreed by all ranks."""
 
@@ -85,6 +95,8 @@ class Loop:
         Raises Interrupted, on all ranks, if a signal or ``max_train_hours`` ends it before; then it has saved.
         """
         run, first = self.run, self.run.step + 1
+        stand("before the first step of this start")
+        ask_for_batches(workers_standing)
         with run.resolved.components["task"].attributed("`start`"):
             run.task.start(run)
         with self.interruption.listening():
@@ -113,6 +125,7 @@ class Loop:
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
         run, options, plan = self.run, self.options, self.run.plan
+        stand(f"step {step:,}")
         made = self.made(micro_batches, step)
         run.at("panda_step_start", step=step, batches=made)
         factor = run.schedule(step - 1) * run.learning_rate_factor
@@ -149,6 +162,7 @@ class Loop:
             self.save()
         if run.stopped:
             self.log(result, factor * options.learning_rate)
+        stand(f"after step {step:,}")
 
     def listen_outside(self) -> None:
         """Agree on what the ranks have heard from outside, and on what rank 0 reads from the clock."""
@@ -295,6 +309,7 @@ class Loop:
     def save(self, *, keep_all: bool = False) -> None:
         """Write a checkpoint, and remove older ones unless ``keep_all``. Every rank has to call it."""
         run, begun = self.run, time.perf_counter()
+        stand(f"saving step {run.step:,}")
         path = save_checkpoint(
             run.engine,
             run.directory / "checkpoints",
@@ -321,6 +336,7 @@ class Loop:
         self.evaluated_step, self.evaluation_due = run.step, False
         if run.evaluation is None:
             return
+        stand(f"evaluating after step {run.step:,}")
         due, run.added = run.added, {}
         run.at("panda_evaluation_start")
         with run.using_evaluated_weights():

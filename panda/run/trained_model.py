@@ -14,6 +14,7 @@ from panda.engine.engine import Engine
 from panda.engine.frozen import FrozenModel
 from panda.engine.frozen import WithoutAdapters
 from panda.engine.processes import Processes
+from panda.engine.standing import stand
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
 from panda.models.forward.layers import without_compiling
@@ -64,6 +65,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     wants_positions = prepared.outline is not None and needs_positions(prepared.outline)
     bounded = (layout.packed or wants_positions) and not prepared.why_masked
     reference = _second_model(prepared, config, processes, bounded=bounded)
+    stand("reading or drawing the weights")
     base, weights = prepared.take_base()
     parts = prepared.parts_of(base)
     if layout.packed:
@@ -74,6 +76,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     started = prepared.pretrained.adapters if prepared.pretrained else None
     model = make_trainable(base, options, weights, config, processes, started, parts=parts)
     del weights
+    stand("starting the engine, and trying the model")
     seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import chain
@@ -31,6 +33,7 @@ from panda.data.token_cache import _mapped
 from panda.data.token_dataset import Sample
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
+from panda.data.workers import workers_standing
 from panda.registry import UserError
 from panda.registry.contexts import IGNORED_LABEL
 
@@ -336,6 +339,54 @@ def test_a_worker_goes_on_when_all_processes_of_a_run_are_signalled(
     assert [[who(batch) for batch in step] for step in prepared] == [
         [who(batch) for batch in step] for step in prepare(dataset, plan_of())
     ]
+
+
+def test_a_worker_that_is_killed_in_a_step_is_an_error_where_batches_are_waited_for(dataset: TokenDataset) -> None:
+    """Not wherever the training process is: in a plugin, or half way through a step."""
+    layout = Layout(dataset, SampleOrder(dataset.sources, SEED), plan_of(epochs=90.0), "padded", max_seq_length=9)
+    batches = step_batches(layout, collated, rank=0, num_workers=2, prefetch_factor=1, pin_memory=False)
+    next(batches)
+    [*_, words] = workers_standing().split("; ")
+    os.kill(int(words.split()[2]), signal.SIGKILL)
+    time.sleep(0.5)  # the step
+    with pytest.raises(UserError, match=rf"killed from outside \(process {words.split()[2]}, SIGKILL\)"):
+        list(batches)
+    assert workers_standing() == ""
+
+
+class _Reading(TokenDataset):
+    def __getitem__(self, index: int) -> Sample:
+        if index == 7:
+            assert self.directory is not None
+            with open(self.directory) as slow:
+                slow.read()
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_hangs_is_named_with_its_sample_its_place_and_its_file(
+    dataset: TokenDataset, tmp_path: Path
+) -> None:
+    slow, said = tmp_path / "slow", []
+    os.mkfifo(slow)
+    reading = _Reading(**{**vars(dataset), "directory": slow})
+
+    def ask() -> None:
+        while not (found := [text for text in workers_standing().split("; ") if f"{slow} open" in text]):
+            time.sleep(0.05)
+        said.extend(found)
+        writer.kill()
+
+    # Opened by another process, so that a worker comes to wait for what it writes.
+    writer = subprocess.Popen(["sh", "-c", f"exec sleep 100 > {slow}"])
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert len(prepare(reading, plan_of(epochs=1.0), workers=2)) == 6
+    asking.join()
+    writer.wait()
+    [text] = said
+    assert re.fullmatch(
+        rf"worker process \d+ reads sample 7 at .*test_batches.py:\d+ \(__getitem__\) with {slow} open", text
+    )
 
 
 def test_a_mapped_data_set_is_sent_to_a_process_by_its_place(dataset: TokenDataset, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_what_rank_0_decides_or_fails_to_reaches_every_rank(tmp_path: Path) -> N
     failed, named = "ZeroDivisionError: division by zero", "rank 0 failed: ZeroDivisionError('division by zero')"
     both = f"{failed} (ranks 0 and 1 failed: ZeroDivisionError('division by zero'))"
     told = "UserError: name another folder"
-    for rank, third in enumerate([f"{failed} ({named})", f"UserError: {named}"]):
+    for rank, third in enumerate([f"{failed} ({named})", f"AnotherRankError: {named}"]):
         assert f"{rank} {[7, told, third, 'after']}" in printed
         of_rank_1 = "UserError: rank 1: name another folder"
         assert f"{rank} together {[told, of_rank_1, third, both, 'after']}" in printed

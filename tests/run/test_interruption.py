@@ -181,6 +181,43 @@ def test_the_second_signal_ends_a_process_that_waits_in_c() -> None:
     assert done.stdout.startswith("SIGTERM: the run ends after this step, and saves; once more ends it at once")
 
 
+def test_before_the_steps_a_signal_ends_a_process_that_waits_in_c() -> None:
+    code = (
+        "import ctypes, os, signal, threading, time\n"
+        "from panda.run import interruption\n"
+        "interruption.UNHEARD_SECONDS = interruption.LOOK_SECONDS = 0.1\n"
+        "with interruption.Ending(launched=True).listening():\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    {}\n"
+    )
+    in_c = "mutex = ctypes.create_string_buffer(64)\n    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)"
+    for waiting, said in ((in_c, "ended by SIGTERM\n"), ("time.sleep(60)", "")):  # or by an exception, as Python has it
+        command = [sys.executable, "-c", code.replace("{}", waiting)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (143, said)
+
+
+def test_the_first_signal_ends_at_once_a_run_that_has_lost_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("panda.run.interruption.LOOK_SECONDS", 0.1)
+
+    def signalled(*answers: str | None, is_ending: bool = False) -> Any:
+        left = list(answers)
+        hopeless = lambda: left.pop(0) if left else answers[-1]  # noqa: E731
+        interruption = Interruption(launched=True, announce=False, hopeless=hopeless, is_ending=lambda: is_ending)
+
+        def body() -> None:
+            with interruption.listening():
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(2)
+
+        return body
+
+    assert ended(signalled("rank 1 is lost")) == 143
+    assert ended(signalled(None, None, "rank 1 is lost since")) == 143
+    assert ended(signalled(None)) == 0
+    assert ended(signalled("rank 1 has failed", is_ending=True)) == 0  # which says so, and ends it
+
+
 def test_signals_to_forks_and_in_threads_are_left_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     alone = ended(lambda: os.kill(os.getpid(), signal.SIGTERM))  # a worker of pytest-xdist may have a handler
