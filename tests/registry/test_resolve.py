@@ -623,7 +623,7 @@ def test_a_factory_that_returns_something_else_is_named_with_its_distribution(di
 def test_what_is_left_out_is_left_out_when_the_written_configuration_runs(tmp_path: Path) -> None:
     file = yaml(tmp_path, "arch: llama-tiny\nplugins: [plot, 'no:metrics']\n")
     run = resolved("--config", file, "-p", "no:plot")
-    assert [plugin.component.name for plugin in run.plugins] == ["progress", "tensorboard"]
+    assert [plugin.component.name for plugin in run.plugins] == ["progress", "tensorboard", "guard"]
     again = resolved("--config", yaml(tmp_path, config_text(run)))
     assert again.settings["plugins"].value == ("plot", "no:metrics", "no:plot")
-    assert [plugin.component.name for plugin in again.plugins] == ["progress", "tensorboard"]
+    assert [plugin.component.name for plugin in again.plugins] == ["progress", "tensorboard", "guard"]
