@@ -78,7 +78,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
 
 
 def _end_now(code: int) -> NoReturn:
-    """End this process, but not through the end of the interpreter: libraries would wait there for ranks that are gone."""
+    """End this process without the end of the interpreter, where libraries would wait for ranks that are gone."""
     sys.stdout.flush()
     os._exit(code)
 

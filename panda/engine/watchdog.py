@@ -119,6 +119,8 @@ class Watchdog:
         self._used: dict[int, tuple[float, float]] = {}
         """Of ranks that do not report, the seconds of processor when they last were seen to use it, and when."""
         self._concludes = False
+        self._ending = threading.Lock()
+        """Held by the thread that ends this process."""
         self._gone: dict[int, float] = {}
         """Of ranks that have ended, since when that is known."""
         self._ended, self._hurry, self._wakes = threading.Event(), threading.Event(), threading.Event()
@@ -279,7 +281,7 @@ class Watchdog:
         failure = self.failure
         assert failure is not None
         self._ended.wait(GRACE)
-        if self._concludes or self._ended.is_set():
+        if self._ended.is_set() or not self._ending.acquire(blocking=False):
             return
         if failure.by == self.rank:
             self._wait_for_others()
@@ -315,6 +317,7 @@ class Watchdog:
         """What ends this rank in place of ``error``; None where that is its own."""
         if self._reports is None or getattr(error, "is_everywhere", False):  # raised by all ranks alike
             return None
+        self._ending.acquire()  # for ever, if the other thread is about to end the process
         self._concludes = self._reports.reads_all = True
         self._hurry.set()
         with _without_signals():  # this process ends by itself within seconds
