@@ -384,8 +384,11 @@ def main() -> int:
         Path(folder, "here").mkdir()
         bench = Bench(Path(folder, "work"))
         os.chdir(Path(folder, "here"))
+        kinds = given.kind or list(FUZZED)
+        if given.processes:  # here, so that what they import is there in each fork
+            run(kinds, bench, seconds=float("inf"), cases=2, first=-2, seed=given.seed)
         found = run(
-            given.kind or list(FUZZED),
+            kinds,
             bench,
             seconds=given.seconds,
             cases=given.cases,
