@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -381,11 +382,16 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="panda-fuzz-") as folder:
         os.environ |= {"HF_HUB_OFFLINE": "1", "PANDA_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         Path(folder, "here").mkdir()
         bench = Bench(Path(folder, "work"))
         os.chdir(Path(folder, "here"))
+        kinds = given.kind or list(FUZZED)
+        if given.processes:  # so that each fork has them; running anything here would start threads, which forks lack
+            for name in ("panda.answers.assistant", "panda.answers.loading", "panda.run.preparation", "pyarrow"):
+                importlib.import_module(name)
         found = run(
-            given.kind or list(FUZZED),
+            kinds,
             bench,
             seconds=given.seconds,
             cases=given.cases,

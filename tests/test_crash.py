@@ -15,18 +15,14 @@ ROW = re.compile(r"^\| (.+) \| (\d+) \| (.*) \| (\d+) \|$", re.M)
 
 
 def test_runs_that_are_killed_and_disturbed_end_with_the_same_bits(tmp_path: Path) -> None:
-    few = ("--kills", 3, "--ranks", 1, "--calls", 2, "--seed", 5, "--flips", 100)
-    rows = ROW.findall(run_script(COMMAND, *few, cwd=tmp_path))
-    assert [row[0].partition(" at ")[0] for row in rows[:4]] == ["SIGKILL", "the process ends", "ENOSPC", "EIO"]
-    assert [int(row[1]) for row in rows[:4]] == [3, 2, 2, 2]
-    assert len(rows) >= 10 and all(int(row[1]) >= 100 for row in rows[4:]), rows
-    assert all(row[3] == "0" for row in rows)
-
-
-def test_an_error_names_the_ranks_that_fail(tmp_path: Path) -> None:
-    few = ("--fault_ranks", 2, "--stages", "layout", "random state", "DeepSpeed's loading")
-    rows = ROW.findall(run_script(COMMAND, *few, cwd=tmp_path))
-    assert [(int(row[1]), row[3]) for row in rows] == [(6, "0"), (6, "0")]
+    few = ("--kills", 3, "--ranks", 1, "--calls", 2, "--ways", "exit", "EIO", "--seed", 5, "--flips", 100)
+    faults = ("--fault_ranks", 2, "--stages", "layout", "DeepSpeed's loading")
+    rows = ROW.findall(run_script(COMMAND, *few, *faults, cwd=tmp_path))
+    assert all(row[3] == "0" for row in rows), rows
+    names = ["SIGKILL", "the process ends", "EIO", "an exception in 1 stages of saving, on each subset of 2 ranks"]
+    assert [row[0].partition(" at ")[0] for row in rows[:4]] == names
+    assert [int(row[1]) for row in rows[:5]] == [3, 2, 2, 3, 3]
+    assert len(rows) >= 11 and all(int(row[1]) >= 100 for row in rows[5:]), rows
 
 
 def test_a_difference_is_found(tmp_path: Path) -> None:
