@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from panda.data.fields import TEXT
 from panda.data.fields import Field
+from panda.data.origin import origin_of
 from panda.data.reading import Reader
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
@@ -42,9 +44,13 @@ class Recipe:
             block.extend(part)
         return self.usable(TokenDataset.of(block))
 
-    def usable(self, dataset: TokenDataset) -> TokenDataset:
-        """``dataset``, which was made by this recipe. Raises UserError, with the reasons, where it has no sample."""
+    def usable(self, dataset: TokenDataset, hashes: Sequence[str] = ()) -> TokenDataset:
+        """``dataset``, which was made by this recipe, with its origin. ``hashes``: of the content of the files.
+
+        Raises UserError, with the reasons, where it has no sample.
+        """
         if len(dataset) == 0:
             reasons = "".join(f"\n  {line}" for line in dataset.report.lines())
             raise UserError(f"{self.option}: {self.location!r} has no row that can be trained on.{reasons}")
-        return dataset
+        made = {**self.ingredients, "vocabulary": self.vocabulary}
+        return replace(dataset, origin=origin_of(self.location, self.files, hashes, dataset.report.rows, made))

@@ -266,6 +266,8 @@ class TokenDataset:
     """Tokens that carry loss; 0 where no field says which."""
     directory: Path | None = None
     """The folder of the arrays, if they are mapped from files: other processes then map them too, without a copy."""
+    origin: Mapping[str, Any] | None = None
+    """What they were made of: see ``panda.data.origin``."""
 
     @classmethod
     def of(cls, block: SampleBlock) -> TokenDataset:
