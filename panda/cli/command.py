@@ -9,6 +9,9 @@ import traceback
 from collections.abc import Callable
 
 from panda.configuration.launcher import forget_empty
+from panda.files.disk_full import MORE_SHARED_MEMORY
+from panda.files.disk_full import SHARED_MEMORY_FULL
+from panda.files.disk_full import disk_full
 from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -31,7 +34,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     """Run ``command`` on ``argv`` (by default ``sys.argv``) and return its exit code.
 
     A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback. A run that was
-    interrupted and has saved gives 75. Any other exception is a bug, and keeps its traceback.
+    interrupted and has saved gives 75. Errors of disks that are full, failing or read-only are the user's, too. Any
+    other exception is a bug, and keeps its traceback.
     """
     _open_what_is_closed()
     _replace_what_cannot_be_written()
@@ -42,10 +46,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     except UserError as error:
         if os.environ.get("PANDA_TRACEBACK"):
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        prefix = "error" if rank == "0" else f"error on rank {rank}"
-        text = printable(without_secrets(str(error)))
-        print(f"{prefix}: " + "\n  ".join(text.splitlines()), file=sys.stderr)
+        _print_error(str(error))
         return USAGE_ERROR
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -57,7 +58,25 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     except BrokenPipeError:  # `panda list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except Exception as error:
+        if (problem := disk_full(error)) is None or os.environ.get("PANDA_TRACEBACK"):
+            raise
+        _print_error(f"{problem}. {_for_disks(problem)}")
+        return USAGE_ERROR
     return 0
+
+
+def _print_error(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error on rank {rank}"
+    print(f"{prefix}: " + "\n  ".join(printable(without_secrets(text)).splitlines()), file=sys.stderr)
+
+
+def _for_disks(problem: str) -> str:
+    """What to do where no command has said it."""
+    if problem == SHARED_MEMORY_FULL:
+        return MORE_SHARED_MEMORY
+    return "Make room, or name a folder on another disk (`output_dir`, `token_cache`, TMPDIR), and start again."
 
 
 def _open_what_is_closed() -> None:
