@@ -13,6 +13,9 @@ from panda.configuration.launcher import AnotherRankError
 from panda.configuration.launcher import LostRankError
 from panda.configuration.launcher import forget_empty
 from panda.configuration.launcher import tell_launcher
+from panda.files.disk_full import MORE_SHARED_MEMORY
+from panda.files.disk_full import SHARED_MEMORY_FULL
+from panda.files.disk_full import disk_full
 from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -37,8 +40,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     """Run ``command`` on ``argv`` (by default ``sys.argv``) and return its exit code.
 
     A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback. A run that was
-    interrupted and has saved gives 75, a rank that ends because of another one 1. Any other exception is a bug, and
-    keeps its traceback.
+    interrupted and has saved gives 75, a rank that ends because of another one 1. Errors of disks that are full,
+    failing or read-only are the user's, too. Any other exception is a bug, and keeps its traceback.
     """
     _open_what_is_closed()
     _replace_what_cannot_be_written()
@@ -53,11 +56,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
             return USAGE_ERROR
         if os.environ.get("PANDA_TRACEBACK"):
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        prefix = "error" if rank == "0" else f"error on rank {rank}"
-        text = printable(without_secrets(str(error)))
-        print(f"{prefix}: " + "\n  ".join(text.splitlines()), file=sys.stderr, flush=True)
-        tell_launcher(text)
+        _print_error(str(error))
         if isinstance(error, LostRankError):
             _end_now(USAGE_ERROR)
         return USAGE_ERROR
@@ -72,8 +71,11 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
-        tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
-        raise
+        if (problem := disk_full(error)) is None or os.environ.get("PANDA_TRACEBACK"):
+            tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
+            raise
+        _print_error(f"{problem}. {_for_disks(problem)}")
+        return USAGE_ERROR
     return 0
 
 
@@ -81,6 +83,21 @@ def _end_now(code: int) -> NoReturn:
     """End this process without the end of the interpreter, where libraries would wait for ranks that are gone."""
     sys.stdout.flush()
     os._exit(code)
+
+
+def _print_error(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error on rank {rank}"
+    shown = printable(without_secrets(text))
+    print(f"{prefix}: " + "\n  ".join(shown.splitlines()), file=sys.stderr, flush=True)
+    tell_launcher(shown)
+
+
+def _for_disks(problem: str) -> str:
+    """What to do where no command has said it."""
+    if problem == SHARED_MEMORY_FULL:
+        return MORE_SHARED_MEMORY
+    return "Make room, or name a folder on another disk (`output_dir`, `token_cache`, TMPDIR), and start again."
 
 
 def _open_what_is_closed() -> None:

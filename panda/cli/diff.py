@@ -10,6 +10,7 @@ from typing import Any
 
 from panda.cli.command import run_command
 from panda.cli.run_folders import run_folder
+from panda.engine.checkpoints.agreement import MADE_OF
 from panda.files.terminal import printable_line
 from panda.run.description import read_provenance
 from panda.run.directory import PROVENANCE
@@ -127,7 +128,7 @@ def _providers(components: Any) -> dict[str, str]:
 def _agreed(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a run that has ended which are no keys of its configuration: hashes of data and tokenizer."""
     agreement = _mapping(_mapping(provenance.get("end")).get("agreement"))
-    return {key: value for key, value in agreement.items() if key.rpartition(".")[2] not in config}
+    return {key: value for key, value in agreement.items() if key.rpartition(".")[2] not in config and key != MADE_OF}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

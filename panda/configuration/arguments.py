@@ -27,6 +27,7 @@ from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
 from panda.weights.run_folders import CHECKPOINTS
+from panda.weights.run_folders import PROVENANCE
 from panda.weights.run_folders import RUN_CONFIG
 
 IGNORED = ("local_rank",)
@@ -111,6 +112,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         raise UserError(f"--config needs the path of a YAML file, as in --config run.yaml{more}.")
     file = _read(_config_path(str(config.value), config.origin)) if config else _of_continued_run(flags)
     given = file.given | flags
+    if config and "resume" in given and given["resume"].value == "auto" and not {"output_dir", "run_name"} & {*flags}:
+        given |= _own_directory(str(config.value))
     named = given.get("plugins")
     # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
     if (added or blocked) and not (named and named.is_nested):
@@ -179,6 +182,14 @@ def _read(path: Path) -> _File:
             " run.yaml` writes it in panda's keys, and lists what has no counterpart."
         )
     return _checked(_with_accepted_spellings(load_flat_yaml(path, is_of_another_tool)))
+
+
+def _own_directory(config: str) -> dict[str, Given]:
+    """The run directory of ``config``, if that is the config.yaml of a run: which `resume: auto` then continues."""
+    folder = resolve_path(config).parent
+    if resolve_path(config).name != RUN_CONFIG or not (folder / PROVENANCE).is_file():
+        return {}
+    return {"output_dir": Given(str(folder), f"the run of {config}", str(folder))}
 
 
 def _of_continued_run(flags: Mapping[str, Given]) -> _File:

@@ -42,12 +42,15 @@ class Refusal:
     """Of optimizers that need one of these."""
     of_plugins: frozenset[str] = frozenset()
     """Only where the run has one of these plugins of panda's."""
+    of_own_optimizers: bool = False
+    """Only of panda's own optimizers."""
 
     def refuses(self, resolved: Resolved) -> bool:
         """Whether ``resolved`` is such a combination."""
         components, plugins = resolved.components, resolved.plugins
         return (
             components["optimizer"].component.needs in self.of_needs
+            and (components["optimizer"].offer.is_own or not self.of_own_optimizers)
             and self.applies(resolved.core)
             and self.of_task(components["task"].component.factory)
             and (not self.of_plugins or any(each.offer.is_own and each.name in self.of_plugins for each in plugins))
@@ -202,7 +205,7 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{WHOLE} with offload_optimizer.ratio below 1",
         lambda run: _in_file(run, *_OFFLOAD, "ratio") not in (None, 1),
         "DeepSpeed updates the part that stays on the GPU with its own AdamW",
-        "leave `ratio` out, or `optimizer: adamw`",
+        "leave `ratio` out",
         of_needs=_WHOLE,
     ),
     Refusal(
@@ -211,6 +214,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "they update with DeepSpeed's own CPU Adam, a part of the weights at a time",
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
         of_needs=_WHOLE,
+    ),
+    Refusal(
+        "offload_optimizer.ratio below 1 with adamw or another optimizer of panda's",
+        lambda run: _in_file(run, *_OFFLOAD, "ratio") not in (None, 1),
+        "DeepSpeed then takes only an optimizer of its own, DeepSpeedCPUAdam",
+        "leave `ratio` out",
+        of_needs=frozenset(NEEDS) - _WHOLE,
+        of_own_optimizers=True,
     ),
     Refusal(
         "the plugins ema or freeze with offload_optimizer on NVMe",

@@ -10,6 +10,7 @@ from typing import Any
 
 from panda.data.fields import TEXT
 from panda.data.fields import Field
+from panda.data.origin import origin_of
 from panda.data.reading import Reader
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
@@ -43,9 +44,14 @@ class Recipe:
             block.extend(part)
         return self.usable(TokenDataset.of(block))
 
-    def usable(self, dataset: TokenDataset) -> TokenDataset:
-        """``dataset``, which was made by this recipe. Raises UserError, with the reasons, where it has no sample."""
+    def usable(self, dataset: TokenDataset, hashes: Sequence[str] = ()) -> TokenDataset:
+        """``dataset``, which was made by this recipe, with its origin. ``hashes``: of the content of the files.
+
+        Raises UserError, with the reasons, where it has no sample.
+        """
         if len(dataset) == 0:
             reasons = "".join(f"\n  {line}" for line in dataset.report.lines())
             raise UserError(f"{self.option}: {self.location!r} has no row that can be trained on.{reasons}")
-        return replace(dataset, files=tuple(self.files)) if dataset.directory else dataset
+        made = {**self.ingredients, "vocabulary": self.vocabulary}
+        origin = origin_of(self.location, self.files, hashes, dataset.report.rows, made)
+        return replace(dataset, origin=origin, files=tuple(self.files) if dataset.directory else dataset.files)

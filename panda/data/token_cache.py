@@ -86,7 +86,8 @@ class TokenCache:
         """
         before = _stamps(recipe)
         refuse_strangers(self._hashes, self.folder, "token_cache")
-        folder = self.folder / self._key(recipe)
+        hashes = self._content_hashes(recipe)
+        folder = self.folder / self._key(recipe, hashes)
         refuse_strangers(folder, self.folder, "token_cache")
         dataset = open_cache(folder, self.folder)
         if dataset is None:
@@ -94,16 +95,19 @@ class TokenCache:
                 alone = self._hold(folder, stack)
                 # Whoever held the lock before may have made it.
                 dataset = open_cache(folder, self.folder) or self._make(recipe, folder, before, alone=alone)
-        return recipe.usable(dataset)
+        return recipe.usable(dataset, hashes)
 
     @property
     def _hashes(self) -> Path:
         return self.folder / "hashes"
 
-    def _key(self, recipe: Recipe) -> str:
-        """The address of the samples. Names do not matter but for their endings; order and content of files do."""
+    def _content_hashes(self, recipe: Recipe) -> list[str]:
         progress = _PreparationLog(recipe.location).hashed
-        files = [[content_hash(file, self._hashes, progress), _ending(file)] for file in recipe.files]
+        return [content_hash(file, self._hashes, progress) for file in recipe.files]
+
+    def _key(self, recipe: Recipe, hashes: Sequence[str]) -> str:
+        """The address of the samples. Names do not matter but for their endings; order and content of files do."""
+        files = [[digest, _ending(file)] for file, digest in zip(recipe.files, hashes, strict=True)]
         described = json.dumps(
             {"version": VERSION, "files": files, "ingredients": recipe.ingredients}, sort_keys=True, ensure_ascii=False
         )

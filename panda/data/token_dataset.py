@@ -323,6 +323,8 @@ class TokenDataset:
     """int64 [samples]: the row of each, see ``place_code``."""
     files: tuple[Path, ...] = ()
     """The files of these rows."""
+    origin: Mapping[str, Any] | None = None
+    """What they were made of: see ``panda.data.origin``."""
 
     @classmethod
     def of(cls, block: SampleBlock) -> TokenDataset:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import signal
+import traceback
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 
 from panda.data.fields import TEXT
 from panda.data.fields import Field
@@ -95,35 +101,112 @@ def _characters(value: object) -> int:
 
 
 def _in_processes(stretches: Iterator[list[Row | BadRow]], tokenise: Tokenise, processes: int) -> Iterator[SampleBlock]:
-    # Forked: they share the tokenizer, and start in milliseconds. They only tokenise, and end.
-    context = multiprocessing.get_context("fork")
+    workers = _started(tokenise, processes)
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def tokenised(stretch: list[Row | BadRow]) -> SampleBlock:
+        worker = idle.get()
+        found = worker.tokenised(stretch)
+        idle.put(worker)
+        return found
+
     waiting: deque[Future[SampleBlock]] = deque()
-    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(tokenise,)) as pool:
+    with ThreadPoolExecutor(processes, "tokenising") as threads:
         try:
             for stretch in stretches:
-                waiting.append(pool.submit(_tokenise, stretch))
+                waiting.append(threads.submit(tokenised, stretch))
                 if len(waiting) >= AHEAD * processes:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
+        except _KilledError:
             raise UserError(
                 "tokenising: a process was killed from outside, most likely since memory ran out. Free some, or allow"
                 " fewer cores: `taskset -c 0-3 panda prepare ...`."
             ) from None
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for each in waiting:
+                each.cancel()
+            for worker in workers:  # which ends the threads that wait for them, too
+                worker.end()
+            for _ in workers:  # and those that wait for a worker
+                idle.put(workers[0])
 
 
-_tokenise_here: Tokenise
+class _KilledError(Exception):
+    """A tokenising process has ended without being asked to."""
 
 
-def _begin(tokenise: Tokenise) -> None:
-    """Begin a tokenising process. There is one a core, so the tokenizer uses no threads in it."""
-    global _tokenise_here
-    _tokenise_here = tokenise
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+class _Worker:
+    """A tokenising process, and this process's end of the connection to it.
+
+    Each has a connection of its own, which closes when either side ends, however that happens: a queue that several
+    share, as in a ProcessPoolExecutor, stays open, and whoever waits for the rest of a message then waits for ever.
+    """
+
+    def __init__(self, process: BaseProcess, connection: Connection) -> None:
+        self.process, self.connection = process, connection
+
+    def tokenised(self, stretch: list[Row | BadRow]) -> SampleBlock:
+        """The samples of ``stretch``. Raises what tokenising it raises there, and _KilledError."""
+        try:
+            self.connection.send(stretch)
+            found = self.connection.recv()
+        except (EOFError, OSError):
+            raise _KilledError from None
+        if isinstance(found, BaseException):
+            raise found
+        block: SampleBlock = found
+        return block
+
+    def end(self) -> None:
+        """End the process, which has nothing to lose."""
+        self.process.kill()
+        self.process.join()
+        # The connection is left to its last user, a thread that may still read from it.
 
 
-def _tokenise(stretch: list[Row | BadRow]) -> SampleBlock:
-    return _tokenise_here(stretch)
+def _started(tokenise: Tokenise, count: int) -> list[_Worker]:
+    """``count`` tokenising processes. Forked: they share the tokenizer, and start in milliseconds."""
+    context = multiprocessing.get_context("fork")
+    workers: list[_Worker] = []
+    for _ in range(count):
+        ours, theirs = context.Pipe()
+        of_parent = [*(worker.connection for worker in workers), ours]
+        process = context.Process(target=_work, args=(tokenise, theirs, of_parent), daemon=True)
+        process.start()
+        theirs.close()  # now only the worker has it, so that it closes when the worker ends
+        workers.append(_Worker(process, ours))
+    return workers
+
+
+def _work(tokenise: Tokenise, connection: Connection, of_parent: list[Connection]) -> None:
+    """What a tokenising process does, until the process that started it is gone."""
+    for other in of_parent:  # which close when that process ends only if nobody else has them
+        other.close()
+    # Ctrl-C reaches all processes of a terminal, and the one that started this says what there is to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core
+    with suppress(EOFError, OSError):
+        while True:
+            stretch = connection.recv()
+            try:
+                found: object = tokenise(stretch)
+            except Exception as error:
+                found = _to_send(error)
+            connection.send(found)
+
+
+def _to_send(error: Exception) -> Exception:
+    """``error`` with its traceback as a note, since tracebacks cannot be sent; one that can be sent in its place."""
+    told = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(told)
+    if not isinstance(error, UserError):
+        error.add_note(f"In a tokenising process:\n{told}")
+    return error

@@ -1,26 +1,47 @@
-"""Recognises the errors of a full or failing disk. Each library reports it in its own way, some without saying so."""
+"""Recognises the errors of a disk that is full, failing or read-only.
+
+Each library reports them in its own way, some without saying so.
+"""
 
 from __future__ import annotations
 
 import errno
-import os
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from panda.registry import UserError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No room, no quota, and a file that may not grow."""
-_FAILING = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV)
-"""A disk that fails, can only be read (as one is mounted again after it failed), or has gone."""
+_STATES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full",  # for this user
+    errno.EFBIG: "the disk is full",  # a file may not grow
+    errno.EIO: "the disk is failing (input/output error)",
+    errno.EROFS: "the disk can only be read (read-only file system)",
+    errno.ESTALE: "the network disk has lost it (stale file handle)",
+    errno.ENXIO: "the disk has gone",
+    errno.ENODEV: "the disk has gone",
+    errno.ENOTCONN: "the network disk is not connected",
+}
+"""What each error says of the disk. A terminal that is gone gives EIO, too, without the name of a file."""
+_NUMBER = re.compile(r"\((?:os error|Errno) (\d+)\)|\[Errno (\d+)\]|: [A-Z][A-Za-z ]+ \((\d+)\)")
+"""How the texts of the errors of safetensors, shutil and torch have it."""
+SHARED_MEMORY = "/dev/shm"
+_OF_SHARED_MEMORY = re.compile(r"/dev/shm|</?torch_|shared memory|out of shared")
+
+SHARED_MEMORY_FULL = f"{SHARED_MEMORY}, the shared memory of this machine or container, is full"
+MORE_SHARED_MEMORY = (
+    "Processes that prepare batches need it, and ranks on GPUs of one machine. Enlarge it (`docker run --shm-size 8g`,"
+    " `mount -o remount,size=8g /dev/shm`), or write `num_workers: 0`."
+)
 
 
 @contextmanager
 def writing(what: str, then: str) -> Iterator[None]:
-    """If the body fails because the disk is full or fails, raise UserError; all other errors pass.
+    """If the body fails because of the disk (``disk_full``), raise UserError; all other errors pass.
 
-    The message is ``WHAT cannot be written: the disk is full. THEN``.
+    The message is ``WHAT cannot be written: the disk is full. THEN``. Where shared memory is full, it is about that.
     """
     try:
         yield
@@ -30,25 +51,38 @@ def writing(what: str, then: str) -> Iterator[None]:
         problem = disk_full(error)
         if problem is None:
             raise
+        if problem == SHARED_MEMORY_FULL:
+            raise UserError(f"{problem}. {MORE_SHARED_MEMORY}") from error
         raise UserError(f"{what} cannot be written: {problem}. {then}") from error
 
 
 def disk_full(error: BaseException | None) -> str | None:
-    """Text that says that the disk is full or fails, with the file if known, if ``error`` means that; else None."""
+    """Text that says that the disk is full, failing or read-only, with the file if known, if ``error`` means that.
+
+    Else None. Shared memory is a disk, too, and named.
+    """
     if error is None:
         return None
     file = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # the target of a copy
     at = f" ({file})" if file else ""
     number = getattr(error, "errno", None)
-    if number is None and (given := re.search(r"\((?:os error|Errno) (\d+)\)|\[Errno (\d+)\]", str(error))):
-        number = int(given[1] or given[2])  # only in the text of safetensors' and shutil's errors
-    if number in _NO_ROOM:
-        return f"the disk is full{at}"
-    if number in _FAILING:
-        return f"the disk fails{at}: {os.strerror(number)}"
+    if number is None and (given := _NUMBER.search(str(error))):
+        number = int(next(filter(None, given.groups())))  # only in the text
+    if number in _STATES:
+        if _STATES[number] == "the disk is full" and _is_of_shared_memory(error, file):
+            return SHARED_MEMORY_FULL
+        return f"{_STATES[number]}{at}"
     if found := disk_full(error.__cause__ or error.__context__):
         return found
     # torch.save (2.13, 2026-11) does not give the reason. This can go when it raises OSError.
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "the disk is full or failing"
     return None
+
+
+def _is_of_shared_memory(error: BaseException, file: object) -> bool:
+    """Whether ``error`` is of shared memory: by its text, as torch's, or since it made a semaphore."""
+    if _OF_SHARED_MEMORY.search(f"{file or ''} {error}"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return file is None and bool(frames) and frames[-1].filename.endswith("multiprocessing/synchronize.py")

@@ -37,19 +37,29 @@ class HeldError(Exception):
 
 
 @contextmanager
-def held(file: Path, *, waiting: Callable[[str], None] | None = None, unlocked: str | None = None) -> Iterator[bool]:
+def held(
+    file: Path,
+    *,
+    waiting: Callable[[str], None] | None = None,
+    unlocked: str | None = None,
+    removed: bool = False,
+) -> Iterator[bool]:
     """Hold the lock ``file``, which is created if missing. It excludes other threads of this process, too.
 
     If another process holds it, raises HeldError; or, with ``waiting``, calls that once with a description of the
     holder, and waits for the lock. Raises OSError if the file cannot be opened. Yields whether the lock is held: on a
     file system without locks it is not, and a note with ``unlocked``, which says what the user has to do, is printed.
+    With ``removed`` the file is removed at the end; then all who hold it have to say so.
     """
-    # Not through a link: what it leads to would be emptied.
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    _descriptors.add(descriptor)
     process = os.getpid()
+    descriptor = _opened(file)
     try:
-        is_held = _lock(descriptor, file, waiting, unlocked)
+        while True:
+            is_held = _lock(descriptor, file, waiting, unlocked)
+            if not (removed and is_held) or is_at(descriptor, file):
+                break
+            _close(descriptor)  # who held it before has removed it
+            descriptor = _opened(file)
         with suppress(OSError):  # a full disk: the lock is held all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _this_process().encode(), 0)
@@ -59,10 +69,31 @@ def held(file: Path, *, waiting: Callable[[str], None] | None = None, unlocked: 
             if os.getpid() == process:
                 with suppress(OSError):
                     os.ftruncate(descriptor, 0)
+                    if removed and is_held:
+                        file.unlink()  # while it is held
     finally:
         if os.getpid() == process:  # a forked process has closed it already
-            _descriptors.discard(descriptor)
-            os.close(descriptor)
+            _close(descriptor)
+
+
+def is_at(descriptor: int, file: Path) -> bool:
+    """Whether the open file ``descriptor`` still is what the path ``file`` leads to."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(file))
+    except OSError:
+        return False
+
+
+def _opened(file: Path) -> int:
+    # Not through a link: what it leads to would be emptied.
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    _descriptors.add(descriptor)
+    return descriptor
+
+
+def _close(descriptor: int) -> None:
+    _descriptors.discard(descriptor)
+    os.close(descriptor)
 
 
 def holder_of(file: Path) -> str | None:

@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ def put(new: Path, path: Path, *, replace_folder: bool = True) -> None:
     """
     for each in (*(new.rglob("*") if new.is_dir() else ()), new):
         if not each.is_symlink():
+            _open_as_others(each)
             sync(each)
     old = path.with_name(f".tmp-old-{path.name}")
     if new.is_dir() and path.is_dir() and replace_folder:
@@ -110,6 +112,17 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _open_as_others(path: Path) -> None:
+    """Give the file ``path`` the permissions that the umask allows, if only its owner may read it.
+
+    As of safetensors (0.8, 2026-11), which writes a temporary file and renames it. Can go when it does this itself.
+    """
+    if path.is_file() and stat.S_IMODE(path.stat().st_mode) == 0o600:
+        umask = os.umask(0o077)  # which can be read only by setting it
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
 
 
 def _discard(path: Path) -> None:

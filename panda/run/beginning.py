@@ -28,6 +28,7 @@ from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import configuration_in
 from panda.run.directory import make_directory
+from panda.run.directory import make_directory_again
 from panda.run.directory_lock import RunLock
 from panda.run.generating import Generation
 from panda.run.model import base_weights
@@ -79,6 +80,7 @@ def begin(
         decoding,
         reference=model.reference,
         generate=Generation(model.engine, options, prepared.task.pad_token_id, decoding.ends),
+        lock=lock,
         resumed_from=checkpoint,
         spent={"resume_seconds": resume_seconds} if checkpoint else {},
         step=continuation.progress.step,
@@ -88,6 +90,13 @@ def begin(
 
     describe = writing(f"{directory}: the description of the run", NO_ROOM_LEFT)(_describe)
     processes.together(partial(describe, run, prepared, model))
+
+    def make_again() -> Path:
+        run.directory = make_directory_again(run.directory, lock)
+        describe(run, prepared, model)
+        return run.directory
+
+    run.make_again = make_again
     return run
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from panda.configuration.options import LORA_KEYS
+from panda.data.origin import origins_of
 from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
+from panda.engine.checkpoints.agreement import MADE_OF
+from panda.engine.checkpoints.agreement import refuse_differing
 from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.manifest import START
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.manifest import read_progress
-from panda.engine.checkpoints.manifest import refuse_differing
 from panda.engine.checkpoints.writing import check_shared
 from panda.engine.processes import Processes
 from panda.files.terminal import printable
@@ -194,4 +196,11 @@ def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: Sam
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),
         "tokens": dataset.tokens,
         "data": dataset.fingerprint,
+        # What the hashes above are of, for whoever has to know why they differ.
+        MADE_OF: {
+            "max_samples": options.max_samples,
+            "eval_fraction": options.eval_fraction,
+            "base": pretrained.describe() if pretrained else "random weights",
+            "data_sets": origins_of(dataset),
+        },
     }

@@ -16,7 +16,7 @@ from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
 from panda.run.directory import recorded_configuration
 from panda.run.fitting import refused
-from panda.tasks.dialogue_task import InstructFormat
+from panda.tasks.dialogue_task import DialogueFormat
 
 KEPT = "decided when the run began"
 """The origin of a value that a resumed run keeps."""
@@ -59,7 +59,7 @@ def with_template_date(configuration: Configuration) -> Configuration:
     In UTC, so that machines in other time zones agree.
     """
     task = configuration.resolved.components["task"]
-    if not isinstance(task.options, InstructFormat):
+    if not isinstance(task.options, DialogueFormat):
         return configuration
     key = configuration.resolved.key_of(task, "template_date")
     return with_decided(

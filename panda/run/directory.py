@@ -70,6 +70,24 @@ def make_directory(resolved: Resolved, lock: RunLock) -> Path:
         return directory
 
 
+def make_directory_again(directory: Path, lock: RunLock) -> Path:
+    """Make ``directory``, which was removed while a run used it, again, and hold it by ``lock``.
+
+    If another has taken its place, one beside it with a number.
+    """
+    made = directory if not directory.exists() else _numbered(directory, exists=False)
+    try:
+        made.mkdir(parents=True)
+        (made / PROVENANCE).touch()
+    except OSError as problem:
+        raise UserError(
+            f"{directory}: it was removed while the run used it, and {made} cannot be made: {problem.strerror}. Its"
+            " weights are lost since the last checkpoint that was copied elsewhere."
+        ) from None
+    lock.take(made)
+    return made
+
+
 def continues_in_place(resolved: Resolved, directory: Path, checkpoint: Path | None) -> bool:
     """Whether a run in ``directory``, from ``checkpoint``, continues the run that is already there."""
     owner = checkpoint.resolve().parent.parent if checkpoint else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,14 +17,29 @@ FILE = ".lock"
 class RunLock(ExitStack):
     """Holds a run directory from ``take`` to the end of the ``with`` statement."""
 
+    _file: Path | None = None
+    _identity: os.stat_result | None = None
+
     def take(self, directory: Path) -> None:
         """Hold ``directory``. Raises UserError, which names the holder, if another process holds it."""
         try:
             self.enter_context(held(directory / FILE, unlocked="make sure that only one run at a time uses it."))
+            self._file, self._identity = directory / FILE, (directory / FILE).stat()
         except HeldError as problem:
             raise _in_use(directory, problem.holder) from None
         except OSError as problem:
             raise UserError(f"{directory}: cannot be written to: {problem.strerror}.") from None
+
+    def is_lost(self) -> bool:
+        """Whether the directory that is held was removed since, or another stands in its place."""
+        if self._file is None or self._identity is None:
+            return False
+        try:
+            return not os.path.samestat(self._file.stat(), self._identity)
+        except FileNotFoundError:
+            return True
+        except OSError:  # a network disk that does not answer for a while
+            return False
 
 
 def is_in_use(directory: Path) -> bool:

@@ -171,10 +171,14 @@ class Loop:
         hours, minutes = options.max_train_hours, options.save_minutes
         is_over = begun_by_rank_0 and hours is not None and now - run.begun >= hours * SECONDS_AN_HOUR
         is_time = begun_by_rank_0 and minutes > 0 and now - self.saved_at >= minutes * SECONDS_A_MINUTE
-        signalled, over, due = run.processes.most([self.interruption.signal or 0, is_over, is_time])
+        is_lost = begun_by_rank_0 and run.lock.is_lost()
+        signalled, over, due, lost = run.processes.most([self.interruption.signal or 0, is_over, is_time, is_lost])
         self.time_to_save = bool(due)
         if self.ended_by is None and (signalled or over):
             self.ended_by = Signals(int(signalled)).name if signalled else f"max_train_hours: {hours:g}"
+        if lost and run.make_again is not None:
+            self.ended_by = f"{run.directory} was removed while the run used it"
+            run.directory = run.processes.from_rank_0(run.make_again)
 
     @property
     def is_interrupted(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from panda.run.asking import Added
 from panda.run.asking import Asking
 from panda.run.asking import Stop
 from panda.run.asking import product
+from panda.run.directory_lock import RunLock
 from panda.tasks.task import Task
 from panda.weights.generation_config import Decoding
 
@@ -97,6 +99,10 @@ class Run:
     answers: list[dict[str, str]] = field(default_factory=list)
     """At the end of the run: ``prompt`` and ``answer`` for each prompt."""
 
+    lock: RunLock = field(default_factory=RunLock, repr=False)
+    """Of the run directory."""
+    make_again: Callable[[], Path] | None = field(default=None, repr=False)
+    """On rank 0: makes the run directory again, with its description, if it was removed, and returns it."""
     asking: Asking = field(default_factory=Asking, repr=False)
     """What hooks ask for."""
     added: dict[str, Added] = field(default_factory=dict, repr=False)

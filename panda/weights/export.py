@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from panda.files.disk_full import writing
+from panda.files.locks import held
 from panda.files.own import refuse_others
 from panda.files.whole import whole
 from panda.registry.chosen import Chosen
@@ -110,13 +111,21 @@ def export(description: Path, weights: Weights, folder: Path) -> None:
 def exporting(folder: Path) -> Iterator[Path]:
     """Yields the path of a folder to make, which then becomes ``folder``: see ``whole``.
 
-    Raises UserError where the disk is full, and where ``folder`` holds something else than an export.
+    One process at a time makes it; others wait. Raises UserError where the disk is full, and where ``folder`` holds
+    something else than an export.
     """
     refuse_others(folder, _NAMES, (CONFIG, ADAPTERS), "an export")
     then = "Checkpoints and any earlier export are untouched: free some space, then run `panda export RUN`."
-    with writing(f"{folder}: the export", then), whole(folder) as new:
-        yield new
-        write_export_format(new)
+    file = folder.absolute().with_name(f".{folder.name}.lock")
+    with writing(f"{folder}: the export", then):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with held(file, waiting=_say_who_exports, removed=True), whole(folder) as new:
+            yield new
+            write_export_format(new)
+
+
+def _say_who_exports(holder: str) -> None:
+    print(f"waiting: {holder} is writing the same export", flush=True)
 
 
 def decoding_of(module: Any, tokenizer: Any, pretrained: Pretrained | None, taught: list[int]) -> Decoding:

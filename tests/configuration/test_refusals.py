@@ -55,6 +55,10 @@ REFUSED: dict[str, list[Any]] = {
             "ZenFlow or SuperOffload": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
         }.items()
     },
+    "offload_optimizer.ratio below 1 with adamw or another optimizer of panda's": [
+        *("--zero_stage", "3"),
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+    ],
     "the plugins ema or freeze with offload_optimizer on NVMe": [
         *("--plugins", "ema", "--zero_stage", "3"),
         {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},

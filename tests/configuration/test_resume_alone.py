@@ -68,3 +68,16 @@ def test_what_a_run_names_in_files_of_the_user_is_executed_only_where_the_comman
     (run / "config.yaml").write_text("arch: llama-tiny\nplugins: ./mine.py:shout\n")
     with pytest.raises(UserError, match=r"only where the command line names them: add `--plugins ./mine.py:shout`"):
         configure(parse_arguments(["--resume", "run"]))
+
+
+def test_auto_with_the_config_of_a_run_continues_that_run(tmp_path: Path) -> None:
+    run = tmp_path / "anywhere"
+    run.mkdir()
+    config = run / "config.yaml"
+    config.write_text("arch: llama-tiny\n")
+    words = ["--config", str(config), "--resume", "auto"]
+    assert "output_dir" not in parse_arguments(words).given, "it is no run"
+    (run / "provenance.json").touch()
+    assert parse_arguments(words).given["output_dir"].value == str(run)
+    assert parse_arguments([*words, "--output_dir", "other"]).given["output_dir"].value == "other"
+    assert "output_dir" not in parse_arguments(words[:2]).given

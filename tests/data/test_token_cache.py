@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +314,45 @@ def test_a_tokenising_process_that_is_killed_is_an_error_and_no_hang(recipe: Rec
 
     with pytest.raises(UserError, match="a process was killed from outside"):
         list(tokenising.tokenised_blocks(recipe.files, recipe.reader, killed, processes=2))
+
+
+def test_a_tokenising_process_that_is_killed_while_it_sends_is_an_error_and_no_hang(recipe: Recipe) -> None:
+    def killed(rows: list[Row | BadRow]) -> SampleBlock:
+        def cut_short(connection: Connection, content: bytes, write: object = None) -> None:
+            os.write(connection.fileno(), content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = cut_short  # type: ignore[attr-defined]
+        return tokenise(rows)
+
+    with pytest.raises(UserError, match="a process was killed from outside"):
+        list(tokenising.tokenised_blocks(recipe.files, recipe.reader, killed, processes=2))
+
+
+def test_tokenising_processes_end_with_the_one_that_started_them(recipe: Recipe) -> None:
+    """Each of them has the writing end of a pipe, which can be read to its end once all are gone."""
+    reading, writing = os.pipe()
+
+    def say_so(rows: list[Row | BadRow]) -> SampleBlock:
+        os.write(writing, b".")
+        return tokenise(rows)
+
+    if (child := os.fork()) == 0:
+        try:
+            for _ in tokenising.tokenised_blocks(recipe.files, recipe.reader, say_so, processes=3):
+                signal.pause() if made["paused"] else made.update(paused=1)  # at the second block: they have started
+        finally:
+            os._exit(1)
+    os.close(writing)
+    assert os.read(reading, 1) == b"."
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while select.select([reading], [], [], 60)[0]:
+        if not os.read(reading, 100):
+            break
+    else:
+        pytest.fail("a tokenising process lives on")
+    os.close(reading)
 
 
 STARTING = """

@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 
 import pytest
 import torch
 
+from panda.files.disk_full import SHARED_MEMORY_FULL
 from panda.files.disk_full import disk_full
 from panda.files.disk_full import writing
 from panda.registry import UserError
@@ -86,3 +88,40 @@ def test_other_errors_pass() -> None:
             raise error
         assert caught.value is error
     assert disk_full(OSError(errno.EACCES, "Permission denied")) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EIO, "the disk is failing"), (errno.EROFS, "the disk can only be read"), (errno.ESTALE, "has lost it")],
+)
+def test_a_disk_that_fails_is_said_as_such(number: int, said: str) -> None:
+    with pytest.raises(UserError, match=rf"a cannot be written: .*{said}.*\(out/x\)\. b"), writing("a", "b"):
+        raise OSError(number, os.strerror(number), "out/x")
+
+
+def test_full_shared_memory_is_no_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch and NCCL say it, and semaphores, whose error names no file."""
+    of_torch = "unable to allocate shared memory(shm) for file </torch_32_1_0>: No space left on device (28)"
+    of_nccl = "Error while creating shared memory segment /dev/shm/nccl-a, error: No space left on device (28)"
+    for text in (of_torch, of_nccl):
+        assert disk_full(RuntimeError(text)) == SHARED_MEMORY_FULL
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"^/dev/shm, the shared memory .* is full") as caught, writing("a", "b"):
+        compiled = compile("full()", "multiprocessing/synchronize.py", "exec")
+        try:
+            exec(compiled, {"full": full})
+        except OSError as problem:
+            raise problem.with_traceback(problem.__traceback__ and _without_last(problem.__traceback__)) from None
+    assert "num_workers" in str(caught.value)
+
+
+def _without_last(trace: TracebackType) -> TracebackType:
+    """C code, which raises it really, has no frame."""
+    last = trace
+    while last.tb_next is not None and last.tb_next.tb_next is not None:
+        last = last.tb_next
+    last.tb_next = None
+    return trace

@@ -186,3 +186,21 @@ def test_where_there_are_no_locks_it_goes_on_and_says_so(
     with held(file):
         pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_lock_that_is_removed_at_the_end_still_excludes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waited has an open file that is gone, and takes the one that is there then."""
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.01)
+    waits, got = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with held(file, waiting=lambda holder: waits.set(), removed=True):
+            assert holder_of(file) is not None
+            got.set()
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    with held(file, removed=True):
+        waiter.start()
+        assert waits.wait(60)
+    waiter.join(60)
+    assert got.is_set() and not file.exists()

@@ -232,3 +232,18 @@ def test_what_cannot_be_made_is_said_beforehand_and_nothing_is_left(tmp_path: Pa
         check_can_be_made(tmp_path / "file" / "a", "output")
     with pytest.raises(UserError, match=r"^output: cannot make '/proc/a': /proc: "):
         check_can_be_made(Path("/proc/a"), "output")  # where even root makes nothing
+
+
+def test_what_only_its_owner_may_read_follows_the_umask(tmp_path: Path) -> None:
+    """As safetensors writes it."""
+    before = os.umask(0o027)
+    try:
+        with whole(tmp_path / "folder") as new:
+            new.mkdir()
+            (new / "weights").touch(mode=0o600)
+            (new / "program").touch(mode=0o700)
+        assert os.umask(0o027) == 0o027, "it is left as it was"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder" / "weights").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "folder" / "program").stat().st_mode & 0o777 == 0o700

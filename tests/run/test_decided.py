@@ -89,3 +89,23 @@ def test_a_damaged_configuration_has_no_date(folder: Path, text: str) -> None:
     assert decided.recorded(resolved, "template_date") == "2024-02-03"
     (folder / "run" / "config.yaml").write_text("mix.template_date: 2024-02-03")
     assert decided.recorded(resolved, "template_date") == "2024-02-03"
+
+
+def test_each_task_whose_template_can_carry_a_date_keeps_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only those of prompts and answers: preference learning has other rows, and the same templates."""
+    on_day(monkeypatch, 3)
+    (folder / "task.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from panda import register_task\n"
+        "from panda.tasks.dialogue_task import DialogueFormat\n"
+        "from panda.tasks.instruct import Instruct\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class ToyOptions(DialogueFormat):\n"
+        '    """Options of the toy."""\n\n\n'
+        '@register_task("toy", options=ToyOptions)\n'
+        "class Toy(Instruct):\n"
+        '    """A toy."""\n'
+    )
+    words = [*TINY.split(), "--tokenizer", "tokenizer", "--task", "toy", "--user_dir", str(folder)]
+    prepared = Preparation(configure(parse_arguments(words)))
+    assert prepared.resolved.settings["template_date"].value == "2024-02-03"

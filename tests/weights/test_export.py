@@ -16,11 +16,13 @@ from transformers import AutoTokenizer
 from transformers import GenerationConfig
 
 from panda.cli.main import main
+from panda.files.locks import holder_of
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
 from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
+from panda.weights.export import exporting
 from panda.weights.finding import Source
 from panda.weights.finding import pretrained_at
 
@@ -174,3 +176,11 @@ def test_an_answer_ends_at_the_token_that_training_taught_and_where_it_ended_bef
     described = GenerationConfig.from_pretrained(tmp_path / "model")
     assert described.eos_token_id == ends
     assert described.top_k == (said or {}).get("top_k", GenerationConfig().top_k)
+
+
+def test_one_process_at_a_time_makes_an_export(tmp_path: Path) -> None:
+    lock = tmp_path / "made" / ".export.lock"
+    with exporting(tmp_path / "made" / "export") as new:
+        new.mkdir()
+        assert holder_of(lock)
+    assert not lock.exists()

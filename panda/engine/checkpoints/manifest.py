@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+from panda.engine.checkpoints.agreement import refuse_differing
 from panda.registry import UserError
 
 FORMAT = 2
@@ -176,21 +177,3 @@ def read_progress(checkpoint: Path, agreement: dict[str, Any]) -> Progress:
     manifest = read_manifest(checkpoint)
     refuse_differing(checkpoint, manifest.agreement, agreement)
     return manifest.progress
-
-
-def refuse_differing(source: Path, recorded: dict[str, Any], agreement: dict[str, Any]) -> None:
-    """Raise UserError where what ``source`` ``recorded`` of its run differs from ``agreement``, of this one.
-
-    What only one of the two runs states is not compared: a newer component may have gained an option.
-    """
-    here = json.loads(json.dumps(agreement))  # as what was written and read again: a tuple is a list
-    differing = [
-        f"{key} was {before!r} and is {here[key]!r}"
-        for key, before in recorded.items()
-        if key in here and here[key] != before
-    ]
-    if differing:
-        raise UserError(
-            f"{source}: this run cannot continue that one: {'; '.join(differing)}."
-            " Give the values that it had, or start a run of its own."
-        )

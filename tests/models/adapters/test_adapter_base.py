@@ -294,7 +294,7 @@ def test_a_run_of_adapters_does_not_continue_on_another_base(folder: Path, other
     words.remove("--output_dir")
     done = run_panda("panda-train", *words, "--resume", folder / "lora", cwd=tmp_path)
     assert done.returncode == 2
-    assert "this run cannot continue that one: base_weights was 'tensors-sha256:" in done.stderr
+    assert "this run cannot continue that one: the base was " in done.stderr
     words[words.index(other)] = folder / "base"
     again = ("--resume", folder / "lora" / "checkpoints" / "step-00000002", "--output_dir", tmp_path / "again")
     train_many([[*words, *again]], cwd=tmp_path)

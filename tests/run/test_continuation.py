@@ -1,0 +1,141 @@
+"""A run that cannot be continued says what has changed since, and not that two hashes differ."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizer_zoo import folder_of
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.data import origin
+from panda.engine.checkpoints.agreement import refuse_differing
+from panda.registry import UserError
+from panda.run.continuation import agreement_of
+from panda.run.preparation import Preparation
+
+TINY = "--arch llama-tiny --num_layers 1 --hidden_size 16 --intermediate_size 16 --num_heads 1"
+FIRST = Path("run/checkpoints/step-00000001")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "rows" / f"{name}.json", [name, "c", "d"])
+    shutil.copytree(folder_of("llama3", "llama3.2"), tmp_path / "tokenizer")
+    return tmp_path
+
+
+def write(file: Path, letters: list[str]) -> None:
+    file.write_text(json.dumps([{"input": letter, "target": letter} for letter in letters]))
+
+
+def agreement(*flags: str) -> dict[str, Any]:
+    """As a checkpoint has it, of a run that is not trained."""
+    usual = {"instruction_tuning_data_dir": "rows", "template_date": "2026-01-02", "max_seq_length": "256"}
+    given = usual | {key.lstrip("-"): value for key, value in zip(flags[::2], flags[1::2], strict=True)}
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    prepared = Preparation(configure(parse_arguments([*TINY.split(), "--tokenizer", "tokenizer", *words])))
+    found: dict[str, Any] = json.loads(
+        json.dumps(agreement_of(prepared.resolved, prepared.pretrained, prepared.dataset))
+    )
+    return found
+
+
+def refused(before: dict[str, Any], now: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        refuse_differing(FIRST, before, now)
+    text = str(caught.value)
+    assert not re.search("[0-9a-f]{32}", text), "no hash says anything"
+    return text
+
+
+def one_byte_changed() -> None:
+    file = Path("rows/a.json")
+    file.write_text(file.read_text().replace('"a"', '"e"'))
+
+
+def tokenizer_with(change: Callable[[dict[str, Any]], Any]) -> None:
+    file = Path("tokenizer/tokenizer.json")
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def other_template() -> None:
+    file = Path("tokenizer/chat_template.jinja")
+    file.write_text("{{ 'More' }}" + file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda: write(Path("rows/a.json"), ["a", "c"]), ["rows/a.json had 93 bytes, and has 62", "6 rows, and has 5"]),
+        (one_byte_changed, ["rows/a.json has another content, of the same 93 bytes"]),
+        (lambda: Path("rows/b.json").unlink(), ["rows/b.json (93 bytes) was read, and is not now"]),
+        (lambda: write(Path("rows/c.json"), ["f"]), ["rows/c.json (31 bytes) is read, and was not"]),
+        (other_template, ["the task, chat_template was ", "More"]),
+        (
+            lambda: tokenizer_with(lambda content: content["model"]["merges"].clear()),
+            ["the content of the tokenizer is another"],
+        ),
+    ],
+    ids=["a file cut", "a byte", "a file less", "a file more", "template", "tokenizer"],
+)
+def test_what_the_data_was_made_of_is_compared(folder: Path, change: Callable[[], None], said: list[str]) -> None:
+    before = agreement()
+    change()
+    text = refused(before, agreement())
+    assert "the data differs: " in text
+    assert [part for part in said if part not in text] == [], text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max_samples", "2"], "max_samples was None, and is 2"),
+        (["--eval_fraction", "0.5"], "eval_fraction was 0.0, and is 0.5"),
+        (["--template_date", "2026-01-03"], "02 Jan 2026"),
+        (["--max_seq_length", "16"], "the max_seq_length was 256, and is 16"),
+    ],
+)
+def test_keys_that_decide_the_data_are_named_with_both_values(folder: Path, flags: list[str], said: str) -> None:
+    assert said in refused(agreement(), agreement(*flags))
+
+
+def test_data_that_was_moved_is_the_same(folder: Path) -> None:
+    before = agreement()
+    (folder / "rows").rename(folder / "moved")
+    refuse_differing(FIRST, before, agreement("--instruction_tuning_data_dir", "moved"))
+
+
+def test_of_very_many_files_their_number_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(origin, "MOST_FILES", 1)
+    before = agreement()
+    write(folder / "rows" / "c.json", ["f"])
+    assert "rows had 2 files, and has 3; rows had 186 bytes, and has 217" in refused(before, agreement())
+
+
+def test_a_checkpoint_of_before_says_that_it_did_not_record_it(folder: Path) -> None:
+    before = agreement()
+    before.pop("made_of")
+    before["data"] = "another"
+    assert "that run did not record which files, template and tokenizer it had" in refused(before, agreement())
+    for broken in ({"data_sets": 7}, {"data_sets": [{"files": 1}]}, {"data_sets": [{"files": [[1]]}]}):
+        assert "has another form" in refused(before | {"made_of": broken}, agreement())
+
+
+def test_the_base_of_adapters_is_named(folder: Path) -> None:
+    before = agreement() | {"base_weights": "tensors-sha256:12", "made_of": {"base": "base/a (a folder)"}}
+    now = agreement() | {"base_weights": "tensors-sha256:34", "made_of": {"base": "base/b (a folder)"}}
+    assert "the base was base/a (a folder) (tensors-sha256:12), and is base/b (a folder)" in refused(before, now)
+    same = now | {"made_of": before["made_of"]}
+    assert "the weights of the base have changed since then, at base/a (a folder)" in refused(before, same)
