@@ -38,16 +38,6 @@ def test_the_file_is_named_where_it_is_known(number: int) -> None:
     assert disk_full(OSError(number, os.strerror(number), "a")) == "the disk is full (a)"
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ESTALE])
-def test_a_disk_that_fails_is_told_as_such(tmp_path: Path, number: int) -> None:
-    assert disk_full(OSError(number, os.strerror(number), "a")) == f"the disk fails (a): {os.strerror(number)}"
-    with (
-        pytest.raises(UserError, match=r"^x cannot be written: the disk fails \(a\): .*\. Look\.$"),
-        writing("x", "Look."),
-    ):
-        raise OSError(number, os.strerror(number), "a")
-
-
 def test_what_copying_a_folder_reports(tmp_path: Path, full_disk: FullDisk) -> None:
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "a").write_bytes(bytes(100))
