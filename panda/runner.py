@@ -14,7 +14,7 @@ from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import Meeting
 from panda.engine.processes import join_processes
 from panda.engine.processes import meeting
-from panda.engine.standing import stand
+from panda.files.activity import stand
 from panda.files.disk_full import writing
 from panda.registry.contexts import PluginContext
 from panda.registry.hooks import add_built
@@ -76,7 +76,6 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
                 processes.together(partial(load_state, run, run.resumed_from))
             run.at("panda_run_start")
             Loop(run, progress).train()
-            stand("exporting the model, and answering")
             finish(run)
             stand("ending")
             run.hook.panda_run_end(run=run)

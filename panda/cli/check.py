@@ -6,7 +6,7 @@ from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
-from panda.run.first_look import announce_loading
+from panda.run.first_look import load_libraries
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -63,7 +63,7 @@ def _print_settings(resolved: Resolved) -> None:
 
 def _check_data_and_model(configuration: Configuration, world_size: int) -> None:
     print()
-    announce_loading()
+    load_libraries()
 
     from panda.engine.checkpoints.manifest import START
     from panda.engine.checkpoints.manifest import read_progress

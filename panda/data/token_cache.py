@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterable
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextlib import ExitStack
 from dataclasses import asdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from typing import BinaryIO
@@ -41,6 +42,8 @@ from panda.data.token_dataset import TokenDataset
 from panda.data.token_dataset import renumbered
 from panda.data.token_dataset import supervised_in
 from panda.data.tokenising import tokenised_blocks
+from panda.files.activity import Activity
+from panda.files.activity import activity
 from panda.files.disk_full import disk_full
 from panda.files.locks import held
 from panda.files.own import refuse_strangers
@@ -102,8 +105,9 @@ class TokenCache:
         return self.folder / "hashes"
 
     def _content_hashes(self, recipe: Recipe) -> list[str]:
-        progress = _PreparationLog(recipe.location).hashed
-        return [content_hash(file, self._hashes, progress) for file in recipe.files]
+        size = sum(file.stat().st_size for file in recipe.files)
+        with _reading(recipe.location, size) as shown:
+            return [content_hash(file, self._hashes, shown.advance) for file in recipe.files]
 
     def _key(self, recipe: Recipe, hashes: Sequence[str]) -> str:
         """The address of the samples. Names do not matter but for their endings; order and content of files do."""
@@ -131,11 +135,12 @@ class TokenCache:
 
     def _make(self, recipe: Recipe, folder: Path, before: list[list[int]], *, alone: bool) -> TokenDataset:
         """Tokenise ``recipe`` into ``folder``. ``before``: stamps of the data files when their content was hashed."""
-        progress = _PreparationLog(recipe.location).tokenised
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         try:
-            with whole(folder, alone=alone) as new:
+            tokenising = activity(f"tokenising {recipe.location}", unit="rows", any_rank=True)
+            with whole(folder, alone=alone) as new, tokenising as shown:
                 new.mkdir()
+                progress = partial(_count, shown, [0])
                 blocks = tokenised_blocks(
                     recipe.files, recipe.reader, recipe.tokenise, fields=recipe.fields, progress=progress
                 )
@@ -167,12 +172,13 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        progress = _PreparationLog(folder).hashed
-        for name, size in manifest["sizes"].items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} does not have {size:,} bytes")
-            if cache and content_hash(folder / name, cache / "hashes", progress) != manifest["hashes"][name]:
-                raise ValueError(f"{name} does not have the content that was written")
+        sizes = manifest["sizes"]
+        with _reading(folder, sum(sizes.values())) as shown:
+            for name, size in sizes.items():
+                if (folder / name).stat().st_size != size:
+                    raise ValueError(f"{name} does not have {size:,} bytes")
+                if cache and content_hash(folder / name, cache / "hashes", shown.advance) != manifest["hashes"][name]:
+                    raise ValueError(f"{name} does not have the content that was written")
         fields = _stored(manifest)
         names = dict.fromkeys([*(each.name for each in fields), *(offsets_of(each, fields) for each in fields)])
         arrays = {name: _mapped(folder / f"{name}.bin", manifest["types"][name]) for name in [*names, HASHES, PLACES]}
@@ -302,27 +308,12 @@ def _say_who_tokenises(holder: str) -> None:
     print(f"rank {os.environ.get('RANK', '0')} is waiting: the same data is being tokenised by {holder}", flush=True)
 
 
-class _PreparationLog:
-    """Prints how far a slow part of the preparation is, a line every few seconds: in a log as in a terminal."""
+def _reading(location: object, size: int) -> AbstractContextManager[Activity]:
+    return activity(f"reading {location} to know its content", size, unit="B", any_rank=True)
 
-    SECONDS = 5.0
 
-    def __init__(self, location: object) -> None:
-        self.location = location
-        self.started = self.last = time.monotonic()
-        self.bytes = self.tokens = self.rows = 0
-
-    def hashed(self, count: int) -> None:
-        self.bytes += count
-        self._say(f"reading {self.location} to know its content: {self.bytes / 1e9:,.1f} GB")
-
-    def tokenised(self, block: SampleBlock) -> None:
-        self.tokens += sum(len(block.arrays[each.name]) for each in block.fields if each.kind == "tokens")
-        self.rows += block.report.rows
-        rate = self.tokens / max(1e-9, time.monotonic() - self.started)
-        self._say(f"tokenising {self.location}: {self.rows:,} rows, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
-
-    def _say(self, line: str) -> None:
-        if time.monotonic() - self.last >= self.SECONDS:
-            self.last = time.monotonic()
-            print(line, flush=True)
+def _count(shown: Activity, tokens: list[int], block: SampleBlock) -> None:
+    """Show that ``block`` is tokenised, besides the ``tokens`` that are."""
+    tokens[0] += sum(len(block.arrays[each.name]) for each in block.fields if each.kind == "tokens")
+    shown.advance(block.report.rows)
+    shown.facts = [f"{tokens[0]:,} tokens", f"{tokens[0] / max(1e-9, shown.seconds):,.0f} tokens/s"]

@@ -1,6 +1,6 @@
 """Where a process stands: what it last said of itself, its main thread's innermost frame, and whether it goes on.
 
-Read by a thread (watchdog.py). The main thread only sets a variable.
+Read by a thread (watchdog.py). The main thread only sets a variable (files/activity.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 from typing import Literal
 from typing import NamedTuple
 
+from panda.files.activity import standing
+
 BUSY_SHARE = 0.02
 """A process that uses less of one core than this, its threads and children included, and reads and writes less than
 BUSY_BYTES a second, does nothing."""
@@ -39,16 +41,6 @@ _BATCHES = os.path.join("torch", "utils", "data", "")
 _STDLIB = sysconfig.get_path("stdlib")
 _LIBRARIES = re.compile(r"-packages/(torch|deepspeed|fairscale|pluggy|transformers|accelerate|peft|numpy)/|^<")
 """Files of functions that say less of where a process stands than their callers."""
-
-_words = "starting"
-_said = 0
-
-
-def stand(words: str) -> None:
-    """Note where this process stands, in a few words."""
-    global _words, _said
-    _words = words
-    _said += 1
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,8 @@ class Standing:
         """Where the main thread is now."""
         now = time.monotonic()
         frames = list(_outwards(sys._current_frames().get(self._main or 0)))
-        signature = (_said, tuple((id(frame.f_code), frame.f_lasti) for frame in frames))
+        words, changed = standing()
+        signature = (changed, tuple((id(frame.f_code), frame.f_lasti) for frame in frames))
         if signature != self._signature:
             self._signature, self._still_since = signature, now
         used, moved = _used(with_children=self._still_since < now), _moved()
@@ -146,7 +139,7 @@ class Standing:
         files = [frame.f_code.co_filename for frame in frames]
         waits: Waits = next((what for part, what in _WAITS_IN.items() if any(part in file for file in files)), "")
         for_data = any(_BATCHES in file for file in files)
-        return Look(_words, described(frames), now - self._still_since, now - self._idle_since, waits, for_data)
+        return Look(words, described(frames), now - self._still_since, now - self._idle_since, waits, for_data)
 
 
 def described(frames: list[FrameType]) -> str:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 import time
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.configuration.user_code import flags_of_files
+from panda.files.activity import Activity
+from panda.files.activity import activity
+from panda.files.activity import duration
+from panda.files.activity import is_terminal
+from panda.files.activity import say
 from panda.files.terminal import printable
 from panda.registry import NoOptions
 from panda.registry import hookimpl
@@ -17,12 +27,15 @@ from panda.run.interruption import Interrupted
 from panda.run.interruption import how_to_continue
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-
     from panda.runner import Run
 
 PLAIN_SECONDS = 2.0
-"""Minimum time between two plain lines."""
+"""Minimum time between two plain lines at the beginning; later it is PLAIN_SHARE of the time that has passed."""
+PLAIN_SHARE, PLAIN_MOST = 0.02, 60.0
+KEPT_SECONDS = 60.0
+"""Between two lines in a terminal that stay there, above the line that moves."""
+SMOOTHING = 0.9
+"""Weight of the past in the loss that a terminal shows."""
 
 
 @register_plugin("progress")
@@ -32,70 +45,80 @@ class ProgressDisplay:
     acts = False  # it only watches
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
-        self.bar: RichProgress | None = None
-        self.bar_task: Any = None
+        self.shown = ExitStack()
+        self.training: Activity | None = None
         self.last_line = 0.0
+        self.begun_at = 0
+        """The step of this start of the run."""
+        self.mean, self.weight = 0.0, 0.0
         self.first: dict[str, Any] | None = None
         self.last: dict[str, Any] = {}
+        self.best: dict[str, Any] | None = None
         self.evaluated: dict[str, Any] | None = None
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
         if run.processes.rank != 0:
             return
-        if sys.stdout.isatty():
-            self._open_bar(run)
-        else:
+        if not is_terminal():
             print("training ...", flush=True)
+        self.begun_at = run.step
+        shown = activity("training", run.plan.total_steps, done=run.step, own_lines=True)
+        self.training = self.shown.enter_context(shown)
+        self.last_line = time.monotonic()
+
+    @hookimpl
+    def panda_step_end(self, run: Run, step: int) -> None:
+        if self.training is not None:
+            self.training.done = step
 
     @hookimpl
     def panda_log(self, run: Run, record: dict[str, Any]) -> None:
         self.first = self.first or record
         self.last = record
-        router = f"  router loss {record['router_loss']:.4f}" if "router_loss" in record else ""
-        shown = "".join(f"  {name} {record[name]:.4g}" for name in run.task.shown if name in record)
-        text = (
-            f"loss {record['loss']:.4f}{router}{shown}  lr {record['learning_rate']:.2e}"
-            f"  grad norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-        )
-        if "mfu" in record:
-            text += f"  MFU {record['mfu']:.1%}"
-        if "memory_gib" in record:
-            text += f"  {record['memory_gib']:.1f} GiB"
-        if self.bar is not None:
-            self.bar.update(self.bar_task, completed=record["step"], description=text)
+        if self.training is None:
             return
-        total = run.plan.total_steps
-        now = time.monotonic()
-        if now - self.last_line >= PLAIN_SECONDS or record["step"] in (1, total):
+        facts = _facts(run, record)
+        self.training.facts = [f"loss {self._smoothed(record['loss']):.4f}", _epoch(run, record), *facts]
+        now, total = time.monotonic(), run.plan.total_steps
+        apart = max(PLAIN_SECONDS, min(PLAIN_MOST, PLAIN_SHARE * self.training.seconds))
+        if now - self.last_line >= (KEPT_SECONDS if is_terminal() else apart) or (
+            not is_terminal() and (self.first is record or record["step"] == total)
+        ):
             self.last_line = now
-            print(f"step {record['step']}/{total}  {text}", flush=True)
+            left = self.training.left
+            times = f"{duration(self.training.seconds)}, ETA {duration(left)}" if left is not None else ""
+            parts = [f"step {record['step']}/{total}", f"loss {record['loss']:.4f}", *facts, times]
+            say("  ".join([_time(), *filter(None, parts)]))
+
+    def _smoothed(self, loss: float) -> float:
+        """The moving average of the loss, without bias towards its start. What is not finite is shown, and left out."""
+        if not math.isfinite(loss):
+            return loss
+        self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
+        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        return self.mean / self.weight
 
     @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
         if run.processes.rank != 0:
             return
         self.evaluated = record
+        if math.isfinite(record["eval_loss"]) and (self.best is None or record["eval_loss"] < self.best["eval_loss"]):
+            self.best = record
         shown = "".join(f"  {each} {record[name]:.4g}" for each in run.task.shown if (name := f"eval_{each}") in record)
-        line = (
-            f"step {record['step']}/{run.plan.total_steps}  evaluation loss {record['eval_loss']:.4f}{shown}"
+        say(
+            f"{_time()}  step {record['step']}/{run.plan.total_steps}  evaluation loss {record['eval_loss']:.4f}{shown}"
             f"  {record['eval_seconds']:.1f} s"
         )
-        if self.bar is not None:
-            self.bar.console.print(line, highlight=False)
-        else:
-            print(line, flush=True)
 
     @hookimpl(trylast=True)
     def panda_run_end(self, run: Run) -> None:
         if run.processes.rank != 0:
             return
-        self._close_bar()
-        if self.first is not None:
-            first, last = (f"{record['loss']:.4f} at step {record['step']}" for record in (self.first, self.last))
-            print(f"loss {first}, {last}")
-        if self.evaluated is not None:
-            print(f"evaluation loss {self.evaluated['eval_loss']:.4f} at step {self.evaluated['step']}")
+        self.shown.close()
+        for line in self._summary(run):
+            print(line)
         print(f"\n{run.directory}/")
         for name, what in _CONTENTS.items():
             if (run.directory / name).exists():
@@ -103,11 +126,28 @@ class ProgressDisplay:
         for answer in run.answers:
             text = f"\n> {answer['prompt']}\n{answer['answer']}"
             print(printable(text))
+        if (run.directory / "export").is_dir():
+            print(f"\n{_NEXT.format(run=shlex.quote(str(run.directory)))}")
         sys.stdout.flush()
+
+    def _summary(self, run: Run) -> Iterator[str]:
+        """What was reached, and how long it took."""
+        if self.first is not None:
+            first, last = (f"{record['loss']:.4f} at step {record['step']}" for record in (self.first, self.last))
+            yield f"loss {first}, {last}"
+        if self.evaluated is not None:
+            best = self.best if self.best is not None and self.best is not self.evaluated else None
+            least = f", the least {best['eval_loss']:.4f} at step {best['step']}" if best else ""
+            yield f"evaluation loss {self.evaluated['eval_loss']:.4f} at step {self.evaluated['step']}{least}"
+        if self.last:
+            took, steps = duration(time.perf_counter() - run.begun), self.last["step"] - self.begun_at
+            tokens = f"{self.last['tokens']:,} tokens"
+            more = f" since the run was resumed; {tokens} in all" if self.begun_at else f", {tokens}"
+            yield f"{took} for {steps:,} steps{more}"
 
     @hookimpl
     def panda_exception(self, run: Run, error: BaseException) -> None:
-        self._close_bar()
+        self.shown.close()
         if run.processes.rank == 0 and not isinstance(error, Interrupted):  # which says it itself
             kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
@@ -116,24 +156,31 @@ class ProgressDisplay:
             else:
                 print("no checkpoint was saved, so it cannot be continued: set `save_minutes`", flush=True)
 
-    def _open_bar(self, run: Run) -> None:
-        from rich.progress import BarColumn
-        from rich.progress import MofNCompleteColumn
-        from rich.progress import Progress as RichProgress
-        from rich.progress import TextColumn
-        from rich.progress import TimeRemainingColumn
 
-        self.bar = RichProgress(
-            BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-        )
-        self.bar_task = self.bar.add_task("", total=run.plan.total_steps, completed=run.step)
-        self.bar.start()
+def _facts(run: Run, record: Mapping[str, Any]) -> list[str]:
+    """What a record says besides the loss, the most important first."""
+    facts = [f"router loss {record['router_loss']:.4f}"] if "router_loss" in record else []
+    facts += [f"{name} {record[name]:.4g}" for name in run.task.shown if name in record]
+    facts += [f"{record['tokens_per_second']:,.0f} tokens/s"]
+    facts += [f"MFU {record['mfu']:.1%}"] if "mfu" in record else []
+    facts += [f"{record['memory_gib']:.1f} GiB"] if "memory_gib" in record else []
+    return [*facts, f"lr {record['learning_rate']:.2e}", f"grad norm {record['grad_norm']:.3f}"]
 
-    def _close_bar(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
 
+def _epoch(run: Run, record: Mapping[str, Any]) -> str:
+    """How many epochs are done, of those that the run has."""
+    plan = run.plan
+    return f"epoch {plan.step_end(record['step']) / plan.samples:.2f}/{plan.end_position / plan.samples:.4g}"
+
+
+def _time() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+_NEXT = """to ask it:       panda generate {run} --prompt "..."
+to chat with it: panda chat {run}
+to go on:        panda-train --resume {run} --num_train_epochs ...
+"""
 
 _CONTENTS = {
     "config.yaml": "the whole configuration; runs again as it stands",

@@ -19,7 +19,7 @@ from panda.engine.checkpoints.writing import remove_interrupted
 from panda.engine.determinism import how_alike
 from panda.engine.processes import Processes
 from panda.engine.processes import dump_collectives_in
-from panda.engine.standing import stand
+from panda.files.activity import stand
 from panda.files.disk_full import writing
 from panda.files.terminal import printable
 from panda.run.continuation import Continuation

@@ -14,6 +14,9 @@ from panda.answers.positions import held_positions
 from panda.answers.text import decoded
 from panda.configuration.options import RunOptions
 from panda.data.token_dataset import SampleSet
+from panda.files.activity import Activity
+from panda.files.activity import activity
+from panda.files.activity import stand
 from panda.files.terminal import printable
 from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
@@ -25,6 +28,8 @@ from panda.run.directory import MODEL_FOLDER
 from panda.run.state import Run
 from panda.weights.export import export
 from panda.weights.stored_tensor import Weights
+from panda.weights.stored_tensor import bytes_of
+from panda.weights.stored_tensor import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,15 +43,14 @@ def finish(run: Run) -> None:
 
     Every rank has to call it.
     """
-    if run.processes.rank == 0:
-        whose = f" with the weights of {run.evaluated_weights[0]}" if run.evaluated_weights else ""
-        print(f"exporting the model{whose}, then answering ...", flush=True)
+    whose = f" with the weights of {run.evaluated_weights[0]}" if run.evaluated_weights else ""
     with run.using_evaluated_weights():
-        _export_and_answer(run)
+        with activity(f"exporting the model{whose}", unit="B", announced=True) as shown:
+            run.engine.give_weights(partial(_export, run, shown), trained_only=run.options.use_lora)
+        _answer(run)
 
 
-def _export_and_answer(run: Run) -> None:
-    run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
+def _answer(run: Run) -> None:
     tokenizer = run.task.tokenizer
     of_task = run.resolved.components["task"].attributed
     with of_task("`example_prompts`"):
@@ -57,6 +61,7 @@ def _export_and_answer(run: Run) -> None:
     with of_task("`encode_prompt`"):
         prompts, encoded = _encoded(run, prompts, most)
     rows = run.options.per_gpu_eval_batch_size
+    stand("answering")
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
         continued = greedy(
@@ -132,7 +137,9 @@ def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str
     return {"eval_data": held_out.fingerprint if held_out else None, "prompts": list(options.prompts)}
 
 
-def _export(run: Run, weights: Weights) -> None:
+def _export(run: Run, shown: Activity, weights: Weights) -> None:
+    shown.total = bytes_of(weights)
+    weights = counted(weights, shown.advance)
     description, folder = run.directory / MODEL_FOLDER, run.directory / EXPORT
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}

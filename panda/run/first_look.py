@@ -11,6 +11,7 @@ from panda.data.locations import data_files
 from panda.data.locations import each_of
 from panda.data.reading import Reader
 from panda.engine.deepspeed_config import deepspeed_config
+from panda.files.activity import activity
 from panda.files.whole import check_can_be_made
 from panda.registry.contexts import ReaderContext
 from panda.registry.settings import CORE
@@ -22,10 +23,10 @@ from panda.run.sources import data_settings
 from panda.weights.tokenizers import tokenizer_folder
 
 
-def announce_loading() -> None:
-    """Say, on rank 0, why the next seconds pass in silence: torch and DeepSpeed are imported."""
-    if os.environ.get("RANK", "0") == "0":
-        print("loading torch and DeepSpeed ...", flush=True)
+def load_libraries() -> None:
+    """Import torch and DeepSpeed, which takes seconds, and say so."""
+    with activity("loading torch and DeepSpeed", announced=True):
+        pass
 
 
 def planned_world_size(configuration: Configuration) -> int:

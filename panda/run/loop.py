@@ -19,11 +19,13 @@ from panda.data.packing import Layout
 from panda.data.workers import workers_standing
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
-from panda.engine.standing import stand
 from panda.engine.steps import StepResult
 from panda.engine.watchdog import ask_for_batches
 from panda.engine.watchdog import is_ending
 from panda.engine.watchdog import trouble
+from panda.files.activity import Activity
+from panda.files.activity import activity
+from panda.files.activity import stand
 from panda.files.terminal import printable
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
@@ -313,18 +315,18 @@ class Loop:
     def save(self, *, keep_all: bool = False) -> None:
         """Write a checkpoint, and remove older ones unless ``keep_all``. Every rank has to call it."""
         run, begun = self.run, time.perf_counter()
-        stand(f"saving step {run.step:,}")
-        path = save_checkpoint(
-            run.engine,
-            run.directory / "checkpoints",
-            self.progress(),
-            run.agreement,
-            keep=self.options.save_total_limit,
-            kept=run.kept,
-            passing=self.time_to_save and not run.save_is_due,
-            keep_all=keep_all,
-            write=partial(write_state, run),
-        )
+        with activity(f"saving step {run.step:,}"):
+            path = save_checkpoint(
+                run.engine,
+                run.directory / "checkpoints",
+                self.progress(),
+                run.agreement,
+                keep=self.options.save_total_limit,
+                kept=run.kept,
+                passing=self.time_to_save and not run.save_is_due,
+                keep_all=keep_all,
+                write=partial(write_state, run),
+            )
         run.checkpoints.append(path)
         self.saved_step, run.save_is_due, self.skipped_since_saved = run.step, False, 0
         run.at("panda_checkpoint_saved", path=path)
@@ -340,11 +342,12 @@ class Loop:
         self.evaluated_step, self.evaluation_due = run.step, False
         if run.evaluation is None:
             return
-        stand(f"evaluating after step {run.step:,}")
         due, run.added = run.added, {}
         run.at("panda_evaluation_start")
-        with run.using_evaluated_weights():
-            found = run.engine.evaluate(_Evaluation(self, run.evaluation), self.loss, self.statistics)
+        passes = run.evaluation.plan.total_steps * (2 if self.statistics else 1)
+        with activity(f"evaluating after step {run.step:,}", passes) as shown, run.using_evaluated_weights():
+            micro_batches = _Evaluation(self, run.evaluation, shown)
+            found = run.engine.evaluate(micro_batches, self.loss, self.statistics)
 
         def recorded() -> dict[str, Any]:
             record = evaluation_record(run.step, found, run.task.unit, begun)
@@ -365,11 +368,13 @@ class _Evaluation:
 
     loop: Loop
     layout: Layout
+    shown: Activity
 
     def __iter__(self) -> Iterator[Batch]:
         run = self.loop.run
         for some in batches(run, self.layout):
             yield from self.loop.made(some, run.step, training=False)
+            self.shown.advance()
 
 
 def _attributed(run: Run, method: str) -> Callable[..., Any]:

@@ -100,8 +100,7 @@ def announce(prepared: Preparation, continuation: Continuation, layout: Layout, 
     def tell() -> None:
         if processes.rank == 0:
             directory = continuation.directory or find_directory(prepared.resolved)[0]
-            print("\n".join(outlook(prepared, layout, directory, continuation.checkpoint)))
-            print("loading the weights ..." if prepared.pretrained else "drawing the weights ...", flush=True)
+            print("\n".join(outlook(prepared, layout, directory, continuation.checkpoint)), flush=True)
 
     processes.together(tell)
 

@@ -14,7 +14,7 @@ from panda.engine.engine import Engine
 from panda.engine.frozen import FrozenModel
 from panda.engine.frozen import WithoutAdapters
 from panda.engine.processes import Processes
-from panda.engine.standing import stand
+from panda.files.activity import activity
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
 from panda.models.forward.layers import without_compiling
@@ -29,6 +29,8 @@ from panda.run.model import seed_random
 from panda.run.preparation import Preparation
 from panda.run.reference import build_reference
 from panda.run.reference import is_second_model
+from panda.weights.stored_tensor import bytes_of
+from panda.weights.stored_tensor import counted
 from panda.weights.stored_tensor import whole_shape
 
 
@@ -65,7 +67,6 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     wants_positions = prepared.outline is not None and needs_positions(prepared.outline)
     bounded = (layout.packed or wants_positions) and not prepared.why_masked
     reference = _second_model(prepared, config, processes, bounded=bounded)
-    stand("reading or drawing the weights")
     base, weights = prepared.take_base()
     parts = prepared.parts_of(base)
     if layout.packed:
@@ -74,20 +75,22 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
         attend_by_kernel(base)
     parameters = sum(parameter.numel() for part in (base, *parts.values()) for parameter in part.parameters())
     started = prepared.pretrained.adapters if prepared.pretrained else None
-    model = make_trainable(base, options, weights, config, processes, started, parts=parts)
-    del weights
-    stand("starting the engine, and trying the model")
+    what = "loading the weights" if prepared.pretrained else "drawing the weights"
+    with activity(what, bytes_of(weights or {}) or None, unit="B", announced=True) as shown:
+        left = counted(weights, shown.advance) if weights else None
+        del weights
+        model = make_trainable(base, options, left, config, processes, started, parts=parts)
+        del left
     seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
-    if processes.rank == 0:
-        print("starting the engine, and trying the model ...", flush=True)
-    engine = Engine(model, optimizer, config, processes)
-    with without_compiling(options.compiled):
-        refuse_unfit(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
-        if layout.packed:
-            entries = prepared.context.vocab_size
-            refuse_leaking(engine.evaluating(), name, entries, processes.device, bounded=bounded)
+    with activity("starting the engine, and trying the model", announced=True):
+        engine = Engine(model, optimizer, config, processes)
+        with without_compiling(options.compiled):
+            refuse_unfit(engine.evaluating(), name, len(prepared.tokenizer), processes.device)
+            if layout.packed:
+                entries = prepared.context.vocab_size
+                refuse_leaking(engine.evaluating(), name, entries, processes.device, bounded=bounded)
     compared: FrozenModel | WithoutAdapters | None = reference
     if prepared.reference is not None and reference is None:
         compared = WithoutAdapters(engine.module)
@@ -101,8 +104,7 @@ def _second_model(
     reference = prepared.reference
     if reference is None or not is_second_model(reference, prepared.options):
         return None
-    if processes.rank == 0:
-        print("placing the frozen model ...", flush=True)
-    return build_reference(
-        reference, prepared.configuration, prepared.context, prepared.tokenizer, config, processes, bounded=bounded
-    )
+    with activity("placing the frozen model", announced=True):
+        return build_reference(
+            reference, prepared.configuration, prepared.context, prepared.tokenizer, config, processes, bounded=bounded
+        )

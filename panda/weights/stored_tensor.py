@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
@@ -52,6 +54,29 @@ def put(places: Places, value: torch.Tensor) -> torch.nn.Parameter:
 
 Weights = Mapping[str, StoredTensor]
 """Every tensor of a model, by name, in the order of the file or the module."""
+
+
+def counted(weights: Weights, note: Callable[[int], None]) -> Weights:
+    """``weights``; ``note`` is called with the bytes of each tensor when it has been read."""
+
+    def counting(stored: StoredTensor) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            tensor = stored.read()
+            note(_bytes(stored))
+            return tensor
+
+        return read
+
+    return {name: replace(stored, read=counting(stored)) for name, stored in weights.items()}
+
+
+def bytes_of(weights: Weights) -> int:
+    """Bytes of all ``weights``."""
+    return sum(map(_bytes, weights.values()))
+
+
+def _bytes(stored: StoredTensor) -> int:
+    return math.prod(stored.shape) * stored.dtype.itemsize
 
 
 def weights_of(module: torch.nn.Module) -> Weights:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -15,8 +16,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +38,8 @@ from panda.data.recipe import Recipe
 from panda.data.token_cache import TokenCache
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
+from panda.files.activity import Activity
+from panda.files.activity import activity
 from panda.files.locks import held
 from panda.registry import NoOptions
 from panda.registry import UserError
@@ -191,13 +196,25 @@ def test_the_content_of_a_file_is_read_once(recipe: Recipe, cache: TokenCache, m
 def test_what_is_slow_at_a_start_says_how_far_it_is(
     recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(token_cache._PreparationLog, "SECONDS", 0.0)
+    shown: list[Activity] = []
+
+    @contextmanager
+    def noted(what: str, total: float | None = None, **options: Any) -> Iterator[Activity]:
+        with activity(what, total, **options) as found:
+            shown.append(found)
+            yield found
+
+    monkeypatch.setattr(token_cache, "activity", noted)
     cache.samples(recipe)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"reading {recipe.location} to know its content: 0.0 GB"
-    assert lines[-1].startswith(f"tokenising {recipe.location}: 3 rows, ")
+    reading, tokenising = (next(each for each in shown if each.what.startswith(word)) for word in ("read", "tok"))
+    assert reading.what == f"reading {recipe.location} to know its content"
+    assert reading.done == reading.total == sum(file.stat().st_size for file in recipe.files)
+    assert (tokenising.what, tokenising.done) == (f"tokenising {recipe.location}", 3)
+    assert re.fullmatch(r"\d+ tokens", tokenising.facts[0]) and tokenising.facts[1].endswith(" tokens/s")
+    shown.clear()
     cache.samples(recipe)
-    assert capsys.readouterr().out == "", "nothing is read again"
+    assert all(each.done == 0 for each in shown), "nothing is read again"
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["token_ids.bin", "supervised.bin", "offsets.bin", "manifest.json"])
@@ -362,6 +379,8 @@ sys.path.insert(0, {here!r})
 import test_token_cache as t
 from panda.data.recipe import Recipe
 from panda.data.token_cache import TokenCache
+from panda.files.activity import Activity
+from panda.files.activity import activity
 
 def slowly(rows):
     print("tokenising", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             evaluation=None,
             resumed_from=resumed_from,
             step=step,
+            begun=time.perf_counter(),
             answers=[],
             checkpoints=[],
             schedule=lambda completed: 1.0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from panda.files import activity
 from panda.hooks.progress import ProgressDisplay
 from panda.registry import NoOptions
 from panda.registry.contexts import PluginContext
@@ -20,7 +23,7 @@ from panda.run.interruption import Interrupted
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """``clock[0]`` is the time."""
     now = [1.0]  # the clock of a machine that has just been started
-    monkeypatch.setattr("panda.hooks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     return now
 
 
@@ -45,7 +48,8 @@ def test_where_there_is_no_terminal_a_record_is_a_plain_line(
     capsys.readouterr()
     plugin.panda_log(run, record(1, loss=5.43219))
     line = capsys.readouterr().out
-    assert line == "step 1/10  loss 5.4322  lr 5.00e-05  grad norm 1.250  12,346 tokens/s\n"
+    parts = r"\d\d:\d\d:\d\d  step 1/10  loss 5.4322  12,346 tokens/s  lr 5.00e-05  grad norm 1.250\n"
+    assert re.fullmatch(parts, line)
     assert "\x1b" not in line
     assert "\r" not in line
 
@@ -56,7 +60,7 @@ def test_the_router_loss_follows_the_loss(
     run = make_run()
     plugin = started(run)
     plugin.panda_log(run, record(1, loss=5.43219, router_loss=2.00049))
-    assert "step 1/10  loss 5.4322  router loss 2.0005  lr 5.00e-05" in capsys.readouterr().out
+    assert "step 1/10  loss 5.4322  router loss 2.0005  12,346 tokens/s" in capsys.readouterr().out
 
 
 def test_plain_lines_are_seconds_apart_but_for_the_first_and_the_last(
@@ -66,10 +70,12 @@ def test_plain_lines_are_seconds_apart_but_for_the_first_and_the_last(
     plugin = started(run)
     capsys.readouterr()
     for step in range(1, 11):
+        plugin.panda_step_end(run, step)
         plugin.panda_log(run, record(step))
         clock[0] += 0.9
-    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert shown == ["1/10", "4/10", "7/10", "10/10"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["1/10", "4/10", "7/10", "10/10"]
+    assert lines[1].endswith("  0:03, ETA 0:04") and lines[-1].endswith("  0:08, ETA 0:00")
 
 
 def test_the_end_says_what_was_reached_where_everything_is_and_what_the_model_answers(
@@ -90,7 +96,9 @@ def test_the_end_says_what_was_reached_where_everything_is_and_what_the_model_an
     assert "  loss.png " in out
     assert "  export " in out
     assert "tensorboard" not in out
-    assert out.endswith("\n> Spell panda.\np-a-n-d-a\n\\x1b[2J\n")
+    assert "\n> Spell panda.\np-a-n-d-a\n\\x1b[2J\n" in out
+    assert f"panda generate {run.directory} --prompt" in out and f"panda-train --resume {run.directory} " in out
+    assert re.search(r"^0:0\d for 10 steps, 1,000 tokens$", out, re.M)
 
 
 def test_a_run_without_a_record_ends_all_the_same(make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,33 +115,63 @@ def test_only_rank_0_speaks(make_run: Any, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == ""
 
 
-class _Terminal(io.StringIO):
-    encoding = "utf-8"
+def terminal_in_place_of_stdout(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A wide one. Called by the test itself, since pytest sets stdout between a fixture and a test."""
 
-    def isatty(self) -> bool:
-        return True
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+    for key, value in {"COLUMNS": "200", "LINES": "24", "TERM": "xterm"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(activity, "SHOWN_AFTER", 0.0)
+    monkeypatch.setattr(sys, "stdout", found := Terminal())
+    return found
 
 
 @pytest.mark.parametrize("end", ["panda_run_end", "panda_exception"])
-def test_a_terminal_has_a_bar_that_is_taken_down_however_a_run_ends(
+def test_a_terminal_has_a_line_that_is_taken_down_however_a_run_ends(
     make_run: Any, record: Any, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    terminal = _Terminal()
-    for key, value in {"COLUMNS": "200", "TERM": "xterm"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys, "stdout", terminal)
+    terminal = terminal_in_place_of_stdout(monkeypatch)
     run = make_run(step=2)
     plugin = started(run)
-    assert plugin.bar is not None
-    plugin.panda_log(run, record(7))
-    plugin.bar.refresh()
-    assert "7/10" in terminal.getvalue()
+    plugin.panda_step_end(run, 7)
+    plugin.panda_log(run, record(7, loss=2.0))
+    assert activity._live is not None
+    activity._live.refresh()
+    bar = "━" * 14 + "─" * 6
+    assert f"training  {bar}  7/10  ETA 0:00  loss 2.0000  epoch 0.09/0.1297  12,346 tokens/s" in terminal.getvalue()
     assert "grad norm 1.250" in terminal.getvalue()
-    assert "step 7/10" not in terminal.getvalue()
+    assert "step 7/10" not in terminal.getvalue(), "no line that stays, so soon"
     plugin.panda_run_end(run) if end == "panda_run_end" else plugin.panda_exception(run, ValueError())
-    assert plugin.bar is None
+    assert activity._live is None
     assert "\x1b[?25h" in terminal.getvalue(), "the cursor is shown again"
+
+
+def test_a_terminal_keeps_a_line_a_minute(
+    make_run: Any, record: Any, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    terminal = terminal_in_place_of_stdout(monkeypatch)
+    run = make_run()
+    plugin = started(run)
+    for step in range(1, 11):
+        plugin.panda_step_end(run, step)
+        plugin.panda_log(run, record(step))
+        clock[0] += 25
+    plugin.panda_run_end(run)
+    assert re.findall(r"step (\d+)/10", terminal.getvalue()) == ["4", "7", "10"]
+
+
+def test_the_loss_that_moves_is_smoothed_and_not_spoilt_by_one_that_is_not_finite(make_run: Any) -> None:
+    plugin = started(make_run())
+    shown = [plugin._smoothed(loss) for loss in (4.0, 2.0, math.nan, 2.0)]
+    assert shown[:2] == pytest.approx([4.0, (0.9 * 4 + 2) / 1.9])
+    assert math.isnan(shown[2]) and shown[3] == pytest.approx((0.81 * 4 + 0.9 * 2 + 2) / 2.71)
+    plugin.shown.close()
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(
@@ -166,18 +204,19 @@ def test_evaluations_are_shown_and_the_last_is_in_the_summary(
     run = make_run()
     plugin = started(run)
     capsys.readouterr()
-    for step, loss in ((5, 2.0), (10, 1.5)):
+    for step, loss in ((5, 1.25), (10, 1.5)):
         plugin.panda_evaluation(run, evaluation(step, loss))
-        assert capsys.readouterr().out == f"step {step}/10  evaluation loss {loss:.4f}  0.2 s\n"
+        line = capsys.readouterr().out
+        assert re.fullmatch(rf"\d\d:\d\d:\d\d  step {step}/10  evaluation loss {loss:.4f}  0.2 s\n", line)
     plugin.panda_log(run, record(10))
     plugin.panda_run_end(run)
-    assert "\nevaluation loss 1.5000 at step 10\n" in capsys.readouterr().out
+    assert "\nevaluation loss 1.5000 at step 10, the least 1.2500 at step 5\n" in capsys.readouterr().out
 
 
-def test_an_evaluation_stands_above_the_bar(make_run: Any, evaluation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = _Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stdout", terminal)
+def test_an_evaluation_stands_above_the_line_that_moves(
+    make_run: Any, evaluation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = terminal_in_place_of_stdout(monkeypatch)
     run = make_run()
     plugin = started(run)
     plugin.panda_evaluation(run, evaluation(5))
