@@ -14,6 +14,7 @@ from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import Meeting
 from panda.engine.processes import join_processes
 from panda.engine.processes import meeting
+from panda.files.activity import activity
 from panda.files.activity import stand
 from panda.files.disk_full import writing
 from panda.registry.contexts import PluginContext
@@ -50,9 +51,9 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
     begun = time.perf_counter()
     for plugin in configuration.resolved.plugins:
         configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
-    stand("preparing data and model")
-    prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
-    processes = join_processes(prepared.options.tensor_parallel_size, met)
+    with activity("preparing data and model"):
+        prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
+        processes = join_processes(prepared.options.tensor_parallel_size, met)
     stand("making the model")
     prepared.decide(processes.from_rank_0)
     options = prepared.options

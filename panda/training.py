@@ -62,7 +62,7 @@ def train_arguments(arguments: Arguments) -> Trained:
     configuration = configure(arguments)
 
     from panda.data.ingredients import forget_unseen_code
-    from panda.run.first_look import load_libraries
+    from panda.run.first_look import load
     from panda.run.first_look import look_first
     from panda.run.sources import with_lasting_sources
 
@@ -78,7 +78,7 @@ def train_arguments(arguments: Arguments) -> Trained:
         # what has happened in a line. Read when torch is loaded.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not (arguments.in_process and "deepspeed" in sys.modules):
-        load_libraries()
+        load("panda.runner")
     try:
         with own_group():
             return _trained(configuration)

@@ -207,6 +207,7 @@ def fuzz_command_lines(draw: random.Random, bench: Bench) -> None:
         ("check", "check", "estimate", "list", "show", "data", "generate", "export", "plot", "translate")
     )
     given = common if command in ("check", "estimate") else draw.choice(([], [str(rows)], [str(bench.folder)]))
+    given = [*given, "--out", str(bench.folder / "a.png")] if command == "plot" else given
     _command(bench, command, *given, *_flags(draw, _keys()))
 
 
@@ -275,7 +276,11 @@ def fuzz_manifests(draw: random.Random, bench: Bench) -> None:
     _command(
         bench,
         *draw.choice(
-            (["export", str(run)], ["plot", str(run)], ["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"])
+            (
+                ["export", str(run)],
+                ["plot", str(run), "--out", str(bench.folder / "a.png")],
+                ["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"],
+            )
         ),
     )
 

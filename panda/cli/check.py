@@ -6,7 +6,7 @@ from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
-from panda.run.first_look import load_libraries
+from panda.run.first_look import load
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -63,14 +63,16 @@ def _print_settings(resolved: Resolved) -> None:
 
 def _check_data_and_model(configuration: Configuration, world_size: int) -> None:
     print()
-    load_libraries()
+    load("panda.run.assembly")
 
     from panda.engine.checkpoints.manifest import START
     from panda.engine.checkpoints.manifest import read_progress
+    from panda.files.terminal import fitted
     from panda.models.forward.isolation import refuse_without_positions
     from panda.run.assembly import lay_out
     from panda.run.continuation import agreement_of
     from panda.run.directory import find_directory
+    from panda.run.outlook import LABEL_WIDTH
     from panda.run.outlook import outlook
     from panda.run.preparation import prepare
 
@@ -83,5 +85,5 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     layout = lay_out(options, prepared.dataset, world_size // options.tensor_parallel_size, progress)
     if layout.packed and prepared.outline is not None:
         refuse_without_positions(prepared.outline, resolved.components["model"].component.name)
-    print("\n".join(outlook(prepared, layout, directory, checkpoint)))
+    print("\n".join(fitted(outlook(prepared, layout, directory, checkpoint), LABEL_WIDTH)))
     print(TRIED_LATER)

@@ -27,7 +27,7 @@ TICK_SECONDS = 1.0
 REFRESHED = 4
 """Times a second that a terminal is written."""
 SHOWN_AFTER = 0.3
-"""Seconds after which an activity is shown in a terminal: a shorter one would only flicker."""
+"""Seconds after which an activity is shown in a terminal unless announced: a shorter one would only flicker."""
 BAR = 20
 """Characters of a bar."""
 
@@ -62,6 +62,8 @@ class Activity:
     begun: float = field(default_factory=lambda: time.monotonic())
     done_before: float = 0
     """Of ``done``, what does not count for the speed: steps of an earlier start."""
+    announced: bool = False
+    """Whether it is shown from its beginning."""
 
     def advance(self, count: float = 1) -> None:
         """Note that so much more is done."""
@@ -115,12 +117,13 @@ def activity(
 ) -> Iterator[Activity]:
     """Show ``what`` while the body runs, which says by ``advance`` how far it is.
 
-    Where there is no terminal, ``announced`` prints a line at the beginning; with ``own_lines`` the caller prints all.
+    ``announced``: it is shown, or said, at its beginning: what follows may keep this process from showing anything.
+    With ``own_lines`` the caller prints the lines where there is no terminal.
     ``any_rank``: also shown by another rank than the first, for what only one of them does.
     """
     before = _words
     stand(what)
-    shown = Activity(what, total, done, unit, done_before=done)
+    shown = Activity(what, total, done, unit, done_before=done, announced=announced)
     speaks = _speaks(any_rank=any_rank)
     if speaks:
         if announced and not is_terminal():
@@ -169,7 +172,7 @@ def _begin(*, quiet: bool) -> None:
             from rich.live import Live
 
             _live = Live(console=Console(), get_renderable=_lines, refresh_per_second=REFRESHED, transient=True)
-            _live.start()
+            _live.start(refresh=True)
     elif _ticking is None and not quiet:
         _tick()
 
@@ -191,7 +194,7 @@ def _lines() -> Any:
     from rich.text import Text
 
     width = _live.console.width - 1 if _live is not None else 79
-    shown = [each for each in [*_under_way] if each.seconds >= SHOWN_AFTER]
+    shown = [each for each in [*_under_way] if each.announced or each.seconds >= SHOWN_AFTER]
     return Group(*(Text(each.text(width, bar=True), no_wrap=True, overflow="crop") for each in shown))
 
 
@@ -213,7 +216,9 @@ def _bar(share: float) -> str:
 
 
 def _counted(done: float, total: float | None, unit: str) -> str:
-    scale, digits, name = (1e9, 1, "GB") if unit == "B" else (1, 0, unit)
+    scale, digits, name = 1.0, 0, unit
+    if unit == "B":
+        scale, digits, name = (1e9, 1, "GB") if max(done, total or 0) >= 1e9 else (1e6, 0, "MB")
     numbers = ([done] if done else []) if total is None else [done, total]
     counted = "/".join(f"{number / scale:,.{digits}f}" for number in numbers)
     return f"{counted} {name}".rstrip() if counted else ""

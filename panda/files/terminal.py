@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 except tab and newline, DEL, C1
@@ -28,3 +33,20 @@ def printable_line(text: str) -> str:
 
 def _escaped(found: re.Match[str]) -> str:
     return found.group().encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def fitted(lines: Iterable[str], indent: int) -> Iterator[str]:
+    """``lines``, wrapped at words where stdout is a terminal and they are longer than it, ``indent`` columns in."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        yield from lines
+        return
+    width = max(2 * indent, shutil.get_terminal_size().columns - 1)
+    for line in lines:
+        short = len(line) <= width
+        yield from (
+            [line]
+            if short
+            else textwrap.wrap(
+                line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+            )
+        )

@@ -179,7 +179,7 @@ def _time() -> str:
 
 _NEXT = """to ask it:       panda generate {run} --prompt "..."
 to chat with it: panda chat {run}
-to go on:        panda-train --resume {run} --num_train_epochs ...
+to train longer: panda-train --resume {run} --max_steps N
 """
 
 _CONTENTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 from panda.configuration.configure import Configuration
@@ -23,10 +24,10 @@ from panda.run.sources import data_settings
 from panda.weights.tokenizers import tokenizer_folder
 
 
-def load_libraries() -> None:
-    """Import torch and DeepSpeed, which takes seconds, and say so."""
+def load(module: str) -> None:
+    """Import ``module``, of panda, which imports torch, and takes seconds; and say so."""
     with activity("loading torch and DeepSpeed", announced=True):
-        pass
+        importlib.import_module(module)
 
 
 def planned_world_size(configuration: Configuration) -> int:

@@ -17,6 +17,7 @@ from panda.data.token_dataset import SampleSet
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory_parts import gib
 from panda.engine.processes import Processes
+from panda.files.terminal import fitted
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import written_names
@@ -57,7 +58,8 @@ HIGH_ADAPTER_RATE = 1e-3
 above this."""
 PEAK_SOUGHT_STEPS = 10_000
 """Steps among which the peak of the learning rate is sought: a warm-up is thought to be shorter."""
-_WIDTH = 12
+LABEL_WIDTH = 12
+"""Columns of the labels before what is said."""
 
 
 def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: Path | None) -> list[str]:
@@ -89,7 +91,9 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "output": [_output(prepared, layout, directory, checkpoint)],
     }
     lines = [
-        f"{'' if number else label:{_WIDTH}}{line}" for label, part in parts.items() for number, line in enumerate(part)
+        f"{'' if number else label:{LABEL_WIDTH}}{line}"
+        for label, part in parts.items()
+        for number, line in enumerate(part)
     ]
     return [*lines, *(f"note: {note}" for note in _notes(prepared, layout))]
 
@@ -100,7 +104,8 @@ def announce(prepared: Preparation, continuation: Continuation, layout: Layout, 
     def tell() -> None:
         if processes.rank == 0:
             directory = continuation.directory or find_directory(prepared.resolved)[0]
-            print("\n".join(outlook(prepared, layout, directory, continuation.checkpoint)), flush=True)
+            lines = outlook(prepared, layout, directory, continuation.checkpoint)
+            print("\n".join(fitted(lines, LABEL_WIDTH)), flush=True)
 
     processes.together(tell)
 

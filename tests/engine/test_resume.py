@@ -143,7 +143,7 @@ def test_each_rank_draws_random_numbers_of_its_own(folder: Path) -> None:
         (("--weight_decay_on", "matrices"), "weight_decay_on was 'all' and is 'matrices'"),
         (("--lr_multipliers", "*norm*=0.5"), r"lr_multipliers was \[\] and is \['\*norm\*=0.5'\]"),
         (("--precision", "bf16"), "precision was 'fp32' and is 'bf16'"),
-        (("--separator", "#"), "data was "),
+        (("--separator", "#"), "separator was .*; the data differs: the task, chat_template was "),
     ],
 )
 def test_a_run_that_would_be_another_is_refused(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from panda.files.terminal import fitted
 from panda.files.terminal import printable
 from panda.files.terminal import printable_line
 
@@ -47,3 +50,17 @@ def test_escapes_are_those_of_python() -> None:
         "\\x1b[31mred\\r\n\t\\x7f\\x9b\\u202e\\ud800é👩‍🚀"
     )
     assert printable_line("a\n\tb") == "a\\n\\tb"
+
+
+def test_lines_are_wrapped_at_words_where_a_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["data        chats: 4,320 samples of 5,400 rows", "seed        42"]
+    assert list(fitted(lines, 12)) == lines, "no terminal"
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("COLUMNS", "36")
+    assert list(fitted(lines, 12)) == [
+        "data        chats: 4,320 samples of",
+        "            5,400 rows",
+        "seed        42",
+    ]
+    monkeypatch.setenv("COLUMNS", "5")
+    assert all(len(line.split()) > 0 for line in fitted(["a       " + "x" * 90], 12)), "words stay whole"

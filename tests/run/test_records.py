@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from panda.data.order import BatchPlan
 from panda.engine.steps import Evaluated
 from panda.hooks.progress import ProgressDisplay
 from panda.registry import NoOptions
@@ -69,8 +70,12 @@ def test_on_a_cpu_there_is_neither(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_progress_line_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
     record = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1234.5}
-    run: Any = SimpleNamespace(plan=SimpleNamespace(total_steps=2), task=SimpleNamespace(shown=()))
-    ProgressDisplay(NoOptions(), PluginContext()).panda_log(run, {**record, "memory_gib": 55.04, "mfu": 0.5312})
-    assert capsys.readouterr().out.endswith("1,234 tokens/s  MFU 53.1%  55.0 GiB\n")
-    ProgressDisplay(NoOptions(), PluginContext()).panda_log(run, record)
-    assert capsys.readouterr().out.endswith("1,234 tokens/s\n")
+    plan = BatchPlan(samples=8, micro_batch=4, accumulation=1, ranks=1, epochs=1)
+    processes, task = SimpleNamespace(rank=0), SimpleNamespace(shown=())
+    run: Any = SimpleNamespace(plan=plan, task=task, processes=processes, step=0)
+    for more, shown in (({"memory_gib": 55.04, "mfu": 0.5312}, "MFU 53.1%  55.0 GiB  "), ({}, "")):
+        display = ProgressDisplay(NoOptions(), PluginContext())
+        display.panda_run_start(run)
+        display.panda_log(run, {**record, **more})
+        assert f"  1,234 tokens/s  {shown}lr 1.00e-03" in capsys.readouterr().out
+        display.shown.close()
