@@ -43,7 +43,9 @@ examples:
 def print_train_help(arguments: Arguments) -> None:
     """Print the flags of every run, and of the components that ``arguments`` choose."""
     catalog = catalog_of(arguments)
-    components = _chosen(catalog, arguments)  # first, so that an unknown name is reported instead of a page of flags
+    components = chosen_components(
+        catalog, arguments
+    )  # first, so that an unknown name is reported instead of a page of flags
     print(USAGE)
     print_options("options of every run", options_of(RunOptions))
     for component in components:
@@ -55,7 +57,8 @@ def print_train_help(arguments: Arguments) -> None:
             print(_wrapped(f"{kind.plural}: {names or 'none'}", indent=2))
 
 
-def _chosen(catalog: Catalog, arguments: Arguments) -> list[Component]:
+def chosen_components(catalog: Catalog, arguments: Arguments) -> list[Component]:
+    """The components that ``arguments`` choose, imported. Raises UserError for an unknown name."""
     core = options_of(RunOptions)
     settings, problems = convert_options({key: core[key] for key in NAMING}, arguments.given)
     if problems:

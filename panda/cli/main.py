@@ -29,13 +29,14 @@ COMMANDS = {
     "diff": "say where two runs part: configuration, data, versions, first different step",
     "replay": "run a step of a run again, and name the samples that spoil it",
     "doctor": "examine what is installed: what is wrong with it, and what to do",
+    "completion": "print what has a shell complete commands, flags, names and choices",
     "new": "make a package with a component of your own, with tests and a configuration",
 }
 """Each command is a module of this package with ``main(argv)``."""
 
 USAGE = (
     "usage: panda COMMAND ...\n\ncommands:\n"
-    + "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
+    + "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
     + """
 
 examples:

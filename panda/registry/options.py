@@ -122,6 +122,14 @@ class Option:
         return typing.get_origin(_parts(self.type)[0]) is tuple
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that can be listed, as they are written; none for numbers and texts."""
+        base = _parts(typing.get_args(self.type)[0])[0] if self.is_list else _parts(self.type)[0]
+        if base is bool:
+            return "true", "false"
+        return tuple(map(str, typing.get_args(base))) if typing.get_origin(base) is Literal else ()
+
+    @property
     def names(self) -> str | None:
         """The kind of the components that it names; None for other options."""
         types = [self.type, *typing.get_args(self.type)]  # Annotated, or Annotated | None
