@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,6 +26,8 @@ from panda.run.interruption import Interrupted
 USAGE_ERROR = 2
 ANOTHER_FAILED = 1
 """The exit code of a rank that ends because of another one."""
+RANK_0_SECONDS = 2.0
+"""Seconds in which rank 0 finds the same mistake, and its launcher ends the others."""
 BROKEN_PIPE = 128 + 13
 """The exit code of a program that SIGPIPE ended, in a shell. Not 0: a run that could not print did not finish."""
 
@@ -87,6 +90,9 @@ def _end_now(code: int) -> NoReturn:
 
 def _print_error(text: str) -> None:
     rank = os.environ.get("RANK", "0")
+    if rank != "0" and "panda.engine.meeting" not in sys.modules:
+        # The ranks have not met. Most mistakes are every rank's: launchers end this one as soon as rank 0 has said it.
+        time.sleep(RANK_0_SECONDS)
     prefix = "error" if rank == "0" else f"error on rank {rank}"
     shown = printable(without_secrets(text))
     print(f"{prefix}: " + "\n  ".join(shown.splitlines()), file=sys.stderr, flush=True)

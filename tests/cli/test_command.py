@@ -38,3 +38,24 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
     assert printable("a\tb\n竹 é") == "a\tb\n竹 é"
     assert printable("\x1b[2J\x00\r\x7f\x9b") == "\\x1b[2J\\x00\\r\\x7f\\x9b"
     assert printable("x\u202ey\u2066\u200f") == "x\\u202ey\\u2066\\u200f"
+
+
+@pytest.mark.parametrize(("rank", "met", "waits"), [("0", False, []), ("1", False, [2.0]), ("1", True, [])])
+def test_a_mistake_of_every_rank_is_left_to_rank_0_before_they_meet(
+    rank: str, met: bool, waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its launcher ends the others while they wait; what only one of them finds is printed after that."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delitem(sys.modules, "panda.engine.meeting", raising=False)
+    if met:
+        monkeypatch.setitem(sys.modules, "panda.engine.meeting", sys.modules[__name__])
+
+    def wrong(argv: list[str]) -> None:
+        raise UserError("no such optimizer")
+
+    assert run_command(wrong, []) == 2
+    assert waited == waits
+    prefix = "error" if rank == "0" else "error on rank 1"
+    assert capsys.readouterr().err == f"{prefix}: no such optimizer\n"
