@@ -99,8 +99,7 @@ def test_panda_and_its_peers_train_the_same_model_on_the_same_samples(
     own, *peers = [row["losses"] for row in rows[:3]]
     assert len(own) == measurement.SKIPPED_STEPS + STEPS
     for losses in peers:
-        assert losses[0] == pytest.approx(own[0], rel=1e-4)  # before any update; other samples differ by more
-        assert losses == pytest.approx(own, rel=1e-3)
+        assert losses == pytest.approx(own, rel=1e-4)  # other samples differ by more
     assert len({round(loss, 2) for loss in own}) > 1
 
 
