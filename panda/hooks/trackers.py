@@ -103,9 +103,9 @@ class Tracker:
 class WandbOptions:
     """Options of the wandb plugin."""
 
-    wandb_project: str = "panda"
+    wandb_project_name: str = "panda"
     """Project at Weights & Biases. Its variables hold as elsewhere: WANDB_API_KEY, WANDB_MODE=offline."""
-    wandb_entity: str | None = None
+    wandb_team: str | None = None
     """User or team; by default that of the API key."""
 
 
@@ -123,8 +123,8 @@ class Wandb(Tracker):
     def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
         wandb = importlib.import_module("wandb")
         self.run = wandb.init(
-            project=self.options.wandb_project,
-            entity=self.options.wandb_entity,
+            project=self.options.wandb_project_name,
+            entity=self.options.wandb_team,
             name=run.directory.name,
             dir=str(run.directory),
             config=configuration,
