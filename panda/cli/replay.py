@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.run_folders import run_folder
 from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import parse_arguments
 from panda.files.terminal import printable_line
@@ -51,9 +52,7 @@ def _replay(argv: list[str]) -> None:
     words = [word for word in argv if word not in ("--nearest", "--all")]
     if len(words) < 2 or words[0].startswith("-") or not words[1].isdecimal() or int(words[1]) < 1:
         raise UserError(f"expected a run directory and the number of a step, counted from 1.\n{USAGE}")
-    run, step = Path(words[0]), int(words[1])
-    if not configuration_in(run):
-        raise UserError(f"{run}: expected a run directory, with the {RUN_CONFIG} of its run in it.")
+    run, step = run_folder(words[0]), int(words[1])
 
     from panda.hooks.guard import read_skipped
     from panda.run.description import refuse_later

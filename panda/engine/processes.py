@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 from panda.configuration.launcher import AnotherRankError
 from panda.engine.meeting import own_part
 from panda.engine.meeting import reach
+from panda.engine.meeting import spoken
 from panda.engine.meeting import wait_for_all
 from panda.engine.watchdog import Watchdog
 from panda.engine.watchdog import watching
@@ -145,12 +146,10 @@ def _who_failed(everywhere: Sequence[tuple[bool, str] | None], *, alike: bool) -
             ranks_of.setdefault(told, []).append(rank)
     lines = []
     for (is_user_error, text), ranks in ranks_of.items():
-        *most, last = map(str, ranks)
-        named = f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
         if is_user_error:
-            lines.append(text if alike or len(ranks) == len(everywhere) else f"{named}: {text}")
+            lines.append(text if alike or len(ranks) == len(everywhere) else f"{spoken(ranks)}: {text}")
         else:
-            lines.append(f"{named} failed: {text}")
+            lines.append(f"{spoken(ranks)} failed: {text}")
     return "\n".join(lines)
 
 

@@ -149,10 +149,10 @@ class ProgressDisplay:
     def panda_exception(self, run: Run, error: BaseException) -> None:
         self.shown.close()
         if run.processes.rank == 0 and not isinstance(error, Interrupted):  # which says it itself
-            kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
+            kept = run.newest_checkpoint
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
-            if kept:
-                print(how_to_continue(run.directory, kept[-1], flags_of_files(run.resolved)), flush=True)
+            if kept is not None:
+                print(how_to_continue(run.directory, kept, flags_of_files(run.resolved)), flush=True)
             else:
                 print("no checkpoint was saved, so it cannot be continued: set `save_minutes`", flush=True)
 

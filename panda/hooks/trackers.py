@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 FILE_NAME = "trackers.json"
 """In a run directory: by tracker, its name for the run. A resumed run goes on with it there, too."""
-MOST_CHARACTERS = 500
-"""Of a value of the configuration at MLflow, whose servers refuse longer ones from 1.28 on, or from 2.0 on 6,000."""
+MOST_CHARACTERS, MOST_PARAMETERS = 6000, 100
+"""Of a value of the configuration, and of these in a request, that MLflow takes (3.17)."""
 
 MOST_WAITED_FOR = 100
 """Last requests to MLflow whose answers are awaited at the end: they are sent in order."""
@@ -46,12 +46,15 @@ class Tracker:
     package: str
     """The client, as pip knows it and as it is imported."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Any, context: PluginContext) -> None:
         if importlib.util.find_spec(self.package) is None:
             raise UserError(
                 f"plugin {self.name}: its client is not installed. Install it (`pip install {self.package}`), or leave"
                 f" {self.name} out of `plugins`."
             )
+        self.options = options
+        self.run: Any = None
+        """What the client calls the run."""
         self.is_open = False
 
     @abstractmethod
@@ -115,11 +118,6 @@ class Wandb(Tracker):
 
     name = package = "wandb"
 
-    def __init__(self, options: WandbOptions, context: PluginContext) -> None:
-        super().__init__()
-        self.options = options
-        self.run: Any = None
-
     def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
         wandb = importlib.import_module("wandb")
         self.run = wandb.init(
@@ -160,10 +158,8 @@ class Mlflow(Tracker):
     name = package = "mlflow"
 
     def __init__(self, options: MlflowOptions, context: PluginContext) -> None:
-        super().__init__()
-        self.options = options
+        super().__init__(options, context)
         self.client: Any = None
-        self.id = ""
         self.sending: deque[Any] = deque(maxlen=MOST_WAITED_FOR)
 
     def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
@@ -174,24 +170,24 @@ class Mlflow(Tracker):
         number = experiment.experiment_id if experiment else self.client.create_experiment(name)
         if earlier:
             self.client.set_terminated(earlier, "RUNNING")
-            self.id = earlier
+            self.run = earlier
             return earlier
-        self.id = self.client.create_run(number, run_name=run.directory.name).info.run_id
+        self.run = self.client.create_run(number, run_name=run.directory.name).info.run_id
         entities = importlib.import_module("mlflow.entities")
         parameters = [entities.Param(key, str(value)[:MOST_CHARACTERS]) for key, value in configuration.items()]
-        for begin in range(0, len(parameters), 100):  # of one request, at most
-            self.client.log_batch(self.id, params=parameters[begin : begin + 100])
-        return self.id
+        for begin in range(0, len(parameters), MOST_PARAMETERS):
+            self.client.log_batch(self.run, params=parameters[begin : begin + MOST_PARAMETERS])
+        return str(self.run)
 
     def send(self, values: dict[str, float], step: int) -> None:
         entities, now = importlib.import_module("mlflow.entities"), int(time.time() * 1000)
         metrics = [entities.Metric(key, value, now, step) for key, value in values.items()]
-        self.sending.append(self.client.log_batch(self.id, metrics=metrics, synchronous=False))
+        self.sending.append(self.client.log_batch(self.run, metrics=metrics, synchronous=False))
 
     def close(self, *, failed: bool) -> None:
         for each in self.sending:
             each.wait()
-        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+        self.client.set_terminated(self.run, "FAILED" if failed else "FINISHED")
 
 
 @dataclass(frozen=True)
@@ -209,11 +205,6 @@ class Trackio(Tracker):
     """Sends records to trackio, on this machine or in a Space of the Hugging Face hub."""
 
     name = package = "trackio"
-
-    def __init__(self, options: TrackioOptions, context: PluginContext) -> None:
-        super().__init__()
-        self.options = options
-        self.run: Any = None
 
     def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
         trackio = importlib.import_module("trackio")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from panda.data.batches import batch_of
 from panda.data.token_dataset import place_of
 from panda.engine.processes import join_processes
 from panda.engine.steps import StepResult
+from panda.files.activity import activity
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
@@ -34,8 +33,6 @@ from panda.run.trained_model import trained_model
 
 STANDS_OUT = 10
 """Times the median of the others: a loss or a gradient that is larger stands out."""
-SECONDS = 5.0
-"""Between lines that say how far it is."""
 TEXT = 60
 """Characters of a sample that are shown."""
 
@@ -102,14 +99,13 @@ def replay(
         if step > run.plan.total_steps:
             raise UserError(f"STEP: the run has {run.plan.total_steps:,} steps, and no step {step:,}.")
         found: list[Batch] = []
-        progress = _Progress(run)
-        for number, found in enumerate(batches(run, run.layout), run.step + 1):
-            if number == step:
-                break
-            if between:
-                progress.say(f"step {number:,}, of those before step {step:,}")
-                _take(loop, found, number, _never if number in skipped else None)
-                run.step = number
+        with activity(f"taking the steps before step {step:,}", step - 1, done=run.step) as shown:
+            for number, found in enumerate(batches(run, run.layout), run.step + 1):
+                if number == step:
+                    break
+                if between:
+                    _take(loop, found, number, _never if number in skipped else None)
+                    run.step = shown.done = number
         made = loop.made(found, step)
         whole = _take(loop, made, step, _never)
         units = float(whole.counts[1])
@@ -150,15 +146,13 @@ def _each_sample(loop: Loop, step: int, units: float) -> Iterator[Part]:
     run, layout = loop.run, loop.run.layout
     module = run.engine.module
     numbers = [number for of_ranks in layout.micro_batches(step) for rows in of_ranks for row in rows for number in row]
-    progress = _Progress(run)
-    for place, number in enumerate(numbers, 1):
-        progress.say(f"sample {place:,} of {len(numbers):,}")
-        batch = batch_of(
-            layout, run.task.collate, [number], positions=needs_positions(module), bounds=takes_bounds(module)
-        )
-        found = _take(loop, [batch if run.processes.data_rank == 0 else batch.as_idle()], step, _never)
-        where = _where(run, number)
-        yield _part(where, _text(run, number), found, units)
+    forms = {"positions": needs_positions(module), "bounds": takes_bounds(module)}
+    with activity("running each sample", len(numbers)) as shown:
+        for number in numbers:
+            batch = batch_of(layout, run.task.collate, [number], **forms)
+            found = _take(loop, [batch if run.processes.data_rank == 0 else batch.as_idle()], step, _never)
+            shown.advance()
+            yield _part(_where(run, number), _text(run, number), found, units)
 
 
 def _each_made(loop: Loop, made: list[Batch], step: int, units: float) -> Iterator[Part]:
@@ -185,20 +179,3 @@ def _text(run: Run, number: int) -> str:
     """The beginning of sample ``number``, as text."""
     shown = [part for part in run.task.parts(run.dataset[number]) if len(part.token_ids)]
     return " ".join(run.task.tokenizer.decode(part.token_ids[:TEXT]) for part in shown)[:TEXT]
-
-
-class _Progress:
-    """Says how far it is, on rank 0: in place in a terminal, elsewhere in a line from time to time."""
-
-    def __init__(self, run: Run) -> None:
-        self.silent = run.processes.rank != 0
-        self.last = time.monotonic()
-
-    def say(self, what: str) -> None:
-        if self.silent:
-            return
-        if sys.stdout.isatty():
-            print(f"\r{what} ...\x1b[K", end="", flush=True)
-        elif time.monotonic() - self.last >= SECONDS:
-            self.last = time.monotonic()
-            print(f"{what} ...", flush=True)

@@ -17,6 +17,12 @@ from panda.data.order import SampleOrder
 from panda.data.packing import Layout
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
+from panda.run.state import Run
+
+
+class _Run(SimpleNamespace):
+    newest_checkpoint = Run.newest_checkpoint
+
 
 MakeRun = Callable[..., Any]
 
@@ -34,7 +40,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         directory = tmp_path / "my-run"
         directory.mkdir(exist_ok=True)
         (directory / "config.yaml").write_text("seed: 42\n")
-        return SimpleNamespace(
+        return _Run(
             directory=directory,
             processes=SimpleNamespace(rank=rank, world_size=2, device=torch.device("cpu")),
             dataset=dataset,
