@@ -403,13 +403,14 @@ def faults(runs: Runs, stages: Sequence[Stage], ranks: int, what: str) -> Row:
     return row
 
 
-NAMED = re.compile(r"\branks? ((?:\d+)(?:(?:, | and )\d+)*)(?= failed|:)")
+NAMED = re.compile(r"\branks? (\d+(?:(?:, | and | to )\d+)*)(?= failed|:)")
+"""As ``panda.engine.meeting.spoken`` writes them."""
 
 
 def _judge_fault(row: Row, stage: Stage, failing: tuple[int, ...], ended: Ended) -> None:
     printed = ended.printed
     of_fault = [re.sub(r"^error on rank \d+: ", "", line) for line in printed.splitlines() if stage.SAID in line]
-    named = {int(number) for line in of_fault for found in NAMED.findall(line) for number in re.findall(r"\d+", found)}
+    named = {number for line in of_fault for found in NAMED.findall(line) for number in _spelt(found)}
     if ended.hung:
         row.fail(f"{stage.name} on {failing}: hangs", printed)
     elif not all(ended.codes):
@@ -418,6 +419,12 @@ def _judge_fault(row: Row, stage: Stage, failing: tuple[int, ...], ended: Ended)
         row.fail(f"{stage.name} on {failing}: names {sorted(named)}", printed)
     else:
         row.counts["named exactly the failing ranks"] += 1
+
+
+def _spelt(ranks: str) -> Iterator[int]:
+    """The numbers in `0, 2 to 5 and 7`."""
+    for first, last in re.findall(r"(\d+)(?: to (\d+))?", ranks):
+        yield from range(int(first), int(last or first) + 1)
 
 
 def flips(runs: Runs, count: int, ranks: int, draw: random.Random) -> Iterator[Row]:

@@ -58,6 +58,7 @@ def test_a_difference_is_found(tmp_path: Path) -> None:
         ("rank 1 failed: ValueError('the disk of this rank fails')", [1, 2], None),
         ("error on rank 0: rank 1: the disk of this rank fails", [2, 2], None),
         ("ranks 0 and 1 failed: ValueError('the disk of this rank fails')", [1, 2], "names [0, 1]"),
+        ("ranks 0 to 2 failed: ValueError('the disk of this rank fails')", [1, 2], "names [0, 1, 2]"),
         ("ValueError: the disk of this rank fails", [1, 2], "names []"),
         ("rank 1 failed: ValueError('the disk of this rank fails')", [0, 2], "ends with"),
     ],

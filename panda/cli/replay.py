@@ -90,7 +90,7 @@ def _checkpoint_before(run: Path, step: int) -> Path | None:
 
 
 def _arguments(run: Path, flags: list[str], checkpoint: Path | None, output: Path) -> Arguments:
-    """What a run in ``output`` is told that takes the steps of ``run`` again from ``checkpoint``."""
+    """The arguments of a run in ``output`` that repeats steps of ``run``, from ``checkpoint`` on."""
     arguments = parse_arguments(["--config", str(run / RUN_CONFIG), *flags])
     given = arguments.given
     origin = "panda replay"
@@ -205,5 +205,5 @@ def _conclusion(responsible: list[Part], others: list[Part]) -> str:
 
 
 def _number(value: Any) -> str:
-    """A number of a record, in which null stands for what is not finite."""
+    """A number of a record, where null means not finite, as text."""
     return f"{value:.4g}" if isinstance(value, (int, float)) else "not finite"

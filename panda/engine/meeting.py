@@ -196,7 +196,7 @@ class _Saying:
         return time.monotonic() - self._begun
 
     def again(self) -> None:
-        """Begin to wait anew."""
+        """Count the time of waiting from now."""
         self._begun, self._is_said = time.monotonic(), False
 
     def after(self, line: str) -> None:

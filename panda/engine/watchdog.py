@@ -142,7 +142,7 @@ class Watchdog:
             thread.join(2 * BEAT)  # not longer: it may wait for a store that is gone
 
     def prepares(self, rank: int) -> bool:
-        """Whether ``rank`` has reported lately, and so is at work."""
+        """Whether ``rank`` is known to be at work: it has reported within the last seconds."""
         seen = self._reports.seen.get(rank) if self._reports is not None else None
         return seen is not None and time.monotonic() - seen[1] < self.stall
 

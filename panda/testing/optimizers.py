@@ -186,7 +186,7 @@ def check_optimizer(name: str, *flags: str, short: bool = False, limit: float = 
 
     Raises AssertionError where a run that is not refused ends elsewhere than one process does, by more than ``limit``
     of the distance moved; where a resumed one has other bits; and where what the optimizer declares that it needs
-    cannot be had and is not refused. ``short``: some of the ways, in half a minute; all take a few minutes.
+    cannot be had and is not refused. ``short``: some of the ways, in less than a minute; all take a few.
     """
     cases = SHORT if short else CASES
     with tempfile.TemporaryDirectory(prefix="panda-certificate-") as folder:
@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``python -m panda.testing.optimizers NAME [FLAG ...]``."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m panda.testing.optimizers")
     parser.add_argument("name", help="an optimizer, as a configuration names it")
-    parser.add_argument("--short", action="store_true", help="some of the ways, in half a minute")
+    parser.add_argument("--short", action="store_true", help="some of the ways, in less than a minute")
     parser.add_argument("--limit", type=float, default=LIMIT, help="the largest error, of the distance moved")
     arguments, flags = parser.parse_known_args(argv)
     try:

@@ -136,7 +136,7 @@ def _manifest(stated: dict[str, Any]) -> Manifest:
     return Manifest(Progress(**progress), {**stated["agreement"]}, files, bool(stated.get("passing", False)))
 
 
-# -- against what is there
+# -- compared with the files
 
 
 def check_contents(checkpoint: Path, files: Iterable[Path]) -> None:
