@@ -35,11 +35,11 @@ from panda.data.content_hash import stamp
 from panda.data.fields import TEXT
 from panda.data.fields import Field
 from panda.data.packed_files import unpacked_name
+from panda.data.places import renumbered
 from panda.data.recipe import Recipe
 from panda.data.token_dataset import DataReport
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
-from panda.data.token_dataset import renumbered
 from panda.data.token_dataset import supervised_in
 from panda.data.tokenising import tokenised_blocks
 from panda.files.activity import Activity

@@ -21,6 +21,10 @@ import numpy as np
 from panda.data.fields import TEXT
 from panda.data.fields import Field
 from panda.data.order import Source
+from panda.data.places import UNKNOWN
+from panda.data.places import file_and_row
+from panda.data.places import place_code
+from panda.data.places import renumbered
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.files.terminal import printable_line
@@ -150,28 +154,6 @@ def sample_hash(*token_ids: Sequence[int] | np.ndarray) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-UNKNOWN = 0
-"""In place of a place."""
-_ROW_BITS = 40
-
-
-def place_code(file: int, row: int) -> int:
-    """Row ``row``, counted from 1, of file ``file``, counted from 0, in one number."""
-    return file << _ROW_BITS | row
-
-
-def renumbered(places: array[int], files: Sequence[int | None]) -> np.ndarray:
-    """int64: ``places`` with other numbers of files, by their present one; UNKNOWN where there is none."""
-    found = np.array(places, dtype=np.int64)
-    if not files:
-        return found
-    known = found != UNKNOWN
-    others = np.array([-1 if file is None else file for file in files], dtype=np.int64)
-    file = others[found >> _ROW_BITS]
-    codes: np.ndarray = np.where(known & (file >= 0), file << _ROW_BITS | found & ((1 << _ROW_BITS) - 1), UNKNOWN)
-    return codes
-
-
 class SampleBlock:
     """The samples of some rows, and the report of those rows: what tokenising processes return."""
 
@@ -264,13 +246,6 @@ class SampleBlock:
         numbers = [self._number_of(file) for file in other.files]
         self.places.frombytes(renumbered(other.places, numbers).tobytes())
         self.report.add(other.report)
-
-
-def place_of(dataset: SampleSet, index: int) -> str | None:
-    """FILE:ROW of sample ``index`` of ``dataset``, the row counted from 1; None where that is not known."""
-    find = getattr(dataset, "place", None)  # that of a task of a package may have none
-    found = find(index) if find is not None else None
-    return None if found is None else f"{found[0]}:{found[1]}"
 
 
 class SampleSet(Protocol):
@@ -370,7 +345,10 @@ class TokenDataset:
     def place(self, index: int) -> tuple[Path, int] | None:
         """The file and the row, counted from 1, of which sample ``index`` is made; None where that is not known."""
         code = UNKNOWN if self.places is None or not self.files else int(self.places[index])
-        return None if code == UNKNOWN else (self.files[code >> _ROW_BITS], code & ((1 << _ROW_BITS) - 1))
+        if code == UNKNOWN:
+            return None
+        file, row = file_and_row(code)
+        return self.files[file], row
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         first, *others = self._measured

@@ -6,7 +6,6 @@ rank 0 does not answer. The first rank that fails says so there, and the others 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -15,8 +14,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
-from dataclasses import asdict
-from dataclasses import dataclass
 from typing import Any
 
 from panda.configuration.launcher import AnotherRankError
@@ -24,6 +21,8 @@ from panda.configuration.launcher import LostRankError
 from panda.configuration.launcher import tell_launcher
 from panda.engine.meeting import minutes
 from panda.engine.meeting import spoken
+from panda.engine.reports import Failure
+from panda.engine.reports import Reports
 from panda.engine.standing import BUSY_SHARE
 from panda.engine.standing import Report
 from panda.engine.standing import Standing
@@ -47,18 +46,6 @@ NEWS = 4.0
 """Seconds to find out what has become of the rank to which a connection was lost."""
 FAILED, ERROR = 1, 2
 """Exit codes: another rank has failed; an error, which is printed."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a run fails; its ranks agree on the first."""
-
-    by: int
-    """The rank that says so."""
-    words: str
-    """In brief: ``rank 1 failed``."""
-    text: str
-    """What that rank prints."""
 
 
 _current: Watchdog | None = None
@@ -124,7 +111,7 @@ class Watchdog:
         self._gone: dict[int, float] = {}
         """Of ranks that have ended, since when that is known."""
         self._ended, self._hurry, self._wakes = threading.Event(), threading.Event(), threading.Event()
-        self._reports = _Reports(store, rank, world_size) if store is not None else None
+        self._reports = Reports(store, rank, world_size) if store is not None else None
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self._reports is not None:
             self._threads.append(threading.Thread(target=self._exchange, name="reports", daemon=True))
@@ -323,7 +310,7 @@ class Watchdog:
         with _without_signals():  # this process ends by itself within seconds
             return self._concluded(error, self._reports)
 
-    def _concluded(self, error: BaseException, reports: _Reports) -> BaseException | None:
+    def _concluded(self, error: BaseException, reports: Reports) -> BaseException | None:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._claim(f"rank {self.rank} was ended", "")
             self._wait_for_failure(GRACE)
@@ -361,59 +348,6 @@ class Watchdog:
             return self._no_progress, f"{self._no_progress} (`timeout`): {self.trouble}"
         words = f"rank {self.rank} has lost its connection to another rank"
         return words, f"{words}: {in_brief(RuntimeError(str(error)))}"
-
-
-class _Reports:
-    """What ranks say to each other in a store. One thread calls its methods; others read its attributes."""
-
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
-        self.seen: dict[int, tuple[Report, float]] = {}
-        """The last report of each rank that is read, and when it came."""
-        self.reads_all = rank == 0
-        self.claim: Failure | None = None
-        """What this rank wants to be the failure."""
-        self.have_spoken, self.has_spoken = 0, False
-        """How many ranks have said that they end; whether this one has."""
-        self._is_counted = False
-        self.answered = time.monotonic()
-        """When the last exchange with the store began that was answered."""
-
-    def exchange(self, own: Report | None, *, is_done: bool) -> None:
-        """Write the report of this rank, and read those of the others."""
-        if own is not None:
-            self._store.set(f"report/{self._rank}", json.dumps(asdict(own) | {"done": is_done}))
-        others = range(self._world_size) if self.reads_all else range(min(1, self._rank))
-        known = [rank for rank in others if rank != self._rank and (rank in self.seen or self._has(f"report/{rank}"))]
-        if not known or is_done:
-            return
-        for rank, written in zip(known, self._store.multi_get([f"report/{rank}" for rank in known]), strict=True):
-            report = Report(**json.loads(written))
-            before = self.seen.get(rank)
-            if before is None or (before[0].beat, before[0].done) != (report.beat, report.done):
-                self.seen[rank] = (report, time.monotonic())
-
-    def failure(self) -> Failure | None:
-        """The failure on which the ranks agree: the first that one of them has claimed."""
-        if self.claim is not None:
-            self._store.compare_set("failure", "", json.dumps(asdict(self.claim)))
-        if not self._has("failure"):
-            return None
-        return Failure(**json.loads(self._store.get("failure")))
-
-    def count(self) -> None:
-        """Count the ranks that have said that they end, this one too."""
-        own, self._is_counted = int(self.has_spoken and not self._is_counted), self.has_spoken
-        self.have_spoken = self._store.add("spoken", own)
-
-    def tell_trouble(self, trouble: str | None) -> None:
-        self._store.set("trouble", trouble or "")
-
-    def trouble(self) -> str | None:
-        return self._store.get("trouble").decode() or None if self._has("trouble") else None
-
-    def _has(self, key: str) -> bool:
-        return bool(self._store.check([key]))
 
 
 def _say(line: str) -> None:

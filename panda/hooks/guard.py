@@ -196,7 +196,7 @@ def spike(name: str, value: float, usual: Iterable[float], limit: float) -> str 
 
 def samples_of(run: Run, step: int) -> Iterator[dict[str, Any]]:
     """The samples of ``step`` on all data-parallel ranks: of each its number, its row, and who had it."""
-    from panda.data.token_dataset import place_of
+    from panda.data.places import place_of
 
     for micro_batch, of_ranks in enumerate(run.layout.micro_batches(step)):
         for rank, rows in enumerate(of_ranks):

@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 from panda.data.auto_reader import AutoOptions
 from panda.data.auto_reader import AutoReader
+from panda.data.places import place_of
 from panda.data.selection import trained_and_held_out
 from panda.data.token_cache import TokenCache
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
-from panda.data.token_dataset import place_of
 from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import TaskContext
 from panda.registry.location import resolve_path
