@@ -42,12 +42,13 @@ from panda.run.records import add_to
 from panda.run.records import as_number
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
+from panda.run.skipped import ended_on_skipped
+from panda.run.skipped import ends_on_skipped
+from panda.run.skipped import too_many
 from panda.run.state import Run
 from panda.tasks.task import Task
 
 SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60, 3600
-SEARCHING = 20
-"""Steps that fp16 may skip in a row to find its loss scale; it tries a larger one from time to time, too."""
 
 
 class Loop:
@@ -121,8 +122,8 @@ class Loop:
         self.say_stop()
         if self.is_interrupted:
             raise Interrupted(self.how_it_goes_on())
-        if self.ends_on_skipped():
-            raise UserError(self.ended_on_skipped())
+        if ends_on_skipped(run):
+            raise UserError(ended_on_skipped(run))
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
@@ -146,7 +147,7 @@ class Loop:
         if self.run.skipped_in_a_row >= run.most_skipped:
             if self.is_worth_saving():
                 self.save(keep_all=True)
-            raise UserError(self.too_many_skipped())
+            raise UserError(too_many(run))
         # Before saving, so that a run that resumes this checkpoint already has the record. An interrupted run saves
         # first, since it may be killed soon.
         self.evaluation_due = bool(is_last or run.stopped or (options.eval_steps and step % options.eval_steps == 0))
@@ -199,40 +200,6 @@ class Loop:
         if kept is None:
             return f"{how}. There is no checkpoint to continue from, since no step has changed the weights"
         return f"{how}, and {kept} is saved\n{how_to_continue(run.directory, kept, flags_of_files(run.resolved))}"
-
-    def too_many_skipped(self) -> str:
-        run = self.run
-        return (
-            f"step {run.step}: the last {run.skipped_in_a_row} steps were skipped, since their loss or gradients"
-            f" were not finite{self.or_judged()}. Lower `learning_rate`, look at the data, or write `precision: bf16`"
-            f" in place of fp16. {self.last_good()}"
-        )
-
-    def ends_on_skipped(self) -> bool:
-        """Whether the last steps were skipped, by more than fp16 skips to find its loss scale."""
-        skipped, loss = self.run.skipped_in_a_row, self.run.loss
-        if not skipped or self.options.precision != "fp16":
-            return skipped > 0
-        return skipped >= SEARCHING or (loss is not None and not bool(torch.isfinite(loss)))
-
-    def ended_on_skipped(self) -> str:
-        run = self.run
-        last = "step was" if run.skipped_in_a_row == 1 else f"{run.skipped_in_a_row} steps were"
-        export = f" `panda export {run.directory}` exports it as it is." if run.newest_checkpoint else ""
-        return (
-            f"the run ends on skipped steps: of {run.step:,} the last {last} skipped, since loss or gradients were"
-            f" not finite{self.or_judged()}. So nothing is exported. {self.last_good()}{export}"
-        )
-
-    def or_judged(self) -> str:
-        return ", or since a plugin had them skipped" if self.run.hooks.has("panda_gradients") else ""
-
-    def last_good(self) -> str:
-        """The checkpoint that a run which skips its steps recommends."""
-        kept = self.run.newest_checkpoint
-        return (
-            f"The last good checkpoint is {kept}, which `--resume` continues." if kept else "No checkpoint was saved."
-        )
 
     def trained(self, micro_batches: list[Batch], factor: float) -> StepResult:
         """The optimizer step over ``micro_batches``, with ``factor`` of the peak learning rate."""
