@@ -67,7 +67,5 @@ def model_arguments(location: str, ckpt_path: Given | None) -> str:
             " --output FOLDER` writes a run's checkpoint as one."
         )
     elif "panda_model" in read_json_object(folder / CONFIG):
-        raise UserError(
-            f"{folder}: the model is of a panda package, and transformers, with which lm_eval loads models, has no such."
-        )
+        raise UserError(f"{folder}: the model is of a panda package, and lm_eval loads those of transformers only.")
     return ",".join(f"{key}={value}" for key, value in found.items())

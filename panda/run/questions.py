@@ -15,6 +15,7 @@ from panda.answers.scored import scored
 from panda.answers.text import decoded
 from panda.data.token_dataset import SampleSet
 from panda.registry import UserError
+from panda.registry.chosen import Chosen
 from panda.registry.resolve import Resolved
 from panda.tasks.task import Task
 
@@ -84,7 +85,18 @@ def _questions(
 def metrics_of(resolved: Resolved, task: Task) -> dict[str, Metric]:
     """The metrics that ``resolved`` names, built, by name."""
     context = MetricContext(task.tokenizer)
-    return {each.name: each.build(context, Metric) for each in resolved.named if each.component.kind == "metric"}
+    return {each.name: _built(each, context) for each in resolved.named if each.component.kind == "metric"}
+
+
+def _built(chosen: Chosen, context: MetricContext) -> Metric:
+    """The metric that was ``chosen``: an error in it names its package."""
+    metric: Metric = chosen.build(context, Metric)
+
+    def score(answers: Sequence[Answer]) -> Mapping[str, float | Sequence[float]]:
+        with chosen.attributed("the score"):
+            return metric.score(answers)
+
+    return Metric(score)
 
 
 def score_sets(
