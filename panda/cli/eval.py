@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +37,7 @@ from panda.weights.run_folders import RUN_CONFIG
 if TYPE_CHECKING:
     from panda.answers.loading import Answering
     from panda.answers.metric import Answer
+    from panda.answers.scored import Scored
     from panda.data.token_dataset import SampleSet
     from panda.run.evaluated import Measured
     from panda.run.questions import Question
@@ -166,6 +166,7 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
     from panda.run.assembly import build_task
     from panda.run.assembly import dataset_of
     from panda.run.assembly import evaluation_sets
+    from panda.run.questions import answer_records
     from panda.tasks.language_modelling import LanguageModelling
 
     task = build_task(resolved, answering.tokenizer)
@@ -183,18 +184,14 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
     measured, questions, answers = _measured(answering, task, sets, configuration)
     found: dict[str, Any] = {"model": location, "task": resolved.core.task, "sets": {}}
     paths = evaluation_sets(resolved.core)
-    scores = _scores(configuration, task, questions, answers)
+    scored = _scored(configuration, task, questions, answers)
     for name, each in measured.items():
         asked = sum(question.of == name for question in questions)
-        numbers = {"data": paths[name], **each.numbers(), "answers": asked, **scores.get(name, {})}
-        found["sets"] |= {name: numbers} if name else {}
-    whole = _together(measured).numbers()
-    every = [path for each in paths.values() for path in each]
-    found[ALL] = {"data": every, **whole, "answers": len(questions), **scores.get("", {})}
-    found["answers"] = [
-        {"set": question.of, "sample": question.sample, **asdict(answer)}
-        for question, answer in zip(questions, answers, strict=True)
-    ]
+        scores = scored[name].scores if name and asked else {}
+        found["sets"] |= {name: {"data": paths[name], **each.numbers(), "answers": asked, **scores}} if name else {}
+    whole, every = _together(measured).numbers(), [path for each in paths.values() for path in each]
+    found[ALL] = {"data": every, **whole, "answers": len(questions), **(scored[""].scores if scored else {})}
+    found["answers"] = answer_records(questions, answers, scored[""].of_each if scored else [])
     return found
 
 
@@ -250,17 +247,16 @@ def _measured(
         return measured, found.asked, answered(assistant, task, found.asked, most, shown)
 
 
-def _scores(
+def _scored(
     configuration: Configuration, task: Task, questions: Sequence[Question], answers: Sequence[Answer]
-) -> dict[str, dict[str, float]]:
-    """The scores of each set; under an empty name, of all."""
+) -> dict[str, Scored]:
+    """The scores of each set that was asked; under an empty name, of all. None without questions."""
     if not questions:
         return {}
     from panda.run.questions import metrics_of
     from panda.run.questions import score_sets
 
-    found = score_sets(metrics_of(configuration.resolved, task), questions, answers)
-    return {name: each.scores for name, each in found.items()}
+    return score_sets(metrics_of(configuration.resolved, task), questions, answers)
 
 
 def _together(measured: Mapping[str, Measured]) -> Measured:

@@ -49,12 +49,13 @@ def configure_evaluation(arguments: Arguments, flags: Collection[str], data: Giv
     catalog = catalog_of(replace(arguments, given=core, recorded=recorded))
     task = _options(catalog, "task", core.get("task"), RunOptions.task)
     wanted = {*OF_THE_RUN, *task, *_options(catalog, "reader", core.get("reader"), RunOptions.reader)}
-    plugin = _options(catalog, "plugin", None, PLUGIN)
-    metrics = arguments.given.get("eval_metrics")
-    for name in texts_of(metrics) if metrics else plugin["eval_metrics"].default:
-        wanted |= {*_options(catalog, "metric", metrics and replace(metrics, value=name), name)}
+    if PLUGIN not in [name.rpartition(":")[2] for name in arguments.blocked]:
+        plugin, metrics = _options(catalog, "plugin", None, PLUGIN), arguments.given.get("eval_metrics")
+        wanted |= {*plugin}
+        for name in texts_of(metrics) if metrics else plugin["eval_metrics"].default:
+            wanted |= {*_options(catalog, "metric", metrics and replace(metrics, value=name), name)}
     of_data = {key for key, option in task.items() if option.location and option.location.holds_data}
-    wanted = (wanted | {*plugin}) - of_data - {*WEIGHTS}
+    wanted -= of_data | {*WEIGHTS}
     given = {key: value for key, value in arguments.given.items() if _name(key) in wanted or key in flags}
     if data is not None:
         given = {key: value for key, value in given.items() if key != "eval_names" or key in flags}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,17 +108,15 @@ class EvalGenerate:
 
     def _answer(self, run: Run) -> dict[str, float]:
         """Have the questions answered, write the answers down, and return the scores by the names of their entries."""
+        from panda.run.questions import answer_records
+
         begun, count = time.perf_counter(), len(self.questions)
         with activity(f"answering {count:,} evaluation samples"), run.using_evaluated_weights():
             answers = self._answers(run)
         scores, of_each = run.processes.from_rank_0(partial(self._scored, answers))
         if self.file is not None and run.step not in self.known:
-            for question, answer, given in zip(self.questions, answers, of_each, strict=True):
-                self.file.write(
-                    {"step": run.step, "set": question.of, "sample": question.sample}
-                    | {("answer" if key == "text" else key): value for key, value in asdict(answer).items()}
-                    | {"scores": given}
-                )
+            for record in answer_records(self.questions, answers, of_each):
+                self.file.write({"step": run.step} | record)
         of_all = [*scores][: len(scores) // (1 + len([name for name in run.evaluations if name]))]
         shown = "".join(f"  {name} {scores[name]:.4g}" for name in of_all)
         say(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from panda.answers.metric import Answer
 from panda.answers.metric import Metric
@@ -97,6 +98,19 @@ def _built(chosen: Chosen, context: MetricContext) -> Metric:
             return metric.score(answers)
 
     return Metric(score)
+
+
+def answer_records(
+    questions: Sequence[Question], answers: Sequence[Answer], of_each: Sequence[Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """A record of each answer, with its scores, as files have them."""
+    return [
+        {
+            **{"set": question.of, "sample": question.sample, "prompt": answer.prompt, "answer": answer.text},
+            **{"reference": answer.reference, "ended": answer.ended, "scores": dict(scores)},
+        }
+        for question, answer, scores in zip(questions, answers, of_each, strict=True)
+    ]
 
 
 def score_sets(
