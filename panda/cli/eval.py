@@ -170,7 +170,7 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
     from panda.tasks.language_modelling import LanguageModelling
 
     task = build_task(resolved, answering.tokenizer)
-    if not isinstance(task, LanguageModelling):
+    if not isinstance(task, LanguageModelling) or type(task).loss is not LanguageModelling.loss:
         raise UserError(
             f"task: the loss of {resolved.core.task!r} is not one of tokens, and its own numbers are in the run's"
             " metrics.jsonl. `--task instruct` evaluates the model on prompts and answers."

@@ -106,4 +106,8 @@ def test_a_resumed_run_goes_on_with_them(folder: Path, whole: Trained) -> None:
     (last,) = found.evaluations
     for name in (name for name in last if "seconds" not in name):
         assert last[name] == whole.evaluations[-1][name], name
-    assert read_answers(found.directory) == [each for each in read_answers(whole.directory) if each["step"] == 4]
+    answers = [each for each in read_answers(whole.directory) if each["step"] == 4]
+    assert read_answers(found.directory) == answers
+    again = trained(folder, "resumed", resume="auto", prompts=["b"], gradient_accumulation_steps=2)
+    assert len(again.evaluations) == 1, "it was evaluated once more, to the same numbers"
+    assert read_answers(again.directory) == answers
