@@ -34,8 +34,9 @@ def test_each_row_is_decoded_as_it_is_alone(wrap: Any) -> None:
     """What a generation config asks for sees a row's own tokens, and none of the padding before them."""
     torch.manual_seed(0)
     model = wrap(llama()).eval()
-    decoding = Decoding(ENDS, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "suppress_tokens": [0]}, {}, {})
-    last = sampled_answers(model, Decoding(ENDS, {}, {}, {}), [])[1][2]
+    decoding = Decoding(ENDS, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {}, {})
+    plain = sampled_answers(model, Decoding(ENDS, {}, {}, {}), [])
+    last, pad = plain[1][2], plain[0][0]
     stops = [lambda row, scores: row[:, -1] == last]
     for how, criteria in ((decoding, []), (Decoding(ENDS, {}, {}, {}), stops)):
         alone = [
@@ -43,7 +44,7 @@ def test_each_row_is_decoded_as_it_is_alone(wrap: Any) -> None:
                 model,
                 [prompt],
                 max_new_tokens=NEW,
-                pad_token_id=0,
+                pad_token_id=pad,
                 end_tokens=ENDS,
                 processors=how.processors,
                 criteria=criteria,
@@ -51,11 +52,11 @@ def test_each_row_is_decoded_as_it_is_alone(wrap: Any) -> None:
             )[0]
             for prompt in PROMPTS
         ]
-        assert sampled_answers(model, how, criteria) == alone
-        assert alone != sampled_answers(model, Decoding(ENDS, {}, {}, {}), [])
+        assert sampled_answers(model, how, criteria, pad) == alone
+        assert alone != plain
 
 
-def sampled_answers(model: Any, how: Decoding, criteria: list[Any]) -> list[list[int]]:
+def sampled_answers(model: Any, how: Decoding, criteria: list[Any], pad: int = 0) -> list[list[int]]:
     """The answers to all prompts at once, without the token that ends one."""
     found = sampled(
         model,
@@ -63,7 +64,7 @@ def sampled_answers(model: Any, how: Decoding, criteria: list[Any]) -> list[list
         np.zeros((len(PROMPTS), NEW)),
         Manner(NEW, temperature=0.0),
         end_tokens=ENDS,
-        pad_token_id=0,
+        pad_token_id=pad,
         device=CPU,
         processors=how.processors,
         criteria=criteria,

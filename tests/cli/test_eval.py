@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from panda.answers.assistant import Sampling
+from panda.answers.exact_match import ExactMatchOptions
 from panda.answers.loading import described_in
 from panda.cli import eval as evaluating
+from panda.configuration.arguments import parse_arguments
 from panda.data import sample
 from panda.hooks.eval_generate import read_answers
 from panda.testing import Trained
@@ -78,6 +80,8 @@ def test_a_run_has_the_numbers_of_its_last_evaluation(
         f"{'samples':17}       7       5      12",
     ]
     assert f"{'loss':17}" in printed.out and "step-00000030" in printed.err
+    of_run = evaluating._configured(str(run.directory), parse_arguments([]), None).resolved
+    assert of_run.named[0].options == ExactMatchOptions(ignore_case=True)
 
 
 def test_an_export_has_the_loss_of_plain_transformers(run: Trained, tmp_path: Path) -> None:
