@@ -114,9 +114,9 @@ def _print_report(console: Console, prepared: Preparation) -> None:
             console.print(f"  {line}")
     for line in (*report.unused_lines(), *map(printable_line, report.notes)):
         console.print(line)
-    if held_out is not None:
-        console.print(f"{len(held_out):,} samples are held out, to evaluate on")
-        for line in held_out.report.lines():
+    for name, held in held_out.items():
+        console.print(f"{len(held):,} samples are held out, to evaluate on{f', as {name}' * bool(name)}")
+        for line in held.report.lines():
             console.print(f"  {line}")
 
 

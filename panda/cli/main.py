@@ -22,6 +22,7 @@ COMMANDS = {
     "runs": "list runs: how far they are, their losses, speed and age",
     "train": "train; the same as panda-train",
     "export": "write a run's checkpoint as a folder that plain transformers loads",
+    "eval": "evaluate a model on data: loss, token accuracy, scores of its answers",
     "generate": "answer prompts with a trained model",
     "chat": "chat with a trained model",
     "translate": "write a configuration of another tool in panda's keys",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -132,9 +133,12 @@ def options_of_stopper(resolved: Resolved, by: str) -> dict[str, Any] | None:
     return {} if any(offer.label == by for offer in resolved.hook_modules) else None
 
 
-def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
+def work_at_the_end(options: RunOptions, held_out: Mapping[str, SampleSet]) -> dict[str, Any]:
     """The work at the end of a run besides the export, as values to compare: a finished run need not repeat it."""
-    return {"eval_data": held_out.fingerprint if held_out else None, "prompts": list(options.prompts)}
+    fingerprints: Any = {name: dataset.fingerprint for name, dataset in held_out.items()} or None
+    if not options.eval_names and fingerprints:
+        fingerprints = fingerprints[""]  # as it was before sets had names
+    return {"eval_data": fingerprints, "prompts": list(options.prompts)}
 
 
 def _export(run: Run, shown: Activity, weights: Weights) -> None:

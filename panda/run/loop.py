@@ -308,17 +308,19 @@ class Loop:
             seconds["save_seconds"] = round(seconds.get("save_seconds", 0) + self.saved_at - begun, 3)
 
     def evaluate(self) -> None:
-        """Compute the loss on the held-out data, if any. Draws no random numbers, and does not affect training."""
+        """Compute the loss on each set of held-out data. Draws no random numbers, and does not affect training."""
         run, begun = self.run, time.perf_counter()
         self.evaluated_step, self.evaluation_due = run.step, False
-        if run.evaluation is None:
+        if not run.evaluations:
             return
         due, run.added = run.added, {}
         run.at("panda_evaluation_start")
-        passes = run.evaluation.plan.total_steps * (2 if self.statistics else 1)
+        passes = sum(each.plan.total_steps for each in run.evaluations.values()) * (2 if self.statistics else 1)
         with activity(f"evaluating after step {run.step:,}", passes) as shown, run.using_evaluated_weights():
-            micro_batches = _Evaluation(self, run.evaluation, shown)
-            found = run.engine.evaluate(micro_batches, self.loss, self.statistics)
+            found = {
+                name: run.engine.evaluate(_Evaluation(self, layout, shown), self.loss, self.statistics)
+                for name, layout in run.evaluations.items()
+            }
 
         def recorded() -> dict[str, Any]:
             record = evaluation_record(run.step, found, run.task.unit, begun)
