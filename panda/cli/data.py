@@ -72,7 +72,7 @@ def _data(argv: list[str]) -> None:
     lengths = dataset.lengths(np.arange(len(dataset)))
     console.print("\ntokens of a sample")
     limit = resolved.core.max_seq_length
-    cut = f"max_seq_length: {dataset.report.cut(len(dataset), limit).removesuffix(' (max_seq_length)')}"
+    cut = dataset.report.cut(len(dataset), limit).removesuffix(" (max_seq_length)")
     for line in lines(lengths, BINS, limit=limit, cut=cut):
         console.print(line)
     picture = Path("runs") / f"{run_name(resolved)}-lengths.png"

@@ -43,7 +43,7 @@ def lines(lengths: np.ndarray, bins: int, *, limit: int, cut: str) -> list[str]:
         for least, most, count in found
     ]
     reached = bool(found) and found[-1][1] >= limit
-    return [*shown, f"  {'─' * (2 * width + 4 + BAR)} {cut}"] if reached else shown
+    return [*shown, f"  {'─' * (2 * width + 4)}  {cut}"] if reached else shown
 
 
 def draw_lengths(lengths: np.ndarray, path: Path, *, title: str, limit: int, cut: str) -> None:
@@ -55,10 +55,11 @@ def draw_lengths(lengths: np.ndarray, path: Path, *, title: str, limit: int, cut
     axes.bar(starts, [count for _, _, count in found], width=max(widths, default=1), align="edge", color="C0")
     longest = max((most for _, most, _ in found), default=0)
     if longest >= limit // 2:  # else the line would press the bars together
-        axes.axvline(limit + 1, color="C3", linestyle="--", linewidth=1.5, label=cut)
+        axes.axvline(limit + 1, color="C3", linestyle="--", linewidth=1.5, label=f"max_seq_length: {cut}")
         axes.legend(loc="best")
     axes.set_ylabel("samples")
     axes.set_title(title, parse_math=False)
     dress(axes, "tokens of a sample")
     axes.grid(visible=False, axis="x")
+    axes.set_axisbelow(True)
     figure.savefig(path)

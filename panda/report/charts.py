@@ -29,9 +29,12 @@ from panda.report.html import html
 GRID = 100_000
 BEYOND = 100 * GRID
 """Points further off than this are drawn here: what they are is not shown."""
+MANY = 200
+"""From so many records on, curves are smoothed, too, besides that of the loss."""
 BUCKETS = 600
 """Of a curve with more than two points for each, the highest and the lowest of each are kept."""
-TICKS = 5
+TICKS = 6
+"""Of an axis, about."""
 COLORS = 10
 MOST = 24
 """Charts of a page; other metrics are named."""
@@ -89,7 +92,7 @@ class Scale:
         return round(min(max(share * GRID, -BEYOND), BEYOND))
 
     def ticks(self) -> list[float]:
-        """Round numbers within the axis, at most seven."""
+        """Round numbers within the axis, a few more than ``TICKS`` at most."""
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1, 2, 5), (1,)):
@@ -175,7 +178,7 @@ def _skipped(run: Recorded) -> list[float]:
 
 
 def _curves(runs: Sequence[Recorded], metric: str, over: str) -> list[Curve]:
-    """The curves of ``metric``, of each run that has it."""
+    """The curves of ``metric``, of each run that has it. The smoothed one is of what is within the frame."""
     found: list[Curve] = []
     for number, run in enumerate(runs):
         of_run = _of(run, metric, over)
@@ -184,7 +187,7 @@ def _curves(runs: Sequence[Recorded], metric: str, over: str) -> list[Curve]:
         places, values = of_run
         several = len(runs) > 1
         name = run.name if several else TITLES.get(metric, metric)
-        if metric == LOSS and len(values) >= FEW:
+        if len(values) >= (FEW if metric == LOSS else MANY) and not _is_smooth(metric):
             limits = Limits.of(values)
             inside = limits.inside(values) if limits else values
             found += [
@@ -200,14 +203,22 @@ def _curves(runs: Sequence[Recorded], metric: str, over: str) -> list[Curve]:
     return found
 
 
+def _is_smooth(metric: str) -> bool:
+    """Whether ``metric`` is no noisy quantity of single steps."""
+    return metric in ("learning_rate", "skipped") or metric.startswith("eval_")
+
+
 def _of(run: Recorded, metric: str, over: str) -> tuple[list[float], list[float]] | None:
-    if metric == "skipped":
-        places = run.curve(LOSS, over)[0] if run.records else []
-        return (places, _skipped(run)) if places else None
+    """The places of ``metric`` on the axis ``over``, which rise, and its values; None where the run has none."""
     try:
-        return run.curve(metric, over)
-    except UserError:  # it has no such metric
+        places, values = run.curve(LOSS if metric == "skipped" else metric, over)
+    except UserError:
         return None
+    values = _skipped(run) if metric == "skipped" else values
+    if any(later < earlier for earlier, later in pairwise(places)):  # lines of a file that was damaged
+        order = sorted(range(len(places)), key=places.__getitem__)
+        places, values = [places[at] for at in order], [values[at] for at in order]
+    return places, values
 
 
 def _chart(metric: str, curves: Sequence[Curve], across: Scale, over: str) -> Html:
@@ -219,7 +230,8 @@ def _chart(metric: str, curves: Sequence[Curve], across: Scale, over: str) -> Ht
     low = min(0.0, limits.low) if metric in ("learning_rate", "skipped") else limits.low
     up = Scale(low, limits.high, limits.is_log and low > 0)
     plot = element("div", *_frame(across, up, curves), class_="plot", tabindex="0", **_scales(across, up))
-    legend = [_listed(curve, metric) for curve in curves if curve.listed]
+    listed = [curve for curve in curves if curve.listed]
+    legend = [_listed(curve, metric, over, is_only=len(curves) == 1) for curve in listed]
     beyond = [part for curve in curves if curve.kind != "smooth" for part in _beyond(curve, up)]
     return element(
         "figure",
@@ -262,7 +274,8 @@ def _paths(curve: Curve, across: Scale, up: Scale) -> Iterator[Html]:
         for place, value in thinned(curve.places, [_finite_or_nan(value) for value in curve.values])
     ]
     if curve.kind != "dots" or len(points) > 1:
-        yield element("path", d=_line(points), class_=f"{curve.kind} {style}", data_name=curve.name)
+        name = curve.name if curve.listed else None
+        yield element("path", d=_line(points), class_=f"{curve.kind} {style}", data_name=name)
     if curve.kind == "dots":
         at = "".join(f"M{x} {y}h0" for x, y in filter(None, points))
         yield element("path", d=at, class_=f"dot {style}", data_name=None if len(points) > 1 else curve.name)
@@ -344,15 +357,19 @@ def _beyond(curve: Curve, up: Scale) -> Iterator[str]:
             numbers = [value for value in some if math.isfinite(value)]
             furthest = f", up to {label(max(numbers, key=abs))}" if numbers else ""
             records = "record" if len(some) == 1 else "records"
-            yield f"{curve.name}: {len(some):,} {records} {what}{furthest}, marked at the edge. "
+            yield f"{curve.name}: {len(some):,} {records} {what}{furthest}; marked at the edge. "
 
 
-def _listed(curve: Curve, metric: str) -> Html:
+def _listed(curve: Curve, metric: str, over: str, *, is_only: bool) -> Html:
+    """``curve`` in the legend; ``is_only``: the title of its chart names it already."""
     said = ""
     if best := _best(curve):
-        said = f", best {best[1]:.4g} at {label(best[0])}"
-    elif metric != LOSS:
+        said = f"best {best[1]:.4g}" + (f" at step {best[0]:,.0f}" if over == "steps" else "")
+    elif metric != LOSS and curve.name != "smoothed":
         known = [value for value in curve.values if math.isfinite(value)]
-        said = f", last {label(known[-1])}" if known else ""
+        said = f"last {label(known[-1])}" if known else ""
+    if is_only:
+        return element("li", said)
+    said = f", {said}" if said else ""
     style = f"key {curve.kind} c{curve.color % COLORS} s{curve.color // COLORS % 4}"
     return element("li", element("span", class_=style), curve.name, said)

@@ -23,13 +23,14 @@
     const isDot = path.classList.contains("dot");  // M x y h 0
     const points = [];
     for (let at = 0; at + 1 < numbers.length; at += isDot ? 3 : 2) points.push([numbers[at], numbers[at + 1]]);
-    return {name: path.dataset.name, points};
+    return {name: path.dataset.name, points, isSparse: path.matches(".dot, .dots")};
   });
   const valueAt = (plot, y) => {
     const share = 1 - y / GRID;
     return plot.isLog ? plot.low * (plot.high / plot.low) ** share : plot.low + (plot.high - plot.low) * share;
   };
   const placeAt = (plot, x) => plot.left + (plot.right - plot.left) * x / GRID;
+  const placeLabel = place => place >= 1000 ? Math.round(place).toLocaleString("en") : label(place);
 
   const label = value => {
     const size = Math.abs(value);
@@ -38,8 +39,8 @@
       return `${Number(mantissa)}e${Number(exponent)}`;
     }
     for (const [least, unit, suffix] of [[1e9, 1e9, "G"], [1e6, 1e6, "M"], [1e4, 1e3, "k"]])
-      if (size >= least) return `${Number((value / unit).toPrecision(6))}${suffix}`;
-    return `${Number(value.toPrecision(6))}`;
+      if (size >= least) return `${Number((value / unit).toPrecision(5))}${suffix}`;
+    return `${Number(value.toPrecision(5))}`;
   };
   const ticks = (low, high, isLog) => {
     if (isLog && high / low >= 8) {
@@ -50,14 +51,14 @@
             const value = digit * 10 ** power;
             if (value >= low && value <= high) found.push(value);
           }
-        if (found.length >= 2 && found.length <= 7) return found;
-        if (digits.length === 1 && found.length > 7) {
-          const every = Math.ceil(found.length / 5);
+        if (found.length >= 2 && found.length <= 8) return found;
+        if (digits.length === 1 && found.length > 8) {
+          const every = Math.ceil(found.length / 6);
           return found.filter((_, number) => number % every === 0);
         }
       }
     }
-    const least = (high - low) / 5;
+    const least = (high - low) / 6;
     const power = 10 ** Math.floor(Math.log10(least));
     const step = [1, 2, 5, 10].map(digit => digit * power).find(each => each >= least * (1 - 1e-9));
     const found = [];
@@ -73,8 +74,8 @@
         .filter(([x, y]) => x >= x0 && x <= x1 && y >= 0 && y <= GRID).map(([, y]) => y);
       if (inside.length > 1) {
         [y0, y1] = inside.reduce(([low, high], y) => [Math.min(low, y), Math.max(high, y)], [GRID, 0]);
-        const room = Math.max((y1 - y0) * 0.08, 20);
-        [y0, y1] = [y0 - room, y1 + room];
+        const room = Math.max((y1 - y0) * 0.08, GRID / 50);
+        [y0, y1] = [Math.max(y0 - room, 0), Math.min(y1 + room, GRID)];
       }
     }
     plot.view = [x0, x1, y0, y1];
@@ -118,14 +119,17 @@
     const x = plot.view[0] + (plot.view[1] - plot.view[0]) * share;
     const said = [];
     let at = null;
-    for (const {name, points} of pointsOf(plot)) {
+    for (const {name, points, isSparse} of pointsOf(plot)) {
       if (!points.length) continue;
+      const near = (plot.view[1] - plot.view[0]) / 20;
+      if (x < points[0][0] - near || x > points[points.length - 1][0] + near) continue;
       const [there, y] = nearest(points, x);
       at ??= there;
-      said.push(`${name} ${Math.abs(y) >= 99 * GRID ? "beyond" : label(valueAt(plot, y))}`);
+      const where = isSparse && there !== at ? ` (at ${placeLabel(placeAt(plot, there))})` : "";
+      said.push(`${name} ${Math.abs(y) >= 99 * GRID ? "beyond" : label(valueAt(plot, y))}${where}`);
     }
     if (at === null) return;
-    plot.read.textContent = `${label(placeAt(plot, at))}: ${said.join(" · ")}`;
+    plot.read.textContent = `${placeLabel(placeAt(plot, at))}: ${said.join(" · ")}`;
     plot.cursor.style.left = `${(at - plot.view[0]) / (plot.view[1] - plot.view[0]) * 100}%`;
     plot.cursor.hidden = at < plot.view[0] || at > plot.view[1];
   };

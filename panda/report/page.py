@@ -65,7 +65,7 @@ def page(runs: Sequence[Reported], over: str = "steps") -> str:
     parts = {
         "curves": html(charts([run.recorded for run in runs], over), *map(_skipped, runs)),
         "answers": _each(runs, answers_of),
-        "samples": html(scale(), _each(runs, samples_of)),
+        "samples": html(scale(runs), _each(runs, samples_of)),
         "data": _each(runs, data_of),
         "time": _time_and_memory(runs),
         "configuration": _configuration(runs),

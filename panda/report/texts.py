@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
+from collections.abc import Sequence
 
 from panda.report.charts import GRID
 from panda.report.charts import Scale
@@ -31,8 +32,10 @@ def missing(part: Missing, what: str) -> Html:
 # -- samples
 
 
-def scale() -> Html:
-    """What the colours mean."""
+def scale(runs: Sequence[Reported]) -> Html:
+    """What the colours mean, where there are some."""
+    if all(isinstance(run.samples, Missing) or run.no_losses for run in runs):
+        return Html()
     bounds = ["0", *map(label, HEAT)]
     steps = [element("span", f"{low}+" if number else low, class_=f"t{number}") for number, low in enumerate(bounds)]
     said = "Loss of a token, in nats: "
@@ -129,7 +132,7 @@ def lengths_of(data: Data) -> Html:
     for least, most, count in data.lengths:
         left, right, top = across.place(least), across.place(most + 1), GRID - up.place(count)
         bars.append(f"M{left} {GRID}V{top}H{max(right - (right - left) // 10, left + 1)}V{GRID}Z")
-    limit = across.place(data.limit)
+    limit = across.place(data.limit + 1)
     lines = [
         element("i", element("b", label(value)), class_="y", style=f"bottom:{up.place(value) / GRID:.2%}")
         for value in up.ticks()
