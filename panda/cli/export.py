@@ -28,28 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="panda export",
-        description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
-        " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
-        epilog="example: panda export runs/instruct-llama-tiny --output my-llama",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
-    parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="for adapters: merge them into their base and write the whole model, by default to RUN/merged. Without"
-        " this, only the adapters are written, in peft's format",
-    )
-    parser.add_argument(
-        "--trained",
-        action="store_true",
-        help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
-    )
-    parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
-    add_blocking(parser)
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
 
@@ -72,20 +51,47 @@ def _export(argv: list[str]) -> None:
         refuse_links_out(run)
     check_can_be_made(output, "--output")
 
+    from panda.engine.checkpoints.folders import step_of
     from panda.engine.checkpoints.weights import checkpoint_weights
     from panda.engine.checkpoints.weights_copies import evaluated_weights
+    from panda.run.model_card import model_card
     from panda.weights.export import export
 
     weights, others = (checkpoint_weights(checkpoint), False) if arguments.trained else evaluated_weights(checkpoint)
     note = "; the weights that it was evaluated with, an average or the like" if others else ""
     if adapted and not arguments.merge:
-        _export_adapters(adapted, weights, output)
+        _export_adapters(adapted, weights, output, model_card(run, step_of(checkpoint), adapters=True))
     else:
         if adapted:
             weights, merged = _merged(adapted, weights)
             note += merged
-        export(run / MODEL_FOLDER, weights, output)
+        export(run / MODEL_FOLDER, weights, output, model_card(run, step_of(checkpoint), adapters=False))
     print(f"{output}: {checkpoint.name} of {run}{note}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="panda export",
+        description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
+        " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
+        epilog="example: panda export runs/instruct-llama-tiny --output my-llama",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
+    parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="for adapters: merge them into their base and write the whole model, by default to RUN/merged. Without"
+        " this, only the adapters are written, in peft's format",
+    )
+    parser.add_argument(
+        "--trained",
+        action="store_true",
+        help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
+    )
+    parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    add_blocking(parser)
+    return parser
 
 
 def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
@@ -100,7 +106,7 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     return merged, f"; {note}"
 
 
-def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> None:
+def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path, card: str) -> None:
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
     from panda.models.adapters.lora import stand_in_for_parts
@@ -111,4 +117,5 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> Non
     model = add_adapters(base, adapted.configuration.options)
     description = adapted.directory / MODEL_FOLDER
     tokenizer = load_tokenizer(str(description))
-    export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, description, tokenizer)
+    read = {name: stored.read() for name, stored in weights.items()}
+    export_adapters(model, read, output, description, tokenizer, card)

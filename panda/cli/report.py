@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write one HTML page about runs, which needs no network: curves that can be enlarged, answers"
         " before and after, samples with the loss of each token, data, time and memory, configuration with its"
         " origins, provenance. The data and the model of a run are read again; what is gone is said on the page. It"
-        " shows texts of the data (not with --recorded_only), and neither secrets nor home folders.",
+        " shows texts of the data (none with --samples 0 --answers 0), and neither secrets nor home folders.",
         epilog="example: panda report runs/first runs/second --out report.html",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, also of a run that still trains")
@@ -86,7 +86,7 @@ def _reported(run: Path, name: str, arguments: argparse.Namespace) -> Reported:
     from panda.run.description import refuse_later
 
     refuse_later(run)
-    reported = recorded(run, name, described(run, run.parent))
+    reported = recorded(run, name, described(run, run.parent), arguments.answers)
     if arguments.recorded_only:
         return reported
 

@@ -29,6 +29,7 @@ from panda.engine.memory_parts import NAMES
 from panda.files.activity import activity
 from panda.hooks.lengths import counted
 from panda.registry import UserError
+from panda.report.recorded import TRAINED
 from panda.report.recorded import recorded_answers
 from panda.report.reported import Answer
 from panda.report.reported import Data
@@ -53,7 +54,7 @@ SHOWN_TOKENS = 400
 """Most tokens of a sample that are shown; the mean loss is that of all."""
 ANSWER_TOKENS = 64
 """Most of an answer, as at the end of a run."""
-TRAINED, BEFORE = "after training", "before training"
+BEFORE = "before training"
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -131,8 +132,7 @@ class _Asking:
     ) -> None:
         self.gathering, self.sequences = gathering, sequences
         self.prepared, self.configuration = prepared, configuration
-        recorded = recorded_answers(gathering.run)[: gathering.answers]
-        self.recorded = [Answer(prompt, {TRAINED: answer}) for prompt, answer in recorded]
+        self.recorded = recorded_answers(gathering.run, gathering.answers)
         self.encoded: dict[str, list[int]] = {}
         self.tokenizer: Any = None
 
@@ -229,9 +229,9 @@ def data_of(prepared: Preparation, recorded: Mapping[str, Any]) -> Data:
         "tokens": f"{dataset.tokens:,}",
         "supervised tokens, which carry loss": f"{dataset.supervised_tokens:,} ({share:.1%})",
     }
-    if prepared.held_out is not None:
-        held = prepared.held_out
-        counts["held out, to evaluate on"] = f"{len(held):,} samples, {held.tokens:,} tokens"
+    for name, held in _held_out(prepared).items():
+        what = f"held out, to evaluate on{f', as {name}' * bool(name)}"
+        counts[what] = f"{len(held):,} samples, {held.tokens:,} tokens"
     remarks = [f"{count:,} rows: {reason}" for reason, count in report.reasons.most_common()]
     remarks += [*report.first_bad_lines(), *report.unused_lines(), *report.notes]
     before = {key: recorded.get(key) for key in ("samples", "tokens", "supervised_tokens")}
@@ -244,6 +244,14 @@ def data_of(prepared: Preparation, recorded: Mapping[str, Any]) -> Data:
     lengths = counted(dataset.lengths(np.arange(len(dataset))), BARS)
     cut = report.cut(len(dataset), limit).removesuffix(" (max_seq_length)")
     return Data(counts, [public(line) for line in remarks], lengths, limit, cut)
+
+
+def _held_out(prepared: Preparation) -> dict[str, SampleSet]:
+    """The samples to evaluate on, by the name of their set."""
+    found: Any = prepared.held_out
+    if isinstance(found, dict):
+        return found
+    return {} if found is None else {"": found}
 
 
 def memory_of(prepared: Preparation, recorded: Mapping[str, Any]) -> dict[str, float]:
@@ -269,10 +277,9 @@ class Shown:
 
 def chosen_samples(prepared: Preparation, count: int) -> tuple[list[Shown], str]:
     """Of ``count`` samples the sequences that the task shows, and which samples these are, in words."""
-    held = prepared.held_out
-    if held is not None and len(held):
-        numbers = [int(number) for number in range(min(count, len(held)))]
-        return _sequences(prepared, held, numbers), "Held-out samples, which the run did not train on."
+    for name, held in _held_out(prepared).items():
+        which = f"Held-out samples{f' of {name}' * bool(name)}, which the run did not train on."
+        return _sequences(prepared, held, range(min(count, len(held)))), which
     dataset = prepared.dataset
     order = lay_out(prepared.options, dataset, 1).order
     numbers = [int(number) for number in order.samples(range(min(count, order.epoch_samples)))]

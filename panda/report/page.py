@@ -27,6 +27,7 @@ from panda.report.texts import data_of
 from panda.report.texts import missing
 from panda.report.texts import samples_of
 from panda.report.texts import scale
+from panda.run.description import origins_in
 
 HEADINGS = {
     "curves": "Curves",
@@ -245,10 +246,9 @@ def _configuration(runs: Sequence[Reported]) -> Html:
     if len(runs) > 1:
         said.append(_differences(runs))
     for run in runs:
-        origins = run.provenance.get("origins")
-        origins = origins if isinstance(origins, dict) else {}
+        origins = origins_in(run.provenance)
         rows = [
-            [key, as_written(value), str(origins.get(key.rpartition(".")[2], origins.get(key, "")))]
+            [key, as_written(value), origins.get(key.rpartition(".")[2], origins.get(key, ""))]
             for key, value in run.configuration.items()
         ]
         chosen = [row for row in rows if row[2] not in ("default", "")]

@@ -92,6 +92,8 @@ class Reported:
     """Why the losses of their tokens are not known, if they are not."""
     answers: Sequence[Answer] | Missing = field(default=Missing("the model was not loaded"))
     which_answers: str = ""
+    evaluation_answers: Sequence[Answer] = ()
+    """What the run answered to evaluation data while it trained."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """The estimate of a GPU's memory by part, in GiB."""
     skipped: Sequence[Mapping[str, Any]] = ()

@@ -14,6 +14,7 @@ from panda.report.html import Html
 from panda.report.html import element
 from panda.report.html import html
 from panda.report.html import table
+from panda.report.reported import Answer
 from panda.report.reported import Data
 from panda.report.reported import Missing
 from panda.report.reported import Piece
@@ -91,10 +92,18 @@ def _coloured(piece: Piece) -> Html:
 
 
 def answers_of(run: Reported) -> Html:
+    said: list[Html] = []
+    if run.evaluation_answers:
+        said.append(element("p", "Evaluation data, which the run answered while it trained (eval_generate)."))
+        said += _answers(run.evaluation_answers)
     if isinstance(run.answers, Missing):
-        return missing(run.answers, "Answers")
-    said = [element("p", run.which_answers)]
-    for answer in run.answers:
+        return html(*said, "" if said else missing(run.answers, "Answers"))
+    return html(*said, element("p", run.which_answers), *_answers(run.answers))
+
+
+def _answers(answers: Sequence[Answer]) -> list[Html]:
+    said = []
+    for answer in answers:
         said.append(element("h3", "Prompt"))
         said.append(element("div", answer.prompt, class_="text", dir="auto"))
         each = [
@@ -106,7 +115,7 @@ def answers_of(run: Reported) -> Html:
             for whose, text in answer.answers.items()
         ]
         said.append(element("div", *each, class_="answers"))
-    return html(*said)
+    return said
 
 
 # -- data
