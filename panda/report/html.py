@@ -10,8 +10,12 @@ from typing import Any
 
 from panda.files.terminal import printable
 
-VOID = ("meta", "link", "br", "hr")
+VOID = ("meta", "link", "wbr")
 """Elements that have no end."""
+
+
+FOLDED = 10
+"""Entries of a list, at most, that are shown without being asked for."""
 
 
 class Html(str):
@@ -42,22 +46,35 @@ def table(rows: Iterable[Sequence[object]], head: Sequence[object] = ()) -> Html
     """A table that scrolls by itself where it is wider than the page. The first cell of a row names it."""
     top = element("thead", element("tr", *(element("th", cell, scope="col") for cell in head))) if head else ""
     lines = [
-        element("tr", element("th", first, scope="row"), *(element("td", cell) for cell in others))
+        element("tr", element("th", breakable(first), scope="row"), *(element("td", cell) for cell in others))
         for first, *others in rows
     ]
     # One that scrolls has to be reached from the keyboard.
     return element("div", element("table", top, element("tbody", *lines)), class_="wide", tabindex="0")
 
 
+def breakable(name: object) -> Html:
+    """``name``, which a line may end in after an underscore."""
+    return html(name) if isinstance(name, Html) else Html(html(name).replace("_", "_" + element("wbr")))
+
+
 def nested(content: Any) -> Html:
     """``content``, as of JSON, as text: mappings and lists as lists within lists."""
     if isinstance(content, Mapping) and content:
-        return element("ul", *(element("li", element("b", key), " ", nested(each)) for key, each in content.items()))
+        return element("ul", *(element("li", element("b", key), " ", folded(each)) for key, each in content.items()))
     if isinstance(content, (list, tuple)) and content:
         if not any(isinstance(each, (Mapping, list, tuple)) for each in content):
             return joined(" ", content)
         return element("ul", *(element("li", nested(each)) for each in content))
     return html("–" if content is None or content in ({}, [], "") else as_written(content))
+
+
+def folded(content: Any) -> Html:
+    """``content`` as ``nested`` shows it, behind a line to open where that is long."""
+    shown = nested(content)
+    if shown.count("<li>") <= FOLDED:
+        return shown
+    return element("details", element("summary", f"{shown.count('<li>'):,} entries"), shown)
 
 
 def as_written(value: Any) -> str:

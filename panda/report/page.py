@@ -16,9 +16,9 @@ from panda.report.charts import charts
 from panda.report.html import Html
 from panda.report.html import as_written
 from panda.report.html import element
+from panda.report.html import folded
 from panda.report.html import html
 from panda.report.html import joined
-from panda.report.html import nested
 from panda.report.html import table
 from panda.report.reported import Missing
 from panda.report.reported import Reported
@@ -287,15 +287,15 @@ def _provenance(run: Reported) -> Html:
     rows: list[tuple[object, object]] = []
     if isinstance(command := facts.get("command"), list):
         rows.append(("command", element("code", joined(" ", command))))
-    rows += [(key.replace("_", " "), nested(value)) for key, value in facts.items() if key not in UNSAID]
+    rows += [(key.replace("_", " "), folded(value)) for key, value in facts.items() if key not in UNSAID]
     packages = facts.get("packages")
     if isinstance(packages, dict):
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in packages.items())))
     components = facts.get("components")
     if isinstance(components, dict):
-        rows.append(("components", nested({name: _provider(found) for name, found in components.items()})))
+        rows.append(("components", folded({name: _provider(found) for name, found in components.items()})))
     if facts.get("user_files"):
-        rows.append(("files of the user (sha256)", nested(facts["user_files"])))
+        rows.append(("files of the user (sha256)", folded(facts["user_files"])))
     return table(rows)
 
 

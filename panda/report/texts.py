@@ -110,7 +110,7 @@ def _answers(answers: Sequence[Answer]) -> list[Html]:
             element(
                 "div",
                 element("p", whose, class_="faint"),
-                element("div", text or "(nothing)", class_="text", dir="auto"),
+                element("div", text if text.strip() else f"(only {text!r})", class_="text", dir="auto"),
             )
             for whose, text in answer.answers.items()
         ]

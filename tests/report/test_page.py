@@ -46,6 +46,8 @@ class Parsed(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.tags[-1:] in (["script"], ["style"]) and self.tags[-1] not in self.contents:
             self.contents[self.tags[-1]] = data
+        elif self.tags[-1:] == ["wbr"]:
+            self.texts[-1] += data
         else:
             self.texts.append(data)
 
@@ -210,6 +212,21 @@ def test_the_profile_and_skipped_steps_of_a_run_are_shown(tmp_path: Path) -> Non
     text = made(tmp_path, str(run), "--recorded_only").text
     assert "backward 12.5" in text and "1 skipped steps step why loss gradient norm 2 loss is not finite null" in text
     assert "most that was allocated 3.2 GiB" in text
+
+
+def test_answers_to_evaluation_data_are_those_at_first_and_at_last(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", [record(1)])
+    asked = {"set": "", "prompt": "how many", "reference": "seven", "ended": True}
+    lines = [
+        {"step": step, "sample": sample, "answer": f"say {step} to {sample}", "scores": {"rouge": step / 10}} | asked
+        for step in (0, 5, 10)
+        for sample in (3, 8)
+    ]
+    damaged = {"step": 10, "set": "", "sample": 3, "answer": 7}
+    (run / "eval_answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, damaged]))
+    text = made(tmp_path, str(run), "--recorded_only", "--answers", "1").text
+    assert "before training (rouge 0) say 0 to 3 after step 10 (rouge 1) say 10 to 3 in the data seven" in text
+    assert "say 5" not in text and "to 8" not in text
 
 
 # -- errors
