@@ -55,7 +55,8 @@ def model_card(run: Path, step: int, *, adapters: bool) -> str:
     known = private({key: value for key, value in metadata.items() if value is not None})
     front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
     lines = [*_title(run, facts, name or base), *_evaluation(run, step), *_training(config, facts, step)]
-    return f"---\n{front}---\n{CARD_MARK}\n" + "\n".join(lines) + "\n"
+    text: str = private("\n".join(lines))
+    return f"---\n{front}---\n{CARD_MARK}\n{text}\n"
 
 
 def _name_on_hub(base: str) -> str | None:
@@ -148,4 +149,4 @@ def _last(value: Any) -> Any:
 
 def _text(text: Any) -> str:
     """``text`` in Markdown, where it is no markup."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable_line(str(private(str(text)))))
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable_line(str(text)))

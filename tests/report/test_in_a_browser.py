@@ -104,6 +104,9 @@ def test_a_part_of_the_curves_can_be_enlarged(browser: Browser, file: Path) -> N
     ticks = browser.ask("[...document.querySelector('.plot').querySelectorAll('i.x b')].map(e => e.textContent)")
     assert {"50", "60", "70"} <= {*ticks}
     assert browser.ask("getComputedStyle(document.querySelector('button.all')).display") == "block"
+    for kind, share in (("mousePressed", 0.2), ("mouseMoved", 0.5), ("mouseReleased", 0.6)):  # a part of that part
+        browser.mouse(kind, left + width * share, middle)
+    assert _views(browser)[-1][0::2] == pytest.approx([55_000, 10_000], abs=300)
     browser.ask("document.querySelector('.plot').focus()")
     browser.key("0")
     assert all(view == [0, 0, 100_000, 100_000] for view in _views(browser))

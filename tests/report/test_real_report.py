@@ -129,6 +129,15 @@ def test_what_is_gone_is_said_and_the_rest_is_there(
     assert "note: run: its configuration cannot be shown" in capsys.readouterr().err
 
 
+def test_a_task_that_fails_takes_its_part_of_the_page_only(
+    runs: tuple[Trained, Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.tasks.language_modelling.LanguageModelling.parts", lambda self, sample: 1 / 0)
+    found = gathered(runs[0])
+    assert isinstance(found.samples, Missing) and found.samples.why == "ZeroDivisionError: division by zero"
+    assert not isinstance(found.data, Missing) and not isinstance(found.answers, Missing)
+
+
 def test_data_that_has_changed_since_is_said(runs: tuple[Trained, Trained], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[0].directory, run, ignore=shutil.ignore_patterns("export", "checkpoints"))

@@ -104,7 +104,7 @@ def test_a_model_that_is_not_of_transformers_says_so(tmp_path: Path) -> None:
 def test_neither_secrets_nor_paths_are_in_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-0123456789")
     config = {"learning_rate": ["/home/me/secret place/a", "/b/c"], "task": "```\nsecret-0123456789"}
-    text = model_card(written(tmp_path / "run", config=config), 40, adapters=False)
+    text = model_card(written(tmp_path / "run", config=config, base="org/secret-0123456789"), 40, adapters=False)
     assert "/home" not in text and "/b/" not in text and "secret-0123" not in text
     assert text.count("```") == 2  # the text of a key does not end the block
 
