@@ -132,7 +132,7 @@ def test_what_is_gone_is_said_and_the_rest_is_there(
 def test_a_task_that_fails_takes_its_part_of_the_page_only(
     runs: tuple[Trained, Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("panda.tasks.language_modelling.LanguageModelling.parts", lambda self, sample: 1 / 0)
+    monkeypatch.setattr("panda.tasks.row_task.RowTask.parts", lambda self, sample: 1 / 0)
     found = gathered(runs[0])
     assert isinstance(found.samples, Missing) and found.samples.why == "ZeroDivisionError: division by zero"
     assert not isinstance(found.data, Missing) and not isinstance(found.answers, Missing)
