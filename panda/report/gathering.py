@@ -83,6 +83,7 @@ class Gathering:
             if isinstance(chosen, Missing):
                 found["samples"] = chosen
             else:
+                found["samples"] = Missing("none were asked for, or the task shows none")
                 sequences, found["which_samples"] = chosen
         with activity(f"asking the model of {name}"):
             said = _Asking(self, sequences, prepared, configuration).done(load)
@@ -155,8 +156,7 @@ class _Asking:
 
     def _samples(self, after: Asked | Missing, before: Asked | None) -> dict[str, Any]:
         if not self.sequences or isinstance(self.prepared, Missing):
-            is_missing = isinstance(self.prepared, Missing)
-            return {} if is_missing else {"samples": Missing("none were asked for, or the task shows none")}
+            return {}
         tokenizer = self.tokenizer or self.prepared.task.tokenizer
         losses = [None] * len(self.sequences) if isinstance(after, Missing) else after.losses
         samples = [shown(tokenizer, each, found) for each, found in zip(self.sequences, losses, strict=True)]
