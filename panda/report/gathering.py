@@ -27,6 +27,7 @@ from panda.data.places import place_of
 from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import NAMES
 from panda.files.activity import activity
+from panda.files.terminal import printable_line
 from panda.hooks.lengths import counted
 from panda.registry import UserError
 from panda.report.recorded import TRAINED
@@ -108,7 +109,8 @@ class Gathering:
         except Exception as problem:  # of a task or a model of a package, of files that are gone or damaged
             why = f"{type(problem).__name__}: {problem}"
         why = public(" ".join(why.split()))
-        print(f"note: {self.reported.recorded.name}: {what} cannot be shown: {why}", file=sys.stderr)
+        said = f"note: {self.reported.recorded.name}: {what} cannot be shown: {why}"
+        print(printable_line(said), file=sys.stderr, flush=True)
         return Missing(why)
 
 
@@ -140,6 +142,8 @@ class _Asking:
     def done(self, load: Callable[[], Assistant]) -> dict[str, Any]:
         """The parts of a page, by name."""
         part = self.gathering.part
+        if not self.sequences and not self.gathering.answers:
+            return {"answers": Missing("none were asked for")}
         after = part("its model", lambda: self._after(load()))
         if isinstance(after, Missing):
             before, said = None, ""

@@ -111,6 +111,28 @@ def test_data_and_answers_are_gathered(runs: tuple[Trained, Trained]) -> None:
     assert "random weights" in whole.which_answers and not isinstance(whole.answers, Missing)
 
 
+def test_the_model_is_loaded_only_where_it_is_asked(
+    runs: tuple[Trained, Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "assistant_and_sampling", lambda arguments: 1 / 0)
+    found = gathered(runs[0], "--samples", "0", "--answers", "0")
+    assert isinstance(found.answers, Missing) and found.answers.why == "none were asked for"
+    assert not isinstance(found.data, Missing)
+    found = gathered(runs[0], "--recorded_only")
+    assert isinstance(found.data, Missing) and not isinstance(found.answers, Missing)  # those on record
+
+
+def test_the_memory_of_a_run_on_gpus_is_estimated_by_part(runs: tuple[Trained, Trained], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0].directory, run, ignore=shutil.ignore_patterns("export", "checkpoints"))
+    provenance = json.loads((run / "provenance.json").read_text())
+    (run / "provenance.json").write_text(json.dumps(provenance | {"device": "cuda:0", "ranks": 2}))
+    found = gathered(Trained(run, ""), "--samples", "0", "--answers", "0")
+    assert found.memory["weights"] * 2**30 == pytest.approx(4 * provenance["parameters"], rel=0.01)
+    assert {"optimizer states", "gradients"} <= {*found.memory}
+    assert gathered(runs[0], "--samples", "0", "--answers", "0").memory == {}
+
+
 def test_what_is_gone_is_said_and_the_rest_is_there(
     runs: tuple[Trained, Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
