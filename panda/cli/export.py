@@ -27,8 +27,33 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_export, argv)
 
 
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="panda export",
+        description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
+        " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
+        epilog="example: panda export runs/instruct-llama-tiny --output my-llama",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
+    parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="for adapters: merge them into their base and write the whole model, by default to RUN/merged. Without"
+        " this, only the adapters are written, in peft's format",
+    )
+    parser.add_argument(
+        "--trained",
+        action="store_true",
+        help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
+    )
+    parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    add_blocking(parser)
+    return parser.parse_args(argv)
+
+
 def _export(argv: list[str]) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
 
@@ -67,31 +92,6 @@ def _export(argv: list[str]) -> None:
             note += merged
         export(run / MODEL_FOLDER, weights, output, model_card(run, step_of(checkpoint), adapters=False))
     print(f"{output}: {checkpoint.name} of {run}{note}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="panda export",
-        description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
-        " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
-        epilog="example: panda export runs/instruct-llama-tiny --output my-llama",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
-    parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="for adapters: merge them into their base and write the whole model, by default to RUN/merged. Without"
-        " this, only the adapters are written, in peft's format",
-    )
-    parser.add_argument(
-        "--trained",
-        action="store_true",
-        help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
-    )
-    parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
-    add_blocking(parser)
-    return parser
 
 
 def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
