@@ -20,6 +20,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer on data, for pretraining",
     "plot": "draw curves of runs beside each other, or the learning-rate schedule of a configuration",
     "runs": "list runs: how far they are, their losses, speed and age",
+    "report": "write an HTML page about runs: curves, samples, answers",
     "train": "train; the same as panda-train",
     "export": "write a run's checkpoint as a folder that plain transformers loads",
     "eval": "evaluate a model on data: loss, token accuracy, scores of its answers",

@@ -26,6 +26,7 @@ from panda.registry.resolve import Resolved
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
+from panda.run.model_card import model_card
 from panda.run.state import Run
 from panda.weights.export import export
 from panda.weights.stored_tensor import Weights
@@ -145,9 +146,10 @@ def _export(run: Run, shown: Activity, weights: Weights) -> None:
     shown.total = bytes_of(weights)
     weights = counted(weights, shown.advance)
     description, folder = run.directory / MODEL_FOLDER, run.directory / EXPORT
+    card = model_card(run.directory, run.step, adapters=run.options.use_lora)
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
         tokenizer = load_tokenizer(str(description))
-        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer)
+        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer, card)
     else:
-        export(description, weights, folder)
+        export(description, weights, folder, card)
