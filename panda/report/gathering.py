@@ -233,7 +233,7 @@ def data_of(prepared: Preparation, recorded: Mapping[str, Any]) -> Data:
         "tokens": f"{dataset.tokens:,}",
         "supervised tokens, which carry loss": f"{dataset.supervised_tokens:,} ({share:.1%})",
     }
-    for name, held in _held_out(prepared).items():
+    for name, held in prepared.held_out.items():
         what = f"held out, to evaluate on{f', as {name}' * bool(name)}"
         counts[what] = f"{len(held):,} samples, {held.tokens:,} tokens"
     remarks = [f"{count:,} rows: {reason}" for reason, count in report.reasons.most_common()]
@@ -248,14 +248,6 @@ def data_of(prepared: Preparation, recorded: Mapping[str, Any]) -> Data:
     lengths = counted(dataset.lengths(np.arange(len(dataset))), BARS)
     cut = report.cut(len(dataset), limit).removesuffix(" (max_seq_length)")
     return Data(counts, [public(line) for line in remarks], lengths, limit, cut)
-
-
-def _held_out(prepared: Preparation) -> dict[str, SampleSet]:
-    """The samples to evaluate on, by the name of their set."""
-    found: Any = prepared.held_out
-    if isinstance(found, dict):
-        return found
-    return {} if found is None else {"": found}
 
 
 def memory_of(prepared: Preparation, recorded: Mapping[str, Any]) -> dict[str, float]:
@@ -281,7 +273,7 @@ class Shown:
 
 def chosen_samples(prepared: Preparation, count: int) -> tuple[list[Shown], str]:
     """Of ``count`` samples the sequences that the task shows, and which samples these are, in words."""
-    for name, held in _held_out(prepared).items():
+    for name, held in prepared.held_out.items():
         which = f"Held-out samples{f' of {name}' * bool(name)}, which the run did not train on."
         return _sequences(prepared, held, range(min(count, len(held)))), which
     dataset = prepared.dataset
