@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Annotated
@@ -132,6 +134,17 @@ class LlamaOptions:
         return found
 
 
+@contextmanager
+def _senseless(values: str) -> Iterator[None]:
+    """Raise UserError for what transformers finds in ``values`` when it makes the layers."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
+        raise UserError(
+            f"model llama: transformers makes no LLaMA of {values}: {type(problem).__name__}: {in_brief(problem)}."
+        ) from problem
+
+
 @register_model("llama", options=LlamaOptions)
 def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module:
     """LLaMA causal language model (arXiv 2302.13971), with the additions of LLaMA 2 and 3."""
@@ -174,16 +187,10 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "use_cache": False,  # a cache of keys and values is of no use in training
         }
     )
-    attention = options.attention.replace("auto", "sdpa")
-    try:
+    with _senseless("the config.json of the model" if context.config is not None else "these sizes"):
         model: Any = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32, attn_implementation=attention
+            config, dtype=torch.float32, attn_implementation=options.attention.replace("auto", "sdpa")
         )
-    except (ArithmeticError, LookupError, TypeError, ValueError) as problem:  # what transformers finds in its layers
-        values = "the config.json of the model" if context.config is not None else "these sizes"
-        raise UserError(
-            f"model llama: transformers makes no LLaMA of {values}: {type(problem).__name__}: {in_brief(problem)}."
-        ) from problem
     keep_computed_float32(model)
     tell_packing(model)
     stretch_by_sample(model, context.max_seq_length)
