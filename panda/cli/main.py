@@ -22,6 +22,7 @@ COMMANDS = {
     "runs": "list runs: how far they are, their losses, speed and age",
     "train": "train; the same as panda-train",
     "export": "write a run's checkpoint as a folder that plain transformers loads",
+    "push": "put an export on the Hugging Face hub",
     "generate": "answer prompts with a trained model",
     "chat": "chat with a trained model",
     "translate": "write a configuration of another tool in panda's keys",
