@@ -42,6 +42,6 @@ def write_gguf(export: Path, file: Path, script: Path, kind: str) -> None:
             lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
             said = lines[-1].strip()[:MOST_SAID] if lines else "it said nothing"
             raise UserError(
-                f"{file} is not written: {script} ended with {done.returncode}: {said}\nThis is llama.cpp's word: it does"
-                f" not read each architecture and tokenizer. The model itself is in {export}."
+                f"{file} is not written: {script} ended with {done.returncode}: {said}\nllama.cpp does"
+                f" not read every architecture and tokenizer. The model itself is in {export}."
             )
