@@ -18,7 +18,7 @@ pathlib.Path(outfile).write_bytes(b"GGUF" + json.dumps([model, outtype]).encode(
 """
 FAILING = """\
 import pathlib, sys
-pathlib.Path(sys.argv[3]).write_bytes(b"GG")
+pathlib.Path(sys.argv[3]).write_bytes(b"GGUF, in part")
 raise NotImplementedError("BPE pre-tokenizer was not recognized")
 """
 RUN = (
