@@ -1,9 +1,10 @@
 """Ends and disturbs small runs, resumes them, and compares every bit with a run that nothing disturbed.
 
-    python tests/crash.py --kills 500 --calls all --fault_ranks 2 3 --flips 10000 [--ranks 1 2] [--seed 1]
+    python tests/crash.py --kills 500 --calls all --fault_ranks 2 3 --flips 10000 [--ranks 1 2] [--seed 1] [--jobs 14]
 
 Runs are forks of this process, which has imported what they need: one takes a second on an idle core. It prints a
-table, and exits with 1 where anything is not as it should be. docs/concepts.md has that of the last campaign.
+table, and exits with 1 where anything is not as it should be. docs/trust.md has that of the last campaign.
+With `--jobs`, so many forks share the cases.
 
 kills   SIGKILL at random moments, to all ranks or to one first, and `--resume auto` again and again until the run ends
 calls   the process ends, the disk is full (ENOSPC) or fails (EIO) at each call that writes to the run directory
@@ -18,6 +19,7 @@ import gc
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -37,6 +39,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Any
+from typing import TypeVar
 
 from failing_calls import EXIT_CODE
 from failing_calls import WAYS
@@ -71,6 +74,7 @@ LONGEST = 60.0
 """Seconds after which a start of a run hangs."""
 MOST_KILLS = 6
 """Of one run, before it may end."""
+T = TypeVar("T")
 TIMES = re.compile(r"seconds|per_second|data_wait|mfu|memory|flops")
 
 
@@ -87,11 +91,16 @@ class Ended:
 
 
 class Runs:
-    """Starts runs in a folder, each in one of its folders."""
+    """Starts runs in a folder, each in one of its folders, for job ``job`` of ``jobs``."""
 
-    def __init__(self, folder: Path, seconds: float) -> None:
+    def __init__(self, folder: Path, seconds: float, job: int = 0, jobs: int = 1) -> None:
         self.folder, self.seconds = folder, seconds
+        self.job, self.jobs = job, jobs
         self.names = itertools.count()
+
+    def share(self, cases: Sequence[T]) -> Sequence[T]:
+        """Those of ``cases`` that this job takes."""
+        return cases[self.job :: self.jobs]
 
     def within(self, begun: float) -> bool:
         """Whether a campaign that ``begun`` then may go on."""
@@ -224,7 +233,8 @@ def difference(run: Path, plain: Path) -> str | None:
     for name in (
         "checkpoints/latest",
         "answers.json",
-        *(f"export/{file.name}" for file in (plain / "export").iterdir()),
+        # The model card has the name of the run.
+        *(f"export/{file.name}" for file in (plain / "export").iterdir() if file.name != "README.md"),
     ):
         if (run / name).read_bytes() != (plain / name).read_bytes():
             return name
@@ -257,6 +267,11 @@ class Row:
         if self.failures[why] == 1:
             print(f"FAILED: {self.what}: {why}\n{printed[-3000:]}", flush=True)
 
+    def add(self, other: Row) -> None:
+        self.cases += other.cases
+        self.counts += other.counts
+        self.failures += other.failures
+
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.most_common())
         return f"| {self.what} | {self.cases:,} | {counts} | {sum(self.failures.values())} |"
@@ -283,8 +298,9 @@ def resume(runs: Runs, run: Path, argv: Sequence[str], ranks: int, plain: Path, 
         row.counts["ended with the same bits"] += 1
 
 
-def kills(runs: Runs, count: int, ranks: int, draw: random.Random) -> Row:
+def kills(runs: Runs, count: int, ranks: int, seed: int) -> Row:
     """SIGKILL at random moments of the run, ``count`` times."""
+    count, draw = len(runs.share(range(count))), random.Random(f"{seed} {ranks} {runs.job}")
     argv = (*RUN, *STEPS)
     plain, seconds = plain_run(runs, argv, ranks)
     row, started = Row(f"SIGKILL at a random moment, {ranks} rank{'s' * (ranks > 1)}"), time.monotonic()
@@ -319,7 +335,7 @@ def _moment(run: Path) -> str:
     return "in or after the export" if (run / "export").exists() or (run / ".tmp-export").exists() else "elsewhere"
 
 
-def calls(runs: Runs, most: int | None, way: str, ranks: int, draw: random.Random) -> Row:
+def calls(runs: Runs, most: int | None, way: str, ranks: int, seed: int) -> Row:
     """``way`` at each of the calls that write to the run directory, or at ``most`` of them, on rank 0."""
     argv = (*RUN, *FEW_STEPS)
     plain, _ = plain_run(runs, argv, ranks)
@@ -343,11 +359,11 @@ def calls(runs: Runs, most: int | None, way: str, ranks: int, draw: random.Rando
     assert difference(counted, plain) is None, difference(counted, plain)
     made = json.loads(listing.read_text())
     total = len(made)
-    numbers = draw.sample(range(1, total + 1), total if most is None else min(most, total))
+    numbers = random.Random(seed).sample(range(1, total + 1), total if most is None else min(most, total))
     meant = {"exit": "the process ends"}.get(way, way)
     row = Row(f"{meant} at a call of {total}, {ranks} rank{'s' * (ranks > 1)}")
     started = time.monotonic()
-    for number in numbers:
+    for number in runs.share(numbers):
         if not runs.within(started):
             break
         run = runs.new()
@@ -388,18 +404,15 @@ def faults(runs: Runs, stages: Sequence[Stage], ranks: int, what: str) -> Row:
         for each, saved_by in (("same", ranks), ("other", ranks - 1)):
             ended = runs.whole(begun / each, [*RUN, "--max_steps", "1"], saved_by)
             assert not any(ended.codes), ended.printed
-    for stage in stages:
-        for size in range(1, ranks + 1):
-            for failing in itertools.combinations(range(ranks), size):
-                if stage.on_rank_0 and failing != (0,):
-                    continue
-                run = runs.new()
-                if what == "loading":
-                    shutil.copytree(begun / ("other" if stage.redistributes else "same"), run)
-                ended = runs.whole(run, [*argv, "--resume", "auto"], ranks, stage.failing_on(failing))
-                row.cases += 1
-                _judge_fault(row, stage, failing, ended)
-                runs.forget(run)
+    subsets = [each for size in range(1, ranks + 1) for each in itertools.combinations(range(ranks), size)]
+    for stage, failing in runs.share([(s, f) for s in stages for f in subsets if f == (0,) or not s.on_rank_0]):
+        run = runs.new()
+        if what == "loading":
+            shutil.copytree(begun / ("other" if stage.redistributes else "same"), run)
+        ended = runs.whole(run, [*argv, "--resume", "auto"], ranks, stage.failing_on(failing))
+        row.cases += 1
+        _judge_fault(row, stage, failing, ended)
+        runs.forget(run)
     return row
 
 
@@ -427,7 +440,7 @@ def _spelt(ranks: str) -> Iterator[int]:
         yield from range(int(first), int(last or first) + 1)
 
 
-def flips(runs: Runs, count: int, ranks: int, draw: random.Random) -> Iterator[Row]:
+def flips(runs: Runs, count: int, ranks: int, seed: int) -> Iterator[Row]:
     """Every bit of a manifest, and ``count`` bits of each kind of other file of a checkpoint."""
     from flipping import flipped
     from flipping import is_found
@@ -441,7 +454,7 @@ def flips(runs: Runs, count: int, ranks: int, draw: random.Random) -> Iterator[R
     assert not any(ended.codes), ended.printed
     checkpoint = run / "checkpoints/step-00000001"
     row = Row(f"every bit of the manifest, {ranks} ranks")
-    for bit in range(8 * (checkpoint / MANIFEST).stat().st_size):
+    for bit in runs.share(range(8 * (checkpoint / MANIFEST).stat().st_size)):
         with flipped(checkpoint / MANIFEST, bit):
             _count_flip(row, damage(checkpoint) is not None, f"bit {bit}")
     yield row
@@ -451,7 +464,7 @@ def flips(runs: Runs, count: int, ranks: int, draw: random.Random) -> Iterator[R
     for kind, files in kinds.items():
         row = Row(f"{kind}: a bit of it")
         bits = [(file, bit) for file in files for bit in range(8 * file.stat().st_size)]
-        for file, bit in bits if len(bits) <= count else draw.sample(bits, count):
+        for file, bit in runs.share(bits if len(bits) <= count else random.Random(seed).sample(bits, count)):
             with flipped(file, bit):
                 _count_flip(row, is_found(checkpoint, file), f"bit {bit} of {file.name}")
         yield row
@@ -477,21 +490,45 @@ def own_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def table(runs: Runs, given: argparse.Namespace, draw: random.Random) -> Iterator[Row]:
+def table(runs: Runs, given: argparse.Namespace) -> Iterator[Row]:
     """The rows that were asked for, each when it is done."""
     for ranks in given.ranks:
         if given.kills:
-            yield kills(runs, given.kills, ranks, draw)
+            yield kills(runs, given.kills, ranks, given.seed)
     if given.calls:
         for way in given.ways:
-            yield calls(runs, None if given.calls == "all" else int(given.calls), way, given.ranks[0], draw)
+            yield calls(runs, None if given.calls == "all" else int(given.calls), way, given.ranks[0], given.seed)
     for ranks in given.fault_ranks:
         for what, stages in (("saving", SAVING), ("loading", LOADING)):
             chosen = stages if given.stages is None else [stage for stage in stages if stage.name in given.stages]
             if chosen:
                 yield faults(runs, chosen, ranks, what)
     if given.flips:
-        yield from flips(runs, given.flips, 2, draw)
+        yield from flips(runs, given.flips, 2, given.seed)
+
+
+def table_of_jobs(folder: Path, given: argparse.Namespace) -> list[Row]:
+    """The rows of ``given.jobs`` forks, each of which takes its share of the cases, added up."""
+    children: dict[Path, int] = {}
+    for job in range(given.jobs):
+        own = folder / f"job-{job}"
+        own.mkdir()
+        if not (pid := os.fork()):
+            try:
+                os.environ["PANDA_CACHE"] = str(own / "cache")
+                rows = [*table(Runs(own, given.seconds, job, given.jobs), given)]
+                (own / "rows").write_bytes(pickle.dumps(rows))
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        children[own] = pid
+    summed: dict[str, Row] = {}
+    for own, pid in children.items():
+        os.waitpid(pid, 0)
+        rows = pickle.loads((own / "rows").read_bytes()) if (own / "rows").exists() else []
+        for row in rows or [Row(f"{own.name} of {given.jobs}", failures=Counter(["did not come to its end"]))]:
+            summed.setdefault(row.what, Row(row.what)).add(row)
+    return [*summed.values()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -505,12 +542,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--flips", type=int, default=0, help="bits of each kind of file")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="most seconds of kills and of calls, each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="forks that share the cases; rows come at the end then")
     given = parser.parse_args(argv)
     print("| what | cases | | failures |\n|---|---|---|---|")
     failures = 0
     with own_folder() as folder:
         warm_up()
-        for row in table(Runs(folder, given.seconds), given, random.Random(given.seed)):
+        alone = given.jobs == 1
+        for row in table(Runs(folder, given.seconds), given) if alone else table_of_jobs(folder, given):
             print(row, flush=True)
             failures += sum(row.failures.values())
     return 1 if failures else 0

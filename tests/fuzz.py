@@ -1,13 +1,13 @@
 """Gives panda damaged and senseless input, in process, and counts what is neither done nor refused in words.
 
-    python tests/fuzz.py --seconds 600 [--kind manifests] [--seed 1] [--processes]
+    python tests/fuzz.py --seconds 600 [--kind manifests] [--seed 1] [--processes] [--jobs 14]
 
 Each case is made of the seed and its number alone, so that `--seed S --first N --cases 1` repeats it, with the
 traceback. Every kind begins with something that works, and changes some of it. A case fails by an exception that is no
 refusal, by taking longer than LONGEST seconds of CPU time (LATEST in all), and by a file outside of its folder that its
 command line does not name. With `--processes` each case is a process of its own, a fork of this one, which must not end
-by a signal either. They are counted by the place that
-raised. Exits with 1 if there are any.
+by a signal either. They are counted by the place that raised; it exits with 1 if there are any. With `--jobs`,
+so many forks share the cases.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -321,7 +322,7 @@ def outcome(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = 
         return f"{type(problem).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    if outside := {name for name in _around(bench) - before if name not in bench.named}:
+    if not _names_around(bench) and (outside := {name for name in _around(bench) - before if name not in bench.named}):
         return f"a file outside: {sorted(outside)[:1]}"
     return f"over {LONGEST:g} s" if time.process_time() - begun > LONGEST else None
 
@@ -348,6 +349,14 @@ def outcome_of_process(kind: str, number: int, seed: int, bench: Bench, *, verbo
     return problem or (f"ends with {code}" if code else None)
 
 
+def _names_around(bench: Bench) -> bool:
+    """Whether the command line names one of the folders that ``_around`` looks into: `--token_cache panda:../..`."""
+    named = {part for word in bench.named.split("\n") for part in (word, word.partition("=")[2]) if part}
+    with contextlib.suppress(OSError, ValueError):
+        return not {bench.folder.parent, Path.cwd()}.isdisjoint(Path(name).resolve() for name in named)
+    return False
+
+
 def _around(bench: Bench) -> set[str]:
     """The names beside the folder of the cases, and in the working folder, where `panda data` draws into `runs`."""
     return {*os.listdir(bench.folder.parent), *os.listdir(".")} - {bench.folder.name, "runs"}
@@ -361,6 +370,7 @@ def run(
     cases: int | None,
     first: int,
     seed: int,
+    step: int = 1,
     one: Callable[..., str | None] = outcome,
 ) -> dict[str, Counter[str]]:
     """How the cases of each of ``kinds`` ended, which take turns: `fine`, or the failure."""
@@ -372,8 +382,53 @@ def run(
             found[kind][problem or "fine"] += 1
             if problem and found[kind][problem] == 1:
                 print(f"{kind} {number}: {problem}", flush=True)
-        number += 1
+        number += step
     return found
+
+
+def run_job(given: argparse.Namespace, folder: Path, job: int) -> dict[str, Counter[str]]:
+    """The cases of job ``job`` of ``given.jobs``, in ``folder``, which becomes the working folder."""
+    os.environ["PANDA_CACHE"] = f"{folder}/cache"
+    (folder / "here").mkdir(parents=True)
+    bench = Bench(folder / "work")
+    os.chdir(folder / "here")
+    if given.processes:  # so that each fork has them; running anything here would start threads, which forks lack
+        for name in ("panda.answers.assistant", "panda.answers.loading", "panda.run.preparation", "pyarrow"):
+            importlib.import_module(name)
+    try:
+        return run(
+            given.kind or list(FUZZED),
+            bench,
+            seconds=given.seconds,
+            cases=given.cases and given.cases - job,  # from the first on, which is `job` later
+            first=given.first + job,
+            seed=given.seed,
+            step=given.jobs,
+            one=outcome_of_process if given.processes else outcome,
+        )
+    finally:
+        os.chdir("/")
+
+
+def run_jobs(given: argparse.Namespace, folder: Path) -> dict[str, Counter[str]]:
+    """What all jobs found, each of which is a fork."""
+    children = []
+    for job in range(given.jobs):
+        if not (pid := os.fork()):
+            try:
+                found = run_job(given, folder / f"job-{job}", job)
+                (folder / f"found-{job}").write_bytes(pickle.dumps(found))
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        children.append(pid)
+    summed: dict[str, Counter[str]] = {kind: Counter() for kind in given.kind or FUZZED}
+    for job, pid in enumerate(children):
+        os.waitpid(pid, 0)
+        file = folder / f"found-{job}"
+        for kind, counts in summed.items():
+            counts += pickle.loads(file.read_bytes())[kind] if file.exists() else {f"job {job} does not end well": 1}
+    return summed
 
 
 def main() -> int:
@@ -384,27 +439,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", action="store_true", help="each case in a process of its own")
     parser.add_argument("--kind", choices=FUZZED, action="append")
+    parser.add_argument("--jobs", type=int, default=1, help="forks that share the cases")
     given = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory(prefix="panda-fuzz-") as folder:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "PANDA_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        Path(folder, "here").mkdir()
-        bench = Bench(Path(folder, "work"))
-        os.chdir(Path(folder, "here"))
-        kinds = given.kind or list(FUZZED)
-        if given.processes:  # so that each fork has them; running anything here would start threads, which forks lack
-            for name in ("panda.answers.assistant", "panda.answers.loading", "panda.run.preparation", "pyarrow"):
-                importlib.import_module(name)
-        found = run(
-            kinds,
-            bench,
-            seconds=given.seconds,
-            cases=given.cases,
-            first=given.first,
-            seed=given.seed,
-            one=outcome_of_process if given.processes else outcome,
-        )
-        os.chdir("/")
+        found = run_job(given, Path(folder), 0) if given.jobs == 1 else run_jobs(given, Path(folder))
     failures = 0
     for kind, counts in found.items():
         failures += sum(counts.values()) - counts["fine"]

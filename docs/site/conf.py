@@ -15,7 +15,15 @@ ROOT = Path(__file__).parents[2]
 NAVIGATION = {
     "Begin": ["docs/tutorial-chats", "docs/recipes", "docs/concepts"],
     "Train": [
-        *("docs/data", "docs/models", "docs/optimizers", "docs/memory", "docs/machines", "docs/deploy"),
+        *(
+            "docs/data",
+            "docs/models",
+            "docs/optimizers",
+            "docs/memory",
+            "docs/machines",
+            "docs/deploy",
+            "docs/evaluation",
+        ),
         *("docs/weights", "docs/serving", "docs/python"),
     ],
     "Look up": [

@@ -83,19 +83,21 @@ def _export(argv: list[str]) -> None:
         refuse_links_out(run)
     check_can_be_made(output, "--output")
 
+    from panda.engine.checkpoints.folders import step_of
     from panda.engine.checkpoints.weights import checkpoint_weights
     from panda.engine.checkpoints.weights_copies import evaluated_weights
+    from panda.run.model_card import model_card
     from panda.weights.export import export
 
     weights, others = (checkpoint_weights(checkpoint), False) if arguments.trained else evaluated_weights(checkpoint)
     note = "; the weights that it was evaluated with, an average or the like" if others else ""
     if adapted and not arguments.merge:
-        _export_adapters(adapted, weights, output)
+        _export_adapters(adapted, weights, output, model_card(run, step_of(checkpoint), adapters=True))
     else:
         if adapted:
             weights, merged = _merged(adapted, weights)
             note += merged
-        export(run / MODEL_FOLDER, weights, output)
+        export(run / MODEL_FOLDER, weights, output, model_card(run, step_of(checkpoint), adapters=False))
     print(f"{output}: {checkpoint.name} of {run}{note}")
     if script:
         from panda.weights.gguf import write_gguf
@@ -148,7 +150,7 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     return merged, f"; {note}"
 
 
-def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> None:
+def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path, card: str) -> None:
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
     from panda.models.adapters.lora import stand_in_for_parts
@@ -159,4 +161,5 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> Non
     model = add_adapters(base, adapted.configuration.options)
     description = adapted.directory / MODEL_FOLDER
     tokenizer = load_tokenizer(str(description))
-    export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, description, tokenizer)
+    read = {name: stored.read() for name, stored in weights.items()}
+    export_adapters(model, read, output, description, tokenizer, card)

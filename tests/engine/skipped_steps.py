@@ -51,7 +51,7 @@ BADS = {"nan": {"factor": math.nan}, "inf": {"added": math.inf}, "spike": {"fact
 
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(batch.number))
-    found = model(rows.to(next(model.parameters()).dtype)).float().square().sum()
+    found = model(rows.to(next(model.parameters()))).float().square().sum()
     result: torch.Tensor = found * batch.factor + batch.added
     return result
 
@@ -69,7 +69,7 @@ def make_engine(processes: Processes, precision: Any, zero_stage: int, offload: 
         gradient_accumulation_steps=2,
         deepspeed_config=str(file),
     )
-    config = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
+    config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     engine = Engine(model, optimizer, config, processes)
     torch.manual_seed(1 + processes.rank)
     return engine
