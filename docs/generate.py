@@ -1,7 +1,9 @@
-"""Generates docs/configuration.md and docs/refusals.md from the code: `python docs/generate.py`."""
+"""Generates pages of docs/ from the code, and support.md from the tests' tables: `python docs/generate.py`."""
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 from panda.configuration.options import RunOptions
@@ -66,6 +68,15 @@ def refusals() -> str:
     )
 
 
+def support() -> str:
+    """What works together, and what tries it."""
+    docs = Path(__file__).parent
+    if (tests := str(docs.parent / "tests")) not in sys.path:
+        sys.path.append(tests)
+    page: str = runpy.run_path(str(docs / "support.py"))["support"]()
+    return page.format(generated=GENERATED)
+
+
 def _table(options: dict[str, Option]) -> str:
     rows = [f"| `{key}` | {_default(option)} | {option.expects} | {option.doc} |" for key, option in options.items()]
     return "\n".join(["| key | default | takes | |", "|---|---|---|---|", *rows]) + "\n"
@@ -80,7 +91,7 @@ def _default(option: Option) -> str:
     return f"`{', '.join(map(str, value))}`" if isinstance(value, tuple) else f"`{value!r}`"
 
 
-PAGES = {"configuration.md": configuration, "refusals.md": refusals}
+PAGES = {"configuration.md": configuration, "refusals.md": refusals, "support.md": support}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -35,6 +36,14 @@ class Hub(ThreadingHTTPServer):
         """Names of files of which only so many bytes are sent before the connection breaks, however often asked."""
         self.asked: list[str] = []
         """``METHOD PATH`` of each request."""
+        self.tokens: dict[str, str] = {}
+        """Who may write below their own name, by token."""
+        self.public: set[str] = set()
+        """Models that everybody sees, of those that were pushed."""
+        self.stored: dict[str, bytes] = {}
+        """Contents of large files that were sent, by their sha256."""
+        self.refused = 0
+        """How many of the next large files are not taken, since the hub fails."""
 
     @property
     def endpoint(self) -> str:
@@ -70,7 +79,92 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._take(self._body())
+
+    def do_PUT(self) -> None:
+        self._take(self._body())
+
     def log_message(self, *args: Any) -> None: ...
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _take(self, body: bytes) -> None:
+        """What is pushed: a new repository, questions about files, large files, and commits."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(f"{self.command} {path}")
+        parts = path.strip("/").split("/")
+        if parts[0] == "large":
+            if self.server.refused:
+                self.server.refused -= 1
+                self._refuse(400, "The storage fails")
+            else:
+                self.server.stored[parts[1]] = body
+                self._json({})
+            return
+        content = [json.loads(line) for line in body.splitlines()] if parts[-2:-1] == ["commit"] else json.loads(body)
+        who = self._who()
+        if parts[:2] == ["api", "validate-yaml"]:
+            self._json({"errors": [], "warnings": []})
+        elif who is None:
+            self._refuse(401, "Invalid credentials in Authorization header")
+        elif path == "/api/repos/create":
+            self._create(content, who)
+        elif parts[-3:] == ["lfs", "objects", "batch"]:
+            self._json({"objects": [self._instruction(each) for each in content["objects"]], "transfer": "basic"})
+        else:
+            self._commit(parts, content, who)
+
+    def _create(self, content: dict[str, Any], who: str) -> None:
+        name = f"{content['organization'] or who}/{content['name']}"
+        if not name.startswith(f"{who}/"):
+            self._refuse(
+                403, f"You don't have the rights to create a model under the namespace {content['organization']}"
+            )
+            return
+        if (self.server.root / name).is_dir():
+            self._refuse(409, "You already created this model repo")
+            return
+        (self.server.root / name).mkdir(parents=True)
+        if content.get("visibility") != "private":
+            self.server.public.add(name)
+        self._json({"url": f"{self.server.endpoint}/{name}", "name": name})
+
+    def _instruction(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        if wanted["oid"] in self.server.stored:
+            return wanted
+        return wanted | {"actions": {"upload": {"href": f"{self.server.endpoint}/large/{wanted['oid']}"}}}
+
+    def _commit(self, parts: list[str], content: Any, who: str) -> None:
+        name, folder = "/".join(parts[2:4]), self.server.root.joinpath(*parts[2:4])
+        if not name.startswith(f"{who}/"):
+            self._refuse(403, "You don't have the rights")
+            return
+        if parts[4] == "preupload":
+            modes = [(each["path"], "lfs" if each["path"].endswith(LARGE) else "regular") for each in content["files"]]
+            self._json({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]})
+            return
+        for line in content[1:]:
+            value = line["value"]
+            (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            large = line["key"] == "lfsFile"
+            data = self.server.stored[value["oid"]] if large else base64.b64decode(value["content"])
+            (folder / value["path"]).write_bytes(data)
+        commit = hashlib.sha1(name.encode()).hexdigest()
+        self._json(
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.server.endpoint}/{name}/commit/{commit}"}
+        )
+
+    def _who(self) -> str | None:
+        return self.server.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -78,6 +172,13 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         if parts[0] == "cdn":
             self._send(self.server.root.joinpath(*parts[1:]), {})
+            return
+        if path == "/api/whoami-v2":
+            who = self._who()
+            if who:
+                self._json({"type": "user", "name": who})
+            else:
+                self._refuse(401, "Invalid credentials in Authorization header")
             return
         in_api = parts[0] == "api"
         parts = parts[1:] if in_api else parts
@@ -104,7 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([_described(file, path) for path, file in files.items()])
         elif in_api:
             siblings = [{"rfilename": path} for path in files]
-            self._json({"id": called, "sha": commit, "siblings": siblings})
+            seen = {"private": bool(self.server.tokens) and called not in self.server.public}
+            self._json({"id": called, "sha": commit, "siblings": siblings} | seen)
         elif called in self.server.gated:
             told = f"Access to {'dataset' if of_data else 'model'} {called} is restricted. You must be authenticated."
             self._refuse(401, told, "GatedRepo")

@@ -58,6 +58,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "plugins" / "panda-example"
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "plugins.md"
 TUTORIAL = ROOT / "docs" / "tutorial-plugin.md"
+GUIDES = {TUTORIAL, ROOT / "docs" / "tutorial-chats.md", ROOT / "docs" / "recipes.md"}
+"""Pages whose commands are run by tests of their own: below, and in test_guides.py."""
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -74,7 +76,7 @@ def console_lines() -> list[str]:
     """Every command of every other ``console`` block, continuation lines joined."""
     lines = []
     for page in PAGES:
-        for block in blocks(page, "console") if page != TUTORIAL else []:
+        for block in blocks(page, "console") if page not in GUIDES else []:
             if block == OWN_RUN:
                 continue
             lines += block.replace("\\\n", " ").splitlines()

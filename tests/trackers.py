@@ -1,9 +1,9 @@
-"""Trains a run with every tracker, and compares what they hold with metrics.jsonl.
+"""Trains a run with trackers, and compares what they hold with metrics.jsonl.
 
-    python tests/trackers.py
+    python tests/trackers.py [wandb] [mlflow] [trackio] [comet]
 
-Takes an environment with panda, wandb, mlflow and trackio, which panda's own has not. wandb writes offline, MLflow's
-server is started on this machine, and trackio keeps its files in a folder: nothing leaves it.
+Takes an environment with panda and the clients of those that are named, by default of all. wandb and Comet write
+offline, MLflow's server is started on this machine, and trackio keeps its files in a folder: nothing leaves it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 
 Numbers = dict[tuple[str, int], float]
 
 
+TRACKERS = ("wandb", "mlflow", "trackio", "comet")
+
+
 def main() -> None:
+    chosen = sys.argv[1:] or list(TRACKERS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with socket.socket() as free:
@@ -31,16 +37,20 @@ def main() -> None:
             port = free.getsockname()[1]
         uri = f"http://127.0.0.1:{port}"
         os.environ |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"), "MLFLOW_TRACKING_URI": uri}
+        os.environ["COMET_START_ONLINE"] = "0"
         places = ("--backend-store-uri", f"sqlite:///{folder}/m.db", "--artifacts-destination", str(folder / "a"))
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), *places]
+        if "mlflow" not in chosen:
+            command = ["sleep", "1000"]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            _wait_for(port)
+            if "mlflow" in chosen:
+                _wait_for(port)
             few = ["--max_steps", "12", "--eval_steps", "4", "--eval_fraction", "0.05"]
-            few += ["--plugins", "wandb", "mlflow", "trackio"]
+            few += ["--plugins", *chosen]
             run = [sys.executable, "-m", "panda.cli.train", "--config", "panda:configs/instruct-tiny.yaml", *few]
             subprocess.run([*run, "--output_dir", str(folder / "run")], check=True)
-            _compare(folder)
+            _compare(folder, chosen)
         finally:
             server.terminate()
             server.wait()
@@ -57,7 +67,7 @@ def _wait_for(port: int) -> None:
     sys.exit("MLflow's server does not start")
 
 
-def _compare(folder: Path) -> None:
+def _compare(folder: Path, chosen: list[str]) -> None:
     run = folder / "run"
     named = json.loads((run / "trackers.json").read_text())
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -67,13 +77,15 @@ def _compare(folder: Path) -> None:
         for key, value in record.items()
         if key != "step" and isinstance(value, (int, float))
     }
-    found = {
-        "wandb": _of_wandb(next(run.glob("wandb/offline-*/*.wandb"))),
-        "mlflow": _of_mlflow(named["mlflow"], {key for key, _ in expected}),
-        "trackio": _of_trackio(folder / "trackio" / "panda.db"),
-        "tensorboard": _of_tensorboard(run / "tensorboard"),
+    found: dict[str, Callable[[], Numbers]] = {
+        "wandb": lambda: _of_wandb(next(run.glob("wandb/offline-*/*.wandb"))),
+        "mlflow": lambda: _of_mlflow(named["mlflow"], {key for key, _ in expected}),
+        "trackio": lambda: _of_trackio(folder / "trackio" / "panda.db"),
+        "comet": lambda: _of_comet(next((run / "comet").glob("*.zip")), {key for key, _ in expected}),
+        "tensorboard": lambda: _of_tensorboard(run / "tensorboard"),
     }
-    for name, numbers in found.items():
+    for name in [*chosen, "tensorboard"]:
+        numbers = found[name]()
         wrong = [
             key for key in expected.keys() | numbers.keys() if not _same(expected.get(key), numbers.get(key), name)
         ]
@@ -127,6 +139,14 @@ def _of_trackio(file: Path) -> Numbers:
     with sqlite3.connect(file) as connection:
         rows = connection.execute("SELECT step, metrics FROM metrics").fetchall()
     return {(key, step): value for step, values in rows for key, value in json.loads(values).items()}
+
+
+def _of_comet(file: Path, keys: set[str]) -> Numbers:
+    """The metrics ``keys`` in an archive of Comet, which has others of the machine: messages in JSON, one a line."""
+    with zipfile.ZipFile(file) as archive:
+        messages = [json.loads(line) for line in archive.read("messages.json").splitlines()]
+    metrics = [each["payload"]["metric"] for each in messages if each["type"] == "metric_msg"]
+    return {(each["metricName"], each["step"]): each["metricValue"] for each in metrics if each["metricName"] in keys}
 
 
 def _of_tensorboard(folder: Path) -> Numbers:

@@ -17,6 +17,9 @@ from panda.run.adapter_run import AdapterRun
 from panda.run.adapter_run import adapter_run
 from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
+from panda.weights.gguf import SCRIPT
+from panda.weights.gguf import TYPES
+from panda.weights.gguf import script_in
 
 if TYPE_CHECKING:
     from panda.weights.stored_tensor import Weights
@@ -48,12 +51,14 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
     )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    _add_gguf(parser)
     add_blocking(parser)
     return parser.parse_args(argv)
 
 
 def _export(argv: list[str]) -> None:
     arguments = _arguments(argv)
+    script = _script(arguments)
 
     from panda.engine.checkpoints.folders import find_checkpoint
 
@@ -69,6 +74,8 @@ def _export(argv: list[str]) -> None:
     adapted = adapter_run(run, arguments.ckpt_path, arguments.p)
     if arguments.merge and adapted is None:
         raise UserError(f"--merge: {run} trained a whole model, so there is nothing to merge. Leave --merge out.")
+    if script and adapted and not arguments.merge:
+        raise UserError(f"--gguf: {run} trained adapters. With --merge, they and their base become the model to write.")
     output = arguments.output or run / ("merged" if arguments.merge else EXPORT)
     if arguments.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {str(output)!r} is not empty. Name a folder that does not exist.")
@@ -92,6 +99,43 @@ def _export(argv: list[str]) -> None:
             note += merged
         export(run / MODEL_FOLDER, weights, output, model_card(run, step_of(checkpoint), adapters=False))
     print(f"{output}: {checkpoint.name} of {run}{note}")
+    if script:
+        from panda.weights.gguf import write_gguf
+
+        write_gguf(output, arguments.gguf, script, arguments.gguf_type)
+        print(f"{arguments.gguf}: the same, as GGUF ({arguments.gguf_type})")
+
+
+def _add_gguf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gguf",
+        type=Path,
+        metavar="FILE",
+        help=f"also write the model as GGUF, by {SCRIPT} of the llama.cpp that --llama_cpp names",
+    )
+    parser.add_argument(
+        "--llama_cpp", "--llama-cpp", type=Path, metavar="FOLDER", help="a clone of llama.cpp, whose script is run"
+    )
+    parser.add_argument(
+        "--gguf_type", "--gguf-type", choices=TYPES, default="auto", help="by default that of the export"
+    )
+
+
+def _script(arguments: argparse.Namespace) -> Path | None:
+    """llama.cpp's script, where a GGUF file is asked for. Raises UserError before anything is written."""
+    if arguments.gguf is None:
+        if arguments.llama_cpp or arguments.gguf_type != "auto":
+            raise UserError("--llama_cpp and --gguf_type say how a GGUF file is written: name it with --gguf FILE.")
+        return None
+    if arguments.llama_cpp is None:
+        raise UserError(
+            "--gguf: panda has llama.cpp's own script write it. Name a clone of llama.cpp with --llama_cpp FOLDER: `git"
+            " clone https://github.com/ggml-org/llama.cpp`."
+        )
+    if arguments.gguf.is_dir():
+        raise UserError(f"--gguf: {str(arguments.gguf)!r} is a folder. Name a file, such as model.gguf.")
+    check_can_be_made(arguments.gguf, "--gguf")
+    return script_in(arguments.llama_cpp)
 
 
 def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "write an HTML page about runs: curves, samples, answers",
     "train": "train; the same as panda-train",
     "export": "write a run's checkpoint as a folder that plain transformers loads",
+    "push": "put an export on the Hugging Face hub",
     "eval": "evaluate a model on data: loss, token accuracy, scores of its answers",
     "generate": "answer prompts with a trained model",
     "chat": "chat with a trained model",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import time
 from abc import abstractmethod
 from collections import deque
@@ -23,6 +24,7 @@ from panda.registry import UserError
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.registry.errors import in_brief
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -224,6 +226,57 @@ class Trackio(Tracker):
 
     def close(self, *, failed: bool) -> None:
         self.run.finish()
+
+
+@dataclass(frozen=True)
+class CometOptions:
+    """Options of the comet plugin."""
+
+    comet_project: str = "panda"
+    """Project at Comet. Its variables hold as elsewhere: COMET_API_KEY, COMET_WORKSPACE, COMET_START_ONLINE=0."""
+
+
+@register_plugin("comet", options=CometOptions)
+class Comet(Tracker):
+    """Sends records to Comet, or with COMET_START_ONLINE=0 to an archive in RUN/comet."""
+
+    name = "comet"
+    package = "comet_ml"
+
+    def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
+        os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")  # it would want to be imported before torch
+        comet = importlib.import_module("comet_ml")
+        settings = comet.ExperimentConfig(
+            name=run.directory.name,
+            offline_directory=str(run.directory / "comet"),
+            # Records and the configuration, and nothing that it would find by itself: code, patches, the command line.
+            **dict.fromkeys(("log_code", "log_graph", "parse_args", "log_git_metadata", "log_git_patch"), False),
+            **dict.fromkeys(("auto_param_logging", "auto_metric_logging", "auto_output_logging"), False),
+            display_summary_level=0,
+        )
+        try:
+            self.run = comet.start(
+                project_name=self.options.comet_project,
+                experiment_key=earlier,
+                mode="get_or_create" if earlier else "create",
+                experiment_config=settings,
+            )
+        except ValueError as problem:  # a key that is missing or wrong
+            raise UserError(
+                f"plugin comet: {in_brief(problem)}. COMET_START_ONLINE=0 in the environment writes an archive in"
+                " RUN/comet instead."
+            ) from problem
+        if not earlier:
+            self.run.log_parameters(configuration, nested_support=False)
+        return str(self.run.get_key())
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        self.run.log_metrics(values, step=step)
+
+    def close(self, *, failed: bool) -> None:
+        if failed:
+            self.run.add_tag("failed")  # it has no word for it
+        self.run.end()
 
 
 def _known(directory: Path) -> dict[str, str]:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from panda.hooks import trackers
+from panda.hooks.trackers import Comet
+from panda.hooks.trackers import CometOptions
 from panda.hooks.trackers import Mlflow
 from panda.hooks.trackers import MlflowOptions
 from panda.hooks.trackers import Tracker
@@ -27,7 +29,12 @@ KINDS: list[tuple[type[Tracker], Any]] = [
     (Wandb, WandbOptions()),
     (Mlflow, MlflowOptions()),
     (Trackio, TrackioOptions()),
+    (Comet, CometOptions()),
 ]
+
+
+ENDS = {Mlflow: "set_terminated", Comet: "end"}
+"""What closes a run there, where it is not `finish`."""
 
 
 class Client(ModuleType):
@@ -47,10 +54,14 @@ class Client(ModuleType):
                 return arguments
             if name == "get_experiment_by_name":
                 return None
+            if name == "get_key":
+                return "run-of-comet"
             if name == "create_run":
                 return SimpleNamespace(info=SimpleNamespace(run_id="run-of-mlflow"))
             return (
-                self if name in ("init", "MlflowClient") else SimpleNamespace(wait=lambda: None, _operation_futures=[])
+                self
+                if name in ("init", "start", "MlflowClient")
+                else SimpleNamespace(wait=lambda: None, _operation_futures=[])
             )
 
         return "run-of-wandb" if name == "id" else call
@@ -60,7 +71,7 @@ class Client(ModuleType):
 def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """What the clients were told."""
     found: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-    for name in ("wandb", "mlflow", "mlflow.entities", "trackio"):
+    for name in ("wandb", "mlflow", "mlflow.entities", "trackio", "comet_ml"):
         monkeypatch.setitem(sys.modules, name, Client(name, found))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     return found
@@ -92,7 +103,7 @@ def test_every_record_is_sent_with_its_step_and_the_run_is_opened_and_closed(
         if name == "Metric":
             sent[arguments[0]] = arguments[1]
             assert arguments[3] == 1
-        elif name == "log":
+        elif name in ("log", "log_metrics"):
             sent |= arguments[0]
             assert keywords.get("step", arguments[0].get("step")) == 1
     numbers = {**logged, **evaluated}
@@ -101,7 +112,7 @@ def test_every_record_is_sent_with_its_step_and_the_run_is_opened_and_closed(
     said.clear()
     tracker.panda_run_end()
     tracker.panda_exception()
-    assert [name for name, *_ in said] == ["set_terminated" if kind is Mlflow else "finish"]
+    assert [name for name, *_ in said] == [ENDS.get(kind, "finish")]
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda each: getattr(each, "name", ""))
@@ -124,7 +135,7 @@ def test_a_run_that_fails_is_said_to_and_other_ranks_say_nothing(
     said.clear()
     tracker.panda_exception()
     if kind is not Trackio:  # which knows no failed runs
-        assert "FAILED" in str(said) or "'exit_code': 1" in str(said)
+        assert any(word in str(said) for word in ("FAILED", "'exit_code': 1", "'failed'"))
     said.clear()
     tracker = kind(options, PluginContext())
     tracker.panda_run_start(of(make_run, rank=1))
@@ -142,3 +153,14 @@ def test_a_client_that_is_not_installed_is_said_before_anything_else(
         UserError, match=rf"plugin {kind.name}: its client is not installed.*pip install {kind.package}"
     ):
         kind(options, PluginContext())
+
+
+def test_a_key_that_comet_lacks_is_said_with_what_to_do(
+    said: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**_: Any) -> None:
+        raise ValueError("Comet.ml requires an API key.")
+
+    monkeypatch.setattr(sys.modules["comet_ml"], "start", start, raising=False)
+    with pytest.raises(UserError, match=r"plugin comet: Comet.ml requires an API key\. COMET_START_ONLINE=0"):
+        Comet(CometOptions(), PluginContext()).panda_run_start(of(make_run))
