@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
+from panda.engine.layer_weights import _Layer
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
@@ -60,18 +61,25 @@ class Watch:
     def __init__(self) -> None:
         self.gathers: list[int] = []
         self.released: list[tuple[StorageWeakRef, int]] = []
-        gather, free = partitioning._dist_allgather_fn, partitioning.free_param
+        gather, gather_layer, release = partitioning._dist_allgather_fn, _Layer.gather, _Layer.release
 
         def gathering(source: torch.Tensor, target: torch.Tensor, group: Any = None) -> Any:
             self.gathers.append(target.numel())
             return gather(source, target, group)
 
-        def freeing(parameter: torch.Tensor) -> None:
-            storage = parameter.data.untyped_storage()
-            self.released.append((StorageWeakRef(storage), storage.nbytes()))
-            free(parameter)
+        def gathering_layer(layer: _Layer) -> Any:
+            self.gathers.append(sum(parameter.ds_numel for parameter in layer.parameters))
+            return gather_layer(layer)
 
-        partitioning._dist_allgather_fn, partitioning.free_param = gathering, freeing
+        def releasing(layer: _Layer) -> None:
+            storages = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in layer.parameters}
+            for parameter in storages.values():
+                storage = parameter.data.untyped_storage()
+                self.released.append((StorageWeakRef(storage), storage.nbytes()))
+            release(layer)
+
+        partitioning._dist_allgather_fn = gathering
+        _Layer.gather, _Layer.release = gathering_layer, releasing  # type: ignore[method-assign]
 
     def clear(self) -> None:
         self.gathers.clear()

@@ -111,42 +111,6 @@ def test_every_rank_keeps_few_trained_weights() -> None:
     assert key not in with_sizes(config_of(), module)["zero_optimization"], "a tenth of the weights"
 
 
-def test_the_host_fetches_when_few_layers_are_left_to_compute() -> None:
-    done: list[str] = []
-
-    class Event:
-        made = 0
-
-        def __init__(self) -> None:
-            self.number, Event.made = Event.made, Event.made + 1
-
-        def record(self) -> None:
-            done.append(f"record {self.number}")
-
-        def synchronize(self) -> None:
-            done.append(f"wait for {self.number}")
-
-    class Coordinator:
-        def fetch_sub_module(self, module: torch.nn.Module, forward: bool) -> None:
-            done.append(f"fetch {forward}")
-
-    coordinator, layer, other = Coordinator(), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    gathering._stay_near(coordinator, {layer}, Event)
-    for module, forward in ((layer, True), (other, True), (layer, True), (layer, False)):
-        coordinator.fetch_sub_module(module, forward)
-    fetches = [
-        "record 0",
-        "fetch True",
-        "fetch True",
-        "record 1",
-        "fetch True",
-        "record 2",
-        "wait for 0",
-        "fetch False",
-    ]
-    assert done == fetches
-
-
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_adapters_have_the_precision_of_the_model(processes: Processes, stage: int) -> None:
     """In float32, under ZeRO-3 only, their products took as long as those of the base (H100, 2026-11-26)."""
