@@ -38,6 +38,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "NF4, compiled": {"use_lora": True, "use_quant": True, "compile": True},
 }
 LAYERS, STEPS = 6, 3
+TWO_PASSES, OTHER_ORDER = "two passes before backward", "layers in another order"
+ORDERS: dict[str, dict[str, Any]] = {TWO_PASSES: {}, OTHER_ORDER: {"use_lora": True}}
+"""Right, though layers do not run as they are expected to."""
 
 
 @dataclass
@@ -89,8 +92,9 @@ class Watch:
         return sum(size for storage, size in self.released if not storage.expired())
 
 
-def train(way: dict[str, Any], stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
+def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
     torch.manual_seed(0)
+    way = (WAYS | ORDERS)[name]
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=64, use_cache=False, **shape)
     options = RunOptions(precision="fp32", zero_stage=stage, lora_dropout=0.0, gradient_accumulation_steps=1, **way)
@@ -105,10 +109,19 @@ def train(way: dict[str, Any], stage: int, processes: Processes, watch: Watch) -
 
     def loss_sum(module: Any, batch: Batch) -> torch.Tensor:
         nonlocal alive
+        if name == TWO_PASSES:
+            with torch.no_grad():
+                module(input_ids=batch.ids)
         logits = module(input_ids=batch.ids).logits
         alive = watch.alive()
+        if name == TWO_PASSES:
+            logits = logits + module(input_ids=batch.ids.flip(1)).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids.flatten(), reduction="sum")
 
+    if name == OTHER_ORDER:
+        inner: Any = model
+        layers = inner.base_model.model.model.layers
+        layers._modules = dict(zip(layers._modules, [*layers][::-1], strict=True))
     losses = []
     for step in range(STEPS):
         watch.clear()
@@ -122,7 +135,7 @@ def main() -> None:
     # Splits what is kept for backward as the compiler does, and compiles no C++.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     processes, watch = join_processes(), Watch()
-    found = {name: [train(way, stage, processes, watch) for stage in (0, 3)] for name, way in WAYS.items()}
+    found = {name: [train(name, stage, processes, watch) for stage in (0, 3)] for name in WAYS | ORDERS}
     if processes.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gathered_weights import LAYERS
+from gathered_weights import ORDERS
 from gathered_weights import WAYS
 from launching import TESTS
 from launching import run_script
@@ -33,7 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS | ORDERS)
 def test_losses_are_those_without_zero(found: Any, way: str) -> None:
     plain, partitioned = found[way]
     assert partitioned["losses"] == pytest.approx(plain["losses"], rel=1e-6)
