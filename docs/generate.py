@@ -12,6 +12,7 @@ from panda.engine.deepspeed_config import REFUSED
 from panda.registry import Catalog
 from panda.registry.catalog import OWN_DISTRIBUTION
 from panda.registry.kinds import KINDS
+from panda.registry.options import REQUIRED
 from panda.registry.options import Option
 from panda.registry.options import options_of
 
@@ -73,6 +74,8 @@ def _table(options: dict[str, Option]) -> str:
 
 def _default(option: Option) -> str:
     value = option.default
+    if value is REQUIRED:
+        return "required"
     if value is None or value == ():
         return ""
     return f"`{', '.join(map(str, value))}`" if isinstance(value, tuple) else f"`{value!r}`"

@@ -18,5 +18,8 @@ from panda.registry import register_optimizer as register_optimizer
 from panda.registry import register_plugin as register_plugin
 from panda.registry import register_reader as register_reader
 from panda.registry import register_task as register_task
+from panda.registry.api import API_VERSION as API_VERSION
+from panda.training import Trained as Trained
+from panda.training import train as train
 
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from panda.engine.memory import explaining_lack_of_memory
 from panda.engine.processes import join_processes
 from panda.files.disk_full import writing
 from panda.registry.contexts import PluginContext
+from panda.registry.hooks import add_built
 from panda.run.assembly import lay_out
 from panda.run.assembly import lay_out_evaluation
 from panda.run.beginning import NO_ROOM_LEFT
@@ -19,7 +21,9 @@ from panda.run.continuation import continuation_of
 from panda.run.description import write_end
 from panda.run.directory_lock import RunLock
 from panda.run.ending import finish
+from panda.run.ending import how_it_ended
 from panda.run.ending import work_at_the_end
+from panda.run.extra_state import load_state
 from panda.run.loop import Loop
 from panda.run.outlook import announce
 from panda.run.preparation import prepare
@@ -32,6 +36,7 @@ def train(configuration: Configuration) -> Run | None:
 
     Under a launcher, every process calls this. The caller has to leave the process groups afterwards.
     """
+    begun = time.perf_counter()
     for plugin in configuration.resolved.plugins:
         configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
     prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
@@ -43,24 +48,25 @@ def train(configuration: Configuration) -> Run | None:
         progress, ranks = continuation.progress, processes.data_ranks
         layout = lay_out(options, prepared.dataset, ranks, progress)
         evaluation = lay_out_evaluation(options, prepared.held_out, ranks)
-        if (steps := continuation.steps_of_finished(prepared, layout, processes)) is not None:
+        if (finished := continuation.finished(prepared, layout, processes)) is not None:
             if processes.rank == 0:
-                print(
-                    f"{continuation.directory}: nothing is left to do: {steps:,} steps are done and exported."
-                    " To train further, raise `max_steps` or `num_train_epochs`; to get answers, run `panda generate"
-                    f" {continuation.directory} --prompt TEXT`."
-                )
+                print(finished)
             return None
         announce(prepared, continuation, layout, processes)
         model = trained_model(prepared, layout, processes)
+        add_built(configuration.hooks, prepared.resolved, model.base)
         run = begin(prepared, continuation, (layout, evaluation), model, processes, lock)
+        run.begun = begun
         with _to_its_end(run, configuration):
-            run.hook.panda_run_start(run=run)
+            if run.resumed_from is not None:
+                load_state(run, run.resumed_from)
+            run.at("panda_run_start")
             Loop(run, progress).train()
             finish(run)
             run.hook.panda_run_end(run=run)
             if processes.rank == 0:
-                write_end(run.directory, run.step, run.agreement, **work_at_the_end(options, prepared.held_out))
+                done = work_at_the_end(options, prepared.held_out)
+                write_end(run.directory, run.step, run.agreement, **how_it_ended(run), **done)
     return run
 
 

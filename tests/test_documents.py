@@ -8,8 +8,12 @@ import math
 import re
 import runpy
 import shlex
+import shutil
 import sys
+import tempfile
+import tomllib
 from collections.abc import Callable
+from collections.abc import Iterator
 from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
@@ -21,15 +25,19 @@ import torch
 from checkpoint_files import llama
 from checkpoint_files import save_hf
 from distributions import Distributions
+from distributions import fake_distributions
 from distributions import forget_installed
 from launching import run_panda
+from launching import run_script
 
 from panda.cli.main import main as panda
 from panda.cli.train import main as panda_train
 from panda.data.batches import RowShape
 from panda.data.json_reader import JsonReader
+from panda.optim.unsharded import unsharded
 from panda.registry import Catalog
 from panda.registry import NoOptions
+from panda.registry import components
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import PluginContext
@@ -42,10 +50,12 @@ from panda.registry.offers import kinds
 from panda.registry.options import build
 from panda.run.assembly import load_tokenizer
 from panda.runner import Run
+from panda.testing.processes import start
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "plugins" / "panda-example"
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "plugins.md"
+TUTORIAL = ROOT / "docs" / "tutorial-plugin.md"
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -62,7 +72,7 @@ def console_lines() -> list[str]:
     """Every command of every other ``console`` block, continuation lines joined."""
     lines = []
     for page in PAGES:
-        for block in blocks(page, "console"):
+        for block in blocks(page, "console") if page != TUTORIAL else []:
             if block == OWN_RUN:
                 continue
             lines += block.replace("\\\n", " ").splitlines()
@@ -109,14 +119,21 @@ def test_a_documented_command_resolves(
     words = shlex.split(line)
     names = [word.rpartition("/")[2] for word in words]
     if "panda" in names:
-        monkeypatch.chdir(ROOT)
+        monkeypatch.chdir(tmp_path if "new" in names else ROOT)
         code = exit_code(panda, words[names.index("panda") + 1 :])
+    elif "panda-train" in names and "herons" in line:
+        return  # of a package that tests/cli/test_new.py makes and trains
     elif "panda-train" in names:
         flags = words[names.index("panda-train") + 1 :]
         (tmp_path / "run.yaml").write_text((ROOT / "configs" / "instruct-tiny.yaml").read_text())
         (tmp_path / "configs").symlink_to(ROOT / "configs")
         if "DIR" in flags:
             save_hf(llama(max_position_embeddings=2048), tmp_path / "DIR")
+        (tmp_path / "lab").mkdir()
+        shutil.copy(EXAMPLE / "panda_example" / "lion.py", tmp_path / "lab")
+        (plugin,) = (block for block in blocks(GUIDE, "python") if '@register_plugin("shout")' in block)
+        (tmp_path / "mine.py").write_text(plugin)
+        monkeypatch.setattr(sys, "path", list(sys.path))
         flags = ["panda:data/sample/instruct" if flag == "DATA" else flag for flag in flags]
         monkeypatch.chdir(tmp_path)
         code = exit_code(panda_train, flags) if "--help" in flags else exit_code(panda, ["check", *flags])
@@ -124,7 +141,7 @@ def test_a_documented_command_resolves(
         assert (ROOT / words[1]).exists()
         return
     else:
-        assert names[0] in ("python3", "pytest"), f"who runs {line!r}?"
+        assert names[0] in ("python3", "pytest", "pip"), f"who runs {line!r}?"
         return
     assert code == 0, capsys.readouterr().err
 
@@ -164,13 +181,25 @@ def test_the_readme_names_what_there_is() -> None:
 # -- Python blocks ----------------------------------------------------------------------------
 
 
-def python_blocks() -> list[Any]:
-    """Every ``python`` block, with an id that says where it is."""
+def python_blocks(*, that_train: bool = False) -> list[Any]:
+    """Every ``python`` block, with an id that says where it is: those that train, or the others."""
     return [
         pytest.param(block, id=f"{page.name}-{number}")
         for page in PAGES
+        if page != TUTORIAL
         for number, block in enumerate(blocks(page, "python"), 1)
+        if ("panda.train(" in block) == that_train
     ]
+
+
+@pytest.mark.parametrize("block", python_blocks(that_train=True))
+def test_a_python_block_that_trains_is_a_script_that_works(block: str, tmp_path: Path) -> None:
+    """In an empty folder; what it prints of the run is true."""
+    (tmp_path / "script.py").write_text(
+        block + "\nassert len(run.records) == run.step > 1 and run.directory.is_dir()\n"
+    )
+    printed = run_script(tmp_path / "script.py", cwd=tmp_path)
+    assert "print(run" not in block or re.search(r"^runs/shorter 5 \d\.\d+$", printed, re.MULTILINE)
 
 
 def try_model(component: Any, tmp_path: Path, printed: Any) -> None:
@@ -193,6 +222,12 @@ def try_optimizer(component: Any, tmp_path: Path, printed: Any) -> None:
     context = OptimizerContext([{"params": [parameter], "lr": 0.5, "weight_decay": 0.0}], torch.device("cpu"))
     optimizer = component.factory(component.options(), context)
     parameter.grad = torch.tensor([2.0, 0.0, -1.0])
+    if hasattr(optimizer, "bind"):
+        optimizer.bind(unsharded(optimizer.param_groups))
+        optimizer.step()
+        expected = 1 - 0.5 * (3 / 5) ** 0.5 * torch.tensor([2.0, 0.0, -1.0])  # a ratio of norms
+        assert torch.allclose(parameter.detach(), expected)
+        return
     optimizer.step()
     assert torch.equal(parameter.detach(), torch.tensor([0.5, 1.0, 1.5]))  # the sign of momentum
 
@@ -212,10 +247,26 @@ def try_plugin(component: Any, tmp_path: Path, printed: Any) -> None:
     catalog.load(offer)
     hooks = Hooks()
     hooks.add(component.factory(component.options(), PluginContext()), offer)
+    if component.name == "impatient":
+        try_stopping(hooks)
+        return
     for rank in (0, 1):
         run = SimpleNamespace(processes=SimpleNamespace(rank=rank))
         hooks.call.panda_checkpoint_saved(run=run, path=tmp_path)
     assert printed.readouterr().out == f"saved {tmp_path}\n"
+
+
+def try_stopping(hooks: Hooks) -> None:
+    """A plugin that stops a run at an evaluation that is worse, also than one before the run was resumed."""
+    stopped: list[str] = []
+    run = SimpleNamespace(stop=stopped.append)
+    for loss in (2.0, 1.5, 1.5):
+        hooks.call.panda_evaluation(run=run, record={"eval_loss": loss})
+    assert stopped == [] and hooks.acts("panda_evaluation")
+    [state] = hooks.call.panda_save_state(run=run)
+    hooks.call.panda_load_state(run=run, state=state)
+    hooks.call.panda_evaluation(run=run, record={"eval_loss": 1.75})
+    assert stopped == ["eval_loss rose from 1.500 to 1.750"]
 
 
 def try_kind(component: Any, tmp_path: Path, printed: Any) -> None:
@@ -314,6 +365,118 @@ def test_documented_entry_points_are_those_of_the_example(page: Path) -> None:
     assert names == set(re.findall(r'^@register_\w+\("([^"]+)"', module, re.MULTILINE))
 
 
+# -- the tutorial --------------------------------------------------------------------------------
+
+
+def install_from_source(folder: Path, site: Path) -> None:
+    """What `pip install -e` does, offline: metadata of the package in ``folder``, and a link to its source."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    info = site / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {module}\n" for name, module in names.items()) for group, names in groups
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    (site / folder.name).symlink_to(folder / folder.name)
+
+
+def write_block(block: str, folder: Path) -> None:
+    """Write ``block`` to the file that its first line names, or in place of one method of a class there."""
+    place, _, method = block.splitlines()[0].removeprefix("# ").partition(": ")
+    file, text = folder / place, block.partition("\n")[2]
+    if method:
+        class_name, _, name = method.partition(".")
+        source = file.read_text()
+        (found,) = (
+            item
+            for node in ast.parse(source).body
+            if isinstance(node, ast.ClassDef) and node.name == class_name
+            for item in node.body
+            if isinstance(item, ast.FunctionDef) and item.name == name
+        )
+        lines = source.splitlines(keepends=True)
+        text = "".join([*lines[: found.lineno - 1], text, *lines[found.end_lineno :]])
+    file.write_text(text)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for packages of the tutorial, which are installed in it until the end of a test."""
+    monkeypatch.chdir(tmp_path)
+    with fake_distributions(tmp_path) as made:
+        made.modules |= {"herons", "bitterns", "egrets"}
+        sys.path.append(str(tmp_path / "site"))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        yield tmp_path / "site"
+
+
+def run_tests(place: Path) -> None:
+    """What `pytest` does with the tests in ``place``, a package or a file, without importing torch in a new process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == place.parts[0]]:
+        del sys.modules[name]  # its files may have been written again
+    components.forget({key[2] for key in components._recorded if key[2].startswith(place.parts[0])})
+    forget_installed()
+    for file in sorted(place.glob("tests/test_*.py")) or [place]:
+        tests = [test for name, test in runpy.run_path(str(file)).items() if name.startswith("test_")]
+        for test in tests:
+            needed = test.__code__.co_varnames[: test.__code__.co_argcount]
+            test(**{name: Path(tempfile.mkdtemp(dir=Path.cwd())) for name in needed})
+        assert tests
+
+
+TUTORIAL_PARTS = TUTORIAL.read_text().split("\n## ")
+
+
+def test_the_tutorial_works_as_it_is_written(tmp_path: Path, site: Path) -> None:
+    """Its commands and its files, in their order, where only panda is installed."""
+    done = 0
+    for part in TUTORIAL_PARTS:
+        for language, block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL):
+            if language == "python":
+                write_block(block, tmp_path)
+            for line in block.replace("\\\n", " ").splitlines() if language == "console" else []:
+                command, *words = shlex.split(line)
+                done += 1
+                if command == "pip":
+                    install_from_source(tmp_path / words[-1].partition("[")[0], site)
+                    forget_installed()
+                elif command == "panda":
+                    assert panda(words) == 0, line
+                elif command == "pytest":
+                    run_tests(Path(words[0]))
+                else:
+                    assert command == "panda-train"
+                    with start("panda.cli.train", *words, "-p", "no:plot", cwd=tmp_path) as started:
+                        ended = started.wait()
+                    assert ended.returncode == 0, f"{line}\n{ended.stdout}{ended.stderr}"
+    assert done >= 9
+
+
+def test_what_the_tutorial_breaks_is_rejected(tmp_path: Path, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two mistakes that it suggests, by the first words that it shows of what is said of them."""
+    (network,) = (block for block in blocks(TUTORIAL, "python") if "network.py" in block.splitlines()[0])
+    decays = "distance >= 0, self.keep ** distance.clamp(min=0), 0"
+    wrong = {
+        "herons": ("model", decays, decays.replace(">= 0", ">= -1")),
+        "bitterns": ("task", '-(batch["grade"] * scores).sum()', '-(batch["grade"] * scores).mean()'),
+    }
+    for (name, (kind, right, mistaken)), shown in zip(wrong.items(), blocks(TUTORIAL, "text"), strict=True):
+        assert panda(["new", "plugin", name, "--kind", kind]) == 0
+        if kind == "model":
+            write_block(network, tmp_path)
+        file = tmp_path / name / name / ("network.py" if kind == "model" else "task.py")
+        assert right in file.read_text()
+        file.write_text(file.read_text().replace(right, mistaken))
+        install_from_source(tmp_path / name, site)
+        capsys.readouterr()
+        with pytest.raises(AssertionError):
+            run_tests(Path(name) / "tests" / f"test_{kind}.py")
+        printed = capsys.readouterr().out
+        assert shown.partition(" by ")[0].rstrip() in printed, printed
+
+
 # -- what plugins may rely on -----------------------------------------------------------------
 
 
@@ -337,7 +500,7 @@ def imported_from_panda(source: str) -> set[str]:
 
 def is_promised(name: str) -> bool:
     """Whether ``name`` is promised, or a name in a module that is."""
-    return name in PROMISED or name.rpartition(".")[0] in PROMISED
+    return name == "panda" or name in PROMISED or name.rpartition(".")[0] in PROMISED
 
 
 @pytest.mark.parametrize("name", PROMISED)
@@ -368,6 +531,12 @@ def test_a_python_block_imports_only_promised_names(block: str) -> None:
     assert imported and [name for name in imported if not is_promised(name)] == []
 
 
+@pytest.mark.parametrize("block", [*python_blocks(), *python_blocks(that_train=True)])
+def test_a_python_block_uses_only_promised_names_of_panda(block: str) -> None:
+    used = set(re.findall(r"\bpanda\.[A-Za-z]\w*", re.sub(r"^ *(from|import) .*", "", block, flags=re.MULTILINE)))
+    assert [name for name in used if not is_promised(name)] == []
+
+
 def test_the_walk_sees_every_import() -> None:
     source = "import panda.a\nif X:\n    from panda.b import C as D\ndef f():\n    from panda import e\nimport other"
     assert imported_from_panda(source) == {"panda.a", "panda.b.C", "panda.e"}
@@ -384,7 +553,7 @@ def test_the_map_of_the_code_is_that_of_the_code() -> None:
     rooms = set(re.findall(r"^  ([\w.]+)", drawn, re.MULTILINE))
     package = ROOT / "panda"
     there = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
-    assert rooms == there | {"runner.py"}
+    assert rooms == there | {"runner.py", "training.py"}
     table = text.partition("## Where would I change")[2].partition("\n## ")[0]
     for name in re.findall(r"`([\w/]+\.py)`", table):
         assert (package / name).exists(), name

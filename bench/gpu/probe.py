@@ -30,6 +30,8 @@ STOP = "PANDA_BENCH_STOP"
 class Probe:
     """Marks steps, their parts and their batches, and the peak of memory."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.marks: Marks | None = None
         self.total = 0

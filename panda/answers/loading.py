@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from panda.answers.assistant import Assistant
+from panda.data.ingredients import versions
 from panda.models.causal_lm import build_causal_lm
+from panda.models.causal_lm import refuse_code_of_hub
 from panda.models.initialisation.creation import keep_computed_float32
 from panda.models.initialisation.creation import without_weights
 from panda.registry import Catalog
@@ -75,22 +78,26 @@ class Answering:
         return Assistant(self.load(device), self.tokenizer, device, self.described, self.base)
 
 
-def described_in(folder: Path, weights: Weights | None = None, *, load: Load | None = None) -> Answering:
+def described_in(
+    folder: Path, weights: Weights | None = None, *, load: Load | None = None, blocked: Sequence[str] = ()
+) -> Answering:
     """The model that ``folder`` describes, an export or the description in a run, with ``weights`` or the folder's own.
 
-    ``load`` replaces loading it from those. Raises UserError where the tokenizer cannot be read.
+    ``load`` replaces loading it from those; ``blocked``: what ``-p no:`` names. Raises UserError where the tokenizer
+    cannot be read.
     """
-    return Answering(folder, read_tokenizer(folder), load or partial(_described_module, folder, weights), folder)
+    load = load or partial(_described_module, folder, weights, tuple(blocked))
+    return Answering(folder, read_tokenizer(folder), load, folder)
 
 
-def found_at(source: Source) -> Answering:
+def found_at(source: Source, blocked: Sequence[str] = ()) -> Answering:
     """The model in the folder at ``source``: an export, any in Hugging Face's format, or a delta with its base.
 
-    Raises UserError as a run that starts from it would.
+    ``blocked``: what ``-p no:`` names. Raises UserError as a run that starts from it would.
     """
     folder = Path(source.location)
     if source.base_path is None and "panda_model" in read_json_object(folder / CONFIG):
-        return described_in(folder)
+        return described_in(folder, blocked=blocked)
     pretrained = whole_at(replace(source, quantised=True))
     return Answering(folder, pretrained_tokenizer(pretrained), partial(_pretrained_module_on, pretrained), folder)
 
@@ -191,10 +198,12 @@ def _adapted_module(base: Pretrained, folder: Path, device: torch.device) -> tor
     return module.to(device).eval()
 
 
-def _described_module(folder: Path, weights: Weights | None, device: torch.device) -> torch.nn.Module:
+def _described_module(
+    folder: Path, weights: Weights | None, blocked: Sequence[str], device: torch.device
+) -> torch.nn.Module:
     config = read_json_object(folder / CONFIG)
     if "panda_model" in config:
-        module = _panda_module(config)
+        module = _panda_module(config, blocked)
     elif weights is None:
         return _pretrained_module_on(pretrained_at(Source(str(folder), "folder", quantised=True)), device)
     else:
@@ -238,8 +247,11 @@ def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
             f"{folder}: transformers loads quantised weights itself, so this delta cannot be added meanwhile. Write the"
             " whole model with `panda delta apply`, and name that."
         )
+    refuse_code_of_hub(pretrained.config, str(folder))
     try:
-        module, info = loading.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+        module, info = loading.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as problem:  # transformers lets the exceptions of its parsers through
         raise UserError(f"{folder}: transformers loads no model from it: {in_brief(problem)}.") from problem
     misshaped = [
@@ -250,11 +262,18 @@ def _transformers_module(pretrained: Pretrained) -> torch.nn.Module:
     return loaded
 
 
-def _panda_module(config: dict[str, Any]) -> torch.nn.Module:
+def _panda_module(config: dict[str, Any], blocked: Sequence[str]) -> torch.nn.Module:
     """The model of a panda package that ``config`` of its export describes, without weights."""
-    catalog = Catalog()
-    offer = catalog.find("model", config["panda_model"])
-    component = catalog.load(offer)
+    catalog = Catalog(blocked, runs_files=False)
+    try:
+        offer = catalog.find("model", config["panda_model"])
+        component = catalog.load(offer)
+    except UserError as problem:
+        provider, version = config["panda_model"].rpartition(":")[0], config.get("panda_version")
+        if not version or versions(provider) == {provider: version}:
+            raise
+        needed = f"The model came from {provider} {version}: `pip install {provider}=={version}`."
+        raise UserError(f"{problem} {needed}") from problem
     assert component is not None
     with without_weights(), offer.attributed("the factory"):
         built: torch.nn.Module = component.factory(

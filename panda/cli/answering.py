@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panda.cli.passed_over import report_passed_over
+from panda.configuration.arguments import blocked_name
 from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
@@ -59,6 +60,20 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     parser.add_argument("--base_path", "--base-path", help="for a delta: the model that it is added to")
     parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="also read weights from pickles")
+    add_blocking(parser)
+
+
+def add_blocking(parser: argparse.ArgumentParser) -> None:
+    """Add ``-p no:NAME``."""
+    what = "leave out what a distribution provides"
+    parser.add_argument("-p", action="append", default=[], type=_blocked, metavar="no:NAME", help=what)
+
+
+def _blocked(text: str) -> str:
+    try:
+        return blocked_name(text)
+    except UserError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
 
 
 def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False) -> tuple[Assistant, Sampling]:
@@ -104,9 +119,10 @@ def _find(arguments: argparse.Namespace) -> Answering:
     Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it was moved.
     """
     from panda.engine.checkpoints.folders import find_checkpoint
+    from panda.engine.checkpoints.folders import named_in
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
-    folder = Path(location)
+    folder = named_in(Path(location))
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     checkpoint = find_checkpoint(folder)
@@ -125,7 +141,7 @@ def _find(arguments: argparse.Namespace) -> Answering:
     from panda.answers.loading import described_in
     from panda.answers.loading import found_at
     from panda.answers.loading import with_adapters
-    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.engine.checkpoints.weights_copies import evaluated_weights
     from panda.weights.finding import Source
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -133,15 +149,15 @@ def _find(arguments: argparse.Namespace) -> Answering:
     if holds_adapters and not trained_adapters(folder.parent):
         return with_adapters(source, ckpt_path)
     run = checkpoint.parent.parent if checkpoint else folder.parent if holds_adapters else folder
-    adapted = adapter_run(run, ckpt_path)
+    adapted = adapter_run(run, ckpt_path, arguments.p)
     if adapted and (checkpoint or holds_adapters):
         print(f"{checkpoint or folder}", file=sys.stderr)
-        adapters = checkpoint_weights(checkpoint) if checkpoint else folder
+        adapters = evaluated_weights(checkpoint)[0] if checkpoint else folder
         return described_in(run / MODEL_FOLDER, load=partial(_adapted_module, adapted, adapters))
     if checkpoint and (run / MODEL_FOLDER).is_dir():
         print(f"{checkpoint}", file=sys.stderr)
-        return described_in(run / MODEL_FOLDER, checkpoint_weights(checkpoint))
-    return found_at(replace(source, location=str(folder)))
+        return described_in(run / MODEL_FOLDER, evaluated_weights(checkpoint)[0], blocked=arguments.p)
+    return found_at(replace(source, location=str(folder)), arguments.p)
 
 
 def _adapted_module(adapted: AdapterRun, adapters: Weights | Path, device: torch.device) -> torch.nn.Module:

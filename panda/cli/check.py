@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from panda.cli.command import announce_loading
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
 from panda.registry.resolve import Resolved
+from panda.run.first_look import announce_loading
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -17,8 +17,8 @@ nothing but the token cache. What panda-train would refuse on this machine is re
 that does not fit: for a run of several processes set WORLD_SIZE, as its launcher does.
 
 examples:
-  panda check configs/instruct-tiny.yaml --learning_rate 2e-3
-  WORLD_SIZE=8 panda check run.yaml --zero_stage 3"""
+  panda check panda:configs/instruct-tiny.yaml --learning_rate 2e-3
+  WORLD_SIZE=8 panda check panda:configs/instruct-tiny.yaml --zero_stage 3"""
 
 
 TRIED_LATER = "not tried yet: whether the model looks ahead or lacks logits; training does so before its first step"
@@ -56,9 +56,9 @@ def _print_settings(resolved: Resolved) -> None:
     print()
     for chosen in resolved.chosen:
         source = "{}:{}".format(*chosen.component.source)
-        print(f"{chosen.label}: {chosen.offer.distribution} {chosen.offer.version}, {source}")
+        print(f"{chosen.label}: {chosen.offer.provider}, {source}")
     for offer in resolved.hook_modules:
-        print(f"plugin {offer.name}: {offer.distribution} {offer.version}, {offer.module}")
+        print(f"plugin {offer.name}: {offer.provider}, {offer.file or offer.module}")
 
 
 def _check_data_and_model(configuration: Configuration, world_size: int) -> None:

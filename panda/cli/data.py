@@ -31,7 +31,7 @@ cannot be used and why, the lengths of samples, how full each `batching` makes t
 the first samples of the run, decoded, with the part that carries loss in colour (between » and « if
 the output is not a terminal). Draws the lengths into runs/NAME-lengths.png.
 
-example: panda data configs/instruct-tiny.yaml"""
+example: panda data panda:configs/instruct-tiny.yaml"""
 
 BINS = 12
 BAR = 40

@@ -33,7 +33,7 @@ makes it fit the others. Reads no data and no weights, and needs no GPU.
   --json            one JSON object, sizes in bytes
 
 examples:
-  panda estimate run.yaml --zero_stage 3 --gpus 8 --card h100
+  panda estimate panda:configs/instruct-tiny.yaml --zero_stage 3 --gpus 8 --card h100
   panda estimate --arch llama-7b --precision bf16 --per_gpu_train_batch_size 4 --sweep"""
 
 
@@ -208,7 +208,7 @@ def _sweep(prepared: Preparation, card: Card) -> list[str]:
     lines.append("ZeRO stage".ljust(12) + "".join(f"{f'{number} GPUs':>{wide}}" for number in ranks))
     for stage in STAGES:
         resolved = prepared.resolved.with_values({"zero_stage": stage}, "--sweep")
-        if refused(resolved.core):
+        if refused(resolved):
             lines.append(f"{stage:<12}refused")
             continue
         cells = []

@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from panda.cli.answering import add_blocking
 from panda.cli.command import run_command
 from panda.cli.passed_over import report_passed_over
+from panda.files.own import refuse_links_out
 from panda.files.whole import check_can_be_made
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
@@ -30,7 +32,7 @@ def _export(argv: list[str]) -> None:
         prog="panda export",
         description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
         " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
-        epilog="example: panda export runs/instruct-llama-7b --output my-llama",
+        epilog="example: panda export runs/instruct-llama-tiny --output my-llama",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("--output", type=Path, help="the folder to create; by default RUN/export, which is replaced")
@@ -40,7 +42,13 @@ def _export(argv: list[str]) -> None:
         help="for adapters: merge them into their base and write the whole model, by default to RUN/merged. Without"
         " this, only the adapters are written, in peft's format",
     )
+    parser.add_argument(
+        "--trained",
+        action="store_true",
+        help="the trained weights, also where the run evaluates and exports others, such as the average of `ema`",
+    )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    add_blocking(parser)
     arguments = parser.parse_args(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
@@ -54,23 +62,28 @@ def _export(argv: list[str]) -> None:
         raise UserError(
             f"{run}: its folder {MODEL_FOLDER!r}, which describes the model of the weights in {checkpoint}, is missing."
         )
-    adapted = adapter_run(run, arguments.ckpt_path)
+    adapted = adapter_run(run, arguments.ckpt_path, arguments.p)
     if arguments.merge and adapted is None:
         raise UserError(f"--merge: {run} trained a whole model, so there is nothing to merge. Leave --merge out.")
     output = arguments.output or run / ("merged" if arguments.merge else EXPORT)
     if arguments.output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {str(output)!r} is not empty. Name a folder that does not exist.")
+    if not arguments.output:
+        refuse_links_out(run)
     check_can_be_made(output, "--output")
 
     from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.engine.checkpoints.weights_copies import evaluated_weights
     from panda.weights.export import export
 
-    weights, note = checkpoint_weights(checkpoint), ""
+    weights, others = (checkpoint_weights(checkpoint), False) if arguments.trained else evaluated_weights(checkpoint)
+    note = "; the weights that it was evaluated with, an average or the like" if others else ""
     if adapted and not arguments.merge:
         _export_adapters(adapted, weights, output)
     else:
         if adapted:
-            weights, note = _merged(adapted, weights)
+            weights, merged = _merged(adapted, weights)
+            note += merged
         export(run / MODEL_FOLDER, weights, output)
     print(f"{output}: {checkpoint.name} of {run}{note}")
 

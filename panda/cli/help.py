@@ -8,6 +8,7 @@ import textwrap
 from panda.configuration.arguments import Arguments
 from panda.configuration.options import DEFAULT_PLUGINS
 from panda.configuration.options import RunOptions
+from panda.configuration.user_code import catalog_of
 from panda.registry import Catalog
 from panda.registry import Component
 from panda.registry import UserError
@@ -16,39 +17,39 @@ from panda.registry.choosing import choose
 from panda.registry.choosing import model_of
 from panda.registry.choosing import named_by_options
 from panda.registry.kinds import KINDS
-from panda.registry.offers import kinds
 from panda.registry.options import REQUIRED
 from panda.registry.options import Option
 from panda.registry.options import options_of
 from panda.registry.settings import convert_options
 
 USAGE = """\
-usage: panda-train [--config FILE] [--KEY VALUE ...] [-p no:NAME]
+usage: panda-train [--config FILE] [--KEY VALUE ...] [-p no:NAME] [--version]
 
 Train a language model. Every key of the YAML file is a flag, with `-` or `_`; a flag wins over the
 file. Name a task, an arch and an optimizer here to see their flags below.
 
 examples:
-  panda-train --config configs/instruct-tiny.yaml
-  panda-train --config configs/instruct-tiny.yaml --learning_rate 2e-3 --run_name faster
+  panda-train --config panda:configs/instruct-tiny.yaml
+  panda-train --config panda:configs/instruct-tiny.yaml --learning_rate 2e-3 --run_name faster
   panda-train --task instruct --arch llama-7b --optimizer adamw --help
-  torchrun --nproc_per_node 8 --no-python panda-train --config run.yaml --zero_stage 2
+  torchrun --nproc_per_node 2 --no-python panda-train --config panda:configs/pretrain-tiny.yaml
 
-  --config FILE          flat YAML, one `key: value` a line (also --conf_path)
+  --config FILE          flat YAML, one `key: value` a line (also --conf_path); `panda:configs/` has some
   -p no:NAME             leave out a plugin, or everything that a distribution provides
+  -V, --version          show the version of panda
   -h, --help             show this help"""
 
 
 def print_train_help(arguments: Arguments) -> None:
     """Print the flags of every run, and of the components that ``arguments`` choose."""
-    catalog = Catalog(arguments.blocked)
+    catalog = catalog_of(arguments)
     components = _chosen(catalog, arguments)  # first, so that an unknown name is reported instead of a page of flags
     print(USAGE)
     print_options("options of every run", options_of(RunOptions))
     for component in components:
         print_options(f"{component.kind} {component.name}: {component.summary}", options_of(component.options))
     print()
-    for kind in kinds().values():
+    for kind in catalog.kinds.values():
         names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers(kind.name)))
         if kind.name != "kind":  # of which a run chooses none
             print(_wrapped(f"{kind.plural}: {names or 'none'}", indent=2))
@@ -65,10 +66,10 @@ def _chosen(catalog: Catalog, arguments: Arguments) -> list[Component]:
         by_kind["model"] = model_of(catalog, by_kind["arch"])
     offers = [*(by_kind[kind] for kind in KINDS if kind in by_kind and kind != "arch"), *choice.plugins]
     owners = [(offer, component) for offer in offers if (component := catalog.load(offer))]
-    named, problems = named_by_options(catalog, owners, arguments.given)
-    if problems:
-        raise UserError("\n".join(problems))
-    return [component for _, component in [*owners, *named]]
+    named = named_by_options(catalog, owners, arguments.given)
+    if named.problems:
+        raise UserError("\n".join(named.problems))
+    return [component for _, component in [*owners, *named.owners]]
 
 
 def print_options(title: str, options: dict[str, Option]) -> None:

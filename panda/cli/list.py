@@ -8,12 +8,16 @@ from typing import Any
 
 from panda.cli.command import run_command
 from panda.configuration.arguments import blocked_name
-from panda.registry import Catalog
 from panda.registry import Offer
+from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
+from panda.registry.hook_facts import hooks
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds
 from panda.registry.offers import with_readable_source
+
+HOOKS = ("hooks", "hook")
+"""Names of a kind that is none: hooks are panda's, and packages add none."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,12 +32,16 @@ def _list(argv: list[str]) -> None:
         epilog="example: panda list optimizers --json",
     )
     plurals = ", ".join(kind.plural for kind in kinds().values())
-    parser.add_argument("kind", nargs="?", help=f"{plurals}; by default all")
+    parser.add_argument("kind", nargs="?", help=f"{plurals}, hooks; by default all components")
     parser.add_argument("--json", action="store_true", help="one JSON array of objects")
     parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave out a plugin or distribution")
+    parser.add_argument("--user_dir", "--user-dir", metavar="FOLDER", help="list the components in this folder, too")
     arguments = parser.parse_args(argv)
-    shown = [kind_named(arguments.kind)] if arguments.kind else list(kinds().values())
-    catalog = Catalog(map(blocked_name, arguments.p))
+    if arguments.kind in HOOKS:
+        _list_hooks(as_json=arguments.json)
+        return
+    catalog = catalog_with(arguments.user_dir, map(blocked_name, arguments.p))
+    shown = [kind_named(arguments.kind, catalog.kinds)] if arguments.kind else list(catalog.kinds.values())
     if arguments.json:
         rows = [_described(offer) for kind in shown for offer in catalog.offers(kind.name)]  # reads every source
         print(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -44,24 +52,36 @@ def _list(argv: list[str]) -> None:
         offers = catalog.offers(kind.name)
         print(f"{chr(10) if number else ''}{kind.plural}: {kind.summary}")
         name_width = max((len(offer.name) for offer in offers), default=0)
-        provider_width = max((len(_provider(offer)) for offer in offers), default=0)
+        provider_width = max((len(offer.provider) for offer in offers), default=0)
         for offer in offers:
             summary = _summary(offer) if offer in readable else ""
-            print(f"  {offer.name:{name_width}}  {_provider(offer):{provider_width}}  {summary}".rstrip())
+            print(f"  {offer.name:{name_width}}  {offer.provider:{provider_width}}  {summary}".rstrip())
         if not offers:
             print("  none")
     if unread := len(every) - len(readable):
         print(f"\nDescriptions of {unread:,} components of other packages are left out; `--json` shows all.")
 
 
-def _provider(offer: Offer) -> str:
-    return f"{offer.distribution} {offer.version}"
+def _list_hooks(*, as_json: bool) -> None:
+    """The hooks that plugins implement: when each is called, on which ranks, with which arguments."""
+    found = hooks()
+    if as_json:
+        rows = [
+            {"name": each.name, "ranks": each.ranks, "arguments": each.arguments, "summary": each.when}
+            for each in found
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    print("hooks: what a plugin implements, marked with @hookimpl, with any of the arguments")
+    called = [f"{each.name}({', '.join(each.arguments)})" for each in found]
+    for call, each in zip(called, found, strict=True):
+        print(f"  {call:{max(map(len, called))}}  {each.ranks:{max(len(other.ranks) for other in found)}}  {each.when}")
 
 
 def _summary(offer: Offer) -> str:
     if declared := offer.declaration:
         return declared.summary
-    return module_summary(offer.module) if offer.kind == "plugin" else ""
+    return module_summary(offer.module, offer.file) if offer.kind == "plugin" else ""
 
 
 def _described(offer: Offer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from panda.cli.command import print_version
 from panda.cli.command import run_command
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
@@ -24,6 +25,9 @@ COMMANDS = {
     "chat": "chat with a trained model",
     "translate": "write a configuration of another tool in panda's keys",
     "delta": "make or apply the difference between a fine-tune and its base",
+    "diff": "say where two runs part: configuration, data, versions, first different step",
+    "doctor": "examine what is installed: what is wrong with it, and what to do",
+    "new": "make a package with a component of your own, with tests and a configuration",
 }
 """Each command is a module of this package with ``main(argv)``."""
 
@@ -35,7 +39,7 @@ USAGE = (
 examples:
   panda list archs
   panda show model llama
-  panda check configs/instruct-tiny.yaml
+  panda check panda:configs/instruct-tiny.yaml
 
 `panda COMMAND --help` explains a command."""
 )
@@ -53,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 def _without_command(argv: list[str]) -> None:
     if argv and argv[0] not in ("-h", "--help"):
         if argv[0] in ("-V", "--version"):
-            import panda
-
-            print(f"panda {panda.__version__}")
+            print_version()
             return
         raise UserError(f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)}\n{USAGE}")
     print(USAGE)

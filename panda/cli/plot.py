@@ -19,7 +19,7 @@ usage: panda plot schedule CONFIG [--out FILE.png] [--KEY VALUE ...] [-p no:NAME
 Draw the learning rate of every optimizer step of a run, by default into schedule.png. Without
 max_steps the data is read and tokenised, since it decides how many steps there are.
 
-example: panda plot schedule configs/instruct-tiny.yaml --lr_scheduler wsd --max_steps 1000"""
+example: panda plot schedule panda:configs/instruct-tiny.yaml --lr_scheduler wsd --max_steps 1000"""
 
 
 def main(argv: list[str] | None = None) -> int:

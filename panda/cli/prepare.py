@@ -12,7 +12,7 @@ Read the data of a configuration and tokenise it into the token cache, on all co
 would at its start. Runs with the same data, tokenizer and options then start at once. Needs no GPU
 and no launcher; PANDA_CACHE or `token_cache` says where the cache is.
 
-example: panda prepare configs/instruct-tiny.yaml"""
+example: panda prepare panda:configs/instruct-tiny.yaml"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from panda.cli.command import run_command
 from panda.cli.help import print_options
-from panda.registry import Catalog
+from panda.cli.list import HOOKS
+from panda.registry import UserError
+from panda.registry import hookspecs
+from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
+from panda.registry.hook_facts import HookFacts
+from panda.registry.hook_facts import hook_named
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds
 from panda.registry.options import options_of
@@ -24,19 +30,23 @@ def _show(argv: list[str]) -> None:
         description="Show one component: its description, its options with their defaults, and where it comes from.",
         epilog="example: panda show model llama",
     )
-    parser.add_argument("kind", help=", ".join(kinds()))
+    parser.add_argument("kind", help=f"{', '.join(kinds())}, hook")
     parser.add_argument("name", help="its name, or DISTRIBUTION:NAME")
+    parser.add_argument("--user_dir", "--user-dir", metavar="FOLDER", help="of the components in this folder, too")
     arguments = parser.parse_args(argv)
-    catalog = Catalog()
-    offer = catalog.find(kind_named(arguments.kind).name, arguments.name)
+    if arguments.kind in HOOKS:
+        _show_hook(hook_named(arguments.name))
+        return
+    catalog = catalog_with(arguments.user_dir)
+    offer = catalog.find(kind_named(arguments.kind, catalog.kinds).name, arguments.name)
     component = catalog.load(offer)
     print(f"{offer.kind} {component.name if component else offer.name}")
     if component is None:
-        print(f"  {module_summary(offer.module)}".rstrip())
-        print(f"\n  from     {offer.distribution} {offer.version}\n  module   {offer.module}")
+        print(f"  {module_summary(offer.module, offer.file)}".rstrip())
+        print(f"\n  from     {offer.provider}\n  module   {offer.module}")
         return
     print("\n".join(f"  {line}".rstrip() for line in component.doc.splitlines()))
-    print(f"\n  from     {offer.distribution} {offer.version}")
+    print(f"\n  from     {offer.provider}")
     print(f"  module   {offer.module}")
     print("  source   {}:{}".format(*component.source))
     if component.aliases:
@@ -45,6 +55,11 @@ def _show(argv: list[str]) -> None:
         print(f"  model    {component.model}\n")
         with offer.attributed("the factory"):
             values = component.factory()
+        if not isinstance(values, Mapping):
+            raise UserError(
+                f"{component.describe()} returned {values!r}, not a mapping of options of {component.model!r}. This is"
+                f" a fault of {offer.describe()}."
+            )
         for key, value in values.items():
             print(f"  {key}: {value}")
         return
@@ -53,3 +68,11 @@ def _show(argv: list[str]) -> None:
         print_options("options", options)
     else:
         print("\nno options")
+
+
+def _show_hook(hook: HookFacts) -> None:
+    print(f"hook {hook.name}")
+    print("\n".join(f"  {line}".rstrip() for line in hook.doc.splitlines()))
+    print(f"\n  ranks      {hook.ranks}\n  arguments  {', '.join(hook.arguments)}: any of them, in any order")
+    print(f"  source     {hookspecs.__file__}:{hook.line}\n\n  @hookimpl")
+    print(f"  def {hook.name}({', '.join(hook.arguments)}): ...")

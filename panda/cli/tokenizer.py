@@ -18,6 +18,7 @@ from panda.files.disk_full import disk_full
 from panda.files.whole import check_can_be_made
 from panda.files.whole import whole
 from panda.registry import UserError
+from panda.registry.location import expanded
 from panda.registry.options import Given
 from panda.registry.options import Option
 from panda.registry.settings import CORE
@@ -78,7 +79,7 @@ def _parsed(given: list[str], flags: list[str]) -> tuple[Configuration, int, Pat
             f"--vocab_size: {vocab_size:,} is too small: 256 bytes and 3 special tokens are {SMALLEST}. Common sizes"
             " are 8000 to 128000."
         )
-    folder = Path(_converted("output", str, own["output"]) if "output" in own else "tokenizer").expanduser()
+    folder = expanded(_converted("output", str, own["output"]) if "output" in own else "tokenizer")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output: {str(folder)!r} exists. Name another folder, or move this one away.")
     check_can_be_made(folder, "--output")

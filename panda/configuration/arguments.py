@@ -6,38 +6,72 @@ knowing any: ``--key value``, ``--key=value``, ``--key a b`` for a list, and ``-
 
 from __future__ import annotations
 
+import numbers
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
 from panda.configuration.translation.translate import is_of_another_tool
 from panda.configuration.translation.translate import looks_like
 from panda.registry import UserError
+from panda.registry.api import checked_api
 from panda.registry.choosing import BLOCK
 from panda.registry.flat_yaml import load_flat_yaml
+from panda.registry.location import problem_of_path
+from panda.registry.location import resolve_path
 from panda.registry.options import Given
+from panda.weights.run_folders import CHECKPOINTS
+from panda.weights.run_folders import RUN_CONFIG
 
 IGNORED = ("local_rank",)
 """Flags that launchers add: `deepspeed` passes --local_rank, which panda reads from the environment."""
 
 
+API = "api"
+"""The entry of a configuration that states the version of panda's API for which it was written."""
+
+RECORDED_BY = "recorded_by"
+"""The entry of a run's config.yaml that states the version of panda which wrote it. Files of the user that such a file
+names are executed only where the command line names them, too."""
+
+
 @dataclass(frozen=True)
 class Arguments:
-    """A command line and the YAML file that it names, parsed."""
+    """A command line and the YAML file that it names, parsed; or what ``panda.train`` was given."""
 
     given: dict[str, Given]
     """Keys of the YAML file, overridden by the flags."""
     help: bool
+    api: int | None = None
+    """The version of panda's API for which the file was written; None where it states none."""
+    recorded: dict[str, Given] = field(default_factory=dict)
+    """Of the keys, those of a file that a run wrote, where no flag overrides them."""
+    in_process: bool = False
+    """Whether components that this process has registered are among those that can be named."""
 
     @property
     def blocked(self) -> tuple[str, ...]:
         """NAME of each ``no:NAME`` in ``plugins``."""
-        return tuple(blocked_name(text) for text in _texts(self.given.get("plugins")) if text.startswith(BLOCK))
+        return tuple(blocked_name(text) for text in texts_of(self.given.get("plugins")) if text.startswith(BLOCK))
+
+
+@dataclass(frozen=True)
+class _File:
+    """A configuration file, read."""
+
+    given: dict[str, Given]
+    api: int | None
+    is_recorded: bool
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Read the flags in ``argv`` and the YAML file that ``--config`` names."""
+    """Read the flags in ``argv`` and the YAML file that ``--config`` names, or else that of the run they continue."""
     added: list[str] = []
     blocked: list[str] = []
     flags: dict[str, Given] = {}
@@ -71,32 +105,108 @@ def parse_arguments(argv: list[str]) -> Arguments:
             hint = f" Did you mean `--config {word}`?" if word.endswith((".yaml", ".yml")) else ""
             raise UserError(f"{word!r}: expected a flag, --key value.{hint}")
     flags = _with_accepted_spellings(flags)
-
-    given: dict[str, Given] = {}
     config = flags.pop("config", None)
-    if config is not None:
-        if not isinstance(config.value, str):
-            more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
-            raise UserError(f"--config needs the path of a YAML file, as in --config configs/instruct-tiny.yaml{more}.")
-        if tool := looks_like(Path(config.value)):
-            raise UserError(
-                f"{config.value}: looks like a file of {tool}, and panda's keys are others."
-                f" `panda translate {config.value} --output run.yaml` writes it in panda's keys, and lists what has no"
-                " counterpart."
-            )
-        given = _with_accepted_spellings(load_flat_yaml(Path(config.value), is_of_another_tool))
-        if "config" in given:
-            raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
-    given |= flags
+    if config is not None and not isinstance(config.value, str):
+        more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
+        raise UserError(f"--config needs the path of a YAML file, as in --config run.yaml{more}.")
+    file = _read(_config_path(str(config.value), config.origin)) if config else _of_continued_run(flags)
+    given = file.given | flags
     named = given.get("plugins")
     # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
     if (added or blocked) and not (named and named.is_nested):
-        items = (*_texts(named), *added, *(BLOCK + name for name in blocked))
+        items = (*texts_of(named), *added, *(BLOCK + name for name in blocked))
         given["plugins"] = Given(items, named.origin if named else "--profile" if added else "-p", ", ".join(items))
-    return Arguments(given, asks_for_help)
+    recorded = {key: value for key, value in file.given.items() if key not in flags} if file.is_recorded else {}
+    return Arguments(given, asks_for_help, file.api, recorded)
 
 
-def _texts(given: Given | None) -> tuple[str, ...]:
+def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flags: Mapping[str, Any]) -> Arguments:
+    """What ``panda.train`` is given, as if it were a file and flags. Raises UserError."""
+    if isinstance(config, Mapping):
+        file = _checked(
+            _with_accepted_spellings({str(key): _of_python(f"config[{key!r}]", value) for key, value in config.items()})
+        )
+    elif isinstance(config, str | os.PathLike):
+        file = _read(_config_path(os.fspath(config), "panda.train: its first argument"))
+    elif config is not None:
+        raise UserError(
+            f"panda.train: its first argument is the path of a YAML file, a mapping of keys to values, or None, not"
+            f" {type(config).__qualname__}."
+        )
+    over = _with_accepted_spellings({key: _of_python(f"panda.train({key}=...)", value) for key, value in flags.items()})
+    if config is None:
+        file = _of_continued_run(over)
+    recorded = {key: value for key, value in file.given.items() if key not in over} if file.is_recorded else {}
+    return Arguments(file.given | over, False, file.api, recorded, in_process=True)
+
+
+def _config_path(text: str, origin: str) -> Path:
+    if problem := problem_of_path(text):
+        raise UserError(f"{origin}: {text[:200]!r} is not the path of a YAML file. {problem}")
+    return resolve_path(text)
+
+
+def _of_python(origin: str, value: Any) -> Given:
+    """``value``, a Python object, as a given value. Raises UserError where it is none that a file could have."""
+    if isinstance(value, Mapping):
+        return Given(True, origin, "...", is_nested=True)
+    items = tuple(_plain(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    for item in items:
+        if item is not None and not isinstance(item, str | int | float):
+            raise UserError(
+                f"{origin}: expected a text, a number, a truth value, None or a list of these, not a"
+                f" {type(item).__qualname__}."
+            )
+    return Given(items if isinstance(value, list | tuple) else items[0], origin, ", ".join(map(str, items)))
+
+
+def _plain(item: Any) -> Any:
+    """``item`` as a value of YAML, where it is a path or a number of some library."""
+    if isinstance(item, os.PathLike):
+        return os.fspath(item)
+    if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+        return int(item)
+    return float(item) if isinstance(item, numbers.Real) and not isinstance(item, bool) else item
+
+
+def _read(path: Path) -> _File:
+    """The configuration file at ``path``. Raises UserError where it is none of panda's."""
+    if tool := looks_like(path):
+        raise UserError(
+            f"{path}: looks like a file of {tool}, and panda's keys are others. `panda translate {path} --output"
+            " run.yaml` writes it in panda's keys, and lists what has no counterpart."
+        )
+    return _checked(_with_accepted_spellings(load_flat_yaml(path, is_of_another_tool)))
+
+
+def _of_continued_run(flags: Mapping[str, Given]) -> _File:
+    """The config.yaml of the run that ``flags`` continue, where they name no model themselves; else an empty one."""
+    place = flags.get("resume")
+    if place is not None and place.value == "auto":
+        place = flags.get("output_dir")
+    if place is None or not isinstance(place.value, str) or any(key in flags for key in ("arch", "model", "ckpt_path")):
+        return _File({}, None, False)
+    path = resolve_path(place.value).absolute()
+    folders = [path]
+    folders += [path.parent] if path.name == CHECKPOINTS else []
+    folders += [path.parents[1]] if path.parent.name == CHECKPOINTS else []
+    for folder in folders:
+        if (folder / RUN_CONFIG).is_file():
+            # Whoever wrote it, the user has not named this file: files in it are executed only where flags name them.
+            return replace(_read(folder / RUN_CONFIG), is_recorded=True)
+    return _File({}, None, False)
+
+
+def _checked(given: dict[str, Given]) -> _File:
+    """A file that holds ``given``. Raises UserError for what only a command line can have."""
+    if "config" in given:
+        raise UserError(f"{given['config'].origin}: a configuration file cannot name another one.")
+    stated = given.pop(API, None)
+    api = checked_api(str(stated.value), f"{stated.origin}: {API}") if stated else None
+    return _File(given, api, given.pop(RECORDED_BY, None) is not None)
+
+
+def texts_of(given: Given | None) -> tuple[str, ...]:
     """Those items of a list that are texts."""
     values = () if given is None else given.value if isinstance(given.value, tuple) else (given.value,)
     return tuple(value for value in values if isinstance(value, str))

@@ -17,12 +17,14 @@ from panda.configuration.refusals import refuse
 from panda.configuration.spellings import LAUNCHERS
 from panda.configuration.spellings import RENAMED
 from panda.configuration.translation.translate import advice
+from panda.configuration.user_code import catalog_of
 from panda.registry import Catalog
 from panda.registry.hooks import Hooks
 from panda.registry.hooks import live_hooks
 from panda.registry.options import Given
 from panda.registry.resolve import Resolved
 from panda.registry.resolve import resolve
+from panda.registry.resolve import resolve_model
 
 if TYPE_CHECKING:
     from panda.weights.pretrained import Pretrained
@@ -47,7 +49,7 @@ class Configuration:
 
 def configure(arguments: Arguments) -> Configuration:
     """Resolve ``arguments`` against what is installed. Raises UserError; imports no torch."""
-    catalog = Catalog(arguments.blocked)
+    catalog = catalog_of(arguments)
     for name in catalog.unused_blocks():
         print(
             f"warning: -p no:{name}: no installed distribution, module or plugin has that name.",
@@ -60,6 +62,8 @@ def configure(arguments: Arguments) -> Configuration:
         given = given | {"model": Given(name, f"checkpoint {pretrained.folder}", name)}
     renamed = advice(given) | RENAMED | LAUNCHERS
     resolved = resolve(catalog, RunOptions, given, default_plugins=DEFAULT_PLUGINS, renamed=renamed)
+    for warning in resolved.warnings if os.environ.get("RANK", "0") == "0" else ():
+        print(f"warning: {warning}", file=sys.stderr)
     hooks = live_hooks(resolved)
     resolved = _with_implied(resolved)
     if resolved.core.ckpt_path is None:
@@ -75,6 +79,24 @@ def configure(arguments: Arguments) -> Configuration:
         resolved = resolved.with_values({"use_lora": True}, f"adapters {pretrained.adapters}")
     refuse(resolved)
     return Configuration(follow_checkpoint(resolved, pretrained), hooks, pretrained)
+
+
+def configure_model(arguments: Arguments) -> Configuration:
+    """The core options and the model of ``arguments``, the configuration of a run: nothing else of it is looked for.
+
+    No file of the user is executed. Raises UserError; imports no torch.
+    """
+    catalog = Catalog(arguments.blocked, api=arguments.api, runs_files=False)
+    resolved = resolve_model(catalog, RunOptions, arguments.given)
+    if resolved.core.ckpt_path is None:
+        return Configuration(resolved, Hooks(), None)
+
+    from panda.configuration.from_checkpoint import follow_checkpoint
+    from panda.weights.finding import find_pretrained
+
+    pretrained = find_pretrained(resolved.core)
+    assert pretrained is not None
+    return Configuration(follow_checkpoint(resolved, pretrained), Hooks(), pretrained)
 
 
 def _with_implied(resolved: Resolved) -> Resolved:

@@ -47,6 +47,9 @@ class RunOptions:
     """How data files become rows; `auto` goes by the ending of each file's name. See `panda list readers`."""
     plugins: tuple[str, ...] = ()
     """Lifecycle plugins to add. panda's own are on; `no:NAME` (or the flag `-p no:NAME`) leaves one out."""
+    user_dir: Annotated[str, Location()] | None = None
+    """A folder with Python files that declare components, which then have names as those of packages do. A single file
+    needs no folder: `FILE.py:NAME` stands where a name does."""
 
     # -- where things are
     output_dir: Annotated[str, Location()] | None = None
@@ -54,7 +57,11 @@ class RunOptions:
     run_name: str | None = None
     """Name of the run, a folder in `runs`; by default TASK-ARCH."""
     resume: str | None = None
-    """`auto` continues from the newest complete checkpoint, if there is one; a path, from that checkpoint or run."""
+    """`auto` continues from the newest whole checkpoint, if there is one; a path, from that checkpoint or run. Where
+    nothing else names a model, the configuration is that of the run, changed by what is given besides."""
+    if_damaged: Literal["begin", "stop"] = "begin"
+    """What `resume: auto` does where the run has checkpoints and all are damaged: `begin` sets them aside and trains
+    from the first step again, `stop` is an error."""
     tokenizer: Annotated[str, Location(on_hub=True)] = "panda:data/sample/tokenizer"
     """A Hugging Face tokenizer: a folder, or a name on the hub. A path that begins with `panda:`, or with the name of
     another installed package, is inside that package; the default tokenizer reads bytes."""
@@ -69,33 +76,36 @@ class RunOptions:
     """If the tokenizer has more entries than the checkpoint, add rows, each the mean of the existing ones. Under
     `use_lora` rows of new entries are trained too."""
 
-    max_row_bytes: Annotated[int, Meta(ge=1)] = MAX_ROW_BYTES
+    max_row_bytes: Annotated[int, Meta(ge=1, le=2**40)] = MAX_ROW_BYTES
     """Most bytes of a row of data, unpacked; a larger one is reported and left out before it fills the memory. To
     tokenise a text takes about 140 bytes of memory for each of its bytes."""
     token_cache: Annotated[str, Location()] | None = None
     """Folder in which tokenised data is kept for later runs; by default `$PANDA_CACHE`, or `~/.cache/panda`."""
 
     # -- batches and length of the run
-    per_gpu_train_batch_size: Annotated[int, Meta(ge=1)] = 1
+    per_gpu_train_batch_size: Annotated[int, Meta(ge=1, le=10**6)] = 1
     """Micro batch: rows that one GPU (or process) trains on at once."""
-    per_gpu_eval_batch_size: Annotated[int, Meta(ge=1)] = 2
+    per_gpu_eval_batch_size: Annotated[int, Meta(ge=1, le=10**6)] = 2
     """Rows that one GPU handles at once in evaluation, and for the answers at the end."""
-    gradient_accumulation_steps: Annotated[int, Meta(ge=1)] = 64
+    gradient_accumulation_steps: Annotated[int, Meta(ge=1, le=10**6)] = 64
     """Micro batches per optimizer step on each GPU."""
     batching: Literal["padded", "grouped", "packed"] = "padded"
     """Rows of a step: `padded`, one sample each; `grouped`, and similar lengths together; `packed`, several samples."""
-    num_train_epochs: Annotated[float, Meta(gt=0)] = 1.0
+    num_train_epochs: Annotated[float, Meta(gt=0, le=10**6)] = 1.0
     """Passes over the data."""
-    max_steps: Annotated[int, Meta(ge=-1)] = -1
+    max_steps: Annotated[int, Meta(ge=-1, le=10**9)] = -1
     """Exactly this many optimizer steps, whatever num_train_epochs says; -1 for no limit."""
-    max_seq_length: Annotated[int, Meta(ge=2)] = 2048
+    max_train_hours: Annotated[float, Meta(gt=0, le=10**6)] | None = None
+    """Hours after which a start of the run saves and ends, as it does on SIGTERM, for a queue with a time limit.
+    `--resume RUN` goes on, for as many hours again."""
+    max_seq_length: Annotated[int, Meta(ge=2, le=10**8)] = 2048
     """Most tokens in a sample."""
-    num_workers: Annotated[int, Meta(ge=0)] = 2
+    num_workers: Annotated[int, Meta(ge=0, le=1024)] = 2
     """Processes that prepare batches; with 0 the training process does."""
-    prefetch_factor: Annotated[int, Meta(ge=1)] = 2
+    prefetch_factor: Annotated[int, Meta(ge=1, le=1000)] = 2
     """Optimizer steps for which each worker prepares batches ahead of time."""
 
-    max_samples: Annotated[int, Meta(ge=1)] | None = None
+    max_samples: Annotated[int, Meta(ge=1, le=10**12)] | None = None
     """Most samples of each data set to train on, its first ones, for a trial. Part of them is held out by
     eval_fraction; eval_data_dir is used whole."""
 
@@ -105,13 +115,13 @@ class RunOptions:
     read as the task reads its own; its loss goes to `metrics.jsonl`."""
     eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the samples to hold out and evaluate on, instead of eval_data_dir; the seed decides which ones."""
-    eval_steps: Annotated[int, Meta(ge=0)] = 0
+    eval_steps: Annotated[int, Meta(ge=0, le=10**9)] = 0
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
 
     # -- optimization
-    learning_rate: Annotated[float, Meta(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Meta(gt=0, le=1000)] = 1e-3
     """Peak learning rate. The default suits small models and adapters; to train all of a large model, lower it."""
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    weight_decay: Annotated[float, Meta(ge=0, le=1000)] = 0.0
     """Decoupled weight decay, applied to all parameters unless weight_decay_on says otherwise."""
     weight_decay_on: Literal["all", "matrices"] = "all"
     """What weight_decay applies to: all parameters, or only matrices (no norms, biases or embeddings)."""
@@ -131,7 +141,7 @@ class RunOptions:
     zero_stage: Annotated[int, Meta(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO stage: what is partitioned over GPUs. 1: optimizer state; 2: also gradients; 3: also weights. By
     default 0 in fp32 and 1 in 16 bits, where only ZeRO sums the gradients of micro batches in fp32."""
-    tensor_parallel_size: Annotated[int, Meta(ge=1)] = 1
+    tensor_parallel_size: Annotated[int, Meta(ge=1, le=2**16)] = 1
     """Neighbouring GPUs that hold one copy of the model together, each a part of every large matrix. Must divide the
     number of processes; the rest is data parallelism."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
@@ -147,9 +157,9 @@ class RunOptions:
     # -- adapters on a frozen base
     use_lora: bool = False
     """Train low-rank adapters (LoRA) and keep the weights frozen."""
-    lora_r: Annotated[int, Meta(ge=1)] = 64
+    lora_r: Annotated[int, Meta(ge=1, le=2**16)] = 64
     """Rank of the adapters."""
-    lora_alpha: Annotated[float, Meta(gt=0)] = 16.0
+    lora_alpha: Annotated[float, Meta(gt=0, le=10**9)] = 16.0
     """Adapters are scaled by lora_alpha over lora_r."""
     lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.05
     """Dropout on the adapters' input."""
@@ -167,14 +177,17 @@ class RunOptions:
     """Bits per weight of the quantised base: 4, or 8 (LLM.int8), which is closer to the original and twice as large."""
 
     # -- what is written
-    logging_steps: Annotated[int, Meta(ge=1)] = 1
+    logging_steps: Annotated[int, Meta(ge=1, le=10**9)] = 1
     """Optimizer steps between log records."""
-    save_steps: Annotated[int, Meta(ge=0)] = 0
-    """Optimizer steps between checkpoints; 0 saves only at the end."""
+    save_steps: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    """Optimizer steps between checkpoints; 0 for none by steps."""
+    save_minutes: Annotated[float, Meta(ge=0, le=10**6)] = 30.0
+    """Minutes of training after which a step ends with a checkpoint, beside those of save_steps; 0 for none by time.
+    Such a checkpoint is removed once a newer one is complete."""
     save_final: bool = True
-    """Write a checkpoint after the last step too. Without it the disk needs room for the export only (of a 7B 13 GB,
-    not 94), and the finished run cannot be trained further."""
-    save_total_limit: Annotated[int, Meta(ge=1)] | None = None
+    """Write a checkpoint after the last step too. Without it, and without save_minutes, the disk needs room for the
+    export only (of a 7B 13 GB, not 94), and the finished run cannot be trained further."""
+    save_total_limit: Annotated[int, Meta(ge=1, le=10**9)] | None = None
     """Number of checkpoints to keep; older ones are removed once a newer one is complete. By default all."""
     prompts: tuple[str, ...] = ()
     """Prompts that the trained model answers at the end; by default two from the data."""
@@ -214,6 +227,6 @@ def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:
         if not pattern or not 0 < multipliers[pattern] < math.inf:
             raise UserError(
                 f"lr_multipliers: {text!r} is not PATTERN=FACTOR with a factor above 0: `*embed*=0.1`."
-                " To leave weights as they are, freeze them in the model."
+                " To leave weights as they are, add the plugin `freeze`."
             )
     return multipliers

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +19,7 @@ from panda.configuration.deepspeed_file import read_deepspeed_file
 from panda.configuration.options import LORA_KEYS
 from panda.configuration.options import RunOptions
 from panda.registry import UserError
+from panda.registry.components import NEEDS
 from panda.registry.resolve import Resolved
 
 
@@ -36,6 +38,20 @@ class Refusal:
     instead: str
     of_task: Callable[[Any], bool] = _any_task
     """Of which tasks, by their factories."""
+    of_needs: frozenset[str] = frozenset(NEEDS)
+    """Of optimizers that need one of these."""
+    of_plugins: frozenset[str] = frozenset()
+    """Only where the run has one of these plugins of panda's."""
+
+    def refuses(self, resolved: Resolved) -> bool:
+        """Whether ``resolved`` is such a combination."""
+        components, plugins = resolved.components, resolved.plugins
+        return (
+            components["optimizer"].component.needs in self.of_needs
+            and self.applies(resolved.core)
+            and self.of_task(components["task"].component.factory)
+            and (not self.of_plugins or any(each.offer.is_own and each.name in self.of_plugins for each in plugins))
+        )
 
 
 LAYOUTS = ("padded", "grouped")
@@ -74,17 +90,15 @@ def _in_file(run: RunOptions, *path: str) -> Any:
     return value
 
 
-def _in_file_of_lamb(run: RunOptions, *path: str) -> Any:
-    """The same if the optimizer needs the norm of whole layers, else None."""
-    return _in_file(run, *path) if _optimizer(run) in ("nvlamb", "lamb") else None
-
-
 def _optimizer(run: RunOptions) -> str:
     return run.optimizer.rpartition(":")[2].lower()
 
 
 _OFFLOAD = ("zero_optimization", "offload_optimizer")
 _WEIGHTS = ("zero_optimization", "offload_param")
+WHOLE = "an optimizer that needs whole parameters or their norms"
+"""The optimizers of some combinations. Messages name the one of the run, and what it needs, in place of these words."""
+_WHOLE = frozenset({"norms", "parameters"})
 _DEFAULTS = {field.name: field.default for field in fields(RunOptions)}
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -106,6 +120,13 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda run: run.eval_steps > 0 and run.eval_data_dir is None and not run.eval_fraction,
         "there is nothing to evaluate on",
         "name held-out data with `eval_data_dir`, hold a part out with `eval_fraction`, or leave `eval_steps` out",
+    ),
+    Refusal(
+        "early_stopping, best_checkpoint or rate_on_plateau without evaluations",
+        lambda run: not run.eval_steps or (run.eval_data_dir is None and not run.eval_fraction),
+        "they go by the evaluations of a run, and this one has none before its end",
+        "`eval_steps` with `eval_data_dir` or `eval_fraction`",
+        of_plugins=frozenset({"early_stopping", "best_checkpoint", "rate_on_plateau"}),
     ),
     Refusal(
         "eval_fraction with eval_data_dir",
@@ -171,24 +192,32 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave `zero_stage` out: it is then 1, which sums in fp32 and on one GPU is otherwise the same",
     ),
     Refusal(
-        "optimizer: nvlamb with offload_optimizer on NVMe",
-        lambda run: _in_file_of_lamb(run, *_OFFLOAD, "device") == "nvme",
-        "the norm of a layer needs the whole layer, and DeepSpeed keeps most of it on the disk",
+        f"{WHOLE} with offload_optimizer on NVMe",
+        lambda run: _in_file(run, *_OFFLOAD, "device") == "nvme",
+        "DeepSpeed keeps most of a parameter on the disk, and gives the optimizer a piece of it at a time",
         '`offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+        of_needs=_WHOLE,
     ),
     Refusal(
-        "optimizer: nvlamb with offload_optimizer.ratio below 1",
-        lambda run: _in_file_of_lamb(run, *_OFFLOAD, "ratio") not in (None, 1),
+        f"{WHOLE} with offload_optimizer.ratio below 1",
+        lambda run: _in_file(run, *_OFFLOAD, "ratio") not in (None, 1),
         "DeepSpeed updates the part that stays on the GPU with its own AdamW",
         "leave `ratio` out, or `optimizer: adamw`",
+        of_needs=_WHOLE,
     ),
     Refusal(
-        "optimizer: nvlamb with ZenFlow or SuperOffload",
-        lambda run: bool(
-            _in_file_of_lamb(run, "zero_optimization", "zenflow") or _in_file_of_lamb(run, *_OFFLOAD, "super_offload")
-        ),
+        f"{WHOLE} with ZenFlow or SuperOffload",
+        lambda run: bool(_in_file(run, "zero_optimization", "zenflow") or _in_file(run, *_OFFLOAD, "super_offload")),
         "they update with DeepSpeed's own CPU Adam, a part of the weights at a time",
         'plain `offload_optimizer: {"device": "cpu"}`, or `optimizer: adamw`',
+        of_needs=_WHOLE,
+    ),
+    Refusal(
+        "the plugins ema or freeze with offload_optimizer on NVMe",
+        lambda run: _in_file(run, *_OFFLOAD, "device") == "nvme",
+        "they read and set the master weights, most of which DeepSpeed keeps on the disk",
+        '`offload_optimizer: {"device": "cpu"}`, or leave the plugin out',
+        of_plugins=frozenset({"ema", "freeze"}),
     ),
     Refusal(
         "compile with zero_stage: 3 and offload_param on NVMe",
@@ -231,11 +260,7 @@ REFUSALS: tuple[Refusal, ...] = (
 
 def refuse(resolved: Resolved) -> None:
     """Raise UserError for the combinations in ``resolved`` that cannot work."""
-    found = [
-        _said(resolved, refusal)
-        for refusal in REFUSALS
-        if refusal.applies(resolved.core) and refusal.of_task(resolved.components["task"].component.factory)
-    ]
+    found = [_said(resolved, refusal) for refusal in REFUSALS if refusal.refuses(resolved)]
     if found:
         raise UserError("\n".join(found))
 
@@ -247,13 +272,23 @@ def refuse_layout(resolved: Resolved, task: type) -> None:
             raise UserError(_said(resolved, refusal))
 
 
+def refuse_undeclared(resolved: Resolved) -> None:
+    """Raise UserError if the optimizer, which has ``bind`` and declares no ``needs``, is in such a combination."""
+    chosen = resolved.components["optimizer"]
+    if chosen.component.needs == "nothing":
+        declared = replace(chosen, component=replace(chosen.component, needs="norms"))
+        refuse(replace(resolved, components={**resolved.components, "optimizer": declared}))
+
+
 def _said(resolved: Resolved, refusal: Refusal) -> str:
-    return f"{_origins(resolved, refusal)}{refusal.what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
+    component = resolved.components["optimizer"].component
+    what = refusal.what.replace(WHOLE, f"optimizer: {component.name}, which needs {NEEDS[component.needs]},")
+    return f"{_origins(resolved, what)}{what}: refused, since {refusal.reason}. Instead: {refusal.instead}."
 
 
-def _origins(resolved: Resolved, refusal: Refusal) -> str:
-    """The places in files of the keys that ``refusal`` names, before a message; keys given as flags need none."""
-    patterns = re.findall(r"[\w*]+", refusal.what)  # `lora_*` names several
+def _origins(resolved: Resolved, what: str) -> str:
+    """The places in files of the keys that ``what`` names, before a message; keys given as flags need none."""
+    patterns = re.findall(r"[\w*]+", what)  # `lora_*` names several
     settings = (setting for key, setting in resolved.settings.items() if any(fnmatch(key, p) for p in patterns))
     places = dict.fromkeys(setting.origin for setting in settings if ":" in setting.origin)
     return f"{', '.join(places)}: " if places else ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -266,6 +269,23 @@ class _Steps(Dataset[list[Batch]]):
         return {**self.layout.dataset[number], "index": np.array(number)}
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """In a worker: let only the training process end it.
+
+    Ctrl-C in a terminal, and schedulers, signal all processes of a run at once, whose step is to be finished first.
+    """
+    parent = os.getppid()
+
+    def hear() -> None:
+        while True:
+            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent or os.getppid() != parent:
+                os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=hear, name="signals", daemon=True).start()
+
+
 def step_batches(
     layout: Layout,
     collate: Collate,
@@ -291,6 +311,7 @@ def step_batches(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
         # A generator of its own, since the loader draws a seed for its workers: the run's random numbers
         # must not depend on how often a loader is started.
         generator=torch.Generator().manual_seed(0),

@@ -63,7 +63,9 @@ def remember(file: Path, digest: str, memory: Path) -> None:
     # Written in place: a note that was cut off is no JSON, and the file is hashed again.
     with suppress(OSError):  # a full disk, a read-only folder: the file is hashed again next time
         memory.mkdir(parents=True, exist_ok=True)
-        _note(file, memory).write_text(json.dumps([_identity(file.stat()), digest]), encoding="utf-8")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with open(os.open(_note(file, memory), flags, 0o666), "w", encoding="utf-8") as note:
+            note.write(json.dumps([_identity(file.stat()), digest]))
 
 
 def stamp(status: os.stat_result) -> list[int]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from panda.registry.offers import all_installed
 from panda.registry.offers import maker
@@ -28,9 +29,11 @@ def code_of(made: object) -> list[Any]:
     tops = {_top(cls.__module__), *([_top(offer.module)] if offer else [])} - {"panda"}
     if not tops:
         return [name]
-    distributions = sorted({each.distribution for each in all_installed() if _top(each.module) in tops})
+    having = {(_top(each.module), each.distribution) for each in all_installed() if _top(each.module) in tops}
+    distributions = sorted({distribution for _, distribution in having})
+    beside = {known: file for top in tops - {top for top, _ in having} for known, file in _files_beside(top)}
     tops |= {top for each in distributions for top in _top_levels(each) if top in sys.modules} - {"panda"}
-    files = {known: file for top in tops for known, file in _files(top)}
+    files = beside | {known: file for top in tops for known, file in _files(top)}
     for base in cls.__mro__:
         if _top(base.__module__) not in {"panda", *sys.stdlib_module_names, *tops}:
             files[base.__module__] = Path(inspect.getsourcefile(base) or "")
@@ -38,7 +41,19 @@ def code_of(made: object) -> list[Any]:
     for known in sorted(files):
         hashed.update(f"\0{known}\0".encode(errors="surrogateescape"))
         hashed.update(files[known].read_bytes())
+    if any(not hasattr(sys.modules.get(top), "__file__") for top in tops):
+        hashed.update(_unseen.encode())
     return [name, versions(*distributions), hashed.hexdigest()]
+
+
+_unseen = uuid4().hex
+"""Stands for code that is in no file, as in a notebook: what it made is not used again."""
+
+
+def forget_unseen_code() -> None:
+    """Take it that code which is in no file has changed."""
+    global _unseen
+    _unseen = uuid4().hex
 
 
 def versions(*distributions: str) -> dict[str, str]:
@@ -84,6 +99,14 @@ def _top_levels(distribution: str) -> set[str]:
     files = [file.parts[0].removesuffix(".py") for file in found.files or () if file.suffix == ".py"]
     names = [*(found.read_text("top_level.txt") or "").split(), *files]
     return {name for name in names if not name.startswith("__editable__")}  # setuptools' finder, which has paths
+
+
+def _files_beside(top: str) -> Iterator[tuple[str, Path]]:
+    """The Python files beside that of an imported module which no distribution has: it may import them."""
+    module = sys.modules.get(top)
+    if (single := getattr(module, "__file__", None)) and not hasattr(module, "__path__"):
+        for file in Path(single).parent.glob("*.py"):
+            yield f"{top}/{file.name}", file
 
 
 def _files(top: str) -> Iterator[tuple[str, Path]]:

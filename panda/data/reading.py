@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from abc import abstractmethod
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from typing import BinaryIO
 from typing import Protocol
 from typing import runtime_checkable
 
+from panda.registry import UserError
 from panda.registry.offers import maker
 
 
@@ -152,7 +154,21 @@ def rows_of(reader: Reader, file: Path) -> Iterator[Row | BadRow]:
     """What ``reader`` reads of ``file``. An exception in it names the distribution of the reader."""
     offer = maker(reader)
     with offer.attributed("`read`") if offer else nullcontext():
-        yield from reader.read(file)
+        rows = reader.read(file)
+        if not isinstance(rows, Iterable):
+            raise UserError(f"{_whose(reader)} returned {rows!r} for {file}, and not rows: let `read` yield them.")
+        for row in rows:
+            if not isinstance(row, (Row, BadRow)):
+                raise UserError(
+                    f"{_whose(reader)} yielded a {type(row).__name__} for a row of {file}: yield"
+                    " `panda.data.reading.Row(fields, file, number)` or a `BadRow`."
+                )
+            yield row
+
+
+def _whose(reader: Reader) -> str:
+    offer = maker(reader)
+    return f"reader {offer.name!r} of {offer.describe()}" if offer else f"the reader {type(reader).__qualname__}"
 
 
 def too_large(limit: int, advice: str = "") -> str:

@@ -18,6 +18,8 @@ from panda.data.conversations import Conversation
 from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
 from panda.data.encoding import Encoder
+from panda.data.rendering import check_template
+from panda.data.rendering import limited
 from panda.registry import UserError
 
 DATE_MACRO = "macro strftime_now"
@@ -196,13 +198,24 @@ class ChatTemplate:
         return rest + self._habits.ending
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, ask: bool) -> str:
+        for written in self._written:
+            check_template(written)
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=ask
-            )
+            with limited():
+                text: str = self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=ask
+                )
+        except UserError:  # of `limited`: each other conversation would take as long
+            raise
         except Exception as problem:  # a template can raise errors of jinja's and of its own
             raise UnusableRowError(f"the chat template refuses it: {self.encoder.readable(str(problem))}") from None
         return text
+
+    @cached_property
+    def _written(self) -> list[str]:
+        """The templates themselves; some tokenizers have several."""
+        found = self.tokenizer.chat_template
+        return [each for each in (found.values() if isinstance(found, dict) else [found]) if isinstance(each, str)]
 
     @cached_property
     def _habits(self) -> _Habits:

@@ -42,8 +42,11 @@ from panda.data.token_dataset import supervised_in
 from panda.data.tokenising import tokenised_blocks
 from panda.files.disk_full import disk_full
 from panda.files.locks import held
+from panda.files.own import refuse_strangers
 from panda.files.whole import whole
 from panda.registry import UserError
+from panda.registry.location import expanded
+from panda.registry.location import problem_of_path
 
 VERSION = 4
 """Raised by whoever changes the layout of the files, or which tokens a reader or a task of panda's makes of data."""
@@ -55,7 +58,16 @@ HASHES = "sample_hashes"
 
 def cache_folder(option: str | None) -> Path:
     """The folder that the option ``token_cache`` means: its value, ``$PANDA_CACHE``, or one in the home directory."""
-    return Path(option or os.environ.get("PANDA_CACHE") or "~/.cache/panda").expanduser()
+    named = option or os.environ.get("PANDA_CACHE") or "~/.cache/panda"
+    try:
+        folder = expanded(named)
+    except UserError as problem:
+        raise UserError(
+            f"token_cache: {problem} `token_cache` or PANDA_CACHE names a folder for tokenised data."
+        ) from None
+    if why := problem_of_path(named):
+        raise UserError(f"token_cache: {named[:200]!r} is no path. {why}")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,9 @@ class TokenCache:
         One process does that; others that want the same wait for it. Raises UserError where the data cannot be used.
         """
         before = _stamps(recipe)
+        refuse_strangers(self._hashes, self.folder, "token_cache")
         folder = self.folder / self._key(recipe)
+        refuse_strangers(folder, self.folder, "token_cache")
         dataset = open_cache(folder, self.folder)
         if dataset is None:
             with ExitStack() as stack:

@@ -22,7 +22,11 @@ from typing import Any
 
 import torch
 
+from panda.engine.checkpoints.hashing import HashedFiles
+from panda.engine.checkpoints.reading import plain_only
 from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
+from panda.engine.evaluated_weights import evaluated_weights
+from panda.engine.freezing import Freezing
 from panda.engine.gathering import gather_by_layers
 from panda.engine.gathering import with_sizes
 from panda.engine.gradient_sums import sum_in_one_pass
@@ -112,6 +116,7 @@ class Engine:
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self._module_parts = tuple(module.modules())
         self.own_optimizer = optimizer  # ``self.optimizer`` may be a wrapper around it
+        self.freezing = Freezing(module, self.optimizer, optimizer)
         self.on_part: Callable[[str], None] | None = None
         """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
         self._agreed: set[str] = set()
@@ -332,8 +337,8 @@ class Engine:
             whole = joined(tensor, self.processes)
             return whole.to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write the trained parameters and the optimizer to ``folder/tag``. Every rank must call this.
+    def save(self, folder: Path, tag: str, files: HashedFiles) -> None:
+        """Write the trained parameters and the optimizer to ``folder/tag``, by ``files``. Every rank must call this.
 
         If writing fails on this rank, raises that error when DeepSpeed has finished on all ranks.
         """
@@ -350,26 +355,39 @@ class Engine:
 
             return tried
 
-        writers = (self.deepspeed.checkpoint_engine, "save"), (self.deepspeed, "_copy_recovery_script")
-        for owner, name in writers:
-            setattr(owner, name, going_on(getattr(owner, name)))
-        try:
-            self.deepspeed.save_checkpoint(
-                str(folder),
-                tag=tag,
-                client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
-                save_latest=False,
-                exclude_frozen_parameters=True,
+        def save(state_dict: Any, path: str) -> None:
+            files.save(state_dict, Path(path), _use_new_zipfile_serialization=writer.zipfile_serialization)
+
+        writer = self.deepspeed.checkpoint_engine
+        if type(writer).__name__ != "TorchCheckpointEngine":
+            raise UserError(
+                f"deepspeed_config: DeepSpeed writes checkpoints by {type(writer).__name__}, whose files panda cannot"
+                " hash. Remove the key that asks for it."
             )
+        writers = (
+            (writer, "save", save),
+            (self.deepspeed, "_copy_recovery_script", self.deepspeed._copy_recovery_script),
+        )
+        for owner, name, write in writers:
+            setattr(owner, name, going_on(write))
+        try:
+            with evaluated_weights(self):
+                self.deepspeed.save_checkpoint(
+                    str(folder),
+                    tag=tag,
+                    client_state={SPLIT_DIMENSIONS: split_dimensions(self.module)},
+                    save_latest=False,
+                    exclude_frozen_parameters=True,
+                )
         finally:
-            for owner, name in writers:
+            for owner, name, _ in writers:
                 delattr(owner, name)
         if problems:
             raise problems[0]
 
     def load(self, folder: Path, tag: str) -> bool:
-        """Load what ``save`` wrote; False if nothing is there."""
-        with redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the names of its internal formats
+        """Load what ``save`` wrote; False if nothing is there. Raises UserError for a file that has more than data."""
+        with plain_only(), redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the names of its internal formats
             loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained_state)
         return loaded is not None
 
@@ -394,11 +412,25 @@ class Engine:
         if self.on_part is not None:
             self.on_part(name)
 
+    def _forget_gradients(self) -> None:
+        """Drop the gradients of a step that was skipped.
+
+        Under ZeRO-1 and 2 with `offload_optimizer` DeepSpeed 0.19.8 keeps the sums of 16-bit gradients, and adds those
+        of the next step to them: after one NaN every later step is skipped. Can go when its overflow path sets
+        `averaged_gradients` to None there too.
+        """
+        if getattr(self.optimizer, "cpu_offload", False):
+            for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+                kept.update(dict.fromkeys(kept))
+
     def _apply(self) -> tuple[torch.Tensor | float, bool]:
         """Step the optimizer. Returns the norm of all gradients before clipping, and whether the step was taken."""
         if self._keeps_grad_norm:
             self.deepspeed.step()
-            return self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
+            applied = self.deepspeed.was_step_applied()
+            if not applied:
+                self._forget_gradients()
+            return self.deepspeed.get_global_grad_norm(), applied
         # DeepSpeed's wrappers skip a step whose gradients are not finite. In fp32 without ZeRO, 0.19.8 has no
         # wrapper, and one bad batch would make every weight NaN. Can go when it checks there too.
         parameters = [p for p in self.module.parameters() if counts_here(p, self.processes)]

@@ -35,6 +35,8 @@ class MemoryParts:
     """A second, frozen model that the task compares with."""
     masters: int = 0
     """fp32 copies of the trained weights, which the optimizer steps."""
+    copies: int = 0
+    """fp32 copies of the trained weights that plugins hold, such as an average."""
     optimizer: int = 0
     """The optimizer's states."""
     accumulators: int = 0
@@ -61,7 +63,7 @@ class MemoryParts:
     @property
     def standing(self) -> int:
         """What is held between steps too, whatever the batches are."""
-        return self.weights + self.reference + self.masters + self.optimizer + self.accumulators
+        return self.weights + self.reference + self.masters + self.copies + self.optimizer + self.accumulators
 
     def describe(self) -> str:
         """The parts in GiB, the largest first; those that round to nothing are left out."""
@@ -78,6 +80,7 @@ NAMES = {
     "weights": "weights",
     "reference": "the frozen reference",
     "masters": "fp32 master weights",
+    "copies": "copies of weights that plugins hold",
     "optimizer": "optimizer states",
     "accumulators": "fp32 sums of gradients",
     "gradients": "gradients",
@@ -127,10 +130,19 @@ class Held:
     """Bytes that come on top in the optimizer's step, when there are no activations."""
 
 
-def held(sizes: Sizes, options: RunOptions, config: dict[str, Any], *, world_size: int, state_bytes: float) -> Held:
+def held(
+    sizes: Sizes,
+    options: RunOptions,
+    config: dict[str, Any],
+    *,
+    world_size: int,
+    state_bytes: float,
+    copies: int = 0,
+) -> Held:
     """What is held with ``config``, DeepSpeed's, on ``world_size`` ranks.
 
-    ``state_bytes``: of the optimizer, for each element that is trained.
+    ``state_bytes``: of the optimizer, for each element that is trained. ``copies``: those of the trained weights that
+    plugins hold.
     """
     zero: dict[str, Any] = config["zero_optimization"]
     ranks, element = max(1, world_size // options.tensor_parallel_size), 4 if options.precision == "fp32" else 2
@@ -138,13 +150,15 @@ def held(sizes: Sizes, options: RunOptions, config: dict[str, Any], *, world_siz
     dequantised = sizes.dequantised_layer if options.activation_checkpointing == "full" else sizes.dequantised
     parts = MemoryParts(
         weights=element * sizes.trained + sizes.frozen,
+        copies=4 * copies * -(-sizes.trained // (ranks if options.zero else 1)),
         optimizer=round(state_bytes * sizes.trained),
         gradients=element * sizes.largest,
         buffers=dequantised,
     )
     by_stage = (_stage_0, _stage_1_and_2, _stage_1_and_2, _stage_3)[options.zero]
     result = by_stage(parts, sizes, options, zero, ranks, element)
-    offloaded = {"masters": 0, "optimizer": 0, "accumulators": 0} if _is_offloaded(zero, "offload_optimizer") else {}
+    on_host = ("masters", "copies", "optimizer", "accumulators")
+    offloaded = dict.fromkeys(on_host, 0) if _is_offloaded(zero, "offload_optimizer") else {}
     if options.zero == 3 and _is_offloaded(zero, "offload_param"):
         offloaded["weights"] = 0
     return replace(result, parts=replace(result.parts, **offloaded))

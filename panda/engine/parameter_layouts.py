@@ -11,11 +11,13 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from panda.engine.exchange import RankExchange
+from panda.engine.exchange import Segments
 from panda.engine.processes import Processes
 from panda.engine.wrappers import Wrapper
 from panda.engine.wrappers import wrapper_of
+from panda.optim.parameter_kinds import describe_parameters
 from panda.registry import UserError
 from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import TensorLayout
@@ -33,13 +35,17 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
     for layout in tensors:
         if layout.tensor.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                "optimizer: norms of layers need master weights in fp32, and DeepSpeed keeps them in"
+                "optimizer: norms and whole parameters need master weights in fp32, and DeepSpeed keeps them in"
                 f" {layout.tensor.dtype}. Remove the key of `deepspeed_config` that asks for it, or use"
                 " `optimizer: adamw`."
             )
     sharded = wrapper.partitioned
     check_values(module, tensors)
-    _check_cover(module, _gather(tensors, processes) if sharded else [_described(tensors)])
+    everyone = processes.from_all(_described(tensors)) if sharded else [_described(tensors)] * processes.world_size
+    # The ranks that have the same part of the model hold each of its elements once between them.
+    alike = everyone[processes.tensor_rank :: processes.tensor_ranks] if sharded else everyone[:1]
+    _check_cover(module, alike)
+    described = {each.name: each for each in describe_parameters(module).values()}
 
     def sum_over_shards(tensor: torch.Tensor) -> torch.Tensor:
         if not sharded and processes.tensor_ranks == 1:
@@ -47,7 +53,9 @@ def layout_of(module: torch.nn.Module, optimizer: Any, processes: Processes) -> 
         # Under optimizer offload the step runs on the CPU, but the collective still on the GPU.
         return processes.sum_(tensor.to(processes.device), "all" if sharded else "tensor").to(tensor.device)
 
-    return ParameterLayout(tuple(tensors), sum_over_shards)
+    segments = [[of_tensor for _, of_tensor in rank] for rank in everyone]
+    exchange = RankExchange(tensors, described, segments, processes, partitioned=sharded)
+    return ParameterLayout(tuple(tensors), sum_over_shards, described, exchange)
 
 
 def read_layout(module: torch.nn.Module, optimizer: Any) -> tuple[Wrapper, list[TensorLayout]]:
@@ -65,22 +73,18 @@ def read_layout(module: torch.nn.Module, optimizer: Any) -> tuple[Wrapper, list[
 
 # -- the check --------------------------------------------------------------------------------
 
-Described = list[tuple[tuple[str, ...], list[tuple[str, int, int]]]]
-"""For each tensor: its parameters, and for each segment the parameter, its first element in it, its length."""
+Described = list[tuple[tuple[str, ...], Segments]]
+"""For each tensor: its parameters, and its segments."""
 
 
 def _described(tensors: list[TensorLayout]) -> Described:
     return [
-        (layout.parameters, [(layout.parameters[s.parameter], s.source, s.length) for s in layout.segments])
+        (
+            layout.parameters,
+            tuple((layout.parameters[s.parameter], s.start, s.length, s.source) for s in layout.segments),
+        )
         for layout in tensors
     ]
-
-
-def _gather(tensors: list[TensorLayout], processes: Processes) -> list[Described]:
-    """The layouts of the ranks that have the same part of the model."""
-    everyone: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(everyone, _described(tensors))
-    return everyone[processes.tensor_rank :: processes.tensor_ranks]
 
 
 def _check_cover(module: torch.nn.Module, everyone: list[Described]) -> None:
@@ -91,7 +95,7 @@ def _check_cover(module: torch.nn.Module, everyone: list[Described]) -> None:
     stretches = defaultdict(list)
     for rank in everyone:
         for _, segments in rank:
-            for name, source, length in segments:
+            for name, _, length, source in segments:
                 stretches[name].append((source, length))
     for name, parameter in module.named_parameters():
         covered = 0

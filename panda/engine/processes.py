@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from typing import Literal
@@ -12,6 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore  # its public name has no type in torch 2.13
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from panda.registry import UserError
 
@@ -79,6 +82,22 @@ class Processes:
         """Whether ``here`` is true on every rank. Waits for all of them."""
         return all(self.from_all(here))
 
+    def any_(self, here: bool) -> bool:
+        """Whether ``here`` is true on any rank. Processes wait for each other, and for no GPU."""
+        if self.world_size == 1:
+            return here
+        flag = torch.tensor([here], dtype=torch.uint8)  # on the CPU: by gloo
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def most(self, here: Sequence[float]) -> list[float]:
+        """The largest of each number in ``here`` on any rank. Processes wait for each other, and for no GPU."""
+        numbers = torch.tensor(here, dtype=torch.float64)  # on the CPU: by gloo
+        if self.world_size > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        found: list[float] = numbers.tolist()
+        return found
+
     def from_all(self, here: Any) -> list[Any]:
         """``here`` of every rank, in their order. Waits for all of them."""
         everywhere: list[Any] = [None] * self.world_size
@@ -124,7 +143,7 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         if world_size > 1:
-            dist.init_process_group(backend)
+            _join_group(backend, rank, world_size)
         else:
             # No port is opened, so any number of single-process runs share a machine. DeepSpeed 0.19.8 reads these
             # variables even when a process group exists; they can go when it asks the group.
@@ -138,10 +157,32 @@ def join_processes(tensor_ranks: int = 1) -> Processes:
     return Processes(rank, world_size, device, tensor_ranks, make_groups(tensor_ranks))
 
 
+_joined = 0
+
+
+def _join_group(backend: str, rank: int, world_size: int) -> None:
+    """Join the group of the processes that a launcher started, for the first time or again."""
+    global _joined
+    _joined += 1
+    if _joined == 1:
+        dist.init_process_group(backend)
+        return
+    # The store at which ranks meet still has the addresses of the group that is gone, under the names that torch (2.13)
+    # gives those of the next.
+    store, _, _ = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=PrefixStore(f"{_joined}", store), rank=rank, world_size=world_size)
+
+
 def leave_processes() -> None:
-    """Destroy the process group, so that the interpreter exits without threads in a collective."""
-    if dist.is_initialized():
+    """Destroy the process groups, so that no thread is left in a collective, and another run can join new ones."""
+    if not dist.is_initialized():
+        return
+    from deepspeed.comm import comm
+
+    if comm.cdb is None:
         dist.destroy_process_group()
+        return
+    comm.destroy_process_group()  # DeepSpeed's own, which forgets the groups that it keeps in globals, too
 
 
 def _join_deepspeed() -> None:

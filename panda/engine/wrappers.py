@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from panda.engine.checkpoints.reading import load_plain
 from panda.registry import UserError
 from panda.registry.contexts import Segment
 
@@ -136,22 +137,18 @@ def _ends(lengths: Iterable[int]) -> list[int]:
 # -- in checkpoints
 
 
-def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-
-
 def _states(base: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [base["state"].get(number, {}) for number in range(count)]
 
 
 def _saved_whole(checkpoint: Path, rank: int, tensors: Described) -> list[Saved]:
-    file = _load(checkpoint / "mp_rank_00_model_states.pt")
+    file = load_plain(checkpoint / "mp_rank_00_model_states.pt")
     masters = [file["module"][parameter] for tensor in tensors for parameter in tensor["parameters"]]
     return list(map(Saved, masters, _states(file["optimizer"], len(masters))))
 
 
 def _saved_masters(checkpoint: Path, rank: int, tensors: Described) -> list[Saved]:
-    optimizer = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
+    optimizer = load_plain(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
     masters = [master for group in optimizer["fp32_groups"] for master in group]
     return list(map(Saved, masters, _states(optimizer["optimizer_state_dict"], len(masters))))
 
@@ -159,7 +156,7 @@ def _saved_masters(checkpoint: Path, rank: int, tensors: Described) -> list[Save
 def _saved_parts(masters: str, base: str) -> Callable[[Path, int, Described], list[Saved]]:
     def read(checkpoint: Path, rank: int, tensors: Described) -> list[Saved]:
         (file,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        optimizer = _load(file)["optimizer_state_dict"]
+        optimizer = load_plain(file)["optimizer_state_dict"]
         found = optimizer[masters]
         return list(map(Saved, found, _states(optimizer[base], len(found))))
 
@@ -171,13 +168,13 @@ def _no_loss_scale(checkpoint: Path) -> dict[str, Any]:
 
 
 def _loss_scale_of_masters(checkpoint: Path) -> dict[str, Any]:
-    held: dict[str, Any] = _load(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
+    held: dict[str, Any] = load_plain(checkpoint / "mp_rank_00_model_states.pt")["optimizer"]
     return held
 
 
 def _loss_scale_of_parts(checkpoint: Path) -> dict[str, Any]:
     (file,) = checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    scaler = _load(file)["optimizer_state_dict"].get("loss_scaler")
+    scaler = load_plain(file)["optimizer_state_dict"].get("loss_scaler")
     return vars(scaler) if scaler is not None else {}
 
 

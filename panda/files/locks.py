@@ -44,7 +44,8 @@ def held(file: Path, *, waiting: Callable[[str], None] | None = None, unlocked: 
     holder, and waits for the lock. Raises OSError if the file cannot be opened. Yields whether the lock is held: on a
     file system without locks it is not, and a note with ``unlocked``, which says what the user has to do, is printed.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    # Not through a link: what it leads to would be emptied.
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     _descriptors.add(descriptor)
     process = os.getpid()
     try:

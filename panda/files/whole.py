@@ -86,6 +86,11 @@ def check_can_be_made(path: Path, option: str) -> None:
     there = path.absolute()
     try:
         while not there.exists():
+            if there.is_symlink():
+                raise UserError(
+                    f"{option}: cannot make {str(path)!r}: {there} is a link to {os.readlink(there)}, which does not"
+                    " exist. Make that folder, or name another."
+                )
             there = there.parent
         if there != path.absolute() and there.is_dir():
             os.rmdir(tempfile.mkdtemp(prefix=".tmp-", dir=there))  # os.access does not know every reason

@@ -22,6 +22,8 @@ FILE_NAME = "layers.jsonl"
 class Layers:
     """Writes layers.jsonl: trust ratios and the like by parameter, at each log record. `--plugins layers`."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.file: RecordFile | None = None
 

@@ -33,6 +33,8 @@ def read_evaluations(directory: Path) -> list[dict[str, Any]]:
 class Metrics:
     """Writes metrics.jsonl. A resumed run continues it after the step of its checkpoint."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.file: RecordFile | None = None
 

@@ -28,6 +28,8 @@ FEW = 20
 class Plot:
     """Draws loss.png, loss and learning rate over steps, when the run ends, in whatever way."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.records: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -57,7 +59,7 @@ class Plot:
         self._draw(run)
 
     def _draw(self, run: Run) -> None:
-        if self.records:
+        if self.records:  # on rank 0
             draw_loss(self.records, run.directory / "loss.png", title=run.directory.name, evaluations=self.evaluations)
 
 

@@ -39,6 +39,8 @@ class ProfileOptions:
 class Profile:
     """Writes `profile/`: a table of the parts of a step, and a trace for https://ui.perfetto.dev. On rank 0."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: ProfileOptions, context: PluginContext) -> None:
         self.options = options
         self.profiler: torch.profiler.profile | None = None

@@ -7,11 +7,14 @@ import time
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.configuration.user_code import flags_of_files
 from panda.files.terminal import printable
 from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.run.interruption import Interrupted
+from panda.run.interruption import how_to_continue
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -25,6 +28,8 @@ PLAIN_SECONDS = 2.0
 @register_plugin("progress")
 class ProgressDisplay:
     """Shows on rank 0 how far the run is, and at the end where everything is and what the model answers."""
+
+    acts = False  # it only watches
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.bar: RichProgress | None = None
@@ -68,6 +73,8 @@ class ProgressDisplay:
 
     @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
+        if run.processes.rank != 0:
+            return
         self.evaluated = record
         shown = "".join(f"  {each} {record[name]:.4g}" for each in run.task.shown if (name := f"eval_{each}") in record)
         line = (
@@ -99,16 +106,15 @@ class ProgressDisplay:
         sys.stdout.flush()
 
     @hookimpl
-    def panda_exception(self, run: Run) -> None:
+    def panda_exception(self, run: Run, error: BaseException) -> None:
         self._close_bar()
-        if run.processes.rank == 0:
+        if run.processes.rank == 0 and not isinstance(error, Interrupted):  # which says it itself
             kept = [path for path in (run.resumed_from, *run.checkpoints) if path is not None and path.exists()]
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
             if kept:
-                again = f"panda-train --config {run.directory / 'config.yaml'} --resume {kept[-1]}"
-                print(f"to continue it: {again}", flush=True)
+                print(how_to_continue(run.directory, kept[-1], flags_of_files(run.resolved)), flush=True)
             else:
-                print("no checkpoint was saved, so it cannot be continued: set `save_steps`", flush=True)
+                print("no checkpoint was saved, so it cannot be continued: set `save_minutes`", flush=True)
 
     def _open_bar(self, run: Run) -> None:
         from rich.progress import BarColumn

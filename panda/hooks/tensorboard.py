@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.files.private import private
 from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 class TensorBoard:
     """Writes tensorboard/, for `tensorboard --logdir RUN`."""
 
+    acts = False  # it only watches
+
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
         self.writer: Any = None
 
@@ -29,7 +32,7 @@ class TensorBoard:
             # purge_step hides what an interrupted run wrote after the checkpoint that this one continues.
             self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.step + 1)
             config = (run.directory / "config.yaml").read_text(encoding="utf-8")
-            self.writer.add_text("config", f"```yaml\n{config}```", run.step)
+            self.writer.add_text("config", f"```yaml\n{private(config)}```", run.step)
 
     @hookimpl
     def panda_log(self, run: Run, record: dict[str, Any]) -> None:
@@ -43,6 +46,8 @@ class TensorBoard:
 
     @hookimpl
     def panda_evaluation(self, record: dict[str, Any]) -> None:
+        if self.writer is None:  # rank 0 has one
+            return
         for key, value in record.items():
             if key != "step":
                 self.writer.add_scalar(f"eval/{key.removeprefix('eval_')}", value, record["step"])

@@ -28,23 +28,23 @@ ROPE_SCALINGS = ("linear", "dynamic", "llama3")
 class LlamaOptions:
     """Options of the LLaMA model. The defaults are those of LLaMA-7B; a checkpoint overrides them."""
 
-    vocab_size: Annotated[int, Meta(ge=1)] | None = None
+    vocab_size: Annotated[int, Meta(ge=1, le=2**31)] | None = None
     """Rows of the embedding; by default one for each entry of the tokenizer."""
-    hidden_size: Annotated[int, Meta(ge=1)] = 4096
+    hidden_size: Annotated[int, Meta(ge=1, le=2**20)] = 4096
     """Width of the residual stream."""
-    intermediate_size: Annotated[int, Meta(ge=1)] = 11008
+    intermediate_size: Annotated[int, Meta(ge=1, le=2**24)] = 11008
     """Width inside the feed-forward blocks."""
-    num_layers: Annotated[int, Meta(ge=1)] = 32
+    num_layers: Annotated[int, Meta(ge=1, le=10**4)] = 32
     """Transformer blocks."""
-    num_heads: Annotated[int, Meta(ge=1)] = 32
+    num_heads: Annotated[int, Meta(ge=1, le=2**16)] = 32
     """Attention heads; must divide hidden_size."""
-    num_key_value_heads: Annotated[int, Meta(ge=1)] | None = None
+    num_key_value_heads: Annotated[int, Meta(ge=1, le=2**16)] | None = None
     """Heads of keys and values, each shared by num_heads / num_key_value_heads queries; by default num_heads."""
     tie_word_embeddings: bool = False
     """Use one matrix for both the embedding and the output."""
     attention_bias: bool = False
     """Add a bias to the four projections of attention."""
-    max_position_embeddings: Annotated[int, Meta(ge=1)] = 2048
+    max_position_embeddings: Annotated[int, Meta(ge=1, le=2**31)] = 2048
     """Number of positions that the model is declared to support, written to its config."""
     rope_theta: Annotated[float, Meta(gt=0)] = 10000.0
     """Base of the rotary position embedding."""
@@ -52,7 +52,7 @@ class LlamaOptions:
     """How the rotary embedding is stretched beyond the positions that the model was first trained on."""
     rope_scaling_factor: Annotated[float, Meta(ge=1)] | None = None
     """The factor by which rope_scaling stretches."""
-    rope_original_max_position_embeddings: Annotated[int, Meta(ge=1)] | None = None
+    rope_original_max_position_embeddings: Annotated[int, Meta(ge=1, le=2**31)] | None = None
     """Positions before stretching; only for `rope_scaling: llama3`. By default max_position_embeddings."""
     rope_low_freq_factor: Annotated[float, Meta(gt=0)] = 1.0
     """Original positions over this: longer wavelengths are stretched fully; only for `rope_scaling: llama3`."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from panda.optim import layerwise_torch
+from panda.optim.unsharded import unsharded
 from panda.registry.contexts import ParameterLayout
-from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
 
 
@@ -76,7 +76,7 @@ class NVLamb(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self._layouts:
-            self.bind(_whole_parameters(self.param_groups))
+            self.bind(unsharded(self.param_groups))
         adapting, squares = [], []
         for group in self.param_groups:
             stepped = [self._layouts[tensor] for tensor in group["params"] if tensor.grad is not None]
@@ -154,14 +154,3 @@ def _kernels() -> Any:
     except ImportError:  # this torch comes without triton
         return layerwise_torch
     return layerwise_triton
-
-
-def _whole_parameters(groups: list[dict[str, Any]]) -> ParameterLayout:
-    tensors = [tensor for group in groups for tensor in group["params"]]
-    return ParameterLayout(
-        tuple(
-            TensorLayout(tensor, (str(number),), (Segment(0, 0, tensor.numel(), 0),))
-            for number, tensor in enumerate(tensors)
-        ),
-        lambda squares: squares,
-    )

@@ -22,7 +22,7 @@ class NVLambOptions(AdamOptions):
     """Tensors whose step is scaled to their norm: all, or only those with weight decay, apex's default."""
 
 
-@register_optimizer("nvlamb", options=NVLambOptions, aliases=("lamb",))
+@register_optimizer("nvlamb", options=NVLambOptions, aliases=("lamb",), needs="norms")
 def build_nvlamb(options: NVLambOptions, context: OptimizerContext) -> torch.optim.Optimizer:
     """NVLAMB: AdamW with each layer's step scaled to the norm of its weights, exact under every ZeRO stage.
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
+from typing import Any
 from typing import Literal
 
 from panda.registry import Meta
@@ -22,11 +24,30 @@ Schedule = Callable[[int], float]
 """Maps the number of completed optimizer steps to a factor of the peak learning rate."""
 
 
+MOST_TRIED = 100_000
+"""Steps of a run for which its schedule is tried before the run begins: in some 50 ms."""
+
+
+def steps_to_try(total: int) -> Iterable[int]:
+    """Numbers of completed steps: all of a run of ``total`` steps, or so many of them, with the first and the last."""
+    if total <= MOST_TRIED:
+        return range(total)
+    return (number * (total - 1) // (MOST_TRIED - 1) for number in range(MOST_TRIED))
+
+
+def is_factor(value: Any) -> bool:
+    """Whether ``value``, which a schedule returned, is a number, finite and not negative."""
+    try:
+        return math.isfinite(value) and value >= 0
+    except TypeError:
+        return False
+
+
 @dataclass(frozen=True)
 class WarmupOptions:
     """Options of a schedule that warms up."""
 
-    warmup_steps: Annotated[int, Meta(ge=0)] = 50
+    warmup_steps: Annotated[int, Meta(ge=0, le=10**9)] = 50
     """Optimizer steps over which the learning rate rises to its peak."""
     warmup_proportion: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Length of the warm-up as a fraction of all steps; if it is not 0, warmup_steps is ignored."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from panda.registry.catalog import Catalog
 from panda.registry.components import Component
@@ -13,7 +14,7 @@ from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.offers import Offer
-from panda.registry.offers import kinds
+from panda.registry.offers import strays
 from panda.registry.options import REQUIRED
 from panda.registry.options import Given
 from panda.registry.options import Option
@@ -39,6 +40,8 @@ class Choice:
     """By kind; of arch and model those that are named."""
     plugins: tuple[Offer, ...]
     """In the order of activation."""
+    lasting: Mapping[str, Any]
+    """The values of the options that name them, in spellings that mean the same whatever else is installed."""
 
 
 def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: tuple[str, ...] = ()) -> Choice:
@@ -46,6 +49,7 @@ def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: t
     problems: list[str] = []
     offers: dict[str, Offer] = {}
     plugins: list[Offer] = []
+    lasting: dict[str, Any] = {}
     for kind in CHOSEN_BY_NAME:
         setting = settings[kind]
         try:
@@ -53,27 +57,41 @@ def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: t
                 offers[kind] = catalog.find(kind, _own(setting.value))
             else:
                 offers[kind] = catalog.find(kind, setting.value, setting.origin)
+                lasting[kind] = lasting_name(offers[kind], setting.value)
         except UserError as problem:
             problems.append(str(problem))
     try:
-        offers.update(_find_model(catalog, settings["arch"], settings["model"]))
+        found, names = find_model(catalog, settings["arch"], settings["model"])
+        offers.update(found)
+        lasting.update(names)
     except UserError as problem:
         problems.append(str(problem))
     for name in default_plugins:
         matches = catalog.matches("plugin", _own(name))
         if not matches or not all(map(catalog.is_blocked, matches)):
             plugins.append(catalog.find("plugin", _own(name)))
+    items = []
     for name in settings["plugins"].value:
         matches = catalog.matches("plugin", name)
+        items.append(name)
         if name.startswith(BLOCK) or (matches and all(map(catalog.is_blocked, matches))):
             continue
         try:
             plugins.append(catalog.find("plugin", name, settings["plugins"].origin))
+            items[-1] = lasting_name(plugins[-1], name)
         except UserError as problem:
             problems.append(str(problem))
     if problems:
         raise UserError("\n".join(problems))
-    return Choice(offers, tuple(dict.fromkeys(plugins)))
+    return Choice(offers, tuple(dict.fromkeys(plugins)), lasting | {"plugins": tuple(items)})
+
+
+def lasting_name(offer: Offer, written: str) -> str:
+    """What means ``offer``, of which the user wrote ``written``, whatever else is installed.
+
+    Of panda's own that is the name alone, as it is written.
+    """
+    return written.rpartition(":")[2] if offer.is_own else offer.qualified
 
 
 def _own(name: str) -> str:
@@ -81,26 +99,37 @@ def _own(name: str) -> str:
     return name if ":" in name else f"{OWN_DISTRIBUTION}:{name}"
 
 
-def _find_model(catalog: Catalog, arch: Setting, model: Setting) -> dict[str, Offer]:
-    """The arch and the model that the run names. ``model`` may hold an arch, as PandaLLM's documentation writes it."""
-    found = {"arch": catalog.find("arch", arch.value, arch.origin)} if arch.value else {}
+def find_model(catalog: Catalog, arch: Setting, model: Setting) -> tuple[dict[str, Offer], dict[str, str]]:
+    """The arch and the model that the run names, and the names that last. Of the options ``arch`` and ``model``.
+
+    ``model`` may hold an arch, as PandaLLM's documentation writes it. Raises UserError where one is unknown.
+    """
+    found: dict[str, Offer] = {}
+    lasting: dict[str, str] = {}
+    if arch.value:
+        found["arch"] = catalog.find("arch", arch.value, arch.origin)
+        lasting["arch"] = lasting_name(found["arch"], arch.value)
     if not model.value:
-        return found
-    if catalog.matches("model", model.value):
-        return found | {"model": catalog.find("model", model.value, model.origin)}
-    if catalog.matches("arch", model.value):
-        model_as_arch = catalog.find("arch", model.value, model.origin)
-        if found and found["arch"] != model_as_arch:
+        return found, lasting
+    if catalog.has("model", model.value):
+        of_model = found["model"] = catalog.find("model", model.value, model.origin)
+    elif catalog.has("arch", model.value):
+        of_model = catalog.find("arch", model.value, model.origin)
+        if found and found["arch"] != of_model:
             raise UserError(
                 f"{model.origin}: model {model.value!r} is an arch, and arch {arch.value!r} ({arch.origin}) another."
                 " Give one of them."
             )
-        return {"arch": model_as_arch}
-    known = [name for kind in ("arch", "model") for name in catalog.spellings(kind, model.value)]
-    raise UserError(
-        f"{model.origin}: unknown model or arch {model.value!r}.{did_you_mean(model.value, known)}"
-        " `panda list archs` and `panda list models` show what is installed."
-    )
+        found = {"arch": of_model}
+    elif ":" in model.value:
+        of_model = catalog.find("model", model.value, model.origin)  # which says what is missing
+    else:
+        known = [name for kind in ("arch", "model") for name in catalog.spellings(kind, model.value)]
+        raise UserError(
+            f"{model.origin}: unknown model or arch {model.value!r}.{did_you_mean(model.value, known)}"
+            f"{strays(model.value)} `panda list archs` and `panda list models` show what is installed."
+        )
+    return found, lasting | {"model": lasting_name(of_model, model.value)}
 
 
 def model_of(catalog: Catalog, offer: Offer) -> Offer:
@@ -108,24 +137,33 @@ def model_of(catalog: Catalog, offer: Offer) -> Offer:
     arch = load_component(catalog, offer)
     assert arch.model is not None
     beside = f"{offer.distribution}:{arch.model}"
-    if ":" not in arch.model and catalog.matches("model", beside):
+    if ":" not in arch.model and catalog.has("model", beside):
         return catalog.find("model", beside, arch.describe())
-    return catalog.find("model", arch.model, arch.describe())
+    return catalog.find("model", arch.model, f"{offer.describe()}: {arch.describe()}", by=offer)
 
 
 Owner = tuple[Offer, Component]
 """A component that a run chose: its offer, and what importing it registered."""
 
 
-def named_by_options(
-    catalog: Catalog, owners: Iterable[Owner], given: Mapping[str, Given]
-) -> tuple[list[Owner], list[str]]:
-    """The components of added kinds that options of ``owners``, and of what these name, name; and the problems.
+@dataclass(frozen=True)
+class NamedByOptions:
+    """The components of added kinds that options of others name."""
+
+    owners: list[Owner]
+    lasting: dict[tuple[Component, str], Any]
+    """By component and option the names that last."""
+    problems: list[str]
+
+
+def named_by_options(catalog: Catalog, owners: Iterable[Owner], given: Mapping[str, Given]) -> NamedByOptions:
+    """The components of added kinds that options of ``owners``, and of what these name, name.
 
     A default means a component of the distribution whose option it is. A value that does not fit its option names
     nothing here: that is reported where all values are converted.
     """
     found: dict[Component, Offer] = {}
+    lasting: dict[tuple[Component, str], Any] = {}
     problems: list[str] = []
     queue = list(owners)
     for offer, component in queue:
@@ -133,14 +171,17 @@ def named_by_options(
             if option.names is None:
                 continue
             try:
-                written = given.get(f"{prefix(component)}.{key}", given.get(key))
+                spelled = (f"{each}.{key}" for each in dict.fromkeys((prefix(component), own_prefix(component))))
+                written = next((given[each] for each in (*spelled, key) if each in given), None)
                 new = _named(catalog, (offer, component), option, written)
             except UserError as problem:
                 problems.append(str(problem))
                 continue
+            names = tuple(lasting_name(of, named.name) for of, named in new)
+            lasting[component, key] = names if option.is_list else names[0] if names else None
             queue += [owner for owner in new if owner[1] not in found]
             found |= {named: of for of, named in new if named not in found}
-    return [(of, named) for named, of in found.items()], problems
+    return NamedByOptions([(of, named) for named, of in found.items()], lasting, problems)
 
 
 def _named(catalog: Catalog, owner: Owner, option: Option, given: Given | None) -> list[Owner]:
@@ -150,10 +191,10 @@ def _named(catalog: Catalog, owner: Owner, option: Option, given: Given | None) 
     """
     assert option.names is not None
     offer, component = owner
-    if option.names in KINDS or option.names not in kinds():
+    if option.names in KINDS or option.names not in catalog.kinds:
         raise UserError(
             f"{component.describe()}: its option {option.key!r} names components of kind {option.names!r}, which no"
-            f" installed package adds. This is a fault of {offer.distribution}."
+            f" installed package adds. This is a fault of {offer.describe()}."
         )
     origin = given.origin if given else ""
     try:
@@ -164,8 +205,8 @@ def _named(catalog: Catalog, owner: Owner, option: Option, given: Given | None) 
     found: list[Owner] = []
     for name in names:
         own = f"{offer.distribution}:{name}"
-        is_own = given is None and ":" not in name and catalog.matches(option.names, own)
-        new = catalog.find(option.names, own if is_own else name, origin)
+        is_own = given is None and ":" not in name and catalog.has(option.names, own)
+        new = catalog.find(option.names, own if is_own else name, origin, by=None if given else offer)
         found.append((new, load_component(catalog, new)))
         if found[-1][1] in [earlier for _, earlier in found[:-1]]:
             raise UserError(f"{origin}: {option.key} names {option.names} {name!r} twice. Name it once.")
@@ -175,7 +216,12 @@ def _named(catalog: Catalog, owner: Owner, option: Option, given: Given | None) 
 def prefix(component: Component) -> str:
     """The prefix of a key that several components have: the kind, or the name where a run can have several of it."""
     has_one = component.kind in KINDS and component.kind != "plugin"
-    return component.kind if has_one else component.name.replace("-", "_")
+    return component.kind if has_one else own_prefix(component)
+
+
+def own_prefix(component: Component) -> str:
+    """The prefix that is the name of ``component``: a key of it can always be written so."""
+    return component.name.replace("-", "_")
 
 
 def load_component(catalog: Catalog, offer: Offer) -> Component:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import is_dataclass
 from typing import Any
@@ -13,6 +17,13 @@ from typing import TypeVar
 from panda.registry.errors import UserError
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+NEEDS = {
+    "nothing": "nothing of whole parameters",
+    "norms": "norms of whole parameters",
+    "parameters": "whole parameters",
+}
+"""What an optimizer may declare that it ``needs``, and how messages say it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class Component:
     """The frozen dataclass whose fields are this component's keys and flags."""
     model: str | None = None
     """Archs only: the model whose options the arch sets."""
+    needs: str = "nothing"
+    """Optimizers only: what they have to know of whole parameters, of which a rank may hold parts: one of ``NEEDS``."""
 
     @property
     def doc(self) -> str:
@@ -52,8 +65,10 @@ class Component:
             return code.co_filename, code.co_firstlineno
         try:
             return inspect.getsourcefile(self.factory) or self.module, inspect.getsourcelines(self.factory)[1]
-        except (OSError, TypeError):  # a class typed at a prompt has no source
-            return self.module, 0
+        except (OSError, TypeError):  # of a class in a notebook Python does not know the cell, but its functions do
+            codes = [getattr(function, "__code__", None) for function in vars(self.factory).values()]
+            known = [code for code in codes if code is not None and not code.co_filename.startswith("<")]
+            return (known[0].co_filename, known[0].co_firstlineno) if known else (self.module, 0)
 
     def describe(self) -> str:
         file, line = self.source
@@ -61,6 +76,33 @@ class Component:
 
 
 _recorded: dict[tuple[str, str, str], Component] = {}
+
+_by_panda: set[tuple[str, str, str]] = set()
+"""Those of ``_recorded`` that were registered while panda imported a module that a run named."""
+
+_importing = 0
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Goes around an import of panda's own: what is registered meanwhile is not of the process that called panda."""
+    global _importing
+    _importing += 1
+    try:
+        yield
+    finally:
+        _importing -= 1
+
+
+def registered_in_process() -> list[tuple[str, Component]]:
+    """What was registered while panda imported nothing, as in a script or a notebook: names in small letters."""
+    return [(key[1], component) for key, component in _recorded.items() if key not in _by_panda]
+
+
+def forget(modules: Collection[str]) -> None:
+    """Forget what ``modules`` registered: they will be imported again."""
+    for key in [key for key in _recorded if key[2] in modules]:
+        del _recorded[key]
 
 
 def recorded(kind: str, name: str, module: str) -> Component | None:
@@ -74,8 +116,12 @@ def recorded_names(kind: str, module: str) -> list[str]:
 
 
 def _record(component: Component) -> None:
-    if not (is_dataclass(component.options) and component.options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
-        raise UserError(f"{component.describe()}: options must be a frozen dataclass, not {component.options!r}.")
+    options: Any = component.options
+    if not (isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise UserError(
+            f"{component.describe()}: options must be a frozen dataclass, not {options!r}. Write"
+            " `@dataclass(frozen=True)` above the class, and give the class."
+        )
     for name in (component.name, *component.aliases):
         if ":" in name or name != name.strip() or not name:
             raise UserError(
@@ -90,22 +136,34 @@ def _record(component: Component) -> None:
                 f"two components of one name: {before.describe()} and {component.describe()}. Rename one of them."
             )
         _recorded[key] = component
+        if _importing:
+            _by_panda.add(key)
+        else:
+            _by_panda.discard(key)
 
 
 def _identity(component: Component) -> tuple[str, str]:
-    factory = component.factory
-    return component.source[0], getattr(factory, "__qualname__", repr(factory))
+    factory, file = component.factory, component.source[0]
+    # The file of a notebook's cell is another one each time that the cell is edited, and none of them exists.
+    return file if os.path.exists(file) else "", getattr(factory, "__qualname__", repr(factory))
 
 
 def _register(
-    kind: str, name: str, options: type, aliases: tuple[str, ...], model: str | None = None
+    kind: str,
+    name: str,
+    options: type,
+    aliases: tuple[str, ...],
+    model: str | None = None,
+    needs: str = "nothing",
 ) -> Callable[[Factory], Factory]:
+    if not isinstance(name, str):  # `@register_model` without the call, for one
+        raise UserError(f'a {kind} is registered under {name!r}, which is no name. Write `@register_{kind}("NAME")`.')
     if isinstance(aliases, str):
         raise UserError(f"{kind} {name!r}: aliases must be a tuple of names, not the text {aliases!r}.")
     module = sys._getframe(2).f_globals.get("__name__", "?")  # whoever called register_KIND
 
     def decorate(factory: Factory) -> Factory:
-        _record(Component(kind, name, tuple(aliases), factory, module, options, model))
+        _record(Component(kind, name, tuple(aliases), factory, module, options, model, needs))
         return factory
 
     return decorate
@@ -134,14 +192,18 @@ def register_arch(name: str, *, model: str, aliases: tuple[str, ...] = ()) -> Ca
 
 
 def register_optimizer(
-    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
+    name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = (), needs: str = "nothing"
 ) -> Callable[[Factory], Factory]:
     """Register ``factory(options, OptimizerContext) -> torch.optim.Optimizer``.
 
     Under ZeRO it is given flat slices of parameters, so it has to work element by element, or to have a
     method ``bind`` (``OptimizerContext`` says when it is called) that learns where each parameter lies.
+    ``needs`` declares the latter: "norms" of whole parameters, or whole "parameters". What cannot give it that is
+    refused before anything is built.
     """
-    return _register("optimizer", name, options, aliases)
+    if needs not in NEEDS:
+        raise UserError(f"optimizer {name!r}: needs is {needs!r}; expected {', '.join(map(repr, NEEDS))}.")
+    return _register("optimizer", name, options, aliases, needs=needs)
 
 
 def register_lr_scheduler(

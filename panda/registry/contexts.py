@@ -6,11 +6,14 @@ Fields may be added to these classes: a factory should take those that it needs,
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import Literal
 from typing import NamedTuple
 from typing import Protocol
 
@@ -149,6 +152,24 @@ class TensorParallelPlan:
     """Sizes that the number of ranks has to divide, by the names of the model's options: heads, widths, vocabulary."""
 
 
+ParameterKind = Literal["matrix", "expert", "adapter", "embedding", "head", "norm", "bias", "vector", "tensor"]
+"""``matrix``: any with two dimensions that is none of the following. ``expert``: of a mixture, a matrix or, with three
+dimensions, those of all experts. ``adapter``: a low-rank matrix. ``head``: what makes logits, unless it is also the
+embedding. ``vector``: one dimension, or only one that is not 1. ``tensor``: more than two dimensions."""
+
+
+@dataclass(frozen=True)
+class ParameterDescription:
+    """A parameter as the model has it, of which a rank may hold a part."""
+
+    name: str
+    shape: tuple[int, ...]
+    """The whole shape."""
+    kind: ParameterKind
+    split: int | None = None
+    """The dimension along which tensor-parallel ranks split it, evenly; None where each of them has all of it."""
+
+
 @dataclass(frozen=True)
 class OptimizerContext:
     """For an optimizer."""
@@ -167,6 +188,10 @@ class OptimizerContext:
     """Where the step runs."""
     bit_training: bool = False
     """Whether 8-bit state is asked for. Only ``adamw`` has a choice; others that are not 8-bit are refused."""
+    described: Mapping[torch.Tensor, ParameterDescription] = field(default_factory=dict)
+    """The parameters of ``param_groups``."""
+    learning_rate: float = 1e-3
+    """The peak, before the factors of `lr_multipliers` that ``param_groups`` have."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +232,54 @@ class ParameterLayout:
     Meant for ratios of such sums: a parameter that every tensor-parallel rank holds whole, such as a norm's, is
     counted once by each of them.
     """
+    described: Mapping[str, ParameterDescription] = field(default_factory=dict)
+    """Each parameter by its name."""
+    exchange: Exchange | None = None
+    """What ``gather`` and ``scatter`` call; None where a test that needs neither makes a layout."""
+
+    def gather(
+        self, tensors: Sequence[TensorLayout], values: Sequence[torch.Tensor], names: Collection[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The whole parameters that this rank owns, by name and in their shapes, on the device of the run.
+
+        ``values``: for each of ``tensors`` a tensor with a number for each of its elements, such as its gradient; all
+        of one type. ``names`` leaves out other parameters. Each parameter is whole on one rank, its owner, so that each
+        is worked on once. Owners are chosen so that ranks have about the same work in a call, and are the same in each
+        call with the same tensors and names. A collective: every rank has to call it with the same of both.
+        """
+        assert self.exchange is not None
+        return self.exchange.gather(tensors, values, names)
+
+    def scatter(
+        self,
+        tensors: Sequence[TensorLayout],
+        wholes: Mapping[str, torch.Tensor],
+        names: Collection[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> list[torch.Tensor]:
+        """For each of ``tensors`` a tensor of its shape and on its device, with what this rank holds of ``wholes``.
+
+        ``wholes``: what this rank made of all that ``gather`` gave it for the same tensors and names, in the same
+        shapes. It is sent, and returned, as ``dtype``, by default fp32. Elsewhere there are zeros. A collective, too.
+        """
+        assert self.exchange is not None
+        return self.exchange.scatter(tensors, wholes, names, dtype)
+
+
+class Exchange(Protocol):
+    """How parts of parameters become whole, and whole ones parts: as ``ParameterLayout`` says."""
+
+    def gather(
+        self, tensors: Sequence[TensorLayout], values: Sequence[torch.Tensor], names: Collection[str] | None
+    ) -> dict[str, torch.Tensor]: ...
+
+    def scatter(
+        self,
+        tensors: Sequence[TensorLayout],
+        wholes: Mapping[str, torch.Tensor],
+        names: Collection[str] | None,
+        dtype: torch.dtype | None,
+    ) -> list[torch.Tensor]: ...
 
 
 @dataclass(frozen=True)

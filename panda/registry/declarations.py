@@ -28,10 +28,13 @@ class Declaration:
 
 
 @functools.cache
-def declarations(module: str) -> tuple[Declaration, ...]:
-    """The components that ``module`` declares; none where its source cannot be found or read."""
+def declarations(module: str, file: str = "") -> tuple[Declaration, ...]:
+    """The components that ``module`` declares; none where its source cannot be found or read.
+
+    ``file``: where its source is, if that is known.
+    """
     found = []
-    for node in _parsed(module).body:
+    for node in _parsed(module, file).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             for decorator in node.decorator_list:
                 declared = _read(decorator, node, module)
@@ -40,15 +43,31 @@ def declarations(module: str) -> tuple[Declaration, ...]:
     return tuple(found)
 
 
-def module_summary(module: str) -> str:
-    """First line of the docstring of ``module``, without importing it."""
-    return (ast.get_docstring(_parsed(module)) or "").partition("\n")[0]
+def line_of_hooks(module: str, file: str) -> int | None:
+    """The line of the first function marked with ``@hookimpl`` at the top of ``module``; None where there is none."""
+    for node in _parsed(module, file).body:
+        for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            function = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if "hookimpl" in (getattr(function, "id", ""), getattr(function, "attr", "")):
+                return node.lineno
+    return None
+
+
+def forget_sources() -> None:
+    """Read sources again when they are asked for: files of a user change while a process runs."""
+    declarations.cache_clear()
+    _parsed.cache_clear()
+
+
+def module_summary(module: str, file: str = "") -> str:
+    """First line of the docstring of ``module``, without importing it. ``file``: its source, if that is known."""
+    return (ast.get_docstring(_parsed(module, file)) or "").partition("\n")[0]
 
 
 @functools.cache
-def _parsed(module: str) -> ast.Module:
+def _parsed(module: str, file: str = "") -> ast.Module:
     """The syntax tree of ``module``; an empty one where its source cannot be found or read."""
-    path = _source_file(module)
+    path = Path(file) if file else source_file(module)
     try:
         return ast.parse(path.read_bytes()) if path else ast.Module([], [])
     except (OSError, SyntaxError, ValueError, RecursionError):
@@ -95,7 +114,7 @@ def _field_names(module: str, name: str, above: frozenset[tuple[str, str]] = fro
     return frozenset(found)
 
 
-def _source_file(module: str) -> Path | None:
+def source_file(module: str) -> Path | None:
     """The source of ``module``. ``importlib.util.find_spec`` would import its parents; this imports nothing."""
     search: list[str] | None = None
     origin = None

@@ -27,7 +27,7 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file (looked in {Path.cwd()}).") from None
-    except (OSError, UnicodeDecodeError) as problem:
+    except (OSError, ValueError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -37,6 +37,8 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         said = [getattr(problem, part, None) for part in ("context", "problem")]
         reason = ", ".join(part for part in said if part) or " ".join(str(problem).split())
         raise UserError(f"{where}: not valid YAML: {reason}.") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply. panda's configuration is flat: one level, `key: value`.") from None
     if root is None or root.tag == "tag:yaml.org,2002:null":
         return {}
     if not isinstance(root, yaml.MappingNode):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from panda.registry.errors import UserError
+
 
 @dataclass(frozen=True)
 class Location:
@@ -22,9 +24,39 @@ class Location:
     """Whether it holds files for the reader: then they are looked for before anything slow is imported."""
 
 
+_LONGEST, _LONGEST_NAME = 4095, 255
+"""Bytes of a path, and of a name in it, on Linux."""
+
+
 def resolve_path(text: str) -> Path:
-    """The path that an option means: ``PACKAGE:`` begins one inside an installed package, ``panda:`` or another."""
-    return path_in_package(text) or Path(text).expanduser()
+    """The path that an option means: ``PACKAGE:`` begins one inside an installed package, ``panda:`` or another.
+
+    Raises UserError where it begins with the folder of a user who is not known.
+    """
+    return path_in_package(text) or expanded(text)
+
+
+def expanded(text: str) -> Path:
+    """The path ``text``, with the folder of the user for ``~``. Raises UserError where that is not known."""
+    try:
+        return Path(text).expanduser()
+    except (RuntimeError, KeyError):
+        whose = text.partition("/")[0]
+        what = "this user has no home folder (HOME is not set)" if whose == "~" else f"there is no user {whose[1:]!r}"
+        raise UserError(f"{text!r}: {what}. Write the whole path.") from None
+
+
+def problem_of_path(text: str) -> str | None:
+    """Why there can be no file or folder ``text``; None where there can."""
+    if not text.strip():
+        return "It is empty: leave the key out, or name a path; `.` is the working folder."
+    if "\0" in text:
+        return "A path has no NUL."
+    size = len(os.fsencode(text))
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if size > _LONGEST or longest > _LONGEST_NAME:
+        return f"A path has at most {_LONGEST:,} bytes, each name in it {_LONGEST_NAME}; this has {size:,}."
+    return None
 
 
 def path_in_package(text: str) -> Path | None:

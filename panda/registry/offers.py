@@ -22,6 +22,12 @@ from panda.registry.kinds import Kind
 OWN_DISTRIBUTION = "panda-train"
 """The name under which panda itself is installed."""
 
+USER_DIR = "user_dir"
+"""Stands where a distribution does for components in the folder of ``user_dir``: ``user_dir:rwkv``."""
+
+IN_PROCESS = "in_process"
+"""The same for components that the process which calls ``panda.train`` has registered."""
+
 SOURCES_READ = 50
 """Modules of other packages of which the sources are read to answer one question.
 
@@ -40,12 +46,29 @@ class Offer:
     name: str
     module: str
     distribution: str
+    """What provides it: a distribution, a user's file by its path, ``USER_DIR`` or ``IN_PROCESS``."""
     version: str
+    api: str = ""
+    """The version of panda's API that its distribution states; empty where it states none."""
+    file: str = ""
+    """The source of a component that no distribution provides; else empty."""
+    line: int = 0
+    """The line in ``file``."""
 
     @property
     def qualified(self) -> str:
         """The spelling that means this offer and no other: ``acme-panda:rwkv``."""
         return f"{self.distribution}:{self.name}"
+
+    @property
+    def label(self) -> str:
+        """``plugin early_stopping``."""
+        return f"{self.kind} {self.name}"
+
+    @property
+    def lasting(self) -> str:
+        """The spelling that means this offer whatever else is installed: a name of panda's own alone does."""
+        return self.name if self.is_own else self.qualified
 
     @property
     def is_own(self) -> bool:
@@ -55,25 +78,34 @@ class Offer:
     @property
     def declaration(self) -> Declaration | None:
         """The declaration of this name in the module's source, which is not imported."""
-        for declared in declarations(self.module):
+        for declared in declarations(self.module, self.file):
             if declared.kind == self.kind and self.name.lower() in map(str.lower, declared.names):
                 return declared
         return None
 
+    @property
+    def provider(self) -> str:
+        """What provides it, for messages and lists."""
+        return f"{self.distribution} {self.version}".rstrip()
+
     def describe(self) -> str:
-        group = kinds()[self.kind].group
-        return f"{self.distribution} {self.version} (entry point {group}: {self.name} = {self.module})"
+        if self.file:
+            return f"{self.file}:{self.line} ({self.kind} {self.name!r})"
+        group = KINDS[self.kind].group if self.kind in KINDS else f"panda.{self.kind}s"
+        return f"{self.provider} (entry point {group}: {self.name} = {self.module})"
 
     @contextmanager
     def attributed(self, part: str) -> Iterator[None]:
         """Goes around a call of ``part`` of this component: an exception gets a note that names its distribution.
 
         Components call each other, and the innermost one is what failed: an exception that has such a note keeps
-        it. A UserError is complete, and gets none.
+        it. A UserError has no notes: one that the component itself raises gets a line, and one of panda's is complete.
         """
         try:
             yield
-        except UserError:
+        except UserError as error:
+            if not self.is_own and not _raised_by_panda(error) and ORIGIN not in str(error):
+                error.args = (f"{error}\n{ORIGIN}{part} of {self._origin()}",)
             raise
         except Exception as error:
             if not any(note.startswith(ORIGIN) for note in getattr(error, "__notes__", ())):
@@ -82,8 +114,18 @@ class Offer:
 
     def _origin(self) -> str:
         component = f"{self.kind} {self.name!r}"
+        if self.file:
+            return f"{component}, {self.file}:{self.line}."
         source = f"{component}, panda's own." if self.is_own else f"{component}: {self.describe()}."
         return source + (f" `-p no:{self.name}` runs without it." if self.kind == "plugin" else "")
+
+
+def _raised_by_panda(error: UserError) -> bool:
+    """Whether code of panda's own raised ``error``, perhaps called by a component."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "panda"
 
 
 def made_by(offer: Offer, built: object) -> None:
@@ -125,10 +167,17 @@ def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
     groups |= {f"panda.{kind}s": kind for kind in added}
     offers: dict[Offer, None] = {}  # ordered, and a distribution that repeats itself says a thing once
     for name, version, text in texts:
+        stated = [value for _, entry, value in _entry_points(text, {"panda.api": "api"}) if entry == "version"]
+        api = stated[0].removeprefix("v") if stated else ""  # pyproject.toml takes no number there, but `v1`
         for kind, entry, module in _entry_points(text, groups):
             if kind != "kind" or entry in added:
-                offers[Offer(kind, entry, module, name, version)] = None
-    found: dict[str, dict[str, tuple[Offer, ...]]] = {kind: {} for kind in groups.values()}
+                offers[Offer(kind, entry, module, name, version, api)] = None
+    return by_name(offers, groups.values())
+
+
+def by_name(offers: Iterable[Offer], among: Iterable[str]) -> dict[str, dict[str, tuple[Offer, ...]]]:
+    """``offers``, each of a kind ``among`` these, by kind and by name in lower case; of one name by distribution."""
+    found: dict[str, dict[str, tuple[Offer, ...]]] = {kind: {} for kind in among}
     for offer in sorted(offers, key=lambda offer: (offer.name.lower(), offer.distribution)):
         names = found[offer.kind]
         names[offer.name.lower()] = (*names.get(offer.name.lower(), ()), offer)
@@ -137,16 +186,24 @@ def installed() -> Mapping[str, Mapping[str, tuple[Offer, ...]]]:
 
 def kinds() -> Mapping[str, Kind]:
     """Every kind of component by name: panda's own, then those that packages add. Imports nothing."""
-    added = installed()["kind"].values()
-    return KINDS | {offers[0].name: _kind_of(offers) for offers in added}
+    return kinds_of(installed()["kind"])
 
 
-def kind_named(text: str) -> Kind:
-    """The kind called ``text``, singular or plural. Raises UserError for any other word."""
-    for kind in kinds().values():
+def kinds_of(added: Mapping[str, tuple[Offer, ...]]) -> Mapping[str, Kind]:
+    """Panda's own kinds, and those that the offers of ``added`` add, by name."""
+    return KINDS | {offers[0].name: _kind_of(offers) for offers in added.values()}
+
+
+def kind_named(text: str, known: Mapping[str, Kind] | None = None) -> Kind:
+    """The kind called ``text``, singular or plural, of those that are ``known``, by default all that are installed.
+
+    Raises UserError for any other word.
+    """
+    known = kinds() if known is None else known
+    for kind in known.values():
         if text in (kind.name, kind.plural, kind.plural.replace("_", "-"), kind.name.replace("_", "-")):
             return kind
-    names = [kind.plural for kind in kinds().values()]
+    names = [kind.plural for kind in known.values()]
     raise UserError(f"unknown kind {text!r}.{did_you_mean(text, names)} The kinds are: {', '.join(names)}.")
 
 
@@ -163,12 +220,47 @@ def _added_kinds(text: str) -> list[str]:
     A name of panda's own adds nothing: installing a package changes no kind. Nor does one that cannot be a key.
     """
     names = [name for _, name, _ in _entry_points(text, {"panda.kinds": "kind"})]
-    return [name for name in names if name not in KINDS and re.fullmatch("[a-z][a-z0-9_]*", name)]
+    return [name for name in names if can_be_kind(name)]
+
+
+def can_be_kind(name: str) -> bool:
+    """Whether a kind that is added can have ``name``: it is a key, and none of panda's own."""
+    return name not in KINDS and re.fullmatch("[a-z][a-z0-9_]*", name) is not None
 
 
 def all_installed() -> Iterator[Offer]:
     """Every offer, by kind, name and distribution."""
     return (offer for names in installed().values() for offers in names.values() for offer in offers)
+
+
+def strays(reference: str) -> str:
+    """What to say of entry points named ``reference`` in groups that panda does not read: an author may misspell one.
+
+    Reads metadata, for the message of a name that is unknown.
+    """
+    groups = {kind.group for kind in kinds().values()}
+    found = []
+    for distribution in importlib.metadata.distributions():
+        try:
+            text = distribution.read_text("entry_points.txt") or ""
+        except Exception:  # as in installed()
+            continue
+        named = set(re.findall(r"^\s*\[\s*(panda[^\]]*?)\s*\]", text, re.MULTILINE | re.IGNORECASE)) - groups
+        if not named and "panda." not in text:
+            continue
+        for line in map(str.strip, text.splitlines()):
+            if line and "=" not in line and line.split()[0].lower() == reference.rpartition(":")[2].lower():
+                found.append(
+                    f" {_name(distribution)} {_version(distribution)} declares {line!r}, which is no `name = module`:"
+                    f" mend its entry points, and install it again."
+                )
+        for group, name, module in _entry_points(text, {group: group for group in named}):
+            if name.lower() == reference.rpartition(":")[2].lower():
+                found.append(
+                    f" {_name(distribution)} {_version(distribution)} declares {name} = {module} under {group!r}, which"
+                    f" panda does not read: `panda doctor {_name(distribution)}` says what to write."
+                )
+    return "".join(dict.fromkeys(found))
 
 
 def with_readable_source(offers: Iterable[Offer]) -> list[Offer]:

@@ -36,6 +36,7 @@ from typing import Literal
 
 from panda.registry.errors import UserError
 from panda.registry.location import Location as Location
+from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 
 REQUIRED: Any = MISSING
@@ -78,8 +79,8 @@ class Names:
 class Given:
     """A value as it was written, before its option is known."""
 
-    value: str | bool | tuple[str | bool | None, ...] | None
-    """Text for text and numbers; True, False or None where YAML reads it so."""
+    value: str | bool | float | tuple[str | bool | float | None, ...] | None
+    """Text for text and numbers, which Python code may give as such; True, False or None where YAML reads it so."""
     origin: str
     """Where it was written: ``run.yaml:3`` or ``--learning_rate``."""
     text: str = ""
@@ -113,8 +114,12 @@ class Option:
     def location(self) -> Location | None:
         """The mark of a path; None for other options."""
         base, _, _, location = _parts(self.type)
-        is_list = typing.get_origin(base) is tuple
-        return _parts(typing.get_args(base)[0])[3] if is_list and location is None else location
+        return _parts(typing.get_args(base)[0])[3] if self.is_list and location is None else location
+
+    @property
+    def is_list(self) -> bool:
+        """Whether its value is a list."""
+        return typing.get_origin(_parts(self.type)[0]) is tuple
 
     @property
     def names(self) -> str | None:
@@ -130,11 +135,15 @@ class Option:
         is_own_flag = given.origin.removeprefix("--").replace("-", "_") == self.key
         at = given.origin if is_own_flag else f"{given.origin}: {self.key}"
         try:
-            return _convert(self.type, given.value)
+            converted = _convert(self.type, given.value)
+            if converted == "" and self.location and self.default != "":  # `--ckpt_path=$VARIABLE`, which is not set
+                raise ValueError("It is empty: leave it out, or name a path; `.` is the working folder.")
+            return converted
         except ValueError as problem:
             if given.value is True and not given.text:  # a flag that nothing follows
                 raise UserError(f"{at}: a value is missing: {self.expects}.") from None
             shown = given.text or _as_text(given.value)
+            shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
             detail = f" {problem}" if str(problem) else ""
             raise UserError(f"{at}: {shown!r} is not {self.expects}.{detail}") from None
 
@@ -270,13 +279,15 @@ def _as_text(value: Any) -> str:
 
 def _convert(type_: Any, value: Any) -> Any:
     """``value`` as a ``type_``. Raises ValueError; its text is a hint, or empty."""
-    base, bounds, optional, _ = _parts(type_)
+    base, bounds, optional, location = _parts(type_)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~")):
         if optional:
             return None
         if value is None:
             raise ValueError("Nothing was given." if base is not str else _yaml_words("null"))
     converted = _convert_plain(base, value)
+    if location and isinstance(converted, str) and converted and (problem := problem_of_path(converted)):
+        raise ValueError(problem)
     if bounds and not all(_BOUNDS[name][1](converted, bound) for name, bound in bounds.asked.items()):
         raise ValueError("")
     return converted
@@ -304,9 +315,11 @@ def _convert_plain(base: Any, value: Any) -> Any:
             return choices[str(value).lower()]
         raise ValueError("")
     if base is str:
-        if isinstance(value, str):
-            return value
-        raise ValueError("")
+        if not isinstance(value, str):
+            raise ValueError("")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("It is not UTF-8.")
+        return value
     return _convert_number(base, value)
 
 
@@ -334,9 +347,15 @@ def _convert_number(base: type[int] | type[float], value: Any) -> int | float:
         raise ValueError("") from None
     if converted != value:  # an integer with a fraction
         raise ValueError("")
+    if base is int and abs(converted) > _LARGEST:
+        raise ValueError("It is too large.")
     return converted
 
 
+_LARGEST = 2**63 - 1
+"""Of integers, as of those that torch and numpy compute with."""
+_SHOWN = 200
+"""Characters of a wrong value in a message."""
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 """As JSON has them: ``1e3`` is an integer, and ``010``, of which YAML 1.1 makes 8, is none."""
 

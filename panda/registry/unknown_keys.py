@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from panda.registry.catalog import Catalog
 from panda.registry.components import Component
 from panda.registry.errors import did_you_mean
-from panda.registry.offers import kinds
 from panda.registry.offers import with_readable_source
 from panda.registry.options import Given
 
@@ -23,7 +22,7 @@ def unknown_key_messages(
     """A message for each of ``keys``, which nothing in this run takes."""
     if not keys:
         return []
-    offers = [offer for kind in kinds() for offer in catalog.offers(kind)]
+    offers = [offer for kind in catalog.kinds for offer in catalog.offers(kind)]
     readable = with_readable_source(offers)
     unread = len({offer.module for offer in offers} - {offer.module for offer in readable})
     declared: dict[str, list[str]] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,15 @@ from typing import Any
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
-from panda.configuration.configure import configure
+from panda.configuration.configure import configure_model
+from panda.data.ingredients import versions
 from panda.registry import UserError
+from panda.registry.choosing import BLOCK
 from panda.registry.contexts import ModelContext
+from panda.registry.offers import OWN_DISTRIBUTION
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import PROVENANCE
+from panda.run.directory import RUN_CONFIG
 from panda.weights.run_folders import EXPORT
 
 if TYPE_CHECKING:
@@ -66,8 +72,10 @@ def _facts(run: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or ("base_weights" in facts and "checkpoint" not in facts):
+            raise ValueError("it does not have the form that panda writes")
+    except (ValueError, RecursionError) as problem:
         raise UserError(
             f"{file} is damaged: {problem}. It records whether {run} trained adapters or a whole model. Resume the run"
             " with `panda-train --resume`, which writes the file again."
@@ -75,11 +83,26 @@ def _facts(run: Path) -> dict[str, Any]:
     return facts
 
 
-def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
+def _packages_lacking(facts: Mapping[str, Any]) -> str:
+    """How to install what the model of a run came from, by the ``facts`` of its provenance, where it is not here."""
+    lacking = []
+    for label, component in facts.get("components", {}).items():
+        name, version = component["distribution"], component["version"]
+        if label.split(" ")[0] not in ("model", "arch") or name == OWN_DISTRIBUTION or not version:
+            continue
+        if versions(name) != {name: version}:
+            lacking.append(f"{name}=={version}")
+    if not lacking:
+        return ""
+    return f" The run's model came from it: `pip install {' '.join(dict.fromkeys(lacking))}`."
+
+
+def adapter_run(run: Path, ckpt_path: str | None = None, blocked: Sequence[str] = ()) -> AdapterRun | None:
     """The adapter run in ``run``; None if that is not a run directory, or the run trained a whole model.
 
-    ``ckpt_path``: where the base is now, if it was moved. Raises UserError if the base found is not the
-    one that the adapters were trained on.
+    Only its model is looked for: its task, optimizer and plugins may be gone. ``ckpt_path``: where the base is now, if
+    it was moved; ``blocked``: what ``-p no:`` names. Raises UserError if the base found is not the one that the
+    adapters were trained on.
     """
     facts = _facts(run)
     if "base_weights" not in facts:
@@ -95,15 +118,16 @@ def adapter_run(run: Path, ckpt_path: str | None = None) -> AdapterRun | None:
     from panda.run.model import base_weights
     from panda.run.model import model_context
 
-    moved = ["--ckpt_path", ckpt_path] if ckpt_path else []
+    flags = ["--ckpt_path", ckpt_path] if ckpt_path else []
+    flags += [word for name in blocked for word in ("-p", BLOCK + name)]
     with redirect_stdout(sys.stderr):  # stdout is for the model's answers
         try:
-            configuration = configure(parse_arguments(["--config", str(run / "config.yaml"), *moved]))
+            configuration = configure_model(parse_arguments(["--config", str(run / RUN_CONFIG), *flags]))
         except UserError as problem:
-            if moved or facts["checkpoint"] is None:
-                raise
-            hint = f"If the base of the adapters in {run} was moved, give its new location with `--ckpt_path`."
-            raise UserError(f"{problem} {hint}") from problem
+            hint = _packages_lacking(facts)
+            if not hint and ckpt_path is None and facts["checkpoint"] is not None:
+                hint = f" If the base of the adapters in {run} was moved, give its new location with `--ckpt_path`."
+            raise UserError(f"{problem}{hint}") from problem
     pretrained = configuration.pretrained
     found = base_weights(pretrained)
     if pretrained is None and found != facts["base_weights"]:

@@ -10,6 +10,7 @@ import torch
 from panda.configuration.options import RunOptions
 from panda.configuration.options import rate_multipliers
 from panda.configuration.refusals import refuse_layout
+from panda.configuration.refusals import refuse_undeclared
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.order import Source
@@ -21,7 +22,11 @@ from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
 from panda.optim.param_groups import param_groups
+from panda.optim.parameter_kinds import describe_parameters
 from panda.optim.schedules import Schedule
+from panda.optim.schedules import is_factor
+from panda.optim.schedules import steps_to_try
+from panda.registry import UserError
 from panda.registry.contexts import LRSchedulerContext
 from panda.registry.contexts import OptimizerContext
 from panda.registry.contexts import ReaderContext
@@ -73,8 +78,16 @@ def build_evaluation_task(resolved: Resolved, task: Task) -> Task | None:
 
 def dataset_of(resolved: Resolved, task: Task) -> SampleSet:
     """The samples of ``task``: the task that ``resolved`` names, over training or held-out data."""
-    with resolved.components["task"].attributed("`dataset`"):
-        return task.dataset()
+    chosen = resolved.components["task"]
+    with chosen.attributed("`dataset`"):
+        found = task.dataset()
+    if not hasattr(found, "sources"):
+        raise UserError(
+            f"{chosen.component.describe()}: `dataset` returned {found!r:.60}, and not samples: return"
+            f" `panda.data.token_dataset.in_memory(...)` or another data set. This is a fault of"
+            f" {chosen.offer.describe()}."
+        )
+    return found
 
 
 def lay_out(
@@ -121,9 +134,21 @@ def _layout(options: RunOptions, dataset: SampleSet, order: SampleOrder, plan: B
 
 
 def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
-    """The learning-rate schedule that ``resolved`` names, over the steps of ``plan``."""
-    context = LRSchedulerContext(total_steps=max(1, plan.total_steps), learning_rate=resolved.core.learning_rate)
-    schedule: Schedule = resolved.components["lr_scheduler"].build(context, Callable)
+    """The learning-rate schedule that ``resolved`` names, over the steps of ``plan``.
+
+    Raises UserError where one of its factors is not a number that is 0 or more.
+    """
+    chosen, total = resolved.components["lr_scheduler"], max(1, plan.total_steps)
+    context = LRSchedulerContext(total_steps=total, learning_rate=resolved.core.learning_rate)
+    schedule: Schedule = chosen.build(context, Callable)
+    for completed in steps_to_try(total):
+        factor = schedule(completed)
+        if not is_factor(factor):
+            raise UserError(
+                f"lr_scheduler: {chosen.component.describe()} returned {factor!r} for the step after {completed:,} of"
+                f" {total:,}. The factor of a learning rate is a finite number that is not negative. Change its"
+                f" options, or take another `lr_scheduler`. It is of {chosen.offer.describe()}."
+            )
     return schedule
 
 
@@ -137,6 +162,14 @@ def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.de
         decay_on=options.weight_decay_on,
         multipliers=rate_multipliers(options.lr_multipliers),
     )
-    context = OptimizerContext(param_groups=groups, device=device, bit_training=options.bit_training)
+    context = OptimizerContext(
+        param_groups=groups,
+        device=device,
+        bit_training=options.bit_training,
+        described=describe_parameters(model),
+        learning_rate=options.learning_rate,
+    )
     optimizer: torch.optim.Optimizer = resolved.components["optimizer"].build(context, torch.optim.Optimizer)
+    if hasattr(optimizer, "bind"):
+        refuse_undeclared(resolved)
     return optimizer

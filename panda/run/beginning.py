@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from panda.data.locations import data_sets
 from panda.data.packing import Layout
+from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
-from panda.engine.checkpoints.folders import set_aside_later
+from panda.engine.checkpoints.folders import set_aside
+from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.files.terminal import printable
 from panda.run.continuation import Continuation
+from panda.run.description import changes
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
+from panda.run.directory import configuration_in
 from panda.run.directory import make_directory
 from panda.run.directory_lock import RunLock
 from panda.run.generating import Generation
 from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
+from panda.run.room import check_room
+from panda.run.room import room_of
 from panda.run.sources import data_settings
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
@@ -45,11 +53,7 @@ def begin(
     ``layouts``: the rows to train on, and those to evaluate on.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
-    if checkpoint and not load_checkpoint(model.engine, checkpoint):
-        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
-        seed_random(options.seed + processes.data_rank + continuation.progress.step * processes.data_ranks)
-        if processes.rank == 0:
-            print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
+    resume_seconds = _load(prepared, continuation, model, processes)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
     layout, evaluation = layouts
     decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
@@ -63,52 +67,79 @@ def begin(
         evaluation,
         model.schedule,
         model.engine,
-        prepared.configuration.hooks.call,
+        prepared.configuration.hooks,
         continuation.agreement,
         decoding,
         reference=model.reference,
         generate=Generation(model.engine, options, prepared.task.pad_token_id, decoding.ends),
         resumed_from=checkpoint,
+        spent={"resume_seconds": resume_seconds} if checkpoint else {},
         step=continuation.progress.step,
+        learning_rate_factor=continuation.progress.learning_rate_factor,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
     )
 
-    @writing(f"{directory}: the description of the run", NO_ROOM_LEFT)
-    def describe() -> None:
-        if processes.rank == 0:
-            _set_aside(directory, checkpoint)
-            write_description(directory, resolved, model.config, _facts(run, prepared, model))
-            describe_model(
-                directory / MODEL_FOLDER,
-                model.base,
-                next(model.engine.module.parameters()).dtype,
-                prepared.task.tokenizer,
-                model=resolved.components["model"],
-                context=prepared.context,
-                pretrained=prepared.pretrained,
-                generation=run.decoding,
-                parts=model.parts,
-            )
-            if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
-                print(printable(note), file=sys.stderr, flush=True)
-
-    processes.together(describe)
+    describe = writing(f"{directory}: the description of the run", NO_ROOM_LEFT)(_describe)
+    processes.together(partial(describe, run, prepared, model))
     return run
 
 
+def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
+    """Write what the run directory says of the run, on rank 0."""
+    if run.processes.rank != 0:
+        return
+    resolved, directory = run.resolved, run.directory
+    _set_aside(directory, run.resumed_from)
+    if few := check_room(directory, room_of(resolved, model, run.plan)):
+        print(printable(f"note: {few}"), file=sys.stderr, flush=True)
+    write_description(directory, resolved, model.config, _facts(run, prepared, model))
+    describe_model(
+        directory / MODEL_FOLDER,
+        model.base,
+        next(model.engine.module.parameters()).dtype,
+        prepared.task.tokenizer,
+        model=resolved.components["model"],
+        context=prepared.context,
+        pretrained=prepared.pretrained,
+        generation=run.decoding,
+        parts=model.parts,
+    )
+    if note := run.decoding.note(prepared.pretrained.folder if prepared.pretrained else "model"):
+        print(printable(note), file=sys.stderr, flush=True)
+
+
+def _load(prepared: Preparation, continuation: Continuation, model: TrainedModel, processes: Processes) -> float:
+    """Load the checkpoint that the run continues from, if there is one; returns the seconds, with those of checking."""
+    begun, checkpoint = time.perf_counter(), continuation.checkpoint
+    if checkpoint and not load_checkpoint(model.engine, checkpoint, is_checked=True):
+        # The random states in the checkpoint are those of other ranks: reseed, differently at each step and rank.
+        step, ranks = continuation.progress.step, processes.data_ranks
+        seed_random(prepared.options.seed + processes.data_rank + step * ranks)
+        if processes.rank == 0:
+            print(f"{checkpoint}: redistributed over other ranks or another ZeRO stage: exact to rounding", flush=True)
+    return round(continuation.seconds + time.perf_counter() - begun, 3)
+
+
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
-    """Rename the checkpoints in ``directory`` that are later than ``checkpoint``, from which the run continues."""
+    """Rename the checkpoints in ``directory`` that are later than ``checkpoint``, from which the run continues.
+
+    It takes another course from there, and the newest checkpoint must be one of its own.
+    """
     if checkpoint and checkpoint.parent == directory / "checkpoints":
-        for path in set_aside_later(checkpoint):
-            problem = damage(path)
-            why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
-            print(f"set aside: {path}, since {why}", flush=True)
+        for later in checkpoints(checkpoint.parent):
+            if step_of(later) > step_of(checkpoint):
+                problem = damage(later)
+                path = set_aside(later, "damaged" if problem else "abandoned")
+                why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
+                print(printable(f"set aside: {path}, since {why}"), flush=True)
 
 
 def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:
     """What provenance.json records of a run besides its configuration."""
-    dataset, pretrained = run.dataset, prepared.pretrained
+    dataset, pretrained, begun_from = run.dataset, prepared.pretrained, run.resumed_from
+    changed = changes(run.resolved, configuration_in(begun_from.absolute().parent.parent)) if begun_from else {}
     return {
+        **({"changed": changed} if changed else {}),
         "ranks": run.processes.world_size,
         "device": str(run.processes.device),
         "parameters": model.parameters,

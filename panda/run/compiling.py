@@ -85,8 +85,8 @@ def long_run(options: RunOptions) -> Work:
 def _what_forbids(resolved: Resolved, model: ModelMemory | None) -> str:
     """Why the run is not compiled, however long it is; empty if it can be."""
     options: RunOptions = resolved.core
-    compiled, plain = replace(options, compile=True), replace(options, compile=False)
-    refused = [refusal.what for refusal in REFUSALS if refusal.applies(compiled) and not refusal.applies(plain)]
+    compiled, plain = (replace(resolved, core=replace(options, compile=yes)) for yes in (True, False))
+    refused = [refusal.what for refusal in REFUSALS if refusal.refuses(compiled) and not refusal.refuses(plain)]
     if refused:
         return f"{refused[0]} is refused"
     offer = resolved.components["model"].offer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,30 @@ from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.folders import START
 from panda.engine.checkpoints.folders import Progress
+from panda.engine.checkpoints.folders import checkpoints
+from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import read_progress
 from panda.engine.checkpoints.folders import refuse_differing
+from panda.engine.checkpoints.folders import set_aside
+from panda.engine.checkpoints.writing import check_shared
 from panda.engine.processes import Processes
+from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run.description import read_end
+from panda.run.description import refuse_later
 from panda.run.directory import EXPORT
+from panda.run.directory import find_directory
 from panda.run.directory import hold_continued
+from panda.run.directory import names_checkpoint
 from panda.run.directory_lock import RunLock
+from panda.run.ending import options_of_stopper
 from panda.run.ending import work_at_the_end
 from panda.run.model import base_weights
 from panda.run.preparation import Preparation
 from panda.weights.pretrained import Pretrained
+from panda.weights.run_folders import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -38,16 +50,18 @@ class Continuation:
     progress: Progress
     agreement: dict[str, Any]
     """The facts that must be the same in a run that continues this one."""
+    seconds: float = 0.0
+    """That comparing the checkpoint with what was written took."""
 
-    def steps_of_finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> int | None:
-        """The steps of the continued run if it has taken all and finished the work at its end; None if it has not.
+    def finished(self, prepared: Preparation, layout: Layout, processes: Processes) -> str | None:
+        """A line for a run that has taken all steps, or was stopped, and has finished the work at its end; else None.
 
         Every rank has to call it. Raises UserError if the run ended without a checkpoint of its last step, and cannot
         do from an earlier one what is still to do.
         """
-        return processes.from_rank_0(lambda: self._steps_of_finished(prepared, layout.plan.total_steps))
+        return processes.from_rank_0(lambda: self._finished(prepared, layout.plan.total_steps))
 
-    def _steps_of_finished(self, prepared: Preparation, total: int) -> int | None:
+    def _finished(self, prepared: Preparation, total: int) -> str | None:
         directory = self.directory
         end = read_end(directory) if directory else None
         if directory is None or end is None:
@@ -57,9 +71,12 @@ class Continuation:
         is_done = all(end.get(key) == value for key, value in expected.items() if value)
         if self.checkpoint is None:
             refuse_differing(directory, end.get("agreement", {}), self.agreement)
+        of_the_end = prepared.options.resume == "auto" or steps == self.progress.step
+        stopped = end.get("stopped") if steps < total and of_the_end else None
+        stands = stopped and options_of_stopper(prepared.resolved, stopped["by"]) == stopped["options"]
         # From a checkpoint that was chosen, the run is trained and ends again, unless it is that of the end.
-        if is_done and steps >= total and (prepared.options.resume == "auto" or steps == self.progress.step):
-            return steps
+        if is_done and of_the_end and (steps >= total or stands):
+            return _finished_line(directory, steps, total, stopped)
         if self.checkpoint is None:
             raise UserError(
                 f"resume: the run in {directory} ended after {steps:,} steps without a checkpoint (`save_final:"
@@ -67,7 +84,31 @@ class Continuation:
                 f" {directory / EXPORT}: `panda generate {directory}` asks them, and with `ckpt_path` another"
                 " run starts from them. To train this one again from its first step, remove the export."
             )
+        if stopped and not stands:
+            print(
+                printable(
+                    f"note: the run was stopped after step {steps:,} by {stopped['by']}: {stopped['reason']}. It goes"
+                    " on, since that is now left out or has other options."
+                )
+            )
         return None
+
+
+def _finished_line(directory: Path, steps: int, total: int, stopped: dict[str, Any] | None) -> str:
+    asked = f"to get answers, run `panda generate {directory} --prompt TEXT`."
+    if stopped is None:
+        return (
+            f"{directory}: nothing is left to do: {steps:,} steps are done and exported. To train further, raise"
+            f" `max_steps` or `num_train_epochs`; {asked}"
+        )
+    kind, _, name = stopped["by"].partition(" ")
+    without = (
+        f"leave it out by `-p no:{name}`, or give it other options" if kind == "plugin" else "give it other options"
+    )
+    return printable(
+        f"{directory}: nothing is left to do: the run was stopped after step {steps:,} of {total:,} by"
+        f" {stopped['by']}: {stopped['reason']}; it is exported. To train further, {without}, and resume again; {asked}"
+    )
 
 
 def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:
@@ -77,9 +118,53 @@ def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) 
     """
     resolved = prepared.resolved
     directory, checkpoint = processes.from_rank_0(lambda: hold_continued(resolved, lock))
+    if directory is not None:
+        refuse_later(directory)
+    begun = time.perf_counter()
+    checkpoint = _whole(resolved, directory, checkpoint, processes)
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
-    return Continuation(directory, checkpoint, progress, agreement)
+    return Continuation(directory, checkpoint, progress, agreement, time.perf_counter() - begun)
+
+
+def _whole(resolved: Resolved, directory: Path | None, checkpoint: Path | None, processes: Processes) -> Path | None:
+    """``checkpoint``, or the newest before it whose files have the content that was written, in ``directory``.
+
+    Damaged ones that are newer are set aside. Raises DamagedError for one that the user named.
+    """
+    while checkpoint is not None:
+        try:
+            check_shared(processes, checkpoint)
+            break
+        except UserError as problem:
+            if directory is None or names_checkpoint(resolved, checkpoint):
+                raise
+            processes.from_rank_0(partial(_report_aside, checkpoint, str(problem)))
+            checkpoint = processes.from_rank_0(lambda: find_directory(resolved)[1])
+    if checkpoint is None and directory is not None:
+        processes.from_rank_0(lambda: _begin_again(directory, resolved.core.if_damaged))
+    return checkpoint
+
+
+def _begin_again(directory: Path, if_damaged: str) -> None:
+    """Set all checkpoints of ``directory`` aside, none of which is whole. Raises UserError if the run is to stop."""
+    damaged = checkpoints(directory / CHECKPOINTS)
+    aside = sorted((directory / CHECKPOINTS).glob("damaged-*"))
+    if not damaged and not aside:
+        return
+    if if_damaged == "stop":
+        raise UserError(
+            f"{directory}: all of its checkpoints are damaged: {', '.join(path.name for path in [*damaged, *aside])}."
+            " `if_damaged: begin` sets them aside, and trains from the first step again."
+        )
+    for path in damaged:
+        _report_aside(path, f"it is damaged: {damage(path)}")
+    if damaged:
+        print(f"{directory}: none of its checkpoints is whole: the run begins again, from its first step", flush=True)
+
+
+def _report_aside(checkpoint: Path, why: str) -> None:
+    print(printable(f"set aside: {set_aside(checkpoint, 'damaged')}, since {why}"), flush=True)
 
 
 def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:

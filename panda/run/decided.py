@@ -36,7 +36,7 @@ def with_decided(
     kept = recorded(resolved, key)
     if kept not in (None, undecided):
         again = resolved.with_values({key: kept}, KEPT)
-        if not refused(again.core):
+        if not refused(again):
             return replace(configuration, resolved=again)
     value, origin = decide()
     return replace(configuration, resolved=resolved.with_values({key: value}, origin))

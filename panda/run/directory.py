@@ -13,15 +13,16 @@ from typing import Any
 import yaml
 
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import passed_over
+from panda.files.own import refuse_links_out
 from panda.registry import UserError
+from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.run.directory_lock import RunLock
 from panda.weights.run_folders import EXPORT as EXPORT
 from panda.weights.run_folders import PROVENANCE as PROVENANCE
-
-RUN_CONFIG = "config.yaml"
-"""The file in it that has the whole configuration."""
+from panda.weights.run_folders import RUN_CONFIG as RUN_CONFIG
 
 MODEL_FOLDER = "model"
 """The folder in it that describes its model: all of an export but the weights."""
@@ -35,6 +36,7 @@ def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path
     directory, checkpoint = find_directory(resolved)
     if not continues_in_place(resolved, directory, checkpoint):
         return None, checkpoint
+    refuse_links_out(directory)
     lock.take(directory)
     # Looked up again: the previous holder of the lock may have saved checkpoints since.
     return directory, find_checkpoint(directory) if resolved.core.resume == "auto" else find_directory(resolved)[1]
@@ -56,6 +58,11 @@ def make_directory(resolved: Resolved, lock: RunLock) -> Path:
                 raise UserError(
                     f"{directory}: another run has just started in it. Start again to continue that run."
                 ) from None
+            if not (directory / PROVENANCE).exists():  # there is no folder, and none can be made
+                raise UserError(
+                    f"output_dir: cannot make {str(directory)!r}: it, or a folder above it, is a file, or a link to"
+                    " nothing. Make what the link names, or name another folder."
+                ) from None
             continue  # takes the next number, or raises UserError if this directory was given
         except OSError as problem:
             raise UserError(f"output_dir: cannot make {str(directory)!r}: {problem.strerror}.") from None
@@ -67,6 +74,12 @@ def continues_in_place(resolved: Resolved, directory: Path, checkpoint: Path | N
     """Whether a run in ``directory``, from ``checkpoint``, continues the run that is already there."""
     owner = checkpoint.resolve().parent.parent if checkpoint else None
     return (directory / PROVENANCE).exists() and (resolved.core.resume == "auto" or owner == directory.resolve())
+
+
+def names_checkpoint(resolved: Resolved, checkpoint: Path) -> bool:
+    """Whether the user has named ``checkpoint`` itself, and not a run."""
+    resume = resolved.core.resume
+    return resume != "auto" and resolve_path(resume).resolve() == checkpoint.resolve()
 
 
 def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
@@ -85,11 +98,15 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
             return directory, find_checkpoint(directory)
     if options.resume is None:
         return _new(given, default), None
-    checkpoint = find_checkpoint(resolve_path(options.resume))
+    problem = problem_of_path(options.resume)
+    checkpoint = None if problem else find_checkpoint(resolve_path(options.resume))
     if checkpoint is None:
+        damaged = "".join(
+            f" {path.name} is damaged: {why}." for path, why in passed_over(resolve_path(options.resume)).items()
+        )
         raise UserError(
-            f"resume: no complete checkpoint at {options.resume!r}. Give a run directory, its `checkpoints`, or one"
-            " `step-...` folder; or `auto`."
+            f"resume: no complete checkpoint at {options.resume[:200]!r}.{damaged} Give a run directory, its"
+            " `checkpoints`, or one `step-...` folder; or `auto`."
         )
     is_in_run = checkpoint.absolute().parent.name == "checkpoints"
     if is_in_run and (given is None or given.resolve() == checkpoint.resolve().parent.parent):
@@ -102,7 +119,11 @@ def recorded_configuration(resolved: Resolved) -> dict[str, Any]:
     if resolved.core.resume is None:
         return {}
     directory, checkpoint = find_directory(resolved)
-    run = checkpoint.absolute().parent.parent if checkpoint else directory
+    return configuration_in(checkpoint.absolute().parent.parent if checkpoint else directory)
+
+
+def configuration_in(run: Path) -> dict[str, Any]:
+    """What config.yaml of ``run``, a run directory, says; empty where there is none."""
     try:
         values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
     except (OSError, yaml.YAMLError):

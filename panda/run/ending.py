@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 from typing import Any
@@ -17,6 +18,7 @@ from panda.files.terminal import printable
 from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
 from panda.registry import UserError
+from panda.registry.resolve import Resolved
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
@@ -32,9 +34,18 @@ ANSWER_TOKENS = 64
 
 
 def finish(run: Run) -> None:
-    """Export the model, and let it answer the prompts. Every rank has to call it."""
+    """Export the model, and let it answer the prompts, with the weights that it is evaluated with.
+
+    Every rank has to call it.
+    """
     if run.processes.rank == 0:
-        print("exporting the model, then answering ...", flush=True)
+        whose = f" with the weights of {run.evaluated_weights[0]}" if run.evaluated_weights else ""
+        print(f"exporting the model{whose}, then answering ...", flush=True)
+    with run.using_evaluated_weights():
+        _export_and_answer(run)
+
+
+def _export_and_answer(run: Run) -> None:
     run.engine.give_weights(partial(_export, run), trained_only=run.options.use_lora)
     tokenizer = run.task.tokenizer
     of_task = run.resolved.components["task"].attributed
@@ -94,6 +105,26 @@ def _encoded(run: Run, prompts: list[str], most: int) -> tuple[list[str], list[l
         for note in notes:
             print(printable(f"note: {note}"), flush=True)
     return written, encoded
+
+
+def how_it_ended(run: Run) -> dict[str, Any]:
+    """What provenance.json says of the end of ``run``: who stopped it, whose weights were exported, and the
+    seconds that saving and resuming took."""
+    found: dict[str, Any] = dict(run.spent)
+    if run.stopped is not None:
+        found["stopped"] = {**asdict(run.stopped), "options": options_of_stopper(run.resolved, run.stopped.by)}
+    if run.evaluated_weights is not None:
+        found["exported_weights"] = run.evaluated_weights[0]
+    return found
+
+
+def options_of_stopper(resolved: Resolved, by: str) -> dict[str, Any] | None:
+    """The options of the component ``by`` that stopped a run, as JSON has them; None if ``resolved`` lacks it."""
+    for chosen in resolved.chosen:
+        if chosen.offer.label == by:
+            options: dict[str, Any] = json.loads(json.dumps(asdict(chosen.options), default=str))
+            return options
+    return {} if any(offer.label == by for offer in resolved.hook_modules) else None
 
 
 def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:

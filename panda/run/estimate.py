@@ -32,8 +32,11 @@ from panda.models.forward.footprint import footprint
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import what_forbids_kernel
 from panda.models.forward.varlen_attention import why_masked
+from panda.optim.parameter_kinds import describe_parameters
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import OptimizerContext
+from panda.registry.contexts import ParameterDescription
+from panda.registry.contexts import ParameterKind
 from panda.registry.contexts import TensorParallelPlan
 from panda.registry.resolve import Resolved
 from panda.run.cards import Card
@@ -72,6 +75,8 @@ class ModelMemory:
     """Rows that the model is given at once for a sample of a micro batch."""
     reference: int
     """Bytes of the frozen model that the task asks for, before ZeRO-3 partitions it."""
+    copies: int
+    """Of the trained weights, those that plugins hold."""
     attention_flops: float
     """The same for each token that a token attends to, by the usual count of 12 (not halved for being causal)."""
 
@@ -122,6 +127,7 @@ def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | Non
             model = add_adapters(model, options)
         round_once(model)
     element = 4 if options.precision == "fp32" else 2
+    states = state_bytes(resolved, model)
     whole = sum(parameter.numel() for parameter in model.parameters()) * element  # of this rank, before any adapters
     sizes = _sizes(model, options, quantised)
     linear = _flops(model) * options.tensor_parallel_size
@@ -129,9 +135,8 @@ def model_memory(resolved: Resolved, context: ModelContext) -> ModelMemory | Non
     rows, length = _largest_sample(resolved)
     found = footprint(model, length=length, masked=masked)
     attention = 12.0 * found.attention_width * options.tensor_parallel_size
-    return ModelMemory(
-        sizes, found, state_bytes(resolved), parameters, linear, rows, _reference(resolved, whole), attention
-    )
+    copies = copies_of(resolved)
+    return ModelMemory(sizes, found, states, parameters, linear, rows, _reference(resolved, whole), copies, attention)
 
 
 def _largest_sample(resolved: Resolved) -> tuple[int, int]:
@@ -161,7 +166,9 @@ def _reference(resolved: Resolved, own: int) -> int:
 def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estimate:
     """The memory of each of ``world_size`` GPUs that train ``model`` with ``options``."""
     config = deepspeed_config(options, world_size=world_size, on_gpu=True)
-    standing = held(model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes)
+    standing = held(
+        model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes, copies=model.copies
+    )
     rows, found = options.per_gpu_train_batch_size * model.rows, model.footprint
     copies = max(1, world_size // options.tensor_parallel_size)
     parts = replace(standing.parts, reference=model.reference // copies if options.zero == 3 else model.reference)
@@ -264,14 +271,33 @@ def _flops(model: torch.nn.Module) -> float:
     return total
 
 
-def state_bytes(resolved: Resolved) -> float:
+def copies_of(resolved: Resolved) -> int:
+    """How many copies of the trained weights the plugins of ``resolved`` hold."""
+    return sum(getattr(plugin.component.factory, "weights_copies", 0) for plugin in resolved.plugins)
+
+
+def state_bytes(resolved: Resolved, model: torch.nn.Module | None = None) -> float:
     """What the optimizer keeps for each element that it steps, found out by a step of a small weight.
 
+    With a ``model``, for an element of its trained parameters on average: some kinds may have less state than others.
     As much as AdamW's where that cannot be found out.
     """
+    elements: dict[ParameterKind, int] = {}
+    for described in describe_parameters(model).values() if model is not None else ():
+        elements[described.kind] = elements.get(described.kind, 0) + math.prod(described.shape)
+    elements = elements or {"matrix": 1}
+    return sum(_state_bytes(resolved, kind) * count for kind, count in elements.items()) / sum(elements.values())
+
+
+def _state_bytes(resolved: Resolved, kind: ParameterKind) -> float:
     weight = torch.nn.Parameter(torch.zeros(128, 128))
     groups = [{"params": [weight], "lr": 1e-3, "weight_decay": 0.0}]
-    context = OptimizerContext(param_groups=groups, device=weight.device, bit_training=resolved.core.bit_training)
+    context = OptimizerContext(
+        param_groups=groups,
+        device=weight.device,
+        bit_training=resolved.core.bit_training,
+        described={weight: ParameterDescription("weight", (128, 128), kind)},
+    )
     optimizer = resolved.components["optimizer"].build(context, torch.optim.Optimizer)
     if type(optimizer).__module__.startswith("bitsandbytes"):
         # Two moments of a byte, with a scale for 256 elements; paged ones can be in host memory.

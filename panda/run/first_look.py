@@ -22,6 +22,12 @@ from panda.run.sources import data_settings
 from panda.weights.tokenizers import tokenizer_folder
 
 
+def announce_loading() -> None:
+    """Say, on rank 0, why the next seconds pass in silence: torch and DeepSpeed are imported."""
+    if os.environ.get("RANK", "0") == "0":
+        print("loading torch and DeepSpeed ...", flush=True)
+
+
 def planned_world_size(configuration: Configuration) -> int:
     """The processes that a run will have: as many as a launcher started, else the fewest that hold the model."""
     return int(os.environ.get("WORLD_SIZE", configuration.options.tensor_parallel_size))

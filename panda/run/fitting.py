@@ -27,6 +27,7 @@ from panda.run.compiling import Work
 from panda.run.compiling import as_chosen
 from panda.run.estimate import Estimate
 from panda.run.estimate import ModelMemory
+from panda.run.estimate import copies_of
 from panda.run.estimate import estimate
 from panda.run.estimate import model_memory
 from panda.run.estimate import state_bytes
@@ -114,9 +115,9 @@ def cheapest_change(
     """The first of ``changes`` with which the run fits ``card``, and its memory then; None if none does."""
     for change in changes(resolved.core, world_size):
         tried = resolved.with_values(change.values, "tried")
-        if resolved.settings["compile"].origin.startswith("decided") and refused(tried.core):
+        if resolved.settings["compile"].origin.startswith("decided") and refused(tried):
             tried = tried.with_values({"compile": False}, "tried")  # as a run with that change would decide
-        if refused(tried.core):
+        if refused(tried):
             continue
         try:
             found = on_card(estimates, tried, change.world_size, card)[1]
@@ -127,9 +128,9 @@ def cheapest_change(
     return None
 
 
-def refused(options: RunOptions) -> bool:
-    """Whether ``options`` are a combination that panda refuses."""
-    return any(refusal.applies(options) for refusal in REFUSALS)
+def refused(resolved: Resolved) -> bool:
+    """Whether ``resolved`` is a combination that panda refuses."""
+    return any(refusal.refuses(resolved) for refusal in REFUSALS)
 
 
 def advice(estimates: Estimates, resolved: Resolved, world_size: int, card: Card) -> str:
@@ -161,7 +162,7 @@ def on_card(
     tried: dict[str, Estimate] = {}
     for way in ways:
         options = as_chosen(resolved.with_values({"activation_checkpointing": way}, "tried"), model, card, work)
-        if not refused(options):
+        if not refused(replace(resolved, core=options)):
             tried[way] = estimate(model, options, world_size)
             if tried[way].fits(card):
                 return way, tried[way]
@@ -212,6 +213,7 @@ def refuse_too_large(
         deepspeed_config(options, world_size=world_size, on_gpu=on_gpu),
         world_size=world_size,
         state_bytes=state_bytes(resolved) if on_gpu else 0,
+        copies=copies_of(resolved) if on_gpu else 0,
     ).parts
     estimates = Estimates(context)
     refuse_without_room(

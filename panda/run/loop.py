@@ -6,29 +6,40 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 
+from panda.configuration.user_code import flags_of_files
 from panda.data.batches import Batch
 from panda.data.batches import step_batches
 from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.steps import StepResult
+from panda.files.terminal import printable
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
+from panda.run.extra_state import write_state
 from panda.run.garbage import collect
 from panda.run.garbage import collected_between_steps
+from panda.run.interruption import Interrupted
+from panda.run.interruption import Interruption
+from panda.run.interruption import how_to_continue
 from panda.run.records import Clock
 from panda.run.records import Gpu
+from panda.run.records import add_to
 from panda.run.records import as_number
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
 from panda.run.state import Run
 from panda.tasks.task import Task
 
+SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60, 3600
 MOST_SKIPPED = 50
 """Skipped steps in a row that end the run with an error; fp16 may need some twenty to find its loss scale."""
 
@@ -48,56 +59,173 @@ class Loop:
         self.gpu = Gpu.of(run)
         self.counts = torch.tensor([start.tokens, start.units], dtype=torch.float64)
         self.counts = self.counts.to(run.processes.device)
-        self.skipped = start.skipped_steps
+        self.skipped, self.left_out = start.skipped_steps, start.left_out_steps
         self.skipped_in_a_row = 0
+        self.skipped_since_saved = 0
+        """Of the steps since the last checkpoint, those whose gradients were not finite."""
         self.saved_step = start.step if run.resumed_from else -1
+        self.saved_at = self.clock.time
+        self.unrecorded = dict(run.spent)
+        """Seconds of saving and resuming that no record has yet."""
+        self.evaluated_step = self.logged_step = -1
+        self.evaluation_due = start.evaluation_due
+        self.time_to_save = False
+        self.interruption = Interruption(launched=run.processes.world_size > 1, announce=run.processes.rank == 0)
+        self.ended_by: str | None = None
+        """What has the run save and end from outside, agreed by all ranks."""
 
     def train(self) -> None:
-        """Take the remaining steps; evaluate and save at the end."""
+        """Take the remaining steps, or those until a hook stops the run; evaluate and save at the end.
+
+        Raises Interrupted, on all ranks, if a signal or ``max_train_hours`` ends it before; then it has saved.
+        """
         run, first = self.run, self.run.step + 1
         with run.resolved.components["task"].attributed("`start`"):
             run.task.start(run)
-        with collected_between_steps():
-            for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
-                self.step(step, micro_batches)
-                collect(step)
-        if run.step < first:  # no steps remained
-            self.evaluate()
-        if self.options.save_final and self.saved_step != run.step:
-            self.save()
+        with self.interruption.listening():
+            with collected_between_steps():
+                if self.evaluation_due and run.stopped is None:
+                    self.evaluate()
+                if run.stopped is None:
+                    for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
+                        self.step(step, micro_batches)
+                        collect(step)
+                        if run.stopped is not None or self.is_interrupted:
+                            break
+            if not self.is_interrupted and self.evaluated_step != run.step:  # no step, or a hook has stopped it since
+                self.evaluate()
+            wanted = self.options.save_final or run.save_is_due or self.is_interrupted
+            if wanted and self.saved_step != run.step and self.is_worth_saving():
+                self.save(keep_all=self.skipped_in_a_row > 0)
+            if self.ended_by is None:
+                self.listen_outside()  # since the last step: then the export is still to do
+        self.say_stop()
+        if self.is_interrupted:
+            raise Interrupted(self.how_it_goes_on())
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
         run, options, plan = self.run, self.options, self.run.plan
-        factor = run.schedule(step - 1)
-        run.engine.scale_learning_rate(factor)
-        result = run.engine.step(self.made(micro_batches, step), self.loss, self.statistics)
-        self.counts += result.counts
+        made = self.made(micro_batches, step)
+        run.at("panda_step_start", step=step, batches=made)
+        factor = run.schedule(step - 1) * run.learning_rate_factor
+        result = None if run.left_out else self.trained(made, factor)
         run.step = step
-        self.skipped += not result.applied
-        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
-        run.hook.panda_step_end(run=run, step=step)
-        if run.processes.rank == 0 and (step % options.logging_steps == 0 or step == plan.total_steps):
+        run.applied = result is not None and result.applied
+        if result is None:
+            self.leave_out()
+        run.at("panda_step_end", step=step)
+        self.listen_outside()
+        is_last = step == plan.total_steps
+        if step % options.logging_steps == 0 or is_last or run.stopped or self.ended_by:
             self.log(result, factor * options.learning_rate)
         if self.skipped_in_a_row == MOST_SKIPPED:
-            raise UserError(
-                f"step {step}: the last {MOST_SKIPPED} steps were skipped, since their gradients were not finite. Lower"
-                " `learning_rate`, look at the data, or write `precision: bf16` in place of fp16. `--resume` continues"
-                " from an earlier checkpoint."
-            )
-        # Before saving, so that a run that resumes this checkpoint already has the record.
-        if step == plan.total_steps or (options.eval_steps and step % options.eval_steps == 0):
+            raise UserError(self.too_many_skipped())
+        # Before saving, so that a run that resumes this checkpoint already has the record. An interrupted run saves
+        # first, since it may be killed soon.
+        self.evaluation_due = bool(is_last or run.stopped or (options.eval_steps and step % options.eval_steps == 0))
+        if self.evaluation_due and not self.is_interrupted:
             self.evaluate()
         for epoch in range(plan.step_end(step - 1) // plan.samples, plan.step_end(step) // plan.samples):
-            run.hook.panda_epoch_end(run=run, epoch=epoch)
+            run.at("panda_epoch_end", epoch=epoch)
+        if run.stopped:  # perhaps since the record was due
+            self.log(result, factor * options.learning_rate)
         if options.save_steps and step % options.save_steps == 0:
+            run.save_is_due = True
+        # A step that was skipped is followed by the checkpoint only once one has been taken: a run whose gradients
+        # stay NaN must not replace its last good checkpoint.
+        if (run.save_is_due or self.time_to_save) and not self.skipped_in_a_row:
             self.save()
+        if run.stopped:
+            self.log(result, factor * options.learning_rate)
+
+    def listen_outside(self) -> None:
+        """Agree on what the ranks have heard from outside, and on what rank 0 reads from the clock."""
+        run, options, now = self.run, self.options, time.perf_counter()
+        begun_by_rank_0 = run.processes.rank == 0
+        hours, minutes = options.max_train_hours, options.save_minutes
+        is_over = begun_by_rank_0 and hours is not None and now - run.begun >= hours * SECONDS_AN_HOUR
+        is_time = begun_by_rank_0 and minutes > 0 and now - self.saved_at >= minutes * SECONDS_A_MINUTE
+        signalled, over, due = run.processes.most([self.interruption.signal or 0, is_over, is_time])
+        self.time_to_save = bool(due)
+        if self.ended_by is None and (signalled or over):
+            self.ended_by = Signals(int(signalled)).name if signalled else f"max_train_hours: {hours:g}"
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the run ends from outside: not one that a hook has stopped, which ends anyway."""
+        return self.ended_by is not None and self.run.stopped is None
+
+    def is_worth_saving(self) -> bool:
+        """Whether a step since the last checkpoint was taken, or left out: not where all were skipped."""
+        return self.run.step == 0 or self.run.step - max(self.saved_step, 0) > self.skipped_since_saved
+
+    def how_it_goes_on(self) -> str:
+        """What to print of a run that was interrupted."""
+        run = self.run
+        how = f"{self.ended_by}: the run has ended after step {run.step:,} of {run.plan.total_steps:,}"
+        kept = self.newest_checkpoint()
+        if kept is None:
+            return f"{how}. There is no checkpoint to continue from, since no step has changed the weights"
+        return f"{how}, and {kept} is saved\n{how_to_continue(run.directory, kept, flags_of_files(run.resolved))}"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that there is: all were saved after steps that changed the weights."""
+        kept = [path for path in (self.run.resumed_from, *self.run.checkpoints) if path is not None and path.exists()]
+        return kept[-1] if kept else None
+
+    def too_many_skipped(self) -> str:
+        kept = self.newest_checkpoint()
+        again = f"The last good checkpoint is {kept}, which `--resume` continues." if kept else "None was saved before."
+        return (
+            f"step {self.run.step}: the last {MOST_SKIPPED} steps were skipped, since their gradients were not finite."
+            " Lower `learning_rate`, look at the data, or write `precision: bf16` in place of fp16. " + again
+        )
+
+    def trained(self, micro_batches: list[Batch], factor: float) -> StepResult:
+        """The optimizer step over ``micro_batches``, with ``factor`` of the peak learning rate."""
+        engine = self.run.engine
+        engine.scale_learning_rate(factor)
+        result = engine.step(micro_batches, self.loss, self.statistics)
+        self.counts += result.counts
+        self.skipped += not result.applied
+        self.skipped_since_saved += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        return result
+
+    def leave_out(self) -> None:
+        """Count and print that the step that has just passed was left out, for the reason in ``run.left_out``."""
+        run = self.run
+        self.left_out += 1
+        if run.processes.rank == 0:
+            print(printable(f"step {run.step} is left out ({run.left_out})"), flush=True)
+        run.left_out = None
+
+    def say_stop(self) -> None:
+        """Print why the run has ended, if that is before its last step."""
+        run = self.run
+        if run.stopped is None:
+            return
+        if run.step >= run.plan.total_steps:  # it has ended by itself
+            run.stopped = None
+        elif run.processes.rank == 0:
+            by, reason = run.stopped.by, run.stopped.reason
+            print(printable(f"stopped after step {run.step} of {run.plan.total_steps} by {by}: {reason}"), flush=True)
 
     def progress(self) -> Progress:
         """How far the run has come. Waits for the device."""
         tokens, units = self.counts.tolist()
-        step = self.run.step
-        return Progress(step, self.run.plan.step_end(step), int(tokens), as_number(units), self.skipped)
+        run, cursor = self.run, self.run.plan.step_end(self.run.step)
+        return Progress(
+            run.step,
+            cursor,
+            int(tokens),
+            as_number(units),
+            self.skipped,
+            left_out_steps=self.left_out,
+            learning_rate_factor=run.learning_rate_factor,
+            evaluation_due=self.evaluation_due and self.evaluated_step != run.step,
+        )
 
     def made(self, micro_batches: list[Batch], step: int, *, training: bool = True) -> list[Batch]:
         """What the task makes of ``micro_batches`` before optimizer step ``step``, if it makes its own samples."""
@@ -111,35 +239,64 @@ class Loop:
             raise UserError(f"task: `rollout` returned {counts} batches on the ranks of the run. Return equally many.")
         return made
 
-    def log(self, result: StepResult, learning_rate: float) -> None:
-        """Give hooks the record of the last step. Rank 0 only."""
+    def log(self, result: StepResult | None, learning_rate: float) -> None:
+        """Give hooks the record of the last step, once, on rank 0; None for one that was left out, which has none."""
         run = self.run
+        if run.processes.rank != 0 or result is None or self.logged_step == run.step:
+            return
         run.observations = run.engine.observations()
         record = log_record(
             result, self.progress(), learning_rate, self.clock, run.observations, unit=run.task.unit, gpu=self.gpu
         )
+        record |= self.unrecorded
+        self.unrecorded.clear()
+        add_to(record, run.added)
+        self.logged_step = run.step
         run.hook.panda_log(run=run, record=record)
 
-    def save(self) -> None:
-        """Write a checkpoint. Every rank has to call it."""
+    def save(self, *, keep_all: bool = False) -> None:
+        """Write a checkpoint, and remove older ones unless ``keep_all``. Every rank has to call it."""
         run, begun = self.run, time.perf_counter()
-        folder, keep = run.directory / "checkpoints", self.options.save_total_limit
-        path = save_checkpoint(run.engine, folder, self.progress(), run.agreement, keep=keep)
+        path = save_checkpoint(
+            run.engine,
+            run.directory / "checkpoints",
+            self.progress(),
+            run.agreement,
+            keep=self.options.save_total_limit,
+            kept=run.kept,
+            passing=self.time_to_save and not run.save_is_due,
+            keep_all=keep_all,
+            write=partial(write_state, run),
+        )
         run.checkpoints.append(path)
-        run.hook.panda_checkpoint_saved(run=run, path=path)
-        self.saved_step = run.step
+        self.saved_step, run.save_is_due, self.skipped_since_saved = run.step, False, 0
+        run.at("panda_checkpoint_saved", path=path)
         collect()
-        self.clock.leave_out(time.perf_counter() - begun)
+        self.saved_at = time.perf_counter()
+        self.clock.leave_out(self.saved_at - begun)
+        for seconds in (run.spent, self.unrecorded):
+            seconds["save_seconds"] = round(seconds.get("save_seconds", 0) + self.saved_at - begun, 3)
 
     def evaluate(self) -> None:
         """Compute the loss on the held-out data, if any. Draws no random numbers, and does not affect training."""
         run, begun = self.run, time.perf_counter()
+        self.evaluated_step, self.evaluation_due = run.step, False
         if run.evaluation is None:
             return
-        found = run.engine.evaluate(_Evaluation(self, run.evaluation), self.loss, self.statistics)
-        if run.processes.rank == 0:
+        due, run.added = run.added, {}
+        run.at("panda_evaluation_start")
+        with run.using_evaluated_weights():
+            found = run.engine.evaluate(_Evaluation(self, run.evaluation), self.loss, self.statistics)
+
+        def recorded() -> dict[str, Any]:
             record = evaluation_record(run.step, found, run.task.unit, begun)
-            run.hook.panda_evaluation(run=run, record=record)
+            add_to(record, run.added, "eval_")
+            return record
+
+        # What acts decides by it, so its last bit and its time must be the same everywhere.
+        record = run.processes.from_rank_0(recorded) if run.hooks.acts("panda_evaluation") else recorded()
+        run.added = due
+        run.at("panda_evaluation", record=record)
         collect()
         self.clock.leave_out(time.perf_counter() - begun)
 

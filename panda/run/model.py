@@ -103,7 +103,7 @@ def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module 
             outline: torch.nn.Module = resolved.components["model"].build(context, torch.nn.Module)
         if context.new_rows_from is not None:
             outline.new_rows = range(context.new_rows_from, context.vocab_size)  # type: ignore[assignment]
-    except UserError:
+    except (UserError, ImportError, NameError, AttributeError):  # nothing that lack of weights would cause
         raise
     except Exception:
         if context.config is not None:  # the model of a checkpoint is always built without weights

@@ -30,7 +30,9 @@ from panda.registry import UserError
 from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
+from panda.run.description import changes
 from panda.run.directory import find_directory
+from panda.run.directory import recorded_configuration
 from panda.run.directory import run_name
 from panda.run.fitting import advice
 from panda.run.preparation import Preparation
@@ -79,7 +81,11 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "optimizer": [_optimizer(prepared)],
         "engine": [_engine(prepared), *_compiled(prepared)],
         "memory": list(_memory(prepared)),
-        "saves": [_saves(prepared.options)],
+        "changed": [
+            f"{key} was {each['before']!r} and is {each['now']!r}"
+            for key, each in (_changed(prepared) if checkpoint else {}).items()
+        ],
+        "saves": list(_saves(prepared.options)),
         "output": [_output(prepared, layout, directory, checkpoint)],
     }
     lines = [
@@ -326,13 +332,20 @@ def _memory(prepared: Preparation) -> Iterator[str]:
         yield advice(prepared.estimates, prepared.resolved, prepared.world_size, card)
 
 
-def _saves(options: RunOptions) -> str:
-    if not options.save_steps and not options.save_final:
-        return "no checkpoint, only the export: the run cannot be continued, whether it is interrupted or finished"
-    if not options.save_steps:
-        return "only at the end: with `save_steps` an interrupted run can be continued"
+def _changed(prepared: Preparation) -> dict[str, dict[str, Any]]:
+    """What a run that goes on changes, against the configuration that the run recorded when it last began."""
+    return changes(prepared.resolved, recorded_configuration(prepared.resolved))
+
+
+def _saves(options: RunOptions) -> Iterator[str]:
+    """When checkpoints are saved, and what is lost where a run is killed between them."""
+    steps, minutes = f"{options.save_steps:,} steps", f"{options.save_minutes:g} minutes"
+    often = [*([steps] if options.save_steps else []), *([minutes] if options.save_minutes else [])]
+    when = [f"every {text}" for text in often] + ["at the end"] * options.save_final
     kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
-    return f"every {options.save_steps:,} steps{' and at the end' * options.save_final}{kept}"
+    yield f"{', '.join([*when, 'on Ctrl-C and SIGTERM'])}{kept}"
+    lost = f"at most {' or '.join(often)}{', the shorter of them,' * (len(often) > 1)} are" if often else "all of it is"
+    yield f"{lost} lost if the run is killed or the machine fails"
 
 
 def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: Path | None) -> str:
@@ -353,6 +366,7 @@ def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
 def _notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
     yield from _tokenizer_note(prepared)
     yield from _rate_note(prepared)
+    yield from _evaluation_note(prepared)
     schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
     if layout.plan.start_step < steps and max(map(schedule, range(min(steps, PEAK_SOUGHT_STEPS)))) < 1:
         yield "the learning rate does not reach its peak: the run ends within the warm-up"
@@ -388,3 +402,17 @@ def _rate_note(prepared: Preparation) -> Iterator[str]:
             yield f"{rate} adapters: 1e-4 to 1e-3 are usual"
     elif options.learning_rate >= HIGH_RATE:
         yield f"{rate} full fine-tuning of a checkpoint: 1e-6 to 5e-5 are usual"
+
+
+def _evaluation_note(prepared: Preparation) -> Iterator[str]:
+    """Of classes of others that may act on evaluations, which only their instances are asked for otherwise."""
+    options = prepared.options
+    if options.eval_data_dir is not None or options.eval_fraction:
+        return
+    for each in prepared.resolved.plugins:
+        factory = each.component.factory
+        if hasattr(factory, "panda_evaluation") and getattr(factory, "acts", True) and not each.offer.is_own:
+            yield (
+                f"{each.label} has the hook panda_evaluation, and this run is never evaluated: set `eval_steps`, and"
+                " `eval_data_dir` or `eval_fraction`"
+            )

@@ -101,7 +101,7 @@ class Preparation:
     def _tasks(self) -> tuple[Task, Task | None]:
         """The task, and the task over the held-out data. Raises UserError if data of either is missing."""
         task = build_task(self.resolved, self.tokenizer)
-        refuse_unit(task.unit)
+        refuse_unit(task.unit, self.resolved.components["task"].offer.describe())
         return task, build_evaluation_task(self.resolved, task)
 
     @cached_property

@@ -19,12 +19,14 @@ from panda.engine.memory_parts import GIB
 from panda.engine.steps import Evaluated
 from panda.engine.steps import StepResult
 from panda.registry import UserError
+from panda.run.asking import Added
 from panda.run.cards import this_card
 from panda.run.state import Run
 
 TAKEN = {
-    *("step", "loss", "router_loss", "learning_rate", "grad_norm", "tokens", "skipped_steps", "tokens_per_second"),
-    *("step_seconds", "data_wait", "memory_gib", "mfu", "seconds"),
+    *("step", "loss", "router_loss", "learning_rate", "grad_norm", "tokens", "skipped_steps", "left_out_steps"),
+    *("tokens_per_second", "step_seconds", "data_wait", "memory_gib", "mfu", "seconds"),
+    *("save_seconds", "resume_seconds"),
 }
 """Names of entries that records have besides the metrics of a task, and the number of its units."""
 
@@ -115,6 +117,7 @@ def log_record(
         "tokens": progress.tokens,
         unit: progress.units,
         "skipped_steps": progress.skipped_steps,
+        **({"left_out_steps": progress.left_out_steps} if progress.left_out_steps else {}),
         **rates,
         **(gpu.entries(rates["tokens_per_second"]) if gpu else {}),
         **_summary(observations),
@@ -135,15 +138,33 @@ def evaluation_record(step: int, found: Evaluated, unit: str, begun: float) -> d
     return record | _metrics(found.metrics, "eval_", record)
 
 
+def add_to(record: dict[str, Any], added: dict[str, Added], prefix: str = "") -> None:
+    """Move what hooks have ``added`` to ``record``, its names after ``prefix``. Waits for the device.
+
+    Raises UserError where a name is that of another entry of a record.
+    """
+    for name, each in added.items():
+        if name in TAKEN or f"{prefix}{name}" in record:
+            raise UserError(
+                f"{each.by}: run.log({name!r}, ...) has the name of another entry of a record. Name it otherwise."
+            )
+        record[f"{prefix}{name}"] = each.value.item() if torch.is_tensor(each.value) else each.value
+    added.clear()
+
+
 def as_number(units: float) -> int | float:
     """A number of units: a fraction only where they have weights."""
     return int(units) if units == int(units) else units
 
 
-def refuse_unit(unit: str) -> None:
-    """Raise UserError where the ``unit`` of a task is called like another entry of a record, which it would replace."""
+def refuse_unit(unit: str, whose: str = "") -> None:
+    """Raise UserError where the ``unit`` of a task is called like another entry of a record, which it would replace.
+
+    ``whose``: where the task is from.
+    """
     if unit in TAKEN:
-        raise UserError(f"task: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
+        of = f" of {whose}" if whose else ""
+        raise UserError(f"task{of}: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
 
 
 def _metrics(found: Mapping[str, torch.Tensor], prefix: str, record: Mapping[str, Any]) -> dict[str, float]:

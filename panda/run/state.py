@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Any
+from typing import TypeVar
+
+import torch
 
 from panda.configuration.options import RunOptions
 from panda.data.order import BatchPlan
 from panda.data.packing import Layout
 from panda.data.token_dataset import SampleSet
 from panda.engine.engine import Engine
+from panda.engine.evaluated_weights import evaluated_weights
+from panda.engine.evaluated_weights import evaluates_others
 from panda.engine.processes import Processes
+from panda.engine.weights_copy import WeightsCopy
+from panda.engine.weights_copy import copy_weights
+from panda.engine.weights_copy import using
 from panda.optim.schedules import Schedule
+from panda.registry import UserError
+from panda.registry.hooks import Hooks
+from panda.registry.hooks import caller
 from panda.registry.resolve import Resolved
+from panda.run.asking import Added
+from panda.run.asking import Asking
+from panda.run.asking import Stop
+from panda.run.asking import product
 from panda.tasks.task import Task
 from panda.weights.generation_config import Decoding
 
@@ -38,8 +56,8 @@ class Run:
     schedule: Schedule
     """Maps the number of completed optimizer steps to a factor of the peak learning rate."""
     engine: Engine
-    hook: Any
-    """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
+    hooks: Hooks
+    """The live hooks."""
     agreement: dict[str, Any]
     """The facts that must be the same in a run that continues this one."""
     decoding: Decoding
@@ -52,6 +70,16 @@ class Run:
     """The checkpoint that the run continues from."""
     step: int = 0
     """Optimizer steps done."""
+    begun: float = field(default_factory=time.perf_counter)
+    """When this start of the run began, by ``time.perf_counter``."""
+    applied: bool = True
+    """Whether the last step changed the weights: not one that was left out, or whose gradients were not finite."""
+    learning_rate_factor: float = 1.0
+    """By what hooks have scaled the learning rate, besides the schedule."""
+    stopped: Stop | None = None
+    """Who had the run end before its last step, and why; None where it has not been stopped."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds since this start of the run: ``save_seconds`` and, in one that was resumed, ``resume_seconds``."""
     checkpoints: list[Path] = field(default_factory=list)
     """Checkpoints that this process has saved."""
     observations: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -60,6 +88,146 @@ class Run:
     """On rank 0 on a GPU: operations of a forward and backward pass for a token, without what is recomputed."""
     answers: list[dict[str, str]] = field(default_factory=list)
     """At the end of the run: ``prompt`` and ``answer`` for each prompt."""
+
+    asking: Asking = field(default_factory=Asking, repr=False)
+    """What hooks ask for."""
+    added: dict[str, Added] = field(default_factory=dict, repr=False)
+    """On rank 0: what hooks add to the next record, by name."""
+    kept: dict[int, set[str]] = field(default_factory=dict, repr=False)
+    """Steps whose checkpoints ``save_total_limit`` does not remove, and who keeps each."""
+    frozen: dict[str, set[str]] = field(default_factory=dict, repr=False)
+    """Parameters that are frozen, and who keeps each so."""
+    save_is_due: bool = False
+    """Whether a hook has asked for a checkpoint of this step."""
+    left_out: str | None = None
+    """Who has the step left out that comes next, and why."""
+    evaluated_weights: tuple[str, WeightsCopy] | None = None
+    """Who gave other weights to evaluate and to export, and these; None where they are the trained ones."""
+
+    # -- what hooks may ask for
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step that is under way: it is evaluated, saved and exported, and says ``reason``.
+
+        In any hook that is called on every rank while the run trains; on one rank is enough.
+        """
+        self.asking.asked.stop[self.asking.allowed("stop").label] = reason
+
+    def skip_step(self, reason: str) -> None:
+        """Leave out the step that comes next, in ``panda_step_start``; on one rank is enough.
+
+        Weights, optimizer and random numbers stay as they are; data and schedule go on. It is counted and printed.
+        """
+        self.asking.asked.skip[self.asking.allowed("skip_step", ("panda_step_start",)).label] = reason
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rate of all steps that are still to come by ``factor``, besides the schedule.
+
+        On one rank is enough, and on several with the same factor it is done once. Checkpoints keep it.
+        """
+        who, rates = self.asking.allowed("scale_learning_rate").label, self.asking.asked.rate
+        if not 0 <= factor < float("inf"):
+            raise UserError(f"{who} scales the learning rate by {factor}; expected a finite number from 0 on.")
+        rates[who] = rates.get(who, 1.0) * factor
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint when this step ends, after its evaluation; on one rank is enough."""
+        self.asking.asked.save[self.asking.allowed("save_checkpoint").label] = True
+
+    # -- what hooks may do, on every rank alike
+
+    def log(self, name: str, value: float | torch.Tensor) -> None:
+        """Add ``value`` to the next record of the log; in ``panda_evaluation_start``, to that of the evaluation.
+
+        A number, or a tensor of one element on any device, which is read when the record is made. Rank 0's counts.
+        """
+        moments = ("panda_step_start", "panda_step_end", "panda_evaluation_start")
+        called = self.asking.called("log", moments)
+        before = self.added.get(name)
+        if before is not None and before.by != called.label:
+            raise UserError(f"{called.label} and {before.by} both add {name!r} to a record. One has to rename it.")
+        if not isinstance(value, (int, float)) and not (torch.is_tensor(value) and value.numel() == 1):
+            raise UserError(f"{called.label}: run.log({name!r}, ...) takes a number, not {type(value).__qualname__}.")
+        if self.processes.rank == 0:
+            self.added[name] = Added(called.label, value.detach() if torch.is_tensor(value) else value)
+
+    def keep_checkpoint(self, step: int) -> None:
+        """Do not remove the checkpoint of ``step``, whatever ``save_total_limit`` says."""
+        _hold(self.kept, step)
+
+    def release_checkpoint(self, step: int) -> None:
+        """Let ``save_total_limit`` remove the checkpoint of ``step`` again, unless another plugin keeps it."""
+        _release(self.kept, step)
+
+    def weights_copy(self) -> WeightsCopy:
+        """A copy of the weights that are trained, as each rank holds them: its part of the fp32 master weights."""
+        return copy_weights(self.engine)
+
+    def evaluate_with(self, weights: WeightsCopy) -> None:
+        """Evaluate, answer and export with ``weights`` from now on, and go on training and saving the others."""
+        called = self.asking.called("evaluate_with")
+        if evaluates_others(self.engine):
+            raise UserError(
+                f"{called.label} and {self.resolved.components['optimizer'].label} both give weights to evaluate. Leave"
+                " the plugin out, or take `optimizer: adamw`."
+            )
+        if self.evaluated_weights is not None and self.evaluated_weights[0] != called.label:
+            raise UserError(
+                f"{called.label} and {self.evaluated_weights[0]} both give weights to evaluate. Leave one of them out."
+            )
+        self.evaluated_weights = (called.label, weights)
+
+    def using_evaluated_weights(self) -> AbstractContextManager[None]:
+        """In the meantime the model has the weights that it is evaluated with. Every rank has to open it."""
+        if self.evaluated_weights is None:
+            return evaluated_weights(self.engine)  # of an optimizer that trains with others
+        return using(self.engine, self.evaluated_weights[1])
+
+    def freeze(self, patterns: Sequence[str]) -> list[str]:
+        """Keep the trained parameters whose names match ``patterns`` as they are, and return their names.
+
+        Their gradients are zero, also in the norm, and they do not decay. It saves neither memory nor time.
+        """
+        names = self.engine.freezing.matching(patterns)
+        self.engine.freezing.freeze(names)
+        for name in names:
+            _hold(self.frozen, name)
+        return names
+
+    def unfreeze(self, patterns: Sequence[str]) -> list[str]:
+        """Train the parameters whose names match ``patterns`` again, unless another plugin keeps them frozen.
+
+        Returns the names of those that are trained now.
+        """
+        names = self.engine.freezing.matching(patterns)
+        for name in names:
+            _release(self.frozen, name)
+        trained = [name for name in names if name not in self.frozen]
+        self.engine.freezing.unfreeze(trained)
+        return trained
+
+    # -- what the loop does
+
+    def at(self, moment: str, **given: Any) -> None:
+        """Call the hook ``moment`` on every rank, and do what its implementations ask for, on any of them."""
+        with self.asking.at(moment):
+            getattr(self.hook, moment)(run=self, **given)
+        if not self.hooks.acts(moment):
+            return
+        asked = self.asking.agreed(self.processes)
+        if not asked:
+            return
+        if asked.stop and self.stopped is None:
+            self.stopped = Stop(*next(iter(asked.stop.items())))
+        if asked.skip:
+            self.left_out = "; ".join(f"{who}: {reason}" for who, reason in asked.skip.items())
+        self.learning_rate_factor *= product(asked.rate)
+        self.save_is_due |= bool(asked.save)
+
+    @property
+    def hook(self) -> Any:
+        """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
+        return self.hooks.call
 
     @property
     def plan(self) -> BatchPlan:
@@ -71,3 +239,23 @@ class Run:
         """The options of every run."""
         options: RunOptions = self.resolved.core
         return options
+
+
+Held = TypeVar("Held")
+
+
+def _hold(held: dict[Held, set[str]], what: Held) -> None:
+    """Note in ``held`` that whose hook is being called holds ``what``."""
+    held.setdefault(what, set()).add(_who())
+
+
+def _release(held: dict[Held, set[str]], what: Held) -> None:
+    """Note that whose hook is being called holds ``what`` no longer: it is gone from ``held`` if nobody else does."""
+    held.get(what, set()).discard(_who())
+    if not held.get(what):
+        held.pop(what, None)
+
+
+def _who() -> str:
+    called = caller()
+    return called.label if called else ""

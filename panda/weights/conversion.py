@@ -187,4 +187,6 @@ def _outline_of(description: Path) -> Any | None:
     if "model_type" not in read_json_object(description / CONFIG):
         return None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(description))  # type: ignore[no-untyped-call]
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(description, trust_remote_code=False), trust_remote_code=False
+        )  # type: ignore[no-untyped-call]

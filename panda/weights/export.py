@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from panda.files.disk_full import writing
+from panda.files.own import refuse_others
 from panda.files.whole import whole
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Chosen
 from panda.weights.conversion import as_published
 from panda.weights.files import write_weights
+from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
 from panda.weights.generation_config import GENERATION_CONFIG
 from panda.weights.generation_config import Decoding
@@ -36,6 +38,9 @@ from panda.weights.parts import PARTS
 from panda.weights.pretrained import Pretrained
 from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
+
+_NAMES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "additional_chat_templates")
+"""What exports have, those of older versions of panda and of the libraries included."""
 
 
 def describe_model(
@@ -104,8 +109,9 @@ def export(description: Path, weights: Weights, folder: Path) -> None:
 def exporting(folder: Path) -> Iterator[Path]:
     """Yields the path of a folder to make, which then becomes ``folder``: see ``whole``.
 
-    Raises UserError where the disk is full.
+    Raises UserError where the disk is full, and where ``folder`` holds something else than an export.
     """
+    refuse_others(folder, _NAMES, (CONFIG, ADAPTERS), "an export")
     then = "Checkpoints and any earlier export are untouched: free some space, then run `panda export RUN`."
     with writing(f"{folder}: the export", then), whole(folder) as new:
         yield new

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from panda.registry import UserError
+from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.weights.adapters import base_of_adapters
 from panda.weights.adapters import is_adapters
@@ -167,6 +168,8 @@ def find_here(location: str) -> Path | None:
 
     Of a run directory, its export.
     """
+    if problem_of_path(location):
+        return None
     path = resolve_path(location)
     shelved = SHELF / location
     if path.is_dir():

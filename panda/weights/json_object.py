@@ -25,7 +25,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"), object_hook=special_float)
     except OSError as problem:
         raise UserError(f"{file}: cannot be read: {problem.strerror}.") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{file}: {pointer_problem(file) or f'not valid JSON: {problem}.'}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}.")

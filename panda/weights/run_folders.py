@@ -9,6 +9,12 @@ from panda.registry import UserError
 PROVENANCE = "provenance.json"
 """The file that makes a folder a run directory."""
 
+RUN_CONFIG = "config.yaml"
+"""The file in it that has the whole configuration."""
+
+CHECKPOINTS = "checkpoints"
+"""The folder in it that holds checkpoints."""
+
 EXPORT = "export"
 """The folder of a run directory that holds the trained model."""
 

@@ -82,14 +82,15 @@ def read_tokenizer(folder: Path) -> Any:
     logger = logging.getLogger("transformers.tokenization_utils_tokenizers")
     logger.addFilter(is_shown := lambda record: not (lacking and "Falling back to TikToken" in record.getMessage()))
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # values of tokenizer_config.json that make no sense are found at the first text
     except Exception as problem:  # transformers lets the exceptions of its parsers through
         for file in (folder / name for name in (*TOKENIZER, TOKENIZER_CONFIG)):
             if file.is_file() and (pointer := pointer_problem(file)):
                 raise UserError(f"{file}: {pointer}") from None
         what = f"{folder}: no tokenizer could be loaded from it"
         try:
-            AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as other:
             if str(other) == str(problem):  # transformers reads the model's configuration first
                 what = f"{folder / 'config.json'}: transformers cannot read it"

@@ -6,6 +6,7 @@ import pytest
 from distributions import Distributions
 
 from panda.cli.main import main
+from panda.registry.hooks import HOOKS
 from panda.registry.kinds import KINDS
 
 MODULES = {
@@ -101,3 +102,15 @@ def test_an_unknown_command_is_told_the_commands(capsys: pytest.CaptureFixture[s
         assert capsys.readouterr().out.startswith("usage: panda COMMAND")
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("panda ")
+
+
+def test_hooks_are_listed_with_ranks_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = lines(capsys, "hooks")
+    assert listed[0].startswith("hooks: what a plugin implements")
+    assert "panda_step_end(run, step) every rank Optimizer step ``step`` (counted from 1) is done" in listed
+    for begin in ("panda_exception(run, error) those that see it ", "panda_log(run, record) rank 0 A log record of"):
+        assert any(line.startswith(begin) for line in listed)
+    assert len(listed) - 1 == len(HOOKS)
+    assert main(["list", "hook", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows} == set(HOOKS) and all(row["summary"] for row in rows)

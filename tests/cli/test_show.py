@@ -88,3 +88,14 @@ def test_a_missing_argument_is_a_usage_error(capsys: pytest.CaptureFixture[str])
         main(["show"])
     assert caught.value.code == 2
     assert "kind, name" in capsys.readouterr().err
+
+
+def test_a_hook_is_shown_with_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("panda_epoch_end", "epoch_end"):
+        assert main(["show", "hook", name]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("hook panda_epoch_end\n  The last sample of epoch ``epoch``")
+        assert "\n  ranks      every rank\n" in shown
+        assert shown.endswith("  @hookimpl\n  def panda_epoch_end(run, epoch): ...\n")
+    assert main(["show", "hook", "epoch_ned"]) == 2
+    assert "unknown hook 'epoch_ned'. Did you mean 'panda_epoch_end'" in capsys.readouterr().err

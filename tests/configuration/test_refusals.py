@@ -8,8 +8,14 @@ import pytest
 from distributions import Distributions
 
 from panda.cli.train import main
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import Configuration
+from panda.configuration.configure import configure
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import REFUSALS
+from panda.configuration.refusals import WHOLE
+from panda.configuration.refusals import refuse_undeclared
+from panda.registry import UserError
 
 ARCH = ["--arch", "llama-7b"]
 TASK = """
@@ -26,6 +32,9 @@ REFUSED: dict[str, list[Any]] = {
     ],
     "max_steps: 0": ["--max_steps", "0"],
     "eval_steps without eval_data_dir or eval_fraction": ["--eval_steps", "10"],
+    "early_stopping, best_checkpoint or rate_on_plateau without evaluations": [
+        *("--plugins", "panda-train:early_stopping", "--eval_fraction", "0.1")
+    ],
     "eval_fraction with eval_data_dir": ["--eval_fraction", "0.1", "--eval_data_dir", "data"],
     "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
     "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],
@@ -39,13 +48,17 @@ REFUSED: dict[str, list[Any]] = {
     "bit_training with an optimizer that is not AdamW": ["--optimizer", "NVLamb", "--bit_training"],
     "precision: fp16 with zero_stage: 0": ["--precision=fp16", "--zero_stage=0"],
     **{
-        f"optimizer: nvlamb with {what}": ["--optimizer", "NVLamb", deepspeed]
+        f"{WHOLE} with {what}": ["--optimizer", "NVLamb", deepspeed]
         for what, deepspeed in {
             "offload_optimizer on NVMe": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             "offload_optimizer.ratio below 1": {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
             "ZenFlow or SuperOffload": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
         }.items()
     },
+    "the plugins ema or freeze with offload_optimizer on NVMe": [
+        *("--plugins", "ema", "--zero_stage", "3"),
+        {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+    ],
     "compile with zero_stage: 3 and offload_param on NVMe": [
         *("--compile", "--zero_stage", "3"),
         {"zero_optimization": {"offload_param": {"device": "nvme"}}},
@@ -99,6 +112,7 @@ def test_a_refusal_gives_its_reason_and_what_to_use_instead(
     assert main([*arch, *arguments(REFUSED[what], tmp_path)]) == 2
     captured = capsys.readouterr()
     (refusal,) = (refusal for refusal in REFUSALS if refusal.what == what)
+    what = what.replace(WHOLE, "optimizer: nvlamb, which needs norms of whole parameters,")
     assert captured.err == f"error: {what}: refused, since {refusal.reason}. Instead: {refusal.instead}.\n"
     assert captured.out == ""
 
@@ -123,17 +137,72 @@ def test_defaults_and_neighbours_of_what_is_refused_are_not() -> None:
         RunOptions(zero_stage=3, compile=True, use_lora=True, activation_checkpointing="selective"),
         RunOptions(use_lora=True, lora_r=8, lora_target_modules=("q_proj",), use_dora=True),
     ):
-        assert [refusal.what for refusal in REFUSALS if refusal.applies(options)] == []
+        of_all_runs = [refusal for refusal in REFUSALS if not refusal.of_plugins]
+        assert [refusal.what for refusal in of_all_runs if refusal.applies(options)] == []
 
 
-def test_what_nvlamb_cannot_do_is_refused_to_it_alone(tmp_path: Path) -> None:
-    file = tmp_path / "deepspeed.json"
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--plugins", "early_stopping", "--eval_fraction", "0.1", "--eval_steps", "5"],
+        ["--plugins", "early_stopping", "-p", "no:early_stopping"],
+        ["--plugins", "lab:early_stopping"],
+    ],
+)
+def test_a_run_without_that_plugin_of_pandas_own_or_with_evaluations_is_not_refused(
+    flags: list[str], distributions: Distributions
+) -> None:
+    module = '@register_plugin("early_stopping")\ndef stops(options, context):\n    "Stops."'
+    distributions.install("lab", {"plugins": {"early_stopping": "lab"}}, {"lab": module})
+    configure(parse_arguments([*ARCH, *flags]))
+
+
+OPTIMIZERS = """
+@register_optimizer("whole", needs="parameters")
+def whole(options, context):
+    'It says what it needs.'
+
+@register_optimizer("binds")
+def binds(options, context):
+    'It does not say what it needs.'
+"""
+
+
+def configured(optimizer: str, file: Path) -> Configuration:
+    words = [*ARCH, "--optimizer", optimizer, "--deepspeed_config", str(file), "-p", "no:tensorboard"]
+    return configure(parse_arguments(words))
+
+
+def test_optimizers_are_refused_by_what_they_need(tmp_path: Path, distributions: Distributions) -> None:
+    distributions.install("lab", {"optimizers": {"whole": "lab", "binds": "lab"}}, {"lab": OPTIMIZERS})
+    nvme, cpu = tmp_path / "nvme.json", tmp_path / "cpu.json"
+    for file in (nvme, cpu):
+        file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": file.stem}}}))
+    needs = {
+        "nvlamb": "norms of whole",
+        "LAMB": "norms of whole",
+        "panda-train:lamb": "norms of whole",
+        "whole": "whole",
+    }
+    for optimizer, words in needs.items():
+        name = "whole" if optimizer == "whole" else "nvlamb"
+        with pytest.raises(UserError, match=f"optimizer: {name}, which needs {words} parameters, with .* on NVMe"):
+            configured(optimizer, nvme)
+        configured(optimizer, cpu)
+    configured("adamw", nvme)
+
+
+def test_an_optimizer_that_binds_without_a_word_is_refused_once_it_is_built(
+    tmp_path: Path, distributions: Distributions
+) -> None:
+    distributions.install("lab", {"optimizers": {"binds": "lab"}}, {"lab": OPTIMIZERS})
+    file = tmp_path / "nvme.json"
     file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}))
-    for optimizer, refused in {"nvlamb": 1, "LAMB": 1, "panda:lamb": 1, "adamw": 0, "acme:lambda": 0}.items():
-        options = RunOptions(optimizer=optimizer, deepspeed_config=str(file))
-        assert sum(refusal.applies(options) for refusal in REFUSALS) == refused
-    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
-    assert not any(refusal.applies(RunOptions(optimizer="nvlamb", deepspeed_config=str(file))) for refusal in REFUSALS)
+    resolved = configured("binds", file).resolved
+    with pytest.raises(UserError, match=r"optimizer: binds, which needs norms of whole parameters, with .* on NVMe"):
+        refuse_undeclared(resolved)
+    file.write_text("{}")
+    refuse_undeclared(resolved)
 
 
 def test_a_refusal_reads_as_a_sentence() -> None:

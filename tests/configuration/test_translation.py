@@ -726,6 +726,19 @@ def test_a_name_of_another_tool_and_its_other_keys_are_answered_at_once() -> Non
     ]
 
 
+def test_names_that_panda_has_are_not_answered_for_another_tool() -> None:
+    flags = "--optimizer adamw --lr_scheduler cosine --plugins herons"
+    with pytest.raises(UserError) as caught:
+        configure(parse_arguments(["--arch", "llama-tiny", *flags.split()]))
+    assert str(caught.value) == ("--plugins: unknown plugin 'herons'. `panda list plugins` shows what is installed.")
+
+
+def test_names_with_commas_are_answered_by_how_a_list_is_written() -> None:
+    with pytest.raises(UserError) as caught:
+        configure(parse_arguments(["--arch", "llama-tiny", "--plugins", "ema,freeze"]))
+    assert "These are several names: write `[ema, freeze]` in a file, `ema freeze` after a flag." in str(caught.value)
+
+
 def test_nested_keys_of_another_tool_in_a_file_of_pandas_are_answered_with_the_rest(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(

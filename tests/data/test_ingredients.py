@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,31 @@ def test_versions_of_what_tokenises_decide(monkeypatch: pytest.MonkeyPatch) -> N
         )
         after = [tokenizer_ingredients(each) for each in (tokenizer, chatting)]
         assert [old != new for old, new in zip(before, after, strict=True)] == decides
+
+
+def test_files_beside_a_module_that_no_package_has_decide_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's file may import those beside it, also later."""
+    source = "from panda.data.json_reader import JsonReader\nclass Reader(JsonReader): ..."
+    (tmp_path / "alone_reader.py").write_text(source)
+    (tmp_path / "alone_rows.py").write_text("change = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    reader = importlib.import_module("alone_reader").Reader(NoOptions(), ReaderContext())
+    before = code_of(reader)
+    assert code_of(reader) == before
+    (tmp_path / "alone_rows.py").write_text("change = 2")
+    assert code_of(reader) != before
+    del sys.modules["alone_reader"]
+
+
+def test_code_in_no_file_is_taken_to_have_changed_in_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a notebook: a run sees one address, and another run does not take what it cached."""
+    notebook = types.ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    cell = "from panda.data.json_reader import JsonReader\nclass Reader(JsonReader): ..."
+    exec(compile(cell, "/tmp/ipykernel_1/1.py", "exec"), vars(notebook))
+    reader = notebook.Reader(NoOptions(), ReaderContext())
+    monkeypatch.setattr(ingredients, "_unseen", "before")
+    before = code_of(reader)
+    assert code_of(reader) == before
+    ingredients.forget_unseen_code()
+    assert code_of(reader) != before

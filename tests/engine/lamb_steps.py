@@ -1,9 +1,10 @@
-"""Steps of NVLAMB through panda's engine, many configurations in one group of processes.
+"""Steps of NVLAMB or Muon through panda's engine, many configurations in one group of processes.
 
 torchrun --nproc_per_node 2 tests/engine/lamb_steps.py CONFIGURATIONS.json OUT
 
 CONFIGURATIONS holds an object of objects by name: ``network``, run ``options``, keys for ``deepspeed``,
-``adapt`` and ``naive``. OUT/NAME.pt is what each came to; test_sharded_lamb.py judges it.
+``adapt`` and ``naive``, or ``muon``. OUT/NAME.pt is what each came to; test_sharded_lamb.py and
+test_sharded_muon.py judge it.
 """
 
 from __future__ import annotations
@@ -128,6 +129,18 @@ def loss_sum(module: nn.Module, batch: Rows) -> torch.Tensor:
     return loss
 
 
+def make_muon(module: nn.Module) -> torch.optim.Optimizer:
+    """Muon with AdamW for what is no matrix of a hidden layer."""
+    from panda.optim.muon import MuonOptions
+    from panda.optim.muon import build_muon
+    from panda.optim.parameter_kinds import describe_parameters
+    from panda.registry.contexts import OptimizerContext
+
+    options = MuonOptions(adam_betas=BETAS, adam_epsilon=EPSILON, adamw_learning_rate=RATE / 2)
+    described, device = describe_parameters(module), torch.device("cpu")
+    return build_muon(options, OptimizerContext(groups_of(module), device, described=described, learning_rate=RATE))
+
+
 def one_parameter_each(layout: ParameterLayout) -> ParameterLayout:
     """What LAMB takes for true that nobody tells: each tensor that it is given is a layer."""
     described = [
@@ -153,9 +166,12 @@ def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
 
     def make_engine(name: str, configuration: dict[str, Any]) -> Engine:
         module = make_network(configuration["network"])
-        optimizer = NVLamb(groups_of(module), betas=BETAS, eps=EPSILON, adapt=configuration.get("adapt", "all"))
+        optimizer: Any = make_muon(module) if configuration.get("muon") else None
+        optimizer = optimizer or NVLamb(
+            groups_of(module), betas=BETAS, eps=EPSILON, adapt=configuration.get("adapt", "all")
+        )
         if configuration.get("naive"):
-            optimizer.bind = lambda layout: NVLamb.bind(optimizer, one_parameter_each(layout))  # type: ignore[method-assign]
+            optimizer.bind = lambda layout: NVLamb.bind(optimizer, one_parameter_each(layout))
         file = out / f"{name}.json"
         if processes.rank == 0:
             file.write_text(json.dumps(configuration.get("deepspeed", {})))
@@ -178,7 +194,7 @@ def main(configurations: dict[str, dict[str, Any]], out: Path) -> None:
         steps(engine, range(SAVED))
         checkpoint = save_checkpoint(engine, out / f"{name}-checkpoints", Progress(SAVED), {})
         steps(engine, range(SAVED, STEPS))
-        trained, ratios = trained_weights(engine), engine.observations()["trust_ratio"]
+        trained, ratios = trained_weights(engine), engine.observations().get("trust_ratio")
         engine.close()
         resumed = make_engine(name, configuration)
         load_checkpoint(resumed, checkpoint)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +19,19 @@ from panda.engine.processes import Processes
 from panda.registry import UserError
 
 WAYS = [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 1), ("bf16", 2)]
+OFFLOADED = [("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 
 
-def make_engine(processes: Processes, precision: Any, zero_stage: int) -> Engine:
+def make_engine(processes: Processes, precision: Any, zero_stage: int, file: Path | None = None) -> Engine:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
-    options = RunOptions(precision=precision, zero_stage=zero_stage, gradient_accumulation_steps=2)
+    options = RunOptions(
+        precision=precision,
+        zero_stage=zero_stage,
+        gradient_accumulation_steps=2,
+        deepspeed_config=str(file) if file else None,
+    )
     return Engine(model, optimizer, deepspeed_config(options, world_size=1, on_gpu=False), processes)
 
 
@@ -46,9 +54,15 @@ def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), WAYS)
-def test_a_step_that_is_not_finite_changes_nothing(processes: Processes, precision: str, zero_stage: int) -> None:
-    with_it, without = (make_engine(processes, precision, zero_stage) for _ in range(2))
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "offloaded"), [*((*way, False) for way in WAYS), *((*way, True) for way in OFFLOADED)]
+)
+def test_a_step_that_is_not_finite_changes_nothing(
+    processes: Processes, tmp_path: Path, precision: str, zero_stage: int, offloaded: bool
+) -> None:
+    file = tmp_path / "offload.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    with_it, without = (make_engine(processes, precision, zero_stage, file if offloaded else None) for _ in range(2))
     good, bad = [Batch(1.0), Batch(2.0)], [Batch(1.0), Batch(math.nan)]
     results = [with_it.step(batches, loss_sum) for batches in (good, bad, good)]
     expected = [without.step(good, loss_sum) for _ in range(2)]

@@ -66,7 +66,7 @@ def test_another_order_or_offset_is_seen(processes: Processes) -> None:
 )
 def test_each_element_has_to_be_held_once(ranks: list[list[tuple[str, int, int]]], complete: bool) -> None:
     module = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.zeros(6))})
-    everyone = [[(("a",), segments)] for segments in ranks]
+    everyone = [[(("a",), tuple((name, 0, length, source) for name, source, length in held))] for held in ranks]
     if complete:
         _check_cover(module, everyone)
     else:
@@ -77,7 +77,7 @@ def test_each_element_has_to_be_held_once(ranks: list[list[tuple[str, int, int]]
 def test_ranks_have_to_step_the_same_parameters_together() -> None:
     module = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.zeros(6))})
     with pytest.raises(RuntimeError, match="other parameters together"):
-        _check_cover(module, [[(("a",), [("a", 0, 6)])], [(("a", "b"), [])]])
+        _check_cover(module, [[(("a",), (("a", 0, 6, 0),))], [(("a", "b"), ())]])
 
 
 def test_a_wrapper_that_is_not_known_is_refused(processes: Processes) -> None:

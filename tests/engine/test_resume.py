@@ -6,25 +6,27 @@ import errno
 import json
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from distributions import Distributions
-from distributions import forget_installed
+from distributions import installed_for_runs
 from launching import BIN
 from launching import assert_same_end
 from launching import metrics
 from launching import run_panda
 from launching import start
 from launching import train_many
+from safetensors.torch import load_file
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.checkpoints.folders import Manifest
+from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.run.directory import find_directory
@@ -82,11 +84,9 @@ def flags(way: tuple[object, ...]) -> list[object]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each way, a run of 6 steps, and one that continues its third step elsewhere."""
     folder = tmp_path_factory.mktemp("resume")
-    site = Distributions(folder / "site").install(
-        "dropping", {"models": {"dropping": "dropping_model"}}, {"dropping_model": DROPPING}
+    environment = installed_for_runs(
+        folder / "site", "dropping", {"models": {"dropping": "dropping_model"}}, {"dropping_model": DROPPING}
     )
-    sys.path.remove(str(site))  # it is for the runs, and not for this process
-    forget_installed()
     for ranks, ways in WAYS.items():
         runs = []
         for key, way in ways.items():
@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             runs.append([*flags(way), *words, "--output_dir", folder / name])
             checkpoint = folder / name / "checkpoints" / "step-00000003"
             runs.append([*flags(way), *moved, "--output_dir", folder / f"{name}-resumed", "--resume", checkpoint])
-        train_many(runs, ranks=ranks, cwd=folder, PYTHONPATH=str(site))
+        train_many(runs, ranks=ranks, cwd=folder, **environment)
     return folder
 
 
@@ -130,7 +130,7 @@ def test_killed_at_any_moment_resume_auto_ends_with_the_same_bits(folder: Path) 
 
 def test_each_rank_draws_random_numbers_of_its_own(folder: Path) -> None:
     checkpoint = folder / "2-dropping/checkpoints/step-00000003"
-    states = [torch.load(checkpoint / f"random-{rank:05d}.pt", weights_only=False)["torch"] for rank in (0, 1)]
+    states = [load_file(checkpoint / f"random-{rank:05d}.safetensors")["torch"] for rank in (0, 1)]
     assert not torch.equal(*states)
 
 
@@ -193,7 +193,7 @@ def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for place in ("runs/instruct-llama-tiny/checkpoints", "other/checkpoints", "alone"):
         checkpoint = tmp_path / place / "step-00000001"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "manifest.json").write_text('{"files": {}}')
+        write_manifest(checkpoint, Manifest(Progress(1), {}, {}))
     for run in ("runs/instruct-llama-tiny", "other"):
         (tmp_path / run / "provenance.json").write_text("{}")
     (tmp_path / "mine").mkdir()

@@ -80,6 +80,19 @@ def test_a_line_that_a_killed_run_cut_off_is_no_obstacle(make_run: Any, record: 
     assert steps(run) == [1, 2, 3]
 
 
+def test_one_damaged_line_does_not_drop_the_rest(
+    make_run: Any, record: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(step=5)
+    lines = [json.dumps(record(step)).encode() for step in range(1, 6)]
+    lines[1], lines[3] = b'{"step": 2, "loss": "\xff', b"[" * 100_000
+    (run.directory / "metrics.jsonl").write_bytes(b"\n".join([*lines, b""]))
+    assert [line["step"] for line in read_metrics(run.directory)] == [1, 3, 5]
+    assert "metrics.jsonl:2 and 1 more lines: damaged, and left out" in capsys.readouterr().err
+    started(run)
+    assert steps(run) == [1, 3, 5]
+
+
 def test_records_survive_a_death_while_a_run_resumes(
     make_run: Any, record: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

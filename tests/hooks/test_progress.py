@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from panda.hooks.progress import ProgressDisplay
 from panda.registry import NoOptions
 from panda.registry.contexts import PluginContext
+from panda.run.interruption import Interrupted
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_only_rank_0_speaks(make_run: Any, capsys: pytest.CaptureFixture[str]) -
     run = make_run(rank=1)
     plugin = started(run)
     plugin.panda_run_end(run)
-    plugin.panda_exception(run)
+    plugin.panda_exception(run, ValueError())
     assert capsys.readouterr().out == ""
 
 
@@ -129,7 +131,7 @@ def test_a_terminal_has_a_bar_that_is_taken_down_however_a_run_ends(
     assert "7/10" in terminal.getvalue()
     assert "grad norm 1.250" in terminal.getvalue()
     assert "step 7/10" not in terminal.getvalue()
-    plugin.panda_run_end(run) if end == "panda_run_end" else plugin.panda_exception(run)
+    plugin.panda_run_end(run) if end == "panda_run_end" else plugin.panda_exception(run, ValueError())
     assert plugin.bar is None
     assert "\x1b[?25h" in terminal.getvalue(), "the cursor is shown again"
 
@@ -138,12 +140,24 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(step=7)
-    started(run).panda_exception(run)
+    core = SimpleNamespace(user_dir=None)
+    run.resolved = SimpleNamespace(core=core, lasting={})
+    started(run).panda_exception(run, ValueError())
     assert f"the run stopped after step 7, in {run.directory}\nno checkpoint was saved" in capsys.readouterr().out
     run.checkpoints = [tmp_path / "step-00000005", tmp_path / "gone"]
     run.checkpoints[0].mkdir()
-    started(run).panda_exception(run)
+    started(run).panda_exception(run, ValueError())
     assert f"/config.yaml --resume {tmp_path / 'step-00000005'}\n" in capsys.readouterr().out
+    core.user_dir, run.resolved.lasting = "/my lab", {"plugins": ("no:plot", "/mine.py:shout"), "optimizer": "lion"}
+    started(run).panda_exception(run, ValueError())
+    again = f"--resume {tmp_path / 'step-00000005'} --user_dir '/my lab' --plugins no:plot /mine.py:shout\n"
+    assert again in capsys.readouterr().out
+    run.checkpoints = [run.directory / "checkpoints/step-00000005"]
+    run.checkpoints[0].mkdir(parents=True)
+    started(run).panda_exception(run, ValueError())
+    assert f"panda-train --resume {run.directory} --user_dir" in capsys.readouterr().out
+    started(run).panda_exception(run, Interrupted())
+    assert capsys.readouterr().out == "training ...\n", "it says it itself"
 
 
 def test_evaluations_are_shown_and_the_last_is_in_the_summary(

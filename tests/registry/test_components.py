@@ -47,6 +47,8 @@ def test_a_class_can_stand_where_the_factory_does(distributions: Distributions) 
     @register_plugin("counter")
     class Counter:
         '''Counts.'''
+
+        def __init__(self, options, context): ...
     """
     site = distributions.install("acme", {"plugins": {"counter": "acme.counter"}}, {"acme.counter": source})
     catalog = Catalog()
@@ -118,7 +120,9 @@ def test_what_another_package_wrote_belongs_to_the_module_that_registers_it(dist
 
     register_optimizer("lion", options=LionOptions)(Lion)
     """
-    distributions.install("elsewhere", {}, {"elsewhere.lion": "class Lion: ..."})
+    distributions.install(
+        "elsewhere", {}, {"elsewhere.lion": "class Lion:\n    def __init__(self, options, context): ..."}
+    )
     for name, beta in (("acme", 0.1), ("bolt", 0.2)):
         distributions.install(
             name, {"optimizers": {"lion": f"{name}.lion"}}, {f"{name}.lion": wrapper.format(beta=beta)}

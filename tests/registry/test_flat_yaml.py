@@ -122,3 +122,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
 def test_an_alias_stands_for_its_anchor_and_a_tag_runs_nothing(tmp_path: Path) -> None:
     given = load(tmp_path, "a: &x 3\nb: *x\nc: !!python/name:os.system ''\nd: !!bool perhaps\n")
     assert [entry.value for entry in given.values()] == ["3", "3", "", "perhaps"]
+
+
+def test_lists_in_lists_without_end_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("a: " + "[" * 2000)
+    with pytest.raises(UserError, match=r"run.yaml: nested too deeply"):
+        load_flat_yaml(file)

@@ -22,6 +22,7 @@ from panda.registry import hookimpl
 from panda.registry.contexts import LRSchedulerContext
 from panda.registry.contexts import ReaderContext
 from panda.registry.hooks import Hooks
+from panda.registry.hooks import caller
 
 MODEL = """
 @register_model("{name}")
@@ -93,7 +94,16 @@ MISTAKES = [
         "@hookimpl\ndef pnada_step_end(run, step): ...",
         "'pnada_step_end' is no hook of panda's. Did you mean 'panda_step_end'",
     ),
-    ("@hookimpl\ndef panda_step_end(run, loss): ...", "Argument(s) {'loss'} are declared"),
+    (
+        "def panda_step_ned(run, step): ...",
+        "'panda_step_ned' is no hook of panda's, and not marked with @hookimpl. Did you mean 'panda_step_end'",
+    ),
+    ("@hookimpl\ndef panda_save_state(run): ...", "has panda_save_state and not panda_load_state"),
+    (
+        "@hookimpl\ndef panda_step_end(run, loss): ...",
+        "takes 'loss', which it is not given: it may take any of run, step (",
+    ),
+    ("@hookimpl\ndef panda_step_end(run, step=0): ...", "has a default for 'step', so it would never be given it."),
     ("def panda_step_end(run, step): ...", "'panda_step_end' is not marked with @hookimpl"),
     ("@hookimpl\nasync def panda_step_end(run): ...", "'panda_step_end' is async"),
     ("@hookimpl\ndef panda_step_end(run):\n    yield", "'panda_step_end' has a `yield`"),
@@ -124,6 +134,76 @@ def test_a_mistaken_hook_is_reported_before_a_run(distributions: Distributions) 
     distributions.install("acme", {"plugins": {"watch": "acme.watch"}}, {"acme.watch": MISTAKES[0][0]})
     with pytest.raises(UserError, match="Did you mean 'panda_step_end'"):
         configure(parse_arguments(["--arch", "llama-tiny", "--plugins", "watch"]))
+
+
+METHODS = """
+@register_{kind}("tiny")
+class Tiny:
+    def __init__(self, options, context): ...
+
+    @staticmethod
+    def panda_home(): "is called as the author likes, and is like no hook"
+
+    {hook}
+"""
+
+
+@pytest.mark.parametrize(("hook", "problem"), [pair for pair in MISTAKES if "save_state" not in pair[0]])
+@pytest.mark.parametrize("kind", ["task", "model", "optimizer", "reader", "lr_scheduler", "plugin"])
+def test_a_mistaken_hook_of_a_class_is_reported_before_a_run(
+    distributions: Distributions, kind: str, hook: str, problem: str
+) -> None:
+    if "generator function" in problem:  # pluggy finds it where the object is added
+        return
+    method = hook.replace("\n", "\n    ").replace("(run", "(self, run")
+    distributions.install(
+        "acme", {f"{kind}s": {"tiny": "acme.tiny"}}, {"acme.tiny": METHODS.format(kind=kind, hook=method)}
+    )
+    names = [] if kind == "model" else ["--arch", "llama-tiny"]
+    with pytest.raises(UserError) as caught:
+        configure(parse_arguments([*names, "--plugins" if kind == "plugin" else f"--{kind}", "tiny"]))
+    assert str(caught.value).startswith("acme 1.0 (entry point panda.")
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["task", "model", "optimizer", "reader", "lr_scheduler", "plugin"])
+def test_a_factory_that_returns_nothing_is_an_error(distributions: Distributions, kind: str) -> None:
+    source = f"""
+        @register_{kind}("forgetful")
+        def build(options, context):
+            options
+        """
+    distributions.install("acme", {f"{kind}s": {"forgetful": "acme.forgetful"}}, {"acme.forgetful": source})
+    names = [] if kind == "model" else ["--arch", "llama-tiny"]
+    key = "--plugins" if kind == "plugin" else f"--{kind}"
+    resolved = configure(parse_arguments([*names, key, "forgetful"])).resolved
+    chosen = resolved.plugins[-1] if kind == "plugin" else resolved.components[kind]
+    with pytest.raises(UserError, match=r"returned None, and not an? .*fault of acme 1\.0 .* = acme\.forgetful\)"):
+        chosen.build(None, object)
+
+
+def test_who_calls_a_hook_is_known_and_whether_it_acts() -> None:
+    class Watching:
+        acts = False
+
+        @hookimpl
+        def panda_step_end(self) -> Any:
+            return caller()
+
+    class Acting(Watching):
+        acts = True
+
+    hooks = Hooks()
+    assert not hooks.acts("panda_step_end")
+    hooks.add(Watching(), OWN)
+    assert not hooks.acts("panda_step_end") and caller() is None
+    hooks.add(Acting(), OFFER)
+    assert hooks.acts("panda_step_end") and not hooks.acts("panda_step_start")
+    labels = [(found.label, found.acts) for found in hooks.call.panda_step_end(run=None, step=1)]
+    assert labels == [("plugin watch", True), ("plugin progress", False)]
+    each = [(offer.name, call(run=None, step=1).label) for offer, call in hooks.by_plugin("panda_step_end")]
+    assert each == [("progress", "plugin progress"), ("watch", "plugin watch")], "in order, and by itself"
+    assert caller() is None
 
 
 def test_an_object_of_a_plugin_factory_is_checked_like_a_module() -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributions import Distributions
@@ -12,6 +15,7 @@ from panda.configuration.options import DEFAULT_PLUGINS
 from panda.configuration.options import RunOptions
 from panda.registry import Catalog
 from panda.registry import UserError
+from panda.registry.api import checked_api
 from panda.registry.flat_yaml import load_flat_yaml
 from panda.registry.options import Given
 from panda.registry.resolve import Resolved
@@ -392,13 +396,6 @@ def test_a_required_option_that_is_missing_is_told(acme: Distributions) -> None:
     assert "must: optimizer sharing needs a value: an integer." in message
 
 
-def test_a_component_with_a_key_of_every_run_is_refused_by_place(distributions: Distributions) -> None:
-    source = OPTIMIZER.format(must="int = 0").replace("must", "seed")
-    distributions.install("bolt", {"optimizers": {"sharing": "bolt.o"}}, {"bolt.o": source})
-    message = refused("--model", "llama", "--optimizer", "sharing")
-    assert "has an option 'seed', which is one of panda's own" in message and "bolt/o.py:" in message
-
-
 # -- plugins ----------------------------------------------------------------------------------
 
 WATCH = """
@@ -492,7 +489,7 @@ def test_the_resolved_configuration_runs_again_as_it_stands(watchers: Distributi
         *DATA,
     )
     again = resolved("--config", yaml(tmp_path, config_text(run)))
-    assert again.core == run.core
+    assert again.core == replace(run.core, plugins=("acme:a-watch",))
     assert again.components == run.components and again.plugins == run.plugins
 
 
@@ -546,11 +543,12 @@ def test_the_written_configuration_means_the_same_in_every_folder(
         "checkpoint": "org/on-the-hub",
     }
     given = {key: Given(value, f"--{key}") for key, value in given.items()}
-    written = load_flat_yaml(Path(yaml(tmp_path, config_text(resolve(Catalog(), RunOptions, given)))))
+    text = config_text(resolve(Catalog(), RunOptions, given))
+    written = parse_arguments(["--config", yaml(tmp_path, text)]).given
     values = {key: written[key].value for key in [*given, "instruction_tuning_data_dir", "unset", "remote"]}
     assert values == {
         "arch": "llama-tiny",
-        "optimizer": "reading",
+        "optimizer": "acme:reading",
         "tokenizer": f"{here}/tokenizer",
         "eval_data_dir": f"{here}/../held-out",
         "token_cache": f"{home}/cache",
@@ -566,7 +564,7 @@ def test_the_written_configuration_means_the_same_in_every_folder(
     }
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = resolve(Catalog(), RunOptions, written)
-    assert load_flat_yaml(Path(yaml(tmp_path, config_text(again)))) == written
+    assert config_text(again) == text
 
 
 # -- what factories check and return ----------------------------------------------------------
@@ -575,7 +573,39 @@ def test_the_written_configuration_means_the_same_in_every_folder(
 def test_options_that_do_not_go_together_are_told_with_everything_else(distributions: Distributions) -> None:
     distributions.install("acme", {"optimizers": {"between": "acme.b"}}, {"acme.b": NOT_TOGETHER})
     message = refused("--arch", "llama-tiny", "--optimizer", "between", "--low", "3", "--sead", "1")
-    assert "low must not be above high" in message and "unknown key 'sead'" in message
+    assert message.splitlines()[:2] == [
+        "low must not be above high",
+        "This came out of the options of optimizer 'between': acme 1.0 (entry point panda.optimizers: between ="
+        " acme.b).",
+    ]
+    assert "unknown key 'sead'" in message
+
+
+def test_an_error_that_an_author_raises_is_attributed_once_and_one_of_pandas_is_complete(
+    distributions: Distributions,
+) -> None:
+    raising = NOT_TOGETHER.replace('return "no optimizer"', "context()")
+    distributions.install("acme", {"optimizers": {"between": "acme.b"}}, {"acme.b": raising})
+    chosen = resolved("--arch", "llama-tiny", "--optimizer", "between").components["optimizer"]
+
+    def said(context: Callable[[], Any]) -> str:
+        with pytest.raises(UserError) as caught, chosen.attributed("`step`"):
+            chosen.build(context, object)
+        return str(caught.value)
+
+    of_author: dict[str, Any] = {"UserError": UserError, "__name__": "acme.more"}
+    exec("def odd(): raise UserError('odd')", of_author)
+    origin = "This came out of the factory of optimizer 'between': acme 1.0 (entry point panda.optimizers: between ="
+    assert said(of_author["odd"]) == f"odd\n{origin} acme.b)."
+    assert said(lambda: checked_api("x", "a file")).startswith("a file: 'x' is not a version")
+    assert "This came out of" not in said(lambda: checked_api("x", "a file"))
+
+
+def test_only_unknown_names_are_said_to_be_another_tools() -> None:
+    message = refused("--task", "instrct", "--arch", "llama-tiny", "--optimizer", "adamw", "--lr_scheduler", "linear")
+    assert message.splitlines() == [
+        "--task: unknown task 'instrct'. Did you mean 'instruct'? `panda list tasks` shows what is installed."
+    ]
 
 
 def test_a_factory_that_returns_something_else_is_named_with_its_distribution(distributions: Distributions) -> None:

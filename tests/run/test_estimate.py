@@ -77,6 +77,12 @@ def test_states_are_found_out_by_a_step(optimizer: str, bytes_: float) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_states_of_muon_are_those_of_its_kinds() -> None:
+    matrices = LAYERS * LINEAR
+    assert memory("--optimizer muon").state_bytes == pytest.approx((4 * matrices + 8 * (WEIGHTS - matrices)) / WEIGHTS)
+    assert memory("--optimizer schedule_free_adamw").state_bytes == 8.0
+
+
 @pytest.mark.parametrize(("optimizer", "bytes_"), [("adamw8bit", 2 + 2 * 4 / 256), ("paged_adamw8bit", 0.0)])
 def test_states_in_8_bits(optimizer: str, bytes_: float) -> None:
     pytest.importorskip("bitsandbytes")
@@ -135,6 +141,20 @@ def test_several_ranks_communicate() -> None:
     assert together.context - alone.context == COMMUNICATION
     assert alone.optimizer == 4 * together.optimizer == 8 * WEIGHTS
     assert alone.accumulators == together.accumulators == 4 * WEIGHTS
+
+
+def test_the_copy_of_an_average_is_partitioned_like_the_master_weights(tmp_path: Path) -> None:
+    offloaded = tmp_path / "offloaded.json"
+    offloaded.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    for flags, ranks, expected in (
+        ("--precision fp32 --zero_stage 0", 4, 4 * WEIGHTS),
+        ("--precision bf16 --zero_stage 1", 4, WEIGHTS),
+        ("--precision bf16 --zero_stage 3", 1, 4 * WEIGHTS),
+        (f"--precision bf16 --zero_stage 2 --deepspeed_config {offloaded}", 1, 0),
+    ):
+        with_it, without = (estimated(f"{flags} {more}", ranks).parts for more in ("--plugins ema", ""))
+        assert (with_it.copies, without.copies) == (expected, 0)
+        assert with_it.standing - without.standing == with_it.total - without.total == expected
 
 
 def test_packed_rows_need_a_mask_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_a_model_that_is_not_of_transformers_is_built_with_its_weights_by_the_se
     def build(context: Any, kind: type) -> torch.nn.Module:
         return torch.nn.Linear(4, 4)
 
-    context: Any = SimpleNamespace(config=None)
+    context: Any = SimpleNamespace(config=None, new_rows_from=None)
     resolved: Any = SimpleNamespace(components={"model": SimpleNamespace(build=build)}, core=SimpleNamespace(seed=3))
     torch.manual_seed(3)
     expected = torch.nn.Linear(4, 4).state_dict()

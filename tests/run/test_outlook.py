@@ -283,12 +283,20 @@ def test_the_engine_and_the_checkpoints_are_described(said: Outlook, folder: Pat
         "bf16, ZeRO stage 2, optimizer state offloaded to cpu, full activation checkpointing, compiled; 2 ranks on "
     )
     assert parts["engine"][0].startswith(expected)
-    assert parts["saves"] == ["every 10 steps and at the end; the newest 2 are kept"]
+    assert parts["saves"] == [
+        "every 10 steps, every 30 minutes, at the end, on Ctrl-C and SIGTERM; the newest 2 are kept",
+        "at most 10 steps or 30 minutes, the shorter of them, are lost if the run is killed or the machine fails",
+    ]
     assert parts["optimizer"] == ["adamw, learning_rate 0.0002 (--learning_rate), schedule cosine"]
-    no_last = "no checkpoint, only the export: the run cannot be continued, whether it is interrupted or finished"
-    assert said(f"{TINY_64} --save_final false")["saves"] == [no_last]
-    assert said(f"{TINY_64} --save_final false --save_steps 10")["saves"] == ["every 10 steps"]
-    assert said(TINY_64)["saves"] == ["only at the end: with `save_steps` an interrupted run can be continued"]
+    lost = "lost if the run is killed or the machine fails"
+    none = said(f"{TINY_64} --save_final false --save_minutes 0")
+    assert none["saves"] == ["on Ctrl-C and SIGTERM", f"all of it is {lost}"]
+    few = said(f"{TINY_64} --save_final false --save_minutes 0 --save_steps 10")
+    assert few["saves"] == ["every 10 steps, on Ctrl-C and SIGTERM", f"at most 10 steps are {lost}"]
+    assert said(TINY_64)["saves"] == [
+        "every 30 minutes, at the end, on Ctrl-C and SIGTERM",
+        f"at most 30 minutes are {lost}",
+    ]
 
 
 def test_files_with_names_of_splits_beside_train_are_noted(said: Outlook, folder: Path) -> None:
@@ -353,6 +361,24 @@ def test_a_peak_that_is_never_reached_is_noted(said: Outlook) -> None:
     flags = f"{TINY_64} --gradient_accumulation_steps 1"
     assert note in said(f"{flags} --warmup_steps 7")["note"]
     assert note not in said(f"{flags} --warmup_steps 6")["note"]
+
+
+def test_a_plugin_that_waits_for_evaluations_is_noted_where_there_are_none(said: Outlook, folder: Path) -> None:
+    source = "from panda import hookimpl, register_plugin\n"
+    for name, acts in (("stops", ""), ("watches", "\n    acts = False")):
+        source += f"""
+@register_plugin({name!r})
+class {name.title()}:
+    "A plugin."{acts}
+    def __init__(self, options, context): ...
+    @hookimpl
+    def panda_evaluation(self, run, record): ...
+"""
+    (folder / "herons_plugin.py").write_text(source)
+    flags = f"{TINY_64} --plugins ./herons_plugin.py:stops ./herons_plugin.py:watches"
+    (note,) = (note for note in said(flags)["note"] if "panda_evaluation" in note)
+    assert note.startswith("plugin stops has the hook panda_evaluation, and this run is never evaluated: set")
+    assert not any("panda_evaluation" in note for note in said(f"{flags} --eval_fraction 0.5").get("note", []))
 
 
 def test_a_run_on_two_ranks_says_once_what_check_says_too(folder: Path, checkpoint: Path) -> None:

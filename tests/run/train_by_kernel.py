@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import panda.run.assembly
 import panda.run.preparation
 from panda.data.packing import Layout
 from panda.models.forward.varlen_attention import what_forbids_kernel
+from panda.testing.train_many import train_many
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from varlen_on_cpu import varlen_on_cpu
@@ -25,5 +26,5 @@ def few_lengths(*arguments: Any) -> Layout:
 panda.run.assembly.Layout = few_lengths  # type: ignore[assignment, misc]
 panda.run.preparation.why_masked = lambda model, device, dtype: what_forbids_kernel(model, torch.bfloat16)
 with varlen_on_cpu() as calls:
-    runpy.run_path(str(Path(__file__).parents[1] / "train_many.py"), run_name="__main__")
+    train_many(json.loads(sys.argv[1]))
     print("calls of the kernel:", len(calls))

@@ -133,9 +133,8 @@ KEYS: dict[str, Rule] = {
     **each(
         "model_config.router_aux_loss_coef overrides_of_model_config.router_aux_loss_coef", To("router_aux_loss_coef")
     ),
-    **each(
-        "early_stopping_patience loss_watchdog_*", Absent("panda trains to the end; a lifecycle plugin can stop a run")
-    ),
+    "early_stopping_patience": To("early_stopping_patience"),
+    **each("loss_watchdog_*", Absent("panda trains on whatever the loss is; a lifecycle plugin can stop a run")),
     **each("device_map max_memory gpu_memory_limit", Ignored("`zero_stage` says what is partitioned over GPUs")),
     "tokenizer_use_mistral_common": Absent("panda reads a tokenizer as transformers does"),
     "freeze_mm_modules": Ignored("panda trains on text, without images"),
@@ -229,6 +228,8 @@ def read(theirs: Theirs, found: Translation) -> None:
     found.set("model", "hf", "any model that transformers loads")
     _read_data(theirs, found)
     _read_adapters(theirs, found)
+    if theirs.given.get("early_stopping_patience"):
+        found.set("plugins", ["early_stopping"], "early_stopping_patience")
     if not {"warmup_steps", "warmup_ratio"} & theirs.given.keys():
         found.different.append(
             "warm-up: axolotl's default is 3% of the steps and at most 100; for a run of more than 3,333 steps write"

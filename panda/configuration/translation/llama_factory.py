@@ -109,7 +109,10 @@ KEYS: dict[str, Rule] = {
     **each("use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_*", OTHER_LOSS),
     "moe_aux_loss_coef": To("router_aux_loss_coef"),
     "disable_shuffling": KEPT_ORDER,
-    **each("early_stopping_steps", Absent("panda trains to the end; a lifecycle plugin can stop a run")),
+    **each(
+        "early_stopping_steps",
+        Absent("`plugins: [early_stopping]` with `early_stopping_patience` does it, by evaluations"),
+    ),
     "streaming": Ignored("memory does not grow with the size of the data"),
     "trust_remote_code": REMOTE_CODE,
     **each("overwrite_cache tokenized_path cache_dir data_shared_file_system", KEPT_DATA),

@@ -121,7 +121,7 @@ KEYS: dict[str, Rule] = {
     **each("optim_args optim_target_modules", Absent("write the optimizer's own keys (`panda show optimizer NAME`)")),
     **each(
         "load_best_model_at_end",
-        Absent("panda exports the weights of the last step; metrics.jsonl says which was best"),
+        Absent("panda exports the weights of the last step; `plugins: [best_checkpoint]` keeps the best ones, too"),
     ),
     **each("auto_find_batch_size", Absent("panda refuses a model that does not fit, and changes no batch size")),
     **each("full_determinism", Ignored("runs of panda repeat to the bit on the same machine")),

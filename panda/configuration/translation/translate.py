@@ -192,7 +192,7 @@ def _content(path: Path) -> dict[str, Any]:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from None
-    except (ValueError, yaml.YAMLError) as problem:
+    except (ValueError, RecursionError, yaml.YAMLError) as problem:
         raise UserError(f"{path}: neither YAML nor JSON: {' '.join(str(problem).split())}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys with values, as in a configuration of {', '.join(TOOLS)}.")

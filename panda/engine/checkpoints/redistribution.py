@@ -57,7 +57,7 @@ def layout_file(checkpoint: Path, rank: int) -> Path:
 
 @torch.no_grad()
 def redistribute(engine: Engine, checkpoint: Path) -> None:
-    """Restore weights, and this rank's master weights and moments. Every rank must call this; trust the path."""
+    """Restore weights, and this rank's master weights and moments. Every rank must call this."""
     if engine.processes.tensor_ranks > 1:
         raise UserError(
             f"{checkpoint}: with tensor_parallel_size a run continues only with the same number of processes and the"

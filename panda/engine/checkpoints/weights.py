@@ -12,6 +12,10 @@ from typing import Any
 import torch
 
 from panda.engine.checkpoints.folders import check_contents
+from panda.engine.checkpoints.reading import load_plain
+from panda.engine.checkpoints.reading import plain_only
+from panda.registry import UserError
+from panda.registry.errors import in_brief
 from panda.weights.stored_tensor import StoredTensor
 from panda.weights.stored_tensor import Weights
 
@@ -27,12 +31,15 @@ def checkpoint_weights(checkpoint: Path) -> Weights:
 
     Files are memory-mapped, and a partitioned tensor is joined when it is read: under ZeRO-3 from the fp32
     master weights of all ranks, rounded as DeepSpeed rounds them; under tensor parallelism from the ranks'
-    shards. Loads pickles: trust the path. Raises UserError if a file has another content than was written.
+    shards. Raises UserError if a file has another content than was written.
     """
     is_partitioned = (checkpoint / _PARTITIONED).exists()
     files = [checkpoint / _PARTITIONED] if is_partitioned else sorted(checkpoint.glob(_WHOLE))
     check_contents(checkpoint, sorted(checkpoint.glob("*.pt")) if is_partitioned else files)
-    states = [torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in files]
+    states = [load_plain(file) for file in files]
+    for file, state in zip(files, states, strict=True):
+        if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
+            raise UserError(f"{file}: it holds no state of a module. Name an older checkpoint.")
     module: dict[str, torch.Tensor] = states[0]["module"]
     if is_partitioned:
         parts = {name: [tensor] for name, tensor in _master_weights(checkpoint).items()}
@@ -48,6 +55,13 @@ def checkpoint_weights(checkpoint: Path) -> Weights:
     }
 
 
+def split_dimensions_in(checkpoint: Path) -> dict[str, int]:
+    """By name, the dimension along which tensor-parallel ranks split a parameter of ``checkpoint``."""
+    file = next(iter(sorted(checkpoint.glob("*mp_rank_00_model_states.pt"))))
+    found: dict[str, int] = load_plain(file).get(SPLIT_DIMENSIONS, {})
+    return found
+
+
 def _names_after_the_first(module: dict[str, torch.Tensor]) -> set[str]:
     """Names of tensors that have an earlier name. DeepSpeed 0.19.8 writes which those are only under ZeRO."""
     first: dict[int, str] = {}
@@ -61,10 +75,15 @@ def _master_weights(checkpoint: Path) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # In DeepSpeed 0.19.8 it prints, and draws progress bars. Can go when it logs.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), checkpoint.name, lazy_mode=True
-        )
+    try:
+        with plain_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), checkpoint.name, lazy_mode=True
+            )
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        raise UserError(
+            f"{checkpoint}: its files are damaged, or not of a checkpoint: {in_brief(problem)}. Name an older one."
+        ) from problem
     return found
 
 

@@ -7,25 +7,32 @@ are not written: they are there again when the engine is made again.
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from panda.engine.checkpoints.folders import LATEST
-from panda.engine.checkpoints.folders import MANIFEST
+from panda.engine.checkpoints.folders import Manifest
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import check_contents
+from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
+from panda.engine.checkpoints.folders import read_manifest
+from panda.engine.checkpoints.folders import step_of
+from panda.engine.checkpoints.folders import write_manifest
+from panda.engine.checkpoints.hashing import HashedFiles
+from panda.engine.checkpoints.random_state import load_random_state
+from panda.engine.checkpoints.random_state import random_states
+from panda.engine.checkpoints.random_state import write_random_state
 from panda.engine.checkpoints.redistribution import describe_layout
 from panda.engine.checkpoints.redistribution import layout_file
 from panda.engine.checkpoints.redistribution import redistribute
 from panda.engine.engine import Engine
+from panda.engine.evaluated_weights import train_again
+from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.files.whole import aside
 from panda.files.whole import put
@@ -36,15 +43,26 @@ from panda.registry import UserError
 
 
 def save_checkpoint(
-    engine: Engine, folder: Path, progress: Progress, agreement: dict[str, Any], *, keep: int | None = None
+    engine: Engine,
+    folder: Path,
+    progress: Progress,
+    agreement: dict[str, Any],
+    *,
+    keep: int | None = None,
+    kept: Collection[int] = (),
+    passing: bool = False,
+    keep_all: bool = False,
+    write: Callable[[Path], Iterable[Path]] = lambda checkpoint: (),
 ) -> Path:
-    """Write ``folder/step-N`` and point ``latest`` at it; then remove all but the newest ``keep``.
+    """Write ``folder/step-N`` and point ``latest`` at it; then remove older ones, unless ``keep_all``.
 
-    Every rank must call this. A run that loads the checkpoint has to agree with ``agreement``. Raises UserError
-    on every rank if the disk of one is full; earlier checkpoints are untouched then.
+    These are ``passing`` ones, and all but the newest ``keep`` of the others; none of steps in ``kept``.
+    Every rank must call this. ``write`` adds files of the run to the checkpoint before it is complete, and returns
+    those that this rank wrote. A run that loads the checkpoint has to agree with ``agreement``. Raises UserError on
+    every rank if the disk of one is full; earlier checkpoints are untouched then.
     """
     processes = engine.processes
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / checkpoint_name(progress.step)
     temporary = aside(final)
 
     def prepare() -> None:
@@ -54,21 +72,29 @@ def save_checkpoint(
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             temporary.mkdir()
 
+    own = HashedFiles(temporary)
+
     def write_own() -> None:
-        engine.save(folder, temporary.name)
-        torch.save(_random_state(), temporary / f"random-{processes.rank:05d}.pt")
+        engine.save(folder, temporary.name, own)
+        own.add(write_random_state(temporary, processes.rank))
         if layout := describe_layout(engine):
-            layout_file(temporary, processes.rank).write_text(json.dumps(layout) + "\n", encoding="utf-8")
+            described = layout_file(temporary, processes.rank)
+            described.write_text(json.dumps(layout) + "\n", encoding="utf-8")
+            own.add(described)
+        for file in write(temporary):
+            own.add(file)
 
     def complete() -> None:
+        everywhere = processes.from_all(own.written)
         if processes.rank == 0:
-            _complete(temporary, final, {"format": 1, "progress": asdict(progress), "agreement": agreement})
-            for old in complete_checkpoints(folder)[:-keep] if keep else []:
-                remove(old)
+            files = {name: written for each in everywhere for name, written in each.items()}
+            _complete(temporary, final, Manifest(progress, agreement, dict(sorted(files.items())), passing))
+            if not keep_all:
+                _remove_older(final, keep, kept)
 
     before = complete_checkpoints(folder)
-    kept = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
-    then = f"{kept} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
+    untouched = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
+    then = f"{untouched} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
     try:
         for part in (prepare, write_own, complete):
             processes.together(writing(f"{folder}: the checkpoint of step {progress.step:,}", then)(part))
@@ -79,55 +105,67 @@ def save_checkpoint(
     return final
 
 
-def _complete(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+def _complete(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Turn ``temporary``, which all ranks have written, into the checkpoint ``final``, and point ``latest`` at it."""
-    files = sorted(file for file in temporary.rglob("*") if file.is_file())
-    manifest["files"] = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for name, written in manifest.files.items():
+        file = temporary / name
+        if not file.is_file() or file.stat().st_size != written.size:
+            raise UserError(
+                f"output_dir: rank 0 does not find {file} with the {written.size:,} bytes that a rank wrote. The run"
+                " directory has to be on a disk that all machines of a run share."
+            )
+    write_manifest(temporary, manifest)
     with whole(final.with_name(LATEST)) as pointer:
         pointer.write_text(final.name + "\n", encoding="utf-8")
         sync(pointer)  # before the renaming, after which nothing is written that may lack room
         put(temporary, final)
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
-    """Restore weights, optimizer and this rank's random state. Loads pickles: trust the path.
+def _remove_older(newest: Path, keep: int | None, kept: Collection[int]) -> None:
+    """Remove the passing checkpoints that are older than ``newest``, and of all but the newest ``keep``."""
+    older = [path for path in complete_checkpoints(newest.parent) if step_of(path) < step_of(newest)]
+    passing = [path for path in older if read_manifest(path).passing]
+    lasting = [path for path in older if path not in passing]
+    for old in [*passing, *(lasting[: len(lasting) + 1 - keep] if keep else [])]:
+        if step_of(old) not in kept:
+            remove(old)
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path, *, is_checked: bool = False) -> bool:
+    """Restore weights, optimizer and this rank's random state.
 
     With the same ranks, ZeRO stage and so on they are restored bit for bit. Otherwise each rank gets its
     new part of them, random state stays as it is, and the result is False. Raises UserError on every rank
-    if a file has another content than was written.
+    if a file has another content than was written; ``is_checked``: none has.
     """
     processes = engine.processes
-    files = sorted(checkpoint.rglob("*.pt"))[processes.rank :: processes.world_size]  # one rank checks each
-    processes.together(partial(check_contents, checkpoint, files))
+    if not is_checked:
+        check_shared(processes, checkpoint)
     if not _is_as_saved(engine, checkpoint):
         redistribute(engine, checkpoint)
+        train_again(engine)
         return False
     if not engine.load(checkpoint.parent, checkpoint.name):
         raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
-    _set_random_state(torch.load(checkpoint / f"random-{engine.processes.rank:05d}.pt", weights_only=False))
+    train_again(engine)
+    load_random_state(checkpoint, engine.processes.rank)
     return True
+
+
+def check_shared(processes: Processes, checkpoint: Path) -> None:
+    """``check_contents`` of all files of ``checkpoint``, each on one of the ranks. All raise the first error."""
+
+    def check() -> None:
+        files = [checkpoint / name for name in read_manifest(checkpoint).files]
+        check_contents(checkpoint, files[processes.rank :: processes.world_size])
+
+    processes.together(check)
 
 
 def _is_as_saved(engine: Engine, checkpoint: Path) -> bool:
     """Whether every rank holds what the rank of the same number held."""
-    ranks = len(list(checkpoint.glob("random-*.pt")))
+    ranks = len(random_states(checkpoint))
     file = layout_file(checkpoint, engine.processes.rank)
     saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     same = ranks == engine.processes.world_size and saved == describe_layout(engine)
     return engine.processes.all_(same)
-
-
-def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.files.private import private
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.linear_layers import linear_names
@@ -106,7 +107,7 @@ def add_adapters(model: torch.nn.Module, options: RunOptions, spread_by: dict[st
         del zero3  # transformers holds it weakly
     if targets != ALL_LINEAR and left_bare(adapted, targets):
         raise _taken_for_experts(ends)
-    config.base_model_name_or_path = options.ckpt_path and base_location(options.ckpt_path, options.base_path)
+    config.base_model_name_or_path = options.ckpt_path and private(base_location(options.ckpt_path, options.base_path))
     _settle(config, named=targets != ALL_LINEAR)
     return adapted
 

@@ -98,7 +98,9 @@ def refuse_other_tokens(teacher_path: str, tokenizer: Any) -> None:
     folder = resolve_path(teacher_path)
     folder = folder / "export" if (folder / "export").is_dir() else folder
     try:
-        theirs = AutoTokenizer.from_pretrained(folder if folder.is_dir() else teacher_path, local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(
+            folder if folder.is_dir() else teacher_path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return
     there = theirs.get_vocab()

@@ -14,10 +14,13 @@ import torch
 from launching import start
 
 from panda.configuration.options import RunOptions
+from panda.engine.checkpoints.folders import Manifest
 from panda.engine.checkpoints.folders import Progress
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import passed_over
 from panda.engine.checkpoints.folders import read_progress
+from panda.engine.checkpoints.folders import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint
@@ -87,6 +90,10 @@ def test_the_newest_complete_checkpoint_is_found(processes: Processes, tmp_path:
     assert (folder / "latest").read_text().strip() == second.name
     assert find_checkpoint(tmp_path) == find_checkpoint(folder) == second
     assert find_checkpoint(first) == first
+    assert find_checkpoint(folder / "latest") == second and passed_over(folder / "latest") == {}
+    (folder / "best").write_text(first.name + "\n")
+    assert find_checkpoint(folder / "best") == first and passed_over(folder / "best") == {}
+    assert find_checkpoint(first / "manifest.json") is None
 
     largest = max(second.iterdir(), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:  # a disk that was full
@@ -125,7 +132,7 @@ def test_an_interrupted_save_leaves_the_one_before(
     engine = make_engine(processes)
     first = save_checkpoint(engine, tmp_path, Progress(1), {})
     replace = os.replace
-    for broken in ("json.dumps", "put", "pointer", "torch.save"):
+    for broken in ("json.dumps", "put", "pointer", "write_random_state"):
 
         def die(*arguments: Any, broken: str = broken, **keywords: Any) -> None:
             if broken != "pointer" or Path(arguments[0]).name == ".tmp-latest":
@@ -153,7 +160,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_complete(
     engine = make_engine(processes)
     first = save_checkpoint(engine, tmp_path, Progress(1), {})
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    random_state = (first / "random-00000.pt").stat().st_size
+    random_state = (first / "random-00000.safetensors").stat().st_size
     weights = max(file.stat().st_size for file in first.glob("*model_states*"))
     # DeepSpeed's files; the random state, which is larger than those; the manifest, when all else is written.
     assert 1000 < weights < random_state
@@ -232,5 +239,25 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     for step in (99999999, 100000000):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
-        (folder / "manifest.json").write_text('{"files": {}}')
+        write_manifest(folder, Manifest(Progress(step), {}, {}))
     assert find_checkpoint(tmp_path) == tmp_path / "step-100000000"
+
+
+def test_random_states_of_an_older_version_are_read(processes: Processes, tmp_path: Path) -> None:
+    """Which had pickled Python's and numpy's as they are."""
+    engine = make_engine(processes)
+    saved = save_checkpoint(engine, tmp_path, Progress(1), {})
+    random.seed(5), np.random.seed(6), torch.manual_seed(7)
+    random.gauss(), np.random.normal()  # each keeps a second number
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    expected = [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)]
+    (saved / "random-00000.safetensors").unlink()
+    torch.save(state, saved / "random-00000.pt")
+    load_checkpoint(engine, saved)
+    assert [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)] == expected
+    # The same from a checkpoint as it is written now.
+    random.setstate(state["python"]), np.random.set_state(state["numpy"]), torch.set_rng_state(state["torch"])
+    saved = save_checkpoint(engine, tmp_path, Progress(2), {})
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    load_checkpoint(engine, saved)
+    assert [(random.gauss(), np.random.normal(), torch.rand(()).item()) for _ in range(3)] == expected

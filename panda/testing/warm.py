@@ -1,8 +1,9 @@
 """Forks processes that have already imported what a run imports, which would take each ten seconds of CPU time.
 
-Started by launching.py. A line of its input asks for processes that run one script, one for each ``environments``;
-the answers are their process ids at once, and their exit codes when all have ended. As torchrun does, it ends the
-others after one has failed. They end as any interpreter does, and have nothing of panda but what imports leave.
+Started by processes.py. A line of its input asks for processes that run one script or module, one for each
+``environments``; the answers are their process ids at once, and their exit codes when all have ended. As torchrun does,
+it ends the others after one has failed. They end as any interpreter does, and nothing of panda has been imported in
+them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ IMPORTED = (
 )
 
 SECONDS_TO_SAY_WHY = 5
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Of Python itself: with it, the folder of the script, or of a module the current one, is not on the path."""
 
 
 def become(order: dict[str, Any], environment: dict[str, str]) -> None:
@@ -49,7 +52,11 @@ def become(order: dict[str, Any], environment: dict[str, str]) -> None:
         os.dup2(opened, descriptor)
         os.close(opened)
     sys.argv = order["argv"]
-    sys.path[:1] = [os.path.dirname(sys.argv[0]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    first = order["cwd"] if order["is_module"] else os.path.dirname(sys.argv[0])
+    sys.path[:0] = [
+        *([] if environment.get(SAFE_PATH) else [first]),
+        *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     numpy.random.seed()  # Python reseeds its own generator in each fork
 
 
@@ -76,7 +83,7 @@ def end(pids: list[int]) -> list[int]:
 def serve() -> dict[str, Any] | None:
     """Answer each line of stdin. In a fork, returns what it has to run."""
     for line in iter(sys.stdin.readline, ""):
-        order = json.loads(line)
+        order: dict[str, Any] = json.loads(line)
         assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork has no other thread's locks to wait for"
         pids = []
         for environment in order["environments"]:
@@ -90,8 +97,12 @@ def serve() -> dict[str, Any] | None:
 
 
 for name in IMPORTED:
-    importlib.import_module(name)
+    with suppress(ImportError):  # an extra, such as bitsandbytes
+        importlib.import_module(name)
 gc.collect()
 gc.freeze()
-if serve():
-    runpy.run_path(sys.argv[0], run_name="__main__")
+if order := serve():
+    if order["is_module"]:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")

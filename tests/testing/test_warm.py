@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from launching import run_code
-from launching import run_script
-from launching import start
+
+from panda.testing.processes import run_script
+from panda.testing.processes import start
 
 FACTS = """
 import json, os, random, sys

@@ -1,0 +1,79 @@
+"""Text that is kept or sent on: without passwords, keys and tokens, and without the name of the user's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+HIDDEN = "***"
+"""What stands in the place of a secret."""
+
+_NAMES = re.compile(
+    r"(?:^|[_-])(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|COOKIE|DSN|PAT)(?:$|[_-])", re.I
+)
+"""Names of variables and flags whose values are secrets, as a word of the name: `HF_TOKEN`, `--api-key`."""
+_NO_SECRETS = re.compile(r"(?:^|[_-])(?:FILE|PATH|DIR|SOCK|ID|TYPE|NAME)$|tokens$|tokenizer|_token_id", re.I)
+_SHORTEST = 8
+"""Characters of a value that is looked for in texts: a shorter one could be any word."""
+
+_FORMS = re.compile(
+    r"(?P<user>(?<=://)[^/\s@'\"]+(?=@))"  # https://USER:PASSWORD@host
+    r"|(?P<query>(?<=[?&])(?P<key>[\w.-]*(?:token|key|secret|signature|sig|password|credential)[\w.-]*=)[^&\s'\"#]+)"
+    r"|\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|glpat-[\w-]{20,}"
+    r"|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16}|ey[\w-]{10,}\.ey[\w-]{10,}\.[\w-]{10,})",
+    re.I,
+)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with ``***`` for each secret that is known by its form, or is the value of an environment variable."""
+    for secret in sorted(_of_environment(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return _FORMS.sub(lambda found: f"{found['key'] or ''}{HIDDEN}", text)
+
+
+def private(content: Any) -> Any:
+    """``content``, as of JSON, with ``without_secrets`` of each text in it, and ``~`` for the user's folder."""
+    if isinstance(content, str):
+        text = without_secrets(content)
+        return re.sub(rf"(?<![\w.~-]){re.escape(home)}(?=/|$|[\s'\",:])", "~", text) if (home := _home()) else text
+    if isinstance(content, dict):
+        return {private(key): private(value) for key, value in content.items()}
+    return [private(each) for each in content] if isinstance(content, (list, tuple)) else content
+
+
+def private_command(argv: list[str]) -> list[str]:
+    """The words of a command line, without the values of flags whose names say that they are secrets."""
+    words: list[str] = []
+    hides = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        is_flag = word.startswith("-")
+        if hides and not is_flag:
+            words.append(HIDDEN)
+            hides = False
+            continue
+        is_secret = is_flag and _is_secret(name.lstrip("-"))
+        words.append(f"{name}={HIDDEN}" if is_secret and equals else word)
+        hides = is_secret and not equals
+    found: list[str] = private(words)
+    return found
+
+
+def _is_secret(name: str) -> bool:
+    return _NAMES.search(name) is not None and _NO_SECRETS.search(name) is None
+
+
+def _of_environment() -> set[str]:
+    return {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _is_secret(name)}
+
+
+def _home() -> str | None:
+    """The user's folder; None where there is none, or it is the root of the file system."""
+    try:
+        home = str(Path.home())
+    except (RuntimeError, KeyError):
+        return None
+    return home if len(home) > 1 else None

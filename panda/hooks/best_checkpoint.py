@@ -1,0 +1,91 @@
+"""The ``best_checkpoint`` plugin: saves and keeps the checkpoint of the best evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from panda.files.whole import write_whole
+from panda.hooks.watched import Watched
+from panda.registry import hookimpl
+from panda.registry import register_plugin
+from panda.registry.contexts import PluginContext
+
+if TYPE_CHECKING:
+    from panda.runner import Run
+
+POINTER = "best"
+"""The file in ``checkpoints/`` that names the best one."""
+
+
+@dataclass(frozen=True)
+class BestCheckpointOptions:
+    """Options of the best_checkpoint plugin."""
+
+    best_metric: str = "eval_loss"
+    """What evaluations are compared by: a number of their records."""
+    best_higher_is_better: bool = False
+    """Whether a higher value of it is the better one."""
+
+
+@register_plugin("best_checkpoint", options=BestCheckpointOptions)
+class BestCheckpoint:
+    """Saves the checkpoint of the best evaluation, keeps it whatever `save_total_limit` says, and names it at the end.
+
+    `--plugins best_checkpoint`. `checkpoints/best` has its name: `panda export RUN/checkpoints/best --output FOLDER`.
+    """
+
+    def __init__(self, options: BestCheckpointOptions, context: PluginContext) -> None:
+        self.watched = Watched("best_checkpoint", options.best_metric, higher_is_better=options.best_higher_is_better)
+        self.path: Path | None = None
+        """The checkpoint of the best evaluation, once it is on disk."""
+
+    @hookimpl
+    def panda_run_start(self, run: Run) -> None:
+        if self.path is not None and self.path.parent == run.directory / "checkpoints":
+            run.keep_checkpoint(self.watched.best_step)
+
+    @hookimpl
+    def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
+        before = self.watched.best_step
+        if self.watched.take(run, record):
+            run.release_checkpoint(before)
+            run.keep_checkpoint(run.step)
+            run.save_checkpoint()
+
+    @hookimpl
+    def panda_checkpoint_saved(self, run: Run, path: Path) -> None:
+        if run.step == self.watched.best_step:
+            self.path = path
+            if run.processes.rank == 0:
+                write_whole(path.with_name(POINTER), path.name + "\n")
+
+    @hookimpl
+    def panda_run_end(self, run: Run) -> None:
+        if run.processes.rank != 0 or self.path is None:
+            return
+        print(
+            f"best checkpoint: {self.path} ({self.watched}); `panda export {self.path} --output FOLDER` exports it, and"
+            f" {run.directory / 'export'} has the last weights",
+            flush=True,
+        )
+
+    @hookimpl
+    def panda_save_state(self, run: Run) -> dict[str, Any]:
+        is_this = self.watched.best_step == run.step  # which is not on disk yet
+        place = str(self.path.parent.resolve()) if self.path and not is_this else None
+        return {**self.watched.state(), "elsewhere": place}
+
+    @hookimpl
+    def panda_load_state(self, run: Run, state: dict[str, Any]) -> None:
+        assert run.resumed_from is not None
+        name = f"step-{state['best_step']:08d}"
+        folders = [run.resumed_from.parent, run.directory / "checkpoints", Path(state["elsewhere"] or ".")]
+        found = [folder / name for folder in folders if (folder / name / "manifest.json").exists()]
+        if found:
+            self.watched.load(state)
+            self.path = found[0]
+        elif run.processes.rank == 0:
+            print(f"note: best_checkpoint: {name}, the best until now, is gone; it starts afresh", flush=True)

@@ -1,0 +1,67 @@
+"""The kind of each parameter of a module: the one place that decides it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from panda.registry.contexts import ParameterDescription
+from panda.registry.contexts import ParameterKind
+from panda.weights.layer_names import layer_of
+from panda.weights.stored_tensor import whole_shape
+
+
+def describe_parameters(module: torch.nn.Module) -> dict[torch.Tensor, ParameterDescription]:
+    """The trainable parameters of ``module``, each under its first name and in its whole shape."""
+    # By attribute, not by class: tensor parallelism and quantisation have embedding classes of their own.
+    embeddings = {
+        id(part.weight): len(whole_shape(part.weight)) and whole_shape(part.weight)[0] for part in _tables(module)
+    }
+    norms = {
+        id(parameter)
+        for part in module.modules()
+        if "norm" in type(part).__name__.lower()
+        for parameter in part.parameters(recurse=False)
+    }
+    head = _output_weight(module)
+    rows = max(embeddings.values(), default=0)
+
+    def kind_of(name: str, parameter: Any) -> ParameterKind:
+        shape, words = whole_shape(parameter), name.split(".")
+        if id(parameter) in embeddings:
+            return "embedding"
+        if id(parameter) in norms and len(shape) <= 1:
+            return "norm"
+        if words[-1].startswith("bias") or words[-1].endswith("bias"):
+            return "bias"
+        if math.prod(shape) == max(shape, default=1):  # also a matrix of one row, as of a reward
+            return "vector"
+        if any(word.startswith("lora_") for word in words):
+            return "adapter"
+        if parameter is head or (len(shape) == 2 and shape[0] == rows and layer_of(name) is None):
+            return "head"
+        if "experts" in words:
+            return "expert"
+        return "matrix" if len(shape) == 2 else "tensor"
+
+    return {
+        parameter: ParameterDescription(
+            name, whole_shape(parameter), kind_of(name, parameter), getattr(parameter, "split_dimension", None)
+        )
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _tables(module: torch.nn.Module) -> list[Any]:
+    return [part for part in module.modules() if hasattr(part, "num_embeddings")]
+
+
+def _output_weight(module: Any) -> Any:
+    """The weight of the layer that a transformers model calls its output embeddings; None where it names none."""
+    try:
+        return getattr(module.get_output_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None

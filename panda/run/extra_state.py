@@ -1,0 +1,120 @@
+"""What plugins keep in a checkpoint: values as JSON, tensors and copies of weights as safetensors; no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+
+from panda.engine.checkpoints.weights_copies import read_copies
+from panda.engine.checkpoints.weights_copies import write_copies
+from panda.engine.weights_copy import WeightsCopy
+from panda.files.terminal import printable
+from panda.registry import UserError
+from panda.registry.offers import Offer
+from panda.run.state import Run
+
+FILE, TENSORS = "plugins.json", "plugins.safetensors"
+
+
+def _key(offer: Offer) -> str:
+    """What stands for the plugin of ``offer`` in a checkpoint: a file of the user's by its name, since it may move."""
+    return f"{offer.kind} {Path(offer.file).name}:{offer.name}" if offer.file else f"{offer.kind} {offer.qualified}"
+
+
+def write_state(run: Run, checkpoint: Path) -> list[Path]:
+    """Write what the plugins of ``run`` keep to the folder ``checkpoint``; returns the files that this rank wrote.
+
+    Every rank has to call it.
+    """
+    described: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    copies: dict[str, WeightsCopy] = {}
+    for offer, save in run.hooks.by_plugin("panda_save_state"):
+        key = _key(offer)
+        state = save(run=run)
+        if not isinstance(state, dict) or key in described:
+            what = "a second state" if key in described else f"{type(state).__qualname__}, not a dict"
+            raise UserError(f"panda_save_state returned {what}. This is a fault of {offer.describe()}.")
+        prefix = f"{len(described)}."
+        kept = {name: each for name, each in state.items() if isinstance(each, (torch.Tensor, WeightsCopy))}
+        values = {name: each for name, each in state.items() if name not in kept}
+        if problem := _not_json(values):
+            raise UserError(
+                f"panda_save_state returned {problem}. Values are None, bools, numbers, texts, lists and dicts of"
+                f" these, tensors, or copies of weights. This is a fault of {offer.describe()}."
+            )
+        described[key] = {
+            "version": offer.version,
+            "values": values,
+            "tensors": {name: prefix + name for name, each in kept.items() if torch.is_tensor(each)},
+            "weights": {name: prefix + name for name, each in kept.items() if isinstance(each, WeightsCopy)},
+        }
+        for name, each in kept.items():
+            if isinstance(each, WeightsCopy):
+                copies[prefix + name] = each
+            elif run.processes.rank == 0:
+                tensors[prefix + name] = each.detach().cpu().clone(memory_format=torch.contiguous_format)
+    evaluated = run.evaluated_weights[1] if run.evaluated_weights else None
+    name = next((name for name, copied in copies.items() if copied is evaluated), None)
+    written = write_copies(run.engine, copies, checkpoint, evaluated=name)
+    if run.processes.rank == 0 and described:
+        if tensors:
+            save_file(tensors, checkpoint / TENSORS)
+            written.append(checkpoint / TENSORS)
+        (checkpoint / FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        written.append(checkpoint / FILE)
+    return written
+
+
+def load_state(run: Run, checkpoint: Path) -> None:
+    """Give the plugins of ``run`` what they kept in ``checkpoint``, and print where the two differ in their plugins.
+
+    Every rank has to call it.
+    """
+    file = checkpoint / FILE
+    described = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    tensors = load_file(checkpoint / TENSORS) if (checkpoint / TENSORS).exists() else {}
+    notes = []
+    for offer, load in run.hooks.by_plugin("panda_load_state"):
+        found: Mapping[str, Any] | None = described.pop(_key(offer), None)
+        if found is None:
+            notes.append(
+                f"{_key(offer)} is new in this run: {checkpoint.name} has no state of it, and it starts afresh"
+            )
+            continue
+        copies = read_copies(run.engine, checkpoint, found["weights"].values())
+        state = dict(found["values"])
+        state |= {name: tensors[written] for name, written in found["tensors"].items()}
+        state |= {name: copies[written] for name, written in found["weights"].items()}
+        load(run=run, state=state)
+    notes += [
+        f"{key} is not in this run: its state in {checkpoint.name} is not used, nor kept in later checkpoints"
+        for key in described
+    ]
+    if run.learning_rate_factor != 1:
+        notes.append(
+            f"until {checkpoint.name} hooks scaled the learning rate by {run.learning_rate_factor:g}, which stays so"
+        )
+    if run.processes.rank == 0:
+        for note in notes:
+            print(printable(f"note: {note}"), flush=True)
+
+
+def _not_json(value: Any, path: str = "") -> str | None:
+    """Where ``value`` would not come back from JSON as it is; None where it would."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return None
+    items: Any = ()
+    if isinstance(value, list):
+        items = enumerate(value)
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        items = value.items()
+    else:
+        return f"at {path or 'its top'} {type(value).__qualname__}"
+    return next((found for key, each in items if (found := _not_json(each, f"{path}[{key!r}]"))), None)

@@ -1,0 +1,74 @@
+"""Whether the disk has room for what a run is going to write."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from panda.configuration.options import RunOptions
+from panda.data.order import BatchPlan
+from panda.registry import UserError
+from panda.registry.resolve import Resolved
+from panda.run.estimate import state_bytes
+from panda.run.trained_model import TrainedModel
+
+_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a weight in the forward pass."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a run is going to write, about, without small files."""
+
+    checkpoint: int
+    """Of one; 0 where none is saved."""
+    export: int
+    lasting: int
+    """How many checkpoints are kept, with those of `save_steps` and that at the end."""
+
+    @property
+    def least(self) -> int:
+        """Without which the run cannot end."""
+        return self.checkpoint + self.export
+
+
+def room_of(resolved: Resolved, model: TrainedModel, plan: BatchPlan) -> Room:
+    """What the run of ``resolved`` is going to write, from where ``plan`` starts."""
+    options: RunOptions = resolved.core
+    width, trained = _WIDTHS[options.precision], model.trained_parameters
+    masters = 0 if options.precision == "fp32" and options.zero == 0 else 4
+    # ZeRO-3 writes the weights as masters only.
+    each = (width if options.zero < 3 else 0) + masters + state_bytes(resolved)
+    steps = options.save_steps
+    by_steps = plan.total_steps // steps - plan.start_step // steps if steps else 0
+    at_end = options.save_final and not (steps and plan.total_steps % steps == 0)
+    lasting = min(by_steps + at_end, options.save_total_limit or by_steps + at_end)
+    saves = bool(lasting or options.save_minutes)
+    export = trained * 4 if options.use_lora else model.parameters * width
+    return Room(round(trained * each) * saves, export, lasting)
+
+
+def check_room(directory: Path, room: Room) -> str | None:
+    """A note where there is room for fewer checkpoints than the run keeps; None where there is enough.
+
+    Raises UserError where there is none for one of them, and the export.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < room.least:
+        one = f"a checkpoint takes about {_gb(room.checkpoint)}, and " if room.checkpoint else ""
+        raise UserError(
+            f"output_dir: {directory} has room for {_gb(free)}; {one}the export about {_gb(room.export)}. Make room, or"
+            " choose another `output_dir`. With `save_final: false`, `save_minutes: 0` and no `save_steps` only the"
+            " export is written."
+        )
+    if free < room.lasting * room.checkpoint + room.export:
+        return (
+            f"note: {directory} has room for {_gb(free)}, and the {room.lasting:,} checkpoints that the run keeps take"
+            f" about {_gb(room.checkpoint)} each: `save_total_limit` keeps fewer"
+        )
+    return None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

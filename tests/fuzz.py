@@ -1,0 +1,370 @@
+"""Gives panda damaged and senseless input, in process, and counts what is neither done nor refused in words.
+
+    python tests/fuzz.py --seconds 600 [--kind manifests] [--seed 1]
+
+Each case is made of the seed and its number alone, so that `--seed S --first N --cases 1` repeats it, with the
+traceback. Every kind begins with something that works, and changes some of it. A case fails by an exception that is no
+refusal, by taking longer than LONGEST seconds, and by a file outside of its folder. They are counted by the place that
+raised. Exits with 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LONGEST = 10.0
+
+NUMBERS = ("0", "-1", "1e36", "1" + "0" * 30, "nan", "inf", "-0", "1e-400", "0x10", "1_000", "9" * 5000, "1.5", "٣", "")
+TEXTS = (
+    *(
+        "",
+        " ",
+        "~",
+        "~nobody/x",
+        "a\0b",
+        "\udcff",
+        "a" * 300,
+        "a/" * 3000,
+        "é竹😀",
+        "\u202e",
+        "../..",
+        "/",
+        "/dev/null",
+    ),
+    *(
+        "/proc/self/mem",
+        "null",
+        "true",
+        "[]",
+        "{}",
+        "[" * 2000,
+        "*",
+        "&a [*a]",
+        "!!python/object:os.system x",
+        "hf://x",
+    ),
+    *("panda:", "panda:../..", "os:x", ":", "::", "a:b:c", "%s%n", "{0}", "-", "--", "file\nname", "\t", "'", '"', "#"),
+)
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 10**30, 1e308, float("nan"), float("inf"), "", "x", [], {}, [None], {"": None}),
+    *([[[]]], "1", "\ud800", {"a": {"b": []}}, 2**63, -(2**63), 0.5),
+)
+KEYS = ("task", "arch", "model", "optimizer", "lr_scheduler", "reader", "plugins", "zero_stage", "hidden_size", "x", "")
+
+
+class _TooLong(BaseException):
+    pass
+
+
+def damaged_bytes(draw: random.Random, content: bytes) -> bytes:
+    """``content`` with a bit, a byte, a stretch or its end changed."""
+    data = bytearray(content)
+    for _ in range(draw.choice((1, 1, 2, 8))):
+        at = draw.randrange(len(data) + 1)
+        match draw.randrange(6):
+            case 0 if at < len(data):
+                data[at] ^= 1 << draw.randrange(8)
+            case 1:
+                del data[at:]
+            case 2:
+                del data[at : at + draw.randrange(1, 20)]
+            case 3:
+                data[at:at] = draw.randbytes(draw.randrange(1, 9))
+            case 4:
+                data[at : at + 1] = draw.choice(
+                    (b"\0", b"\xff", b'"', b"{", b"[", b"]", b"}", b",", b"\n", b"\xef\xbb\xbf")
+                )
+            case 5:
+                other = draw.randrange(len(data) + 1)
+                data[at:at] = data[min(at, other) : min(at, other) + 50]
+    return bytes(data)
+
+
+def damaged_json(draw: random.Random, value: Any, depth: int = 0) -> Any:
+    """``value``, of JSON, with a part of it replaced, left out or added."""
+    if depth > 6 or draw.random() < 0.2 or not isinstance(value, (dict, list)) or not value:
+        return draw.choice(VALUES)
+    if isinstance(value, list):
+        at = draw.randrange(len(value))
+        return [*value[:at], damaged_json(draw, value[at], depth + 1), *value[at + 1 :]]
+    key = draw.choice(sorted(value, key=str))
+    if draw.random() < 0.2:
+        return {name: each for name, each in value.items() if name != key}
+    return value | {draw.choice((key, key, key, "new")): damaged_json(draw, value[key], depth + 1)}
+
+
+def damage_file(draw: random.Random, file: Path) -> None:
+    """Change ``file``: its bytes, or what it says if it is JSON."""
+    content = file.read_bytes()
+    if file.suffix == ".json" and draw.random() < 0.6:
+        written = json.dumps(damaged_json(draw, json.loads(content)))
+        file.write_text("[" * 100_000 if draw.random() < 0.02 else written, encoding="utf-8", errors="surrogatepass")
+        return
+    file.write_bytes(damaged_bytes(draw, content))
+
+
+class Bench:
+    """What works, from which the cases are made, and the folder in which they run."""
+
+    def __init__(self, folder: Path) -> None:
+        from panda.registry.location import resolve_path
+
+        self.folder, self.made = folder / "case", folder / "made"
+        self.made.mkdir(parents=True)
+        self.rows = [{"instruction": f"say {n}", "input": "", "output": f"it is {n}"} for n in range(4)]
+        (self.made / "rows.json").write_text(json.dumps(self.rows))
+        self.tokenizer = resolve_path("panda:data/sample/tokenizer")
+        self._make_model()
+        self._make_run()
+
+    def _make_model(self) -> None:
+        import torch
+        from transformers import LlamaConfig
+        from transformers import LlamaForCausalLM
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(self.made / "model")
+        for file in self.tokenizer.iterdir():
+            shutil.copy(file, self.made / "model" / file.name)
+
+    def _make_run(self) -> None:
+        """A run directory as far as no training is needed for it."""
+        run = self.made / "run"
+        checkpoint = run / "checkpoints/step-00000003"
+        checkpoint.mkdir(parents=True)
+        progress = {"step": 3, "position": 6, "tokens": 50, "units": 20, "skipped_steps": 0, "left_out_steps": 0}
+        agreement = {"task": "instruct", "seed": 42, "task.separator": "\n"}
+        (checkpoint / "layout-00000.json").write_text('{"ranks": 1, "wrapper": "none", "tensors": []}')
+        size = (checkpoint / "layout-00000.json").stat().st_size
+        manifest = {"format": 1, "progress": progress, "agreement": agreement, "files": {"layout-00000.json": size}}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        records = [{"step": step, "loss": 1.0 / step, "learning_rate": 0.1} for step in range(1, 5)]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in records))
+        end = {"step": 3, "agreement": agreement, "eval_data": None, "prompts": []}
+        (run / "provenance.json").write_text(json.dumps({"command": ["x"], "earlier_starts": [], "end": end}))
+        (run / "config.yaml").write_text("task: instruct\narch: llama-tiny\nseed: 42\n")
+        shutil.copytree(self.made / "model", run / "export")
+
+    def fresh(self, name: str) -> Path:
+        """A copy of what was made under ``name``, in the folder of the case."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        source, target = self.made / name, self.folder / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        return target
+
+
+def _command(*argv: str) -> None:
+    from panda.cli.main import main
+
+    main(list(argv))
+
+
+def _flags(draw: random.Random, keys: list[str]) -> list[str]:
+    words = []
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        key = draw.choice([*keys, *KEYS])
+        value = draw.choice((*NUMBERS, *TEXTS))
+        words += draw.choice(([f"--{key}={value}"], [f"--{key}", value], [f"--{key}"], ["-p", f"no:{value}"], [value]))
+    return words
+
+
+def _keys() -> list[str]:
+    from panda.configuration.options import RunOptions
+    from panda.models.llama import LlamaOptions
+    from panda.registry.options import options_of
+    from panda.tasks.instruct import InstructOptions
+
+    return [key for kind in (RunOptions, LlamaOptions, InstructOptions) for key in options_of(kind)]
+
+
+def fuzz_command_lines(draw: random.Random, bench: Bench) -> None:
+    rows = bench.fresh("rows.json")
+    common = ["--arch", "llama-tiny", "--instruction_tuning_data_dir", str(rows)]
+    command = draw.choice(
+        ("check", "check", "estimate", "list", "show", "data", "generate", "export", "plot", "translate")
+    )
+    given = common if command in ("check", "estimate") else draw.choice(([], [str(rows)], [str(bench.folder)]))
+    _command(command, *given, *_flags(draw, _keys()))
+
+
+def fuzz_configurations(draw: random.Random, bench: Bench) -> None:
+    bench.fresh("rows.json")
+    lines = {"task": "instruct", "arch": "llama-tiny", "instruction_tuning_data_dir": "rows.json", "max_steps": "3"}
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        value = draw.choice((*NUMBERS, *TEXTS))
+        lines[draw.choice(_keys())] = draw.choice((value, json.dumps(value), f"[{value}, {value}]", f"{{a: {value}}}"))
+    text = "".join(f"{key}: {value}\n" for key, value in lines.items()).encode(errors="surrogateescape")
+    (bench.folder / "run.yaml").write_bytes(damaged_bytes(draw, text) if draw.random() < 0.5 else text)
+    _command(draw.choice(("check", "translate", "estimate")), str(bench.folder / "run.yaml"))
+
+
+def fuzz_data(draw: random.Random, bench: Bench) -> None:
+    rows = bench.fresh("rows.json")
+    for _ in range(draw.choice((1, 2))):
+        if draw.random() < 0.4:
+            rows.write_bytes(damaged_bytes(draw, rows.read_bytes()))
+        else:
+            given = json.dumps(damaged_json(draw, bench.rows), ensure_ascii=draw.random() < 0.5)
+            rows.write_text(given, encoding="utf-8", errors="surrogatepass")
+    ending = draw.choice(
+        (".json", ".jsonl", ".csv", ".tsv", ".txt", ".json.gz", ".parquet", ".jsonl.zst", ".arrow", "")
+    )
+    file = rows.rename(rows.with_name(f"rows{ending}"))
+    task = draw.choice(
+        (["--task", "instruct", "--instruction_tuning_data_dir"], ["--task", "pretrain", "--pretraining_data_dir"])
+    )
+    given = ["--arch", "llama-tiny", *task, str(file), "--token_cache", str(bench.folder / "cache")]
+    _command(draw.choice(("prepare", "data")), *given)
+
+
+def fuzz_models(draw: random.Random, bench: Bench) -> None:
+    folder = bench.fresh("model")
+    damage_file(draw, draw.choice([file for file in sorted(folder.iterdir()) if file.is_file()]))
+    if draw.random() < 0.5:
+        _command("generate", str(folder), "--prompt", "x", "--max_new_tokens", "1")
+    else:
+        rows = shutil.copy(bench.made / "rows.json", bench.folder)
+        _command("check", "--ckpt_path", str(folder), "--instruction_tuning_data_dir", str(rows))
+
+
+def fuzz_manifests(draw: random.Random, bench: Bench) -> None:
+    from panda.engine.checkpoints.folders import find_checkpoint
+    from panda.engine.checkpoints.folders import passed_over
+    from panda.engine.checkpoints.folders import read_progress
+    from panda.hooks.metrics import read_evaluations
+    from panda.hooks.metrics import read_metrics
+    from panda.hooks.record_file import RecordFile
+    from panda.registry import UserError
+    from panda.run.description import read_end
+
+    run = bench.fresh("run")
+    checkpoint = run / "checkpoints/step-00000003"
+    files = (checkpoint / "manifest.json", run / "metrics.jsonl", run / "provenance.json", run / "config.yaml")
+    damage_file(draw, draw.choice(files))
+    with contextlib.suppress(UserError):
+        passed_over(run)
+        if found := find_checkpoint(run):
+            read_progress(found, {"task": "instruct", "seed": 42, "task.separator": "\n"})
+    with contextlib.suppress(UserError):
+        read_end(run)
+        read_metrics(run), read_evaluations(run)
+        RecordFile(run / "metrics.jsonl", 3).close()
+    _command(
+        *draw.choice(
+            (["export", str(run)], ["plot", str(run)], ["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"])
+        )
+    )
+
+
+FUZZED: dict[str, Callable[[random.Random, Bench], None]] = {
+    "command lines": fuzz_command_lines,
+    "configurations": fuzz_configurations,
+    "data": fuzz_data,
+    "models": fuzz_models,
+    "manifests": fuzz_manifests,
+}
+
+
+def outcome(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = False) -> str | None:
+    """How case ``number`` of ``kind`` failed, by place; None where it did not."""
+    draw = random.Random(f"{kind} {seed} {number}")
+    before, begun = _around(bench), time.monotonic()
+    silent = io.StringIO()
+
+    def stop(signal_number: int, frame: Any) -> None:
+        raise _TooLong
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST, 1)
+    try:
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            sys.stdin = io.StringIO("")
+            FUZZED[kind](draw, bench)
+    except (SystemExit, KeyboardInterrupt) as problem:
+        if isinstance(problem, KeyboardInterrupt):
+            raise
+    except BaseException as problem:
+        if verbose:
+            traceback.print_exc()
+        frames = traceback.extract_tb(problem.__traceback__)
+        own = [each for each in frames if "/panda/" in each.filename] or frames
+        return f"{type(problem).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if (after := _around(bench)) != before:
+        return f"a file outside: {sorted(after - before)[:1]}"
+    return f"over {LONGEST:g} s" if time.monotonic() - begun > LONGEST else None
+
+
+def _around(bench: Bench) -> set[str]:
+    """The names beside the folder of the cases, and in the working folder, where `panda data` draws into `runs`."""
+    return {*os.listdir(bench.folder.parent), *os.listdir(".")} - {bench.folder.name, "runs"}
+
+
+def run(
+    kinds: list[str], bench: Bench, *, seconds: float, cases: int | None, first: int, seed: int
+) -> dict[str, Counter[str]]:
+    """How the cases of each of ``kinds`` ended, which take turns: `fine`, or the failure."""
+    found: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    begun, number = time.monotonic(), first
+    while time.monotonic() - begun < seconds and (cases is None or number < first + cases):
+        for kind in kinds:
+            problem = outcome(kind, number, seed, bench, verbose=cases == 1)
+            found[kind][problem or "fine"] += 1
+            if problem and found[kind][problem] == 1:
+                print(f"{kind} {number}: {problem}", flush=True)
+        number += 1
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--cases", type=int, help="most cases of each kind")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=FUZZED, action="append")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="panda-fuzz-") as folder:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "PANDA_CACHE": f"{folder}/cache"}
+        Path(folder, "here").mkdir()
+        bench = Bench(Path(folder, "work"))
+        os.chdir(Path(folder, "here"))
+        found = run(
+            given.kind or list(FUZZED),
+            bench,
+            seconds=given.seconds,
+            cases=given.cases,
+            first=given.first,
+            seed=given.seed,
+        )
+        os.chdir("/")
+    failures = 0
+    for kind, counts in found.items():
+        failures += sum(counts.values()) - counts["fine"]
+        print(f"{kind:16}{sum(counts.values()):8} cases, {sum(counts.values()) - counts['fine']} failed")
+        for problem, count in counts.most_common():
+            if problem != "fine":
+                print(f"{'':16}{count:8} {problem}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Steps that are skipped neither write nor remove a checkpoint: a run that diverges keeps its last good one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import metrics
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.engine.checkpoints.folders import complete_checkpoints
+from panda.engine.processes import Processes
+from panda.registry import UserError
+from panda.run import loop
+from panda.runner import train
+from panda.tasks.text_task import TextTask
+
+RUN = (
+    *("--arch", "llama-tiny", "--num_layers", "1", "--hidden_size", "16", "--intermediate_size", "24"),
+    *("--num_heads", "2", "--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "32"),
+    *("--gradient_accumulation_steps", "1", "--num_workers", "0", "--prompts", "a"),
+    *("-p", "no:plot", "-p", "no:tensorboard"),
+)
+
+ONE = ("--save_steps", "1", "--save_total_limit", "1")
+
+
+@pytest.fixture
+def bad_from(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps whose loss is NaN: from the first of these numbers on, until before the second."""
+    steps: list[int] = [10**9, 10**9]
+    taken = iter(range(1, 10**9))
+    of_task = TextTask.loss
+
+    def loss(self, module, batch):  # type: ignore[no-untyped-def]
+        found = of_task(self, module, batch)
+        is_bad = module.training and steps[0] <= next(taken) < steps[1]
+        return found * torch.nan if is_bad else found
+
+    monkeypatch.setattr(TextTask, "loss", loss)
+    return steps
+
+
+def saved(run: Path) -> list[str]:
+    return [path.name for path in complete_checkpoints(run / "checkpoints")]
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_from: list[int]
+) -> None:
+    bad_from[0] = 4
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 4)
+    run = tmp_path / "run"
+    recommended = rf"last 4 steps were skipped, .*The last good checkpoint is {run}/checkpoints/step-00000003, which"
+    with pytest.raises(UserError, match=recommended):
+        train(configure(parse_arguments([*RUN, "--output_dir", str(run), *ONE, "--max_steps", "9"])))
+    assert saved(run) == ["step-00000003"]
+    assert metrics(run)[-1]["skipped_steps"] == 4
+
+
+def test_a_run_that_ends_on_skipped_steps_keeps_it_too(
+    processes: Processes, tmp_path: Path, bad_from: list[int]
+) -> None:
+    bad_from[0] = 4
+    run = tmp_path / "run"
+    train(configure(parse_arguments([*RUN, "--output_dir", str(run), *ONE, "--max_steps", "6"])))
+    assert saved(run) == ["step-00000003"]
+
+
+def test_a_checkpoint_that_is_due_at_a_skipped_step_follows_the_next_that_is_taken(
+    processes: Processes, tmp_path: Path, bad_from: list[int]
+) -> None:
+    bad_from[:] = [4, 5]
+    run = tmp_path / "due"
+    train(configure(parse_arguments([*RUN, "--output_dir", str(run), "--max_steps", "6", "--save_steps", "4"])))
+    assert saved(run) == ["step-00000005", "step-00000006"]
+
+
+def test_what_was_trained_before_skipped_steps_at_the_end_is_saved_and_nothing_removed_for_it(
+    processes: Processes, tmp_path: Path, bad_from: list[int]
+) -> None:
+    bad_from[0] = 4
+    run, few = tmp_path / "end", ("--save_steps", "2", "--save_total_limit", "1", "--max_steps", "5")
+    train(configure(parse_arguments([*RUN, "--output_dir", str(run), *few])))
+    assert saved(run) == ["step-00000002", "step-00000005"]

@@ -1,0 +1,71 @@
+"""A run that has no room for what it writes is refused before its first step, with figures."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.engine.processes import Processes
+from panda.registry import UserError
+from panda.run import beginning
+from panda.run.room import Room
+from panda.run.room import check_room
+from panda.run.room import room_of
+from panda.runner import train
+
+RUN = (
+    *("--arch", "llama-tiny", "--num_layers", "1", "--hidden_size", "128", "--intermediate_size", "256"),
+    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", "16", "--num_workers", "0"),
+    *("--gradient_accumulation_steps", "1", "--max_steps", "2", "--save_steps", "1", "--prompts", "a"),
+    *("-p", "no:plot", "-p", "no:tensorboard"),
+)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``free(bytes)``: what the disk has from now on."""
+    return lambda size: monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+
+
+@pytest.mark.parametrize("more", [(), ("--precision", "bf16"), ("--zero_stage", "1")])
+def test_what_a_run_writes_is_estimated(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    found: list[Room] = []
+    monkeypatch.setattr(beginning, "room_of", lambda *given: found.append(room_of(*given)) or found[0])
+    train(configure(parse_arguments([*RUN, *more, "--output_dir", str(tmp_path / "run")])))
+    [room] = found
+    checkpoint = sum(f.stat().st_size for f in (tmp_path / "run/checkpoints/step-00000002").glob("*states.pt"))
+    export = (tmp_path / "run/export/model.safetensors").stat().st_size
+    assert room.checkpoint == pytest.approx(checkpoint, rel=0.06)
+    assert room.export == pytest.approx(export, rel=0.02)
+    assert room.lasting == 2
+
+
+def test_a_run_without_room_is_refused_before_its_first_step(processes: Processes, tmp_path: Path, free: Any) -> None:
+    free(1000)
+    message = r"output_dir: .*run has room for 0.0 MB; a checkpoint takes about 2.8 MB, and the export about 0.9 MB"
+    with pytest.raises(UserError, match=message):
+        train(configure(parse_arguments([*RUN, "--output_dir", str(tmp_path / "run")])))
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_room_for_fewer_checkpoints_than_are_kept_is_noted(tmp_path: Path, free: Any) -> None:
+    room = Room(94 * 10**9, 13 * 10**9, lasting=10)
+    free(900 * 10**9)
+    assert "the 10 checkpoints that the run keeps take about 94.0 GB each" in (check_room(tmp_path, room) or "")
+    free(953 * 10**9)
+    assert check_room(tmp_path, room) is None
+    free(107 * 10**9 - 1)
+    with pytest.raises(
+        UserError, match=r"has room for 107.0 GB; a checkpoint takes about 94.0 GB, and the export about"
+    ):
+        check_room(tmp_path, room)
+    free(13 * 10**9)
+    assert check_room(tmp_path, Room(0, 13 * 10**9, lasting=0)) is None
