@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
+from panda.engine.layer_weights import _Layer
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
@@ -37,6 +38,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "NF4, compiled": {"use_lora": True, "use_quant": True, "compile": True},
 }
 LAYERS, STEPS = 6, 3
+TWO_PASSES, OTHER_ORDER = "two passes before backward", "layers in another order"
+ORDERS: dict[str, dict[str, Any]] = {TWO_PASSES: {}, OTHER_ORDER: {"use_lora": True}}
+"""Right, though layers do not run as they are expected to."""
 
 
 @dataclass
@@ -60,18 +64,25 @@ class Watch:
     def __init__(self) -> None:
         self.gathers: list[int] = []
         self.released: list[tuple[StorageWeakRef, int]] = []
-        gather, free = partitioning._dist_allgather_fn, partitioning.free_param
+        gather, gather_layer, release = partitioning._dist_allgather_fn, _Layer.gather, _Layer.release
 
         def gathering(source: torch.Tensor, target: torch.Tensor, group: Any = None) -> Any:
             self.gathers.append(target.numel())
             return gather(source, target, group)
 
-        def freeing(parameter: torch.Tensor) -> None:
-            storage = parameter.data.untyped_storage()
-            self.released.append((StorageWeakRef(storage), storage.nbytes()))
-            free(parameter)
+        def gathering_layer(layer: _Layer) -> Any:
+            self.gathers.append(sum(parameter.ds_numel for parameter in layer.parameters))
+            return gather_layer(layer)
 
-        partitioning._dist_allgather_fn, partitioning.free_param = gathering, freeing
+        def releasing(layer: _Layer) -> None:
+            storages = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in layer.parameters}
+            for parameter in storages.values():
+                storage = parameter.data.untyped_storage()
+                self.released.append((StorageWeakRef(storage), storage.nbytes()))
+            release(layer)
+
+        partitioning._dist_allgather_fn = gathering
+        _Layer.gather, _Layer.release = gathering_layer, releasing  # type: ignore[method-assign]
 
     def clear(self) -> None:
         self.gathers.clear()
@@ -81,8 +92,9 @@ class Watch:
         return sum(size for storage, size in self.released if not storage.expired())
 
 
-def train(way: dict[str, Any], stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
+def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
     torch.manual_seed(0)
+    way = (WAYS | ORDERS)[name]
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=64, use_cache=False, **shape)
     options = RunOptions(precision="fp32", zero_stage=stage, lora_dropout=0.0, gradient_accumulation_steps=1, **way)
@@ -97,10 +109,19 @@ def train(way: dict[str, Any], stage: int, processes: Processes, watch: Watch) -
 
     def loss_sum(module: Any, batch: Batch) -> torch.Tensor:
         nonlocal alive
+        if name == TWO_PASSES:
+            with torch.no_grad():
+                module(input_ids=batch.ids)
         logits = module(input_ids=batch.ids).logits
         alive = watch.alive()
+        if name == TWO_PASSES:
+            logits = logits + module(input_ids=batch.ids.flip(1)).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids.flatten(), reduction="sum")
 
+    if name == OTHER_ORDER:
+        inner: Any = model
+        layers = inner.base_model.model.model.layers
+        layers._modules = dict(zip(layers._modules, [*layers][::-1], strict=True))
     losses = []
     for step in range(STEPS):
         watch.clear()
@@ -114,7 +135,7 @@ def main() -> None:
     # Splits what is kept for backward as the compiler does, and compiles no C++.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     processes, watch = join_processes(), Watch()
-    found = {name: [train(way, stage, processes, watch) for stage in (0, 3)] for name, way in WAYS.items()}
+    found = {name: [train(name, stage, processes, watch) for stage in (0, 3)] for name in WAYS | ORDERS}
     if processes.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()
