@@ -12,6 +12,7 @@ saves of a weight is the parameter itself, or a view that keeps the tensor: righ
 from __future__ import annotations
 
 from collections import defaultdict
+from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
@@ -22,6 +23,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.utils._pytree import tree_leaves
 
+AHEAD = 2
+"""Layers that may be queued on the device before the host waits. Memory that one stream fills and another one reads comes
+back when the device has come so far: a host that is further ahead needs more of it (9 GiB in a 7B, two H100s)."""
 ALIGNED = 128
 """Elements to a multiple of which a weight begins: compiled code and kernels expect 16 bytes."""
 
@@ -38,6 +42,8 @@ class LayerWeights:
         self.present: dict[_Layer, _Gather] = {}
         """The layers whose weights are gathered, or are being gathered."""
         self.in_backward: _Layer | None = None
+        self.queued = deque[Any]()
+        """Events after each of the last layers."""
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # A forward pass may have had no backward pass, and the weights that it left may have changed.
         model.register_forward_pre_hook(lambda *_: self.release_all())
@@ -84,6 +90,7 @@ class LayerWeights:
 
     def need(self, layer: _Layer) -> None:
         """Let what is computed from now on have the weights of ``layer``."""
+        self._stay_near()
         self.fetch(layer)
         self.present[layer].arrive(layer)
 
@@ -97,6 +104,14 @@ class LayerWeights:
         self.in_backward = None
         for layer in list(self.present):
             self.release(layer)
+
+    def _stay_near(self) -> None:
+        """Wait until the device has no more than ``AHEAD`` layers to compute."""
+        if self.stream is not None:
+            self.queued.append(torch.cuda.Event(blocking=True))
+            self.queued[-1].record()
+            if len(self.queued) > AHEAD:
+                self.queued.popleft().synchronize()
 
     def _on_own_stream(self) -> AbstractContextManager[Any]:
         if self.stream is None:
