@@ -99,7 +99,8 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.devi
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         if id(handle.hooks_dict_ref()) in hooks:
             handle.remove()
-    LayerWeights(module, whole, device)
+    if whole:
+        LayerWeights(module, whole, offload, device)
 
 
 def _trace_linear_layers_of_torch() -> None:
