@@ -11,7 +11,6 @@ from panda.engine.deepspeed_config import OWNERS
 from panda.engine.deepspeed_config import REFUSED
 from panda.registry import Catalog
 from panda.registry.catalog import OWN_DISTRIBUTION
-from panda.registry.kinds import KINDS
 from panda.registry.options import REQUIRED
 from panda.registry.options import Option
 from panda.registry.options import options_of
@@ -33,8 +32,8 @@ def configuration() -> str:
         _table(options_of(RunOptions)),
     ]
     catalog = Catalog()
-    for kind in KINDS.values():
-        if kind.name == "kind":  # of which panda has none
+    for kind in catalog.kinds.values():
+        if kind.name == "kind" or (kind.providers and OWN_DISTRIBUTION not in kind.providers):
             continue
         parts.append(f"\n## {kind.plural}\n\n{kind.summary[0].upper()}{kind.summary[1:]}.\n")
         shown = set()

@@ -62,7 +62,7 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
         continuation = continuation_of(prepared, processes, lock)
         progress, ranks = continuation.progress, processes.data_ranks
         layout = lay_out(options, prepared.dataset, ranks, progress)
-        evaluation = lay_out_evaluation(options, prepared.held_out, ranks)
+        evaluations = {name: lay_out_evaluation(options, held, ranks) for name, held in prepared.held_out.items()}
         if (finished := continuation.finished(prepared, layout, processes)) is not None:
             if processes.rank == 0:
                 print(finished)
@@ -70,7 +70,7 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
         announce(prepared, continuation, layout, processes)
         model = trained_model(prepared, layout, processes)
         add_built(configuration.hooks, prepared.resolved, model.base)
-        run = begin(prepared, continuation, (layout, evaluation), model, processes, lock)
+        run = begin(prepared, continuation, (layout, evaluations), model, processes, lock)
         run.begun = begun
         with _to_its_end(run, configuration):
             if run.resumed_from is not None:

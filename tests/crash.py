@@ -233,7 +233,8 @@ def difference(run: Path, plain: Path) -> str | None:
     for name in (
         "checkpoints/latest",
         "answers.json",
-        *(f"export/{file.name}" for file in (plain / "export").iterdir()),
+        # The model card has the name of the run.
+        *(f"export/{file.name}" for file in (plain / "export").iterdir() if file.name != "README.md"),
     ):
         if (run / name).read_bytes() != (plain / name).read_bytes():
             return name

@@ -30,6 +30,9 @@ from distributions import forget_installed
 from launching import run_panda
 from launching import run_script
 
+from panda.answers.metric import Answer
+from panda.answers.metric import MetricContext
+from panda.answers.scored import scored
 from panda.cli.main import main as panda
 from panda.cli.train import main as panda_train
 from panda.data.batches import RowShape
@@ -45,7 +48,6 @@ from panda.registry.contexts import ReaderContext
 from panda.registry.contexts import Reference
 from panda.registry.contexts import TaskContext
 from panda.registry.hooks import Hooks
-from panda.registry.kinds import KINDS
 from panda.registry.offers import kinds
 from panda.registry.options import build
 from panda.run.assembly import load_tokenizer
@@ -170,8 +172,8 @@ def test_the_readme_names_what_there_is() -> None:
     rows = dict(re.findall(r"^\| (\w+) \| (`.*) \|$", README.read_text(), re.MULTILINE))
     titles = {"lr_schedulers": "schedules"}
     catalog = Catalog()
-    for kind in KINDS.values():
-        if kind.name == "kind":  # of which panda has none
+    for kind in catalog.kinds.values():
+        if kind.name == "kind" or (kind.providers and "panda-train" not in kind.providers):
             continue
         named = re.findall(r"`([^`]+)`", rows[titles.get(kind.plural, kind.plural)])
         offered = [offer.name for offer in catalog.offers(kind.name) if offer.distribution == "panda-train"]
@@ -284,6 +286,12 @@ def try_kind(component: Any, tmp_path: Path, printed: Any) -> None:
     assert judge("four") == 0.5
 
 
+def try_metric(component: Any, tmp_path: Path, printed: Any) -> None:
+    metric = component.factory(component.options(), MetricContext(None))
+    found = scored({component.name: metric}, [Answer("", "abc", "ab", ended=True), Answer("", "", "a", ended=True)])
+    assert found.scores == {"length": 0.75}
+
+
 def try_task(component: Any, tmp_path: Path, printed: Any) -> None:
     """A pair that the reference likes as the model does has the loss of a toss, a better one less."""
     (tmp_path / "rows.json").write_text('[{"prompt": "a", "chosen": "bb", "rejected": "c"}]')
@@ -319,6 +327,7 @@ TRIED = {
     "reader": try_reader,
     "plugin": try_plugin,
     "kind": try_kind,
+    "metric": try_metric,
 }
 
 
@@ -333,11 +342,11 @@ def test_a_python_block_is_a_component_that_works(
     """Each block is a complete module: it is installed with entry points, found by name, built and used."""
     monkeypatch.syspath_prepend(str(EXAMPLE))  # for the imports that a factory makes from the example
     every = re.findall(r'^@register_(\w+)\("([^"]+)"', block, re.MULTILINE)
-    registered = [(kind, name) for kind, name in every if kind in KINDS]
+    registered = [(kind, name) for kind, name in every if kind in TRIED]
     assert registered
     entry_points: dict[str, dict[str, str]] = {}
     for kind, name in registered:
-        entry_points.setdefault(KINDS[kind].plural, {})[name] = "documented_block"
+        entry_points.setdefault(kinds()[kind].plural, {})[name] = "documented_block"
     site = distributions.install("documented", entry_points, {})
     (site / "documented_block.py").write_text(block)  # without the imports that install() writes above a module
     distributions.modules |= {"documented_block", "panda_example"}

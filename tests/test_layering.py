@@ -22,6 +22,7 @@ LEVELS: tuple[set[str], ...] = (
     {"run"},
     {"runner"},
     {"hooks"},
+    {"report"},
     {"training"},
     {"cli"},
     {"testing"},

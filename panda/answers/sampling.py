@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from panda.answers.generation import Processors
 from panda.answers.positions import held_positions
 from panda.registry import UserError
 
@@ -55,12 +56,16 @@ def sampled(
     pad_token_id: int,
     device: torch.device,
     all_done: Callable[[bool], bool] | None = None,
+    processors: Processors | None = None,
+    criteria: Sequence[Any] = (),
 ) -> list[Sampled]:
     """What ``module``, any causal model in evaluation mode, continues ``prompts`` with.
 
     ``draws`` [prompts, max_new_tokens]: random numbers in [0, 1), one for each token. With ``all_done`` ranks run the
     model together until it is true for all of them: given whether this one is done, it says whether all are. Models of
-    transformers keep keys and values. Raises UserError where the model has too few positions.
+    transformers keep keys and values. ``processors`` and ``criteria`` (transformers' stopping criteria) are those of
+    inference, as of ``panda.weights.generation_config.Decoding``; by default there are none. Raises UserError where the
+    model has too few positions.
     """
     longest = max(map(len, prompts))
     most = held_positions(module)
@@ -69,17 +74,30 @@ def sampled(
             f"task: the model has {most:,} positions, and a prompt of {longest:,} tokens is to be continued by"
             f" {manner.max_new_tokens:,}. Lower one of the two."
         )
-    chooser = _Chooser(torch.from_numpy(draws).to(device), manner)
+    changes = [processors([*each], len(each) + manner.max_new_tokens, device) for each in prompts] if processors else []
+    chooser = _Chooser(torch.from_numpy(draws).to(device), manner, [len(each) for each in prompts], changes)
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
     made = _with_cache if _has_generate(base) else _step_by_step
     rows = made(base, prompts, chooser, end_tokens, pad_token_id, all_done)
     log_probs = torch.stack(chooser.log_probs, 1).tolist() if chooser.log_probs else [[] for _ in prompts]
     found = []
-    for row, scores in zip(rows, log_probs, strict=True):
+    for prompt, row, scores in zip(prompts, rows, log_probs, strict=True):
         length = next((n for n, token in enumerate(row, 1) if token in end_tokens), manner.max_new_tokens)
         kept = row[: min(length, manner.max_new_tokens)]
-        found.append(Sampled(kept, scores[: len(kept)], bool(kept) and kept[-1] in end_tokens))
+        stopped = _stopped(prompt, kept, criteria)
+        kept = kept[:stopped]
+        found.append(Sampled(kept, scores[: len(kept)], stopped is not None or (bool(kept) and kept[-1] in end_tokens)))
     return found
+
+
+def _stopped(prompt: Sequence[int], answer: Sequence[int], criteria: Sequence[Any]) -> int | None:
+    """The tokens of ``answer`` after which one of ``criteria`` stops it; None where none does."""
+    for length in range(1, len(answer) + 1) if criteria else ():
+        row = torch.tensor([[*prompt, *answer[:length]]])
+        # No criterion that panda uses looks at the scores, for which transformers' signature has a place.
+        if any(bool(criterion(row, None).all()) for criterion in criteria):
+            return length
+    return None
 
 
 def _has_generate(module: Any) -> bool:
@@ -91,14 +109,22 @@ def _has_generate(module: Any) -> bool:
 class _Chooser:
     """Chooses the next token of each row; called like a logits processor of transformers."""
 
-    def __init__(self, draws: torch.Tensor, manner: Manner) -> None:
-        self.draws, self.manner = draws, manner
+    def __init__(self, draws: torch.Tensor, manner: Manner, lengths: Sequence[int], changes: Sequence[Any]) -> None:
+        """``lengths``: of the prompts, in tokens; ``changes``: of each row the processors of its scores, or none."""
+        self.draws, self.manner, self.lengths, self.changes = draws, manner, lengths, changes
         self.log_probs: list[torch.Tensor] = []
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """int64 [rows]: the next tokens, by ``logits`` [rows, entries]."""
+    def choose(self, logits: torch.Tensor, row: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+        """int64 [rows]: the next tokens, by ``logits`` [rows, entries].
+
+        ``row`` gives the tokens of a row until now, by its number and how many they are.
+        """
         manner, step = self.manner, len(self.log_probs)
         logits = logits.float()
+        for number, processors in enumerate(self.changes):
+            for processor in processors:
+                tokens = row(number, self.lengths[number] + step)[None]
+                logits[number] = processor(tokens, logits[number][None])[0]
         if manner.temperature == 0:
             tokens = logits.argmax(-1)
         else:
@@ -123,7 +149,8 @@ class _Chooser:
         return allowed
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        tokens = self.choose(scores)
+        # Prompts of fewer tokens have padding before them.
+        tokens = self.choose(scores, lambda row, length: input_ids[row, input_ids.shape[1] - length :])
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
 
@@ -195,7 +222,7 @@ def _step_by_step(
     for step in range(most):
         output = module(rows[:, : int(starts.max()) + step])
         logits = getattr(output, "logits", output)
-        tokens = chooser.choose(logits[each, starts + step - 1])
+        tokens = chooser.choose(logits[each, starts + step - 1], lambda row, length: rows[row, :length])
         rows[each, starts + step] = tokens
         done |= torch.isin(tokens, ends)
         is_done = bool(done.all())

@@ -98,7 +98,7 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
 
 def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
-    answering = _find(arguments)
+    answering = find_answering(arguments)
     if chats:
         answering.require_chat_template()
     if arguments.system is not None and (problem := problem_of(arguments.system)):
@@ -113,7 +113,7 @@ def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
     return answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _find(arguments: argparse.Namespace) -> Answering:
+def find_answering(arguments: argparse.Namespace) -> Answering:
     """The model that ``arguments`` name; for a run, its newest checkpoint, or its export if there is no checkpoint.
 
     Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it was moved.

@@ -17,6 +17,7 @@ from panda.configuration.launcher import tell_launcher
 from panda.files.disk_full import MORE_SHARED_MEMORY
 from panda.files.disk_full import SHARED_MEMORY_FULL
 from panda.files.disk_full import disk_full
+from panda.files.disk_full import out_of_reach
 from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -44,7 +45,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
 
     A UserError is printed and gives 2; ``PANDA_TRACEBACK=1`` in the environment adds its traceback. A run that was
     interrupted and has saved gives 75, a rank that ends because of another one 1. Errors of disks that are full,
-    failing or read-only are the user's, too. Any other exception is a bug, and keeps its traceback.
+    failing or read-only, and of files that are out of reach, are the user's, too. Any other exception is a bug, and
+    keeps its traceback.
     """
     _open_what_is_closed()
     _replace_what_cannot_be_written()
@@ -74,10 +76,13 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
-        if (problem := disk_full(error)) is None or os.environ.get("PANDA_TRACEBACK"):
+        full, away = disk_full(error), out_of_reach(error)
+        if not (full or away) or os.environ.get("PANDA_TRACEBACK"):
             tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
             raise
-        _print_error(f"{problem}. {_for_disks(problem)}")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+        where = f"{notes}\nPANDA_TRACEBACK=1 shows who wanted it."
+        _print_error(f"{full}. {_for_disks(full)}" if full else f"{away}.{where}")
         return USAGE_ERROR
     return 0
 

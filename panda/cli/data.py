@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from itertools import groupby
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ from panda.files.terminal import printable
 from panda.files.terminal import printable_line
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
     from rich.text import Text
 
@@ -34,8 +32,6 @@ the output is not a terminal). Draws the lengths into runs/NAME-lengths.png.
 example: panda data panda:configs/instruct-tiny.yaml"""
 
 BINS = 12
-BAR = 40
-"""Width of the longest bar, in characters."""
 SAMPLES = 3
 LONGEST_SHOWN = 600
 """Most tokens of a sample that are shown."""
@@ -61,6 +57,8 @@ def _data(argv: list[str]) -> None:
 
     from panda.configuration.refusals import layouts_of
     from panda.data.packing import LAYOUTS
+    from panda.hooks.lengths import draw_lengths
+    from panda.hooks.lengths import lines
     from panda.run.assembly import lay_out
     from panda.run.directory import run_name
     from panda.run.preparation import Preparation
@@ -73,11 +71,14 @@ def _data(argv: list[str]) -> None:
 
     lengths = dataset.lengths(np.arange(len(dataset)))
     console.print("\ntokens of a sample")
-    for line in histogram(lengths, BINS):
+    limit = resolved.core.max_seq_length
+    cut = dataset.report.cut(len(dataset), limit).removesuffix(" (max_seq_length)")
+    for line in lines(lengths, BINS, limit=limit, cut=cut):
         console.print(line)
     picture = Path("runs") / f"{run_name(resolved)}-lengths.png"
     picture.parent.mkdir(exist_ok=True)
-    draw_lengths(lengths, picture, title=f"{len(dataset):,} samples, {dataset.tokens:,} tokens")
+    title = f"{len(dataset):,} samples, {dataset.tokens:,} tokens"
+    draw_lengths(lengths, picture, title=title, limit=limit, cut=cut)
 
     rows = f"per_gpu_train_batch_size {resolved.core.per_gpu_train_batch_size}"
     console.print(f"\nrows at the start of a run, on one rank and with {rows}")
@@ -114,45 +115,10 @@ def _print_report(console: Console, prepared: Preparation) -> None:
             console.print(f"  {line}")
     for line in (*report.unused_lines(), *map(printable_line, report.notes)):
         console.print(line)
-    if held_out is not None:
-        console.print(f"{len(held_out):,} samples are held out, to evaluate on")
-        for line in held_out.report.lines():
+    for name, held in held_out.items():
+        console.print(f"{len(held):,} samples are held out, to evaluate on{f', as {name}' * bool(name)}")
+        for line in held.report.lines():
             console.print(f"  {line}")
-
-
-def histogram(lengths: np.ndarray, bins: int) -> list[str]:
-    """A histogram of ``lengths`` as lines of text, one a bin."""
-    import numpy as np
-
-    counts, edges = np.histogram(lengths, bins=_edges(lengths, bins))
-    longest = int(lengths.max())
-    width = len(f"{longest:,}")
-    bars = ["█" * round(BAR * count / counts.max()) for count in counts]
-    return [
-        f"  {start:>{width},} to {min(end - 1, longest):>{width},}  {bar:{BAR}} {count:,}"
-        for (start, end), bar, count in zip(pairwise(edges), bars, counts, strict=True)
-    ]
-
-
-def draw_lengths(lengths: np.ndarray, path: Path, *, title: str) -> None:
-    """Draw the histogram of ``lengths`` into ``path``."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(lengths, bins=_edges(lengths, 60), color="C0")
-    axes.set_xlabel("tokens of a sample")
-    axes.set_ylabel("samples")
-    axes.set_title(title)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
-
-
-def _edges(lengths: np.ndarray, bins: int) -> list[int]:
-    """The edges of at most ``bins`` bins of equal whole width that cover ``lengths``."""
-    low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high - low + 1) // bins))
-    return list(range(low, high + width + 1, width))
 
 
 def shown(task: Task, dataset: SampleSet, index: int, *, coloured: bool) -> Text:

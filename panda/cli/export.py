@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_export, argv)
 
 
-def _export(argv: list[str]) -> None:
+def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="panda export",
         description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
@@ -49,7 +49,11 @@ def _export(argv: list[str]) -> None:
     )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     add_blocking(parser)
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def _export(argv: list[str]) -> None:
+    arguments = _arguments(argv)
 
     from panda.engine.checkpoints.folders import find_checkpoint
 
@@ -72,19 +76,21 @@ def _export(argv: list[str]) -> None:
         refuse_links_out(run)
     check_can_be_made(output, "--output")
 
+    from panda.engine.checkpoints.folders import step_of
     from panda.engine.checkpoints.weights import checkpoint_weights
     from panda.engine.checkpoints.weights_copies import evaluated_weights
+    from panda.run.model_card import model_card
     from panda.weights.export import export
 
     weights, others = (checkpoint_weights(checkpoint), False) if arguments.trained else evaluated_weights(checkpoint)
     note = "; the weights that it was evaluated with, an average or the like" if others else ""
     if adapted and not arguments.merge:
-        _export_adapters(adapted, weights, output)
+        _export_adapters(adapted, weights, output, model_card(run, step_of(checkpoint), adapters=True))
     else:
         if adapted:
             weights, merged = _merged(adapted, weights)
             note += merged
-        export(run / MODEL_FOLDER, weights, output)
+        export(run / MODEL_FOLDER, weights, output, model_card(run, step_of(checkpoint), adapters=False))
     print(f"{output}: {checkpoint.name} of {run}{note}")
 
 
@@ -100,7 +106,7 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     return merged, f"; {note}"
 
 
-def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> None:
+def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path, card: str) -> None:
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
     from panda.models.adapters.lora import stand_in_for_parts
@@ -111,4 +117,5 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path) -> Non
     model = add_adapters(base, adapted.configuration.options)
     description = adapted.directory / MODEL_FOLDER
     tokenizer = load_tokenizer(str(description))
-    export_adapters(model, {name: stored.read() for name, stored in weights.items()}, output, description, tokenizer)
+    read = {name: stored.read() for name, stored in weights.items()}
+    export_adapters(model, read, output, description, tokenizer, card)

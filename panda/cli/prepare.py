@@ -33,9 +33,8 @@ def _prepare(argv: list[str]) -> None:
     from panda.run.preparation import Preparation
 
     prepared = Preparation(configuration)
-    for name, dataset in (("", prepared.dataset), ("evaluation data: ", prepared.held_out)):
-        if dataset is None:
-            continue
+    held_out = {f"evaluation data{f' {name}' * bool(name)}: ": held for name, held in prepared.held_out.items()}
+    for name, dataset in {"": prepared.dataset, **held_out}.items():
         for line in dataset.report.lines():
             print(f"{name}{line}")
         read = f"{dataset.report.files:,} files, {dataset.report.rows:,} rows: " if dataset.report.files else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated
 from typing import Any
@@ -117,6 +118,9 @@ class RunOptions:
     eval_data_dir: tuple[Annotated[str, Location(holds_data=True)], ...] | None = None
     """Held-out data, a folder, a file, a pattern, a data set on the hub (`OWNER/NAME:CONFIGURATION:SPLIT`) or a list,
     read as the task reads its own; its loss goes to `metrics.jsonl`."""
+    eval_names: tuple[str, ...] = ()
+    """A name for each path of eval_data_dir, in their order, to evaluate on several sets: `eval_NAME_loss` is the loss
+    over the paths of a name, and `eval_loss` that over all."""
     eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the samples to hold out and evaluate on, instead of eval_data_dir; the seed decides which ones."""
     eval_steps: Annotated[int, Meta(ge=0, le=10**9)] = 0
@@ -204,6 +208,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         rate_multipliers(self.lr_multipliers)
+        check_names(self.eval_names, self.eval_data_dir or ())
         if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
             raise UserError(f"run_name: {self.run_name!r} is not the name of a folder. For a path, use `output_dir`.")
 
@@ -223,6 +228,21 @@ class RunOptions:
     def dtype_name(self) -> str:
         """The type of weights in the forward pass, as torch names it: `float32`, `bfloat16` or `float16`."""
         return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
+
+
+def check_names(names: tuple[str, ...], locations: tuple[str, ...]) -> None:
+    """Raise UserError unless ``names`` are those of ``locations``, the paths of `eval_data_dir`, or there are none."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise UserError(
+                f"eval_names: {name!r} cannot be part of the name of a metric. Write letters, digits, `_`, `-` and `.`."
+            )
+    if names and len(names) != len(locations):
+        paths = f"paths: {', '.join(locations)}" if len(locations) > 1 else f"path{': '.join(['', *locations])}"
+        raise UserError(
+            f"eval_names: {len(names)} names ({', '.join(names)}) are given for the {len(locations)} {paths} of"
+            " `eval_data_dir`. Give each path its name, in their order; paths of one name are one set."
+        )
 
 
 def rate_multipliers(written: tuple[str, ...]) -> dict[str, float]:

@@ -132,6 +132,13 @@ REFUSALS: tuple[Refusal, ...] = (
         of_plugins=frozenset({"early_stopping", "best_checkpoint", "rate_on_plateau"}),
     ),
     Refusal(
+        "eval_generate without eval_data_dir or eval_fraction",
+        lambda run: run.eval_data_dir is None and not run.eval_fraction,
+        "it answers samples of evaluation data",
+        "name held-out data with `eval_data_dir`, or hold a part out with `eval_fraction`",
+        of_plugins=frozenset({"eval_generate"}),
+    ),
+    Refusal(
         "eval_fraction with eval_data_dir",
         lambda run: run.eval_data_dir is not None and run.eval_fraction > 0,
         "both say what is evaluated on",

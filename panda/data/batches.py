@@ -283,6 +283,10 @@ def _shape(layout: Layout, *, positions: bool, bounds: bool) -> RowShape:
     return RowShape(layout.row_length, layout.packed or positions, bounds)
 
 
+PARENT_SECONDS = 1.0
+"""After how long a worker looks whether its parent is there."""
+
+
 def _begin(workers: Workers, worker: int) -> None:
     """The beginning of a worker."""
     workers.begin(worker)
@@ -290,15 +294,17 @@ def _begin(workers: Workers, worker: int) -> None:
 
 
 def _leave_signals_to_parent() -> None:
-    """In a worker: let only the training process end it.
+    """In a worker: let only the training process end it, and the end of that process.
 
     Ctrl-C in a terminal, and schedulers, signal all processes of a run at once, whose step is to be finished first.
+    torch's workers (2.13) look for their parent as well, but wait for ever to hand over what it does not take.
     """
     parent = os.getppid()
 
     def hear() -> None:
         while True:
-            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent or os.getppid() != parent:
+            heard = signal.sigtimedwait({signal.SIGTERM}, PARENT_SECONDS)
+            if (heard is not None and heard.si_pid == parent) or os.getppid() != parent:
                 os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -199,23 +199,21 @@ class Engine:
             if number < len(micro_batches):
                 self.deepspeed.step()
         self._part("optimizer")
-        summed, found = self._over_ranks(totals, metrics, "training")
+        summed, sums = self._over_ranks(totals, metrics, "training")
         mean = summed[0] / units
         grad_norm, applied = self._apply(None if judge is None else partial(judge, mean))
         if not applied:
             random.restore()
         self._part("between steps")
-        return StepResult(mean, grad_norm, counts, applied, summed[1] if added else None, found)
+        return StepResult(mean, grad_norm, counts, applied, summed[1] if added else None, metrics.divided(sums))
 
-    def _over_ranks(
-        self, totals: torch.Tensor, metrics: MetricSums, when: str
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """``totals`` and each of ``metrics`` over all ranks, in one collective."""
+    def _over_ranks(self, totals: torch.Tensor, metrics: MetricSums, when: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``totals`` and the sums of ``metrics`` over all ranks, in one collective."""
         if when not in self._agreed:  # the first time, since the host waits for all ranks
             metrics.agree(self.processes)
             self._agreed.add(when)
         summed = self.processes.sum_(torch.cat([totals, metrics.sums()]))
-        return summed[: len(totals)], metrics.divided(summed[len(totals) :])
+        return summed[: len(totals)], summed[len(totals) :]
 
     def _gathered(
         self,
@@ -275,8 +273,8 @@ class Engine:
             metrics.add(loss.metrics)
             numbers.append((batch.tokens, batch.units))
         counts = self.processes.sum_(_counts(numbers).to(device))
-        summed, found = self._over_ranks(total, metrics, "evaluation")
-        return Evaluated(summed[0] / _at_least_one(counts[1]), counts, found)
+        summed, sums = self._over_ranks(total, metrics, "evaluation")
+        return Evaluated(summed[0], counts, metrics.pairs(sums))
 
     @property
     def optimizer_observes(self) -> bool:

@@ -66,6 +66,10 @@ class MetricSums:
         pairs = sums.view(-1, 2)
         return dict(zip(self.names or (), (pairs[:, 0] / pairs[:, 1]).unbind(), strict=True))
 
+    def pairs(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of each metric the numerator and the denominator, [2], of ``sums`` over all ranks."""
+        return dict(zip(self.names or (), sums.view(-1, 2).unbind(), strict=True))
+
 
 def refuse_other_statistics(shapes: Mapping[str, torch.Size], processes: Processes) -> None:
     """Raise UserError where ranks have statistics of other names or ``shapes`` than here. Waits for all ranks."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
-from typing import NamedTuple
 from typing import Protocol
 from typing import TypeVar
 
@@ -60,11 +60,33 @@ class StepResult:
     """Scalars: of each metric of the task the sum of its numerators divided by that of its denominators."""
 
 
-class Evaluated(NamedTuple):
+@dataclass(frozen=True)
+class Evaluated:
     """The results of an evaluation, still on the device."""
 
-    loss: torch.Tensor
-    """Scalar: per unit."""
+    sum: torch.Tensor
+    """Scalar: the loss, summed over units."""
     counts: torch.Tensor
     """float64 [2]: tokens, and units."""
-    metrics: Mapping[str, torch.Tensor]
+    pairs: Mapping[str, torch.Tensor]
+    """Of each metric of the task the sums of its numerators and of its denominators: [2]."""
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Scalar: per unit."""
+        return self.sum / self.counts[1].masked_fill(self.counts[1] == 0, 1)
+
+    @property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Each metric: a scalar."""
+        return {name: pair[0] / pair[1] for name, pair in self.pairs.items()}
+
+
+def together(found: Sequence[Evaluated]) -> Evaluated:
+    """The results of evaluations, at least one, as of one over all of their samples."""
+    if len(found) == 1:
+        return found[0]
+    pairs = {name: torch.stack([each.pairs[name] for each in found]).sum(0) for name in found[0].pairs}
+    return Evaluated(
+        torch.stack([each.sum for each in found]).sum(0), torch.stack([each.counts for each in found]).sum(0), pairs
+    )

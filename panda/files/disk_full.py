@@ -1,4 +1,4 @@
-"""Recognises the errors of a disk that is full, failing or read-only.
+"""Recognises the errors of a disk that is full, failing or read-only, and of files that are out of reach.
 
 Each library reports them in its own way, some without saying so.
 """
@@ -6,6 +6,7 @@ Each library reports them in its own way, some without saying so.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,14 @@ _STATES = {
     errno.ENOTCONN: "the network disk is not connected",
 }
 """What each error says of the disk. A terminal that is gone gives EIO, too, without the name of a file."""
+_OUT_OF_REACH = {
+    errno.EACCES: "this user may not read or enter it (permission denied)",
+    errno.EPERM: "this user may not do that (operation not permitted)",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.ELOOP: "links that lead to each other",
+}
+LONGEST_NAME = 200
+"""Characters of a name in a message."""
 _NUMBER = re.compile(r"\((?:os error|Errno) (\d+)\)|\[Errno (\d+)\]|: [A-Z][A-Za-z ]+ \((\d+)\)")
 """How the texts of the errors of safetensors, shutil and torch have it."""
 SHARED_MEMORY = "/dev/shm"
@@ -78,6 +87,17 @@ def disk_full(error: BaseException | None) -> str | None:
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "the disk is full or failing"
     return None
+
+
+def out_of_reach(error: BaseException) -> str | None:
+    """Text that says why a file cannot be reached, with its name, if ``error`` means that: it is forbidden, say.
+
+    Folders that a command walks through may have such files: nobody has named them, and no check can come before.
+    """
+    if not isinstance(error, OSError) or error.errno not in _OUT_OF_REACH or error.filename is None:
+        return None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    return f"{name if len(name) <= LONGEST_NAME else f'{name[:LONGEST_NAME]}...'}: {_OUT_OF_REACH[error.errno]}"
 
 
 def _is_of_shared_memory(error: BaseException, file: object) -> bool:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +101,35 @@ class Recorded:
         """Where a step stands on the axis ``over``; between two records in proportion."""
         if over == "steps":
             return float
+        key = "tokens" if over == "tokens" else "step_seconds"
         steps, places = [0], [0.0]
-        for record in self.records:
+        for record, value in zip(self.records, values_of(self.records, key), strict=True):
             passed = record["step"] - steps[-1]
-            now = record["tokens"] if over == "tokens" else places[-1] + passed * record["step_seconds"] / 3600
-            steps.append(record["step"])
-            places.append(float(now))
+            if passed > 0 and math.isfinite(value):
+                steps.append(record["step"])
+                places.append(value if over == "tokens" else places[-1] + passed * value / 3600)
 
         def place(step: int) -> float:
-            for (left, right), (low, high) in zip(pairwise(steps), pairwise(places), strict=True):
-                if left <= step <= right and right > left:
-                    return low + (high - low) * (step - left) / (right - left)
-            return places[-1]
+            right = bisect_left(steps, step)
+            if right in (0, len(steps)):
+                return places[0 if right == 0 else -1]
+            (left, until), (low, high) = steps[right - 1 : right + 1], places[right - 1 : right + 1]
+            return low + (high - low) * (step - left) / (until - left)
 
         return place
 
 
 def values_of(records: Iterable[Mapping[str, Any]], key: str) -> list[float]:
     """The values of ``key``; those that were not finite numbers, which are None in records, are NaN."""
-    return [math.nan if record.get(key) is None else float(record[key]) for record in records]
+    return [_number(record.get(key)) for record in records]
+
+
+def _number(value: Any) -> float:
+    """``value`` of a record, which may have been damaged, as a number."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
 
 
 def _medians(values: Sequence[float]) -> list[float]:
@@ -157,7 +167,7 @@ def smoothed(places: Sequence[float], values: Sequence[float]) -> tuple[list[flo
 
 def draw_run(run: Recorded, path: Path, *, unit: str = "supervised_tokens") -> None:
     """Draw the loss of ``run``, for each ``unit``, and small the learning rate, the gradient norm and skipped steps."""
-    figure = _figure(8, 6)
+    figure = new_figure(8, 6)
     steps = [record["step"] for record in run.records]
     skipped = [sum(record.get(key, 0) for key in ("skipped_steps", "left_out_steps")) for record in run.records]
     small = ["learning_rate", "grad_norm", *(["skipped"] if any(skipped) else [])]
@@ -183,7 +193,7 @@ def draw_run(run: Recorded, path: Path, *, unit: str = "supervised_tokens") -> N
         axes["skipped"].set_title("skipped steps", fontsize="medium")
         axes["skipped"].yaxis.get_major_locator().set_params(integer=True)
     for each in axes.values():
-        _dress(each, X_AXES["steps"])
+        dress(each, X_AXES["steps"])
     figure.savefig(path)
 
 
@@ -193,7 +203,7 @@ def draw_runs(runs: Sequence[Recorded], path: Path, *, metric: str, over: str) -
     Raises UserError for a run that has no such metric on record.
     """
     curves = [run.curve(metric, over) for run in runs]
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     limits = Limits.of(*(values for _, values in curves))
     for number, (run, (places, values)) in enumerate(zip(runs, curves, strict=True)):
@@ -208,11 +218,12 @@ def draw_runs(runs: Sequence[Recorded], path: Path, *, metric: str, over: str) -
     _frame(axes, limits)
     axes.set_ylabel(metric.replace("_", " "))
     axes.legend(loc="best", fontsize="small" if len(runs) > 6 else "medium")
-    _dress(axes, X_AXES[over], whole=over == "steps")
+    dress(axes, X_AXES[over], whole=over == "steps")
     figure.savefig(path)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
@@ -295,7 +306,8 @@ def _span(limits: Limits | None) -> str:
     return ", on a logarithmic scale" if limits and limits.is_log else ""
 
 
-def _dress(axes: Any, x_label: str, *, whole: bool = True) -> None:
+def dress(axes: Any, x_label: str, *, whole: bool = True) -> None:
+    """Give ``axes`` the look of all pictures; with ``whole``, whole numbers on the axis ``x_label``."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x_label)

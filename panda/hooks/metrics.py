@@ -12,11 +12,12 @@ from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.weights.run_folders import METRICS
 
 if TYPE_CHECKING:
     from panda.runner import Run
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME = METRICS
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -107,6 +107,7 @@ class ProgressDisplay:
         if math.isfinite(record["eval_loss"]) and (self.best is None or record["eval_loss"] < self.best["eval_loss"]):
             self.best = record
         shown = "".join(f"  {each} {record[name]:.4g}" for each in run.task.shown if (name := f"eval_{each}") in record)
+        shown += "".join(f"  {name} {record[f'eval_{name}_loss']:.4f}" for name in run.evaluations if name)
         say(
             f"{_time()}  step {record['step']}/{run.plan.total_steps}  evaluation loss {record['eval_loss']:.4f}{shown}"
             f"  {record['eval_seconds']:.1f} s"
@@ -122,7 +123,7 @@ class ProgressDisplay:
         print(f"\n{run.directory}/")
         for name, what in _CONTENTS.items():
             if (run.directory / name).exists():
-                print(f"  {name:16} {what}")
+                print(f"  {name:18} {what}")
         for answer in run.answers:
             text = f"\n> {answer['prompt']}\n{answer['answer']}"
             print(printable(text))
@@ -193,5 +194,6 @@ _CONTENTS = {
     "tensorboard": "for `tensorboard --logdir`",
     "checkpoints": "to resume from",
     "export": "the trained model and its tokenizer",
+    "eval_answers.jsonl": "its answers to evaluation data, at each evaluation",
     "answers.json": "its answers to the prompts",
 }

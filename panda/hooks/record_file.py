@@ -3,46 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from panda.files.records import read_records as read_records
 from panda.files.whole import write_whole
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records in ``path``, in order; none where there is no file. A line that is no record is left out.
-
-    The last may have been cut off; others are reported.
-    """
-    records: list[dict[str, Any]] = []
-    damaged = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        record = _record(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):
-            damaged.append(number)
-    if damaged:
-        others = f" and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
-        print(f"note: {path}:{damaged[0]}{others}: damaged, and left out.", file=sys.stderr, flush=True)
-    return records
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(step := record.get("step"), int) or isinstance(step, bool):
-        return None
-    numbers = (record.get(key) for key in ("loss", "learning_rate", "eval_loss") if key in record)
-    is_plain = all(each is None or (isinstance(each, (int, float)) and not isinstance(each, bool)) for each in numbers)
-    has_rate = "loss" not in record or record.get("learning_rate") is not None
-    return record if is_plain and has_rate else None
 
 
 class RecordFile:

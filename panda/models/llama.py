@@ -16,6 +16,7 @@ from panda.registry import UserError
 from panda.registry import register_model
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import TensorParallelPlan
+from panda.registry.errors import in_brief
 
 if TYPE_CHECKING:
     import torch
@@ -173,9 +174,16 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
             "use_cache": False,  # a cache of keys and values is of no use in training
         }
     )
-    model: Any = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32, attn_implementation=options.attention.replace("auto", "sdpa")
-    )
+    attention = options.attention.replace("auto", "sdpa")
+    try:
+        model: Any = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32, attn_implementation=attention
+        )
+    except (ArithmeticError, LookupError, TypeError, ValueError) as problem:  # what transformers finds in its layers
+        values = "the config.json of the model" if context.config is not None else "these sizes"
+        raise UserError(
+            f"model llama: transformers makes no LLaMA of {values}: {type(problem).__name__}: {in_brief(problem)}."
+        ) from problem
     keep_computed_float32(model)
     tell_packing(model)
     stretch_by_sample(model, context.max_seq_length)

@@ -19,7 +19,7 @@ class UserError(Exception):
     """Whether another process of the run prints the same error."""
 
 
-def in_brief(problem: Exception, most: int = 300) -> str:
+def in_brief(problem: BaseException, most: int = 300) -> str:
     """The message of ``problem`` on one line, without the full stop; cut after ``most`` characters.
 
     Some libraries list all that they know.

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import linecache
+import os
 import re
 import sys
 from collections.abc import Collection
@@ -99,8 +100,11 @@ def unreadable(file: Path) -> str:
 
 def python_files(folder: Path) -> list[Path]:
     """The Python files in ``folder`` and below, in order, except in hidden folders."""
-    found = (file for file in folder.rglob("*.py") if not _is_hidden(file.relative_to(folder)))
-    return sorted(file.absolute() for file in found if file.is_file())
+    files = []
+    for place, below, names in os.walk(folder):
+        below[:] = [name for name in below if not _is_hidden(Path(name))]
+        files += [Path(place, name) for name in names if name.endswith(".py") and not _is_hidden(Path(name))]
+    return sorted(file.absolute() for file in files if file.is_file())
 
 
 def make_importable(offer: Offer, in_use: Collection[Path]) -> None:
@@ -160,7 +164,10 @@ def executed_files(offers: Iterable[Offer], folder: Path | None) -> dict[str, st
 
 def _offers(file: Path, provider: str) -> Iterator[Offer]:
     """What ``file`` offers, of whatever kinds."""
-    source = file.read_bytes()
+    try:
+        source = file.read_bytes()
+    except FileNotFoundError:  # since it was listed
+        return
     if b"register_" not in source and b"hookimpl" not in source:
         return
     module = _place(file)[1]

@@ -64,16 +64,25 @@ def build_task(resolved: Resolved, tokenizer: Any) -> Task:
     return task
 
 
-def build_evaluation_task(resolved: Resolved, task: Task) -> Task | None:
-    """``task`` over the held-out data that ``resolved`` names; None if it names none.
+def evaluation_sets(options: RunOptions) -> dict[str, list[str]]:
+    """The paths of the held-out data that ``options`` name, by the name of their set; that of the only one is empty."""
+    paths = options.eval_data_dir or ()
+    found: dict[str, list[str]] = {}
+    for name, path in zip(options.eval_names or [""] * len(paths), paths, strict=True):
+        found.setdefault(name, []).append(path)
+    return found
+
+
+def build_evaluation_tasks(resolved: Resolved, task: Task) -> dict[str, Task]:
+    """``task`` over each set of the held-out data that ``resolved`` names, by the name of the set.
 
     Raises UserError if that data is missing.
     """
-    location = resolved.core.eval_data_dir
-    if location is None:
-        return None
-    with resolved.components["task"].attributed("`reading`"):
-        return task.reading(location, "eval_data_dir")
+    found = {}
+    for name, paths in evaluation_sets(resolved.core).items():
+        with resolved.components["task"].attributed("`reading`"):
+            found[name] = task.reading(tuple(paths), "eval_data_dir")
+    return found
 
 
 def dataset_of(resolved: Resolved, task: Task) -> SampleSet:
@@ -108,13 +117,11 @@ def lay_out(
     return _layout(options, dataset, order, plan, batching or options.batching)
 
 
-def lay_out_evaluation(options: RunOptions, dataset: SampleSet | None, ranks: int) -> Layout | None:
+def lay_out_evaluation(options: RunOptions, dataset: SampleSet, ranks: int) -> Layout:
     """The rows in which an evaluation reads ``dataset``: each sample once, and as many micro batches on every rank.
 
     Rows are packed if the run's are, and otherwise grouped by length, which costs nothing here.
     """
-    if dataset is None:
-        return None
     order = SampleOrder([Source(len(dataset), len(dataset))], seed=0)
     plan = BatchPlan(
         samples=len(dataset),

@@ -49,21 +49,21 @@ NO_ROOM_LEFT = "Complete checkpoints are untouched: make room, and continue from
 def begin(
     prepared: Preparation,
     continuation: Continuation,
-    layouts: tuple[Layout, Layout | None],
+    layouts: tuple[Layout, dict[str, Layout]],
     model: TrainedModel,
     processes: Processes,
     lock: RunLock,
 ) -> Run:
     """The run, ready for its next step, with a directory that describes it. Every rank has to call it.
 
-    ``layouts``: the rows to train on, and those to evaluate on.
+    ``layouts``: the rows to train on, and those to evaluate on, by the name of their set.
     """
     resolved, options, checkpoint = prepared.resolved, prepared.options, continuation.checkpoint
     resume_seconds = _load(prepared, continuation, model, processes)
     directory = continuation.directory or processes.from_rank_0(lambda: make_directory(resolved, lock))
     if processes.world_size > 1:
         dump_collectives_in(directory)
-    layout, evaluation = layouts
+    layout, evaluations = layouts
     decoding = decoding_of(model.base, prepared.tokenizer, prepared.pretrained, prepared.task.end_tokens)
     run = Run(
         resolved,
@@ -72,7 +72,7 @@ def begin(
         prepared.task,
         prepared.dataset,
         layout,
-        evaluation,
+        evaluations,
         model.schedule,
         model.engine,
         prepared.configuration.hooks,
@@ -171,7 +171,7 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         "supervised_tokens": dataset.supervised_tokens,
         "data_sets": [found.record() for each in data_settings(run.resolved) for found in data_sets(each.value)],
         "bad_rows": dataset.report.bad_rows,
-        "eval_samples": len(run.evaluation.dataset) if run.evaluation else None,
+        "eval_samples": sum(len(each.dataset) for each in run.evaluations.values()) or None,
         "checkpoint": pretrained.describe() if pretrained else None,
         **({"base_weights": base_weights(pretrained)} if run.options.use_lora else {}),
         "vocabulary": (prepared.context.config or {}).get("vocab_size"),

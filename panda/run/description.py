@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,6 +39,7 @@ from panda.weights.finding import from_anywhere
 
 FORMAT = 1
 """Of run directories that this version writes, in provenance.json. Higher ones are read only by later versions."""
+_OF_A_RUN = re.compile(rf"(?:^|/){re.escape(RUN_CONFIG)}:\d+$")
 _PLACE_KEYS = ("output_dir", "resume")
 """Keys that say where a run is stored, not what it does: left out of config.yaml, so that it can be run again."""
 
@@ -148,6 +150,21 @@ def read_provenance(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def origins_in(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Where the value of each key came from, by what ``read_provenance`` found.
+
+    A run that was resumed has most values from its own config.yaml: then it is where an earlier start had them from.
+    """
+    earlier = provenance.get("earlier_starts")
+    found: dict[str, str] = {}
+    for start in (*(earlier if isinstance(earlier, list) else []), provenance):
+        origins = start.get("origins") if isinstance(start, dict) else None
+        for key, origin in origins.items() if isinstance(origins, dict) else ():
+            if key not in found or not _OF_A_RUN.search(str(origin)):
+                found[str(key)] = str(origin)
+    return found
 
 
 def config_text(resolved: Resolved) -> str:

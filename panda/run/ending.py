@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from panda.registry.resolve import Resolved
 from panda.run.assembly import load_tokenizer
 from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
+from panda.run.model_card import model_card
 from panda.run.state import Run
 from panda.weights.export import export
 from panda.weights.stored_tensor import Weights
@@ -132,18 +134,22 @@ def options_of_stopper(resolved: Resolved, by: str) -> dict[str, Any] | None:
     return {} if any(offer.label == by for offer in resolved.hook_modules) else None
 
 
-def work_at_the_end(options: RunOptions, held_out: SampleSet | None) -> dict[str, Any]:
+def work_at_the_end(options: RunOptions, held_out: Mapping[str, SampleSet]) -> dict[str, Any]:
     """The work at the end of a run besides the export, as values to compare: a finished run need not repeat it."""
-    return {"eval_data": held_out.fingerprint if held_out else None, "prompts": list(options.prompts)}
+    fingerprints: Any = {name: dataset.fingerprint for name, dataset in held_out.items()} or None
+    if not options.eval_names and fingerprints:
+        fingerprints = fingerprints[""]  # as it was before sets had names
+    return {"eval_data": fingerprints, "prompts": list(options.prompts)}
 
 
 def _export(run: Run, shown: Activity, weights: Weights) -> None:
     shown.total = bytes_of(weights)
     weights = counted(weights, shown.advance)
     description, folder = run.directory / MODEL_FOLDER, run.directory / EXPORT
+    card = model_card(run.directory, run.step, adapters=run.options.use_lora)
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
         tokenizer = load_tokenizer(str(description))
-        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer)
+        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer, card)
     else:
-        export(description, weights, folder)
+        export(description, weights, folder, card)

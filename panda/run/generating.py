@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from panda.answers.generation import Processors
 from panda.answers.sampling import Manner
 from panda.answers.sampling import Sampled
 from panda.answers.sampling import random_numbers
@@ -43,6 +44,8 @@ class Generation:
         top_p: float = 1.0,
         top_k: int = 0,
         end_tokens: Sequence[int] | None = None,
+        processors: Processors | None = None,
+        criteria: Sequence[Any] = (),
     ) -> Generated:
         """See ``Generate``."""
         if len(keys) != len(prompts) or not all(prompts):
@@ -64,6 +67,8 @@ class Generation:
                     pad_token_id=self.pad_token_id,
                     device=processes.device,
                     all_done=processes.all_ if together else None,
+                    processors=processors,
+                    criteria=criteria,
                 )
                 made |= zip(turn, found, strict=False)
         rows = [made[number] for number in range(len(prompts))]

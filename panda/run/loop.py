@@ -18,6 +18,7 @@ from panda.data.batches import step_batches
 from panda.data.packing import Layout
 from panda.data.workers import workers_standing
 from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.writing import finish_removal
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.steps import StepResult
 from panda.engine.watchdog import ask_for_batches
@@ -117,6 +118,9 @@ class Loop:
             wanted = self.options.save_final or run.save_is_due or self.is_interrupted
             if wanted and self.saved_step != run.step and self.is_worth_saving():
                 self.save(keep_all=self.run.skipped_in_a_row > 0)
+            elif run.step == first - 1 and self.saved_step == run.step and not run.skipped_in_a_row:
+                folder, keep = run.directory / "checkpoints", self.options.save_total_limit
+                finish_removal(run.processes, folder, run.step, keep=keep, kept=run.kept)
             if self.ended_by is None:
                 self.listen_outside()  # since the last step: then the export is still to do
         self.say_stop()
@@ -304,17 +308,19 @@ class Loop:
             seconds["save_seconds"] = round(seconds.get("save_seconds", 0) + self.saved_at - begun, 3)
 
     def evaluate(self) -> None:
-        """Compute the loss on the held-out data, if any. Draws no random numbers, and does not affect training."""
+        """Compute the loss on each set of held-out data. Draws no random numbers, and does not affect training."""
         run, begun = self.run, time.perf_counter()
         self.evaluated_step, self.evaluation_due = run.step, False
-        if run.evaluation is None:
+        if not run.evaluations:
             return
         due, run.added = run.added, {}
         run.at("panda_evaluation_start")
-        passes = run.evaluation.plan.total_steps * (2 if self.statistics else 1)
+        passes = sum(each.plan.total_steps for each in run.evaluations.values()) * (2 if self.statistics else 1)
         with activity(f"evaluating after step {run.step:,}", passes) as shown, run.using_evaluated_weights():
-            micro_batches = _Evaluation(self, run.evaluation, shown)
-            found = run.engine.evaluate(micro_batches, self.loss, self.statistics)
+            found = {
+                name: run.engine.evaluate(_Evaluation(self, layout, shown), self.loss, self.statistics)
+                for name, layout in run.evaluations.items()
+            }
 
         def recorded() -> dict[str, Any]:
             record = evaluation_record(run.step, found, run.task.unit, begun)

@@ -31,6 +31,7 @@ from panda.registry import UserError
 from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
 from panda.run.assembly import build_schedule
+from panda.run.assembly import evaluation_sets
 from panda.run.description import changes
 from panda.run.directory import find_directory
 from panda.run.directory import recorded_configuration
@@ -253,15 +254,17 @@ def _epoch(dataset: SampleSet) -> Iterator[str]:
 
 def _evaluation(prepared: Preparation) -> Iterator[str]:
     options = prepared.options
-    if prepared.held_out is None:
+    if not prepared.held_out:
         return
     yield f"every {options.eval_steps:,} steps and at the end" if options.eval_steps else "only at the end"
     if options.eval_data_dir is not None:
-        yield from _data(prepared, prepared.held_out, ", ".join(options.eval_data_dir))
+        for name, paths in evaluation_sets(options).items():
+            yield from _data(prepared, prepared.held_out[name], f"{name}: " * bool(name) + ", ".join(paths))
         return
-    count = _count(len(prepared.held_out), "held-out sample")
-    yield f"{count} of the data above (eval_fraction), {prepared.held_out.tokens:,} tokens"
-    yield from prepared.held_out.report.lines()
+    held_out = prepared.held_out[""]
+    count = _count(len(held_out), "held-out sample")
+    yield f"{count} of the data above (eval_fraction), {held_out.tokens:,} tokens"
+    yield from held_out.report.lines()
 
 
 def _steps(layout: Layout) -> Iterator[str]:

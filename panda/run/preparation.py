@@ -25,7 +25,7 @@ from panda.registry.contexts import ModelContext
 from panda.registry.contexts import Reference
 from panda.registry.resolve import Resolved
 from panda.run.adapter_run import refuse_another_base
-from panda.run.assembly import build_evaluation_task
+from panda.run.assembly import build_evaluation_tasks
 from panda.run.assembly import build_task
 from panda.run.assembly import dataset_of
 from panda.run.assembly import lay_out
@@ -48,6 +48,7 @@ from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
 from panda.run.parts import fill_parts
 from panda.run.parts import new_parts
+from panda.run.records import refuse_sets
 from panda.run.records import refuse_unit
 from panda.run.reference import reference_of
 from panda.run.reference import refuse_adapted
@@ -98,11 +99,12 @@ class Preparation:
         return self._tasks[0]
 
     @cached_property
-    def _tasks(self) -> tuple[Task, Task | None]:
-        """The task, and the task over the held-out data. Raises UserError if data of either is missing."""
+    def _tasks(self) -> tuple[Task, dict[str, Task]]:
+        """The task, and the task over each set of held-out data. Raises UserError if data of one is missing."""
         task = build_task(self.resolved, self.tokenizer)
         refuse_unit(task.unit, self.resolved.components["task"].offer.describe())
-        return task, build_evaluation_task(self.resolved, task)
+        refuse_sets(self.options.eval_names, task.unit)
+        return task, build_evaluation_tasks(self.resolved, task)
 
     @cached_property
     def context(self) -> ModelContext:
@@ -274,14 +276,14 @@ class Preparation:
         )
 
     @cached_property
-    def held_out(self) -> SampleSet | None:
-        """The samples to evaluate on, tokenised; None where there are none."""
-        evaluated = self._tasks[1]
-        held_out = dataset_of(self.resolved, evaluated) if evaluated else self._samples[1]
-        if held_out is None:
-            return None
-        note_shared_samples(self.dataset, held_out)
-        return held_out
+    def held_out(self) -> dict[str, SampleSet]:
+        """The samples to evaluate on, tokenised, by the name of their set; that of the only one is empty."""
+        found = {name: dataset_of(self.resolved, task) for name, task in self._tasks[1].items()}
+        if self._samples[1] is not None:
+            found[""] = self._samples[1]
+        for held_out in found.values():
+            note_shared_samples(self.dataset, held_out)
+        return found
 
 
 def prepare(configuration: Configuration, world_size: int) -> Preparation:

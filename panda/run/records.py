@@ -18,6 +18,7 @@ from panda.engine.checkpoints.manifest import Progress
 from panda.engine.memory_parts import GIB
 from panda.engine.steps import Evaluated
 from panda.engine.steps import StepResult
+from panda.engine.steps import together
 from panda.registry import UserError
 from panda.run.asking import Added
 from panda.run.cards import this_card
@@ -125,17 +126,25 @@ def log_record(
     return record | _metrics(result.metrics, "", record)
 
 
-def evaluation_record(step: int, found: Evaluated, unit: str, begun: float) -> dict[str, Any]:
-    """The record that ``panda_evaluation`` is given, of an evaluation that began at ``begun`` (``perf_counter``)."""
-    tokens, units = found.counts.tolist()  # waits for the device
-    record = {
-        "step": step,
-        "eval_loss": float(found.loss),
-        "eval_tokens": int(tokens),
-        f"eval_{unit}": as_number(units),
-        "eval_seconds": round(time.perf_counter() - begun, 3),
-    }
-    return record | _metrics(found.metrics, "eval_", record)
+def evaluation_record(step: int, found: Mapping[str, Evaluated], unit: str, begun: float) -> dict[str, Any]:
+    """The record that ``panda_evaluation`` is given, of an evaluation that began at ``begun`` (``perf_counter``).
+
+    ``found``: what was found of each set, by its name; that of the only one is empty.
+    """
+    record: dict[str, Any] = {"step": step}
+    record |= _evaluated(together([*found.values()]), unit, "eval_", record)
+    record["eval_seconds"] = round(time.perf_counter() - begun, 3)
+    for name, each in found.items():
+        if name:
+            record |= _evaluated(each, unit, f"eval_{name}_", record)
+    return record
+
+
+def _evaluated(found: Evaluated, unit: str, prefix: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was ``found`` of a set, as further entries of ``record``. Waits for the device."""
+    tokens, units = found.counts.tolist()
+    entries = {f"{prefix}loss": float(found.loss), f"{prefix}tokens": int(tokens), f"{prefix}{unit}": as_number(units)}
+    return entries | _metrics(found.metrics, prefix, {**record, **entries})
 
 
 def add_to(record: dict[str, Any], added: dict[str, Added], prefix: str = "") -> None:
@@ -165,6 +174,14 @@ def refuse_unit(unit: str, whose: str = "") -> None:
     if unit in TAKEN:
         of = f" of {whose}" if whose else ""
         raise UserError(f"task{of}: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
+
+
+def refuse_sets(names: Iterable[str], unit: str) -> None:
+    """Raise UserError where an entry of a set of one of ``names`` would be called like one of all sets."""
+    of_all = ("loss", "tokens", unit, "seconds")
+    for name in names:
+        if taken := [each for each in of_all for of_set in ("loss", "tokens", unit) if f"{name}_{of_set}" == each]:
+            raise UserError(f"eval_names: {name!r}: `eval_{taken[0]}` is an entry of all sets. Name it otherwise.")
 
 
 def _metrics(found: Mapping[str, torch.Tensor], prefix: str, record: Mapping[str, Any]) -> dict[str, float]:

@@ -123,7 +123,7 @@ def _begun(configuration: Configuration, world_size: int) -> Iterator[tuple[Run,
         continuation = continuation_of(prepared, processes, lock)
         layout = lay_out(prepared.options, prepared.dataset, processes.data_ranks, continuation.progress)
         model = trained_model(prepared, layout, processes)
-        run = begin(prepared, continuation, (layout, None), model, processes, lock)
+        run = begin(prepared, continuation, (layout, {}), model, processes, lock)
         try:
             run.task.start(run)
             yield run, Loop(run, continuation.progress)

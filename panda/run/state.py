@@ -53,8 +53,8 @@ class Run:
     dataset: SampleSet
     layout: Layout
     """The rows of each step."""
-    evaluation: Layout | None
-    """The rows of the held-out data; None without any."""
+    evaluations: dict[str, Layout]
+    """The rows of the held-out data, by the name of their set; that of the only one is empty."""
     schedule: Schedule
     """Maps the number of completed optimizer steps to a factor of the peak learning rate."""
     engine: Engine

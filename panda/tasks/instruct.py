@@ -23,6 +23,7 @@ from panda.tasks.row_task import check_weights
 from panda.tasks.text_task import TextTask
 
 if TYPE_CHECKING:
+    from panda.data.token_dataset import Sample
     from panda.data.token_dataset import SampleBlock
 
 
@@ -122,6 +123,20 @@ class Instruct(DialogueTask, TextTask):
             supervised = b"\0" + b"\1" * (len(token_ids) - 1)
         block.report.truncated += cut
         block.add(token_ids, supervised, None if set(weights) == {1.0} else weights)
+
+    def question(self, sample: Sample) -> tuple[list[int], list[int]] | None:
+        """The last answer, and all that comes before it. Under ``train_on_prompt`` no sample says where that is."""
+        supervised = sample["supervised"]
+        ends = supervised.nonzero()[0]
+        if self.options.train_on_prompt or not len(ends):
+            return None
+        end = int(ends[-1]) + 1
+        before = (supervised[:end] == 0).nonzero()[0]
+        start = int(before[-1]) + 1 if len(before) else 0
+        if start < 2:  # a text, of which the first token carries no loss
+            return None
+        token_ids = sample["token_ids"].tolist()
+        return token_ids[:start], token_ids[start:end]
 
     def example_prompt(self, parsed: Any) -> str:
         # The text of tokens has its template around it already, and a prompt is given one.

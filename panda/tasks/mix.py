@@ -26,6 +26,7 @@ from panda.tasks.task import Task
 
 if TYPE_CHECKING:
     from panda.data.locations import Locations
+    from panda.data.token_dataset import Sample
     from panda.data.token_dataset import SampleSet
 
 
@@ -87,6 +88,9 @@ class Mix(LanguageModelling):
 
     def reading(self, locations: Locations, option: str) -> Task:
         return self.first.reading(locations, option)
+
+    def question(self, sample: Sample) -> tuple[list[int], list[int]] | None:
+        return self.first.question(sample)
 
     @property
     def end_tokens(self) -> list[int]:

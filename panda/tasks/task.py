@@ -67,10 +67,13 @@ class Generate(Protocol):
         top_p: float = 1.0,
         top_k: int = 0,
         end_tokens: Sequence[int] | None = None,
+        processors: Any = None,
+        criteria: Sequence[Any] = (),
     ) -> Generated:
         """``keys``: of each prompt, whole numbers, such as (step, index of the sample, number of the answer). The
         random numbers of an answer follow from the run's seed and its key, and from nothing else. ``temperature`` 0
-        takes the likeliest token. ``end_tokens``: by default those of the task."""
+        takes the likeliest token. ``end_tokens``: by default those of the task. ``processors`` and ``criteria``: what
+        else inference does to scores, and where it stops, as ``run.decoding`` has them; by default nothing."""
         ...
 
 
@@ -141,6 +144,13 @@ class Task(ABC):
     def parts(self, sample: Sample) -> list[ShownPart]:
         """The sequences of tokens in ``sample``, to be shown."""
         return []
+
+    def question(self, sample: Sample) -> tuple[list[int], list[int]] | None:
+        """The prompt and the answer of ``sample``, as token ids, to compare an answer of the model with it.
+
+        The answer has the token that ends it. None where the sample has no answer, as a text has none.
+        """
+        return None
 
     # -- the loss
 

@@ -45,6 +45,11 @@ _NAMES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md",
 """What exports have, those of older versions of panda and of the libraries included."""
 
 
+CARD = "README.md"
+CARD_MARK = "<!-- Written by panda, which replaces it with the next export. Without this line it is left as it is. -->"
+"""The line by which panda knows a card that it wrote."""
+
+
 def describe_model(
     folder: Path,
     module: torch.nn.Module,
@@ -95,22 +100,23 @@ def describe_model(
     write_json_object(folder / CONFIG, described | named)
 
 
-def export(description: Path, weights: Weights, folder: Path) -> None:
+def export(description: Path, weights: Weights, folder: Path, card: str = "") -> None:
     """Make ``folder`` from the folder ``description`` of a model and its ``weights``, held one file at a time.
 
     Weights are named and split as those of published checkpoints: a mixture of experts has a tensor for each expert.
 
     Raises UserError where a weight is not finite or the disk is full; see ``exporting``.
     """
-    with exporting(folder) as new:
+    with exporting(folder, card) as new:
         shutil.copytree(description, new)
         write_weights(as_published(description, weights), new)
 
 
 @contextmanager
-def exporting(folder: Path) -> Iterator[Path]:
+def exporting(folder: Path, card: str = "") -> Iterator[Path]:
     """Yields the path of a folder to make, which then becomes ``folder``: see ``whole``.
 
+    ``card`` is its model card, unless ``folder`` already has one that panda did not write, which stays.
     One process at a time makes it; others wait. Raises UserError where the disk is full, and where ``folder`` holds
     something else than an export.
     """
@@ -122,6 +128,16 @@ def exporting(folder: Path) -> Iterator[Path]:
         with held(file, waiting=_say_who_exports, removed=True), whole(folder) as new:
             yield new
             write_export_format(new)
+            _put_card(card, new, folder)
+
+
+def _put_card(card: str, new: Path, before: Path) -> None:
+    """Write ``card`` to ``new``, or the card of another author that was in the folder ``before``."""
+    own = before / CARD
+    if own.is_file() and CARD_MARK not in own.read_text(encoding="utf-8", errors="replace"):
+        shutil.copyfile(own, new / CARD)
+    elif card:
+        (new / CARD).write_text(card, encoding="utf-8")
 
 
 def _say_who_exports(holder: str) -> None:

@@ -12,6 +12,9 @@ PROVENANCE = "provenance.json"
 RUN_CONFIG = "config.yaml"
 """The file in it that has the whole configuration."""
 
+METRICS = "metrics.jsonl"
+"""The file in it that has the records of the log and of evaluations."""
+
 CHECKPOINTS = "checkpoints"
 """The folder in it that holds checkpoints."""
 
@@ -27,7 +30,9 @@ def exported_model(folder: Path) -> Path:
     export = folder / EXPORT
     if not (folder / PROVENANCE).exists() or not export.is_dir():
         return folder
-    written = max(file.stat().st_mtime for file in (export, *export.iterdir()))
+    # A user may edit the card at any time.
+    files = [file for file in export.iterdir() if file.name != "README.md"] or [export]
+    written = max(file.stat().st_mtime for file in files)
     checkpoints = sorted((folder / "checkpoints").glob("step-*/manifest.json"))
     if checkpoints and checkpoints[-1].stat().st_mtime > written:
         raise UserError(

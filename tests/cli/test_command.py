@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
@@ -59,3 +60,24 @@ def test_a_mistake_of_every_rank_is_left_to_rank_0_before_they_meet(
     assert waited == waits
     prefix = "error" if rank == "0" else "error on rank 1"
     assert capsys.readouterr().err == f"{prefix}: no such optimizer\n"
+
+
+def test_a_file_out_of_reach_is_the_users_and_a_missing_one_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(argv: list[str]) -> None:
+        error = OSError(int(argv[0]), "as the system says", "/data/x")
+        error.add_note("This came out of the reader 'acme'.")
+        raise error
+
+    assert run_command(command, [str(errno.EACCES)]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "error: /data/x: this user may not read or enter it (permission denied).\n"
+        "  This came out of the reader 'acme'.\n  PANDA_TRACEBACK=1 shows who wanted it.\n"
+    )
+    with pytest.raises(FileNotFoundError):
+        run_command(command, [str(errno.ENOENT)])
+    monkeypatch.setenv("PANDA_TRACEBACK", "1")
+    with pytest.raises(PermissionError):
+        run_command(command, [str(errno.EACCES)])

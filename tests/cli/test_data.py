@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from launching import run_panda
 
@@ -49,6 +48,7 @@ def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pyte
     assert "  rows.json, row 5: no field 'target'" in lines[8]
     assert lines[9] == "  rows.json, rows 6, 7: field 'target' is empty"
     assert any(line.startswith("   7 to  8") and line.endswith(" 1") for line in lines)
+    assert any(line.endswith("──  1 of 4 samples (25.0%) is cut to 24 tokens") for line in lines)
     assert "  padded   100.0% data, 1.0 samples and 13 tokens a row" in lines
     assert "  packed   100.0% data, 1.3 samples and 18 tokens a row  <- this run" in lines
     shown = [lines[n + 1] + "\n" + lines[n + 2] for n, line in enumerate(lines) if line.startswith("-- sample")]
@@ -97,15 +97,6 @@ def test_text_of_data_is_shown_as_it_is_and_never_steers_the_terminal(
     Path("rows.json").write_text(json.dumps(rows[1:]))
     assert data.main([config]) == 2
     assert shown in (error := capsys.readouterr().err) and "\x1b" not in error
-
-
-def test_a_histogram_counts_every_sample_once_and_its_bars_are_to_scale() -> None:
-    lines = data.histogram(np.array([2] * 10 + [3] * 5 + [8]), bins=4)
-    assert [line.split()[-1] for line in lines] == ["15", "0", "0", "1"]
-    assert [" ".join(line.split()[:3]) for line in lines] == ["2 to 3", "4 to 5", "6 to 7", "8 to 8"]
-    assert lines[0].count("█") == data.BAR and lines[1].count("█") == 0
-    [only] = data.histogram(np.array([5, 5]), bins=4)
-    assert only.split()[-1] == "2"
 
 
 def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, capsys: pytest.CaptureFixture[str]) -> None:

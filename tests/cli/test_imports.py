@@ -62,6 +62,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "deepspeed": ("train", ["--arch", "llama-tiny", "--deepspeed_config", "nowhere.json"], 2),
     "data": ("train", ["--arch", "llama-tiny", "--instruction_tuning_data_dir", "nowhere"], 2),
     "evaluation data": ("main", ["check", *SAMPLE, "--eval_data_dir", "nowhere"], 2),
+    "data of panda eval": ("main", ["eval", ".", "--data", "nowhere"], 2),
     "data to prepare": ("main", ["prepare", *SAMPLE, "--eval_data_dir", "nowhere"], 2),
     "output folder": ("train", [*SAMPLE, "--output_dir", "/dev/null/run"], 2),
     "generate": ("main", ["generate", "/dev", "--prompt", "x"], 2),

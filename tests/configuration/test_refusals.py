@@ -35,6 +35,7 @@ REFUSED: dict[str, list[Any]] = {
     "early_stopping, best_checkpoint or rate_on_plateau without evaluations": [
         *("--plugins", "panda-train:early_stopping", "--eval_fraction", "0.1")
     ],
+    "eval_generate without eval_data_dir or eval_fraction": ["--plugins", "eval_generate"],
     "eval_fraction with eval_data_dir": ["--eval_fraction", "0.1", "--eval_data_dir", "data"],
     "base_path, allow_pickle or extend_vocab without ckpt_path": ["--base_path", "pretrain/llama-7b"],
     "lora_*, use_dora or use_rslora without use_lora": ["--use_rslora"],

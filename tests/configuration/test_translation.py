@@ -17,6 +17,7 @@ smollm2/sft/config.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,7 @@ from panda.configuration.options import RunOptions
 from panda.configuration.translation.rules import Sets
 from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Translation
+from panda.configuration.translation.rules import whole
 from panda.configuration.translation.translate import TOOLS
 from panda.configuration.translation.translate import is_of_another_tool
 from panda.configuration.translation.translate import looks_like
@@ -630,6 +632,7 @@ def test_llama_factorys_names_of_data_are_looked_up(translated: Any, tmp_path: P
         (FACTORY.replace("dataset: d", "eval_dataset: d\ndo_predict: true"), "do_predict, and no dataset"),
         ("- a\n", "expected keys with values"),
         ("a: [\n", "neither YAML nor JSON"),
+        (AXOLOTL + "x: &a [*a]\n", "neither YAML nor JSON: Circular reference"),
     ],
 )
 def test_a_file_that_cannot_be_followed_is_refused(translated: Any, text: str, said: str) -> None:
@@ -648,6 +651,10 @@ def keys_of_panda() -> set[str]:
             if kind != "arch" and component is not None:
                 keys |= {field.name for field in fields(component.options)}
     return keys
+
+
+def test_a_number_without_end_is_no_whole_one() -> None:
+    assert [whole(value) for value in (3.0, 2.5, math.inf)] == [3, 2.5, math.inf]
 
 
 def test_every_rule_leads_to_a_key_of_panda_that_takes_its_value() -> None:

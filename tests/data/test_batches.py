@@ -341,6 +341,39 @@ def test_a_worker_goes_on_when_all_processes_of_a_run_are_signalled(
     ]
 
 
+def test_workers_end_with_their_process(tmp_path: Path) -> None:
+    """One that waits for its batches to be taken does, too: the pipe is full, and it holds both ends."""
+    code = """
+import time
+import numpy as np
+import torch
+from functools import partial
+from torch.utils.data import DataLoader
+from panda.data.batches import _begin
+from panda.data.workers import Workers
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self): return 10**6
+    def __getitem__(self, number): return bytes(10**6)
+
+batches = iter(DataLoader(Rows(), batch_size=None, num_workers=2, worker_init_fn=partial(_begin, Workers(2))))
+next(batches)
+time.sleep(1)
+print(*(worker.pid for worker in batches._workers), flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+    assert len(pids) == 2
+
+
 def test_a_worker_that_is_killed_in_a_step_is_an_error_where_batches_are_waited_for(dataset: TokenDataset) -> None:
     """Not wherever the training process is: in a plugin, or half way through a step."""
     layout = Layout(dataset, SampleOrder(dataset.sources, SEED), plan_of(epochs=90.0), "padded", max_seq_length=9)

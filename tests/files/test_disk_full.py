@@ -15,6 +15,7 @@ import torch
 
 from panda.files.disk_full import SHARED_MEMORY_FULL
 from panda.files.disk_full import disk_full
+from panda.files.disk_full import out_of_reach
 from panda.files.disk_full import writing
 from panda.registry import UserError
 
@@ -87,6 +88,22 @@ def test_other_errors_pass() -> None:
 def test_a_disk_that_fails_is_said_as_such(number: int, said: str) -> None:
     with pytest.raises(UserError, match=rf"a cannot be written: .*{said}.*\(out/x\)\. b"), writing("a", "b"):
         raise OSError(number, os.strerror(number), "out/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", b"/a/b"), "/a/b: this user may not read or enter it"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000), f"{'x' * 200}...: the name is too long"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", Path("a")), "a: links that lead to each other"),
+        (PermissionError(errno.EACCES, "Permission denied"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a"), None),
+        (KeyError(errno.EACCES), None),
+    ],
+)
+def test_a_file_that_is_out_of_reach_is_named(error: BaseException, said: str | None) -> None:
+    found = out_of_reach(error)
+    assert found is None if said is None else found is not None and found.startswith(said)
 
 
 def test_full_shared_memory_is_no_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:

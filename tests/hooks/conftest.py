@@ -47,7 +47,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             task=SimpleNamespace(shown=(), unit="supervised_tokens"),
             plan=plan,
             layout=Layout(dataset, SampleOrder(dataset.sources, seed=1), plan, "padded", 16),
-            evaluation=None,
+            evaluations={},
             resumed_from=resumed_from,
             step=step,
             begun=time.perf_counter(),

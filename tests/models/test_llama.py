@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -184,6 +185,14 @@ def test_a_config_of_older_transformers_is_read() -> None:
 def test_values_that_do_not_go_together_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(LlamaOptions, SHAPE | values)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "sylu"), ("head_dim", 0)])
+def test_a_config_of_which_transformers_makes_no_model_is_an_error_in_words(key: str, value: Any) -> None:
+    config = LlamaConfig(**PLAIN_SHAPE).to_dict() | {key: value}
+    context = replace(ModelContext(259, 64, 0, 1, 2), config=config)
+    with pytest.raises(UserError, match=r"transformers makes no LLaMA of the config.json of the model: [A-Z].*Error"):
+        built(SHAPE, context)
 
 
 def test_a_checkpoint_of_another_kind_is_refused() -> None:

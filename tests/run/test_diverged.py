@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,15 @@ def test_what_was_trained_before_skipped_steps_at_the_end_is_saved_and_nothing_r
     with pytest.raises(UserError, match="the last 2 steps were skipped"):
         train(configure(parse_arguments(["--resume", str(run)])))
     assert not (run / "export").exists()
+    assert saved(run) == ["step-00000002", "step-00000005"]
+
+
+def test_what_a_killed_start_had_not_removed_is_removed_where_nothing_is_left_to_train(
+    processes: Processes, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    train(configure(parse_arguments([*RUN, "--output_dir", str(run), "--save_steps", "1", "--max_steps", "2"])))
+    assert saved(run) == ["step-00000001", "step-00000002"]
+    shutil.rmtree(run / "export")  # now it is as one that was killed between saving and removing
+    train(configure(parse_arguments(["--resume", str(run), *ONE])))
+    assert saved(run) == ["step-00000002"]

@@ -17,6 +17,7 @@ from panda.registry.contexts import PluginContext
 from panda.run.cards import Card
 from panda.run.records import Gpu
 from panda.run.records import evaluation_record
+from panda.run.records import refuse_sets
 from panda.run.records import refuse_unit
 
 
@@ -48,14 +49,39 @@ def test_without_a_known_peak_there_is_no_mfu(precision: str, name: str, monkeyp
 
 
 def evaluated(*metrics: str) -> Evaluated:
-    return Evaluated(torch.tensor(1.0), torch.tensor([6.0, 2.0]), {name: torch.tensor(0.5) for name in metrics})
+    pairs = {name: torch.tensor([1.0, 2.0]) for name in metrics}
+    return Evaluated(torch.tensor(2.0), torch.tensor([6.0, 2.0]), pairs)
 
 
 @pytest.mark.parametrize("name", ["pairs", "tokens", "learning_rate"])
 def test_a_metric_that_would_replace_another_entry_is_refused(name: str) -> None:
-    assert evaluation_record(3, evaluated("margin"), "pairs", 0.0)["eval_margin"] == 0.5
+    assert evaluation_record(3, {"": evaluated("margin")}, "pairs", 0.0)["eval_margin"] == 0.5
     with pytest.raises(UserError, match=f"a metric is called '{name}', like another entry of a record"):
-        evaluation_record(3, evaluated("margin", name), "pairs", 0.0)
+        evaluation_record(3, {"": evaluated("margin", name)}, "pairs", 0.0)
+
+
+def test_a_record_has_each_set_and_all_of_them() -> None:
+    """The whole is over units, and not a mean of the sets."""
+    sets = {
+        "chat": Evaluated(torch.tensor(2.0), torch.tensor([6.0, 2.0]), {"margin": torch.tensor([1.0, 2.0])}),
+        "code": Evaluated(torch.tensor(12.0), torch.tensor([9.0, 6.0]), {"margin": torch.tensor([0.0, 6.0])}),
+    }
+    record = evaluation_record(3, sets, "pairs", 0.0)
+    record.pop("eval_seconds")
+    assert record == {
+        **{"step": 3, "eval_loss": 1.75, "eval_tokens": 15, "eval_pairs": 8, "eval_margin": 0.125},
+        **{"eval_chat_loss": 1.0, "eval_chat_tokens": 6, "eval_chat_pairs": 2, "eval_chat_margin": 0.5},
+        **{"eval_code_loss": 2.0, "eval_code_tokens": 9, "eval_code_pairs": 6, "eval_code_margin": 0.0},
+    }
+
+
+@pytest.mark.parametrize(("name", "entry"), [("supervised", "supervised_tokens"), ("chat", None)])
+def test_a_set_whose_entries_would_replace_those_of_all_is_refused(name: str, entry: str | None) -> None:
+    if entry is None:
+        refuse_sets(["code", name], "supervised_tokens")
+        return
+    with pytest.raises(UserError, match=f"eval_names: '{name}': `eval_{entry}` is an entry of all sets"):
+        refuse_sets(["code", name], "supervised_tokens")
 
 
 def test_a_unit_that_would_replace_another_entry_is_refused() -> None:

@@ -108,6 +108,7 @@ def test_panda_export_writes_the_same_from_the_checkpoint(run: Path, tmp_path: P
     """In one process, without the model: the same bits and types as training had in memory."""
     assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
     at_the_end = {file.name: file.read_bytes() for file in (run / "export").iterdir()}
+    assert b"library_name: transformers\n" in at_the_end["README.md"]
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == at_the_end
 
 

@@ -118,6 +118,16 @@ def test_a_folder_with_only_a_sentencepiece_model_is_read_as_sentencepiece_does(
     assert read_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == plain.encode(text)
 
 
+def test_a_panic_of_tokenizers_is_an_error_in_words(folder: Path) -> None:
+    """Its Rust code looks up a special token of a template that is not there."""
+    file = folder / "base/tokenizer.json"
+    pieces = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
+    with pytest.raises(UserError, match=r"base: no tokenizer could be loaded from it: ."):
+        read_tokenizer(folder / "base")
+
+
 @pytest.mark.parametrize(("file", "content"), [("spiece.model", b"\n\x05"), ("vocab.json", b'{"a": 0, "b": 1}')])
 def test_a_folder_in_which_its_class_finds_no_vocabulary_is_an_error(tmp_path: Path, file: str, content: bytes) -> None:
     """transformers makes a tokenizer of it that reads every text as `<unk>`."""

@@ -119,7 +119,8 @@ KEYS: dict[str, Rule] = {
     **each("preprocessing_* buffer_size use_fast_tokenizer ignore_pad_token_for_loss", PROCESSES),
     "split_special_tokens": Ignored("content that spells a special token is characters in panda"),
     **each("use_unsloth use_v1_kernels upcast_* use_unsloth_gc use_kv_cache", SPEED),
-    **each("compute_accuracy print_param_status eval_on_each_dataset eval_num_beams", DISPLAY),
+    **each("compute_accuracy print_param_status eval_num_beams", DISPLAY),
+    "eval_on_each_dataset": Absent("`eval_names` gives each path of `eval_data_dir` a name, and a loss of its own"),
     **each(
         "pref_* dpo_* kto_* simpo_gamma ppo_* ref_model* reward_model* ld_alpha",
         Absent("it is of preference training: the package panda-preference has its tasks"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from collections.abc import Collection
@@ -288,7 +289,7 @@ def number(value: Any) -> float | None:
 
 def whole(value: float) -> int | float:
     """``value`` as an integer where it is one."""
-    return int(value) if value == int(value) else value
+    return int(value) if math.isfinite(value) and value == int(value) else value
 
 
 # Rules of every table.

@@ -125,7 +125,8 @@ KEYS: dict[str, Rule] = {
     ),
     **each("auto_find_batch_size", Absent("panda refuses a model that does not fit, and changes no batch size")),
     **each("full_determinism", Ignored("runs of panda repeat to the bit on the same machine")),
-    **each("do_predict predict_with_generate", Absent("`panda generate RUN` answers prompts after training")),
+    "do_predict": Absent("`panda generate RUN` answers prompts after training"),
+    "predict_with_generate": Absent("`plugins: [eval_generate]` has evaluation data answered, and scores the answers"),
     **each(
         "tf32 use_liger_kernel enable_liger_kernel liger_* torch_compile_* attn_implementation flash_attn"
         " use_flash_attention_2 use_flash_attn"

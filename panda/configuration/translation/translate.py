@@ -190,9 +190,10 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        json.dumps(content, default=str)  # refuses an anchor that holds itself
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as problem:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as problem:
         raise UserError(f"{path}: neither YAML nor JSON: {' '.join(str(problem).split())}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys with values, as in a configuration of {', '.join(TOOLS)}.")

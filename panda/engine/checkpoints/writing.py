@@ -120,6 +120,21 @@ def _complete(temporary: Path, final: Path, manifest: Manifest) -> None:
         put(temporary, final)
 
 
+def finish_removal(processes: Processes, folder: Path, step: int, *, keep: int | None, kept: Collection[int]) -> None:
+    """Remove what saving ``step`` should have removed, where the start that saved it was ended before.
+
+    Every rank must call this. Raises UserError where the disk fails.
+    """
+    newest = folder / checkpoint_name(step)
+
+    def finish() -> None:
+        if processes.rank == 0 and newest.is_dir():
+            remove_interrupted(folder)
+            _remove_older(newest, keep, kept)
+
+    processes.together(writing(str(folder), f"{newest.name} is untouched. Go on with `--resume auto`.")(finish))
+
+
 def _remove_older(newest: Path, keep: int | None, kept: Collection[int]) -> None:
     """Remove the passing checkpoints that are older than ``newest``, and of all but the newest ``keep``."""
     older = [path for path in complete_checkpoints(newest.parent) if step_of(path) < step_of(newest)]

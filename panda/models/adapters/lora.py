@@ -228,13 +228,14 @@ def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> No
 
 
 def export_adapters(
-    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, description: Path, tokenizer: Any
+    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, description: Path, tokenizer: Any, card: str = ""
 ) -> None:
     """Write the adapters among ``weights``, which have ``model``'s names, so that plain peft loads them on the base.
 
-    The folder ``description`` of the model says where answers end, which the base alone does not.
+    The folder ``description`` of the model says where answers end, which the base alone does not. ``card``: their model
+    card.
     """
-    with exporting(folder) as new:
+    with exporting(folder, card) as new:
         new.mkdir(parents=True)
         write_tokenizer(tokenizer, new)
         if (description / GENERATION_CONFIG).exists():
