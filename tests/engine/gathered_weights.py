@@ -24,6 +24,7 @@ from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.layer_weights import _Layer
+from panda.engine.layer_weights import _Weights
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
@@ -35,6 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all weights, compiled": {"compile": True},
     "adapters": {"use_lora": True},
     "adapters, compiled, recomputed": {"use_lora": True, "compile": True, "activation_checkpointing": "full"},
+    "adapters, kept by all ranks": {"use_lora": True},
     "NF4, compiled": {"use_lora": True, "use_quant": True, "compile": True},
 }
 LAYERS, STEPS = 6, 3
@@ -64,15 +66,15 @@ class Watch:
     def __init__(self) -> None:
         self.gathers: list[int] = []
         self.released: list[tuple[StorageWeakRef, int]] = []
-        gather, gather_layer, release = partitioning._dist_allgather_fn, _Layer.gather, _Layer.release
+        gather, gather_some, release = partitioning._dist_allgather_fn, _Weights.gather, _Layer.release
 
         def gathering(source: torch.Tensor, target: torch.Tensor, group: Any = None) -> Any:
             self.gathers.append(target.numel())
             return gather(source, target, group)
 
-        def gathering_layer(layer: _Layer) -> Any:
-            self.gathers.append(sum(parameter.ds_numel for parameter in layer.parameters))
-            return gather_layer(layer)
+        def gathering_some(weights: _Weights) -> Any:
+            self.gathers.append(sum(parameter.ds_numel for parameter in weights.parameters))
+            return gather_some(weights)
 
         def releasing(layer: _Layer) -> None:
             storages = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in layer.parameters}
@@ -82,7 +84,7 @@ class Watch:
             release(layer)
 
         partitioning._dist_allgather_fn = gathering
-        _Layer.gather, _Layer.release = gathering_layer, releasing  # type: ignore[method-assign]
+        _Weights.gather, _Layer.release = gathering_some, releasing  # type: ignore[method-assign]
 
     def clear(self) -> None:
         self.gathers.clear()
@@ -101,7 +103,7 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
     of_deepspeed = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
     if stage == 3:  # the size of the model's layers holds, and not that for CPUs
         del of_deepspeed["zero_optimization"]["stage3_prefetch_bucket_size"]
-        of_deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        of_deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 3000 if "kept" in name else 0
     model = make_trainable(LlamaForCausalLM(config), options, None, of_deepspeed, processes)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = Engine(model, optimizer, of_deepspeed, processes)
@@ -127,8 +129,9 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
         watch.clear()
         ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(10 * step + processes.rank))
         losses.append(engine.step([Batch(ids)], loss_sum).loss.item())
+    kept = sum(each.ds_numel for each in model.parameters() if getattr(each, "ds_persist", False))
     engine.close()
-    return {"losses": losses, "gathers": list(watch.gathers), "alive": alive}
+    return {"losses": losses, "gathers": list(watch.gathers), "alive": alive, "kept": kept}
 
 
 def main() -> None:

@@ -47,6 +47,12 @@ def test_a_layer_is_gathered_in_one_message(found: Any, way: str) -> None:
     assert LAYERS <= len(gathers) <= 2 * LAYERS
 
 
+def test_what_all_ranks_keep_is_gathered_at_once_after_a_step(found: Any) -> None:
+    """Adapters change in each step; values that were not gathered would give other losses."""
+    kept = found["adapters, kept by all ranks"][1]
+    assert kept["kept"] > 0 and kept["gathers"].count(kept["kept"]) == 1
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_backward_does_not_keep_weights_that_were_released(found: Any, way: str) -> None:
     assert found[way][1]["alive"] == 0
