@@ -15,24 +15,19 @@ on the host than the layer's own seven.
 from __future__ import annotations
 
 import math
-import sys
-from collections import deque
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from panda.engine.deepspeed_config import LARGEST_LAYER
 from panda.engine.deepspeed_config import zero_3_sizes
+from panda.engine.layer_weights import LayerWeights
 from panda.registry import UserError
 from panda.weights.layer_names import layer_of
 from panda.weights.stored_tensor import whole_shape
 
 DEFAULT_THRESHOLD = 100_000
 """DeepSpeed's own: elements of the largest weight that every rank keeps."""
-AHEAD = 2
-"""Layers whose computation is queued on the device when the weights of another one are fetched."""
 KEPT_WHOLE = 0.05
 """Share of the weights that every rank keeps, if those that are trained are no larger than that."""
 
@@ -57,7 +52,7 @@ def with_sizes(config: dict[str, Any], module: torch.nn.Module) -> dict[str, Any
     return config | {"zero_optimization": sizes | zero}
 
 
-def gather_by_layers(module: torch.nn.Module, optimizer: Any) -> None:
+def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.device) -> None:
     """Under ZeRO-3, let each layer of ``module`` gather all its weights when it is run.
 
     A layer stays as it is, and gathers by its modules, if it has more than ``LARGEST_LAYER`` weights, or a part that is
@@ -93,40 +88,19 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any) -> None:
         if not against:
             whole.append(layer)
     gathered = {part for layer in whole for part in layer.modules()}
-    whole += [part for part in module.modules() if getattr(part, "reads_parts", False) and part not in gathered]
-    hooks: set[int] = set()
-    for reader in whole:
-        for part in reader.modules():
-            if part is not reader:
-                hooks |= {id(part._forward_hooks), id(part._forward_pre_hooks)}
-                for parameter in part.parameters(recurse=False):
-                    register_external_parameter(reader, parameter)
+    hooks = {id(hooks) for part in gathered for hooks in (part._forward_hooks, part._forward_pre_hooks)}
+    for reader in module.modules():
+        if reader not in gathered and getattr(reader, "reads_parts", False):
+            for part in reader.modules():
+                if part is not reader:
+                    hooks |= {id(part._forward_hooks), id(part._forward_pre_hooks)}
+                    for parameter in part.parameters(recurse=False):
+                        register_external_parameter(reader, parameter)
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         if id(handle.hooks_dict_ref()) in hooks:
             handle.remove()
-    if torch.cuda.is_available():
-        _stay_near(offload.get_param_coordinator(), {*whole}, partial(torch.cuda.Event, blocking=True))
-
-
-def _stay_near(coordinator: Any, layers: set[torch.nn.Module], event: Callable[[], Any]) -> None:
-    """Fetch the weights of one of ``layers`` only when the device has no more than ``AHEAD`` before it to compute.
-
-    A host that is further ahead gathers weights into memory that no layer has released yet. DeepSpeed (0.19.8) lets it
-    wait for the second to last weight that was gathered, whatever has been computed: then it waits in each layer, and
-    12 GiB of weights were gathered ahead all the same (LoRA 7B, two H100s, 2026-11-26).
-    """
-    coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = sys.maxsize
-    fetch, queued = coordinator.fetch_sub_module, deque[Any]()
-
-    def fetch_near(module: torch.nn.Module, forward: bool) -> None:
-        if module in layers:
-            queued.append(event())
-            queued[-1].record()
-            if len(queued) > AHEAD:
-                queued.popleft().synchronize()
-        fetch(module, forward)
-
-    coordinator.fetch_sub_module = fetch_near
+    if whole:
+        LayerWeights(module, whole, offload, device)
 
 
 def _trace_linear_layers_of_torch() -> None:
@@ -154,7 +128,10 @@ def _what_forbids(layer: torch.nn.Module, run_outside: set[torch.nn.Module], off
     """Why ``layer`` cannot gather all its weights at once, as the end of a sentence; empty if it can."""
     if offload.offload_device == "nvme":
         return "has weights on NVMe"
-    elements = sum(math.prod(whole_shape(parameter)) for parameter in layer.parameters())
+    parameters: list[Any] = list(layer.parameters())
+    if any(each.ds_secondary_tensor is not None or hasattr(each.ds_tensor, "ds_quant_scale") for each in parameters):
+        return "is gathered by ZeRO++"
+    elements = sum(math.prod(whole_shape(parameter)) for parameter in parameters)
     if elements > LARGEST_LAYER:
         return f"has {elements:,} weights, more than {LARGEST_LAYER:,}"
     if not run_outside.isdisjoint(layer.modules()):

@@ -23,6 +23,8 @@ from transformers import LlamaForCausalLM
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
+from panda.engine.layer_weights import _Layer
+from panda.engine.layer_weights import _Weights
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
@@ -34,9 +36,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "all weights, compiled": {"compile": True},
     "adapters": {"use_lora": True},
     "adapters, compiled, recomputed": {"use_lora": True, "compile": True, "activation_checkpointing": "full"},
+    "adapters, kept by all ranks": {"use_lora": True},
     "NF4, compiled": {"use_lora": True, "use_quant": True, "compile": True},
 }
 LAYERS, STEPS = 6, 3
+TWO_PASSES, OTHER_ORDER = "two passes before backward", "layers in another order"
+ORDERS: dict[str, dict[str, Any]] = {TWO_PASSES: {}, OTHER_ORDER: {"use_lora": True}}
+"""Right, though layers do not run as they are expected to."""
 
 
 @dataclass
@@ -60,18 +66,25 @@ class Watch:
     def __init__(self) -> None:
         self.gathers: list[int] = []
         self.released: list[tuple[StorageWeakRef, int]] = []
-        gather, free = partitioning._dist_allgather_fn, partitioning.free_param
+        gather, gather_some, release = partitioning._dist_allgather_fn, _Weights.gather, _Layer.release
 
         def gathering(source: torch.Tensor, target: torch.Tensor, group: Any = None) -> Any:
             self.gathers.append(target.numel())
             return gather(source, target, group)
 
-        def freeing(parameter: torch.Tensor) -> None:
-            storage = parameter.data.untyped_storage()
-            self.released.append((StorageWeakRef(storage), storage.nbytes()))
-            free(parameter)
+        def gathering_some(weights: _Weights) -> Any:
+            self.gathers.append(sum(parameter.ds_numel for parameter in weights.parameters))
+            return gather_some(weights)
 
-        partitioning._dist_allgather_fn, partitioning.free_param = gathering, freeing
+        def releasing(layer: _Layer) -> None:
+            storages = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in layer.parameters}
+            for parameter in storages.values():
+                storage = parameter.data.untyped_storage()
+                self.released.append((StorageWeakRef(storage), storage.nbytes()))
+            release(layer)
+
+        partitioning._dist_allgather_fn = gathering
+        _Weights.gather, _Layer.release = gathering_some, releasing  # type: ignore[method-assign]
 
     def clear(self) -> None:
         self.gathers.clear()
@@ -81,15 +94,16 @@ class Watch:
         return sum(size for storage, size in self.released if not storage.expired())
 
 
-def train(way: dict[str, Any], stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
+def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
     torch.manual_seed(0)
+    way = (WAYS | ORDERS)[name]
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=64, use_cache=False, **shape)
     options = RunOptions(precision="fp32", zero_stage=stage, lora_dropout=0.0, gradient_accumulation_steps=1, **way)
     of_deepspeed = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
     if stage == 3:  # the size of the model's layers holds, and not that for CPUs
         del of_deepspeed["zero_optimization"]["stage3_prefetch_bucket_size"]
-        of_deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        of_deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 3000 if "kept" in name else 0
     model = make_trainable(LlamaForCausalLM(config), options, None, of_deepspeed, processes)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = Engine(model, optimizer, of_deepspeed, processes)
@@ -97,24 +111,34 @@ def train(way: dict[str, Any], stage: int, processes: Processes, watch: Watch) -
 
     def loss_sum(module: Any, batch: Batch) -> torch.Tensor:
         nonlocal alive
+        if name == TWO_PASSES:
+            with torch.no_grad():
+                module(input_ids=batch.ids)
         logits = module(input_ids=batch.ids).logits
         alive = watch.alive()
+        if name == TWO_PASSES:
+            logits = logits + module(input_ids=batch.ids.flip(1)).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids.flatten(), reduction="sum")
 
+    if name == OTHER_ORDER:
+        inner: Any = model
+        layers = inner.base_model.model.model.layers
+        layers._modules = dict(zip(layers._modules, [*layers][::-1], strict=True))
     losses = []
     for step in range(STEPS):
         watch.clear()
         ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(10 * step + processes.rank))
         losses.append(engine.step([Batch(ids)], loss_sum).loss.item())
+    kept = sum(each.ds_numel for each in model.parameters() if getattr(each, "ds_persist", False))
     engine.close()
-    return {"losses": losses, "gathers": list(watch.gathers), "alive": alive}
+    return {"losses": losses, "gathers": list(watch.gathers), "alive": alive, "kept": kept}
 
 
 def main() -> None:
     # Splits what is kept for backward as the compiler does, and compiles no C++.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     processes, watch = join_processes(), Watch()
-    found = {name: [train(way, stage, processes, watch) for stage in (0, 3)] for name, way in WAYS.items()}
+    found = {name: [train(name, stage, processes, watch) for stage in (0, 3)] for name in WAYS | ORDERS}
     if processes.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()
