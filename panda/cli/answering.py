@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from panda.cli.passed_over import report_passed_over
 from panda.configuration.arguments import blocked_name
+from panda.files.activity import activity
+from panda.files.terminal import fitted
 from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
@@ -98,7 +101,8 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
 
 def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
-    answering = _find(arguments)
+    with activity("loading torch"):
+        answering = _find(arguments)
     if chats:
         answering.require_chat_template()
     if arguments.system is not None and (problem := problem_of(arguments.system)):
@@ -108,9 +112,10 @@ def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
             f"--system: the tokenizer of {answering.folder} has no chat template, so a system turn is unknown to the"
             " model. Leave --system out."
         )
-    import torch
+    with activity("reading the model"):
+        import torch
 
-    return answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _find(arguments: argparse.Namespace) -> Answering:
@@ -196,14 +201,25 @@ def problem_of(text: str) -> str | None:
     return None
 
 
-def answer(assistant: Assistant, ids: list[int], sampling: Sampling) -> str:
-    """Print the answer to ``ids`` as it comes, then notes about it, and return it."""
+@dataclass
+class Answered:
+    """An answer, as far as it has come."""
+
+    text: str = ""
+
+
+def answer(assistant: Assistant, ids: list[int], sampling: Sampling, said: Answered) -> None:
+    """Print the answer to ``ids`` as it comes, which is ``said``, then notes about it."""
     notes: list[str] = []  # printed when the line of the answer has ended
-    text = assistant.answer(ids, sampling, write, notes.append)
+
+    def say(piece: str) -> None:
+        write(piece)
+        said.text += piece
+
+    said.text = assistant.answer(ids, sampling, say, notes.append).text
     write("\n")
     for line in notes:
         note(line)
-    return text
 
 
 def write(text: str) -> None:
@@ -213,4 +229,6 @@ def write(text: str) -> None:
 
 def note(text: str) -> None:
     """Print a line about an answer where it does not mix with it."""
-    print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    lines = printable(text).split("\n") if sys.stderr.isatty() else [text]
+    for line in fitted(lines, 2, sys.stderr):
+        print(line, file=sys.stderr, flush=True)

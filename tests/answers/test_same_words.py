@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers import GPT2Config
 from transformers import GPT2LMHeadModel
 
+from panda.answers.assistant import Answer
 from panda.answers.assistant import Assistant
 from panda.answers.loading import Answering
 from panda.answers.loading import described_in
@@ -156,9 +157,9 @@ def test_what_libraries_print_while_they_load_is_not_on_stdout(
 
 
 def test_a_terminal_is_not_obedient_to_a_model(folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(self: Assistant, ids: Any, sampling: Any, write: Any, note: Any) -> str:
+    def answer(self: Assistant, ids: Any, sampling: Any, write: Any, note: Any) -> Answer:
         write("\x1b[2Jdone\n")
-        return ""
+        return Answer("", "stop", 0, 0)
 
     monkeypatch.setattr(Assistant, "answer", answer)
     assert main(["generate", str(folder / "full"), "--prompt", "x"]) == 0
@@ -171,9 +172,9 @@ def test_a_terminal_is_not_obedient_to_a_model(folder: Path, capsys: Captured, m
 def ids_given(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     given: list[list[int]] = []
 
-    def answer(self: Assistant, ids: list[int], sampling: Any, write: Any, note: Any) -> str:
+    def answer(self: Assistant, ids: list[int], sampling: Any, write: Any, note: Any) -> Answer:
         given.append(ids)
-        return "y"
+        return Answer("y", "stop", 0, 1)
 
     monkeypatch.setattr(Assistant, "answer", answer)
     return given
@@ -185,7 +186,7 @@ def test_a_system_turn_is_part_of_every_dialogue(
     given = ids_given(monkeypatch)
     export = str(folder / "full" / "export")
     assert main(["generate", export, "--prompt", "a", "--system", "be"]) == 0
-    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n/new\na\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n/reset\na\n"))
     assert main(["chat", export, "--system", "be"]) == 0
     tokenizer = AutoTokenizer.from_pretrained(export)
     start = "<s>system\nbe</s>\n<s>user\na</s>\n<s>assistant\n"
