@@ -21,6 +21,7 @@ COMMANDS = {
     "plot": "draw curves of runs beside each other, or the learning-rate schedule of a configuration",
     "runs": "list runs: how far they are, their losses, speed and age",
     "train": "train; the same as panda-train",
+    "sweep": "train a grid of values, one run after another, or go on with it",
     "export": "write a run's checkpoint as a folder that plain transformers loads",
     "generate": "answer prompts with a trained model",
     "chat": "chat with a trained model",

@@ -64,7 +64,7 @@ def _runs(argv: list[str]) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif rows:
-        _print(rows)
+        print_table(rows)
     else:
         print(f"no runs in {printable_line(str(folder))}")
 
@@ -105,7 +105,7 @@ def _status(run: Path, provenance: dict[str, Any], last: dict[str, Any]) -> str:
     return "interrupted" if saved else "ended without a checkpoint"
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """A table of the columns that any of ``rows`` has something for."""
     cells = {name: [printable_line(shown(row)) for row in rows] for name, shown in ROWS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 import os
 import sys
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -77,34 +78,19 @@ def parse_arguments(argv: list[str]) -> Arguments:
     blocked: list[str] = []
     flags: dict[str, Given] = {}
     asks_for_help = False
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        if word in ("-h", "--help"):
+    for flag, values in words_of_flags(argv):
+        if flag in ("-h", "--help"):
             asks_for_help = True
-        elif word == "--profile":
+        elif flag == "--profile":
             added.append("profile")
-        elif word == "-p" or word.startswith("-p="):
-            blocked.append(blocked_name(word[3:] if word != "-p" else argv[position] if position < len(argv) else ""))
-            position += word == "-p"
-        elif word.startswith("--"):
-            name, equals, text = word[2:].partition("=")
-            if not name:
-                raise UserError(f"{word!r}: expected a flag, --key value.")
-            values = [text] if equals else []
-            while not equals and position < len(argv) and not _is_flag(argv[position]):
-                values.append(argv[position])
-                position += 1
-            key = name.replace("-", "_")
-            origin = f"--{name}"
-            if key in flags:
-                raise UserError(f"{origin} is given twice.")
-            if key not in IGNORED:
-                flags[key] = Given(_value(values), origin, " ".join(values))
+        elif flag == "-p":
+            blocked.append(blocked_name(values[0]))
         else:
-            hint = f" Did you mean `--config {word}`?" if word.endswith((".yaml", ".yml")) else ""
-            raise UserError(f"{word!r}: expected a flag, --key value.{hint}")
+            key = flag[2:].replace("-", "_")
+            if key in flags:
+                raise UserError(f"{flag} is given twice.")
+            if key not in IGNORED:
+                flags[key] = Given(_value(values), flag, " ".join(values))
     flags = _with_accepted_spellings(flags)
     config = flags.pop("config", None)
     if config is not None and not isinstance(config.value, str):
@@ -123,6 +109,31 @@ def parse_arguments(argv: list[str]) -> Arguments:
         given["plugins"] = Given(items, named.origin if named else "--profile" if added else "-p", ", ".join(items))
     recorded = {key: value for key, value in file.given.items() if key not in flags} if file.is_recorded else {}
     return Arguments(given, asks_for_help, file.api, recorded)
+
+
+def words_of_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag in ``argv`` as it is written, and the words of its value. Raises UserError for what is no flag."""
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if word in ("-h", "--help", "--profile"):
+            yield word, []
+        elif word == "-p" or word.startswith("-p="):
+            yield "-p", [word[3:] if word != "-p" else argv[position] if position < len(argv) else ""]
+            position += word == "-p"
+        elif word.startswith("--"):
+            name, equals, text = word.partition("=")
+            if name == "--":
+                raise UserError(f"{word!r}: expected a flag, --key value.")
+            values = [text] if equals else []
+            while not equals and position < len(argv) and not _is_flag(argv[position]):
+                values.append(argv[position])
+                position += 1
+            yield name, values
+        else:
+            hint = f" Did you mean `--config {word}`?" if word.endswith((".yaml", ".yml")) else ""
+            raise UserError(f"{word!r}: expected a flag, --key value.{hint}")
 
 
 def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flags: Mapping[str, Any]) -> Arguments:
