@@ -56,7 +56,8 @@ their curves, DIR/sweep.png.
   --launch COMMAND   what starts each run, by default panda-train itself
 
 A mistake in any of the combinations is reported before the first run begins. Exit codes: 0 where all
-runs have finished, 1 where one has failed, 75 where the sweep was interrupted; the run under way has then saved.
+runs have finished, 1 where one has not, 75 where the sweep was interrupted; the run under way has
+then saved.
 
 examples:
   panda sweep panda:configs/instruct-tiny.yaml --learning_rate 1e-4,3e-4 --seed 0,1
@@ -277,12 +278,13 @@ def _train(sweep: Sweep, left: Sequence[Point]) -> list[Point]:
         rule = "─" * max(0, min(100, shutil.get_terminal_size().columns - 1) - len(line) - 4)
         print(printable(f"\n── {line} {rule}".rstrip()), flush=True)
         code, is_interrupted = _run([*sweep.launch, *_program(sweep.launch), *point.argv])
-        if is_interrupted or code == SAVED:
+        if is_interrupted:
             print(f"the sweep was interrupted in {point.name}; the same command goes on with it", flush=True)
             raise SystemExit(SAVED)
         if code != 0:
             failed.append(point)
-            print(printable(f"{point.name} has failed (exit code {code}); the sweep goes on"), flush=True)
+            what = "has saved before its end" if code == SAVED else f"has failed (exit code {code})"
+            print(printable(f"{point.name} {what}; the sweep goes on"), flush=True)
     return failed
 
 
@@ -328,7 +330,7 @@ def report(sweep: Sweep, failed: Sequence[Point]) -> None:
     for point in sweep.points:
         if is_run(point.directory):
             rows[point.name] = described(point.directory, sweep.folder)
-            if point in failed:
+            if point in failed and rows[point.name]["status"] != "interrupted":
                 rows[point.name]["status"] = "failed"
     if rows:
         print_table(list(rows.values()))

@@ -31,10 +31,9 @@ run = Path(flags["--output_dir"])
 with open("started", "a") as file:
     print(run.name, os.environ.get("OTHER", ""), file=file)
 if flags["--seed"] == "3":
-    print("error: not this one", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(2 if flags["--learning_rate"] == "0.5" else 75)
 def save(*_):
-    sys.exit(75)
+    sys.exit(130)
 signal.signal(signal.SIGINT, save)
 if flags["--seed"] == "9":
     Path("asleep").touch()
@@ -146,7 +145,8 @@ def test_a_sweep_goes_on_with_what_is_left_and_a_failure_ends_no_other(
     assert started(tmp_path) == names
     out = capsys.readouterr().out
     assert f"{names[2]} has failed (exit code 2); the sweep goes on" in out
-    assert f"{names[3]}: failed before it began" in out
+    assert f"{names[3]} has saved before its end; the sweep goes on" in out
+    assert f"{names[2]}: failed before it began" in out
     assert "least training loss: 1.2500, seed=1,learning_rate=0.25" in out and "4:00 of training in 4 runs" in out
     folder = tmp_path / "runs" / "sweep-instruct-tiny"
     assert (folder / "sweep.png").stat().st_size > 10_000
