@@ -55,6 +55,25 @@ def train(
 
 def train_arguments(arguments: Arguments) -> Trained:
     """Train what ``arguments`` describe. Raises UserError."""
+    from panda.files.library_warnings import kept_aside
+    from panda.files.library_warnings import show_last
+    from panda.registry import UserError
+
+    with kept_aside() as kept:
+        try:
+            return _train_arguments(arguments)
+        except UserError:
+            raise
+        except Exception:
+            if kept.file is None:
+                show_last(kept)
+            raise
+        finally:
+            if kept.file is not None and not kept.said and kept.counts and os.environ.get("RANK", "0") == "0":
+                print(f"{kept.summary()}: {kept.file}", file=sys.stderr, flush=True)
+
+
+def _train_arguments(arguments: Arguments) -> Trained:
     from panda.configuration.configure import configure
     from panda.configuration.launcher import check_launcher
 

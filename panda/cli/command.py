@@ -17,6 +17,9 @@ from panda.configuration.launcher import tell_launcher
 from panda.files.disk_full import MORE_SHARED_MEMORY
 from panda.files.disk_full import SHARED_MEMORY_FULL
 from panda.files.disk_full import disk_full
+from panda.files.library_warnings import LibraryWarnings
+from panda.files.library_warnings import kept_aside
+from panda.files.library_warnings import show_last
 from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -49,6 +52,11 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     _open_what_is_closed()
     _replace_what_cannot_be_written()
     forget_empty()
+    with kept_aside() as kept:
+        return _run(command, argv, kept)
+
+
+def _run(command: Callable[[list[str]], None], argv: list[str] | None, kept: LibraryWarnings) -> int:
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where the error of a closed pipe is caught
@@ -75,6 +83,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
         return BROKEN_PIPE
     except Exception as error:
         if (problem := disk_full(error)) is None or os.environ.get("PANDA_TRACEBACK"):
+            show_last(kept)
             tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
             raise
         _print_error(f"{problem}. {_for_disks(problem)}")
