@@ -84,8 +84,12 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
     With ``chats``, a model without a chat template is an error, which is raised before the model is loaded.
     """
-    if arguments.max_new_tokens < 1 or not arguments.temperature >= 0 or not 0 < arguments.top_p <= 1:
-        raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens: {arguments.max_new_tokens} is not an integer >= 1.")
+    if not arguments.temperature >= 0:
+        raise UserError(f"--temperature: {arguments.temperature} is not a number >= 0.")
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top_p: {arguments.top_p} is not a number > 0 and <= 1.")
     with redirect_stdout(sys.stderr):  # stdout is for the answers; DeepSpeed writes its warnings there
         assistant = _loaded(arguments, chats=chats)
     for line in assistant.notes:

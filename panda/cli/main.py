@@ -63,7 +63,9 @@ def _without_command(argv: list[str]) -> None:
         if argv[0] in ("-V", "--version"):
             print_version()
             return
-        raise UserError(f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)}\n{USAGE}")
+        raise UserError(
+            f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)} `panda --help` lists the commands."
+        )
     print(USAGE)
 
 

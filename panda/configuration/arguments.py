@@ -218,6 +218,11 @@ def _of_continued_run(flags: Mapping[str, Given]) -> _File:
         if (folder / RUN_CONFIG).is_file():
             # Whoever wrote it, the user has not named this file: files in it are executed only where flags name them.
             return replace(_read(folder / RUN_CONFIG), is_recorded=True)
+    if flags["resume"].value != "auto":
+        raise UserError(
+            f"{flags['resume'].origin}: no run at {place.value[:200]!r}: no {RUN_CONFIG} in it. Name a run directory,"
+            " its `checkpoints`, or one `step-...` folder."
+        )
     return _File({}, None, False)
 
 

@@ -118,7 +118,7 @@ def kept_aside() -> Iterator[LibraryWarnings]:
 
     _current = ours
     warnings.showwarning = show_or_keep
-    logging.StreamHandler.emit = emit_or_keep  # type: ignore[method-assign]
+    logging.StreamHandler.emit = emit_or_keep  # type: ignore[method-assign, assignment]
     try:
         yield ours
     finally:

@@ -27,8 +27,16 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file (looked in {Path.cwd()}).") from None
+    except IsADirectoryError:
+        inside = sorted(each.name for each in path.iterdir() if each.suffix in (".yaml", ".yml"))
+        hint = f" Did you mean {path / inside[0]}?" if inside else " Name a YAML file."
+        raise UserError(f"{path}: it is a folder, not a configuration file.{hint}") from None
+    except UnicodeDecodeError as problem:
+        line = problem.object.count(b"\n", 0, problem.start) + 1
+        byte = f"byte 0x{problem.object[problem.start]:02x}"
+        raise UserError(f"{path}:{line}: cannot be read: not UTF-8: {byte}. Save the file as UTF-8.") from None
     except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: cannot be read: {problem}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}.") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as problem:
@@ -36,7 +44,8 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         said = [getattr(problem, part, None) for part in ("context", "problem")]
         reason = ", ".join(part for part in said if part) or " ".join(str(problem).split())
-        raise UserError(f"{where}: not valid YAML: {reason}.") from None
+        hint = " YAML admits no tab there: use spaces." if "'\\t'" in reason else ""
+        raise UserError(f"{where}: not valid YAML: {reason}.{hint}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply. panda's configuration is flat: one level, `key: value`.") from None
     if root is None or root.tag == "tag:yaml.org,2002:null":

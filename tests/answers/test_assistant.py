@@ -246,7 +246,7 @@ def test_what_holds_no_model_or_no_template_is_told(
     assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert main(["generate", str(folder / "base"), "--prompt", "x", "--top_p", "0"]) == 2
-    assert "0 < --top_p <= 1" in capsys.readouterr().err
+    assert "--top_p: 0.0 is not a number > 0 and <= 1." in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "has no weights: none of *.safetensors" in capsys.readouterr().err

@@ -191,7 +191,7 @@ def _content(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: cannot be read: {problem}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}.") from None
     except (ValueError, RecursionError, yaml.YAMLError) as problem:
         raise UserError(f"{path}: neither YAML nor JSON: {' '.join(str(problem).split())}.") from None
     if not isinstance(content, dict):
