@@ -198,7 +198,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(command: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said of a mistake: exit code 2, and stdout is empty but for what is being done."""
+    """What is said of a mistake, which ends the command with exit code 2."""
     monkeypatch.chdir(here)
     monkeypatch.setenv("PANDA_CACHE", str(here.parent / "cache"))
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -206,7 +206,7 @@ def said(command: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     main = train.main if program == "panda-train" else panda.main
     assert main(words) == 2
     captured = capsys.readouterr()
-    assert captured.out in ("", "loading torch and DeepSpeed ...\n")
+    assert captured.out == "", "torch is not loaded to find it"
     return captured.err
 
 
