@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from panda.cli.answering import add_blocking
 from panda.cli.command import run_command
 from panda.cli.passed_over import report_passed_over
+from panda.files.activity import activity
 from panda.files.own import refuse_links_out
 from panda.files.whole import check_can_be_made
 from panda.registry import UserError
@@ -72,20 +73,27 @@ def _export(argv: list[str]) -> None:
         refuse_links_out(run)
     check_can_be_made(output, "--output")
 
+    with activity("exporting the model"):
+        note = _exported(checkpoint, output, adapted, merges=arguments.merge, trained=arguments.trained)
+    print(f"{output}: {checkpoint.name} of {run}{note}")
+
+
+def _exported(checkpoint: Path, output: Path, adapted: AdapterRun | None, *, merges: bool, trained: bool) -> str:
+    """Write the export of ``checkpoint``; what there is to say of it."""
     from panda.engine.checkpoints.weights import checkpoint_weights
     from panda.engine.checkpoints.weights_copies import evaluated_weights
     from panda.weights.export import export
 
-    weights, others = (checkpoint_weights(checkpoint), False) if arguments.trained else evaluated_weights(checkpoint)
+    weights, others = (checkpoint_weights(checkpoint), False) if trained else evaluated_weights(checkpoint)
     note = "; the weights that it was evaluated with, an average or the like" if others else ""
-    if adapted and not arguments.merge:
+    if adapted and not merges:
         _export_adapters(adapted, weights, output)
     else:
         if adapted:
             weights, merged = _merged(adapted, weights)
             note += merged
-        export(run / MODEL_FOLDER, weights, output)
-    print(f"{output}: {checkpoint.name} of {run}{note}")
+        export(checkpoint.parent.parent / MODEL_FOLDER, weights, output)
+    return note
 
 
 def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:

@@ -24,6 +24,7 @@ from panda.registry import UserError
 from panda.registry.api import checked_api
 from panda.registry.choosing import BLOCK
 from panda.registry.flat_yaml import load_flat_yaml
+from panda.registry.location import path_in_package
 from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
@@ -96,7 +97,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if config is not None and not isinstance(config.value, str):
         more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
         raise UserError(f"--config needs the path of a YAML file, as in --config run.yaml{more}.")
-    file = _read(_config_path(str(config.value), config.origin)) if config else _of_continued_run(flags)
+    file = _named(str(config.value), config.origin) if config else _of_continued_run(flags)
     given = file.given | flags
     if config and "resume" in given and given["resume"].value == "auto" and not {"output_dir", "run_name"} & {*flags}:
         given |= _own_directory(str(config.value))
@@ -143,7 +144,7 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
             _with_accepted_spellings({str(key): _of_python(f"config[{key!r}]", value) for key, value in config.items()})
         )
     elif isinstance(config, str | os.PathLike):
-        file = _read(_config_path(os.fspath(config), "panda.train: its first argument"))
+        file = _named(os.fspath(config), "panda.train: its first argument")
     elif config is not None:
         raise UserError(
             f"panda.train: its first argument is the path of a YAML file, a mapping of keys to values, or None, not"
@@ -156,10 +157,11 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
     return Arguments(file.given | over, False, file.api, recorded, in_process=True)
 
 
-def _config_path(text: str, origin: str) -> Path:
+def _named(text: str, origin: str) -> _File:
+    """The configuration file that ``text`` names. Raises UserError."""
     if problem := problem_of_path(text):
         raise UserError(f"{origin}: {text[:200]!r} is not the path of a YAML file. {problem}")
-    return resolve_path(text)
+    return _read(resolve_path(text), text if path_in_package(text) else None)
 
 
 def _of_python(origin: str, value: Any) -> Given:
@@ -185,14 +187,14 @@ def _plain(item: Any) -> Any:
     return float(item) if isinstance(item, numbers.Real) and not isinstance(item, bool) else item
 
 
-def _read(path: Path) -> _File:
-    """The configuration file at ``path``. Raises UserError where it is none of panda's."""
+def _read(path: Path, name: str | None = None) -> _File:
+    """The configuration file at ``path``, which messages call ``name``. Raises UserError if it is none of panda's."""
     if tool := looks_like(path):
         raise UserError(
             f"{path}: looks like a file of {tool}, and panda's keys are others. `panda translate {path} --output"
             " run.yaml` writes it in panda's keys, and lists what has no counterpart."
         )
-    return _checked(_with_accepted_spellings(load_flat_yaml(path, is_of_another_tool)))
+    return _checked(_with_accepted_spellings(load_flat_yaml(path, is_of_another_tool, name)))
 
 
 def _own_directory(config: str) -> dict[str, Given]:

@@ -17,11 +17,14 @@ from panda.registry.errors import UserError
 from panda.registry.options import Given
 
 
-def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: False) -> dict[str, Given]:
-    """Keys and values of the file at ``path``. Raises UserError with file and line where it is no YAML of this form.
+def load_flat_yaml(
+    path: Path, foreign: Callable[[str], bool] = lambda key: False, name: str | None = None
+) -> dict[str, Given]:
+    """Keys and values of the file at ``path``, which origins call ``name``.
 
-    A nested value is kept as one that no option takes, so that it is refused with all else that is wrong. ``foreign``:
-    whether a key is one that can be answered; in nested values these are found by their paths, ``a.b``.
+    Raises UserError with file and line where it is no YAML of this form. A nested value is kept as one that no option
+    takes, so that it is refused with all else that is wrong. ``foreign``: whether a key is one that can be answered; in
+    nested values these are found by their paths, ``a.b``.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -56,7 +59,7 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
 
     entries: dict[str, Given] = {}
     for key_node, value_node in root.value:
-        origin = f"{path}:{key_node.start_mark.line + 1}"
+        origin = f"{name or path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{origin}: a key must be a word.")
         key = key_node.value
@@ -69,7 +72,7 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         known = [inner for inner in leaves if inner != key and foreign(inner)]
         for inner in known:
             node, line = leaves[inner]
-            entries.setdefault(inner, _given(node, f"{path}:{line}"))
+            entries.setdefault(inner, _given(node, f"{name or path}:{line}"))
         if len(known) < len(leaves) or not leaves:
             entries[key] = Given(True, origin, "...", is_nested=True)
     return entries
