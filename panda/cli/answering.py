@@ -160,11 +160,11 @@ def _find(arguments: argparse.Namespace) -> Answering:
     run = checkpoint.parent.parent if checkpoint else folder.parent if holds_adapters else folder
     adapted = adapter_run(run, ckpt_path, arguments.p)
     if adapted and (checkpoint or holds_adapters):
-        print(f"{checkpoint or folder}", file=sys.stderr)
+        note(f"weights: {checkpoint or folder}")
         adapters = evaluated_weights(checkpoint)[0] if checkpoint else folder
         return described_in(run / MODEL_FOLDER, load=partial(_adapted_module, adapted, adapters))
     if checkpoint and (run / MODEL_FOLDER).is_dir():
-        print(f"{checkpoint}", file=sys.stderr)
+        note(f"weights: {checkpoint}")
         return described_in(run / MODEL_FOLDER, evaluated_weights(checkpoint)[0], blocked=arguments.p)
     return found_at(replace(source, location=str(folder)), arguments.p)
 

@@ -362,7 +362,7 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_told(folder: Path, capsys: 
         f"{later}: passed over, since it is damaged: {cut.relative_to(later)} has {size - 1:,} bytes and had {size:,}"
     )
     assert main(["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"]) == 0
-    assert capsys.readouterr().err.startswith(f"{told}\n{first}\n")
+    assert capsys.readouterr().err.startswith(f"{told}\nweights: {first}\n")
     assert main(["export", str(run)]) == 0
     captured = capsys.readouterr()
     assert told in captured.err and "step-00000001" in captured.out

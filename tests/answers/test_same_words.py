@@ -199,7 +199,7 @@ def test_a_system_turn_is_part_of_every_dialogue(
     [
         (["--prompt", "caf\udce9"], "--prompt: the byte 0xe9 after 3 characters is not UTF-8"),
         (["--prompt", "a", "--system", "\udcff"], "--system: the byte 0xff after 0 characters is not UTF-8"),
-        (["--prompt", "a", "--temperature", "nan"], "--temperature >= 0"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature: nan is not a number >= 0."),
     ],
 )
 def test_what_cannot_be_given_is_told_in_one_line(folder: Path, capsys: Captured, argv: list[str], told: str) -> None:
