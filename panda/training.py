@@ -81,6 +81,7 @@ def _train_arguments(arguments: Arguments) -> Trained:
     configuration = configure(arguments)
 
     from panda.data.ingredients import forget_unseen_code
+    from panda.run.first_look import let_threads_sleep
     from panda.run.first_look import load
     from panda.run.first_look import look_first
     from panda.run.sources import with_lasting_sources
@@ -88,10 +89,7 @@ def _train_arguments(arguments: Arguments) -> Trained:
     forget_unseen_code()
     configuration = with_lasting_sources(configuration)
     look_first(configuration, int(os.environ.get("WORLD_SIZE", 1)))
-    # By default the OpenMP threads of torch (2.13, 2026-11) spin while they wait for each other, which makes them a
-    # hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable
-    # when torch loads it; it can go when torch's threads sleep by default.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Where a rank ends, torch (2.13) warns in the others with a trace of C++ for each lost connection; panda says
         # what has happened in a line. Read when torch is loaded.

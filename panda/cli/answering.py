@@ -23,6 +23,7 @@ from panda.run.adapter_run import adapter_run
 from panda.run.adapter_run import trained_adapters
 from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
+from panda.run.first_look import let_threads_sleep
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
 from panda.weights.formats import format_of
@@ -105,6 +106,7 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
 
 def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
+    let_threads_sleep()
     with activity("loading torch"):
         answering = _find(arguments)
     if chats:

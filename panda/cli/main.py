@@ -7,6 +7,7 @@ import sys
 
 from panda.cli.command import print_version
 from panda.cli.command import run_command
+from panda.files.terminal import fitted
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
 
@@ -66,7 +67,7 @@ def _without_command(argv: list[str]) -> None:
         raise UserError(
             f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)} `panda --help` lists the commands."
         )
-    print(USAGE)
+    print("\n".join(fitted(USAGE.split("\n"), 13)))
 
 
 if __name__ == "__main__":

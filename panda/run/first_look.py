@@ -30,6 +30,16 @@ GPUS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 """Of which a Linux machine with a GPU has one: NVIDIA's, AMD's, and that of WSL."""
 
 
+def let_threads_sleep() -> None:
+    """Has an effect before torch is loaded.
+
+    By default the OpenMP threads of torch (2.13, 2026-11) spin while they wait for each other, which makes them up to a
+    hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable when
+    torch loads it; it can go when torch's threads sleep by default.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def load(module: str) -> None:
     """Import ``module``, of panda, which imports torch, and takes seconds; and say so."""
     with activity("loading torch and DeepSpeed", announced=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,13 @@ def test_a_system_turn_that_the_template_leaves_out_is_refused(capsys: Captured,
     assert main(["generate", str(base), "--prompt", "a", "--system", "b"]) == 2
     assert "the chat template leaves the system turn out" in capsys.readouterr().err
     assert main(["generate", str(base), "--prompt", "a", "--max_new_tokens", "1"]) == 0
+
+
+def test_threads_sleep_while_they_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else answers take ten times as long on a machine that does other work; torch reads it when it is loaded."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_an_empty_prompt_is_refused(capsys: Captured, tmp_path: Path) -> None:
