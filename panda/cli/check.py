@@ -7,6 +7,7 @@ from typing import Any
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
+from panda.files.activity import activity
 from panda.files.terminal import fitted
 from panda.registry.resolve import Resolved
 from panda.run.first_look import load
@@ -88,8 +89,9 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     from panda.run.preparation import prepare
 
     directory, checkpoint = find_directory(configuration.resolved)
-    prepared = prepare(configuration, world_size)
-    prepared.decide()
+    with activity("preparing data and model"):
+        prepared = prepare(configuration, world_size)
+        prepared.decide()
     resolved, options = prepared.resolved, prepared.options
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
