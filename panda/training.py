@@ -55,6 +55,25 @@ def train(
 
 def train_arguments(arguments: Arguments) -> Trained:
     """Train what ``arguments`` describe. Raises UserError."""
+    from panda.files.library_warnings import kept_aside
+    from panda.files.library_warnings import show_last
+    from panda.registry import UserError
+
+    with kept_aside() as kept:
+        try:
+            return _train_arguments(arguments)
+        except UserError:
+            raise
+        except Exception:
+            if kept.file is None:
+                show_last(kept)
+            raise
+        finally:
+            if kept.file is not None and not kept.said and kept.counts and os.environ.get("RANK", "0") == "0":
+                print(f"{kept.summary()}: {kept.file}", file=sys.stderr, flush=True)
+
+
+def _train_arguments(arguments: Arguments) -> Trained:
     from panda.configuration.configure import configure
     from panda.configuration.launcher import check_launcher
 
@@ -62,6 +81,7 @@ def train_arguments(arguments: Arguments) -> Trained:
     configuration = configure(arguments)
 
     from panda.data.ingredients import forget_unseen_code
+    from panda.run.first_look import let_threads_sleep
     from panda.run.first_look import load
     from panda.run.first_look import look_first
     from panda.run.sources import with_lasting_sources
@@ -69,10 +89,7 @@ def train_arguments(arguments: Arguments) -> Trained:
     forget_unseen_code()
     configuration = with_lasting_sources(configuration)
     look_first(configuration, int(os.environ.get("WORLD_SIZE", 1)))
-    # By default the OpenMP threads of torch (2.13, 2026-11) spin while they wait for each other, which makes them a
-    # hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable
-    # when torch loads it; it can go when torch's threads sleep by default.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Where a rank ends, torch (2.13) warns in the others with a trace of C++ for each lost connection; panda says
         # what has happened in a line. Read when torch is loaded.

@@ -28,3 +28,10 @@ def test_layers_with_adapters_are_measured() -> None:
     updates = {(row[1], row[2]): float(row[7]) for row in rows if "adapters" not in row[2]}
     for weights in ("bf16", "nf4"):
         assert updates[weights, "peft"] < 0.8 < 0.9 < updates[weights, "panda"] < 1.1
+
+
+def test_the_cost_of_displays_is_measured() -> None:
+    printed = run_script(BENCH / "displays.py", "--steps", 40, "--most", 1000, cwd=BENCH)
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if "%" in line]
+    assert [row[0] for row in rows] == ["wall", "wall", "CPU", "CPU"] and all(float(row[2]) > 0 for row in rows)
+    assert "9 and 9 steps" in printed

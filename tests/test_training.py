@@ -40,8 +40,27 @@ environment = dict(os.environ)
 """
 
 TWICE = """
+import warnings
+
+from panda.registry import NoOptions, hookimpl, register_plugin
+
+@register_plugin("warns")
+class Warns:
+    acts = False
+
+    def __init__(self, options, context): ...
+
+    @hookimpl
+    def panda_step_end(self, step):
+        import torch
+
+        warnings.warn_explicit("old", FutureWarning, torch.__file__, step)
+        warnings.warn_explicit(f"of the user, step {step}", FutureWarning, __file__, step)
+
+sys.stderr = sys.stdout
 first = panda.train(TINY, run_name="first")
-second = panda.train("run.yaml", zero_stage=1, eval_data_dir="rows.json", save_final=False)
+second = panda.train("run.yaml", zero_stage=1, eval_data_dir="rows.json", save_final=False,
+                     plugins=[*TINY["plugins"], "warns"])
 try:
     panda.train(TINY, learning_rate=-1)
 except panda.UserError as problem:
@@ -84,6 +103,11 @@ def test_runs_follow_each_other_in_one_process_as_on_the_command_line(folder: Pa
     written = [json.loads(line) for line in (folder / "runs/line/metrics.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in first[2]] == [record["loss"] for record in written]
     assert second[0] == "runs/instruct-llama-tiny" and [record["step"] for record in second[3]] == [2]
+    with_warnings = folder / second[0] / "log.txt"
+    assert [line.split(": ", 1)[1] for line in with_warnings.read_text().splitlines()] == ["FutureWarning: old"] * 2
+    assert "  log.txt          2 warnings of torch\n" in printed and printed.count("2 warnings of torch") == 1
+    assert "FutureWarning: of the user, step 2" in printed and "FutureWarning: old" not in printed
+    assert not (folder / first[0] / "log.txt").exists()
     assert second[2][0]["loss"] == pytest.approx(first[2][0]["loss"], rel=1e-6)  # ZeRO-1 of one rank
 
 

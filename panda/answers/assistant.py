@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,19 @@ class Sampling:
     """0 takes the likeliest token; 1 samples from the model's distribution."""
     top_p: float = 1.0
     """Samples only from the likeliest tokens, as many as have this probability together."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model has answered."""
+
+    text: str
+    finish: str
+    """Why it ended: ``stop`` by a token or a text at which answers end, ``length``, or ``time``, which was up."""
+    prompt_tokens: int
+    """Of the prompt, those that the model was given."""
+    tokens: int
+    """Of the answer, without the one that ends it."""
 
 
 class Assistant:
@@ -83,7 +97,7 @@ class Assistant:
                 return encoder.encode_content("".join(turn.text for turn in turns))
             text = self.template.prompt(turns)
             if turns[0].role == "system" and self.template.leaves_out(turns, 0):
-                raise UserError("--system: the chat template leaves the system turn out. Leave --system out.")
+                raise UserError("the chat template leaves the system turn out. Go on without one.")
             return encoder.encode([text])[0]
         except UnusableRowError as problem:
             raise UserError(f"prompt: {problem}") from None
@@ -98,8 +112,8 @@ class Assistant:
         sampling: Sampling,
         write: Callable[[str], None],
         note: Callable[[str], None],
-    ) -> str:
-        """Continue ``ids``, and call ``write`` with each piece of text as it comes. Returns the whole text.
+    ) -> Answer:
+        """Continue ``ids``, and call ``write`` with each piece of text as it comes.
 
         ``note`` is called with a line for whatever is cut: of a prompt the beginning, of an answer the end. Raises
         UserError for no ids.
@@ -121,13 +135,18 @@ class Assistant:
             most = min(most, self.positions - len(ids))
         pieces = Pieces(self.tokenizer)
         tokens = self._generated if isinstance(self.model, GenerationMixin) else self._continued
+        begun = time.time()
         answer = tokens(ids, most, sampling, lambda token: write(pieces.add(token)))
         write(pieces.rest())
+        finish, allowed = "stop", self.decoding.honoured.get("max_time")
         if len(answer) == most:
+            finish = "length"
             all_asked = most == sampling.max_new_tokens
             why = "`--max_new_tokens`" if all_asked else f"the model has {self.positions:,} positions"
             note(f"the answer was cut after {most:,} tokens: {why}")
-        return decoded(self.tokenizer, answer)
+        elif allowed is not None and time.time() - begun > allowed:
+            finish = "time"
+        return Answer(decoded(self.tokenizer, answer), finish, len(ids), len(answer))
 
     def _generated(self, ids: list[int], most: int, sampling: Sampling, on_token: Callable[[int], None]) -> list[int]:
         """The answer by transformers, which keeps keys and values; ``on_token`` is called with each token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from panda.cli.passed_over import report_passed_over
 from panda.configuration.arguments import blocked_name
+from panda.files.activity import activity
+from panda.files.terminal import fitted
 from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.run.adapter_run import CKPT_PATH_HELP
@@ -20,6 +23,7 @@ from panda.run.adapter_run import adapter_run
 from panda.run.adapter_run import trained_adapters
 from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
+from panda.run.first_look import let_threads_sleep
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
 from panda.weights.formats import format_of
@@ -81,8 +85,12 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
     With ``chats``, a model without a chat template is an error, which is raised before the model is loaded.
     """
-    if arguments.max_new_tokens < 1 or not arguments.temperature >= 0 or not 0 < arguments.top_p <= 1:
-        raise UserError("expected --max_new_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1.")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens: {arguments.max_new_tokens} is not an integer >= 1.")
+    if not arguments.temperature >= 0:
+        raise UserError(f"--temperature: {arguments.temperature} is not a number >= 0.")
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top_p: {arguments.top_p} is not a number > 0 and <= 1.")
     with redirect_stdout(sys.stderr):  # stdout is for the answers; DeepSpeed writes its warnings there
         assistant = _loaded(arguments, chats=chats)
     for line in assistant.notes:
@@ -98,7 +106,9 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
 
 def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
-    answering = find_answering(arguments)
+    let_threads_sleep()
+    with activity("loading torch"):
+        answering = find_answering(arguments)
     if chats:
         answering.require_chat_template()
     if arguments.system is not None and (problem := problem_of(arguments.system)):
@@ -108,9 +118,10 @@ def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
             f"--system: the tokenizer of {answering.folder} has no chat template, so a system turn is unknown to the"
             " model. Leave --system out."
         )
-    import torch
+    with activity("reading the model"):
+        import torch
 
-    return answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def find_answering(arguments: argparse.Namespace) -> Answering:
@@ -151,11 +162,11 @@ def find_answering(arguments: argparse.Namespace) -> Answering:
     run = checkpoint.parent.parent if checkpoint else folder.parent if holds_adapters else folder
     adapted = adapter_run(run, ckpt_path, arguments.p)
     if adapted and (checkpoint or holds_adapters):
-        print(f"{checkpoint or folder}", file=sys.stderr)
+        note(f"weights: {checkpoint or folder}")
         adapters = evaluated_weights(checkpoint)[0] if checkpoint else folder
         return described_in(run / MODEL_FOLDER, load=partial(_adapted_module, adapted, adapters))
     if checkpoint and (run / MODEL_FOLDER).is_dir():
-        print(f"{checkpoint}", file=sys.stderr)
+        note(f"weights: {checkpoint}")
         return described_in(run / MODEL_FOLDER, evaluated_weights(checkpoint)[0], blocked=arguments.p)
     return found_at(replace(source, location=str(folder)), arguments.p)
 
@@ -196,14 +207,25 @@ def problem_of(text: str) -> str | None:
     return None
 
 
-def answer(assistant: Assistant, ids: list[int], sampling: Sampling) -> str:
-    """Print the answer to ``ids`` as it comes, then notes about it, and return it."""
+@dataclass
+class Answered:
+    """An answer, as far as it has come."""
+
+    text: str = ""
+
+
+def answer(assistant: Assistant, ids: list[int], sampling: Sampling, said: Answered) -> None:
+    """Print the answer to ``ids`` as it comes, which is ``said``, then notes about it."""
     notes: list[str] = []  # printed when the line of the answer has ended
-    text = assistant.answer(ids, sampling, write, notes.append)
+
+    def say(piece: str) -> None:
+        write(piece)
+        said.text += piece
+
+    said.text = assistant.answer(ids, sampling, say, notes.append).text
     write("\n")
     for line in notes:
         note(line)
-    return text
 
 
 def write(text: str) -> None:
@@ -213,4 +235,6 @@ def write(text: str) -> None:
 
 def note(text: str) -> None:
     """Print a line about an answer where it does not mix with it."""
-    print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    lines = printable(text).split("\n") if sys.stderr.isatty() else [text]
+    for line in fitted(lines, 2, sys.stderr):
+        print(line, file=sys.stderr, flush=True)

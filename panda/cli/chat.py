@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import io
+import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panda.cli.answering import RUN_HELP
+from panda.cli.answering import Answered
 from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
 from panda.cli.answering import answer
@@ -16,15 +19,30 @@ from panda.cli.answering import note
 from panda.cli.answering import opening
 from panda.cli.answering import problem_of
 from panda.cli.command import run_command
+from panda.cli.typed_lines import TypedLines
+from panda.files.whole import write_whole
 from panda.registry import UserError
+from panda.registry.errors import did_you_mean
+from panda.registry.location import resolve_path
 
 if TYPE_CHECKING:
     from panda.answers.assistant import Assistant
     from panda.answers.assistant import Message
     from panda.answers.assistant import Sampling
 
-NEW = "/new"
-"""The line that starts a new dialogue."""
+FENCE = '"""'
+"""What begins and ends a message of several lines."""
+COMMANDS = {
+    "/reset": "forget the dialogue, and begin a new one",
+    "/system TEXT": "begin a new one with the system turn TEXT, or with none",
+    "/save FILE": "write the dialogue, as a row of JSON that training reads",
+    "/help": "show this",
+    "/quit": "end the chat, as Ctrl-D does",
+}
+OTHER_INPUT = f"""\
+{FENCE} begins a message of several lines, and {FENCE} ends it.
+A message that begins with / is written with a space before it.
+Ctrl-C stops an answer; what it has said until then stays in the dialogue."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,35 +53,137 @@ def main(argv: list[str] | None = None) -> int:
 def _chat(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="panda chat",
-        description=f"Chat with a model, one line a turn, in the chat template that it was trained with. {NEW} starts a"
-        " new dialogue; an empty line or the end of input ends the chat. stdout has the answers; all else is on"
-        " stderr.",
-        epilog="example: panda chat runs/instruct-llama-tiny",
+        description="Chat with a model, in the chat template that it was trained with. stdout has the answers; all"
+        " else is on stderr.",
+        epilog=f"In the chat:\n{command_help()}\n\nexample: panda chat runs/instruct-llama-tiny",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--no_history", "--no-history", action="store_true", help="keep no file of what was typed")
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
     assistant, sampling = assistant_and_sampling(arguments, chats=True)
-    first = opening(arguments)
-    messages = list(first)
-    while line := _read():
-        if line == NEW:
-            messages = list(first)
-            continue
-        if problem := problem_of(line):
-            note(f"not sent: {problem}")
-            continue
+    lines = TypedLines([command.partition(" ")[0] for command in COMMANDS], keeps=not arguments.no_history)
+    if lines.are_typed:
+        note("/help lists the commands; Ctrl-D ends the chat.")
+    Chat(assistant, sampling, opening(arguments)).go_on(lines)
+
+
+def command_help() -> str:
+    """What can be written in a chat besides messages, in lines."""
+    return "\n".join([*(f"  {command:14} {what}" for command, what in COMMANDS.items()), OTHER_INPUT])
+
+
+class Chat:
+    """A dialogue with ``assistant``, which begins with ``first``: the system turn, or nothing."""
+
+    def __init__(self, assistant: Assistant, sampling: Sampling, first: list[Message]) -> None:
+        self.assistant, self.sampling = assistant, sampling
+        self.first = first
+        self.messages = list(first)
+        self.saved: set[Path] = set()
+        """Files that this chat has written, and may write again."""
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/reset": self.reset,
+            "/system": self.system,
+            "/save": self.save,
+            "/help": lambda _: note(command_help()),
+        }
+
+    def go_on(self, lines: TypedLines) -> None:
+        """Answer what ``lines`` say, until they end."""
+        while True:
+            try:
+                text = lines.read(FENCE)
+            except EOFError:
+                return
+            except KeyboardInterrupt:  # at the prompt: the line is given up
+                note("\nCtrl-D ends the chat.")
+                continue
+            command, _, argument = text.partition(" ")
+            if command in ("/quit", "/exit"):
+                return
+            try:
+                if text.startswith("/"):
+                    self.obey(command, argument.strip())
+                elif text.strip():
+                    self.reply(text.strip())
+            except UserError as problem:
+                note(str(problem))
+
+    def obey(self, command: str, argument: str) -> None:
+        """Do what a command says. Raises UserError."""
+        if command not in self.commands:
+            raise UserError(
+                f"unknown command {printable_command(command)}.{did_you_mean(command, self.commands)} /help lists the"
+                " commands; a message that begins with / is written with a space before it."
+            )
+        if argument and command in ("/reset", "/help"):
+            raise UserError(f"{command} takes nothing after it, and {argument!r} is there. Nothing was done.")
+        self.commands[command](argument)
+
+    def reset(self, _: str = "") -> None:
+        """Forget the dialogue."""
+        self.messages = list(self.first)
+        note("a new dialogue" + (", with the system turn" if self.first else ""))
+
+    def system(self, text: str) -> None:
+        """Begin a new dialogue with ``text`` as its system turn; none where it is empty. Raises UserError."""
+        first = [{"role": "system", "content": text}] if text else []
+        if text and (problem := problem_of(text)):
+            raise UserError(f"/system: {problem}")
         try:
-            asked = [*messages, {"role": "user", "content": line}]
-            messages, ids = _that_fit(assistant, sampling, asked, len(first))
+            self.assistant.encode([*first, {"role": "user", "content": "?"}])
+        except UserError as problem:
+            raise UserError(f"/system: not taken, the dialogue goes on as it was: {problem}") from None
+        self.first = first
+        self.reset()
+
+    def save(self, where: str) -> None:
+        """Write the dialogue to the file ``where``. Raises UserError."""
+        if not where:
+            raise UserError("/save needs the name of a file: /save chat.jsonl")
+        if len(self.messages) == len(self.first):
+            raise UserError("/save: nothing has been said yet.")
+        path = resolve_path(where).absolute()
+        if path.exists() and path not in self.saved:
+            raise UserError(f"/save: {path} exists, and is not replaced. Name another file.")
+        try:
+            write_whole(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as problem:
+            raise UserError(f"/save: {path}: {problem.strerror}. Name a file that can be written.") from None
+        self.saved.add(path)
+        note(f"{path}: {len(self.messages)} messages")
+
+    def reply(self, text: str) -> None:
+        """Answer ``text``, and remember both. Raises UserError where it cannot be given to the model."""
+        if problem := problem_of(text):
+            raise UserError(f"not sent: {problem}")
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            messages, ids = that_fit(self.assistant, self.sampling, asked, len(self.first))
         except UserError as problem:  # the template refuses it
-            note(f"not sent: {problem}")
-            continue
-        messages.append({"role": "assistant", "content": answer(assistant, ids, sampling)})
+            raise UserError(f"not sent: {problem}") from None
+        said = Answered()
+        try:
+            answer(self.assistant, ids, self.sampling, said)
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            if not said.text:
+                note("stopped before the first word; the dialogue is as it was.")
+                return
+            note("stopped; the dialogue goes on from here.")
+        self.messages = [*messages, {"role": "assistant", "content": said.text}]
 
 
-def _that_fit(
+def printable_command(command: str) -> str:
+    """``command`` as a message shows it."""
+    return repr(command if len(command) <= 40 else f"{command[:40]}...")
+
+
+def that_fit(
     assistant: Assistant, sampling: Sampling, messages: list[Message], first: int
 ) -> tuple[list[Message], list[int]]:
     """``messages`` and their ids, without the earliest exchanges where the model has too few positions for all.
@@ -82,16 +202,3 @@ def _that_fit(
             f"the dialogue's first {left_out} exchanges were left out; the model has {assistant.positions:,} positions"
         )
     return messages, ids
-
-
-def _read() -> str:
-    """The user's next line; empty at the end of input. Only a terminal is shown the prompt.
-
-    Bytes that are not text of the terminal's encoding come as surrogates.
-    """
-    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
-        sys.stdin.reconfigure(errors="surrogateescape")
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
+from panda.files.activity import activity
+from panda.files.terminal import fitted
 from panda.registry.resolve import Resolved
 from panda.run.first_look import load
 
@@ -21,6 +25,10 @@ examples:
   WORLD_SIZE=8 panda check panda:configs/instruct-tiny.yaml --zero_stage 3"""
 
 
+LONG_VALUE = 16
+"""Characters of a value beyond which it does not widen the column of values."""
+INDENT = 30
+"""Columns to which the rest of a line that is too long for a terminal is set in, at most."""
 TRIED_LATER = "not tried yet: whether the model looks ahead or lacks logits; training does so before its first step"
 
 
@@ -44,21 +52,26 @@ def _check(argv: list[str]) -> None:
 
 
 def _print_settings(resolved: Resolved) -> None:
-    width = max(map(len, resolved.settings))
-    owner = None
-    for key, setting in resolved.settings.items():
-        if setting.owner != owner:
-            owner = setting.owner
-            print(f"{owner}:")
-        value = ", ".join(map(str, setting.value)) if isinstance(setting.value, tuple) else setting.value
-        shown = repr(value) if isinstance(value, str) and value != value.strip() else value
-        print(f"  {key:{width}}  {'' if shown is None else shown!s:24}  {setting.origin}".rstrip())
+    for owner in dict.fromkeys(setting.owner for setting in resolved.settings.values()):
+        print(f"{owner}:")
+        settings = {key: setting for key, setting in resolved.settings.items() if setting.owner == owner}
+        shown = {key: _shown(setting.value) for key, setting in settings.items()}
+        width = max(map(len, shown))
+        most = max((len(text) for text in shown.values() if len(text) <= LONG_VALUE), default=0)
+        for key, setting in settings.items():
+            line = f"  {key:{width}}  {shown[key]:{most}}  {setting.origin}".rstrip()
+            print("\n".join(fitted([line], min(width, INDENT) + 4)))
     print()
     for chosen in resolved.chosen:
         source = "{}:{}".format(*chosen.component.source)
-        print(f"{chosen.label}: {chosen.offer.provider}, {source}")
+        print("\n".join(fitted([f"{chosen.label}: {chosen.offer.provider}, {source}"], 4)))
     for offer in resolved.hook_modules:
         print(f"plugin {offer.name}: {offer.provider}, {offer.file or offer.module}")
+
+
+def _shown(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
+    return repr(value) if isinstance(value, str) and value != value.strip() else text
 
 
 def _check_data_and_model(configuration: Configuration, world_size: int) -> None:
@@ -67,7 +80,6 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
 
     from panda.engine.checkpoints.manifest import START
     from panda.engine.checkpoints.manifest import read_progress
-    from panda.files.terminal import fitted
     from panda.models.forward.isolation import refuse_without_positions
     from panda.run.assembly import lay_out
     from panda.run.continuation import agreement_of
@@ -77,8 +89,9 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     from panda.run.preparation import prepare
 
     directory, checkpoint = find_directory(configuration.resolved)
-    prepared = prepare(configuration, world_size)
-    prepared.decide()
+    with activity("preparing data and model"):
+        prepared = prepare(configuration, world_size)
+        prepared.decide()
     resolved, options = prepared.resolved, prepared.options
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = read_progress(checkpoint, agreement) if checkpoint else START
@@ -86,4 +99,4 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     if layout.packed and prepared.outline is not None:
         refuse_without_positions(prepared.outline, resolved.components["model"].component.name)
     print("\n".join(fitted(outlook(prepared, layout, directory, checkpoint), LABEL_WIDTH)))
-    print(TRIED_LATER)
+    print("\n".join(fitted([TRIED_LATER], 4)))

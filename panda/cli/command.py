@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import io
 import os
 import sys
@@ -18,6 +21,9 @@ from panda.files.disk_full import MORE_SHARED_MEMORY
 from panda.files.disk_full import SHARED_MEMORY_FULL
 from panda.files.disk_full import disk_full
 from panda.files.disk_full import out_of_reach
+from panda.files.library_warnings import LibraryWarnings
+from panda.files.library_warnings import kept_aside
+from panda.files.library_warnings import show_last
 from panda.files.private import without_secrets
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -50,7 +56,13 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     """
     _open_what_is_closed()
     _replace_what_cannot_be_written()
+    _end_soon()
     forget_empty()
+    with kept_aside() as kept:
+        return _run(command, argv, kept)
+
+
+def _run(command: Callable[[list[str]], None], argv: list[str] | None, kept: LibraryWarnings) -> int:
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where the error of a closed pipe is caught
@@ -78,6 +90,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None) ->
     except Exception as error:
         full, away = disk_full(error), out_of_reach(error)
         if not (full or away) or os.environ.get("PANDA_TRACEBACK"):
+            show_last(kept)
             tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
@@ -109,6 +122,15 @@ def _for_disks(problem: str) -> str:
     if problem == SHARED_MEMORY_FULL:
         return MORE_SHARED_MEMORY
     return "Make room, or name a folder on another disk (`output_dir`, `token_cache`, TMPDIR), and start again."
+
+
+@functools.cache
+def _end_soon() -> None:
+    """Let the interpreter end without looking for garbage among a million objects of torch: 0.4 s instead of 3.
+
+    It does so several times at its end (CPython 3.11). What registers later for the end, as libraries do, runs earlier.
+    """
+    atexit.register(gc.freeze)
 
 
 def _open_what_is_closed() -> None:

@@ -60,7 +60,7 @@ Print what has the shell complete commands, flags, registered names and choices 
   zsh:  echo 'eval "$(panda completion zsh)"' >> ~/.zshrc   (after compinit)
   fish: panda completion fish > ~/.config/fish/completions/panda.fish"""
 
-CONFIGURED = ("train", "check", "estimate", "data", "prepare", "plot")
+CONFIGURED = ("train", "check", "estimate", "data", "prepare", "plot", "sweep")
 """Commands that take the keys of a run as flags."""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from panda.cli.answering import add_blocking
 from panda.cli.command import run_command
 from panda.cli.passed_over import report_passed_over
+from panda.files.activity import activity
 from panda.files.own import refuse_links_out
 from panda.files.whole import check_can_be_made
 from panda.registry import UserError
@@ -84,26 +85,37 @@ def _export(argv: list[str]) -> None:
     check_can_be_made(output, "--output")
 
     from panda.engine.checkpoints.folders import step_of
-    from panda.engine.checkpoints.weights import checkpoint_weights
-    from panda.engine.checkpoints.weights_copies import evaluated_weights
     from panda.run.model_card import model_card
-    from panda.weights.export import export
 
-    weights, others = (checkpoint_weights(checkpoint), False) if arguments.trained else evaluated_weights(checkpoint)
-    note = "; the weights that it was evaluated with, an average or the like" if others else ""
-    if adapted and not arguments.merge:
-        _export_adapters(adapted, weights, output, model_card(run, step_of(checkpoint), adapters=True))
-    else:
-        if adapted:
-            weights, merged = _merged(adapted, weights)
-            note += merged
-        export(run / MODEL_FOLDER, weights, output, model_card(run, step_of(checkpoint), adapters=False))
+    with activity("exporting the model"):
+        card = model_card(run, step_of(checkpoint), adapters=adapted is not None and not arguments.merge)
+        note = _exported(checkpoint, output, adapted, card, merges=arguments.merge, trained=arguments.trained)
     print(f"{output}: {checkpoint.name} of {run}{note}")
     if script:
         from panda.weights.gguf import write_gguf
 
         write_gguf(output, arguments.gguf, script, arguments.gguf_type)
         print(f"{arguments.gguf}: the same, as GGUF ({arguments.gguf_type})")
+
+
+def _exported(
+    checkpoint: Path, output: Path, adapted: AdapterRun | None, card: str, *, merges: bool, trained: bool
+) -> str:
+    """Write the export of ``checkpoint``; what there is to say of it."""
+    from panda.engine.checkpoints.weights import checkpoint_weights
+    from panda.engine.checkpoints.weights_copies import evaluated_weights
+    from panda.weights.export import export
+
+    weights, others = (checkpoint_weights(checkpoint), False) if trained else evaluated_weights(checkpoint)
+    note = "; the weights that it was evaluated with, an average or the like" if others else ""
+    if adapted and not merges:
+        _export_adapters(adapted, weights, output, card)
+    else:
+        if adapted:
+            weights, merged = _merged(adapted, weights)
+            note += merged
+        export(checkpoint.parent.parent / MODEL_FOLDER, weights, output, card)
+    return note
 
 
 def _add_gguf(parser: argparse.ArgumentParser) -> None:

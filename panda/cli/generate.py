@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import TYPE_CHECKING
 
 from panda.cli.answering import RUN_HELP
+from panda.cli.answering import Answered
 from panda.cli.answering import add_base
 from panda.cli.answering import add_sampling
 from panda.cli.answering import answer
@@ -15,6 +18,9 @@ from panda.cli.answering import problem_of
 from panda.cli.answering import write
 from panda.cli.command import run_command
 from panda.registry import UserError
+
+if TYPE_CHECKING:
+    from panda.answers.assistant import Answer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,11 +33,13 @@ def _generate(argv: list[str]) -> None:
         prog="panda generate",
         description="Answer prompts, in the form in which the model saw them in training: in its chat template if it"
         " has one, and otherwise as the beginning of a text. stdout has the answers, each with a newline after it, and"
-        " an empty line between two; all else is on stderr.",
+        " an empty line between two; all else is on stderr. With --json, stdout has an object for each prompt, a line"
+        " each: prompt, answer, finish (why the answer ended: stop, length or time), prompt_tokens, answer_tokens.",
         epilog='example: panda generate runs/instruct-llama-tiny --prompt "Write panda in capitals."',
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--prompt", nargs="+", required=True, help="one or more prompts")
+    parser.add_argument("--json", action="store_true", help="print each answer when it is whole, as an object of JSON")
     add_base(parser)
     add_sampling(parser)
     arguments = parser.parse_args(argv)
@@ -44,8 +52,23 @@ def _generate(argv: list[str]) -> None:
         assistant.encode([*opening(arguments), {"role": "user", "content": prompt}]) for prompt in arguments.prompt
     ]
     for number, (prompt, ids) in enumerate(zip(arguments.prompt, encoded, strict=True)):
+        if arguments.json:
+            print(_as_json(prompt, assistant.answer(ids, sampling, lambda text: None, note)), flush=True)
+            continue
         if number:
             write("\n")
         if len(encoded) > 1:
             note(f"> {prompt}")
-        answer(assistant, ids, sampling)
+        answer(assistant, ids, sampling, Answered())
+
+
+def _as_json(prompt: str, answer: Answer) -> str:
+    return json.dumps(
+        {
+            "prompt": prompt,
+            "answer": answer.text,
+            "finish": answer.finish,
+            "prompt_tokens": answer.prompt_tokens,
+            "answer_tokens": answer.tokens,
+        }
+    )

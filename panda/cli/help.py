@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import shutil
 import textwrap
+from collections.abc import Mapping
+from typing import Any
 
 from panda.configuration.arguments import Arguments
 from panda.configuration.options import DEFAULT_PLUGINS
@@ -13,6 +17,7 @@ from panda.registry import Catalog
 from panda.registry import Component
 from panda.registry import UserError
 from panda.registry.choosing import NAMING
+from panda.registry.choosing import Choice
 from panda.registry.choosing import choose
 from panda.registry.choosing import model_of
 from panda.registry.choosing import named_by_options
@@ -46,10 +51,15 @@ def print_train_help(arguments: Arguments) -> None:
     components = chosen_components(
         catalog, arguments
     )  # first, so that an unknown name is reported instead of a page of flags
+    arch, values = _arch_values(catalog, arguments)
     print(USAGE)
-    print_options("options of every run", options_of(RunOptions))
+    options = options_of(RunOptions)
+    for title, keys in groups_of(RunOptions).items():
+        print_options(f"every run: {title}", {key: options[key] for key in keys})
     for component in components:
-        print_options(f"{component.kind} {component.name}: {component.summary}", options_of(component.options))
+        sizes = values if arch and component.kind == "model" else {}
+        title = f"{component.kind} {component.name}: {component.summary}"
+        print_options(title, options_of(component.options), sizes, arch)
     print()
     for kind in catalog.kinds.values():
         names = ", ".join(dict.fromkeys(offer.name for offer in catalog.offers(kind.name)))
@@ -57,13 +67,20 @@ def print_train_help(arguments: Arguments) -> None:
             print(_wrapped(f"{kind.plural}: {names or 'none'}", indent=2))
 
 
+def groups_of(cls: type) -> dict[str, list[str]]:
+    """The options of ``cls`` by the comments ``# -- TITLE`` over them in its source."""
+    found: dict[str, list[str]] = {}
+    for title, key in re.findall(r"^    (?:# -- (.+)|(\w+): .*)$", inspect.getsource(cls), re.MULTILINE):
+        if title:
+            found[title] = []
+        elif found:
+            found[next(reversed(found))].append(key)
+    return found
+
+
 def chosen_components(catalog: Catalog, arguments: Arguments) -> list[Component]:
     """The components that ``arguments`` choose, imported. Raises UserError for an unknown name."""
-    core = options_of(RunOptions)
-    settings, problems = convert_options({key: core[key] for key in NAMING}, arguments.given)
-    if problems:
-        raise UserError("\n".join(problems))
-    choice = choose(catalog, settings, DEFAULT_PLUGINS)
+    choice = _choice(catalog, arguments)
     by_kind = dict(choice.offers)
     if "arch" in by_kind and "model" not in by_kind:
         by_kind["model"] = model_of(catalog, by_kind["arch"])
@@ -75,12 +92,33 @@ def chosen_components(catalog: Catalog, arguments: Arguments) -> list[Component]
     return [component for _, component in [*owners, *named.owners]]
 
 
-def print_options(title: str, options: dict[str, Option]) -> None:
-    """Print the flags, defaults and help of ``options`` under ``title``."""
+def _choice(catalog: Catalog, arguments: Arguments) -> Choice:
+    core = options_of(RunOptions)
+    settings, problems = convert_options({key: core[key] for key in NAMING}, arguments.given)
+    if problems:
+        raise UserError("\n".join(problems))
+    return choose(catalog, settings, DEFAULT_PLUGINS)
+
+
+def _arch_values(catalog: Catalog, arguments: Arguments) -> tuple[str, Mapping[str, Any]]:
+    """The arch that ``arguments`` choose, and the values that it gives the options of its model; empty for none."""
+    offer = _choice(catalog, arguments).offers.get("arch")
+    component = catalog.load(offer) if offer else None
+    return (component.name, component.factory()) if component else ("", {})
+
+
+def print_options(
+    title: str, options: Mapping[str, Option], values: Mapping[str, Any] | None = None, source: str = ""
+) -> None:
+    """Print the flags, defaults and help of ``options`` under ``title``.
+
+    ``values`` stand in the place of defaults, and come from ``source``.
+    """
     if options:
         print(f"\n{_wrapped(title, indent=0)}")
     for key, option in options.items():
-        print(f"  --{key}{_default(option)}")
+        known = values is not None and key in values
+        print(f"  --{key}{f' [{values[key]}, of {source}]' if known else _default(option)}")  # type: ignore[index]
         print(_wrapped(f"{option.doc} ({option.expects})".strip(), indent=25))
 
 
@@ -91,7 +129,8 @@ def _default(option: Option) -> str:
         return ""
     if isinstance(option.default, tuple):
         return f" [{', '.join(map(str, option.default))}]"
-    return f" [{option.default!r}]"
+    plain = isinstance(option.default, str) and option.default == option.default.strip()
+    return f" [{option.default if plain else repr(option.default)}]"
 
 
 def _wrapped(text: str, *, indent: int) -> str:

@@ -7,6 +7,7 @@ import sys
 
 from panda.cli.command import print_version
 from panda.cli.command import run_command
+from panda.files.terminal import fitted
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "runs": "list runs: how far they are, their losses, speed and age",
     "report": "write an HTML page about runs: curves, samples, answers",
     "train": "train; the same as panda-train",
+    "sweep": "train a grid of values, one run after another, or go on with it",
     "export": "write a run's checkpoint as a folder that plain transformers loads",
     "push": "put an export on the Hugging Face hub",
     "eval": "evaluate a model on data: loss, token accuracy, scores of its answers",
@@ -65,8 +67,10 @@ def _without_command(argv: list[str]) -> None:
         if argv[0] in ("-V", "--version"):
             print_version()
             return
-        raise UserError(f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)}\n{USAGE}")
-    print(USAGE)
+        raise UserError(
+            f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)} `panda --help` lists the commands."
+        )
+    print("\n".join(fitted(USAGE.split("\n"), 13)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,8 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
 """The columns, and what a row says in each."""
 TEXTS = ("run", "status")
 """Columns of texts, which are set to the left."""
+LEFT_OUT = ("least", "eval", "tokens/s", "age")
+"""Columns that a narrow terminal is not shown, the first ones first."""
 SORTED = {"age": "age_seconds", "loss": "loss", "eval": "best_eval_loss", "run": "run"}
 """What rows are sorted by, from the least."""
 
@@ -64,7 +67,7 @@ def _runs(argv: list[str]) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif rows:
-        _print(rows)
+        print_table(rows)
     else:
         print(f"no runs in {printable_line(str(folder))}")
 
@@ -105,17 +108,27 @@ def _status(run: Path, provenance: dict[str, Any], last: dict[str, Any]) -> str:
     return "interrupted" if saved else "ended without a checkpoint"
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    """A table of the columns that any of ``rows`` has something for."""
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """A table of the columns that any of ``rows`` has something for, as many as a terminal is wide enough for."""
     cells = {name: [printable_line(shown(row)) for row in rows] for name, shown in ROWS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
     widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
+    left_out = []
+    if sys.stdout.isatty():
+        columns = shutil.get_terminal_size().columns
+        for name in (name for name in LEFT_OUT if name in cells):
+            if sum(widths.values()) + 2 * (len(widths) - 1) < columns:
+                break
+            left_out.append(name)
+            del widths[name]
     for number in range(-1, len(rows)):
         line = [
             f"{name if number < 0 else cells[name][number]:{'<' if name in TEXTS else '>'}{width}}"
             for name, width in widths.items()
         ]
         print("  ".join(line).rstrip())
+    if left_out:
+        print(f"no room for: {', '.join(left_out)} (`panda runs --json` has all)")
     sys.stdout.flush()
 
 

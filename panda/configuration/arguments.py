@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 import os
 import sys
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -23,6 +24,7 @@ from panda.registry import UserError
 from panda.registry.api import checked_api
 from panda.registry.choosing import BLOCK
 from panda.registry.flat_yaml import load_flat_yaml
+from panda.registry.location import path_in_package
 from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
@@ -77,40 +79,25 @@ def parse_arguments(argv: list[str]) -> Arguments:
     blocked: list[str] = []
     flags: dict[str, Given] = {}
     asks_for_help = False
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        if word in ("-h", "--help"):
+    for flag, values in words_of_flags(argv):
+        if flag in ("-h", "--help"):
             asks_for_help = True
-        elif word == "--profile":
+        elif flag == "--profile":
             added.append("profile")
-        elif word == "-p" or word.startswith("-p="):
-            blocked.append(blocked_name(word[3:] if word != "-p" else argv[position] if position < len(argv) else ""))
-            position += word == "-p"
-        elif word.startswith("--"):
-            name, equals, text = word[2:].partition("=")
-            if not name:
-                raise UserError(f"{word!r}: expected a flag, --key value.")
-            values = [text] if equals else []
-            while not equals and position < len(argv) and not _is_flag(argv[position]):
-                values.append(argv[position])
-                position += 1
-            key = name.replace("-", "_")
-            origin = f"--{name}"
-            if key in flags:
-                raise UserError(f"{origin} is given twice.")
-            if key not in IGNORED:
-                flags[key] = Given(_value(values), origin, " ".join(values))
+        elif flag == "-p":
+            blocked.append(blocked_name(values[0]))
         else:
-            hint = f" Did you mean `--config {word}`?" if word.endswith((".yaml", ".yml")) else ""
-            raise UserError(f"{word!r}: expected a flag, --key value.{hint}")
+            key = flag[2:].replace("-", "_")
+            if key in flags:
+                raise UserError(f"{flag} is given twice.")
+            if key not in IGNORED:
+                flags[key] = Given(_value(values), flag, " ".join(values))
     flags = _with_accepted_spellings(flags)
     config = flags.pop("config", None)
     if config is not None and not isinstance(config.value, str):
         more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
         raise UserError(f"--config needs the path of a YAML file, as in --config run.yaml{more}.")
-    file = _read(_config_path(str(config.value), config.origin)) if config else _of_continued_run(flags)
+    file = _named(str(config.value), config.origin) if config else _of_continued_run(flags)
     given = file.given | flags
     if config and "resume" in given and given["resume"].value == "auto" and not {"output_dir", "run_name"} & {*flags}:
         given |= _own_directory(str(config.value))
@@ -125,6 +112,31 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return Arguments(given, asks_for_help, file.api, recorded)
 
 
+def words_of_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag in ``argv`` as it is written, and the words of its value. Raises UserError for what is no flag."""
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if word in ("-h", "--help", "--profile"):
+            yield word, []
+        elif word == "-p" or word.startswith("-p="):
+            yield "-p", [word[3:] if word != "-p" else argv[position] if position < len(argv) else ""]
+            position += word == "-p"
+        elif word.startswith("--"):
+            name, equals, text = word.partition("=")
+            if name == "--":
+                raise UserError(f"{word!r}: expected a flag, --key value.")
+            values = [text] if equals else []
+            while not equals and position < len(argv) and not _is_flag(argv[position]):
+                values.append(argv[position])
+                position += 1
+            yield name, values
+        else:
+            hint = f" Did you mean `--config {word}`?" if word.endswith((".yaml", ".yml")) else ""
+            raise UserError(f"{word!r}: expected a flag, --key value.{hint}")
+
+
 def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flags: Mapping[str, Any]) -> Arguments:
     """What ``panda.train`` is given, as if it were a file and flags. Raises UserError."""
     if isinstance(config, Mapping):
@@ -132,7 +144,7 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
             _with_accepted_spellings({str(key): _of_python(f"config[{key!r}]", value) for key, value in config.items()})
         )
     elif isinstance(config, str | os.PathLike):
-        file = _read(_config_path(os.fspath(config), "panda.train: its first argument"))
+        file = _named(os.fspath(config), "panda.train: its first argument")
     elif config is not None:
         raise UserError(
             f"panda.train: its first argument is the path of a YAML file, a mapping of keys to values, or None, not"
@@ -145,10 +157,11 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
     return Arguments(file.given | over, False, file.api, recorded, in_process=True)
 
 
-def _config_path(text: str, origin: str) -> Path:
+def _named(text: str, origin: str) -> _File:
+    """The configuration file that ``text`` names. Raises UserError."""
     if problem := problem_of_path(text):
         raise UserError(f"{origin}: {text[:200]!r} is not the path of a YAML file. {problem}")
-    return resolve_path(text)
+    return _read(resolve_path(text), text if path_in_package(text) else None)
 
 
 def _of_python(origin: str, value: Any) -> Given:
@@ -174,14 +187,14 @@ def _plain(item: Any) -> Any:
     return float(item) if isinstance(item, numbers.Real) and not isinstance(item, bool) else item
 
 
-def _read(path: Path) -> _File:
-    """The configuration file at ``path``. Raises UserError where it is none of panda's."""
+def _read(path: Path, name: str | None = None) -> _File:
+    """The configuration file at ``path``, which messages call ``name``. Raises UserError if it is none of panda's."""
     if tool := looks_like(path):
         raise UserError(
             f"{path}: looks like a file of {tool}, and panda's keys are others. `panda translate {path} --output"
             " run.yaml` writes it in panda's keys, and lists what has no counterpart."
         )
-    return _checked(_with_accepted_spellings(load_flat_yaml(path, is_of_another_tool)))
+    return _checked(_with_accepted_spellings(load_flat_yaml(path, is_of_another_tool, name)))
 
 
 def _own_directory(config: str) -> dict[str, Given]:
@@ -207,6 +220,11 @@ def _of_continued_run(flags: Mapping[str, Given]) -> _File:
         if (folder / RUN_CONFIG).is_file():
             # Whoever wrote it, the user has not named this file: files in it are executed only where flags name them.
             return replace(_read(folder / RUN_CONFIG), is_recorded=True)
+    if flags["resume"].value != "auto":
+        raise UserError(
+            f"{flags['resume'].origin}: no run at {place.value[:200]!r}: no {RUN_CONFIG} in it. Name a run directory,"
+            " its `checkpoints`, or one `step-...` folder."
+        )
     return _File({}, None, False)
 
 

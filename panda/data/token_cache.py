@@ -194,7 +194,7 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
             folder,
             arrays[PLACES],
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, UserError) as problem:
         print(f"token cache: {folder} is damaged and is made again: {problem}", file=sys.stderr, flush=True)

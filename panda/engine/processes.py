@@ -309,7 +309,7 @@ def _join_deepspeed() -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.WARNING)
     # ZeRO-3 of DeepSpeed 0.19.8 calls two functions that torch 2.13 deprecates, and each call warns between the lines
     # of a run (2026-11-26). Can go when DeepSpeed calls `all_gather_single` and `reduce_scatter_single`.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):

@@ -64,6 +64,8 @@ class Activity:
     """Of ``done``, what does not count for the speed: steps of an earlier start."""
     announced: bool = False
     """Whether it is shown from its beginning."""
+    own_lines: bool = False
+    """Whether the caller prints the lines where there is no terminal."""
 
     def advance(self, count: float = 1) -> None:
         """Note that so much more is done."""
@@ -123,7 +125,7 @@ def activity(
     """
     before = _words
     stand(what)
-    shown = Activity(what, total, done, unit, done_before=done, announced=announced)
+    shown = Activity(what, total, done, unit, done_before=done, announced=announced, own_lines=own_lines)
     speaks = _speaks(any_rank=any_rank)
     if speaks:
         if announced and not is_terminal():
@@ -204,7 +206,7 @@ def _tick() -> None:
     _ticking = threading.Timer(TICK_SECONDS, _tick)
     _ticking.daemon = True
     _ticking.start()
-    current = _under_way[-1] if _under_way else None
+    current = _under_way[-1] if _under_way and not _under_way[-1].own_lines else None
     if current is not None and min(time.monotonic() - _spoken, current.seconds) >= LINE_SECONDS:
         _spoken = time.monotonic()
         print(f"{time.strftime('%H:%M:%S')}  {current.text(200, bar=False)}", flush=True)

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import TextIO
 
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 except tab and newline, DEL, C1
@@ -35,9 +36,13 @@ def _escaped(found: re.Match[str]) -> str:
     return found.group().encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def fitted(lines: Iterable[str], indent: int) -> Iterator[str]:
-    """``lines``, wrapped at words where stdout is a terminal and they are longer than it, ``indent`` columns in."""
-    if sys.stdout is None or not sys.stdout.isatty():
+def fitted(lines: Iterable[str], indent: int, stream: TextIO | None = None) -> Iterator[str]:
+    """``lines``, wrapped at words where ``stream``, by default stdout, is a terminal and they are longer than it.
+
+    The lines that follow are ``indent`` columns in.
+    """
+    stream = stream or sys.stdout
+    if stream is None or not stream.isatty():
         yield from lines
         return
     width = max(2 * indent, shutil.get_terminal_size().columns - 1)

@@ -18,6 +18,7 @@ from panda.files.activity import activity
 from panda.files.activity import duration
 from panda.files.activity import is_terminal
 from panda.files.activity import say
+from panda.files.library_warnings import current
 from panda.files.terminal import printable
 from panda.registry import NoOptions
 from panda.registry import hookimpl
@@ -25,6 +26,7 @@ from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
 from panda.run.interruption import Interrupted
 from panda.run.interruption import how_to_continue
+from panda.weights.run_folders import LOG
 
 if TYPE_CHECKING:
     from panda.runner import Run
@@ -124,6 +126,9 @@ class ProgressDisplay:
         for name, what in _CONTENTS.items():
             if (run.directory / name).exists():
                 print(f"  {name:18} {what}")
+        if warned := current().summary():
+            print(f"  {LOG:18} {warned}")
+            current().said = True
         for answer in run.answers:
             text = f"\n> {answer['prompt']}\n{answer['answer']}"
             print(printable(text))

@@ -17,18 +17,29 @@ from panda.registry.errors import UserError
 from panda.registry.options import Given
 
 
-def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: False) -> dict[str, Given]:
-    """Keys and values of the file at ``path``. Raises UserError with file and line where it is no YAML of this form.
+def load_flat_yaml(
+    path: Path, foreign: Callable[[str], bool] = lambda key: False, name: str | None = None
+) -> dict[str, Given]:
+    """Keys and values of the file at ``path``, which origins call ``name``.
 
-    A nested value is kept as one that no option takes, so that it is refused with all else that is wrong. ``foreign``:
-    whether a key is one that can be answered; in nested values these are found by their paths, ``a.b``.
+    Raises UserError with file and line where it is no YAML of this form. A nested value is kept as one that no option
+    takes, so that it is refused with all else that is wrong. ``foreign``: whether a key is one that can be answered; in
+    nested values these are found by their paths, ``a.b``.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file (looked in {Path.cwd()}).") from None
+    except IsADirectoryError:
+        inside = sorted(each.name for each in path.iterdir() if each.suffix in (".yaml", ".yml"))
+        hint = f" Did you mean {path / inside[0]}?" if inside else " Name a YAML file."
+        raise UserError(f"{path}: it is a folder, not a configuration file.{hint}") from None
+    except UnicodeDecodeError as problem:
+        line = problem.object.count(b"\n", 0, problem.start) + 1
+        byte = f"byte 0x{problem.object[problem.start]:02x}"
+        raise UserError(f"{path}:{line}: cannot be read: not UTF-8: {byte}. Save the file as UTF-8.") from None
     except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: cannot be read: {problem}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}.") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as problem:
@@ -36,7 +47,8 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         said = [getattr(problem, part, None) for part in ("context", "problem")]
         reason = ", ".join(part for part in said if part) or " ".join(str(problem).split())
-        raise UserError(f"{where}: not valid YAML: {reason}.") from None
+        hint = " YAML admits no tab there: use spaces." if "'\\t'" in reason else ""
+        raise UserError(f"{where}: not valid YAML: {reason}.{hint}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply. panda's configuration is flat: one level, `key: value`.") from None
     if root is None or root.tag == "tag:yaml.org,2002:null":
@@ -47,7 +59,7 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
 
     entries: dict[str, Given] = {}
     for key_node, value_node in root.value:
-        origin = f"{path}:{key_node.start_mark.line + 1}"
+        origin = f"{name or path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{origin}: a key must be a word.")
         key = key_node.value
@@ -60,7 +72,7 @@ def load_flat_yaml(path: Path, foreign: Callable[[str], bool] = lambda key: Fals
         known = [inner for inner in leaves if inner != key and foreign(inner)]
         for inner in known:
             node, line = leaves[inner]
-            entries.setdefault(inner, _given(node, f"{path}:{line}"))
+            entries.setdefault(inner, _given(node, f"{name or path}:{line}"))
         if len(known) < len(leaves) or not leaves:
             entries[key] = Given(True, origin, "...", is_nested=True)
     return entries

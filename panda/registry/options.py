@@ -337,14 +337,17 @@ _BOOLS = {
 }
 
 
+_COMMA = "It is one number, with a point for its fraction; `panda sweep` trains several values."
+
+
 def _convert_number(base: type[int] | type[float], value: Any) -> int | float:
     if isinstance(value, str) and base is int and not _NUMBER.fullmatch(value):
-        raise ValueError("")
+        raise ValueError(_COMMA if "," in value else "")
     if isinstance(value, str):
         try:
             value = int(value) if base is int and value.lstrip("-").isdigit() else float(value)
         except ValueError:  # without what Python says of it
-            raise ValueError("") from None
+            raise ValueError(_COMMA if "," in value else "") from None
     if not isinstance(value, (int, float)):
         raise ValueError("")
     if isinstance(value, float) and not math.isfinite(value):
@@ -384,7 +387,7 @@ def _convert_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if members[-1] is Ellipsis:
         members = (members[0],) * len(value)
     if len(value) != len(members):
-        raise ValueError(f"{len(value)} were given.")
+        raise ValueError(f"{len(value)} {'was' if len(value) == 1 else 'were'} given.")
     return tuple(_convert(member, item) for member, item in zip(members, value, strict=True))
 
 

@@ -349,7 +349,7 @@ def _pieces(
 def answered(assistant: Assistant, ids: Sequence[int]) -> str:
     """The likeliest answer to ``ids``, with what was cut of it after it."""
     notes: list[str] = []
-    text = assistant.answer(list(ids), Sampling(ANSWER_TOKENS), lambda piece: None, notes.append)
+    text = assistant.answer(list(ids), Sampling(ANSWER_TOKENS), lambda piece: None, notes.append).text
     return f"{text} …" if any("answer was cut" in note for note in notes) else text
 
 

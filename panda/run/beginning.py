@@ -21,6 +21,7 @@ from panda.engine.processes import Processes
 from panda.engine.processes import dump_collectives_in
 from panda.files.activity import stand
 from panda.files.disk_full import writing
+from panda.files.library_warnings import current
 from panda.files.terminal import printable
 from panda.run.continuation import Continuation
 from panda.run.description import changes
@@ -42,6 +43,7 @@ from panda.run.trained_model import TrainedModel
 from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 from panda.weights.run_folders import CHECKPOINTS
+from panda.weights.run_folders import LOG
 
 NO_ROOM_LEFT = "Complete checkpoints are untouched: make room, and continue from the newest one with `--resume auto`."
 
@@ -88,11 +90,13 @@ def begin(
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
     )
 
+    current().keep_in(directory / LOG)
     describe = writing(f"{directory}: the description of the run", NO_ROOM_LEFT)(_describe)
     processes.together(partial(describe, run, prepared, model))
 
     def make_again() -> Path:
         run.directory = make_directory_again(run.directory, lock)
+        current().keep_in(run.directory / LOG)
         describe(run, prepared, model)
         return run.directory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 
 from panda.configuration.configure import Configuration
 from panda.data.auto_reader import AutoReader
@@ -14,6 +15,7 @@ from panda.data.reading import Reader
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.files.activity import activity
 from panda.files.whole import check_can_be_made
+from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
 from panda.registry.settings import CORE
 from panda.registry.settings import Setting
@@ -22,6 +24,20 @@ from panda.run.directory import find_directory
 from panda.run.directory_lock import check_free
 from panda.run.sources import data_settings
 from panda.weights.tokenizers import tokenizer_folder
+
+NO_FP16 = "precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`."
+GPUS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+"""Of which a Linux machine with a GPU has one: NVIDIA's, AMD's, and that of WSL."""
+
+
+def let_threads_sleep() -> None:
+    """Has an effect before torch is loaded.
+
+    By default the OpenMP threads of torch (2.13, 2026-11) spin while they wait for each other, which makes them up to a
+    hundred times slower, measured, as soon as another process wants one of their cores. OpenMP reads this variable when
+    torch loads it; it can go when torch's threads sleep by default.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def load(module: str) -> None:
@@ -61,6 +77,8 @@ def _look_for_data(settings: list[Setting], reader: Reader, *, on_hub: bool) -> 
 def look_first(configuration: Configuration, world_size: int) -> None:
     """Raise UserError if a run of ``world_size`` processes cannot work: settings, inputs, or a place to write."""
     resolved = configuration.resolved
+    if resolved.core.precision == "fp16" and sys.platform == "linux" and not any(map(os.path.exists, GPUS)):
+        raise UserError(NO_FP16)
     deepspeed_config(configuration.options, world_size=world_size, on_gpu=False)
     directory, checkpoint = find_directory(resolved)
     check_can_be_made(directory, "output_dir")

@@ -363,7 +363,8 @@ def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
     if prepared.options.resume == "auto":
         return f"{directory}, where there is no checkpoint yet: the run starts from the beginning"
     default = Path("runs") / run_name(prepared.resolved)
-    taken = f" (there is a {default} already)" if directory != default and default.exists() else ""
+    has_number = not prepared.options.output_dir and directory != default and default.exists()
+    taken = f" (there is a {default} already)" if has_number else ""
     return f"{directory}{taken}"
 
 

@@ -36,6 +36,7 @@ from panda.run.compiling import Work
 from panda.run.compiling import choice
 from panda.run.decided import with_decided
 from panda.run.decided import with_template_date
+from panda.run.first_look import NO_FP16
 from panda.run.fitting import Estimates
 from panda.run.fitting import explanation
 from panda.run.fitting import on_card
@@ -294,7 +295,7 @@ def prepare(configuration: Configuration, world_size: int) -> Preparation:
     """
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`.")
+        raise UserError(NO_FP16)
     if prepared.pretrained:
         generation_values(prepared.pretrained.folder)  # a file that cannot be read is found before the data is
     _ = prepared.task, prepared.reference  # in this order

@@ -21,6 +21,9 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 """The folder of a run directory that holds the trained model."""
 
+LOG = "log.txt"
+"""What libraries have warned of."""
+
 
 def exported_model(folder: Path) -> Path:
     """The export in ``folder`` if that is a run directory that has one, else ``folder`` itself.

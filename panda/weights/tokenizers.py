@@ -42,6 +42,11 @@ def tokenizer_folder(location: str) -> Path:
     """
     folder = resolve_path(location)
     if folder.is_dir():
+        if location and not has_tokenizer(folder) and not any(folder.glob("tokenizer*")):
+            raise UserError(
+                f"tokenizer: {location!r} has no tokenizer that transformers loads (none of {', '.join(TOKENIZER)})."
+                " Name a folder that has one, such as that of a model."
+            )
         return folder
     if not is_name(location):
         raise UserError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,7 @@ def test_text_comes_piece_by_piece_and_drawing_follows_the_seed(folder: Path) ->
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         pieces: list[str] = []
-        texts.append(assistant.answer(ids, Sampling(300, temperature=1.5, top_p=0.95), pieces.append, print))
+        texts.append(assistant.answer(ids, Sampling(300, temperature=1.5, top_p=0.95), pieces.append, print).text)
         assert "".join(pieces) == texts[-1]
         assert len([piece for piece in pieces if piece]) > 1, "a word at a time"
     assert texts[0] == texts[1] != texts[2]
@@ -120,7 +122,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, what: Path, lines: str) -> int:
 def test_chat_remembers_the_dialogue_until_a_new_one(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert chat(monkeypatch, folder / "instruct", "abc\nde\n/new\nabc\n\nnot read\n") == 0
+    assert chat(monkeypatch, folder / "instruct", "abc\n\nde\n/reset\nabc\n/quit\nnot read\n") == 0
     answers = capsys.readouterr().out
     export = folder / "instruct/export"
     first = plain_answer(export, "abc =>\n", 6)
@@ -130,8 +132,106 @@ def test_chat_remembers_the_dialogue_until_a_new_one(
     text = ("abc =>\n", first, "de =>\n")
     turns = [[byte + 3 for byte in part.encode()] for part in text]
     assert ids == [1, *turns[0], *turns[1], 2, *turns[2]]
-    second = assistant.answer(ids, Sampling(6), lambda text: None, print)
+    second = assistant.answer(ids, Sampling(6), lambda text: None, print).text
     assert answers == f"{first}\n{second}\n{first}\n"
+
+
+def test_chat_obeys_commands_and_says_which_it_does_not_know(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("kept")
+    lines = [
+        "/savd x", "/save a.jsonl", "/reset now", "/save", '"""/two', ' lines"""', "/save a.jsonl", "abc",
+        "/save a.jsonl", "/save there", "/system", "/save a.jsonl", '"""never sent', "abc",
+    ]  # fmt: skip
+    assert chat(monkeypatch, folder / "instruct", "\n".join(lines)) == 0
+    answers, told = capsys.readouterr()
+    kept = json.loads((tmp_path / "a.jsonl").read_text())["messages"]
+    assert [turn["role"] for turn in kept] == ["user", "assistant"] * 2
+    assert [kept[0]["content"], kept[2]["content"]] == ["/two\n lines", "abc"]
+    assert answers == f"{kept[1]['content']}\n{kept[3]['content']}\n" and (tmp_path / "there").read_text() == "kept"
+    for line in (
+        "unknown command '/savd'. Did you mean '/save'? /help lists the commands; a message that begins with / is"
+        " written with a space before it.",
+        "/reset takes nothing after it, and 'now' is there. Nothing was done.",
+        "/save needs the name of a file: /save chat.jsonl",
+        f"/save: {tmp_path / 'there'} exists, and is not replaced. Name another file.",
+        f"{tmp_path / 'a.jsonl'}: 4 messages",
+        'not sent: the input ended before the """ that ends the message.',
+    ):
+        assert told.count(f"\n{line}\n") == 1, line
+    assert told.count("/save: nothing has been said yet.") == 2, "/system begins a new dialogue"
+
+
+def test_a_system_turn_is_given_in_a_chat_as_by_its_flag(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = shutil.copytree(folder / "instruct/export", tmp_path / "model")
+    with_system = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    (model / "chat_template.jinja").write_text(with_system)
+    assert chat(monkeypatch, model, "/system Be brief.\nabc\n") == 0
+    asked = capsys.readouterr().out
+    assert main(["generate", str(model), "--system", "Be brief.", "--prompt", "abc", "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out == asked
+    (model / "chat_template.jinja").write_text(with_system.replace("messages %}", "messages if m.role == 'user' %}"))
+    assert chat(monkeypatch, model, "/system Be brief.\n") == 0
+    told = capsys.readouterr().err
+    assert (
+        "/system: not taken, the dialogue goes on as it was: the chat template leaves the system turn out. Go on"
+        " without one.\n" in told
+    )
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pieces: list[str] = []
+    stops = [True]
+
+    def write(text: str) -> None:
+        if stops and "".join(pieces):
+            stops.clear()
+            raise KeyboardInterrupt
+        pieces.append(text)
+
+    monkeypatch.setattr("panda.cli.answering.write", write)
+    monkeypatch.chdir(tmp_path)
+    assert chat(monkeypatch, folder / "instruct", "abc\n/save a.jsonl\nde\n/save b.jsonl\n") == 0
+    stopped = json.loads((tmp_path / "a.jsonl").read_text())["messages"]
+    begun = stopped[1]["content"]
+    assert begun and "".join(pieces).startswith(begun) and len(stopped) == 2
+    went_on = json.loads((tmp_path / "b.jsonl").read_text())["messages"]
+    assert went_on[:2] == stopped and len(went_on) == 4 and "".join(pieces) == begun + went_on[3]["content"] + "\n"
+    assert "\nstopped; the dialogue goes on from here.\n" in capsys.readouterr().err
+
+
+def test_answers_as_json(folder: Path, capsys: Captured) -> None:
+    assert main(["generate", str(folder / "pretrain"), "--prompt", "Mei", "Bao 🐼", "--max_new_tokens", "9"]) == 0
+    plain = capsys.readouterr().out.splitlines()[::2]
+    argv = ["generate", str(folder / "pretrain"), "--prompt", "Mei", "Bao 🐼", "--max_new_tokens", "9", "--json"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    objects = [json.loads(line) for line in captured.out.splitlines()]
+    assert captured.out.isascii(), "for any encoding, and for a terminal"
+    assert [each["answer"] for each in objects] == plain
+    assert [each["prompt"] for each in objects] == ["Mei", "Bao 🐼"]
+    assert [each["prompt_tokens"] for each in objects] == [4, 9]
+    assert [(each["finish"], each["answer_tokens"]) for each in objects] == [("length", 9)] * 2
+    assert captured.err.count("the answer was cut after 9 tokens: `--max_new_tokens`\n") == 2
+
+
+def test_why_an_answer_ended(folder: Path) -> None:
+    assistant = described_in(folder / "pretrain/export").assistant(CPU)
+    ids = assistant.encode([{"role": "user", "content": "Mei"}])
+    whole = assistant.answer(ids, Sampling(9), lambda text: None, lambda note: None)
+    assert (whole.finish, whole.tokens, whole.prompt_tokens) == ("length", 9, 4)
+    *_, third = continuation(assistant.model, ids, max_new_tokens=3, end_tokens=[], temperature=0, top_p=1, device=CPU)
+    assistant.decoding = replace(assistant.decoding, ends=[third])
+    ended = assistant.answer(ids, Sampling(9), lambda text: None, print)
+    assert ended.finish == "stop" and whole.text.startswith(ended.text) and ended.tokens < 9
+    assistant.decoding = replace(assistant.decoding, ends=[], honoured={"max_time": 1e-9})
+    assert assistant.answer(ids, Sampling(9), lambda text: None, print).finish == "time"
 
 
 def test_what_holds_no_model_or_no_template_is_told(
@@ -146,7 +246,7 @@ def test_what_holds_no_model_or_no_template_is_told(
     assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert main(["generate", str(folder / "base"), "--prompt", "x", "--top_p", "0"]) == 2
-    assert "0 < --top_p <= 1" in capsys.readouterr().err
+    assert "--top_p: 0.0 is not a number > 0 and <= 1." in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "has no weights: none of *.safetensors" in capsys.readouterr().err
@@ -262,7 +362,7 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_told(folder: Path, capsys: 
         f"{later}: passed over, since it is damaged: {cut.relative_to(later)} has {size - 1:,} bytes and had {size:,}"
     )
     assert main(["generate", str(run), "--prompt", "x", "--max_new_tokens", "1"]) == 0
-    assert capsys.readouterr().err.startswith(f"{told}\n{first}\n")
+    assert capsys.readouterr().err.startswith(f"{told}\nweights: {first}\n")
     assert main(["export", str(run)]) == 0
     captured = capsys.readouterr()
     assert told in captured.err and "step-00000001" in captured.out
@@ -349,7 +449,7 @@ def test_a_model_of_another_package_answers_from_its_export(tmp_path: Path, dist
     assert torch.equal(assistant.model.bias, module.bias)
     ids = [1, 70, 80]
     pieces: list[str] = []
-    answer = assistant.answer(ids, Sampling(10), pieces.append, print)
+    answer = assistant.answer(ids, Sampling(10), pieces.append, print).text
     (expected,) = greedy(module, [ids], max_new_tokens=10, pad_token_id=0, end_tokens=[2], device=CPU)
     assert answer == "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
     assert len(answer) > 2

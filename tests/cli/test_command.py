@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import sys
 
 import pytest
 
+from panda.cli import command
 from panda.cli.command import run_command
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -33,6 +35,15 @@ def test_characters_that_an_encoding_lacks_are_replaced(
     err.flush()
     assert out.buffer.getvalue() == written
     assert err.buffer.getvalue() in (b"error: \\u7af9\n", b"error: ?\n")
+
+
+def test_a_command_asks_once_for_a_short_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("atexit.register", asked.append)
+    command._end_soon.cache_clear()
+    for _ in range(2):
+        run_command(lambda argv: None, [])
+    assert asked == [gc.freeze]
 
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:

@@ -106,7 +106,7 @@ def test_an_export_has_the_loss_of_plain_transformers(run: Trained, tmp_path: Pa
             total -= float(scores[place - 1, ids[place]])
             count += 1
             right += int(scores[place - 1].argmax()) == ids[place]
-        said = assistant.answer(prompt, Sampling(TOKENS), lambda text: None, lambda text: None)
+        said = assistant.answer(prompt, Sampling(TOKENS), lambda text: None, lambda text: None).text
         assert answer["answer"] == said and answer["reference"] == row["target"]
     assert len({answer["answer"] for answer in found["answers"]}) > 1
     numbers = found["all"]

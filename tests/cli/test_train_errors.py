@@ -8,6 +8,7 @@ import pytest
 from distributions import Distributions
 
 from panda.cli import command
+from panda.cli.help import groups_of
 from panda.cli.train import main
 from panda.configuration.options import RunOptions
 from panda.configuration.spellings import ACCEPTED_SPELLINGS
@@ -161,6 +162,17 @@ def test_help_shows_every_flag_of_what_is_chosen(capsys: pytest.CaptureFixture[s
     assert "instruction_tuning_data_dir" not in chosen
 
 
+def test_help_is_in_groups_and_shows_the_values_of_the_arch(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "--arch", "llama-7b")
+    titles = [line.removeprefix("every run: ") for line in text.splitlines() if line.startswith("every run: ")]
+    assert titles[:3] == ["what to train, by name", "where things are", "batches and length of the run"]
+    grouped = [key for keys in groups_of(RunOptions).values() for key in keys]
+    assert grouped == [*options_of(RunOptions)], "each key is in a group, in order"
+    assert "\n  --hidden_size [4096, of llama-7b]\n" in text and "\n  --optimizer [AdamW]\n" in text
+    assert "\n  --separator ['\\n']\n" in text
+    assert "\n  --hidden_size [4096, of llama-7b]\n" in help_text(capsys, "--model", "llama-7b")
+
+
 def test_help_follows_a_configuration_file_and_plugins(
     distributions: Distributions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +202,7 @@ def test_help_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setenv("COLUMNS", "300")
     assert max(map(len, help_text(capsys, "--arch", "llama-tiny").splitlines())) <= 110
     monkeypatch.setenv("COLUMNS", "80")
-    described = help_text(capsys, "--arch", "llama-tiny").partition("options of every run")[2]
+    described = help_text(capsys, "--arch", "llama-tiny").partition("every run: what to train")[2]
     assert max(map(len, described.splitlines())) <= 80
 
 

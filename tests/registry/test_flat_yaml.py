@@ -110,7 +110,7 @@ def test_a_file_that_is_not_there_is_named_with_the_folder_that_was_searched(
 
 
 def test_a_folder_and_a_file_that_is_not_utf8_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="it is a folder, not a configuration file"):
         load_flat_yaml(tmp_path)
     assert "cannot be read" in refusal(tmp_path, "a: é\n".encode("latin-1"))
 

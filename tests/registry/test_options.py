@@ -139,7 +139,7 @@ def test_a_value_is_converted_by_the_type_of_its_option(key: str, value: Any, ex
         ("precision", "fp8", "'fp8' is not one of fp32, bf16."),
         ("level", "3", "'3' is not one of 1, 2."),
         ("choice", "maybe", "'maybe' is not one of auto, true, false."),
-        ("betas", "0.9", "'0.9' is not 2 values, each a number >= 0 and < 1. 1 were given."),
+        ("betas", "0.9", "'0.9' is not 2 values, each a number >= 0 and < 1. 1 was given."),
         ("betas", "0.9, 1.5", "'0.9, 1.5' is not 2 values, each a number >= 0 and < 1."),
         ("betas", ("0.9", None), "'0.9, null' is not 2 values, each a number >= 0 and < 1. Nothing was given."),
         ("limit", "0", "'0' is not an integer >= 1, or none."),

@@ -120,7 +120,7 @@ def answered(model: Any, tokenizer: Any, values: dict[str, Any], folder: Path, s
     """What an assistant answers where ``values`` are the generation config."""
     folder.mkdir(exist_ok=True)
     (folder / "generation_config.json").write_text(json.dumps(values))
-    return Assistant(model, tokenizer, CPU, folder).answer(IDS, sampling, lambda text: None, lambda note: None)
+    return Assistant(model, tokenizer, CPU, folder).answer(IDS, sampling, lambda text: None, lambda note: None).text
 
 
 def plainly(model: Any, tokenizer: Any, values: dict[str, Any]) -> list[int]:

@@ -192,7 +192,7 @@ def _content(path: Path) -> dict[str, Any]:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         json.dumps(content, default=str)  # refuses an anchor that holds itself
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: cannot be read: {problem}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}.") from None
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as problem:
         raise UserError(f"{path}: neither YAML nor JSON: {' '.join(str(problem).split())}.") from None
     if not isinstance(content, dict):

@@ -281,6 +281,10 @@ def stored_adapters(folder: Path) -> Weights:
     return stored
 
 
+_SHAPES = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)")
+"""In what torch says of weights that do not fit: a name, and the shapes stored and expected."""
+
+
 def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
     """``model``, a base, with the adapters in ``folder``, without the parts beside them that a task gave the model.
 
@@ -309,7 +313,9 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> PeftModel:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are an error below
             loaded = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError) as problem:  # shapes that differ
-        raise UserError(f"{unfit} {in_brief(problem)}.") from problem
+        shapes = _SHAPES.search(str(problem))
+        said = f"{shapes[1]} is {shapes[2]} in them, and {shapes[3]} on it" if shapes else in_brief(problem)
+        raise UserError(f"{unfit} {said}. Name the one that they were trained on.") from problem
     # peft leaves a layer bare that the file has nothing for, and passes over what no layer takes.
     taken = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     if bare := sorted(taken - stored.keys()):

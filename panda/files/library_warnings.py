@@ -1,0 +1,186 @@
+"""What libraries warn of: kept in a file of the run, or in memory, instead of between the lines that a user reads.
+
+Python's warnings and records of ``logging`` are a library's by the file that they come from. Those of packages with
+components for panda, and of files of the user, are left where they were going; so are errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import sysconfig
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from typing import TextIO
+
+from panda.files.terminal import printable
+
+DEBUG = "PANDA_DEBUG"
+"""Of the environment: where it is set, everything is also shown as it comes."""
+LAST = 20
+"""Warnings that are shown with an error that is no user's."""
+
+
+class LibraryWarnings:
+    """The warnings of libraries in one command."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        """How often each text has come, in the order in which they came first."""
+        self.owners: Counter[str] = Counter()
+        """Warnings by library."""
+        self.file: Path | None = None
+        self.said = False
+        """Whether the user knows of them."""
+
+    def add(self, owner: str, text: str) -> None:
+        """Note a warning of the library ``owner``. A text that comes again is only counted."""
+        self.owners[owner] += 1
+        self.counts[text] += 1
+        self.said = False
+        if self.counts[text] == 1:
+            self._write(text)
+
+    def keep_in(self, file: Path) -> None:
+        """From now on, write into ``file``, also what has come until now. It is made when there is something."""
+        self.file = file
+        for text in self.counts:
+            self._write(text)
+
+    def summary(self) -> str:
+        """How many there are, of which libraries; empty where there are none."""
+        total = sum(self.owners.values())
+        names = [name for name, _ in self.owners.most_common()]
+        listed = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+        return f"{total:,} warning{'s' if total > 1 else ''} of {listed}" if total else ""
+
+    def close(self) -> None:
+        """Write how often the texts came that came more than once."""
+        for text, count in self.counts.items():
+            if count > 1:
+                self._write(f"{count:,} times: {text.splitlines()[0]}")
+
+    def _write(self, text: str) -> None:
+        if self.file is None:
+            return
+        rank = os.environ.get("RANK", "0")
+        head = time.strftime("%Y-%m-%d %H:%M:%S") + (f"  rank {rank}" if rank != "0" else "")
+        # The folder may be gone, or on a full disk: no reason to end a run.
+        with contextlib.suppress(OSError), self.file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{head}  {text.rstrip()}\n")
+
+
+_current = LibraryWarnings()
+
+
+def current() -> LibraryWarnings:
+    """Those of the command, or of the run, that this process is in."""
+    return _current
+
+
+@contextlib.contextmanager
+def kept_aside() -> Iterator[LibraryWarnings]:
+    """Keep what libraries warn of from the screen in the meantime, and give it."""
+    global _current
+    ours, before = LibraryWarnings(), _current
+    show, emit = warnings.showwarning, logging.StreamHandler.emit
+
+    def show_or_keep(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        owner = owner_of(filename)
+        if owner is not None and file is None:
+            ours.add(owner, f"{filename}:{lineno}: {category.__name__}: {message}")
+        if owner is None or file is not None or DEBUG in os.environ:
+            show(message, category, filename, lineno, file, line)
+
+    def emit_or_keep(handler: logging.StreamHandler[Any], record: logging.LogRecord) -> None:
+        owner = owner_of(record.pathname) if _is_console(handler) else None
+        if owner is not None:
+            with contextlib.suppress(Exception):  # the library's own mistake in its format
+                ours.add(owner, f"{record.pathname}:{record.lineno}: {record.levelname}: {record.getMessage()}")
+        if owner is None or record.levelno >= logging.ERROR or DEBUG in os.environ:
+            emit(handler, record)
+
+    _current = ours
+    warnings.showwarning = show_or_keep
+    logging.StreamHandler.emit = emit_or_keep  # type: ignore[method-assign, assignment]
+    try:
+        yield ours
+    finally:
+        _current = before
+        logging.StreamHandler.emit = emit  # type: ignore[method-assign]
+        if warnings.showwarning is show_or_keep:
+            warnings.showwarning = show
+        ours.close()
+
+
+def show_last(kept: LibraryWarnings) -> None:
+    """Print the last of ``kept`` on stderr: they may explain an error."""
+    if kept.counts and DEBUG not in os.environ:
+        print(f"{kept.summary()} before this error, which may explain it:", file=sys.stderr)
+        for text in [*kept.counts][-LAST:]:
+            print(f"  {printable(text)}", file=sys.stderr)
+
+
+def owner_of(filename: str) -> str | None:
+    """The library that a file is part of; None for those of a package with components for panda, or of a user."""
+    path = os.path.abspath(filename)
+    for folder in _installed():
+        if path.startswith(folder + os.sep):
+            name = path[len(folder) + 1 :].split(os.sep)[0].partition(".")[0]
+            if name not in ("site-packages", "dist-packages"):
+                return None if name in _with_components() else name
+    if path.startswith(_own() + os.sep):
+        return "panda"
+    return "Python" if filename.startswith("<frozen") or path.startswith(_standard() + os.sep) else None
+
+
+def _is_console(handler: logging.StreamHandler[Any]) -> bool:
+    stream = handler.stream
+    known = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return any(stream is each for each in known) or getattr(stream, "name", None) in ("<stdout>", "<stderr>")
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    """The folders of installed packages."""
+    named = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    found = [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
+    return tuple(dict.fromkeys(os.path.abspath(each) for each in (*named, *found)))
+
+
+@cache
+def _standard() -> str:
+    return os.path.abspath(sysconfig.get_path("stdlib"))
+
+
+@cache
+def _own() -> str:
+    return str(Path(__file__).absolute().parents[1])
+
+
+@cache
+def _with_components() -> frozenset[str]:
+    """The top-level modules of packages that declare something for panda."""
+    modules: set[str] = set()
+    for distribution in metadata.distributions():
+        text = distribution.read_text("entry_points.txt") or ""
+        if "[panda." in text:
+            values = [entry.value for entry in distribution.entry_points if entry.group.startswith("panda.")]
+            modules |= {re.split("[.:]", value)[0].strip() for value in values}
+    return frozenset(modules - {"panda"})

@@ -1,0 +1,219 @@
+"""``panda sweep``. Its runs are of a small program that writes what a run does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from panda.cli import sweep
+from panda.cli.main import main
+from panda.configuration.arguments import parse_arguments
+from panda.registry import UserError
+
+CONFIG = "panda:configs/instruct-tiny.yaml"
+PROGRAM = """
+import json, os, signal, sys, time
+from pathlib import Path
+from panda.configuration.arguments import parse_arguments
+from panda.configuration.configure import configure
+from panda.run.description import config_text
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+run = Path(flags["--output_dir"])
+with open("started", "a") as file:
+    print(run.name, os.environ.get("OTHER", ""), file=file)
+if flags["--seed"] == "3":
+    sys.exit(2 if flags["--learning_rate"] == "0.5" else 75)
+def save(*_):
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+if flags["--seed"] == "9":
+    Path("asleep").touch()
+    time.sleep(60)
+(run / "export").mkdir(parents=True, exist_ok=True)
+(run / "config.yaml").write_text(config_text(configure(parse_arguments(sys.argv[1:])).resolved))
+(run / "provenance.json").write_text(json.dumps({"total_steps": 2, "end": {"step": 2}}))
+record = {"learning_rate": 1, "grad_norm": 1, "tokens_per_second": 9, "step_seconds": 30.0, "tokens": 1}
+losses = [2.0, float(flags["--learning_rate"]) + int(flags["--seed"])]
+(run / "metrics.jsonl").write_text("".join(
+    json.dumps(record | {"step": step, "loss": loss}) + "\\n" for step, loss in enumerate(losses, 1)))
+"""
+Sweeps = Callable[..., int]
+
+
+@pytest.fixture
+def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
+    """``sweeps(*argv)``: the exit code of ``panda sweep``, with PROGRAM in the place of panda-train."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(sweep, "_program", lambda launch: [sys.executable, "program.py"])
+    return lambda *argv: main(["sweep", CONFIG, "--max_steps", "2", *argv])
+
+
+def started(folder: Path) -> list[str]:
+    """The runs that were started since the last question."""
+    file = folder / "started"
+    lines = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-4,3e-4", [["1e-4"], ["3e-4"]]),
+        ("a, b", [["a"], ["b"]]),
+        ("[a,b],[c]", [["a", "b"], ["c"]]),
+        ("[a, b],c", [["a", "b"], ["c"]]),
+        (r"a\,b,c", [["a,b"], ["c"]]),
+        (r"x.[01]\,2,y", [["x.[01],2"], ["y"]]),
+        (r".*\.[0-9,]+", [[r".*\.[0-9,]+"]]),
+        ("", [[""]]),
+    ],
+)
+def test_commas_separate_values_except_in_brackets(text: str, values: list[list[str]]) -> None:
+    assert sweep.split_values(text) == values
+
+
+@pytest.mark.parametrize("text", ["a,", ",a", "a,,b", "[]", "[a,],b"])
+def test_a_value_that_is_missing_is_said(text: str) -> None:
+    with pytest.raises(UserError, match="a value between commas is missing"):
+        sweep.split_values(text)
+
+
+def test_the_grid_is_printed_as_commands_that_panda_train_reads(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--use_lora", "--lora_target_modules", "[q_proj,v_proj],all-linear", "--adam_betas", "0.9", "0.95"]
+    assert sweeps("--learning-rate", "1e-4,3e-4", *flags, "-p", "no:plot", "--print", "--output_dir", "s") == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(commands) == 4 and {command[0] for command in commands} == {"panda-train"}
+    given = [parse_arguments(command[1:]).given for command in commands]
+    assert [(each["learning_rate"].value, each["lora_target_modules"].value) for each in given] == [
+        ("1e-4", ("q_proj", "v_proj")),
+        ("1e-4", "all-linear"),
+        ("3e-4", ("q_proj", "v_proj")),
+        ("3e-4", "all-linear"),
+    ]
+    assert {each["adam_betas"].value for each in given} == {("0.9", "0.95")}
+    assert all("no:plot" in each["plugins"].value and each["resume"].value == "auto" for each in given)  # type: ignore[operator]
+    places = [Path(str(each["output_dir"].value)) for each in given]
+    assert len({*places}) == 4 and {place.parent for place in places} == {Path("s")}
+    assert places[3].name == "learning_rate=3e-4,lora_target_modules=all-linear"
+    assert not (tmp_path / "s").exists() and started(tmp_path) == []
+
+
+def test_names_of_folders_are_of_what_differs_and_apart() -> None:
+    assert sweep.name_of(["1e-4"]) == "1e-4" and sweep.name_of(["q", "v"]) == "q+v"
+    odd = [sweep.name_of([text]) for text in ("a/b", "a-b", "a:b", "x" * 50, "x" * 51, "..", ".")]
+    assert len({*odd}) == 7 and not any("/" in name or len(name) > 50 for name in odd)
+
+
+def test_all_mistakes_are_said_before_the_first_run(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweeps("--learning_rate", "1e-3,3e-3", "--seed", "0,x", "--sed", "1", "--lora_r", "8,0") == 2
+    assert capsys.readouterr().err == (
+        "error: --sed: unknown key 'sed'. Did you mean 'seed'?\n"
+        "  learning_rate=1e-3,seed=0,lora_r=0 and 3 more: --lora_r: '0' is not an integer >= 1 and <= 65536.\n"
+        "  learning_rate=1e-3,seed=x,lora_r=8 and 3 more: --seed: 'x' is not an integer >= 0 and < 4294967296.\n"
+    )
+    for argv, told in (
+        (["--seed", "0"], "nothing varies: give a flag several values, as in `--learning_rate 1e-4,3e-4`."),
+        (["--seed", "0,0"], "--seed: '0' is given twice."),
+        (["--run_name", "a,b"], "--run_name: a sweep names its runs and resumes them itself. Leave it out."),
+    ):
+        assert sweeps(*argv) == 2
+        assert capsys.readouterr().err == f"error: {told}\n"
+    assert started(tmp_path) == [] and not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_goes_on_with_what_is_left_and_a_failure_ends_no_other(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--seed", "1,3,2", "--learning_rate", "0.5,0.25"]
+    names = [f"seed={seed},learning_rate={rate}" for seed in (1, 3, 2) for rate in ("0.5", "0.25")]
+    assert sweeps(*argv) == 1
+    assert started(tmp_path) == names
+    out = capsys.readouterr().out
+    assert f"{names[2]} has failed (exit code 2); the sweep goes on" in out
+    assert f"{names[3]} has saved before its end; the sweep goes on" in out
+    assert f"{names[2]}: failed before it began" in out
+    assert "least training loss: 1.2500, seed=1,learning_rate=0.25" in out and "4:00 of training in 4 runs" in out
+    folder = tmp_path / "runs" / "sweep-instruct-tiny"
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    assert sweeps(*argv) == 1
+    assert started(tmp_path) == names[2:4]
+    assert "6 runs in runs/sweep-instruct-tiny/, of which 4 have finished" in capsys.readouterr().out
+    assert sweeps(*argv, "--print") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert sweeps("--seed", "1,2", "--learning_rate", "0.5,0.25") == 0
+    assert started(tmp_path) == []
+
+
+def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweeps("--seed", "1,2", "--learning_rate", "0.5") == 0
+    assert sweeps("--seed", "1,2", "--learning_rate", "0.25") == 2
+    assert (
+        "seed=1: runs/sweep-instruct-tiny/seed=1 has finished with learning_rate 0.5, and it is 0.25 now. Name another"
+        " folder with `--output_dir`, or move this one away." in capsys.readouterr().err
+    )
+    started(tmp_path)
+    assert main(["sweep", CONFIG, "--max_steps", "3", "--seed", "1,2", "--learning_rate", "0.5"]) == 0
+    assert started(tmp_path) == ["seed=1", "seed=2"], "they have more steps to do"
+
+
+def test_a_signal_ends_the_run_once_it_has_saved_and_the_sweep(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        while not (tmp_path / "asleep").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(SystemExit) as ended:
+        sweeps("--seed", "9,1", "--learning_rate", "0.5")
+    assert ended.value.code == 75
+    assert "the sweep was interrupted in seed=9; the same command goes on with it" in capsys.readouterr().out
+    assert started(tmp_path) == ["seed=9"]
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_each_run_is_started_by_a_launcher_that_is_named(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweeps("--seed", "1,2", "--learning_rate", "0.5", "--launch", "env OTHER=launched") == 0
+    assert started(tmp_path) == ["seed=1 launched", "seed=2 launched"]
+    assert sweeps("--seed", "4,5", "--learning_rate", "0.5", "--launch", "no-such-launcher") == 2
+    assert "error: --launch: 'no-such-launcher' cannot be started: No such file" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sweeps("--seed", "4,5") == 2
+    assert "error: a sweep is not started by a launcher" in capsys.readouterr().err
+
+
+def test_evaluations_decide_where_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = [sweep.Point(name, tmp_path / name, []) for name in ("a", "b")]
+    for point, loss in zip(points, (1.0, 2.0), strict=True):
+        (point.directory / "checkpoints").mkdir(parents=True)
+        (point.directory / "config.yaml").write_text("task: instruct\n")
+        (point.directory / "provenance.json").write_text("{}")
+        record = {"step": 1, "loss": loss, "tokens": 1, "step_seconds": 1.0, "tokens_per_second": 1.0}
+        record |= {"learning_rate": 1.0, "grad_norm": 1.0}
+        lines = [record, {"step": 1, "eval_loss": 5 - loss}]
+        (point.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sweep.report(sweep.Sweep(tmp_path, points, [], only_prints=False), [])
+    assert "least evaluation loss: 3.0000, b\n" in capsys.readouterr().out
