@@ -98,7 +98,7 @@ def _data(argv: list[str]) -> None:
 def _print_report(console: Console, prepared: Preparation) -> None:
     dataset, held_out = prepared.dataset, prepared.held_out
     report = dataset.report
-    console.print(f"{report.files:,} files, {report.rows:,} rows, {len(dataset):,} samples")
+    console.print(f"{report.files:,} file{'s' * (report.files != 1)}, {report.rows:,} rows, {len(dataset):,} samples")
     if len(dataset.sources) > 1:
         for source in dataset.sources:
             console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")

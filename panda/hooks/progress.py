@@ -185,6 +185,7 @@ def _time() -> str:
 
 _NEXT = """to ask it:       panda generate {run} --prompt "..."
 to chat with it: panda chat {run}
+to look at it:   panda report {run}
 to train longer: panda-train --resume {run} --max_steps N
 """
 
