@@ -492,6 +492,7 @@ def own_folder() -> Iterator[Path]:
 
 def table(runs: Runs, given: argparse.Namespace) -> Iterator[Row]:
     """The rows that were asked for, each when it is done."""
+    runs.seconds /= max(1, len(given.ranks) * bool(given.kills) + len(given.ways) * bool(given.calls))
     for ranks in given.ranks:
         if given.kills:
             yield kills(runs, given.kills, ranks, given.seed)
@@ -516,8 +517,10 @@ def table_of_jobs(folder: Path, given: argparse.Namespace) -> list[Row]:
         if not (pid := os.fork()):
             try:
                 os.environ["PANDA_CACHE"] = str(own / "cache")
-                rows = [*table(Runs(own, given.seconds, job, given.jobs), given)]
-                (own / "rows").write_bytes(pickle.dumps(rows))
+                for number, row in enumerate(table(Runs(own, given.seconds, job, given.jobs), given)):
+                    print(f"job {job}: {row}", file=sys.stderr, flush=True)  # what is done, if this is ended
+                    (own / f"row-{number}").write_bytes(pickle.dumps(row))
+                (own / "ended").touch()
             except BaseException:
                 traceback.print_exc()
             os._exit(0)
@@ -525,8 +528,10 @@ def table_of_jobs(folder: Path, given: argparse.Namespace) -> list[Row]:
     summed: dict[str, Row] = {}
     for own, pid in children.items():
         os.waitpid(pid, 0)
-        rows = pickle.loads((own / "rows").read_bytes()) if (own / "rows").exists() else []
-        for row in rows or [Row(f"{own.name} of {given.jobs}", failures=Counter(["did not come to its end"]))]:
+        rows = [pickle.loads(file.read_bytes()) for file in sorted(own.glob("row-*"))]
+        if not (own / "ended").exists():
+            rows.append(Row(f"{own.name} of {given.jobs}", failures=Counter(["did not come to its end"])))
+        for row in rows:
             summed.setdefault(row.what, Row(row.what)).add(row)
     return [*summed.values()]
 
@@ -540,7 +545,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fault_ranks", type=int, nargs="*", default=[], help="numbers of ranks to fail on")
     parser.add_argument("--stages", nargs="+", help="names of stages; by default all")
     parser.add_argument("--flips", type=int, default=0, help="bits of each kind of file")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="most seconds of kills and of calls, each")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="most seconds of all kills and calls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="forks that share the cases; rows come at the end then")
     given = parser.parse_args(argv)

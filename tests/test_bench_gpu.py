@@ -181,6 +181,21 @@ def test_ranks_add_up_and_tensor_parallel_ranks_count_once(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("ends", "ranks", "status"),
+    [(False, 2, "ok"), (True, 2, "failed, exit code 1"), (False, 0, "failed, exit code 1")],
+)
+def test_ranks_that_are_stopped_after_their_last_step_have_not_failed(
+    tmp_path: Path, ends: bool, ranks: int, status: str
+) -> None:
+    """One is stopped before the other, which reports it as killed."""
+    for rank in range(ranks):
+        write_marks(tmp_path, rank, counts=True)
+    outcome = Outcome("command", 1, began=10.0, ended=33.0, log="rank 1 was killed", device_gib=None)
+    row = measurement.row_of(CASES["tiny-x2"], "panda", outcome, tmp_path, settings(tmp_path, ends=ends))
+    assert row["status"] == status
+
+
+@pytest.mark.parametrize(
     ("code", "log", "status"),
     [
         (0, "", "ok"),

@@ -283,7 +283,8 @@ def row_of(case: Case, who: str, outcome: Outcome, folder: Path, settings: Setti
     ranks = [_records(file) for file in sorted(folder.glob("rank-*.jsonl"))]
     first: list[dict[str, Any]] = ranks[0] if ranks else []
     events = {record["event"]: record for record in first}
-    row: dict[str, Any] = {"status": _status(outcome, events, settings), "command": outcome.command}
+    last = bool(ranks) and all(any(record["event"] == "last" for record in records) for records in ranks)
+    row: dict[str, Any] = {"status": _status(outcome, last, settings), "command": outcome.command}
     row["to_first_step"] = _between(outcome.began, events.get("first"))
     if outcome.code == 0 and "end" in events:
         row["after_last_step"] = outcome.ended - events["last"]["at"]
@@ -307,8 +308,9 @@ def _records(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _status(outcome: Outcome, events: dict[str, Any], settings: Settings) -> str:
-    if outcome.code == 0 and "last" in events:
+def _status(outcome: Outcome, last: bool, settings: Settings) -> str:
+    """``last``: each rank has taken its last step. Stopped there, those that are alive report the others as killed."""
+    if last and (outcome.code == 0 or not settings.ends):
         return "ok"
     text = outcome.log.lower()
     if "out of memory" in text or "outofmemory" in text:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch._C._distributed_c10d import HashStore  # its public name has no type in torch 2.13
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
@@ -241,9 +242,11 @@ def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Process
 
 
 def _record_collectives() -> None:
-    """Have torch's flight recorder (2.7 to 2.13, under two names) keep the last collectives, in a few hundred KB."""
+    """Have torch's flight recorder keep the last collectives, in a few hundred KB."""
     if not os.environ.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
-        os.environ |= {"TORCH_FR_BUFFER_SIZE": "1000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "1000"}
+        # torch 2.11 warns of the old name (two H100s, 2026-11-26), and 2.7 and 2.8 may know no other.
+        old = Version(torch.__version__) < Version("2.9")
+        os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE" if old else "TORCH_FR_BUFFER_SIZE"] = "1000"
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 

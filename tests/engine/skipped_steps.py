@@ -27,6 +27,8 @@ from panda.engine.processes import join_processes
 OFFLOADS = {"": {}, "offload": {"offload_optimizer": {"device": "cpu"}}}
 STEPS = 8
 """Of which one is bad."""
+MOST_LOSS = 0.1
+"""Between that of the steps, and of the bad one where it spikes: on a CPU and on a GPU, which draws another dropout."""
 BAD = 4
 SEARCH = 24
 """Steps before them, all alike, in which fp16 finds its loss scale."""
@@ -82,7 +84,7 @@ def trained(engine: Engine, kind: str, *, with_bad: bool) -> tuple[list[bool], l
 
     def judge(loss: torch.Tensor, grad_norm: Any) -> bool:
         asked.append(math.isfinite(float(loss)) and math.isfinite(float(grad_norm)))
-        return float(loss) < 0.5
+        return float(loss) < MOST_LOSS
 
     fp16 = engine.config["fp16"]["enabled"]
     for step in range(-SEARCH if fp16 else 0, STEPS):
