@@ -28,6 +28,7 @@ from panda.engine.meeting import spoken
 from panda.engine.meeting import wait_for_all
 from panda.engine.watchdog import Watchdog
 from panda.engine.watchdog import watching
+from panda.files.library_warnings import are_kept_aside
 from panda.registry import UserError
 
 Result = TypeVar("Result")
@@ -312,7 +313,7 @@ def _join_deepspeed() -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING if are_kept_aside() else logging.ERROR)  # it writes to stdout
     # ZeRO-3 of DeepSpeed 0.19.8 calls two functions that torch 2.13 deprecates, and each call warns between the lines
     # of a run (2026-11-26). Can go when DeepSpeed calls `all_gather_single` and `reduce_scatter_single`.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):

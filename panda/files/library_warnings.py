@@ -79,7 +79,13 @@ class LibraryWarnings:
             file.write(f"{head}  {text.rstrip()}\n")
 
 
-_current = LibraryWarnings()
+_outside = LibraryWarnings()
+_current = _outside
+
+
+def are_kept_aside() -> bool:
+    """Whether this process is in a command that keeps them."""
+    return _current is not _outside
 
 
 def current() -> LibraryWarnings:
