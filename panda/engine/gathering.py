@@ -55,13 +55,13 @@ def with_sizes(config: dict[str, Any], module: torch.nn.Module) -> dict[str, Any
 def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.device) -> None:
     """Under ZeRO-3, let each layer of ``module`` gather all its weights when it is run.
 
-    A layer stays as it is, and gathers by its modules, if it has more than ``LARGEST_LAYER`` weights, or a part that is
-    run from outside too, or if weights are on NVMe, for which DeepSpeed has buffers for a few weights. In such a layer
-    and outside of layers, a module with ``reads_parts``, such as an adapted layer, gathers the weights of its parts,
-    which it reads without running them; and a model with ``sums_loss`` gathers those of its head. DeepSpeed finds out
-    by itself what a module reads of others, but not where the weight is there at that time because it was fetched
-    ahead: backward then fails. Its leaf modules would gather whole layers as well, but fail where the input has no
-    gradient, as in a first layer.
+    A layer stays as it is, and gathers by its modules, if it has more than ``LARGEST_LAYER`` weights, or a part or a
+    weight that is used from outside too, or if weights are on NVMe, for which DeepSpeed has buffers for a few weights.
+    In such a layer and outside of layers, a module with ``reads_parts``, such as an adapted layer, gathers the weights
+    of its parts, which it reads without running them; and a model with ``sums_loss`` gathers those of its head.
+    DeepSpeed finds out by itself what a module reads of others, but not where the weight is there at that time because
+    it was fetched ahead: backward then fails. Its leaf modules would gather whole layers as well, but fail where the
+    input has no gradient, as in a first layer.
 
     Raises UserError for a layer with ``is_compiled`` that has to stay as it is: compiled code has no hooks.
     """
@@ -136,6 +136,9 @@ def _what_forbids(layer: torch.nn.Module, run_outside: set[torch.nn.Module], off
         return f"has {elements:,} weights, more than {LARGEST_LAYER:,}"
     if not run_outside.isdisjoint(layer.modules()):
         return "shares modules with the rest of the model"
+    outside = {id(each) for part in run_outside for each in part.parameters(recurse=False)}
+    if any(id(each) in outside for each in parameters):
+        return "shares weights with the rest of the model"
     return ""
 
 

@@ -2,8 +2,8 @@
 
 DeepSpeed (0.19.8) keeps account of each weight by itself: it takes a millisecond of the host for each layer and pass,
 and in a 1.3B the device waits for the host a third of the time (two H100s, 2026-11-26). Here it is a few calls a layer.
-Gradients and weights outside of layers are as before. What all ranks keep changes in a step, and is gathered
-after it in one message too: with adapters a 7B has 448 such weights, and DeepSpeed would send as many messages.
+Gradients and weights outside of layers are as before. Weights that all ranks keep change in each step. They too are
+gathered afterwards in one message: with adapters a 7B has 448 such weights, and DeepSpeed would send as many messages.
 
 Gathered weights are views of one tensor, in memory of the stream of the gathers. That stream waits for what has been
 computed before it gathers anything, so the memory of a layer that was released before can be used again. What autograd
@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -23,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
-from torch.utils._pytree import tree_leaves
 
 AHEAD = 2
 """Layers that may be queued on the device before the host waits."""
@@ -32,8 +33,9 @@ ALIGNED = 128
 
 
 SEPARATE = 16
-"""Up to so many weights are gathered in a call each. What one call gathers stays in memory until NCCL's watchdog looks,
-every 100 ms (torch 2.11; one H100, 2026-11-26): 2 GiB of layers that were released in a 1.3B, and 9 in a 7B."""
+"""A layer with at most this many weights gathers each in a call of its own. What one call for several gathers stays in
+memory until NCCL's watchdog looks, every 100 ms (torch 2.11; one H100, 2026-11-26): 2 GiB of layers that were released
+in a 1.3B, and 9 in a 7B."""
 
 
 class LayerWeights:
@@ -62,7 +64,8 @@ class LayerWeights:
         self._gather_kept_at_once(model, offload, device)
 
     def _gather_kept_at_once(self, model: torch.nn.Module, offload: Any, device: torch.device) -> None:
-        """After a step, release and gather what all ranks keep, and not one by one, nor what layers have released."""
+        """After a step, release all weights, and gather those that all ranks keep in one message. Layers are not
+        gathered."""
         persistent: list[Any] = offload.persistent_parameters
         kept = _Weights(persistent, device)
         in_layers = _Weights([each for layer in self.layers for each in layer.kept], device)
@@ -90,6 +93,7 @@ class LayerWeights:
 
     def _follow(self, layer: _Layer, before: _Layer | None, after: _Layer | None) -> None:
         """Hook into ``layer``, which runs between ``before`` and ``after``."""
+        versions: dict[int, int] = {}
 
         def begin_backward(_: torch.Tensor) -> None:
             if self.in_backward is layer:
@@ -103,18 +107,25 @@ class LayerWeights:
             self.need(layer)
             self.fetch(before)
 
-        def begin_forward(*_: Any) -> None:
+        def begin_forward(module: torch.nn.Module, inputs: Any, named: Any) -> None:
+            versions.clear()
+            versions.update((id(each), each._version) for each in _tensors((inputs, named)) if each.requires_grad)
             self.need(layer)
-            self.fetch(after)
+            if self.in_backward is None:  # else the layer is computed again, and the one after was just released
+                self.fetch(after)
 
         def end_forward(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            # Not those that it was given and has not changed: their gradients are those of an earlier layer's results.
+            results = [
+                each for each in _tensors(output) if each.requires_grad and versions.get(id(each)) != each._version
+            ]
             for result in results:
                 result.register_hook(begin_backward)  # type: ignore[no-untyped-call]
-            if after or not results:  # the last layer's backward comes next
+            # The last layer's backward comes next, or that of a layer which was computed again.
+            if (after or not results) and self.in_backward is not layer:
                 self.release(layer)
 
-        layer.module.register_forward_pre_hook(begin_forward)
+        layer.module.register_forward_pre_hook(begin_forward, with_kwargs=True)
         layer.module.register_forward_hook(end_forward)
 
     def fetch(self, layer: _Layer | None) -> None:
@@ -131,7 +142,7 @@ class LayerWeights:
         self.present[layer].arrive(layer)
 
     def release(self, layer: _Layer) -> None:
-        """Take the weights of ``layer`` away, for which nothing more will be queued on the device."""
+        """Take the weights of ``layer`` away. No later work on the device may need them."""
         self.present.pop(layer).arrive(layer)  # those that were fetched and not needed are on their way
         layer.release()
 
@@ -246,3 +257,15 @@ class _Layer(_Weights):
 def _whole(flat: torch.Tensor, parameter: Any) -> torch.Tensor:
     """The weight in ``flat``, which has padding at its end."""
     return flat.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in ``value``, also in subclasses of dict, list and tuple, each of which pytree takes for one leaf."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)

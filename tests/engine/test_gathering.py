@@ -11,8 +11,10 @@ import torch
 from gathered_weights import LAYERS
 from gathered_weights import ORDERS
 from gathered_weights import WAYS
+from gathered_weights import Batch
 from launching import TESTS
 from launching import run_script
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
@@ -21,6 +23,7 @@ from panda.engine import gathering
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.gathering import with_sizes
+from panda.engine.layer_weights import LayerWeights
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.run.model import make_trainable
@@ -183,3 +186,100 @@ def test_compiled_code_has_the_linear_layer_of_torch(processes: Processes) -> No
     torch.testing.assert_close(compiled(torch.ones(2, 8)), compiled._orig_mod(torch.ones(2, 8)))
     assert len(called) == 1 and "linear" in called[0], called
     engine.close()
+
+
+class Results(dict[str, torch.Tensor]):
+    """Not registered with pytree."""
+
+
+class Direct(torch.nn.Module):
+    """A layer that uses its weights itself: no module of torch or DeepSpeed saves them for backward."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.w = torch.nn.Parameter(torch.randn(8, 8) / 3)
+        self.v = torch.nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x: torch.Tensor, more: torch.Tensor | None = None) -> Any:
+        h = torch.tanh((x * 1) @ self.w)  # `x` itself is not saved, and can be changed
+        if self.kind == "changes what it is given":
+            return x.add_(h @ self.v)
+        if self.kind == "returns a dict":
+            return Results(x=x + h @ self.v)
+        if more is None:
+            more = h @ self.v
+        else:
+            h = h @ self.v
+        return x + h + more, more
+
+
+class Unusual(torch.nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first = torch.nn.Linear(8, 8)
+        self.layers = torch.nn.ModuleList([Direct(kind) for _ in range(6)])
+        self.last = torch.nn.Linear(8, 8, bias=False)
+        if kind == "shares a weight":
+            self.layers[1].v = self.last.weight
+
+    def several(self, begin: int, end: int, x: torch.Tensor) -> torch.Tensor:
+        more = None
+        for layer in self.layers[begin:end]:
+            if self.kind == "is recomputed":
+                x, _ = checkpoint(layer, x, use_reentrant=False)
+            elif self.kind == "returns a dict":
+                x = layer(x)["x"]
+            elif self.kind == "changes what it is given":
+                x = layer(x)
+            elif self.kind == "returns what it is given":
+                x, more = layer(x, more=more)
+            else:
+                x, _ = layer(x)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.kind == "is recomputed with others":
+            x = checkpoint(self.several, 0, 6, x, use_reentrant=False)
+        else:
+            x = self.several(0, 6, x)
+        result: torch.Tensor = self.last(x)
+        return result
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "returns what it is given",
+        "changes what it is given",
+        "returns a dict",
+        "shares a weight",
+        "is recomputed",
+        "is recomputed with others",
+    ],
+)
+def test_an_unusual_layer_is_right_too(processes: Processes, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    present: list[int] = []
+    fetch = LayerWeights.fetch
+
+    def fetching(weights: LayerWeights, layer: Any) -> None:
+        fetch(weights, layer)
+        present.append(len(weights.present))
+
+    monkeypatch.setattr(LayerWeights, "fetch", fetching)
+    losses = {}
+    for stage in (0, 3):
+        torch.manual_seed(0)
+        module = Unusual(kind)
+        options = RunOptions(precision="fp32", zero_stage=stage, gradient_accumulation_steps=1)
+        config = deepspeed_config(options, world_size=1, on_gpu=True)
+        if stage == 3:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        engine = Engine(module, torch.optim.AdamW(module.parameters(), lr=1e-2), config, processes)
+        batches = [Batch(torch.randn(4, 8)) for _ in range(3)]
+        losses[stage] = [engine.step([batch], lambda model, b: model(b.ids).square().sum()).loss for batch in batches]
+        engine.close()
+    assert torch.stack(losses[3]).tolist() == pytest.approx(torch.stack(losses[0]).tolist(), rel=1e-5)
+    assert 0 < max(present) <= 3, "a layer, and those before and after it"
