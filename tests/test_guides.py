@@ -21,6 +21,7 @@ from checkpoint_files import save_hf
 from distributions import fake_distributions
 
 from panda.cli.main import main as panda
+from panda.cli.sweep import read_command
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
@@ -153,12 +154,14 @@ def test_every_configuration_of_the_recipes_is_used(place: Path, monkeypatch: py
     assert configure(parse_arguments(["--config", "tutorial.yaml"])).options.use_lora
 
 
-def test_the_loop_over_rates_is_a_script(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_of_rates_is_three_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ((_, script),) = blocks(RECIPES, "sh")
     monkeypatch.chdir(place)
-    (line,) = (line for line in script.splitlines() if "panda-train" in line)
-    assert resolved(shlex.split(line.replace("$rate", "3e-5"))).options.eval_steps == 50
-    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    words = shlex.split(script)
+    assert words[:2] == ["panda", "sweep"]
+    points = read_command(words[2:]).points
+    found = [configure(parse_arguments(point.argv)).options for point in points]
+    assert [each.eval_steps for each in found] == [50] * 3 and len({each.learning_rate for each in found}) == 3
 
 
 # -- deployment -----------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_runs_follow_each_other_in_one_process_as_on_the_command_line(folder: Pa
     assert second[0] == "runs/instruct-llama-tiny" and [record["step"] for record in second[3]] == [2]
     with_warnings = folder / second[0] / "log.txt"
     assert [line.split(": ", 1)[1] for line in with_warnings.read_text().splitlines()] == ["FutureWarning: old"] * 2
-    assert "  log.txt          2 warnings of torch\n" in printed and printed.count("2 warnings of torch") == 1
+    assert "  log.txt            2 warnings of torch\n" in printed and printed.count("2 warnings of torch") == 1
     assert "FutureWarning: of the user, step 2" in printed and "FutureWarning: old" not in printed
     assert not (folder / first[0] / "log.txt").exists()
     assert second[2][0]["loss"] == pytest.approx(first[2][0]["loss"], rel=1e-6)  # ZeRO-1 of one rank

@@ -61,7 +61,7 @@ then saved.
 
 examples:
   panda sweep panda:configs/instruct-tiny.yaml --learning_rate 1e-4,3e-4 --seed 0,1
-  panda sweep run.yaml --lora_target_modules [q_proj,v_proj],[all-linear] \\
+  panda sweep panda:configs/lora.yaml --lora_target_modules [q_proj,v_proj],[all-linear] \\
       --launch "torchrun --nproc_per_node 8 --no-python\""""
 
 OWN = ("output_dir", "run_name", "resume", "launch", "print", "dry_run", "config", "conf_path")

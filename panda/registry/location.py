@@ -25,8 +25,6 @@ class Location:
 
 
 _LONGEST, _LONGEST_NAME = 4095, 255
-_SHOWN = 100
-"""Characters of a path in a message."""
 """Bytes of a path, and of a name in it, on Linux."""
 
 
@@ -39,12 +37,7 @@ def resolve_path(text: str) -> Path:
 
 
 def expanded(text: str) -> Path:
-    """The path ``text``, with the folder of the user for ``~``.
-
-    Raises UserError where that is not known, and where there can be no such path.
-    """
-    if text and (problem := problem_of_path(text)):
-        raise UserError(f"{text[:_SHOWN]!r}{'...' if len(text) > _SHOWN else ''}: {problem}")
+    """The path ``text``, with the folder of the user for ``~``. Raises UserError where that is not known."""
     try:
         return Path(text).expanduser()
     except (RuntimeError, KeyError):

@@ -394,9 +394,7 @@ def _convert_tuple(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
 def _has_paths(member: Any, value: str) -> bool:
     """Whether ``value``, a list of ``member`` in one text, has paths between commas, and is not a path with commas."""
     location = _parts(member)[3]
-    if location is None or not location.holds_data:
-        return False
-    return problem_of_path(value) is not None or not os.path.exists(resolve_path(value))
+    return location is not None and location.holds_data and not os.path.exists(resolve_path(value))
 
 
 def _yaml_words(value: Any) -> str:

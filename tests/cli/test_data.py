@@ -37,7 +37,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_data_shows_counts_lengths_reasons_and_samples(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert data.main([config]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1 files, 7 rows, 4 samples"
+    assert lines[0] == "1 file, 7 rows, 4 samples"
     # BOS, prompt, newline, three letters, EOS: 7, 11, 11, and 36 cut to 24
     assert lines[1] == f"{7 + 11 + 11 + 24} tokens, 16 with loss (30.2%)"
     assert lines[2] == "tokenizer: panda:data/sample/tokenizer, with 259 entries"

@@ -75,7 +75,7 @@ MISTAKES = {
     " file.",
     "panda-train OK --user_dir components": "--user_dir: '{here}/components' is not a folder.",
     "panda show optimzer adamw": "unknown kind 'optimzer'. Did you mean 'optimizers'? The kinds are: tasks, models,"
-    " archs, optimizers, lr_schedulers, readers, plugins, kinds.",
+    " archs, optimizers, lr_schedulers, readers, plugins, kinds, metrics.",
     # keys
     "panda-train OK --learning_rte 1e-3": "--learning_rte: unknown key 'learning_rte'. Did you mean 'learning_rate'?",
     "panda-train OK --lr 1e-3": "--lr: 'lr' is not one of panda's keys: write `learning_rate`.",

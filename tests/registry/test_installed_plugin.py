@@ -246,7 +246,7 @@ def test_listing_shows_the_broken_ones_and_imports_none(site: Path, tmp_path: Pa
     shown = run(site, tmp_path, "panda", "show", "model", "acme-bigram")
     assert shown.returncode == 0 and "from     acme-panda 1.2.3" in shown.stdout
     helped = run(site, tmp_path, "panda-train", "--help", "--arch", "acme-bigram-small")
-    assert helped.returncode == 0 and "  --width [8]" in helped.stdout
+    assert helped.returncode == 0 and "  --width [16, of acme-bigram-small]" in helped.stdout
 
 
 @pytest.mark.parametrize(
