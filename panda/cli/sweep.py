@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from panda.registry.location import resolve_path
 from panda.run.description import changes
 from panda.run.description import read_end
 from panda.run.directory import configuration_in
+from panda.run.interruption import PASSED_ON
 from panda.run.interruption import SAVED
 
 USAGE = """\
@@ -151,6 +153,9 @@ def read_command(argv: Sequence[str]) -> Sweep:
     stem = Path(own["config"].partition(":")[2] or own["config"]).stem
     folder = resolve_path(own["output_dir"]) if own.get("output_dir") else Path("runs") / f"sweep-{stem}"
     points = list(_points(folder, ["--config", own["config"], *shared], varied))
+    for name, count in Counter(point.name for point in points).items():
+        if count > 1:
+            raise UserError(f"two of the runs would be in one folder, {name}. Write their values so that they differ.")
     return Sweep(folder, points, shlex.split(own.get("launch", "")), bool({"print", "dry_run"} & {*own}))
 
 
@@ -158,7 +163,7 @@ def split_values(text: str) -> list[list[str]]:
     """The values in ``text``, each as the words that a flag would be given. Raises UserError."""
     values: list[list[str]] = []
     for part in _between_commas(text):
-        bracketed = re.fullmatch(r"\[(.*)\]", part, re.DOTALL)
+        bracketed = re.fullmatch(r"\[([^\[\]]*)\]", part)
         words = _between_commas(bracketed[1]) if bracketed else [part]
         if "" in words and (bracketed or len(text) > 0):
             raise UserError(
@@ -302,19 +307,23 @@ def _run(command: list[str]) -> tuple[int, bool]:
     It is in a session of its own: else Ctrl-C in a terminal would reach it twice, and end it without saving.
     """
     heard: list[int] = []
-    try:
-        process = subprocess.Popen(command, start_new_session=True)
-    except OSError as problem:
-        raise UserError(f"--launch: {command[0]!r} cannot be started: {problem.strerror}.") from None
+    process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: object) -> None:
         heard.append(number)
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        if process is not None:
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, pass_on) for number in numbers]
     try:
+        # A scheduler signals all processes of a job, and this passes its signal on: the run hears it twice.
+        process = subprocess.Popen(command, start_new_session=True, env=os.environ | {PASSED_ON: "1"})
+        if heard:  # before it began
+            process.send_signal(signal.SIGTERM)
         return process.wait(), bool(heard)
+    except OSError as problem:
+        raise UserError(f"--launch: {command[0]!r} cannot be started: {problem.strerror}.") from None
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

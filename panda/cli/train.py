@@ -9,6 +9,7 @@ from panda.cli.command import print_version
 from panda.cli.command import run_command
 from panda.cli.help import print_train_help
 from panda.configuration.arguments import parse_arguments
+from panda.run.interruption import PASSED_ON
 from panda.run.interruption import Ending
 from panda.training import train_arguments
 
@@ -26,7 +27,7 @@ def _train(argv: list[str]) -> None:
     if arguments.help:
         print_train_help(arguments)
         return
-    with Ending(launched="RANK" in os.environ).listening():
+    with Ending(launched=bool({"RANK", PASSED_ON} & {*os.environ})).listening():
         train_arguments(arguments)
 
 

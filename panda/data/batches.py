@@ -297,7 +297,7 @@ def _leave_signals_to_parent() -> None:
     """In a worker: let only the training process end it, and the end of that process.
 
     Ctrl-C in a terminal, and schedulers, signal all processes of a run at once, whose step is to be finished first.
-    torch's workers (2.13) look for their parent as well, but wait for ever to hand over what it does not take.
+    torch's workers (2.13) also watch their parent, but block for ever in handing over a batch that nobody takes.
     """
     parent = os.getppid()
 

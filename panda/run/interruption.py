@@ -23,6 +23,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_SECONDS = 1.0
 """Under a launcher, signals this soon after the first are the same one: Ctrl-C in a terminal reaches torchrun and its
 ranks, and torchrun passes it on to the ranks once more."""
+PASSED_ON = "PANDA_SIGNALS_ARE_PASSED_ON"
+"""Of the environment: set by what starts runs and passes its signals on to them, as `panda sweep` does."""
 UNHEARD_SECONDS = 3.0
 """So long after a signal, the process is ended if its main thread has not come to it."""
 LOOK_SECONDS = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from panda.registry import UserError
 from panda.run.extra_state import write_state
 from panda.run.garbage import collect
 from panda.run.garbage import collected_between_steps
+from panda.run.interruption import PASSED_ON
 from panda.run.interruption import Interrupted
 from panda.run.interruption import Interruption
 from panda.run.interruption import how_to_continue
@@ -85,7 +87,7 @@ class Loop:
         self.evaluation_due = start.evaluation_due
         self.time_to_save = False
         self.interruption = Interruption(
-            launched=run.processes.world_size > 1,
+            launched=run.processes.world_size > 1 or PASSED_ON in os.environ,
             announce=run.processes.rank == 0,
             hopeless=trouble,
             is_ending=is_ending,

@@ -18,6 +18,7 @@ from panda.cli import sweep
 from panda.cli.main import main
 from panda.configuration.arguments import parse_arguments
 from panda.registry import UserError
+from panda.run.interruption import PASSED_ON
 
 CONFIG = "panda:configs/instruct-tiny.yaml"
 PROGRAM = """
@@ -76,6 +77,7 @@ def started(folder: Path) -> list[str]:
         (r"a\,b,c", [["a,b"], ["c"]]),
         (r"x.[01]\,2,y", [["x.[01],2"], ["y"]]),
         (r".*\.[0-9,]+", [[r".*\.[0-9,]+"]]),
+        ("[ab].*[cd],x", [["[ab].*[cd]"], ["x"]]),
         ("", [[""]]),
     ],
 )
@@ -109,6 +111,17 @@ def test_the_grid_is_printed_as_commands_that_panda_train_reads(
     assert len({*places}) == 4 and {place.parent for place in places} == {Path("s")}
     assert places[3].name == "learning_rate=3e-4,lora_target_modules=all-linear"
     assert not (tmp_path / "s").exists() and started(tmp_path) == []
+
+
+def test_two_runs_in_one_folder_are_refused(sweeps: Sweeps, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweeps("--prompts", "a+b,[a,b]", "--print") == 2
+    assert "two of the runs would be in one folder, prompts=a+b" in capsys.readouterr().err
+
+
+def test_a_run_knows_that_its_signals_come_twice() -> None:
+    """From the scheduler that signals all processes of a job, and from the sweep."""
+    code = f"import os, sys; sys.exit(7 if {PASSED_ON!r} in os.environ else 0)"
+    assert sweep._run([sys.executable, "-c", code]) == (7, False)
 
 
 def test_names_of_folders_are_of_what_differs_and_apart() -> None:

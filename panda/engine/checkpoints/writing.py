@@ -121,7 +121,7 @@ def _complete(temporary: Path, final: Path, manifest: Manifest) -> None:
 
 
 def finish_removal(processes: Processes, folder: Path, step: int, *, keep: int | None, kept: Collection[int]) -> None:
-    """Remove what saving ``step`` should have removed, where the start that saved it was ended before.
+    """Remove older checkpoints that the save of ``step`` left, where its process ended before it removed them.
 
     Every rank must call this. Raises UserError where the disk fails.
     """
