@@ -1,8 +1,7 @@
 """What libraries warn of: kept in a file of the run, or in memory, instead of between the lines that a user reads.
 
 Python's warnings and records of ``logging`` are a library's by the file that they come from. Those of packages with
-components for panda, and of files of the user, are shown as always, and so are
-errors of libraries.
+components for panda, and of files of the user, are shown as always, and so are errors of libraries.
 """
 
 from __future__ import annotations
