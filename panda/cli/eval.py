@@ -20,6 +20,7 @@ from panda.cli.answering import find_answering
 from panda.cli.answering import note
 from panda.cli.command import run_command
 from panda.configuration.arguments import Arguments
+from panda.configuration.arguments import arguments_of_run
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.evaluation import configure_evaluation
@@ -130,7 +131,7 @@ def _configured(location: str, arguments: Arguments, data: Given | None) -> Conf
     flags = {key for key, given in arguments.given.items() if given.origin.startswith("-")}
     run = run_of(resolve_path(location))
     if run is not None and flags == {*arguments.given}:
-        of_run = parse_arguments(["--config", str(run / RUN_CONFIG)])
+        of_run = arguments_of_run(run, [])
         recorded = {key: given for key, given in of_run.recorded.items() if key not in flags}
         given = {**of_run.given, **arguments.given}
         arguments = replace(arguments, given=given, api=of_run.api, recorded=recorded)

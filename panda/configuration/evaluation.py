@@ -12,6 +12,7 @@ from panda.configuration.configure import Configuration
 from panda.configuration.options import RunOptions
 from panda.configuration.spellings import RENAMED
 from panda.configuration.user_code import catalog_of
+from panda.configuration.user_code import refuse_unrepeated
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.choosing import BLOCK
@@ -45,11 +46,13 @@ def configure_evaluation(arguments: Arguments, flags: Collection[str], data: Giv
     """
     _refuse_without_effect({key: arguments.given[key] for key in flags})
     core = {key: given for key, given in arguments.given.items() if _name(key) in TAKEN or key in flags}
-    recorded = {key: given for key, given in arguments.recorded.items() if key in core}
+    answers = PLUGIN not in [name.rpartition(":")[2] for name in arguments.blocked]
+    executed = {*core, "eval_metrics"} if answers else {*core}  # loaded below, before all keys that are taken are known
+    recorded = {key: given for key, given in arguments.recorded.items() if key in executed}
     catalog = catalog_of(replace(arguments, given=core, recorded=recorded))
     task = _options(catalog, "task", core.get("task"), RunOptions.task)
     wanted = {*OF_THE_RUN, *task, *_options(catalog, "reader", core.get("reader"), RunOptions.reader)}
-    if PLUGIN not in [name.rpartition(":")[2] for name in arguments.blocked]:
+    if answers:
         plugin, metrics = _options(catalog, "plugin", None, PLUGIN), arguments.given.get("eval_metrics")
         wanted |= {*plugin}
         for name in texts_of(metrics) if metrics else plugin["eval_metrics"].default:
@@ -57,6 +60,8 @@ def configure_evaluation(arguments: Arguments, flags: Collection[str], data: Giv
     of_data = {key for key, option in task.items() if option.location and option.location.holds_data}
     wanted -= of_data | {*WEIGHTS}
     given = {key: value for key, value in arguments.given.items() if _name(key) in wanted or key in flags}
+    recorded = {key: each for key, each in arguments.recorded.items() if key in given}
+    refuse_unrepeated(replace(arguments, given=given, recorded=recorded))
     if data is not None:
         given = {key: value for key, value in given.items() if key != "eval_names" or key in flags}
         given["eval_data_dir"] = data

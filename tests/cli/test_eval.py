@@ -14,6 +14,7 @@ from panda.answers.assistant import Sampling
 from panda.answers.exact_match import ExactMatchOptions
 from panda.answers.loading import described_in
 from panda.cli import eval as evaluating
+from panda.cli import report as reporting
 from panda.configuration.arguments import parse_arguments
 from panda.data import sample
 from panda.hooks.eval_generate import read_answers
@@ -153,6 +154,35 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
     words = flags.format(rows=rows, folder=tmp_path).split()
     assert evaluating.main([str(tmp_path), *words]) == 2
     assert said.format(rows=rows) in capsys.readouterr().err
+
+
+EXECUTED = "from pathlib import Path\nPath(__file__).with_suffix('.executed').touch()\n"
+
+
+@pytest.mark.parametrize(
+    "lines", ["user_dir: {folder}\ntask: mine", "task: {file}:mine", "eval_metrics: [{file}:mine]"]
+)
+@pytest.mark.parametrize("stated", ["", "recorded_by: 0.1.0\n"])
+def test_files_that_only_a_run_names_are_not_executed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, stated: str
+) -> None:
+    """Whoever made the run may have left out that panda recorded its configuration."""
+    folder, run, rows = tmp_path / "mine", tmp_path / "run", tmp_path / "rows.json"
+    folder.mkdir()
+    run.mkdir()
+    file = folder / "mine.py"
+    file.write_text(EXECUTED + "from panda import register_task\nregister_task('mine')(None)\n")
+    lines = lines.format(folder=folder, file=file)
+    (run / "config.yaml").write_text(f"{stated}arch: llama-tiny\n{lines}\n")
+    (run / "provenance.json").write_text("{}")
+    rows.write_text('[{"input": "a", "target": "b"}]')
+    assert evaluating.main([str(run), "--data", str(rows)]) == 2
+    said = "executed files of the user that it names. They are executed again only where the command line names them"
+    assert said in capsys.readouterr().err
+    if "user_dir" in lines or "task" in lines:
+        assert reporting.main([str(run), "--out", str(tmp_path / "report.html")]) == 0
+        assert said in capsys.readouterr().err
+    assert not file.with_suffix(".executed").exists()
 
 
 def test_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
