@@ -23,13 +23,16 @@ from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import arguments_of_run
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
+from panda.configuration.evaluation import OWN
 from panda.configuration.evaluation import configure_evaluation
 from panda.files.activity import activity
 from panda.files.terminal import printable_line
+from panda.files.whole import check_can_be_made
 from panda.files.whole import write_whole
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
+from panda.registry.options import Option
 from panda.weights.run_folders import CHECKPOINTS
 from panda.weights.run_folders import EXPORT
 from panda.weights.run_folders import PROVENANCE
@@ -70,8 +73,6 @@ task, template and tokenizer.
 
 example: panda eval runs/instruct-llama-tiny --data data/held-out.jsonl"""
 
-OWN = ("data", "output", "json", "harness", "ckpt_path", "base_path", "allow_pickle")
-"""Flags of this command, which are no keys of a run."""
 ALL = "all"
 """The column of all sets together, and its key in JSON."""
 
@@ -89,8 +90,10 @@ def _eval(argv: list[str]) -> None:
     if argv[0].startswith("-"):
         raise UserError(f"{argv[0]}: name the model first: `panda eval MODEL {argv[0]} ...`.\n{USAGE}")
     location, arguments = argv[0], parse_arguments(argv[1:])
-    own = {key: arguments.given.pop(key) for key in OWN if key in arguments.given}
-    if not resolve_path(location).is_dir():
+    own = {key: given for key, given in arguments.given.items() if key in OWN and given.origin.startswith("-")}
+    for key in own:
+        del arguments.given[key]  # those of a file are keys of a run, such as the base that it trained from
+    if not _folder(location).is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     if "harness" in own:
         from panda.cli.harness import run_harness
@@ -99,18 +102,23 @@ def _eval(argv: list[str]) -> None:
         return
     if of_harness:
         raise UserError("--: flags after it are those of lm_eval, which `--harness TASK,...` runs.")
-    output = _output(own.get("output"))
-    configuration = _configured(location, arguments, own.get("data"))
+    output, as_json, _ = _output(own.get("output")), _switch(own, "json"), _switch(own, "allow_pickle")
     with redirect_stdout(sys.stderr):  # stdout is for the numbers
+        with activity("loading torch"):
+            configuration = _configured(location, arguments, own.get("data"))
         found = _evaluated(location, configuration, own)
     text = json.dumps(_finite(found), indent=2, ensure_ascii=False, allow_nan=False)
+    lines = map(printable_line, table(_columns(found), shutil.get_terminal_size().columns))
+    print(text if as_json else "\n".join(lines), flush=True)  # before the file, which may find the disk full
     if output is not None:
         write_whole(output, text + "\n")
-    if "json" in own:
-        print(text)
-        return
-    for line in table(_columns(found), shutil.get_terminal_size().columns):
-        print(printable_line(line))
+
+
+def _folder(location: str) -> Path:
+    """The folder that ``location`` names, also by a file such as ``checkpoints/best``."""
+    from panda.engine.checkpoints.folders import named_in
+
+    return named_in(resolve_path(location))
 
 
 def _output(given: Given | None) -> Path | None:
@@ -121,6 +129,7 @@ def _output(given: Given | None) -> Path | None:
     path = resolve_path(given.value)
     if not path.absolute().parent.is_dir():
         raise UserError(f"--output: there is no folder {str(path.parent)!r} to write {path.name!r} to. Make it.")
+    check_can_be_made(path, "--output")
     return path
 
 
@@ -129,7 +138,7 @@ def _configured(location: str, arguments: Arguments, data: Given | None) -> Conf
     from panda.run.sources import with_lasting_sources
 
     flags = {key for key, given in arguments.given.items() if given.origin.startswith("-")}
-    run = run_of(resolve_path(location))
+    run = run_of(_folder(location))
     if run is not None and flags == {*arguments.given}:
         of_run = arguments_of_run(run, [])
         recorded = {key: given for key, given in of_run.recorded.items() if key not in flags}
@@ -154,15 +163,11 @@ def run_of(folder: Path) -> Path | None:
 def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Given]) -> dict[str, Any]:
     """The numbers of all sets, and the answers."""
     resolved = configuration.resolved
-    answering = find_answering(
-        argparse.Namespace(
-            run=location,
-            ckpt_path=_text(own, "ckpt_path"),
-            base_path=_text(own, "base_path"),
-            allow_pickle="allow_pickle" in own,
-            p=[],
+    places = {key: _text(own, key) for key in ("ckpt_path", "base_path")}
+    with activity("loading the tokenizer"):
+        answering = find_answering(
+            argparse.Namespace(run=location, **places, allow_pickle=_switch(own, "allow_pickle"), p=[])
         )
-    )
     from panda.run.assembly import build_evaluation_tasks
     from panda.run.assembly import build_task
     from panda.run.assembly import dataset_of
@@ -196,6 +201,10 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
     return found
 
 
+def _switch(own: Mapping[str, Given], key: str) -> bool:
+    return key in own and bool(Option(key, bool, False, "").convert(own[key]))
+
+
 def _text(own: Mapping[str, Given], key: str) -> str | None:
     if key not in own:
         return None
@@ -217,7 +226,7 @@ def _measured(
 
     plugin = next((each.options for each in configuration.resolved.plugins), None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with activity("loading the model"):
+    with activity("reading the model"):
         assistant = answering.assistant(device)
     for line in assistant.notes:
         note(line)

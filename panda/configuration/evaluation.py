@@ -17,6 +17,7 @@ from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.choosing import BLOCK
 from panda.registry.choosing import load_component
+from panda.registry.errors import did_you_mean
 from panda.registry.hooks import Hooks
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.registry.options import Given
@@ -34,6 +35,8 @@ OF_THE_RUN = (
 """Keys of every run that are taken from the configuration of a run."""
 TAKEN = (*OF_THE_RUN, "num_workers", "prefetch_factor")
 """Keys of every run that a flag can give."""
+OWN = ("data", "output", "json", "harness", "ckpt_path", "base_path", "allow_pickle")
+"""Flags of `panda eval` itself, which are no keys of its configuration."""
 WEIGHTS = ("data_weights", "instruct_weight", "pretrain_weight")
 """Options of panda's tasks with a value for each path of their own data, which is not read."""
 
@@ -57,6 +60,7 @@ def configure_evaluation(arguments: Arguments, flags: Collection[str], data: Giv
         wanted |= {*plugin}
         for name in texts_of(metrics) if metrics else plugin["eval_metrics"].default:
             wanted |= {*_options(catalog, "metric", metrics and replace(metrics, value=name), name)}
+    _refuse_misspelt({key: arguments.given[key] for key in flags}, wanted)
     of_data = {key for key, option in task.items() if option.location and option.location.holds_data}
     wanted -= of_data | {*WEIGHTS}
     given = {key: value for key, value in arguments.given.items() if _name(key) in wanted or key in flags}
@@ -94,6 +98,15 @@ def _refuse_without_effect(flags: Mapping[str, Given]) -> None:
                 f"{given.origin}: `panda eval` has no use for this key. It takes {', '.join(TAKEN)}, the options of the"
                 f" task, of the reader, of `{PLUGIN}` and of metrics."
             )
+
+
+def _refuse_misspelt(flags: Mapping[str, Given], wanted: Collection[str]) -> None:
+    """Raise UserError where a flag is near to one of the command itself; other unknown ones are those of a run."""
+    known = {*wanted, *TAKEN, *OWN, "plugins"}
+    for key, given in flags.items():
+        hint = "" if _name(key) in known else did_you_mean(key, sorted(known))
+        if any(repr(name) in hint for name in OWN):
+            raise UserError(f"{given.origin}: unknown key {key!r}.{hint}")
 
 
 def _as(option: Option, data: Given) -> Given:
