@@ -7,8 +7,10 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import contextmanager
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.evaluation import OWN
 from panda.configuration.evaluation import configure_evaluation
+from panda.configuration.evaluation import holds_out
 from panda.files.activity import activity
 from panda.files.terminal import printable_line
 from panda.files.whole import check_can_be_made
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from panda.answers.metric import Answer
     from panda.answers.scored import Scored
     from panda.data.token_dataset import SampleSet
+    from panda.registry.resolve import Resolved
     from panda.run.evaluated import Measured
     from panda.run.questions import Question
     from panda.tasks.task import Task
@@ -56,7 +60,7 @@ the answers to some of its samples, beside the answers in the data. MODEL is a r
 or any folder in Hugging Face's format. Of a run, the newest checkpoint is evaluated, with the run's own
 task, template and tokenizer.
 
-  --data PATH ...          data to evaluate on; by default the `eval_data_dir` of the run
+  --data PATH ...          data to evaluate on; by default what the run was evaluated on
   --eval_names NAME ...    a name for each path: paths of one name are a set, with numbers of its own
   --task TASK              how data is read; by default that of the run, or `instruct`
   --eval_generate_rows N   samples of each set that are answered; `-p no:eval_generate` for none
@@ -145,11 +149,26 @@ def _configured(location: str, arguments: Arguments, data: Given | None) -> Conf
         given = {**of_run.given, **arguments.given}
         arguments = replace(arguments, given=given, api=of_run.api, recorded=recorded)
     try:
-        configuration = with_lasting_sources(configure_evaluation(arguments, flags, data))
-        look_for_inputs(configuration)
+        configuration = configure_evaluation(arguments, flags, data)
+        with _telling_of_held_out(data is None and holds_out(arguments)):
+            configuration = with_lasting_sources(configuration)
+            look_for_inputs(configuration)
     except UserError as problem:
         raise UserError(str(problem).replace("eval_data_dir: ", "--data: ")) if data else problem from problem
     return configuration
+
+
+@contextmanager
+def _telling_of_held_out(is_part: bool) -> Iterator[None]:
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(f"{problem} {_ELSE_NAME_DATA}" if is_part else str(problem)) from problem
+
+
+_ELSE_NAME_DATA = (
+    "The run held out a part of its own data (`eval_fraction`). To evaluate on other data, name it with `--data`."
+)
 
 
 def run_of(folder: Path) -> Path | None:
@@ -168,11 +187,11 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
         answering = find_answering(
             argparse.Namespace(run=location, **places, allow_pickle=_switch(own, "allow_pickle"), p=[])
         )
-    from panda.run.assembly import build_evaluation_tasks
+    from panda.data.locations import each_of
     from panda.run.assembly import build_task
-    from panda.run.assembly import dataset_of
     from panda.run.assembly import evaluation_sets
     from panda.run.questions import answer_records
+    from panda.run.sources import data_settings
     from panda.tasks.language_modelling import LanguageModelling
 
     task = build_task(resolved, answering.tokenizer)
@@ -182,7 +201,7 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
             " metrics.jsonl. `--task instruct` evaluates the model on prompts and answers."
         )
     with activity("reading the data"):
-        sets = {name: dataset_of(resolved, each) for name, each in build_evaluation_tasks(resolved, task).items()}
+        sets = _sets(resolved, task, location)
     for name, dataset in sets.items():
         cut = [dataset.report.cut(len(dataset), resolved.core.max_seq_length)] if dataset.report.truncated else []
         for line in [*cut, *dataset.report.lines()]:
@@ -196,9 +215,36 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
         scores = scored[name].scores if name and asked else {}
         found["sets"] |= {name: {"data": paths[name], **each.numbers(), "answers": asked, **scores}} if name else {}
     whole, every = _together(measured).numbers(), [path for each in paths.values() for path in each]
+    every = every or [text for each in data_settings(resolved) for text in each_of(each.value)]
     found[ALL] = {"data": every, **whole, "answers": len(questions), **(scored[""].scores if scored else {})}
     found["answers"] = answer_records(questions, answers, scored[""].of_each if scored else [])
     return found
+
+
+def _sets(resolved: Resolved, task: Task, location: str) -> dict[str, SampleSet]:
+    """The samples to evaluate on, by the name of their set. Raises UserError where they are not those of the run."""
+    from panda.data.selection import trained_and_held_out
+    from panda.run.assembly import build_evaluation_tasks
+    from panda.run.assembly import dataset_of
+    from panda.run.description import read_provenance
+
+    core, run = resolved.core, run_of(_folder(location))
+    if not core.eval_fraction or run is None:
+        return {name: dataset_of(resolved, each) for name, each in build_evaluation_tasks(resolved, task).items()}
+    trained, held_out = trained_and_held_out(
+        dataset_of(resolved, task), max_samples=core.max_samples, eval_fraction=core.eval_fraction, seed=core.seed
+    )
+    assert held_out is not None
+    recorded, now = read_provenance(run), {"samples": len(trained), "tokens": trained.tokens}
+    changed = [
+        f"{key}: {recorded.get(key)} then, {value} now" for key, value in now.items() if recorded.get(key) != value
+    ]
+    if changed:  # other samples would be held out, of which the model has seen most
+        raise UserError(
+            f"eval_fraction: the data of {run}, or how it is read, has changed since ({'; '.join(changed)}), so what it"
+            f" held out cannot be found. {_ELSE_NAME_DATA}"
+        )
+    return {"": held_out}
 
 
 def _switch(own: Mapping[str, Given], key: str) -> bool:

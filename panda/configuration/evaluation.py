@@ -37,6 +37,8 @@ TAKEN = (*OF_THE_RUN, "num_workers", "prefetch_factor")
 """Keys of every run that a flag can give."""
 OWN = ("data", "output", "json", "harness", "ckpt_path", "base_path", "allow_pickle")
 """Flags of `panda eval` itself, which are no keys of its configuration."""
+OF_A_FRACTION = ("eval_fraction", "max_samples", "seed")
+"""Keys of every run that say which samples of its data are held out."""
 WEIGHTS = ("data_weights", "instruct_weight", "pretrain_weight")
 """Options of panda's tasks with a value for each path of their own data, which is not read."""
 
@@ -44,6 +46,7 @@ WEIGHTS = ("data_weights", "instruct_weight", "pretrain_weight")
 def configure_evaluation(arguments: Arguments, flags: Collection[str], data: Given | None) -> Configuration:
     """The configuration of an evaluation on ``data``; without it, on the evaluation data that ``arguments`` name.
 
+    Where these are of a run that held out a fraction of its data, ``eval_fraction`` and its data are kept.
     ``arguments``: flags over the configuration of a run, or over nothing; ``flags``: the keys that flags give. The
     model among the components stands for none. Raises UserError for flags without effect.
     """
@@ -62,7 +65,8 @@ def configure_evaluation(arguments: Arguments, flags: Collection[str], data: Giv
             wanted |= {*_options(catalog, "metric", metrics and replace(metrics, value=name), name)}
     _refuse_misspelt({key: arguments.given[key] for key in flags}, wanted)
     of_data = {key for key, option in task.items() if option.location and option.location.holds_data}
-    wanted -= of_data | {*WEIGHTS}
+    is_part = data is None and holds_out(arguments)
+    wanted = wanted | {*OF_A_FRACTION} if is_part else wanted - of_data - {*WEIGHTS}
     given = {key: value for key, value in arguments.given.items() if _name(key) in wanted or key in flags}
     recorded = {key: each for key, each in arguments.recorded.items() if key in given}
     refuse_unrepeated(replace(arguments, given=given, recorded=recorded))
@@ -70,13 +74,21 @@ def configure_evaluation(arguments: Arguments, flags: Collection[str], data: Giv
         given = {key: value for key, value in given.items() if key != "eval_names" or key in flags}
         given["eval_data_dir"] = data
     held_out = given.get("eval_data_dir")
-    if held_out is None or held_out.value is None:
-        raise UserError("--data: name the data to evaluate on, a file, a folder or a data set.")
-    given |= {key: _as(task[key], held_out) for key in of_data}
+    if not is_part:
+        if held_out is None or held_out.value is None:
+            raise UserError("--data: name the data to evaluate on, a file, a folder or a data set.")
+        given |= {key: _as(task[key], held_out) for key in of_data}
     given.setdefault("num_workers", Given(0, "", "0"))
     given["arch"] = Given("llama-tiny", "", "llama-tiny")  # any: the model that is evaluated is loaded by itself
     resolved = resolve(catalog, RunOptions, given, default_plugins=(PLUGIN,), renamed=RENAMED)
     return Configuration(resolved, Hooks(), None)
+
+
+def holds_out(arguments: Arguments) -> bool:
+    """Whether ``arguments`` are of a run that held out a fraction of its data, and no other is named to evaluate on."""
+    fraction, named = arguments.recorded.get("eval_fraction"), arguments.given.get("eval_data_dir")
+    has_other = named is not None and named.value is not None
+    return bool(fraction and options_of(RunOptions)["eval_fraction"].convert(fraction)) and not has_other
 
 
 def _options(catalog: Catalog, kind: str, given: Given | None, default: str) -> dict[str, Option]:

@@ -206,6 +206,39 @@ def test_a_named_checkpoint_is_evaluated_by_its_run_and_shown_before_it_is_writt
     assert shown == expected
 
 
+def test_the_fraction_that_a_run_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, file = json.loads((Path(sample.__file__).parent / "instruct/sample.json").read_text()), tmp_path / "rows.json"
+    file.write_text(json.dumps(rows[:40]))
+    run = train(
+        tmp_path / "run",
+        arch="llama-tiny",
+        max_seq_length=64,
+        max_steps=2,
+        eval_steps=2,
+        instruction_tuning_data_dir=file,
+        max_samples=30,
+        eval_fraction=0.2,
+        seed=5,
+        token_cache=tmp_path / "cache",
+    )
+    found = evaluated(tmp_path, run.directory, "-p", "no:eval_generate")["all"]
+    last = run.evaluations[-1]
+    assert (found["samples"], found["data"]) == (6, [str(file)])
+    assert found["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+    assert found["supervised_tokens"] == last["eval_supervised_tokens"]
+
+    code = tmp_path / "code.json"
+    code.write_text(json.dumps(rows[40:43]))
+    assert evaluated(tmp_path, run.directory, "-p", "no:eval_generate", "--data", code)["all"]["samples"] == 3
+    file.write_text(json.dumps(rows[1:41]))
+    capsys.readouterr()
+    assert evaluating.main([str(run.directory), "-p", "no:eval_generate"]) == 2
+    assert "has changed since (tokens: " in (said := capsys.readouterr().err) and "name it with `--data`" in said
+    file.unlink()
+    assert evaluating.main([str(run.directory)]) == 2
+    assert "does not exist" in (said := capsys.readouterr().err) and "name it with `--data`" in said
+
+
 EXECUTED = "from pathlib import Path\nPath(__file__).with_suffix('.executed').touch()\n"
 
 
