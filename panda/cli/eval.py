@@ -7,8 +7,10 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import contextmanager
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +22,20 @@ from panda.cli.answering import find_answering
 from panda.cli.answering import note
 from panda.cli.command import run_command
 from panda.configuration.arguments import Arguments
+from panda.configuration.arguments import arguments_of_run
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
+from panda.configuration.evaluation import OWN
 from panda.configuration.evaluation import configure_evaluation
+from panda.configuration.evaluation import holds_out
 from panda.files.activity import activity
 from panda.files.terminal import printable_line
+from panda.files.whole import check_can_be_made
 from panda.files.whole import write_whole
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
+from panda.registry.options import Option
 from panda.weights.run_folders import CHECKPOINTS
 from panda.weights.run_folders import EXPORT
 from panda.weights.run_folders import PROVENANCE
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from panda.answers.metric import Answer
     from panda.answers.scored import Scored
     from panda.data.token_dataset import SampleSet
+    from panda.registry.resolve import Resolved
     from panda.run.evaluated import Measured
     from panda.run.questions import Question
     from panda.tasks.task import Task
@@ -52,7 +60,7 @@ the answers to some of its samples, beside the answers in the data. MODEL is a r
 or any folder in Hugging Face's format. Of a run, the newest checkpoint is evaluated, with the run's own
 task, template and tokenizer.
 
-  --data PATH ...          data to evaluate on; by default the `eval_data_dir` of the run
+  --data PATH ...          data to evaluate on; by default what the run was evaluated on
   --eval_names NAME ...    a name for each path: paths of one name are a set, with numbers of its own
   --task TASK              how data is read; by default that of the run, or `instruct`
   --eval_generate_rows N   samples of each set that are answered; `-p no:eval_generate` for none
@@ -69,8 +77,6 @@ task, template and tokenizer.
 
 example: panda eval runs/instruct-llama-tiny --data data/held-out.jsonl"""
 
-OWN = ("data", "output", "json", "harness", "ckpt_path", "base_path", "allow_pickle")
-"""Flags of this command, which are no keys of a run."""
 ALL = "all"
 """The column of all sets together, and its key in JSON."""
 
@@ -88,8 +94,10 @@ def _eval(argv: list[str]) -> None:
     if argv[0].startswith("-"):
         raise UserError(f"{argv[0]}: name the model first: `panda eval MODEL {argv[0]} ...`.\n{USAGE}")
     location, arguments = argv[0], parse_arguments(argv[1:])
-    own = {key: arguments.given.pop(key) for key in OWN if key in arguments.given}
-    if not resolve_path(location).is_dir():
+    own = {key: given for key, given in arguments.given.items() if key in OWN and given.origin.startswith("-")}
+    for key in own:
+        del arguments.given[key]  # those of a file are keys of a run, such as the base that it trained from
+    if not _folder(location).is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     if "harness" in own:
         from panda.cli.harness import run_harness
@@ -98,18 +106,23 @@ def _eval(argv: list[str]) -> None:
         return
     if of_harness:
         raise UserError("--: flags after it are those of lm_eval, which `--harness TASK,...` runs.")
-    output = _output(own.get("output"))
-    configuration = _configured(location, arguments, own.get("data"))
+    output, as_json, _ = _output(own.get("output")), _switch(own, "json"), _switch(own, "allow_pickle")
     with redirect_stdout(sys.stderr):  # stdout is for the numbers
+        with activity("loading torch"):
+            configuration = _configured(location, arguments, own.get("data"))
         found = _evaluated(location, configuration, own)
     text = json.dumps(_finite(found), indent=2, ensure_ascii=False, allow_nan=False)
+    lines = map(printable_line, table(_columns(found), shutil.get_terminal_size().columns))
+    print(text if as_json else "\n".join(lines), flush=True)  # before the file, which may find the disk full
     if output is not None:
         write_whole(output, text + "\n")
-    if "json" in own:
-        print(text)
-        return
-    for line in table(_columns(found), shutil.get_terminal_size().columns):
-        print(printable_line(line))
+
+
+def _folder(location: str) -> Path:
+    """The folder that ``location`` names, also by a file such as ``checkpoints/best``."""
+    from panda.engine.checkpoints.folders import named_in
+
+    return named_in(resolve_path(location))
 
 
 def _output(given: Given | None) -> Path | None:
@@ -120,6 +133,7 @@ def _output(given: Given | None) -> Path | None:
     path = resolve_path(given.value)
     if not path.absolute().parent.is_dir():
         raise UserError(f"--output: there is no folder {str(path.parent)!r} to write {path.name!r} to. Make it.")
+    check_can_be_made(path, "--output")
     return path
 
 
@@ -128,18 +142,33 @@ def _configured(location: str, arguments: Arguments, data: Given | None) -> Conf
     from panda.run.sources import with_lasting_sources
 
     flags = {key for key, given in arguments.given.items() if given.origin.startswith("-")}
-    run = run_of(resolve_path(location))
+    run = run_of(_folder(location))
     if run is not None and flags == {*arguments.given}:
-        of_run = parse_arguments(["--config", str(run / RUN_CONFIG)])
+        of_run = arguments_of_run(run, [])
         recorded = {key: given for key, given in of_run.recorded.items() if key not in flags}
         given = {**of_run.given, **arguments.given}
         arguments = replace(arguments, given=given, api=of_run.api, recorded=recorded)
     try:
-        configuration = with_lasting_sources(configure_evaluation(arguments, flags, data))
-        look_for_inputs(configuration)
+        configuration = configure_evaluation(arguments, flags, data)
+        with _telling_of_held_out(data is None and holds_out(arguments)):
+            configuration = with_lasting_sources(configuration)
+            look_for_inputs(configuration)
     except UserError as problem:
         raise UserError(str(problem).replace("eval_data_dir: ", "--data: ")) if data else problem from problem
     return configuration
+
+
+@contextmanager
+def _telling_of_held_out(is_part: bool) -> Iterator[None]:
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(f"{problem} {_ELSE_NAME_DATA}" if is_part else str(problem)) from problem
+
+
+_ELSE_NAME_DATA = (
+    "The run held out a part of its own data (`eval_fraction`). To evaluate on other data, name it with `--data`."
+)
 
 
 def run_of(folder: Path) -> Path | None:
@@ -153,20 +182,16 @@ def run_of(folder: Path) -> Path | None:
 def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Given]) -> dict[str, Any]:
     """The numbers of all sets, and the answers."""
     resolved = configuration.resolved
-    answering = find_answering(
-        argparse.Namespace(
-            run=location,
-            ckpt_path=_text(own, "ckpt_path"),
-            base_path=_text(own, "base_path"),
-            allow_pickle="allow_pickle" in own,
-            p=[],
+    places = {key: _text(own, key) for key in ("ckpt_path", "base_path")}
+    with activity("loading the tokenizer"):
+        answering = find_answering(
+            argparse.Namespace(run=location, **places, allow_pickle=_switch(own, "allow_pickle"), p=[])
         )
-    )
-    from panda.run.assembly import build_evaluation_tasks
+    from panda.data.locations import each_of
     from panda.run.assembly import build_task
-    from panda.run.assembly import dataset_of
     from panda.run.assembly import evaluation_sets
     from panda.run.questions import answer_records
+    from panda.run.sources import data_settings
     from panda.tasks.language_modelling import LanguageModelling
 
     task = build_task(resolved, answering.tokenizer)
@@ -176,7 +201,7 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
             " metrics.jsonl. `--task instruct` evaluates the model on prompts and answers."
         )
     with activity("reading the data"):
-        sets = {name: dataset_of(resolved, each) for name, each in build_evaluation_tasks(resolved, task).items()}
+        sets = _sets(resolved, task, location)
     for name, dataset in sets.items():
         cut = [dataset.report.cut(len(dataset), resolved.core.max_seq_length)] if dataset.report.truncated else []
         for line in [*cut, *dataset.report.lines()]:
@@ -190,9 +215,40 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
         scores = scored[name].scores if name and asked else {}
         found["sets"] |= {name: {"data": paths[name], **each.numbers(), "answers": asked, **scores}} if name else {}
     whole, every = _together(measured).numbers(), [path for each in paths.values() for path in each]
+    every = every or [text for each in data_settings(resolved) for text in each_of(each.value)]
     found[ALL] = {"data": every, **whole, "answers": len(questions), **(scored[""].scores if scored else {})}
     found["answers"] = answer_records(questions, answers, scored[""].of_each if scored else [])
     return found
+
+
+def _sets(resolved: Resolved, task: Task, location: str) -> dict[str, SampleSet]:
+    """The samples to evaluate on, by the name of their set. Raises UserError where they are not those of the run."""
+    from panda.data.selection import trained_and_held_out
+    from panda.run.assembly import build_evaluation_tasks
+    from panda.run.assembly import dataset_of
+    from panda.run.description import read_provenance
+
+    core, run = resolved.core, run_of(_folder(location))
+    if not core.eval_fraction or run is None:
+        return {name: dataset_of(resolved, each) for name, each in build_evaluation_tasks(resolved, task).items()}
+    trained, held_out = trained_and_held_out(
+        dataset_of(resolved, task), max_samples=core.max_samples, eval_fraction=core.eval_fraction, seed=core.seed
+    )
+    assert held_out is not None
+    recorded, now = read_provenance(run), {"samples": len(trained), "tokens": trained.tokens}
+    changed = [
+        f"{key}: {recorded.get(key)} then, {value} now" for key, value in now.items() if recorded.get(key) != value
+    ]
+    if changed:  # other samples would be held out, of which the model has seen most
+        raise UserError(
+            f"eval_fraction: the data of {run}, or how it is read, has changed since ({'; '.join(changed)}), so what it"
+            f" held out cannot be found. {_ELSE_NAME_DATA}"
+        )
+    return {"": held_out}
+
+
+def _switch(own: Mapping[str, Given], key: str) -> bool:
+    return key in own and bool(Option(key, bool, False, "").convert(own[key]))
 
 
 def _text(own: Mapping[str, Given], key: str) -> str | None:
@@ -216,7 +272,7 @@ def _measured(
 
     plugin = next((each.options for each in configuration.resolved.plugins), None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with activity("loading the model"):
+    with activity("reading the model"):
         assistant = answering.assistant(device)
     for line in assistant.notes:
         note(line)

@@ -11,7 +11,7 @@ from typing import Any
 from panda.cli.command import run_command
 from panda.cli.run_folders import run_folder
 from panda.configuration.arguments import Arguments
-from panda.configuration.arguments import parse_arguments
+from panda.configuration.arguments import arguments_of_run
 from panda.files.terminal import printable_line
 from panda.registry import UserError
 from panda.registry.options import Given
@@ -91,7 +91,7 @@ def _checkpoint_before(run: Path, step: int) -> Path | None:
 
 def _arguments(run: Path, flags: list[str], checkpoint: Path | None, output: Path) -> Arguments:
     """The arguments of a run in ``output`` that repeats steps of ``run``, from ``checkpoint`` on."""
-    arguments = parse_arguments(["--config", str(run / RUN_CONFIG), *flags])
+    arguments = arguments_of_run(run, flags)
     given = arguments.given
     origin = "panda replay"
     others: dict[str, Any] = {

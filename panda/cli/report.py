@@ -15,7 +15,7 @@ from panda.cli.command import run_command
 from panda.cli.run_folders import run_folder
 from panda.cli.run_folders import short_names
 from panda.cli.runs import described
-from panda.configuration.arguments import parse_arguments
+from panda.configuration.arguments import arguments_of_run
 from panda.configuration.configure import configure
 from panda.files.whole import check_can_be_made
 from panda.files.whole import write_whole
@@ -25,7 +25,6 @@ from panda.registry.choosing import BLOCK
 from panda.registry.location import resolve_path
 from panda.run.adapter_run import CKPT_PATH_HELP
 from panda.run.adapter_run import trained_adapters
-from panda.run.directory import RUN_CONFIG
 from panda.run.first_look import look_for_inputs
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def _configuration(run: Path, arguments: argparse.Namespace) -> Configuration:
     flags = ["--ckpt_path", arguments.ckpt_path] if arguments.ckpt_path else []
     flags += ["--user_dir", arguments.user_dir] if arguments.user_dir else []
     flags += [word for name in arguments.p for word in ("-p", BLOCK + name)]
-    configuration = configure(parse_arguments(["--config", str(run / RUN_CONFIG), *flags]))
+    configuration = configure(arguments_of_run(run, flags))
     look_for_inputs(configuration)
     return configuration
 

@@ -73,8 +73,19 @@ class _File:
     is_recorded: bool
 
 
-def parse_arguments(argv: list[str]) -> Arguments:
-    """Read the flags in ``argv`` and the YAML file that ``--config`` names, or else that of the run they continue."""
+def arguments_of_run(run: Path, argv: list[str]) -> Arguments:
+    """The configuration that ``run``, a run directory, recorded, overridden by the flags in ``argv``.
+
+    Files of the user in it are executed only where ``argv`` names them, too, whatever the file says of its origin.
+    """
+    return parse_arguments(argv, run)
+
+
+def parse_arguments(argv: list[str], run: Path | None = None) -> Arguments:
+    """Read the flags in ``argv`` and the YAML file that ``--config`` names, or else that of the run they continue.
+
+    With ``run``, a run directory, its configuration is read (see ``arguments_of_run``), and there is no ``--config``.
+    """
     added: list[str] = []
     blocked: list[str] = []
     flags: dict[str, Given] = {}
@@ -97,10 +108,13 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if config is not None and not isinstance(config.value, str):
         more = f", and only one, not {config.text!r}" if isinstance(config.value, tuple) else ""
         raise UserError(f"--config needs the path of a YAML file, as in --config run.yaml{more}.")
-    file = _named(str(config.value), config.origin) if config else _of_continued_run(flags)
+    if config and run:
+        raise UserError(f"{config.origin}: the configuration is that of the run {str(run)!r}. Leave --config out.")
+    file = _recorded(run) if run else _named(str(config.value), config.origin) if config else _of_continued_run(flags)
     given = file.given | flags
-    if config and "resume" in given and given["resume"].value == "auto" and not {"output_dir", "run_name"} & {*flags}:
-        given |= _own_directory(str(config.value))
+    path = str(run / RUN_CONFIG) if run else str(config.value) if config else None
+    if path and "resume" in given and given["resume"].value == "auto" and not {"output_dir", "run_name"} & {*flags}:
+        given |= _own_directory(path)
     named = given.get("plugins")
     # `--profile` and `-p no:NAME` are short for one more item of `plugins`, beside the file's
     if (added or blocked) and not (named and named.is_nested):
@@ -205,6 +219,12 @@ def _own_directory(config: str) -> dict[str, Given]:
     return {"output_dir": Given(str(folder), f"the run of {config}", str(folder))}
 
 
+def _recorded(run: Path) -> _File:
+    """The config.yaml of ``run``, a run directory. Raises UserError if it is none of panda's."""
+    # Whoever wrote it, the user has not named this file: files in it are executed only where flags name them.
+    return replace(_read(run / RUN_CONFIG), is_recorded=True)
+
+
 def _of_continued_run(flags: Mapping[str, Given]) -> _File:
     """The config.yaml of the run that ``flags`` continue, where they name no model themselves; else an empty one."""
     place = flags.get("resume")
@@ -218,8 +238,7 @@ def _of_continued_run(flags: Mapping[str, Given]) -> _File:
     folders += [path.parents[1]] if path.parent.name == CHECKPOINTS else []
     for folder in folders:
         if (folder / RUN_CONFIG).is_file():
-            # Whoever wrote it, the user has not named this file: files in it are executed only where flags name them.
-            return replace(_read(folder / RUN_CONFIG), is_recorded=True)
+            return _recorded(folder)
     if flags["resume"].value != "auto":
         raise UserError(
             f"{flags['resume'].origin}: no run at {place.value[:200]!r}: no {RUN_CONFIG} in it. Name a run directory,"

@@ -25,10 +25,9 @@ def catalog_of(arguments: Arguments) -> Catalog:
 
     Raises UserError where a run recorded files of the user, and the command line does not name them again.
     """
-    given = arguments.given.get("user_dir")
-    folder = given and options_of(RunOptions)["user_dir"].convert(given)
-    _refuse_unrepeated(arguments, resolve_path(folder).absolute() if folder else None)
-    offers, unread = offers_in_folder(resolve_path(folder).absolute(), given.origin) if given and folder else ([], [])
+    refuse_unrepeated(arguments)
+    folder = _user_dir(arguments)
+    offers, unread = offers_in_folder(folder, arguments.given["user_dir"].origin) if folder else ([], [])
     if arguments.in_process:
         of_process = offers_of_process(offers)
         there = {(offer.kind, offer.name.lower(), Path(offer.file).absolute()) for offer in of_process}
@@ -36,6 +35,12 @@ def catalog_of(arguments: Arguments) -> Catalog:
         offers = [each for each in offers if (each.kind, each.name.lower(), Path(each.file)) not in there]
         offers += of_process
     return Catalog(arguments.blocked, beside=offers, unread=unread, api=arguments.api)
+
+
+def _user_dir(arguments: Arguments) -> Path | None:
+    given = arguments.given.get("user_dir")
+    folder = given and options_of(RunOptions)["user_dir"].convert(given)
+    return resolve_path(folder).absolute() if folder else None
 
 
 def flags_of_files(resolved: Resolved) -> str:
@@ -52,11 +57,12 @@ def flags_of_files(resolved: Resolved) -> str:
     return "".join(f" --{key} {value}" for key, value in named.items())
 
 
-def _refuse_unrepeated(arguments: Arguments, folder: Path | None) -> None:
+def refuse_unrepeated(arguments: Arguments) -> None:
     """Raise UserError where the recorded keys of ``arguments`` name files that the command line does not.
 
-    ``folder``: the ``user_dir``, whose files can be named where it is repeated.
+    Files in a ``user_dir`` that the command line repeats can be named.
     """
+    folder = _user_dir(arguments)
     repeated = folder if "user_dir" not in arguments.recorded else None
     missing: dict[str, Given] = {}
     for key, given in arguments.recorded.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-from panda.configuration.arguments import parse_arguments
+from panda.configuration.arguments import arguments_of_run
 from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure_model
 from panda.data.ingredients import versions
@@ -22,7 +22,6 @@ from panda.registry.contexts import ModelContext
 from panda.registry.offers import OWN_DISTRIBUTION
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import PROVENANCE
-from panda.run.directory import RUN_CONFIG
 from panda.weights.run_folders import EXPORT
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def adapter_run(run: Path, ckpt_path: str | None = None, blocked: Sequence[str] 
     flags += [word for name in blocked for word in ("-p", BLOCK + name)]
     with redirect_stdout(sys.stderr):  # stdout is for the model's answers
         try:
-            configuration = configure_model(parse_arguments(["--config", str(run / RUN_CONFIG), *flags]))
+            configuration = configure_model(arguments_of_run(run, flags))
         except UserError as problem:
             hint = _packages_lacking(facts)
             if not hint and ckpt_path is None and facts["checkpoint"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -14,9 +15,12 @@ from panda.answers.assistant import Sampling
 from panda.answers.exact_match import ExactMatchOptions
 from panda.answers.loading import described_in
 from panda.cli import eval as evaluating
+from panda.cli import report as reporting
 from panda.configuration.arguments import parse_arguments
 from panda.data import sample
+from panda.files.activity import activity
 from panda.hooks.eval_generate import read_answers
+from panda.registry import UserError
 from panda.testing import Trained
 from panda.testing import train
 
@@ -140,6 +144,10 @@ def test_text_has_no_answers(run: Trained, tmp_path: Path, capsys: pytest.Captur
         ("--data {rows} --output {folder}", "--output: expected the path of a file, which is written."),
         ("--data {rows} --output no/file.json", "--output: there is no folder 'no' to write 'file.json' to."),
         ("--data {rows} --inputfield a", "unknown key 'inputfield'"),
+        ("--dta {rows}", "--dta: unknown key 'dta'. Did you mean 'data'"),
+        ("--data {rows} --output {folder}/gone", "--output: cannot make '{folder}/gone': "),
+        ("--data {rows} --allow_pickle maybe", "--allow_pickle: 'maybe' is not true or false."),
+        ("--data {rows} --json 3", "--json: '3' is not true or false."),
         ("", "--data: name the data to evaluate on, a file, a folder or a data set."),
         ("-- --limit 3", "--: flags after it are those of lm_eval, which `--harness TASK,...` runs."),
         ("--harness hellaswag --limit 3", "--limit: not with `--harness`"),
@@ -150,9 +158,114 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
     rows = tmp_path / "rows.json"
     rows.write_text('[{"input": "a", "target": "b"}]')
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "gone").symlink_to("nowhere")
     words = flags.format(rows=rows, folder=tmp_path).split()
     assert evaluating.main([str(tmp_path), *words]) == 2
-    assert said.format(rows=rows) in capsys.readouterr().err
+    assert said.format(rows=rows, folder=tmp_path) in capsys.readouterr().err
+
+
+def test_what_a_file_says_of_a_run_is_no_flag_of_the_command(
+    run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[argparse.Namespace] = []
+
+    def find(arguments: argparse.Namespace) -> None:
+        found.append(arguments)
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluating, "find_answering", find)
+    file, code = tmp_path / "train.yaml", run.directory.parent / "code.json"
+    file.write_text("ckpt_path: elsewhere\nallow_pickle: true\nlearning_rate: 0.1\n")
+    for words, allowed in {"": False, "--allow_pickle false": False, "--allow-pickle": True}.items():
+        argv = [str(run.export), "--data", str(code), "--config", str(file), *words.split()]
+        assert evaluating.main(argv) == 2
+        assert (found[-1].ckpt_path, found[-1].allow_pickle) == (None, allowed), words
+    assert len(found) == 3
+
+
+def test_a_named_checkpoint_is_evaluated_by_its_run_and_shown_before_it_is_written(
+    run: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.directory / "checkpoints/best").write_text("step-00000030\n")
+    shown: list[str] = []
+
+    def noted(what: str, *rest: Any, **more: Any) -> Any:
+        shown.append(what)
+        return activity(what, *rest, **more)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluating, "activity", noted)
+    monkeypatch.setattr(evaluating, "write_whole", full)
+    best, file = run.directory / "checkpoints/best", tmp_path / "numbers.json"
+    assert evaluating.main([str(best), "-p", "no:eval_generate", "--json", "false", "--output", str(file)]) != 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0].split() == ["chat", "code", "all"] and "error: the disk is full" in printed.err
+    expected = ["loading torch", "loading the tokenizer", "reading the data", "reading the model", "evaluating"]
+    assert shown == expected
+
+
+def test_the_fraction_that_a_run_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, file = json.loads((Path(sample.__file__).parent / "instruct/sample.json").read_text()), tmp_path / "rows.json"
+    file.write_text(json.dumps(rows[:40]))
+    run = train(
+        tmp_path / "run",
+        arch="llama-tiny",
+        max_seq_length=64,
+        max_steps=2,
+        eval_steps=2,
+        instruction_tuning_data_dir=file,
+        max_samples=30,
+        eval_fraction=0.2,
+        seed=5,
+        token_cache=tmp_path / "cache",
+    )
+    found = evaluated(tmp_path, run.directory, "-p", "no:eval_generate")["all"]
+    last = run.evaluations[-1]
+    assert (found["samples"], found["data"]) == (6, [str(file)])
+    assert found["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+    assert found["supervised_tokens"] == last["eval_supervised_tokens"]
+
+    code = tmp_path / "code.json"
+    code.write_text(json.dumps(rows[40:43]))
+    assert evaluated(tmp_path, run.directory, "-p", "no:eval_generate", "--data", code)["all"]["samples"] == 3
+    file.write_text(json.dumps(rows[1:41]))
+    capsys.readouterr()
+    assert evaluating.main([str(run.directory), "-p", "no:eval_generate"]) == 2
+    assert "has changed since (tokens: " in (said := capsys.readouterr().err) and "name it with `--data`" in said
+    file.unlink()
+    assert evaluating.main([str(run.directory)]) == 2
+    assert "does not exist" in (said := capsys.readouterr().err) and "name it with `--data`" in said
+
+
+EXECUTED = "from pathlib import Path\nPath(__file__).with_suffix('.executed').touch()\n"
+
+
+@pytest.mark.parametrize(
+    "lines", ["user_dir: {folder}\ntask: mine", "task: {file}:mine", "eval_metrics: [{file}:mine]"]
+)
+@pytest.mark.parametrize("stated", ["", "recorded_by: 0.1.0\n"])
+def test_files_that_only_a_run_names_are_not_executed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, stated: str
+) -> None:
+    """Whoever made the run may have left out that panda recorded its configuration."""
+    folder, run, rows = tmp_path / "mine", tmp_path / "run", tmp_path / "rows.json"
+    folder.mkdir()
+    run.mkdir()
+    file = folder / "mine.py"
+    file.write_text(EXECUTED + "from panda import register_task\nregister_task('mine')(None)\n")
+    lines = lines.format(folder=folder, file=file)
+    (run / "config.yaml").write_text(f"{stated}arch: llama-tiny\n{lines}\n")
+    (run / "provenance.json").write_text("{}")
+    rows.write_text('[{"input": "a", "target": "b"}]')
+    assert evaluating.main([str(run), "--data", str(rows)]) == 2
+    said = "executed files of the user that it names. They are executed again only where the command line names them"
+    assert said in capsys.readouterr().err
+    if "user_dir" in lines or "task" in lines:
+        assert reporting.main([str(run), "--out", str(tmp_path / "report.html")]) == 0
+        assert said in capsys.readouterr().err
+    assert not file.with_suffix(".executed").exists()
 
 
 def test_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
