@@ -125,6 +125,24 @@ def score_sets(
     return found
 
 
+def scores_of_sets(found: Mapping[str, Scored]) -> dict[str, float]:
+    """The scores in ``found``, which ``score_sets`` gave, by the names of their entries.
+
+    Raises UserError where two would have one name.
+    """
+    entries: dict[str, float] = {}
+    for name, given in found.items():
+        for metric, value in given.scores.items():
+            entry = f"{name}_{metric}" if name else metric
+            if entry in entries:
+                raise UserError(
+                    f"eval_names: {name!r}: the score {metric!r} of this set would be called `eval_{entry}`, like"
+                    " another score. Name the set otherwise."
+                )
+            entries[entry] = value
+    return entries
+
+
 def refuse_without_questions(questions: Questions, task: str) -> None:
     """Raise UserError where there is nothing to ask."""
     if not questions.asked:
