@@ -103,16 +103,16 @@ def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(EvalGenerate, "_answers", lambda *_: [Answer("p", "a", "r", True)])
     processes = SimpleNamespace(rank=0, from_rank_0=lambda make: make())
     return SimpleNamespace(
-        **{
-            "directory": tmp_path,
-            "step": 0,
-            "processes": processes,
-            "resolved": None,
-            "options": SimpleNamespace(task="t"),
-        },
-        **{"evaluations": dict.fromkeys(SETS, SimpleNamespace(dataset=[])), "decoding": SimpleNamespace(ends=[])},
-        **{"task": SimpleNamespace(unit="pairs"), "using_evaluated_weights": nullcontext},
-        **{"options": SimpleNamespace(task="t"), "plan": SimpleNamespace(total_steps=4)},
+        directory=tmp_path,
+        step=0,
+        processes=processes,
+        resolved=None,
+        options=SimpleNamespace(task="t"),
+        evaluations=dict.fromkeys(SETS, SimpleNamespace(dataset=[])),
+        decoding=SimpleNamespace(ends=[]),
+        task=SimpleNamespace(unit="pairs"),
+        using_evaluated_weights=nullcontext,
+        plan=SimpleNamespace(total_steps=4),
     )
 
 
