@@ -70,6 +70,8 @@ class EvalGenerate:
         self.file: RecordFile | None = None
         self.known: set[int] = set()
         """Steps of an earlier start whose answers are in the file."""
+        self.higher_is_better: set[str] = set()
+        """Names of scores of which a higher one is the better."""
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
@@ -107,11 +109,12 @@ class EvalGenerate:
     @hookimpl
     def panda_evaluation_start(self, run: Run) -> None:
         for name, value in self._answer(run).items():
-            run.log(name, value)
+            run.log(name, value, higher_is_better=name in self.higher_is_better)
 
     def _answer(self, run: Run) -> dict[str, float]:
         """Have the questions answered, write the answers down, and return the scores by the names of their entries."""
         from panda.run.questions import answer_records
+        from panda.run.questions import higher_is_better
         from panda.run.questions import scores_of_sets
         from panda.run.records import refuse_entries
 
@@ -120,6 +123,7 @@ class EvalGenerate:
             answers = self._answers(run)
         found = run.processes.from_rank_0(partial(self._scored, answers))
         scores, of_each = scores_of_sets(found), found[""].of_each
+        self.higher_is_better = higher_is_better(found)
         refuse_entries(scores, [name for name in run.evaluations if name], run.task.unit)
         if self.file is not None and run.step not in self.known:
             for record in answer_records(self.questions, answers, of_each):

@@ -97,7 +97,7 @@ def _built(chosen: Chosen, context: MetricContext) -> Metric:
         with chosen.attributed("the score"):
             return metric.score(answers)
 
-    return Metric(score)
+    return Metric(score, metric.higher_is_better)
 
 
 def answer_records(
@@ -141,6 +141,13 @@ def scores_of_sets(found: Mapping[str, Scored]) -> dict[str, float]:
                 )
             entries[entry] = value
     return entries
+
+
+def higher_is_better(found: Mapping[str, Scored]) -> set[str]:
+    """Of the names that ``scores_of_sets`` gives ``found`` those of scores of which a higher one is the better."""
+    return {
+        f"{name}_{metric}" if name else metric for name, given in found.items() for metric in given.higher_is_better
+    }
 
 
 def refuse_without_questions(questions: Questions, task: str) -> None:

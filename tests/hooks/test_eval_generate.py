@@ -131,6 +131,18 @@ def test_a_start_before_the_first_checkpoint_begins_the_answers_again(
     assert "  1 answers  one 1  two 2  three 3  " in capsys.readouterr().out
 
 
+def test_evaluations_say_of_which_scores_a_higher_one_is_better(asking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = of_each(lambda _: {"errors": 1.0}, higher_is_better=False)
+    monkeypatch.setattr("panda.run.questions.metrics_of", lambda *_: {"ours": METRIC, "errors": errors})
+    plugin, logged = EvalGenerate(EvalGenerateOptions(), PluginContext()), {}
+    asking.log = lambda name, value, *, higher_is_better: logged.update({name: higher_is_better})
+    plugin.panda_run_start(asking)
+    plugin.panda_evaluation_start(asking)
+    plugin.panda_run_end()
+    found = {"one": True, "two": True, "three": True, "errors": False}
+    assert logged == found | {f"chat_{name}": better for name, better in found.items()}
+
+
 def test_scores_with_the_name_of_another_entry_are_refused_before_the_first_step(
     asking: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
