@@ -45,16 +45,18 @@ class Metric:
     score: Callable[[Sequence[Answer]], Mapping[str, float | Sequence[float]]]
     """From some answers, at least one, to numbers by name: of each answer one, of which the mean is recorded, or one of
     all answers together. Called on one rank, with the answers of all."""
+    higher_is_better: bool = True
+    """Whether a higher number is the better one: what `best_metric` and the like take it for."""
 
 
-def of_each(score: Callable[[Answer], Mapping[str, float]]) -> Metric:
+def of_each(score: Callable[[Answer], Mapping[str, float]], *, higher_is_better: bool = True) -> Metric:
     """The metric that ``score`` gives each answer."""
 
     def scores(answers: Sequence[Answer]) -> dict[str, list[float]]:
         found = [score(answer) for answer in answers]
         return {name: [each[name] for each in found] for name in found[0]}
 
-    return Metric(scores)
+    return Metric(scores, higher_is_better)
 
 
 register_metric = decorator_for("metric")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from numbers import Real
 from typing import Any
 
@@ -24,6 +25,8 @@ class Scored:
     """By name, of all answers: of what is given to each the mean."""
     of_each: list[dict[str, float]]
     """Of each answer."""
+    higher_is_better: set[str] = field(default_factory=set)
+    """Names of scores of which a higher one is the better."""
 
 
 def scored(metrics: Mapping[str, Metric], answers: Sequence[Answer]) -> Scored:
@@ -35,6 +38,8 @@ def scored(metrics: Mapping[str, Metric], answers: Sequence[Answer]) -> Scored:
                 problem = "two metrics have that name" if name in found.scores else "no name of a metric"
                 raise UserError(f"metric {metric!r} gave {name!r}: {problem}. Name it otherwise.")
             found.scores[name], of_each = _numbers(metric, name, value, len(answers))
+            if each.higher_is_better:
+                found.higher_is_better.add(name)
             for of_answer, number in zip(found.of_each, of_each, strict=False):
                 of_answer[name] = number
     return found

@@ -35,12 +35,16 @@ def _push(argv: list[str]) -> None:
     )
     parser.add_argument("folder", metavar="RUN|FOLDER", help="a run directory, whose export is meant, or a folder")
     parser.add_argument("name", metavar="OWNER/NAME", help="of the model on the hub; made if it is not there")
-    parser.add_argument("--public", action="store_true", help="let everybody see it")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--public", action="store_true", help="let everybody see it")
+    seen.add_argument("--private", action="store_true", help="let only you, or your organisation, see it: the default")
     parser.add_argument("--message", default="Upload by panda", help="of the commit; by default: %(default)s")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would be uploaded, and end")
     arguments = parser.parse_args(argv)
     if not is_name(arguments.name):
         raise UserError(f"{arguments.name!r}: expected OWNER/NAME, where the owner is you or an organisation of yours.")
+    if arguments.private:
+        print("note: --private: private is the default")
     upload = upload_of(resolve_path(arguments.folder))
     for line in _described(upload):
         print(printable_line(line))

@@ -16,13 +16,17 @@ _NAMES = re.compile(
 """Names of variables and flags whose values are secrets, as a word of the name: `HF_TOKEN`, `--api-key`."""
 _NO_SECRETS = re.compile(r"(?:^|[_-])(?:FILE|PATH|DIR|SOCK|ID|TYPE|NAME)$|tokens$|tokenizer|_token_id", re.I)
 _SHORTEST = 8
-"""Characters of a value that is looked for in texts: a shorter one could be any word."""
+"""Characters of a value that is hidden in texts: a shorter one could be any word."""
+_SURE = 16
+"""Characters of a value for which a file is refused: `MY_KEY=tokenizer` is no reason to refuse tokenizer.json."""
 
 _FORMS = re.compile(
     r"(?P<user>(?<=://)[^/\s@'\"]+(?=@))"  # https://USER:PASSWORD@host
     r"|(?P<query>(?<=[?&])(?P<key>[\w.-]*(?:token|key|secret|signature|sig|password|credential)[\w.-]*=)[^&\s'\"#]+)"
     r"|\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|glpat-[\w-]{20,}"
-    r"|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16}|ey[\w-]{10,}\.ey[\w-]{10,}\.[\w-]{10,})",
+    r"|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16}|ey[\w-]{10,}\.ey[\w-]{10,}\.[\w-]{10,})"
+    r"|(?P<named>aws_secret_access_key['\"]?\s{0,9}[:=]\s{0,9}['\"]?)[A-Za-z0-9/+]{40}"
+    r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[\s\S]{0,20000}?-----END [A-Z ]{0,30}PRIVATE KEY-----)?",
     re.I,
 )
 
@@ -31,7 +35,20 @@ def without_secrets(text: str) -> str:
     """``text`` with ``***`` for each secret that is known by its form, or is the value of an environment variable."""
     for secret in sorted(_of_environment(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _FORMS.sub(lambda found: f"{found['key'] or ''}{HIDDEN}", text)
+    return _FORMS.sub(lambda found: f"{found['key'] or found['named'] or ''}{HIDDEN}", text)
+
+
+def secret_in(text: str, *, is_binary: bool = False) -> str | None:
+    """What secret ``text`` has, in words that do not tell it; None where it has none that is known.
+
+    ``is_binary``: forms that random bytes may have are passed over.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SURE and _is_secret(name) and value in text:
+            return f"it has the value of the environment variable {name}"
+    if any(not (is_binary and (found["user"] or found["query"])) for found in _FORMS.finditer(text)):
+        return "it has a text of the form of a secret: a key, a token, or a password in an address"
+    return None
 
 
 def private(content: Any) -> Any:

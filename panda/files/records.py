@@ -48,7 +48,10 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
+        fits = _fits(record)
     except (ValueError, RecursionError):
+        return None
+    if not fits:
         return None
     if not isinstance(record, dict) or not isinstance(step := record.get("step"), int) or isinstance(step, bool):
         return None
@@ -56,3 +59,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
     is_plain = all(each is None or (isinstance(each, (int, float)) and not isinstance(each, bool)) for each in numbers)
     has_rate = "loss" not in record or record.get("learning_rate") is not None
     return record if is_plain and has_rate else None
+
+
+def _fits(value: Any) -> bool:
+    """Whether each integer in ``value`` has at most 64 bits: a larger one cannot be shown as a number."""
+    if isinstance(value, dict):
+        return all(map(_fits, value.values()))
+    if isinstance(value, list):
+        return all(map(_fits, value))
+    return not isinstance(value, int) or -(2**63) <= value < 2**63

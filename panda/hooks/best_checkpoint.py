@@ -26,8 +26,8 @@ class BestCheckpointOptions:
 
     best_metric: str = "eval_loss"
     """What evaluations are compared by: a number of their records."""
-    best_higher_is_better: bool = False
-    """Whether a higher value of it is the better one."""
+    best_higher_is_better: bool | None = None
+    """Whether a higher value of it is the better one. By default that of scores of answers is, and else the lower."""
 
 
 @register_plugin("best_checkpoint", options=BestCheckpointOptions)

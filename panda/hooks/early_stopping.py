@@ -25,8 +25,8 @@ class EarlyStoppingOptions:
     """Evaluations in a row that are no better than the best one before the run ends."""
     early_stopping_metric: str = "eval_loss"
     """What evaluations are compared by: a number of their records."""
-    early_stopping_higher_is_better: bool = False
-    """Whether a higher value of it is the better one."""
+    early_stopping_higher_is_better: bool | None = None
+    """Whether a higher value of it is the better one. By default that of scores of answers is, and else the lower."""
     early_stopping_threshold: Annotated[float, Meta(ge=0)] = 0.0
     """By how much an evaluation has to be better to count."""
 

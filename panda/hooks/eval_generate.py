@@ -24,6 +24,7 @@ from panda.registry.contexts import PluginContext
 if TYPE_CHECKING:
     from panda.answers.metric import Answer
     from panda.answers.metric import Metric
+    from panda.answers.scored import Scored
     from panda.run.questions import Question
     from panda.runner import Run
 
@@ -69,6 +70,8 @@ class EvalGenerate:
         self.file: RecordFile | None = None
         self.known: set[int] = set()
         """Steps of an earlier start whose answers are in the file."""
+        self.higher_is_better: set[str] = set()
+        """Names of scores of which a higher one is the better."""
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
@@ -85,8 +88,10 @@ class EvalGenerate:
         if run.processes.rank == 0:
             for note in found.notes:
                 say(f"note: eval_generate: {note}")
-            self.known = {record["step"] for record in read_answers(run.directory) if record["step"] <= run.step}
-            self.file = RecordFile(run.directory / FILE_NAME, run.step)
+            # at step 0 nothing is continued: what is there is of a start that ended before its first checkpoint
+            last = run.step if run.step > 0 else -1
+            self.known = {record["step"] for record in read_answers(run.directory) if record["step"] <= last}
+            self.file = RecordFile(run.directory / FILE_NAME, last)
         if run.step == 0:
             self._answer(run)
 
@@ -104,21 +109,26 @@ class EvalGenerate:
     @hookimpl
     def panda_evaluation_start(self, run: Run) -> None:
         for name, value in self._answer(run).items():
-            run.log(name, value)
+            run.log(name, value, higher_is_better=name in self.higher_is_better)
 
     def _answer(self, run: Run) -> dict[str, float]:
         """Have the questions answered, write the answers down, and return the scores by the names of their entries."""
         from panda.run.questions import answer_records
+        from panda.run.questions import higher_is_better
+        from panda.run.questions import scores_of_sets
+        from panda.run.records import refuse_entries
 
         begun, count = time.perf_counter(), len(self.questions)
         with activity(f"answering {count:,} evaluation samples"), run.using_evaluated_weights():
             answers = self._answers(run)
-        scores, of_each = run.processes.from_rank_0(partial(self._scored, answers))
+        found = run.processes.from_rank_0(partial(self._scored, answers))
+        scores, of_each = scores_of_sets(found), found[""].of_each
+        self.higher_is_better = higher_is_better(found)
+        refuse_entries(scores, [name for name in run.evaluations if name], run.task.unit)
         if self.file is not None and run.step not in self.known:
             for record in answer_records(self.questions, answers, of_each):
                 self.file.write({"step": run.step} | record)
-        of_all = [*scores][: len(scores) // (1 + len([name for name in run.evaluations if name]))]
-        shown = "".join(f"  {name} {scores[name]:.4g}" for name in of_all)
+        shown = "".join(f"  {name} {value:.4g}" for name, value in found[""].scores.items())
         say(
             f"{time.strftime('%H:%M:%S')}  step {run.step}/{run.plan.total_steps}  {count:,} answers{shown}"
             f"  {time.perf_counter() - begun:.1f} s"
@@ -145,16 +155,10 @@ class EvalGenerate:
             for question, (ids, ended) in ((each, found[number]) for number, each in enumerate(self.questions))
         ]
 
-    def _scored(self, answers: list[Answer]) -> tuple[dict[str, float], list[dict[str, float]]]:
+    def _scored(self, answers: list[Answer]) -> dict[str, Scored]:
         from panda.run.questions import score_sets
 
-        found = score_sets(self.metrics, self.questions, answers)
-        scores = {
-            f"{name}_{metric}" if name else metric: value
-            for name, given in found.items()
-            for metric, value in given.scores.items()
-        }
-        return scores, found[""].of_each
+        return score_sets(self.metrics, self.questions, answers)
 
     @hookimpl
     def panda_run_end(self) -> None:

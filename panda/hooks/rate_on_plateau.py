@@ -27,8 +27,8 @@ class PlateauOptions:
     """Evaluations in a row that are no better than the best one before the rate is lowered."""
     plateau_metric: str = "eval_loss"
     """What evaluations are compared by: a number of their records."""
-    plateau_higher_is_better: bool = False
-    """Whether a higher value of it is the better one."""
+    plateau_higher_is_better: bool | None = None
+    """Whether a higher value of it is the better one. By default that of scores of answers is, and else the lower."""
     plateau_threshold: Annotated[float, Meta(ge=0)] = 0.0
     """By how much an evaluation has to be better to count."""
     plateau_smallest_factor: Annotated[float, Meta(gt=0, le=1)] = 0.01

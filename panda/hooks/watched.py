@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.files.activity import say
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -15,33 +16,55 @@ if TYPE_CHECKING:
 class Watched:
     """The best value of a metric. A value that is not a number is never better."""
 
-    def __init__(self, plugin: str, metric: str, *, higher_is_better: bool = False, threshold: float = 0.0) -> None:
-        """``threshold``: by how much a value has to be better than the best so far to count."""
+    def __init__(
+        self, plugin: str, metric: str, *, higher_is_better: bool | None = None, threshold: float = 0.0
+    ) -> None:
+        """``higher_is_better``: None for what the run knows of the metric, and otherwise lower.
+
+        ``threshold``: by how much a value has to be better than the best so far to count. Raises UserError for a metric
+        that no evaluation has.
+        """
+        if not metric.startswith("eval_"):
+            raise UserError(
+                f"{plugin}: {metric!r} is no metric of evaluations, whose names begin with `eval_`, as eval_loss: did"
+                f" you mean 'eval_{metric}'?"
+            )
         self.plugin, self.metric = plugin, metric
         self.higher_is_better, self.threshold = higher_is_better, threshold
         self.best: float | None = None
         self.best_step = 0
         self.since = 0
         """Evaluations since the best one, or since this was last set to 0."""
+        self.said = False
+        """Whether it has been printed which way is better."""
 
     def take(self, run: Run, record: dict[str, Any]) -> bool:
         """Whether the evaluation in ``record`` is the best so far. Raises UserError where it lacks the metric."""
         if self.metric not in record:
             names = ", ".join(name for name in record if name.startswith("eval_"))
             raise UserError(f"{self.plugin}: evaluations have no metric {self.metric!r}. They have: {names}.")
-        value = record[self.metric]
+        value, higher = record[self.metric], self._higher_is_better(run)
         if math.isnan(value):
             better = False
         elif self.best is None:
             better = True
         else:
-            gained = value - self.best if self.higher_is_better else self.best - value
+            gained = value - self.best if higher else self.best - value
             better = gained > self.threshold
         if better:
             self.best, self.best_step, self.since = value, run.step, 0
         else:
             self.since += 1
         return better
+
+    def _higher_is_better(self, run: Run) -> bool:
+        if self.higher_is_better is not None:
+            return self.higher_is_better
+        higher = self.metric in run.higher_is_better
+        if not self.said and not self.metric.endswith("_loss") and run.processes.rank == 0:
+            say(f"note: {self.plugin}: the {'highest' if higher else 'lowest'} {self.metric} is taken for the best")
+        self.said = True
+        return higher
 
     def __str__(self) -> str:
         best = "no number yet" if self.best is None else f"{self.best:.4g} at step {self.best_step}"

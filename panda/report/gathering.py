@@ -23,6 +23,7 @@ from panda.answers.assistant import Assistant
 from panda.answers.assistant import Sampling
 from panda.answers.loading import found_at
 from panda.configuration.configure import Configuration
+from panda.data.held_out import shared_samples
 from panda.data.places import place_of
 from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import NAMES
@@ -274,7 +275,9 @@ class Shown:
 def chosen_samples(prepared: Preparation, count: int) -> tuple[list[Shown], str]:
     """Of ``count`` samples the sequences that the task shows, and which samples these are, in words."""
     for name, held in prepared.held_out.items():
-        which = f"Held-out samples{f' of {name}' * bool(name)}, which the run did not train on."
+        shared = shared_samples(prepared.dataset, held)
+        trained = f"of which {shared:,} of {len(held):,} are also in the training data" if shared else ""
+        which = f"Held-out samples{f' of {name}' * bool(name)}, {trained or 'which the run did not train on'}."
         return _sequences(prepared, held, range(min(count, len(held)))), which
     dataset = prepared.dataset
     order = lay_out(prepared.options, dataset, 1).order

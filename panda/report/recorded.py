@@ -62,10 +62,12 @@ def recorded_answers(run: Path, count: int) -> list[Answer]:
 
 def evaluation_answers(run: Path, count: int) -> list[Answer]:
     """What ``run`` answered to the first ``count`` questions of its evaluation data, at first and at last."""
-    asked: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    asked: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for record in read_records(run / EVAL_ANSWERS):
         if all(isinstance(record.get(key), str) for key in ("prompt", "answer", "reference")):
-            asked.setdefault((str(record.get("set")), str(record.get("sample"))), []).append(record)
+            # after another start the data may have other samples, of the same numbers
+            sample = str(record.get("set")), str(record.get("sample")), record["prompt"]
+            asked.setdefault(sample, []).append(record)
     found = []
     for records in [*asked.values()][:count]:
         first, last = records[0], records[-1]

@@ -97,7 +97,7 @@ def _built(chosen: Chosen, context: MetricContext) -> Metric:
         with chosen.attributed("the score"):
             return metric.score(answers)
 
-    return Metric(score)
+    return Metric(score, metric.higher_is_better)
 
 
 def answer_records(
@@ -123,6 +123,31 @@ def score_sets(
             some = [answer for question, answer in zip(questions, answers, strict=True) if question.of == name]
             found[name] = scored(metrics, some)
     return found
+
+
+def scores_of_sets(found: Mapping[str, Scored]) -> dict[str, float]:
+    """The scores in ``found``, which ``score_sets`` gave, by the names of their entries.
+
+    Raises UserError where two would have one name.
+    """
+    entries: dict[str, float] = {}
+    for name, given in found.items():
+        for metric, value in given.scores.items():
+            entry = f"{name}_{metric}" if name else metric
+            if entry in entries:
+                raise UserError(
+                    f"eval_names: {name!r}: the score {metric!r} of this set would be called `eval_{entry}`, like"
+                    " another score. Name the set otherwise."
+                )
+            entries[entry] = value
+    return entries
+
+
+def higher_is_better(found: Mapping[str, Scored]) -> set[str]:
+    """Of the names that ``scores_of_sets`` gives ``found`` those of scores of which a higher one is the better."""
+    return {
+        f"{name}_{metric}" if name else metric for name, given in found.items() for metric in given.higher_is_better
+    }
 
 
 def refuse_without_questions(questions: Questions, task: str) -> None:

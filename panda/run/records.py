@@ -144,6 +144,11 @@ def _evaluated(found: Evaluated, unit: str, prefix: str, record: Mapping[str, An
     """What was ``found`` of a set, as further entries of ``record``. Waits for the device."""
     tokens, units = found.counts.tolist()
     entries = {f"{prefix}loss": float(found.loss), f"{prefix}tokens": int(tokens), f"{prefix}{unit}": as_number(units)}
+    if taken := [name for name in entries if name in record]:
+        raise UserError(
+            f"eval_names: {prefix.removeprefix('eval_')[:-1]!r}: its `{taken[0]}` has the name of a metric of the task."
+            " Name the set otherwise."
+        )
     return entries | _metrics(found.metrics, prefix, {**record, **entries})
 
 
@@ -174,6 +179,19 @@ def refuse_unit(unit: str, whose: str = "") -> None:
     if unit in TAKEN:
         of = f" of {whose}" if whose else ""
         raise UserError(f"task{of}: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
+
+
+def refuse_entries(names: Iterable[str], sets: Iterable[str], unit: str) -> None:
+    """Raise UserError where a score, of ``names``, is called like an entry that evaluations have anyway.
+
+    ``sets``: the names of the evaluation sets.
+    """
+    entries = {f"{of}{each}" for of in ("", *(f"{name}_" for name in sets)) for each in ("loss", "tokens", unit)}
+    if taken := sorted(name for name in names if name in TAKEN or name in entries):
+        raise UserError(
+            f"eval_metrics: a score is called {taken[0]!r}, like another entry of a record. Name it, or the set in"
+            " eval_names, otherwise."
+        )
 
 
 def refuse_sets(names: Iterable[str], unit: str) -> None:

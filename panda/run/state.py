@@ -106,6 +106,8 @@ class Run:
     asking: Asking = field(default_factory=Asking, repr=False)
     """What hooks ask for."""
     added: dict[str, Added] = field(default_factory=dict, repr=False)
+    higher_is_better: set[str] = field(default_factory=set, repr=False)
+    """Names of entries of evaluations of which a higher one is the better, as far as hooks have said so."""
     """On rank 0: what hooks add to the next record, by name."""
     kept: dict[int, set[str]] = field(default_factory=dict, repr=False)
     """Steps whose checkpoints ``save_total_limit`` does not remove, and who keeps each."""
@@ -152,10 +154,11 @@ class Run:
 
     # -- what hooks may do, on every rank alike
 
-    def log(self, name: str, value: float | torch.Tensor) -> None:
+    def log(self, name: str, value: float | torch.Tensor, *, higher_is_better: bool = False) -> None:
         """Add ``value`` to the next record of the log; in ``panda_evaluation_start``, to that of the evaluation.
 
         A number, or a tensor of one element on any device, which is read when the record is made. Rank 0's counts.
+        ``higher_is_better``: what `best_metric` and the like take it for, in an evaluation; the same on all ranks.
         """
         moments = ("panda_step_start", "panda_step_end", "panda_evaluation_start")
         called = self.asking.called("log", moments)
@@ -164,6 +167,8 @@ class Run:
             raise UserError(f"{called.label} and {before.by} both add {name!r} to a record. One has to rename it.")
         if not isinstance(value, (int, float)) and not (torch.is_tensor(value) and value.numel() == 1):
             raise UserError(f"{called.label}: run.log({name!r}, ...) takes a number, not {type(value).__qualname__}.")
+        if higher_is_better:
+            self.higher_is_better.add(f"eval_{name}")
         if self.processes.rank == 0:
             self.added[name] = Added(called.label, value.detach() if torch.is_tensor(value) else value)
 

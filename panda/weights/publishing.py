@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from panda.files.private import without_secrets
+from panda.files.private import secret_in
 from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.weights.run_folders import CHECKPOINTS
@@ -27,6 +28,7 @@ SECRET_NAMES = (
     "id_rsa*",
     "id_ed25519*",
     "*credential*",
+    "*secret*",
     "token",
     "*.token",
 )
@@ -36,6 +38,8 @@ TRAINING_STATES = (
     *("*_optim_states.pt", "*_model_states.pt", "*.distcp", "weights-of-plugins-*"),
 )
 """Names of files from which only training goes on."""
+DATA = (".jsonl", ".parquet", ".arrow")
+"""Names of files that end so hold data, which no model needs."""
 DESCRIPTIONS = ("config.json", "adapter_config.json", "params.json")
 """One of these makes a folder a model."""
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
@@ -96,12 +100,16 @@ def _refuse(folder: Path, paths: list[Path]) -> None:
         name, shown = path.name, str(path.relative_to(folder))
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
             problems.append(f"{shown}: it is a link to {os.readlink(path)}, outside of the folder")
+        elif not path.is_file():
+            problems.append(f"{shown}: {'it is a link to nothing' if path.is_symlink() else 'it is no file'}")
         elif any(fnmatch(name.lower(), pattern) for pattern in SECRET_NAMES):
             problems.append(f"{shown}: a file of this name holds secrets")
         elif any(fnmatch(name, pattern) for pattern in TRAINING_STATES):
             problems.append(f"{shown}: it is a state of training, of no use to others, and as large as several models")
-        elif not name.endswith(WEIGHTS) and _has_secret(path):
-            problems.append(f"{shown}: it has a text of the form of a secret: a token, or a password in an address")
+        elif name.lower().endswith(DATA):
+            problems.append(f"{shown}: it is data, maybe what the model was trained on, and no part of a model")
+        elif problem := _problem_inside(path):
+            problems.append(f"{shown}: {problem}")
     if problems:
         more = f"\n(and {len(problems) - 10} more)" if len(problems) > 10 else ""
         raise UserError(
@@ -110,12 +118,29 @@ def _refuse(folder: Path, paths: list[Path]) -> None:
         )
 
 
-def _has_secret(path: Path) -> bool:
+def _problem_inside(path: Path) -> str | None:
+    """Why the file at ``path`` must not be uploaded for what it has; None where it may. Weights are not searched."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return without_secrets(text) != text
+        with path.open("rb") as file:
+            first = file.read(_PART if not path.name.endswith(WEIGHTS) else 1)
+        if path.name.endswith(WEIGHTS):
+            return None
+        is_wide = first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        before = ""
+        with path.open(encoding="utf-16" if is_wide else "utf-8", errors="replace") as text:
+            while part := text.read(_PART):
+                if problem := secret_in(before + part, is_binary=not is_wide and b"\0" in first):
+                    return problem
+                before = part[-_LONGEST:]
+    except OSError as problem:
+        return f"it cannot be read, and so not looked through ({in_brief(problem)})"
+    return None
+
+
+_PART = 2**22
+"""Characters of a file that are looked through at a time."""
+_LONGEST = 2**12
+"""Characters of one part that are looked through with the next: a secret may be in both."""
 
 
 @dataclass(frozen=True)

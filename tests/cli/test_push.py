@@ -120,6 +120,14 @@ KEPT_BACK: dict[str, tuple[str, str]] = {
     "deploy.pem": ("", "a file of this name holds secrets"),
     "notes.txt": (f"it is {SECRET}", "it has a text of the form of a secret"),
     "more/run.json": (json.dumps({"address": "https://me:pass@host/x"}), "it has a text of the form of a secret"),
+    "deploy.txt": ("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz", "it has a text of the form of a secret"),
+    "aws.ini": ("aws_secret_access_key = " + "a1/B" * 10, "it has a text of the form of a secret"),
+    "Secrets.yaml": ("password: heron", "a file of this name holds secrets"),
+    "train.log": (f"\udcff {SECRET}", "it has a text of the form of a secret"),
+    "nul.log": (f"\0{SECRET}", "it has a text of the form of a secret"),
+    "split.log": (" " * (2**22 - 10) + SECRET, "it has a text of the form of a secret"),
+    "told.log": ("set heron-heron-heron", "it has the value of the environment variable ACME_TOKEN"),
+    "data.jsonl": ("{}", "it is data"),
     "optimizer.pt": ("", "it is a state of training"),
     "zero_pp_rank_0_mp_rank_00_optim_states.pt": ("", "it is a state of training"),
 }
@@ -127,12 +135,17 @@ KEPT_BACK: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("name", KEPT_BACK)
 def test_what_others_must_not_get_is_not_sent(
-    name: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("ACME_TOKEN", "heron-heron-heron")
     text, reason = KEPT_BACK[name]
     folder = copy(exported, tmp_path / "model")
     (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text(text)
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     assert panda(["push", str(folder), "heron/reeds", "--dry_run"]) == 2
     captured = capsys.readouterr()
     assert "nothing is uploaded" in captured.err and f"{name}: {reason}" in captured.err
@@ -155,7 +168,12 @@ def test_folders_without_a_model_checkpoints_and_links_out_are_refused(
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     linking = copy(exported, tmp_path / "linking")
     (linking / "vocab.txt").symlink_to("/etc/hostname")
+    broken = copy(exported, tmp_path / "broken")
+    (broken / "vocab.txt").symlink_to("gone.txt")
+    os.mkfifo(copy(exported, tmp_path / "pipe") / "log")
     cases = {
+        "broken": "vocab.txt: it is a link to nothing",
+        "pipe": "log: it is no file",
         "empty": "it holds no model",
         "bare": "it holds no weights",
         "run/checkpoints/step-00000001": "it is a checkpoint, from which training goes on. `panda export",
@@ -164,7 +182,8 @@ def test_folders_without_a_model_checkpoints_and_links_out_are_refused(
     }
     for folder, message in cases.items():
         assert panda(["push", str(tmp_path / folder), "heron/reeds"]) == 2
-        assert message in capsys.readouterr().err, folder
+        said = capsys.readouterr().err
+        assert message in said and "Traceback" not in said, folder
     assert panda(["push", str(exported), "reeds"]) == 2
     assert "'reeds': expected OWNER/NAME" in capsys.readouterr().err
 
@@ -172,16 +191,37 @@ def test_folders_without_a_model_checkpoints_and_links_out_are_refused(
 def test_a_dry_run_lists_files_and_says_what_is_odd(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MY_KEY", "tokenizer")  # a word, not a secret
     folder = copy(exported, tmp_path / "adapters")
+    (folder / "notes.bin2").write_bytes(b"\0://me@host")  # not an address
+    (folder / "notes.txt").write_text("the tokenizer")
     (folder / "README.md").unlink()
     (folder / ".cache").mkdir()
     (folder / ".cache" / "seen").write_text("")
     named: dict[str, Any] = {"base_model_name_or_path": "/home/me/base"}
     (folder / "adapter_config.json").write_text(json.dumps(named))
-    assert panda(["push", str(folder), "heron/reeds", "--dry_run"]) == 0
-    printed = capsys.readouterr().out
+    assert panda(["push", str(folder), "heron/reeds", "--dry_run", "--private"]) == 0
+    first, printed = capsys.readouterr().out.split("\n", 1)
+    assert "private is the default" in first
     total = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     assert printed.splitlines()[0].endswith(f"{len(list(folder.iterdir())) - 1} files, {total / 1000:.1f} kB")
     assert "no model card" in printed and "hidden files stay here: .cache/seen" in printed
     assert "names its base '/home/me/base', a folder that others do not have" in printed
     assert printed.endswith("nothing is uploaded (--dry_run)\n")
+
+
+def test_a_file_that_cannot_be_read_is_refused(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(exported, tmp_path / "closed")
+    (folder / "notes.txt").write_text("")
+    opened = Path.open
+
+    def refusing(path: Path, *args: Any, **named: Any) -> Any:
+        if path.name == "notes.txt":  # a mode would not keep the superuser out
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **named)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    assert panda(["push", str(folder), "heron/reeds", "--dry_run"]) == 2
+    assert "notes.txt: it cannot be read" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,13 +214,15 @@ def test_a_checkpoint_is_exported_with_what_it_was_evaluated_with(
 # -- without a run ----------------------------------------------------------------------------
 
 
-def test_what_counts_as_better() -> None:
+def test_what_counts_as_better(capsys: pytest.CaptureFixture[str]) -> None:
     class AtStep:
         def __init__(self, step: int) -> None:
             self.step = step
+            self.higher_is_better = {"eval_rougeL"}
+            self.processes = SimpleNamespace(rank=0)
 
     def taken(watched: Watched, values: list[float]) -> list[bool]:
-        return [watched.take(AtStep(step), {"eval_x": value}) for step, value in enumerate(values)]  # type: ignore[arg-type]
+        return [watched.take(AtStep(step), {watched.metric: value}) for step, value in enumerate(values)]  # type: ignore[arg-type]
 
     nan = float("nan")
     lower = Watched("ours", "eval_x", threshold=0.5)
@@ -227,6 +230,14 @@ def test_what_counts_as_better() -> None:
     assert (lower.best, lower.best_step, lower.since) == (2.4, 3, 2)
     higher = Watched("ours", "eval_x", higher_is_better=True)
     assert taken(higher, [1, 1, 2, -3]) == [True, False, True, False]
+    capsys.readouterr()
+    assert taken(Watched("ours", "eval_rougeL"), [1, 1, 2, -3]) == [True, False, True, False], "as the run knows"
+    assert capsys.readouterr().out == "note: ours: the highest eval_rougeL is taken for the best\n"
+    assert taken(Watched("ours", "eval_rougeL", higher_is_better=False), [1, 1, 2, -3]) == [True, False, False, True]
+    assert taken(Watched("ours", "eval_x"), [2, 1]) == [True, True]
+    assert capsys.readouterr().out == "note: ours: the lowest eval_x is taken for the best\n"
+    with pytest.raises(UserError, match=r"ours: 'rougeL' is no metric of evaluations.*did you mean 'eval_rougeL'"):
+        Watched("ours", "rougeL")
     again = Watched("ours", "eval_x", higher_is_better=True)
     again.load(json.loads(json.dumps(higher.state())))
     assert again.state() == higher.state()

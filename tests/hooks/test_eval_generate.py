@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from panda.answers.metric import Answer
+from panda.answers.metric import of_each
 from panda.data import sample
+from panda.hooks.eval_generate import FILE_NAME
+from panda.hooks.eval_generate import EvalGenerate
+from panda.hooks.eval_generate import EvalGenerateOptions
 from panda.hooks.eval_generate import read_answers
+from panda.registry import UserError
+from panda.registry.contexts import PluginContext
+from panda.run.questions import Question
+from panda.run.questions import Questions
 from panda.testing import Trained
 from panda.testing import train
 from panda.testing.runs import same_losses
@@ -80,6 +91,64 @@ def test_each_set_has_numbers_and_answers_of_its_own(whole: Trained) -> None:
     assert last["eval_rougeL"] == pytest.approx((last["eval_chat_rougeL"] + last["eval_code_rougeL"]) / 2)
     best = min(whole.evaluations, key=lambda record: record["eval_code_loss"])
     assert (whole.directory / "checkpoints" / "best").read_text() == f"step-{best['step']:08d}\n"
+
+
+@pytest.fixture
+def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run before its first step, with two sets, of which one has no questions."""
+    question = Question("chat", 0, [1], [2])
+    monkeypatch.setattr("panda.run.questions.questions_of", lambda *_: Questions([question], []))
+    monkeypatch.setattr("panda.run.questions.metrics_of", lambda *_: {"ours": METRIC})
+    monkeypatch.setattr(EvalGenerate, "_longest_prompt", lambda *_: None)
+    monkeypatch.setattr(EvalGenerate, "_answers", lambda *_: [Answer("p", "a", "r", True)])
+    processes = SimpleNamespace(rank=0, from_rank_0=lambda make: make())
+    return SimpleNamespace(
+        directory=tmp_path,
+        step=0,
+        processes=processes,
+        resolved=None,
+        options=SimpleNamespace(task="t"),
+        evaluations=dict.fromkeys(SETS, SimpleNamespace(dataset=[])),
+        decoding=SimpleNamespace(ends=[]),
+        task=SimpleNamespace(unit="pairs"),
+        using_evaluated_weights=nullcontext,
+        plan=SimpleNamespace(total_steps=4),
+    )
+
+
+METRIC = of_each(lambda _: {"one": 1.0, "two": 2.0, "three": 3.0})
+
+
+def test_a_start_before_the_first_checkpoint_begins_the_answers_again(
+    asking: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = [{"step": step, "prompt": "old", "answer": "of an earlier start"} for step in (0, 2)]
+    (asking.directory / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in old))
+    plugin = EvalGenerate(EvalGenerateOptions(), PluginContext())
+    plugin.panda_run_start(asking)
+    plugin.panda_run_end()
+    assert [(each["step"], each["prompt"]) for each in read_answers(asking.directory)] == [(0, "p")]
+    assert "  1 answers  one 1  two 2  three 3  " in capsys.readouterr().out
+
+
+def test_evaluations_say_of_which_scores_a_higher_one_is_better(asking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = of_each(lambda _: {"errors": 1.0}, higher_is_better=False)
+    monkeypatch.setattr("panda.run.questions.metrics_of", lambda *_: {"ours": METRIC, "errors": errors})
+    plugin, logged = EvalGenerate(EvalGenerateOptions(), PluginContext()), {}
+    asking.log = lambda name, value, *, higher_is_better: logged.update({name: higher_is_better})
+    plugin.panda_run_start(asking)
+    plugin.panda_evaluation_start(asking)
+    plugin.panda_run_end()
+    found = {"one": True, "two": True, "three": True, "errors": False}
+    assert logged == found | {f"chat_{name}": better for name, better in found.items()}
+
+
+def test_scores_with_the_name_of_another_entry_are_refused_before_the_first_step(
+    asking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.run.questions.metrics_of", lambda *_: {"ours": of_each(lambda _: {"code_loss": 1.0})})
+    with pytest.raises(UserError, match="eval_metrics: a score is called 'code_loss', like another entry"):
+        EvalGenerate(EvalGenerateOptions(), PluginContext()).panda_run_start(asking)
 
 
 @pytest.mark.parametrize("how", ["zero3", "tensor"])

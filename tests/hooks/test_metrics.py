@@ -87,9 +87,11 @@ def test_one_damaged_line_does_not_drop_the_rest(
     lines = [json.dumps(record(step)).encode() for step in range(1, 6)]
     lines[1], lines[3] = b'{"step": 2, "loss": "\xff', b"[" * 100_000
     lines.append(json.dumps(record(1) | {"step": True}).encode())
+    lines.append(json.dumps(record(5) | {"scores": {"ours": [2**63]}}).encode())
+    lines.append(json.dumps({"step": -(2**63) - 1}).encode())
     (run.directory / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"{}", b""]))
     assert [line["step"] for line in read_metrics(run.directory)] == [1, 3, 5]
-    assert "metrics.jsonl:2 and 2 more lines: damaged, and left out" in capsys.readouterr().err
+    assert "metrics.jsonl:2 and 4 more lines: damaged, and left out" in capsys.readouterr().err
     started(run)
     assert steps(run) == [1, 3, 5]
 

@@ -183,13 +183,14 @@ def test_a_run_of_which_nothing_is_on_record(tmp_path: Path) -> None:
 def test_damaged_lines_are_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "run", [record(step) for step in range(1, 4)])
     file = run / "metrics.jsonl"
-    # Not JSON; no record; records with values that are no numbers, and with a step from before.
-    damaged = ['{"step": 3, "loss": "x"', "[1]", "\x00"]
-    strange = [record(2, grad_norm="x", tokens=None, step_seconds=[]), record(4, tokens=10**400, loss=None)]
+    # Not JSON; no record; an integer that is too large; records with values that are no numbers, and with a step from
+    # before.
+    damaged = ['{"step": 3, "loss": "x"', "[1]", "\x00", json.dumps(record(4, tokens=10**400))]
+    strange = [record(2, grad_norm="x", tokens=None, step_seconds=[]), record(4, loss=None)]
     file.write_text("\n".join([*damaged, *map(json.dumps, strange), file.read_text()]))
     for over in ("steps", "tokens", "hours"):
         page = made(tmp_path, str(run), "--recorded_only", "--x", over)
-        assert "run: 3 damaged lines of its records are left out." in page.text
+        assert "run: 4 damaged lines of its records are left out." in page.text
     assert capsys.readouterr().err.count("damaged, and left out") == 1
 
 
@@ -223,10 +224,13 @@ def test_answers_to_evaluation_data_are_those_at_first_and_at_last(tmp_path: Pat
         for sample in (3, 8)
     ]
     damaged = {"step": 10, "set": "", "sample": 3, "answer": 7}
-    (run / "eval_answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, damaged]))
+    larger = {"step": 11, "set": "", "sample": 3, "answer": "beyond 64 bits", "scores": {"rouge": 10**400}} | asked
+    other = {"step": 10, "set": "", "sample": 3, "answer": "to another question"} | asked | {"prompt": "another"}
+    written = [*lines, damaged, larger, other]
+    (run / "eval_answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
     text = made(tmp_path, str(run), "--recorded_only", "--answers", "1").text
     assert "before training (rouge 0) say 0 to 3 after step 10 (rouge 1) say 10 to 3 in the data seven" in text
-    assert "say 5" not in text and "to 8" not in text
+    assert "say 5" not in text and "to 8" not in text and "beyond 64" not in text and "to another" not in text
 
 
 # -- errors

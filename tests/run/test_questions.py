@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from panda.answers.scored import Scored
 from panda.registry import UserError
 from panda.run.questions import Question
 from panda.run.questions import questions_of
 from panda.run.questions import refuse_without_questions
+from panda.run.questions import scores_of_sets
 
 END = 2
 TASK: Any = SimpleNamespace(question=lambda sample: sample)
@@ -36,3 +38,12 @@ def test_samples_that_are_not_asked_are_reported() -> None:
     ]
     with pytest.raises(UserError, match=r"no evaluation sample has a prompt and an answer to compare with \(1 of 1"):
         refuse_without_questions(questions_of(TASK, {"": data[:1]}, 4, [END], None), "pretrain")
+
+
+def test_scores_of_sets_have_names_of_their_own() -> None:
+    whole, exact = Scored({"rouge": 1.0, "exact_match": 2.0}, []), Scored({"rouge": 3.0, "match": 4.0}, [])
+    assert scores_of_sets({"": whole, "chat": exact}) == {
+        **{"rouge": 1.0, "exact_match": 2.0, "chat_rouge": 3.0, "chat_match": 4.0}
+    }
+    with pytest.raises(UserError, match="eval_names: 'exact': the score 'match' of this set would be called `eval_ex"):
+        scores_of_sets({"": whole, "exact": exact})

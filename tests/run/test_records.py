@@ -17,6 +17,7 @@ from panda.registry.contexts import PluginContext
 from panda.run.cards import Card
 from panda.run.records import Gpu
 from panda.run.records import evaluation_record
+from panda.run.records import refuse_entries
 from panda.run.records import refuse_sets
 from panda.run.records import refuse_unit
 
@@ -82,6 +83,20 @@ def test_a_set_whose_entries_would_replace_those_of_all_is_refused(name: str, en
         return
     with pytest.raises(UserError, match=f"eval_names: '{name}': `eval_{entry}` is an entry of all sets"):
         refuse_sets(["code", name], "supervised_tokens")
+
+
+def test_a_set_whose_entries_would_replace_a_metric_of_the_task_is_refused() -> None:
+    found = Evaluated(torch.tensor(2.0), torch.tensor([6.0, 2.0]), {"nll_loss": torch.tensor([1.0, 2.0])})
+    sets = {"nll": found, "x": found}
+    with pytest.raises(UserError, match="eval_names: 'nll': its `eval_nll_loss` has the name of a metric of the task"):
+        evaluation_record(3, sets, "pairs", 0.0)
+
+
+@pytest.mark.parametrize("name", ["nll_loss", "nll_pairs", "tokens", "loss", "seconds"])
+def test_a_score_that_has_the_name_of_another_entry_is_refused(name: str) -> None:
+    refuse_entries(["rougeL", "nll_rougeL", "pairs_loss"], ["nll", "x"], "pairs")
+    with pytest.raises(UserError, match=f"eval_metrics: a score is called '{name}', like another entry of a record"):
+        refuse_entries(["rougeL", name], ["nll", "x"], "pairs")
 
 
 def test_a_unit_that_would_replace_another_entry_is_refused() -> None:
