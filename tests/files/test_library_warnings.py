@@ -37,6 +37,7 @@ def modules(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.Mo
     for name in names:
         folder = tmp_path if name == "mine" else site
         (folder / f"{name}.py").write_text(SOURCE)
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test's
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(site))
     distributions.install("acme", {"optimizers": {"a": "acme.o"}}, {})
