@@ -400,7 +400,7 @@ def run_job(given: argparse.Namespace, folder: Path, job: int) -> dict[str, Coun
             given.kind or list(FUZZED),
             bench,
             seconds=given.seconds,
-            cases=given.cases and given.cases - job,  # from the first on, which is `job` later
+            cases=given.cases and given.cases - job,  # counted from `first`, which is `job` higher here
             first=given.first + job,
             seed=given.seed,
             step=given.jobs,

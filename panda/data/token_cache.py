@@ -105,9 +105,15 @@ class TokenCache:
         return self.folder / "hashes"
 
     def _content_hashes(self, recipe: Recipe) -> list[str]:
-        size = sum(file.stat().st_size for file in recipe.files)
-        with _reading(recipe.location, size) as shown:
-            return [content_hash(file, self._hashes, shown.advance) for file in recipe.files]
+        try:
+            size = sum(file.stat().st_size for file in recipe.files)
+            with _reading(recipe.location, size) as shown:
+                return [content_hash(file, self._hashes, shown.advance) for file in recipe.files]
+        except FileNotFoundError as problem:
+            raise UserError(
+                f"{recipe.location}: {problem.filename} has been removed since the files were listed. Start again when"
+                " nothing changes the data."
+            ) from None
 
     def _key(self, recipe: Recipe, hashes: Sequence[str]) -> str:
         """The address of the samples. Names do not matter but for their endings; order and content of files do."""

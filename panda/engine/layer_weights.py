@@ -1,4 +1,4 @@
-"""The weights of whole layers under ZeRO-3: gathered a layer ahead of where they are needed, in one go each.
+"""The weights of whole layers under ZeRO-3: gathered a layer ahead of where they are needed.
 
 DeepSpeed (0.19.8) keeps account of each weight by itself: it takes a millisecond of the host for each layer and pass,
 and in a 1.3B the device waits for the host a third of the time (two H100s, 2026-11-26). Here it is a few calls a layer.
@@ -30,8 +30,6 @@ AHEAD = 2
 """Layers that may be queued on the device before the host waits."""
 ALIGNED = 128
 """Elements to a multiple of which a weight begins: compiled code and kernels expect 16 bytes."""
-
-
 SEPARATE = 16
 """A layer with at most this many weights gathers each in a call of its own. What one call for several gathers stays in
 memory until NCCL's watchdog looks, every 100 ms (torch 2.11; one H100, 2026-11-26): 2 GiB of layers that were released
@@ -64,8 +62,7 @@ class LayerWeights:
         self._gather_kept_at_once(model, offload, device)
 
     def _gather_kept_at_once(self, model: torch.nn.Module, offload: Any, device: torch.device) -> None:
-        """After a step, release all weights, and gather those that all ranks keep in one message. Layers are not
-        gathered."""
+        """After a step, release all weights, and gather those that all ranks keep in one message, but no layers."""
         persistent: list[Any] = offload.persistent_parameters
         kept = _Weights(persistent, device)
         in_layers = _Weights([each for layer in self.layers for each in layer.kept], device)

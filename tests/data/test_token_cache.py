@@ -267,6 +267,14 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(recipe: Recipe, cache:
     assert [path.name for path in cache.folder.iterdir() if path.is_dir() and path.name != "hashes"] == []
 
 
+def test_a_file_that_goes_before_it_is_read_is_an_error(
+    recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panda.data.token_cache._stamps", lambda recipe: recipe.files[0].unlink())
+    with pytest.raises(UserError, match=f"{recipe.files[0]} has been removed since the files were listed"):
+        cache.samples(recipe)
+
+
 def test_a_full_disk_is_an_error_that_says_what_to_do(
     recipe: Recipe, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
