@@ -27,6 +27,7 @@ from bench.gpu.__main__ import obstacle
 from bench.gpu.__main__ import one
 from bench.gpu.cases import CASES
 from bench.gpu.cases import SHAPES
+from bench.gpu.cases import of_cards
 from bench.gpu.cases import variant
 from bench.gpu.checkpoint import tensors
 from bench.gpu.measurement import Outcome
@@ -155,6 +156,17 @@ def test_mfu_counts_what_the_formula_says(tmp_path: Path, monkeypatch: pytest.Mo
     assert adapters["mfu"] == pytest.approx(0.4047, abs=1e-4)
 
 
+@pytest.mark.parametrize("cards", [1, 2, 4, 8])
+def test_the_cases_of_a_number_of_cards_run_on_as_many(cards: int) -> None:
+    names = of_cards(cards)
+    assert {CASES[name].ranks for name in names} == {1, cards}
+    assert [name for name in CASES if CASES[name].ranks == cards and CASES[name].needs_gpu] == [
+        name for name in names if CASES[name].ranks == cards
+    ]
+    for name in names:  # what a card holds of a batch is divided among the ranks of a tensor parallel group
+        assert cards % int(CASES[name].flags.get("tensor_parallel_size", 1)) == 0
+
+
 def write_marks(folder: Path, rank: int, *, counts: bool) -> None:
     """Six steps of ``step`` seconds and ``10 x step`` tokens, each; three of them are not measured."""
     lines: list[dict[str, Any]] = [{"event": "start", "at": 5.0, "counts": counts}]
@@ -170,8 +182,10 @@ def write_marks(folder: Path, rank: int, *, counts: bool) -> None:
 def test_ranks_add_up_and_tensor_parallel_ranks_count_once(tmp_path: Path) -> None:
     for rank, counts in enumerate((True, False, True, False)):
         write_marks(tmp_path, rank, counts=counts)
-    outcome = Outcome("command", 0, began=10.0, ended=33.0, log="", device_gib=None)
+    said = "  about 1,058.1 of 79.2 GiB\n    on each GPU, with rows of 4,096: weights 12.6"  # as lines are wrapped
+    outcome = Outcome("command", 0, began=10.0, ended=33.0, log=said, device_gib=None)
     row = measurement.row_of(CASES["tiny-x2"], "panda", outcome, tmp_path, settings(tmp_path))
+    assert row["estimated_gib"] == 1058.1
     assert row["steps"] == 3 and row["step_seconds"] == {"median": 5.0, "min": 4.0, "max": 6.0}
     assert row["tokens_per_second"] == 100 and row["slots_per_second"] == 200
     assert row["tokens_per_second_mean"] == pytest.approx(2 * 10 * (16 + 25 + 36) / 15)

@@ -5,6 +5,7 @@
     python bench/gpu --cases lora-7b --extra '--logging_steps 10' --no-peer
     python bench/gpu --cases full-1.3b-x1,full-1.3b-x2-zero1 --budget 560 --out results.jsonl
     python bench/gpu --trajectory full-1.3b full-1.3b+compile=true --steps 200
+    python bench/gpu --gpus 8 --no-peer --stop
     python bench/gpu --table bench/results/*.jsonl
     python bench/gpu --cases tiny,tiny-lora          # on a CPU, in a minute or two
 
@@ -26,8 +27,9 @@ attention that is masked is. Another peak: --peak_tflops.
 Parts of a step, in seconds: waiting for data on the host (panda's data_wait), forward and backward of all micro batches
 on the device, clipping and the optimizer, and the rest of the step. "?": not marked. Memory, GiB of the fullest card:
 torch's peaks of allocated and reserved memory in training, and that of all processes, which nvidia-smi reads every
-0.2 s. Time to step 1: from the start of the command until the device has finished it. After the last: until the
-process has ended; "stopped": the run was ended there, before it wrote anything (--stop).
+0.2 s; beside them what panda estimated for the device before it began. Time to step 1: from the start of the command
+until the device has finished it. After the last: until the process has ended; "stopped": the run was ended there,
+before it wrote anything (--stop).
 
 A case that fails, runs out of memory or takes longer than --timeout is a row that says so, with the end of its log.
 Rows go to --out as they come, one JSON object each, with command, date, versions and card.
@@ -53,6 +55,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench.gpu import trajectory
 from bench.gpu.cases import CASES
 from bench.gpu.cases import Case
+from bench.gpu.cases import of_cards
 from bench.gpu.cases import variant
 from bench.gpu.measurement import ROOT
 from bench.gpu.measurement import SKIPPED_STEPS
@@ -84,7 +87,8 @@ def main() -> int:
         print(table([json.loads(line) for file in given.table for line in file.read_text().splitlines()]))
         return 0
     settings = settings_of(given)
-    names = given.trajectory or [name for words in given.cases for name in words.split(",")]
+    wanted = of_cards(given.gpus) if given.gpus else [name for words in given.cases or () for name in words.split(",")]
+    names = given.trajectory or wanted
     cases = {name: variant(name) for name in names}
     if given.trajectory:
         return compare(cases, settings, given)
@@ -103,6 +107,9 @@ def arguments() -> argparse.Namespace:
     )
     does = parser.add_mutually_exclusive_group(required=True)
     does.add_argument("--cases", nargs="+", help="names, and variants NAME+FLAG=VALUE+...; `ranks` is a FLAG, too")
+    does.add_argument(
+        "--gpus", type=int, metavar="N", help="the cases of N GPUs, and those of one beside them"
+    )
     does.add_argument("--trajectory", nargs="+", metavar="VARIANT", help="losses of the steps of cases, CSV and PNG")
     does.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print the rows of results")
     does.add_argument("--list", action="store_true", help="print the cases")

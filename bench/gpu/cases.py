@@ -58,6 +58,7 @@ SHAPES = {
     "llama-tiny": Shape(128, 256, 4, 4, 4, vocabulary=259),
     "1.3b": Shape(2048, 5504, 24, 16, 16),
     "7b": Shape(4096, 11008, 32, 32, 32),
+    "7b-4096": Shape(4096, 11008, 32, 32, 32, positions=4096),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, vocabulary=128_256, positions=8192, rope_theta=500_000.0),
     "65b": Shape(8192, 22016, 80, 64, 64),
 }
@@ -183,7 +184,7 @@ CASES: dict[str, Case] = {
     "lora-7b-x2-zero1": replace(_with(_LORA_7B, zero_stage=1), ranks=2),
     "lora-7b-x2-zero3": replace(_with(_LORA_7B, zero_stage=3), ranks=2),
     "qlora-7b-x2-zero3": replace(_with(_LORA_7B, zero_stage=3, use_quant=True), ranks=2),
-    # Small enough for a CPU.
+    # Small enough for a CPU. See also `_on`.
     "tiny": _TINY,
     "tiny-nvlamb": replace(_with(_TINY, optimizer="nvlamb"), peer=None),
     "tiny-lora": _TINY_LORA,
@@ -193,6 +194,45 @@ CASES: dict[str, Case] = {
         "llama-tiny", "answers", _lora(1, 1, 64, 4, use_quant=True, optimizer="lamb"), arch="llama-tiny"
     ),
 }
+
+
+def _on(cards: int) -> dict[str, Case]:
+    """What is measured on ``cards`` GPUs of one host: models at full size, in the published settings of others."""
+    full_7b = Case("7b-4096", "windows", _flags(1, 8, 4096, save_final=False), ranks=cards)
+    full_8b = Case("llama-3-8b", "windows", _flags(1, 4, 8192, save_final=False), ranks=cards)
+    qlora_65b = replace(CASES["qlora-65b"], ranks=cards)
+    # DeepSpeed, as transformers drives it, holds all that ZeRO-3 does not divide on each card: too much for 80 GiB.
+    full_65b = Case(
+        "65b",
+        "windows",
+        _flags(1, 1, save_final=False, optimizer="lamb", zero_stage=3),
+        arch="llama-65b",
+        ranks=cards,
+        peer=None,
+    )
+    return {
+        **{f"full-7b-4096-x{cards}-zero{stage}": _with(full_7b, zero_stage=stage) for stage in (1, 2, 3)},
+        **{
+            f"full-7b-4096-x{cards}-tensor{size}": replace(_with(full_7b, tensor_parallel_size=size), peer=None)
+            for size in (2, 4)
+        },
+        **{f"full-8b-8192-x{cards}-zero{stage}": _with(full_8b, zero_stage=stage) for stage in (2, 3)},
+        f"lora-7b-x{cards}-zero3": replace(CASES["lora-7b-x2-zero3"], ranks=cards),
+        f"qlora-65b-x{cards}": qlora_65b,
+        f"full-65b-lamb-x{cards}-zero3": full_65b,
+    }
+
+
+CASES |= {"full-7b-4096": Case("7b-4096", "windows", _flags(1, 8, 4096, save_final=False)), **_on(4), **_on(8)}
+CASES |= {"tiny-x8-zero3": replace(_with(_TINY, zero_stage=3), ranks=8, peer=None)}
+OF_ONE_CARD = ("full-1.3b-x1", "lora-7b", "full-7b-4096", "qlora-65b")
+"""With which cases of several GPUs are compared."""
+
+
+def of_cards(cards: int) -> list[str]:
+    """Names of the cases of ``cards`` GPUs, after those of one with which they are compared."""
+    found = [name for name, case in CASES.items() if case.ranks == cards and case.needs_gpu]
+    return found if cards == 1 else [*OF_ONE_CARD, *found]
 
 
 def variant(text: str) -> Case:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -294,10 +295,16 @@ def row_of(case: Case, who: str, outcome: Outcome, folder: Path, settings: Setti
         marked = [record for records in ranks for record in records if record["event"] in ("last", "failed")]
         found = [record[kind] for record in marked if kind in record]
         row[f"peak_{kind}_gib"] = max(found) / 2**30 if found else None
-    row |= {"peak_device_gib": outcome.device_gib, "losses": _losses(folder)}
+    row |= {"peak_device_gib": outcome.device_gib, "estimated_gib": _estimated(outcome.log), "losses": _losses(folder)}
     if row["status"] != "ok":
         row["log"] = outcome.log.rstrip().splitlines()[-LOG_LINES:]
     return row
+
+
+def _estimated(log: str) -> float | None:
+    """GiB of a card that panda said before it began that the run would need; None on a CPU."""
+    found = re.search(r"about ([\d.,]+) of [\d.,]+ GiB on each GPU", " ".join(log.split()))
+    return None if found is None else float(found[1].replace(",", ""))
 
 
 def _records(file: Path) -> list[dict[str, Any]]:

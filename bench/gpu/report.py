@@ -13,7 +13,7 @@ COLUMNS = (
     "supervised/s",
     "slots/s",
     "MFU",
-    "GiB allocated / reserved / device",
+    "GiB allocated / reserved / device / estimated",
     "to step 1, s",
     "after the last, s",
     "data / forward / backward / optimizer / rest, s",
@@ -62,8 +62,8 @@ def _cells(row: dict[str, Any], peer: float | None) -> list[str]:
 
 
 def _memory(row: dict[str, Any]) -> str:
-    kinds = ("allocated", "reserved", "device")
-    found = [_number(row.get(f"peak_{kind}_gib"), 1) for kind in kinds]
+    kinds = ("peak_allocated_gib", "peak_reserved_gib", "peak_device_gib", "estimated_gib")
+    found = [_number(row.get(kind), 1) for kind in kinds]
     return " / ".join(each or "?" for each in found) if any(found) else ""
 
 
