@@ -269,6 +269,8 @@ def _memory_of_device() -> Iterator[Any]:
         yield lambda: None
         return
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"-lms={SAMPLED_EVERY}"]
+    if cards := os.environ.get("CUDA_VISIBLE_DEVICES"):  # others may be in use by another call
+        query += ["-i", cards]
     with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampling:
         yield lambda: max(read, default=None)
         sampling.terminate()
