@@ -19,7 +19,7 @@ from panda.data.batches import step_batches
 from panda.data.packing import Layout
 from panda.data.workers import workers_standing
 from panda.engine.checkpoints.manifest import Progress
-from panda.engine.checkpoints.writing import finish_removal
+from panda.engine.checkpoints.writing import finish_save
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.steps import StepResult
 from panda.engine.watchdog import ask_for_batches
@@ -122,7 +122,7 @@ class Loop:
                 self.save(keep_all=self.run.skipped_in_a_row > 0)
             elif run.step == first - 1 and self.saved_step == run.step and not run.skipped_in_a_row:
                 folder, keep = run.directory / "checkpoints", self.options.save_total_limit
-                finish_removal(run.processes, folder, run.step, keep=keep, kept=run.kept)
+                finish_save(run.processes, folder, run.step, keep=keep, kept=run.kept)
             if self.ended_by is None:
                 self.listen_outside()  # since the last step: then the export is still to do
         self.say_stop()

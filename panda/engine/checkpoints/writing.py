@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +116,22 @@ def _complete(temporary: Path, final: Path, manifest: Manifest) -> None:
                 " directory has to be on a disk that all machines of a run share."
             )
     write_manifest(temporary, manifest)
-    with whole(final.with_name(LATEST)) as pointer:
-        pointer.write_text(final.name + "\n", encoding="utf-8")
-        sync(pointer)  # before the renaming, after which nothing is written that may lack room
+    with _pointing_at(final):
         put(temporary, final)
 
 
-def finish_removal(processes: Processes, folder: Path, step: int, *, keep: int | None, kept: Collection[int]) -> None:
-    """Remove older checkpoints that the save of ``step`` left, where its process ended before it removed them.
+@contextmanager
+def _pointing_at(checkpoint: Path) -> Iterator[None]:
+    """``latest`` names ``checkpoint`` at the end of the ``with`` statement, in which nothing need be written for it."""
+    with whole(checkpoint.with_name(LATEST)) as pointer:
+        pointer.write_text(checkpoint.name + "\n", encoding="utf-8")
+        sync(pointer)
+        yield
+
+
+def finish_save(processes: Processes, folder: Path, step: int, *, keep: int | None, kept: Collection[int]) -> None:
+    """Do what the save of ``step`` does after its checkpoint is complete, where its process ended before it had:
+    point ``latest`` at it, and remove older ones.
 
     Every rank must call this. Raises UserError where the disk fails.
     """
@@ -130,6 +140,8 @@ def finish_removal(processes: Processes, folder: Path, step: int, *, keep: int |
     def finish() -> None:
         if processes.rank == 0 and newest.is_dir():
             remove_interrupted(folder)
+            with _pointing_at(newest):
+                pass
             _remove_older(newest, keep, kept)
 
     processes.together(writing(str(folder), f"{newest.name} is untouched. Go on with `--resume auto`.")(finish))

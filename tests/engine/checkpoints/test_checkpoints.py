@@ -14,6 +14,7 @@ import torch
 from launching import start
 
 from panda.configuration.options import RunOptions
+from panda.engine.checkpoints import writing
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import passed_over
@@ -22,11 +23,13 @@ from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.manifest import read_progress
 from panda.engine.checkpoints.manifest import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
+from panda.engine.checkpoints.writing import finish_save
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
+from panda.files.whole import put
 from panda.registry import UserError
 
 
@@ -67,6 +70,38 @@ def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
 
 def steps(engine: Engine, count: int) -> list[float]:
     return [float(engine.step([Batch()], loss_sum).loss) for _ in range(count)]
+
+
+class Dies(BaseException):
+    """In place of a process that ends there."""
+
+
+@pytest.mark.parametrize("before", ["_remove_older", "after put"])
+def test_a_start_with_nothing_to_train_finishes_a_save_that_was_cut_short(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """At any moment after its checkpoint was complete: no later save does it."""
+    engine = make_engine(processes)
+
+    def save(step: int) -> None:
+        save_checkpoint(engine, tmp_path, Progress(step, 4, 8, 6), {"seed": 1}, keep=2)
+
+    def dies(*given: Any) -> None:
+        if before == "after put":
+            put(*given)
+        raise Dies
+
+    for step in (1, 2):
+        save(step)
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, before.removeprefix("after "), dies)
+        with pytest.raises(Dies):
+            save(3)
+    assert (tmp_path / "step-00000001").exists()
+    (tmp_path / ".tmp-latest").touch()  # of a process that was killed
+    finish_save(processes, tmp_path, 3, keep=2, kept=())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
 def test_weights_buffers_optimizer_and_random_state_come_back(processes: Processes, tmp_path: Path) -> None:
