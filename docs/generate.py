@@ -1,4 +1,4 @@
-"""Generates pages of docs/ from the code, and support.md from the tests' tables: `python docs/generate.py`."""
+"""Generates pages of docs/ from the code, the tests' tables and the bench's results: `python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,12 @@ def refusals() -> str:
     )
 
 
+def speed() -> str:
+    """What was measured on GPUs."""
+    page: str = runpy.run_path(str(Path(__file__).parent / "speed.py"))["speed"]()
+    return page.format(generated=GENERATED)
+
+
 def support() -> str:
     """What works together, and what tries it."""
     docs = Path(__file__).parent
@@ -91,7 +97,7 @@ def _default(option: Option) -> str:
     return f"`{', '.join(map(str, value))}`" if isinstance(value, tuple) else f"`{value!r}`"
 
 
-PAGES = {"configuration.md": configuration, "refusals.md": refusals, "support.md": support}
+PAGES = {"configuration.md": configuration, "refusals.md": refusals, "speed.md": speed, "support.md": support}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -1,6 +1,6 @@
 """docs/support.md: what works together, tried by which test, on what, and what is not.
 
-Cells come from the tests' own tables (tests/covered.py), from what panda refuses, and from rows of bench/results.
+Cells come from the tests' own tables (tests/covered.py) and from what panda refuses.
 """
 
 from __future__ import annotations
@@ -130,12 +130,10 @@ SHOWN = 3
 """Tests in a cell; of others it has their number."""
 
 EXPERIMENTAL = (
-    ("`compile: true` with `zero_stage: 3`", "compared on CPUs; two cards are slower than one for 1.3B", "machines.md"),
-    ("`tensor_parallel_size`", "30 steps were compared on two H100s; compiled it is refused", "machines.md"),
+    ("`tensor_parallel_size`", "measured on two and four H200s; compiled it is refused", "machines.md"),
     ("`offload_param`, and offloading to NVMe", "on CPUs only, and NVMe not at all", "refusals.md"),
     ("several machines", "no test starts more than one", "machines.md"),
     ("flight recorder of NCCL", "its files were not seen yet", "machines.md"),
-    ("estimates of memory for several GPUs", "not measured since adapted layers changed", "memory.md"),
 )
 """What may be used, and how little is known of it; the page that says more."""
 PLATFORMS = (
@@ -217,23 +215,6 @@ def _of_task(task: Feature, place: Feature) -> str:
     return cell(task, place)
 
 
-def measured() -> str:
-    """What `bench/gpu` ran on cards: of each case and card the newest row."""
-    newest: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["run"] == "panda":
-                key = row["case"], row["card"].replace(" 80GB HBM3", ""), row["cards"]
-                if key not in newest or row["date"] >= newest[key]["date"]:
-                    newest[key] = row
-    lines = []
-    for (case, card, cards), row in sorted(newest.items()):
-        ended = "ended" if row["status"] == "ok" else f"{row['status']}, {row['steps']} steps"
-        lines.append(f"| `{case}` | {cards} x {card} | {row['versions']['torch']} | {row['date'][:10]} | {ended} |")
-    return _table(["case of `bench/gpu`", "on", "torch", "date", "the run"], lines)
-
-
 def need_a_gpu() -> str:
     """Files of tests of which some need a GPU."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -286,11 +267,8 @@ transformers.
 ## The tests
 {tests()}
 ## On GPUs
-Not by each change, but by hand. The runs:
-
-{measured()}
-Beside these, of which bench/LOG.md has the figures: tensor parallelism and ZeRO-1 and 2 on two H100s, preferences and
-reinforcement learning on one H100.
+Not by each change, but by hand: the runs of [speed.md](speed.md), and, of which bench/LOG.md has the figures,
+preferences and reinforcement learning on one H100.
 
 Some tests need a GPU, and are skipped without one: {need_a_gpu()}.
 

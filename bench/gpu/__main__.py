@@ -107,9 +107,7 @@ def arguments() -> argparse.Namespace:
     )
     does = parser.add_mutually_exclusive_group(required=True)
     does.add_argument("--cases", nargs="+", help="names, and variants NAME+FLAG=VALUE+...; `ranks` is a FLAG, too")
-    does.add_argument(
-        "--gpus", type=int, metavar="N", help="the cases of N GPUs, and those of one beside them"
-    )
+    does.add_argument("--gpus", type=int, metavar="N", help="the cases of N GPUs, and those of one beside them")
     does.add_argument("--trajectory", nargs="+", metavar="VARIANT", help="losses of the steps of cases, CSV and PNG")
     does.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print the rows of results")
     does.add_argument("--list", action="store_true", help="print the cases")

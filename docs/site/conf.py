@@ -27,8 +27,8 @@ NAVIGATION = {
         *("docs/weights", "docs/serving", "docs/python"),
     ],
     "Look up": [
-        *("docs/configuration", "docs/support", "docs/refusals", "docs/certificates", "docs/other-tools", "docs/trust"),
-        "SECURITY",
+        *("docs/configuration", "docs/support", "docs/speed", "docs/refusals", "docs/certificates", "docs/other-tools"),
+        *("docs/trust", "SECURITY"),
     ],
     "Extend": [
         *("docs/tutorial-plugin", "docs/plugins", "plugins/panda-example/README", "plugins/panda-preference/README"),

@@ -96,8 +96,6 @@ def _what_forbids(resolved: Resolved, model: ModelMemory | None) -> str:
         return "the model has no layers that could be compiled each by itself"
     if model.footprint.approximate:  # experts, or code that does not run without data
         return "the model is not known to work compiled"
-    if options.zero == 3:
-        return "with zero_stage: 3 its gain was not measured on GPUs yet; `compile: true` works"
     if options.use_quant and options.quant_bits == 8:
         return "8 bits are not known to work compiled"
     return ""
