@@ -170,13 +170,14 @@ class SampleBlock:
         self.files: list[Path] = []
         self.rows: Sequence[Row] = ()
         """The rows that are being made into samples, in the order in which a task is given what they mean."""
+        self._row: Row | None = None
         self._place = UNKNOWN
 
     def begin(self, number: int) -> None:
         """Note that the samples which are added next are made of the row ``number`` of those that the task was given,
         counted from 0. Of a task that does not say so, it is not known which rows samples are made of."""
         if self.rows:
-            row = self.rows[number]
+            self._row = row = self.rows[number]
             self._place = place_code(self._number_of(row.file), row.number)
 
     def _number_of(self, file: Path) -> int:
@@ -193,9 +194,14 @@ class SampleBlock:
         """Add a sample of text. ``supervised`` has a byte a token, 1 for a token to predict; the first one cannot be
         predicted: 0. ``weights``: of each token in the loss, where not all count alike.
 
-        A row whose sample has no token to predict belongs in the report, as a bad row.
+        One without a token to predict is not added, and its row is a bad one: a tokenizer may make no tokens of an
+        answer. A task that does not say which row it is has to look itself.
         """
-        assert len(token_ids) == len(supervised) and supervised[0] == 0 and 1 in supervised
+        assert len(token_ids) == len(supervised) and supervised[0] == 0
+        if 1 not in supervised:
+            assert self._row is not None, "no token of a sample carries loss"
+            self.report.add_bad(BadRow(self._row.file, self._row.number, "the tokenizer makes no tokens of an answer"))
+            return
         given = {} if weights is None else {"weights": weights}
         self.add_arrays(token_ids=token_ids, supervised=supervised, **given)
 

@@ -139,7 +139,7 @@ def _senseless(values: str) -> Iterator[None]:
     """Raise UserError for what transformers finds in ``values`` when it makes the layers."""
     try:
         yield
-    except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as problem:
         raise UserError(
             f"model llama: transformers makes no LLaMA of {values}: {type(problem).__name__}: {in_brief(problem)}."
         ) from problem

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panda.data.reading import BadRow
+from panda.data.reading import Row
 from panda.data.token_dataset import KEPT_FIELDS
 from panda.data.token_dataset import SHOWN_BAD_ROWS
 from panda.data.token_dataset import SHOWN_FIELDS
@@ -52,6 +53,17 @@ def test_the_arrays_have_the_promised_types() -> None:
         dataset.offsets["token_ids"].dtype,
     ) == (np.int32, np.bool_, np.int64)
     assert dataset.offsets["token_ids"].tolist() == [0, 3]
+
+
+def test_a_row_without_a_token_to_predict_is_a_bad_one() -> None:
+    """As where a damaged tokenizer makes no tokens of an answer; fuzzed models have found it."""
+    block = SampleBlock()
+    block.rows = [Row({}, Path("a.json"), number) for number in (7, 8)]
+    for number, supervised in enumerate((bytes(2), bytes([0, 1]))):
+        block.begin(number)
+        block.add([1, 2], supervised)
+    assert len(block) == 1
+    assert block.report.first_bad_lines() == ["a.json, row 7: the tokenizer makes no tokens of an answer"]
 
 
 def test_a_block_without_samples_makes_a_data_set_without() -> None:

@@ -187,7 +187,7 @@ def test_values_that_do_not_go_together_are_refused(values: dict[str, Any], mess
         build(LlamaOptions, SHAPE | values)
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_act", "sylu"), ("head_dim", 0)])
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "sylu"), ("head_dim", 0), ("head_dim", -8)])
 def test_a_config_of_which_transformers_makes_no_model_is_an_error_in_words(key: str, value: Any) -> None:
     config = LlamaConfig(**PLAIN_SHAPE).to_dict() | {key: value}
     context = replace(ModelContext(259, 64, 0, 1, 2), config=config)
