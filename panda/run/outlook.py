@@ -376,8 +376,9 @@ def _notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
     yield from _rate_note(prepared)
     yield from _evaluation_note(prepared)
     schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
-    if layout.plan.start_step < steps and max(map(schedule, range(min(steps, PEAK_SOUGHT_STEPS)))) < 1:
-        yield "the learning rate does not reach its peak: the run ends within the warm-up"
+    before_last = range(min(max(steps - 1, 1), PEAK_SOUGHT_STEPS))
+    if layout.plan.start_step < steps and max(map(schedule, before_last)) < 1:
+        yield "the run ends within the warm-up: the learning rate is below its peak until the last step"
 
 
 def _tokenizer_note(prepared: Preparation) -> Iterator[str]:
