@@ -2,12 +2,13 @@
 
     python tests/crash.py --kills 500 --calls all --fault_ranks 2 3 --flips 10000 [--ranks 1 2] [--seed 1] [--jobs 14]
 
-Runs are forks of this process, which has imported what they need: one takes a second on an idle core. It prints a
-table, and exits with 1 where anything is not as it should be. docs/trust.md has that of the last campaign.
-With `--jobs`, so many forks share the cases.
+Runs are forks of this process, which has imported what they need: one takes a second on an idle core. After each kill
+or disturbance at most one step may be lost, and the run that goes on may differ in no bit. It prints a table, and exits
+with 1 where anything is not as it should be. docs/trust.md has that of the last campaign. With `--jobs`, so many forks
+share the cases.
 
 kills   SIGKILL at random moments, to all ranks or to one first, and `--resume auto` again and again until the run ends
-calls   the process ends, the disk is full (ENOSPC) or fails (EIO) at each call that writes to the run directory
+calls   the process ends, the disk is full (ENOSPC) or fails (EIO) at each call of rank 0 that writes to the run
 faults  an exception in each stage of saving and loading, on each subset of the ranks
 flips   one bit of a checkpoint changed: every bit of the manifest, and so many of each other file
 """
@@ -236,6 +237,20 @@ def difference(run: Path, plain: Path) -> str | None:
     return f"left: {left}" if left else None
 
 
+def lost(run: Path) -> str | None:
+    """What a start of ``run``, which saves each step and was ended or disturbed, has lost; None for at most one step.
+
+    A run that begins from the start again ends with the same bits, too.
+    """
+    from panda.engine.checkpoints.folders import complete_checkpoints
+    from panda.engine.checkpoints.folders import step_of
+    from panda.hooks.metrics import read_metrics
+
+    taken = max((record["step"] for record in read_metrics(run)), default=0)
+    kept = max(map(step_of, complete_checkpoints(run / "checkpoints")), default=0)
+    return f"step {taken} was taken, and the newest checkpoint is of step {kept}" if kept < taken - 1 else None
+
+
 def _records(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if not TIMES.search(key)} for line in lines]
@@ -312,6 +327,8 @@ def kills(runs: Runs, count: int, ranks: int, seed: int) -> Row:
             row.counts[f"killed {_moment(run)}"] += 1
             _kill(order)
             row.cases += 1
+            if problem := lost(run):
+                row.fail(problem)
         resume(runs, run, argv, ranks, plain, row)
         runs.forget(run)
     return row
@@ -366,6 +383,8 @@ def calls(runs: Runs, most: int | None, way: str, ranks: int, seed: int) -> Row:
         ended = runs.whole(run, argv, ranks, fail)
         row.cases += 1
         _judge(row, ended, way, made[number - 1])
+        if problem := lost(run):
+            row.fail(f"{problem}, after {made[number - 1]}", ended.printed)
         resume(runs, run, argv, ranks, plain, row)
         runs.forget(run)
     return row
