@@ -114,7 +114,7 @@ class Bench:
 
         self.folder, self.made = folder / "case", folder / "made"
         self.named = ""
-        """The command line of the case."""
+        """The command line of the case, and what its configuration names."""
         self.code = 0
         """The exit code of its command."""
         self.made.mkdir(parents=True)
@@ -163,10 +163,11 @@ class Bench:
         return target
 
 
-def _command(bench: Bench, *argv: str) -> None:
+def _command(bench: Bench, *argv: str, named: tuple[str, ...] = ()) -> None:
+    """Run ``argv``, which may write to what it names, and to what is ``named`` in a file of it."""
     from panda.cli.main import main
 
-    bench.named = "\n".join(argv)
+    bench.named = "\n".join((*argv, *named))
     bench.code = main(list(argv))
 
 
@@ -234,7 +235,7 @@ def fuzz_configurations(draw: random.Random, bench: Bench) -> None:
             lines[key] = draw.choice(_fitting().get(key) or PLAUSIBLE)
     text = "".join(f"{key}: {value}\n" for key, value in lines.items()).encode(errors="surrogateescape")
     file.write_bytes(damaged_bytes(draw, text) if draw.random() < 0.2 else text)
-    _command(bench, command, str(file), *more)
+    _command(bench, command, str(file), *more, named=(*lines.values(),))
 
 
 def _as_file(draw: random.Random, rows: Any, ending: str) -> bytes:

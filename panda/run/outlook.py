@@ -346,7 +346,8 @@ def _changed(prepared: Preparation) -> dict[str, dict[str, Any]]:
 
 def _saves(options: RunOptions) -> Iterator[str]:
     """When checkpoints are saved, and what is lost where a run is killed between them."""
-    steps, minutes = f"{options.save_steps:,} steps", f"{options.save_minutes:g} minutes"
+    plural = "s" * (options.save_steps != 1)
+    steps, minutes = f"{options.save_steps:,} step{plural}", f"{options.save_minutes:g} minutes"
     often = [*([steps] if options.save_steps else []), *([minutes] if options.save_minutes else [])]
     when = [f"every {text}" for text in often] + ["at the end"] * options.save_final
     kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
