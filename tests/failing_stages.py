@@ -43,10 +43,11 @@ class Stage:
 
 
 _WRITING = "panda.engine.checkpoints.writing"
+_FILES = "panda.engine.checkpoints.deepspeed_files"
 SAVING = (
     Stage("looking", f"{_WRITING}:complete_checkpoints"),
     Stage("DeepSpeed's files", "panda.engine.checkpoints.hashing:HashedFiles.save"),
-    Stage("state of the engine", "panda.engine.engine:split_dimensions"),
+    Stage("state of the engine", f"{_FILES}:split_dimensions"),
     Stage("random state", f"{_WRITING}:write_random_state"),
     Stage("layout", f"{_WRITING}:describe_layout"),
     Stage("state of plugins", "panda.run.loop:write_state"),
@@ -60,7 +61,7 @@ LOADING = (
     Stage("comparing", f"{_WRITING}:check_contents"),
     Stage("progress", "panda.run.continuation:read_progress"),
     Stage("layouts", f"{_WRITING}:layout_file"),
-    Stage("DeepSpeed's loading", "panda.engine.engine:load_trained_state"),
+    Stage("DeepSpeed's loading", f"{_FILES}:load_trained_state"),
     Stage("random state", f"{_WRITING}:load_random_state"),
     Stage("weights again", f"{_WRITING}:train_again"),
     Stage("other ranks", f"{_WRITING}:redistribute", redistributes=True),

@@ -6,14 +6,16 @@ Each case is made of the seed and its number alone, so that `--seed S --first N 
 traceback. Every kind begins with something that works, and changes some of it. A case fails by an exception that is no
 refusal, by taking longer than LONGEST seconds of CPU time (LATEST in all), and by a file outside of its folder that its
 command line does not name. With `--processes` each case is a process of its own, a fork of this one, which must not end
-by a signal either. They are counted by the place that raised; it exits with 1 if there are any. With `--jobs`,
-so many forks share the cases.
+by a signal either. They are counted by the place that raised; it exits with 1 if there are any. The others are `done`,
+where the command did its work, or `refused`. With `--jobs`, so many forks share the cases.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import gzip
 import importlib
 import io
 import json
@@ -28,42 +30,24 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 LONGEST, LATEST = 10.0, 60.0
+DONE, REFUSED = "done", "refused"
+FINE = (DONE, REFUSED)
 
 NUMBERS = ("0", "-1", "1e36", "1" + "0" * 30, "nan", "inf", "-0", "1e-400", "0x10", "1_000", "9" * 5000, "1.5", "٣", "")
 TEXTS = (
-    *(
-        "",
-        " ",
-        "~",
-        "~nobody/x",
-        "a\0b",
-        "\udcff",
-        "a" * 300,
-        "a/" * 3000,
-        "é竹😀",
-        "\u202e",
-        "../..",
-        "/",
-        "/dev/null",
-    ),
-    *(
-        "/proc/self/mem",
-        "null",
-        "true",
-        "[]",
-        "{}",
-        "[" * 2000,
-        "*",
-        "&a [*a]",
-        "!!python/object:os.system x",
-        "hf://x",
-    ),
-    *("panda:", "panda:../..", "os:x", ":", "::", "a:b:c", "%s%n", "{0}", "-", "--", "file\nname", "\t", "'", '"', "#"),
+    *("", " ", "~", "~nobody/x", "a\0b", "\udcff", "a" * 300, "a/" * 3000, "é竹😀", "\u202e", "../..", "/"),
+    *("/dev/null", "/proc/self/mem", "null", "true", "[]", "{}", "[" * 2000, "*", "&a [*a]"),
+    *("!!python/object:os.system x", "hf://x", "panda:", "panda:../..", "os:x", ":", "::", "a:b:c", "%s%n", "{0}"),
+    *("-", "--", "file\nname", "\t", "'", '"', "#"),
 )
+PLAUSIBLE = ("0", "1", "2", "3", "7", "64", "1000", "0.5", "1e-3", "null", "auto", "none", "[1, 2]", "true")
+PLAUSIBLE += ("instruct", "pretrain", "llama-tiny", "nvlamb", "muon", "cosine", "json", "ema", "guard", "a=1")
+"""Values that some keys take: what comes after the reading of a configuration is reached only with such."""
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 10**30, 1e308, float("nan"), float("inf"), "", "x", [], {}, [None], {"": None}),
     *([[[]]], "1", "\ud800", {"a": {"b": []}}, 2**63, -(2**63), 0.5),
@@ -130,7 +114,9 @@ class Bench:
 
         self.folder, self.made = folder / "case", folder / "made"
         self.named = ""
-        """The command line of the case."""
+        """The command line of the case, and what its configuration names."""
+        self.code = 0
+        """The exit code of its command."""
         self.made.mkdir(parents=True)
         self.rows = [{"instruction": f"say {n}", "input": "", "output": f"it is {n}"} for n in range(4)]
         (self.made / "rows.json").write_text(json.dumps(self.rows))
@@ -158,6 +144,7 @@ class Bench:
         agreement = {"task": "instruct", "seed": 42, "task.separator": "\n"}
         (checkpoint / "layout-00000.json").write_text('{"ranks": 1, "wrapper": "none", "tensors": []}')
         size = (checkpoint / "layout-00000.json").stat().st_size
+        # Of the first format, in which no sha256 refuses what is damaged before it is read.
         manifest = {"format": 1, "progress": progress, "agreement": agreement, "files": {"layout-00000.json": size}}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         records = [{"step": step, "loss": 1.0 / step, "learning_rate": 0.1} for step in range(1, 5)]
@@ -176,11 +163,12 @@ class Bench:
         return target
 
 
-def _command(bench: Bench, *argv: str) -> None:
+def _command(bench: Bench, *argv: str, named: tuple[str, ...] = ()) -> None:
+    """Run ``argv``, which may write to what it names, and to what is ``named`` in a file of it."""
     from panda.cli.main import main
 
-    bench.named = "\n".join(argv)
-    main(list(argv))
+    bench.named = "\n".join((*argv, *named))
+    bench.code = main(list(argv))
 
 
 def _flags(draw: random.Random, keys: list[str]) -> list[str]:
@@ -192,13 +180,27 @@ def _flags(draw: random.Random, keys: list[str]) -> list[str]:
     return words
 
 
-def _keys() -> list[str]:
+@cache
+def _fitting() -> dict[str, list[str]]:
+    """The keys, and which of all values each takes."""
     from panda.configuration.options import RunOptions
     from panda.models.llama import LlamaOptions
+    from panda.registry import UserError
+    from panda.registry.flat_yaml import load_flat_yaml
     from panda.registry.options import options_of
     from panda.tasks.instruct import InstructOptions
 
-    return [key for kind in (RunOptions, LlamaOptions, InstructOptions) for key in options_of(kind)]
+    found: dict[str, list[str]] = {}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        for kind in (RunOptions, LlamaOptions, InstructOptions):
+            for key, option in options_of(kind).items():
+                found[key] = []
+                for value in dict.fromkeys((*option.choices, *PLAUSIBLE, *NUMBERS)):
+                    Path(file.name).write_text(f"{key}: {value}\n", encoding="utf-8")
+                    with contextlib.suppress(UserError):
+                        option.convert(load_flat_yaml(Path(file.name))[key])
+                        found[key].append(value)
+    return found
 
 
 def fuzz_command_lines(draw: random.Random, bench: Bench) -> None:
@@ -209,32 +211,74 @@ def fuzz_command_lines(draw: random.Random, bench: Bench) -> None:
     )
     given = common if command in ("check", "estimate") else draw.choice(([], [str(rows)], [str(bench.folder)]))
     given = [*given, "--out", str(bench.folder / "a.png")] if command == "plot" else given
-    _command(bench, command, *given, *_flags(draw, _keys()))
+    _command(bench, command, *given, *_flags(draw, [*_fitting()]))
 
 
 def fuzz_configurations(draw: random.Random, bench: Bench) -> None:
-    bench.fresh("rows.json")
-    lines = {"task": "instruct", "arch": "llama-tiny", "instruction_tuning_data_dir": "rows.json", "max_steps": "3"}
+    from panda.configuration.translation.translate import TOOLS
+
+    rows = bench.fresh("rows.json")
+    command, file = draw.choice(("check", "check", "estimate", "translate")), bench.folder / "run.yaml"
+    if command == "translate":
+        tool = draw.choice(sorted(TOOLS))
+        keys, more, lines = sorted(TOOLS[tool].keys), ["--from", tool], {}
+    else:
+        keys, more = sorted(_fitting()), []
+        lines = {"task": "instruct", "arch": "llama-tiny", "instruction_tuning_data_dir": str(rows), "max_steps": "3"}
+    senseless = draw.random() < 0.5
     for _ in range(draw.choice((1, 1, 2, 4))):
-        value = draw.choice((*NUMBERS, *TEXTS))
-        lines[draw.choice(_keys())] = draw.choice((value, json.dumps(value), f"[{value}, {value}]", f"{{a: {value}}}"))
+        key = draw.choice(keys)
+        if senseless:
+            value = draw.choice((*NUMBERS, *TEXTS))
+            lines[key] = draw.choice((value, json.dumps(value), f"[{value}, {value}]", f"{{a: {value}}}"))
+        else:
+            lines[key] = draw.choice(_fitting().get(key) or PLAUSIBLE)
     text = "".join(f"{key}: {value}\n" for key, value in lines.items()).encode(errors="surrogateescape")
-    (bench.folder / "run.yaml").write_bytes(damaged_bytes(draw, text) if draw.random() < 0.5 else text)
-    _command(bench, draw.choice(("check", "translate", "estimate")), str(bench.folder / "run.yaml"))
+    file.write_bytes(damaged_bytes(draw, text) if draw.random() < 0.2 else text)
+    _command(bench, command, str(file), *more, named=(*lines.values(),))
+
+
+def _as_file(draw: random.Random, rows: Any, ending: str) -> bytes:
+    """``rows``, of JSON, as a file with that ending has them, if it can."""
+    flat = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if ending in (".parquet", ".arrow"):
+        import pyarrow
+        from pyarrow import feather
+        from pyarrow import parquet
+
+        written = io.BytesIO()
+        with contextlib.suppress(pyarrow.ArrowException, TypeError, ValueError, OverflowError):  # of different types
+            (parquet.write_table if ending == ".parquet" else feather.write_feather)(
+                pyarrow.Table.from_pylist(flat), written
+            )
+        return written.getvalue()
+    if ending in (".csv", ".tsv"):
+        text = io.StringIO()
+        names = list(dict.fromkeys(str(name) for row in flat for name in row))
+        writer = csv.writer(text, delimiter="\t" if ending == ".tsv" else ",")
+        writer.writerows([names, *([row.get(name, "") for name in names] for row in flat)])
+        return text.getvalue().encode(errors="surrogatepass")
+    lines = ending.startswith(".jsonl") and isinstance(rows, list)
+    ascii_only = draw.random() < 0.5
+    texts = [json.dumps(each, ensure_ascii=ascii_only) for each in (rows if lines else [rows])]
+    return "\n".join(texts).encode(errors="surrogatepass")
 
 
 def fuzz_data(draw: random.Random, bench: Bench) -> None:
-    rows = bench.fresh("rows.json")
-    for _ in range(draw.choice((1, 2))):
-        if draw.random() < 0.4:
-            rows.write_bytes(damaged_bytes(draw, rows.read_bytes()))
-        else:
-            given = json.dumps(damaged_json(draw, bench.rows), ensure_ascii=draw.random() < 0.5)
-            rows.write_text(given, encoding="utf-8", errors="surrogatepass")
+    bench.fresh("rows.json").unlink()
     ending = draw.choice(
         (".json", ".jsonl", ".csv", ".tsv", ".txt", ".json.gz", ".parquet", ".jsonl.zst", ".arrow", "")
     )
-    file = rows.rename(rows.with_name(f"rows{ending}"))
+    rows: Any = bench.rows
+    for _ in range(draw.choice((0, 1, 1, 2))):
+        rows = damaged_json(draw, rows)
+    content = _as_file(draw, rows, draw.choice((*[ending] * 9, ".json")))  # now and then under another's name
+    content = damaged_bytes(draw, content) if rows is bench.rows else content
+    if ending.endswith(".gz"):
+        content = gzip.compress(content)
+        content = damaged_bytes(draw, content) if draw.random() < 0.2 else content
+    file = bench.folder / f"rows{ending}"
+    file.write_bytes(content)
     task = draw.choice(
         (["--task", "instruct", "--instruction_tuning_data_dir"], ["--task", "pretrain", "--pretraining_data_dir"])
     )
@@ -295,11 +339,11 @@ FUZZED: dict[str, Callable[[random.Random, Bench], None]] = {
 }
 
 
-def outcome(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = False) -> str | None:
-    """How case ``number`` of ``kind`` failed, by place; None where it did not."""
+def outcome(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = False) -> str:
+    """How case ``number`` of ``kind`` failed, by place; one of FINE where it did not."""
     draw = random.Random(f"{kind} {seed} {number}")
     before, begun = _around(bench), time.process_time()
-    bench.named = ""
+    bench.named, bench.code = "", 0
     silent = io.StringIO()
 
     def stop(signal_number: int, frame: Any) -> None:
@@ -324,10 +368,12 @@ def outcome(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = 
         signal.setitimer(signal.ITIMER_REAL, 0)
     if not _names_around(bench) and (outside := {name for name in _around(bench) - before if name not in bench.named}):
         return f"a file outside: {sorted(outside)[:1]}"
-    return f"over {LONGEST:g} s" if time.process_time() - begun > LONGEST else None
+    if time.process_time() - begun > LONGEST:
+        return f"over {LONGEST:g} s"
+    return REFUSED if bench.code else DONE
 
 
-def outcome_of_process(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = False) -> str | None:
+def outcome_of_process(kind: str, number: int, seed: int, bench: Bench, *, verbose: bool = False) -> str:
     """As ``outcome``, of a process of its own."""
     reading, writing = os.pipe()
     if not (child := os.fork()):
@@ -335,7 +381,7 @@ def outcome_of_process(kind: str, number: int, seed: int, bench: Bench, *, verbo
             os.dup2(nowhere.fileno(), 0)
             for descriptor in () if verbose else (1, 2):
                 os.dup2(nowhere.fileno(), descriptor)
-        os.write(writing, (outcome(kind, number, seed, bench, verbose=verbose) or "").encode(errors="replace"))
+        os.write(writing, outcome(kind, number, seed, bench, verbose=verbose).encode(errors="replace"))
         os._exit(0)
     os.close(writing)
     deadline = time.monotonic() + 2 * LATEST
@@ -345,8 +391,8 @@ def outcome_of_process(kind: str, number: int, seed: int, bench: Bench, *, verbo
         time.sleep(0.002)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with os.fdopen(reading, "rb") as said:
-        problem = said.read().decode()
-    return problem or (f"ends with {code}" if code else None)
+        found = said.read().decode()
+    return f"ends with {code}" if code else found
 
 
 def _names_around(bench: Bench) -> bool:
@@ -371,17 +417,17 @@ def run(
     first: int,
     seed: int,
     step: int = 1,
-    one: Callable[..., str | None] = outcome,
+    one: Callable[..., str] = outcome,
 ) -> dict[str, Counter[str]]:
-    """How the cases of each of ``kinds`` ended, which take turns: `fine`, or the failure."""
+    """How the cases of each of ``kinds`` ended, which take turns: one of FINE, or the failure."""
     found: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     begun, number = time.monotonic(), first
     while time.monotonic() - begun < seconds and (cases is None or number < first + cases):
         for kind in kinds:
-            problem = one(kind, number, seed, bench, verbose=cases == 1)
-            found[kind][problem or "fine"] += 1
-            if problem and found[kind][problem] == 1:
-                print(f"{kind} {number}: {problem}", flush=True)
+            ended = one(kind, number, seed, bench, verbose=cases == 1)
+            found[kind][ended] += 1
+            if ended not in FINE and found[kind][ended] == 1:
+                print(f"{kind} {number}: {ended}", flush=True)
         number += step
     return found
 
@@ -446,11 +492,12 @@ def main() -> int:
         found = run_job(given, Path(folder), 0) if given.jobs == 1 else run_jobs(given, Path(folder))
     failures = 0
     for kind, counts in found.items():
-        failures += sum(counts.values()) - counts["fine"]
-        print(f"{kind:16}{sum(counts.values()):8} cases, {sum(counts.values()) - counts['fine']} failed")
-        for problem, count in counts.most_common():
-            if problem != "fine":
-                print(f"{'':16}{count:8} {problem}")
+        failed = {problem: count for problem, count in counts.most_common() if problem not in FINE}
+        failures += sum(failed.values())
+        fine = ", ".join(f"{counts[how]:,} {how}" for how in FINE)
+        print(f"{kind:16}{sum(counts.values()):8,} cases: {fine}, {sum(failed.values()):,} failed")
+        for problem, count in failed.items():
+            print(f"{'':16}{count:8,} {problem}")
     return 1 if failures else 0
 
 

@@ -35,3 +35,12 @@ def test_the_cost_of_displays_is_measured() -> None:
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if "%" in line]
     assert [row[0] for row in rows] == ["wall", "wall", "CPU", "CPU"] and all(float(row[2]) > 0 for row in rows)
     assert "9 and 9 steps" in printed
+
+
+def test_the_parts_of_a_save_are_measured() -> None:
+    printed = run_script(BENCH / "saving.py", "--saves", 2, cwd=BENCH)
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith(("| 1 ", "| 2 "))]
+    for row in rows:
+        size, whole, *parts = (float(each.replace(",", "")) for each in row[1:])
+        assert size > 8 and abs(whole - sum(parts)) < 1 and all(part > 0 for part in parts[:4])
+    assert [float(row[-1]) > 0 for row in rows] == [False, True], "the second save removes the first checkpoint"

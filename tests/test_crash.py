@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import crash
@@ -50,6 +51,17 @@ def test_a_difference_is_found(tmp_path: Path) -> None:
         found = crash.difference(run, plain)
         assert found is not None and said in found, (name, found)
         (run / name).write_bytes(before) if before is not None else (run / name).unlink()
+
+
+def test_work_that_is_lost_is_found(tmp_path: Path) -> None:
+    samples = Path(__file__).parent / "run/samples/run-1"
+    shutil.copytree(samples, run := tmp_path / "run")  # with a whole checkpoint of step 2
+    assert crash.lost(run) is None
+    with (run / "metrics.jsonl").open("a") as records:
+        records.write('{"step": 3, "loss": 2.0, "learning_rate": 1.0}\n{"step": 4, "lo')
+    assert crash.lost(run) is None, "the third step is lost, and the end of a line"
+    (run / "checkpoints/step-00000002/manifest.json").write_text("{}")
+    assert crash.lost(run) == "step 3 was taken, and the newest checkpoint is of step 0"
 
 
 @pytest.mark.parametrize(

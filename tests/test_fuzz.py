@@ -28,7 +28,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzz.Bench]:
 @pytest.mark.parametrize("kind", fuzz.FUZZED)
 def test_senseless_input_is_done_or_refused(kind: str, bench: fuzz.Bench) -> None:
     found = fuzz.run([kind], bench, seconds=600, cases=CASES, first=0, seed=0)[kind]
-    assert found == {"fine": CASES}
+    assert {*found} <= {*fuzz.FINE} and sum(found.values()) == CASES, found
+    assert found[fuzz.REFUSED], "nothing was damaged"
 
 
 def test_a_failure_is_found(bench: fuzz.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,5 +47,4 @@ def test_a_failure_is_found(bench: fuzz.Bench, monkeypatch: pytest.MonkeyPatch) 
     assert fuzz.outcome_of_process("models", 0, 0, bench) == "ends with -9"
     for case, expected in ((outside, "a file outside: ['left']"), (endless, "_TooLong at"), (len, "TypeError at")):
         monkeypatch.setitem(fuzz.FUZZED, "models", case)
-        problem = fuzz.outcome("models", 0, 0, bench)
-        assert problem is not None and problem.startswith(expected)
+        assert fuzz.outcome("models", 0, 0, bench).startswith(expected)

@@ -46,7 +46,7 @@ def test_the_tutorial_of_chats_works_as_it_is_written(
 ) -> None:
     """Its files and commands in their order; the text after commands is what they print, and what is said in a chat."""
     monkeypatch.chdir(tmp_path)
-    text = TUTORIAL.read_text(encoding="utf-8").partition("\n## With a model of use\n")[0]
+    text = TUTORIAL.read_text(encoding="utf-8").partition("\n## With a useful model\n")[0]
     commands: list[str] = []
     output, done = "", 0
     for before, language, block in re.findall(r"([^\n]*)\n+```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,8 @@ usage: panda replay RUN STEP [--nearest] [--all] [--KEY VALUE ...]
 Run step STEP of RUN again, as the run did, from the newest checkpoint before it: the steps between are taken, too.
 Prints the loss and the gradient norm of each sample of the step, with FILE:ROW and the beginning of its text, and
 names the samples that are not finite, or far above the others. Nothing is written into RUN. Hooks are not called.
-It runs in one process, or under torchrun on as many ranks as hold the model; the samples are the same.
+It runs in one process, or under torchrun on several, with the same samples; with `tensor_parallel_size` on as many
+ranks as the run had.
 
   --nearest     do not take the steps between: run STEP on the weights of the checkpoint
   --all         print every sample, and not only the first 20
@@ -60,10 +62,11 @@ def _replay(argv: list[str]) -> None:
     refuse_later(run)
     skipped = read_skipped(run)
     checkpoint = _checkpoint_before(run, step)
+    micro_batches = _micro_batches(run, f"panda.cli.main replay {shlex.join(argv)}")
     rank = int(os.environ.get("RANK", 0))
     with tempfile.TemporaryDirectory(prefix="panda-replay-") as folder:
         # Only rank 0's is written to.
-        arguments = _arguments(run, words[2:], checkpoint, Path(folder) / "run")
+        arguments = _arguments(run, words[2:], checkpoint, micro_batches, Path(folder) / "run")
         replayed = _replayed(arguments, step, frozenset(skipped), between="--nearest" not in argv)
     if rank == 0:
         recorded = skipped.get(step) or _recorded(run, step)
@@ -89,13 +92,13 @@ def _checkpoint_before(run: Path, step: int) -> Path | None:
     return before
 
 
-def _arguments(run: Path, flags: list[str], checkpoint: Path | None, output: Path) -> Arguments:
+def _arguments(run: Path, flags: list[str], checkpoint: Path | None, micro_batches: int, output: Path) -> Arguments:
     """The arguments of a run in ``output`` that repeats steps of ``run``, from ``checkpoint`` on."""
     arguments = arguments_of_run(run, flags)
     given = arguments.given
     origin = "panda replay"
     others: dict[str, Any] = {
-        "gradient_accumulation_steps": _micro_batches(run),
+        "gradient_accumulation_steps": micro_batches,
         "output_dir": str(output),
         "num_workers": 0,
         **({"resume": str(checkpoint.absolute())} if checkpoint else {}),
@@ -106,8 +109,11 @@ def _arguments(run: Path, flags: list[str], checkpoint: Path | None, output: Pat
     return arguments
 
 
-def _micro_batches(run: Path) -> int:
-    """Those of a rank of this command, with which a step has the samples that it had in ``run``."""
+def _micro_batches(run: Path, command: str) -> int:
+    """How many each rank of this ``command`` runs in a step, so that a step has the samples that it had in ``run``.
+
+    Raises UserError where so many ranks cannot repeat the steps of ``run``.
+    """
     from panda.run.description import read_provenance
 
     recorded = {key.removeprefix("run."): value for key, value in configuration_in(run).items()}
@@ -120,16 +126,17 @@ def _micro_batches(run: Path) -> int:
             raise UserError(f"{run}: {RUN_CONFIG} and {PROVENANCE} do not say {name!r}, so its steps are not known.")
     ranks, together, accumulation = (int(value or 1) for value in numbers.values())
     here = int(os.environ.get("WORLD_SIZE", 1))
-    if here % together:
+    if together > 1 and here != ranks:
         raise UserError(
-            f"{run}: {together} ranks hold its model together. Start them: torchrun --nproc_per_node {together}"
-            f" -m panda.cli.main replay {run} ..."
+            f"{run}: it ran on {ranks} ranks with tensor_parallel_size {together}, and its checkpoints load on as many"
+            f" only; here {'is 1' if here == 1 else f'are {here}'}. Start {ranks}:"
+            f" torchrun --nproc_per_node {ranks} -m {command}"
         )
     micro_batches, rest = divmod(accumulation * (ranks // together), here // together)
     if rest:
         raise UserError(
-            f"{run}: a step has {accumulation * (ranks // together)} micro batches, which {here // together} ranks"
-            " cannot share evenly. Start one rank."
+            f"{run}: a step has {accumulation * ranks} micro batches, which {here} ranks cannot share evenly. Start one"
+            " rank."
         )
     return micro_batches
 

@@ -55,6 +55,8 @@ class Arguments:
     """The version of panda's API for which the file was written; None where it states none."""
     recorded: dict[str, Given] = field(default_factory=dict)
     """Of the keys, those of a file that a run wrote, where no flag overrides them."""
+    changed: frozenset[str] = frozenset()
+    """The keys that flags give, or add to (`-p`, `--profile`)."""
     in_process: bool = False
     """Whether components that this process has registered are among those that can be named."""
 
@@ -123,7 +125,8 @@ def parse_arguments(argv: list[str], run: Path | None = None) -> Arguments:
         items = (*written, *(item for item in short if item not in written))  # a run's own config.yaml has them, too
         given["plugins"] = Given(items, named.origin if named else "--profile" if added else "-p", ", ".join(items))
     recorded = {key: value for key, value in file.given.items() if key not in flags} if file.is_recorded else {}
-    return Arguments(given, asks_for_help, file.api, recorded)
+    changed = {*flags, *(["plugins"] if added or blocked else [])}
+    return Arguments(given, asks_for_help, file.api, recorded, frozenset(changed))
 
 
 def words_of_flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -168,7 +171,7 @@ def arguments_of(config: str | os.PathLike[str] | Mapping[str, Any] | None, flag
     if config is None:
         file = _of_continued_run(over)
     recorded = {key: value for key, value in file.given.items() if key not in over} if file.is_recorded else {}
-    return Arguments(file.given | over, False, file.api, recorded, in_process=True)
+    return Arguments(file.given | over, False, file.api, recorded, frozenset(over), in_process=True)
 
 
 def _named(text: str, origin: str) -> _File:

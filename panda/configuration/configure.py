@@ -61,7 +61,15 @@ def configure(arguments: Arguments) -> Configuration:
         name = model_of_checkpoint(pretrained, catalog)
         given = given | {"model": Given(name, f"checkpoint {pretrained.folder}", name)}
     renamed = advice(given) | RENAMED | LAUNCHERS
-    resolved = resolve(catalog, RunOptions, given, default_plugins=DEFAULT_PLUGINS, renamed=renamed)
+    resolved = resolve(
+        catalog,
+        RunOptions,
+        given,
+        default_plugins=DEFAULT_PLUGINS,
+        renamed=renamed,
+        recorded=arguments.recorded,
+        changed=arguments.changed,
+    )
     for warning in resolved.warnings if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {warning}", file=sys.stderr)
     hooks = live_hooks(resolved)

@@ -10,24 +10,17 @@ model together: they have the same batches, and count once.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from collections.abc import Iterable
 from contextlib import nullcontext
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from panda.engine.checkpoints.hashing import HashedFiles
-from panda.engine.checkpoints.reading import plain_only
-from panda.engine.checkpoints.weights import SPLIT_DIMENSIONS
 from panda.engine.deciding import RandomState
 from panda.engine.deciding import deciding
-from panda.engine.evaluated_weights import evaluated_weights
 from panda.engine.freezing import Freezing
 from panda.engine.gathering import gather_by_layers
 from panda.engine.gathering import with_sizes
@@ -48,8 +41,6 @@ from panda.engine.steps import Statistics
 from panda.engine.steps import StepResult
 from panda.engine.tensor_parallel import counts_here
 from panda.engine.tensor_parallel import joined
-from panda.engine.tensor_parallel import split_dimensions
-from panda.engine.trained_state import load_trained_state
 from panda.engine.trained_state import trained_state
 from panda.registry import UserError
 from panda.registry.contexts import StepLoss
@@ -351,61 +342,6 @@ class Engine:
         with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             whole = joined(tensor, self.processes)
             return whole.to("cpu", copy=True) if self.processes.rank == 0 else torch.empty(0)
-
-    def save(self, folder: Path, tag: str, files: HashedFiles) -> None:
-        """Write the trained parameters and the optimizer to ``folder/tag``, by ``files``. Every rank must call this.
-
-        If writing fails on this rank, raises that error when DeepSpeed has finished on all ranks.
-        """
-        # In DeepSpeed 0.19.8 ranks wait for each other between the files of a checkpoint, so a rank that raises
-        # leaves the others waiting. Can go when `save_checkpoint` reports a failed write on all ranks.
-        problems: list[Exception] = []
-
-        def going_on(write: Callable[..., Any]) -> Callable[..., Any]:
-            def tried(*arguments: Any, **keywords: Any) -> Any:
-                try:
-                    return write(*arguments, **keywords)
-                except Exception as problem:
-                    problems.append(problem)
-
-            return tried
-
-        def save(state_dict: Any, path: str) -> None:
-            files.save(state_dict, Path(path), _use_new_zipfile_serialization=writer.zipfile_serialization)
-
-        writer = self.deepspeed.checkpoint_engine
-        if type(writer).__name__ != "TorchCheckpointEngine":
-            raise UserError(
-                f"deepspeed_config: DeepSpeed writes checkpoints by {type(writer).__name__}, whose files panda cannot"
-                " hash. Remove the key that asks for it."
-            )
-        split = going_on(split_dimensions)(self.module)
-        writers = (
-            (writer, "save", save),
-            (self.deepspeed, "_copy_recovery_script", self.deepspeed._copy_recovery_script),
-        )
-        for owner, name, write in writers:
-            setattr(owner, name, going_on(write))
-        try:
-            with evaluated_weights(self):
-                self.deepspeed.save_checkpoint(
-                    str(folder),
-                    tag=tag,
-                    client_state={SPLIT_DIMENSIONS: split},
-                    save_latest=False,
-                    exclude_frozen_parameters=True,
-                )
-        finally:
-            for owner, name, _ in writers:
-                delattr(owner, name)
-        if problems:
-            raise problems[0]
-
-    def load(self, folder: Path, tag: str) -> bool:
-        """Load what ``save`` wrote; False if nothing is there. Raises UserError for a file that has more than data."""
-        with plain_only(), redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints the names of its internal formats
-            loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained_state)
-        return loaded is not None
 
     @torch.no_grad()
     def take_partitions_from(self, masters: list[TensorLayout]) -> None:

@@ -172,14 +172,19 @@ def _register(
 def register_task(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, TaskContext) -> panda.tasks.task.Task``."""
+    """Register ``factory(options, TaskContext) -> panda.tasks.task.Task``.
+
+    As with each ``register_KIND``: ``name`` and ``aliases`` are what configurations write, in any case; ``options`` is
+    a frozen dataclass whose fields are the keys and flags of the component. The decorator returns the factory. Raises
+    UserError for what is no name, and where another factory has registered it.
+    """
     return _register("task", name, options, aliases)
 
 
 def register_model(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, ModelContext) -> torch.nn.Module``, causal; ``panda.models`` documents its inputs.
+    """Register ``factory(options, ModelContext) -> torch.nn.Module``, causal; ``panda.models`` has shapes and types.
 
     Layers named with a number, ``layers.0``, are updated one at a time, which saves memory.
     """
@@ -187,7 +192,7 @@ def register_model(
 
 
 def register_arch(name: str, *, model: str, aliases: tuple[str, ...] = ()) -> Callable[[Factory], Factory]:
-    """Register ``factory() -> dict``: values for options of ``model``."""
+    """Register ``factory() -> dict``: values for options of ``model``, a model's name. It has no options of its own."""
     return _register("arch", name, NoOptions, aliases, model)
 
 
@@ -209,14 +214,17 @@ def register_optimizer(
 def register_lr_scheduler(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, LRSchedulerContext) -> Callable[[int], float]``: completed steps to a factor."""
+    """Register ``factory(options, LRSchedulerContext) -> Callable[[int], float]``.
+
+    What it returns maps the number of completed optimizer steps to a factor of the peak rate, finite and at least 0.
+    """
     return _register("lr_scheduler", name, options, aliases)
 
 
 def register_reader(
     name: str, *, options: type = NoOptions, aliases: tuple[str, ...] = ()
 ) -> Callable[[Factory], Factory]:
-    """Register ``factory(options, ReaderContext) -> panda.data.Reader``."""
+    """Register ``factory(options, ReaderContext) -> panda.data.Reader``: files to rows, by the endings it names."""
     return _register("reader", name, options, aliases)
 
 

@@ -82,9 +82,9 @@ def panda_step_start(run: Run, step: int, batches: list[Batch]) -> None:
 def panda_gradients(run: Run, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> None:
     """The gradients of ``step`` are known and finite, and no weight has changed yet. May act.
 
-    ``loss`` is that of the step per unit, and ``grad_norm`` the norm of its gradients before clipping, both over all
-    ranks and on the device: to read one makes the host wait, once more a step. ``run.skip_step(reason)`` skips the
-    step, on all ranks and under every ZeRO stage. A run in which nothing has this hook pays nothing for it.
+    ``loss``, a scalar, is that of the step per unit, and ``grad_norm`` the norm of its gradients before clipping, both
+    over all ranks and on the device: to read one makes the host wait, once more a step. ``run.skip_step(reason)`` skips
+    the step, on all ranks and under every ZeRO stage. A run in which nothing has this hook pays nothing for it.
     """
 
 
@@ -164,7 +164,7 @@ def panda_save_state(run: Run) -> dict[str, Any]:  # type: ignore[empty-body]
 def panda_load_state(run: Run, state: dict[str, Any]) -> None:
     """The run continues a checkpoint, in which this plugin saved ``state``. Called before ``panda_run_start``.
 
-    Tensors are on the CPU. The run may have another number of ranks: a ``WeightsCopy`` is then cut anew. It is not
-    called where the checkpoint has no state of this plugin; the run says so, and also if it has state of a plugin that
-    is gone.
+    Tensors are on the CPU. The run may have another number of ranks: a ``WeightsCopy`` is then divided among
+    these. It is not called where the checkpoint has no state of this plugin; the run says so, and also if it has state
+    of a plugin that is gone.
     """

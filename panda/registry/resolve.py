@@ -61,7 +61,7 @@ class Resolved:
     lasting: Mapping[str, Any]
     """Of keys that name components: the values that mean the same whatever else is installed."""
     warnings: tuple[str, ...] = ()
-    """Of keys that may have been meant otherwise."""
+    """Of keys that may have been meant otherwise, or are left out."""
 
     @property
     def offers(self) -> tuple[Offer, ...]:
@@ -118,11 +118,15 @@ def resolve(
     *,
     default_plugins: tuple[str, ...] = (),
     renamed: Mapping[str, str] | None = None,
+    recorded: Collection[str] = (),
+    changed: Collection[str] = (),
 ) -> Resolved:
     """Resolve ``given`` (flags already laid over YAML) against the core options and what is installed.
 
-    ``renamed`` maps keys that panda lacks to advice, and kinds whose name is one that other tools have. Raises
-    UserError for all bad keys and values at once, where that is possible.
+    ``renamed`` maps keys that panda lacks to advice, and kinds whose name is one that other tools have. Where the
+    command line ``changed`` a key that names components, those of the ``recorded`` keys, which a run wrote, that no
+    component takes any more are left out, with a warning. Raises UserError for all bad keys and values at once, where
+    that is possible.
     """
     core_options = options_of(core)
     core_given, problems = _given_to_core(given, core_options)
@@ -151,6 +155,9 @@ def resolve(
     components = [component for _, component in named.owners]
     of_core = {*core_options, *(f"{CORE}.{key}" for key in core_options)}
     unused = [key for key in given if key not in of_core and key not in options.used]
+    naming = {*NAMING, *(keys.written(component, key) for component, key in named.lasting)}
+    replaced = [key for key in unused if key in recorded and not naming.isdisjoint(changed)]
+    unused = [key for key in unused if key not in replaced]
     problems += options.problems + unknown_key_messages(catalog, unused, given, known, renamed or {}, components)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
@@ -166,7 +173,7 @@ def resolve(
         named.hook_modules,
         core_values | options.settings,
         {**choice.lasting, **of_options},
-        keys.warnings,
+        (*keys.warnings, *(_left_out(key, given[key]) for key in replaced)),
     )
 
 
@@ -197,6 +204,10 @@ def resolve_model(catalog: Catalog, core: type, given: Mapping[str, Given]) -> R
         core_values | options.settings,
         lasting,
     )
+
+
+def _left_out(key: str, given: Given) -> str:
+    return f"{given.origin}: `{key}: {given.text}` is left out: no component of this run has that option any more."
 
 
 def _given_to_core(

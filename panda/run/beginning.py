@@ -31,12 +31,12 @@ from panda.run.directory import configuration_in
 from panda.run.directory import make_directory
 from panda.run.directory import make_directory_again
 from panda.run.directory_lock import RunLock
+from panda.run.disk_needs import check_disk
+from panda.run.disk_needs import disk_needs
 from panda.run.generating import Generation
 from panda.run.model import base_weights
 from panda.run.model import seed_random
 from panda.run.preparation import Preparation
-from panda.run.room import check_room
-from panda.run.room import room_of
 from panda.run.sources import data_settings
 from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
@@ -111,7 +111,7 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
     resolved, directory = run.resolved, run.directory
     remove_interrupted(directory / CHECKPOINTS)  # it takes up room
     _set_aside(directory, run.resumed_from)
-    if few := check_room(directory, room_of(resolved, model, run.plan)):
+    if few := check_disk(directory, disk_needs(resolved, model, run.plan)):
         print(printable(f"note: {few}"), file=sys.stderr, flush=True)
     write_description(directory, resolved, model.config, _facts(run, prepared, model))
     describe_model(

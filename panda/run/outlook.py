@@ -346,7 +346,8 @@ def _changed(prepared: Preparation) -> dict[str, dict[str, Any]]:
 
 def _saves(options: RunOptions) -> Iterator[str]:
     """When checkpoints are saved, and what is lost where a run is killed between them."""
-    steps, minutes = f"{options.save_steps:,} steps", f"{options.save_minutes:g} minutes"
+    plural = "s" * (options.save_steps != 1)
+    steps, minutes = f"{options.save_steps:,} step{plural}", f"{options.save_minutes:g} minutes"
     often = [*([steps] if options.save_steps else []), *([minutes] if options.save_minutes else [])]
     when = [f"every {text}" for text in often] + ["at the end"] * options.save_final
     kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
@@ -376,8 +377,9 @@ def _notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
     yield from _rate_note(prepared)
     yield from _evaluation_note(prepared)
     schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
-    if layout.plan.start_step < steps and max(map(schedule, range(min(steps, PEAK_SOUGHT_STEPS)))) < 1:
-        yield "the learning rate does not reach its peak: the run ends within the warm-up"
+    before_last = range(min(max(steps - 1, 1), PEAK_SOUGHT_STEPS))
+    if layout.plan.start_step < steps and max(map(schedule, before_last)) < 1:
+        yield "the run ends within the warm-up: the learning rate is below its peak until the last step"
 
 
 def _tokenizer_note(prepared: Preparation) -> Iterator[str]:

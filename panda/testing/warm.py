@@ -15,13 +15,13 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from contextlib import suppress
+from pathlib import Path
+from typing import IO
 from typing import Any
 
 import numpy
-
-ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # text that imports print must not look like an answer
 
 IMPORTED = (
     "accelerate",
@@ -42,9 +42,25 @@ SAFE_PATH = "PYTHONSAFEPATH"
 """Of Python itself: with it, the folder of the script, or of a module the current one, is not on the path."""
 
 
+def native_threads() -> list[str]:
+    """The system's names of the threads of this process that are not Python's.
+
+    Raises AssertionError, with their names, where there are threads of Python beside this one: a fork would wait for
+    ever for a lock that one of them holds. Native ones hold no lock of Python; a pool such as OpenBLAS's is started
+    again in the fork by its own handlers.
+    """
+    others = [each for each in threading.enumerate() if each is not threading.current_thread()]
+    assert not others, f"a fork has no other thread's locks to wait for, and here run {[each.name for each in others]}"
+    own = str(threading.get_native_id())
+    return [
+        (task / "comm").read_text(encoding="utf-8").strip()
+        for task in Path("/proc/self/task").iterdir()
+        if task.name != own
+    ]
+
+
 def become(order: dict[str, Any], environment: dict[str, str]) -> None:
     """Make this fork like a new process with that command line."""
-    ANSWERS.close()
     os.chdir(order["cwd"])
     os.environ.update(environment)
     for descriptor, file in enumerate((os.devnull, order["stdout"], order["stderr"])):
@@ -80,29 +96,39 @@ def end(pids: list[int]) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def serve() -> dict[str, Any] | None:
+def serve(answers: IO[str]) -> dict[str, Any] | None:
     """Answer each line of stdin. In a fork, returns what it has to run."""
     for line in iter(sys.stdin.readline, ""):
         order: dict[str, Any] = json.loads(line)
-        assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork has no other thread's locks to wait for"
+        native_threads()
         pids = []
         for environment in order["environments"]:
             pids.append(os.fork())
             if not pids[-1]:
+                answers.close()
                 become(order, environment)
                 return order
-        print(json.dumps(pids), file=ANSWERS, flush=True)
-        print(json.dumps(end(pids)), file=ANSWERS, flush=True)
+        print(json.dumps(pids), file=answers, flush=True)
+        print(json.dumps(end(pids)), file=answers, flush=True)
     return None
 
 
-for name in IMPORTED:
-    with suppress(ImportError):  # an extra, such as bitsandbytes
-        importlib.import_module(name)
-gc.collect()
-gc.freeze()
-if order := serve():
-    if order["is_module"]:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # text that imports print must not look like an answer
+    for name in IMPORTED:
+        with suppress(ImportError):  # an extra, such as bitsandbytes
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    if native := native_threads():
+        print(f"{Path(__file__).name}: beside native threads {native}", file=sys.stderr)
+    if order := serve(answers):
+        if order["is_module"]:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -70,6 +70,31 @@ def test_what_a_run_names_in_files_of_the_user_is_executed_only_where_the_comman
         configure(parse_arguments(["--resume", "run"]))
 
 
+WITH_EMA = RECORDED + "plugins: [ema]\nema_decay: 0.5\n"
+
+
+@pytest.mark.parametrize("argv", ["--plugins profile", "-p no:ema"])
+def test_keys_of_a_plugin_that_the_command_line_replaces_are_left_out_and_named(run: Path, argv: str) -> None:
+    (run / "config.yaml").write_text(WITH_EMA)
+    resolved = configure(parse_arguments(["--resume", "run", *argv.split()])).resolved
+    assert "ema_decay" not in resolved.settings and resolved.settings["hidden_size"].value == 32
+    (warning,) = resolved.warnings
+    assert warning.startswith(f"{run}/config.yaml:6: `ema_decay: 0.5` is left out")
+
+
+def test_other_keys_that_nothing_takes_are_errors(run: Path) -> None:
+    (run / "config.yaml").write_text(WITH_EMA.replace("[ema]", "[]"))
+    for argv in (["--resume", "run"], ["--resume", "run", "--learning_rate", "0.25"]):
+        with pytest.raises(UserError, match="'ema_decay' is known, but nothing that this run chose uses it"):
+            configure(parse_arguments(argv))
+    (run / "config.yaml").write_text(WITH_EMA)
+    with pytest.raises(UserError, match="--ema_decay: 'ema_decay' is known, but nothing"):
+        configure(parse_arguments(["--resume", "run", "--plugins", "profile", "--ema_decay", "0.9"]))
+    (run / "own.yaml").write_text(WITH_EMA.replace("recorded_by: 0.1.0\n", ""))
+    with pytest.raises(UserError, match=r"own.yaml:5: 'ema_decay' is known, but nothing"):
+        configure(parse_arguments(["--config", "run/own.yaml", "--plugins", "profile"]))
+
+
 def test_auto_with_the_config_of_a_run_continues_that_run(tmp_path: Path) -> None:
     run = tmp_path / "anywhere"
     run.mkdir()

@@ -22,7 +22,9 @@ from initial_model import initial_model
 from lamb_reference import ReferenceLamb
 from launching import assert_same_end
 from launching import exported_weights
+from launching import losses
 from launching import metrics
+from launching import run_script
 from launching import train_many
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -30,6 +32,7 @@ from transformers import LlamaConfig
 
 from panda.cli.export import main as export_main
 from panda.cli.generate import main as generate_main
+from panda.cli.replay import main as replay
 from panda.cli.train import main as train_main
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
@@ -341,6 +344,31 @@ def test_a_model_without_a_plan_is_named(folder: Path, monkeypatch: pytest.Monke
     argv[argv.index("llama")] = "hf"
     with pytest.raises(UserError, match="model 'hf' does not say how it is split"):
         train(configure(parse_arguments(list(map(str, argv)))))
+
+
+def test_replay_takes_the_step_again_on_the_same_ranks(folder: Path) -> None:
+    run = "adamw-2-zero1"
+    lines = run_script("panda.cli.main", "replay", run, SAVED + 1, ranks=2, cwd=folder).splitlines()
+    now, then = (next(line for line in lines if line.startswith(f"  {which} ")) for which in ("now", "the run"))
+    assert now.split()[1:] == then.split()[2:]
+    recorded = losses(folder / run)[SAVED]
+    assert f"loss {recorded:.4g}, " in now
+    samples = [line.split() for line in lines if "  rows.json:" in line]
+    assert len(samples) == STEP_SAMPLES
+    units = [float(sample[2]) for sample in samples]
+    mean = sum(float(sample[0]) * count for sample, count in zip(samples, units, strict=True)) / sum(units)
+    assert mean == pytest.approx(recorded, rel=1e-3)
+
+
+@pytest.mark.parametrize(("here", "said"), [("1", "here is 1"), ("4", "here are 4")])
+def test_replay_on_other_ranks_is_refused_with_the_command(
+    folder: Path, here: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WORLD_SIZE", here)
+    assert replay(["adamw-2-zero1", "6", "--all"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "torchrun --nproc_per_node 2 -m panda.cli.main replay adamw-2-zero1 6 --all" in error
 
 
 def test_another_size_is_no_continuation(processes: Processes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

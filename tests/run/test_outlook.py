@@ -357,10 +357,13 @@ def test_a_run_that_is_resumed_says_from_where(said: Outlook) -> None:
 
 
 def test_a_peak_that_is_never_reached_is_noted(said: Outlook) -> None:
-    note = "the learning rate does not reach its peak: the run ends within the warm-up"
+    note = "the run ends within the warm-up: the learning rate is below its peak until the last step"
     flags = f"{TINY_64} --gradient_accumulation_steps 1"
     assert note in said(f"{flags} --warmup_steps 7")["note"]
-    assert note not in said(f"{flags} --warmup_steps 6")["note"]
+    assert note in said(f"{flags} --warmup_steps 6")["note"], "in the last of its six steps"
+    assert note not in said(f"{flags} --warmup_steps 5")["note"]
+    one = f"{flags} --max_steps 1 --warmup_steps"
+    assert note in said(f"{one} 2")["note"] and note not in said(f"{one} 1")["note"]
 
 
 def test_a_plugin_that_waits_for_evaluations_is_noted_where_there_are_none(said: Outlook, folder: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -70,3 +74,18 @@ def test_a_hang_ends_with_what_was_printed_and_another_can_start(tmp_path: Path)
     with pytest.raises(ZeroDivisionError), start(hanging, cwd=tmp_path):
         _ = 1 / 0  # a test that fails while they run
     assert run_code("print('next')", cwd=tmp_path) == "next\n"
+
+
+def test_a_thread_of_python_is_named_and_native_ones_are_no_reason_not_to_fork(tmp_path: Path) -> None:
+    code = """
+        import threading
+        from panda.testing.warm import native_threads
+        print(len(native_threads()))
+        threading.Thread(target=threading.Event().wait, name="waits for ever", daemon=True).start()
+        native_threads()
+    """
+    pool = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=pool, timeout=60)
+    assert done.stdout == "1\n", "numpy's OpenBLAS starts a thread for its second core"
+    assert done.returncode == 1 and "and here run ['waits for ever']" in done.stderr

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from panda.engine.checkpoints.deepspeed_files import load_deepspeed_files
+from panda.engine.checkpoints.deepspeed_files import write_deepspeed_files
 from panda.engine.checkpoints.folders import LATEST
 from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
@@ -76,7 +78,7 @@ def save_checkpoint(
     own = HashedFiles(temporary)
 
     def write_own() -> None:
-        engine.save(folder, temporary.name, own)
+        write_deepspeed_files(engine, temporary, own)
         own.add(write_random_state(temporary, processes.rank))
         if layout := describe_layout(engine):
             described = layout_file(temporary, processes.rank)
@@ -179,8 +181,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, *, is_checked: bool = Fals
         return False
 
     def load() -> None:
-        if not engine.load(checkpoint.parent, checkpoint.name):
-            raise UserError(f"{checkpoint}: DeepSpeed finds no checkpoint there.")
+        load_deepspeed_files(engine, checkpoint)
         train_again(engine)
         load_random_state(checkpoint, processes.rank)
 

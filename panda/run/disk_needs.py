@@ -18,7 +18,7 @@ _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskNeeds:
     """Bytes that a run is going to write, about, without small files."""
 
     checkpoint: int
@@ -33,7 +33,7 @@ class Room:
         return self.checkpoint + self.export
 
 
-def room_of(resolved: Resolved, model: TrainedModel, plan: BatchPlan) -> Room:
+def disk_needs(resolved: Resolved, model: TrainedModel, plan: BatchPlan) -> DiskNeeds:
     """What the run of ``resolved`` is going to write, from where ``plan`` starts."""
     options: RunOptions = resolved.core
     width, trained = _WIDTHS[options.precision], model.trained_parameters
@@ -46,26 +46,26 @@ def room_of(resolved: Resolved, model: TrainedModel, plan: BatchPlan) -> Room:
     lasting = min(by_steps + at_end, options.save_total_limit or by_steps + at_end)
     saves = bool(lasting or options.save_minutes)
     export = trained * 4 if options.use_lora else model.parameters * width
-    return Room(round(trained * each) * saves, export, lasting)
+    return DiskNeeds(round(trained * each) * saves, export, lasting)
 
 
-def check_room(directory: Path, room: Room) -> str | None:
+def check_disk(directory: Path, needs: DiskNeeds) -> str | None:
     """A note where there is room for fewer checkpoints than the run keeps; None where there is enough.
 
     Raises UserError where there is none for one of them, and the export.
     """
     free = shutil.disk_usage(directory).free
-    if free < room.least:
-        one = f"a checkpoint takes about {_gb(room.checkpoint)}, and " if room.checkpoint else ""
+    if free < needs.least:
+        one = f"a checkpoint takes about {_gb(needs.checkpoint)}, and " if needs.checkpoint else ""
         raise UserError(
-            f"output_dir: {directory} has room for {_gb(free)}; {one}the export about {_gb(room.export)}. Make room, or"
-            " choose another `output_dir`. With `save_final: false`, `save_minutes: 0` and no `save_steps` only the"
+            f"output_dir: {directory} has room for {_gb(free)}; {one}the export about {_gb(needs.export)}. Make room,"
+            " or choose another `output_dir`. With `save_final: false`, `save_minutes: 0` and no `save_steps` only the"
             " export is written."
         )
-    if free < room.lasting * room.checkpoint + room.export:
+    if free < needs.lasting * needs.checkpoint + needs.export:
         return (
-            f"note: {directory} has room for {_gb(free)}, and the {room.lasting:,} checkpoints that the run keeps take"
-            f" about {_gb(room.checkpoint)} each: `save_total_limit` keeps fewer"
+            f"note: {directory} has room for {_gb(free)}, and the {needs.lasting:,} checkpoints that the run keeps take"
+            f" about {_gb(needs.checkpoint)} each: `save_total_limit` keeps fewer"
         )
     return None
 

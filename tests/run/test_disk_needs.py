@@ -14,9 +14,9 @@ from panda.configuration.configure import configure
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.run import beginning
-from panda.run.room import Room
-from panda.run.room import check_room
-from panda.run.room import room_of
+from panda.run.disk_needs import DiskNeeds
+from panda.run.disk_needs import check_disk
+from panda.run.disk_needs import disk_needs
 from panda.runner import train
 
 RUN = (
@@ -37,15 +37,15 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_a_run_writes_is_estimated(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
-    found: list[Room] = []
-    monkeypatch.setattr(beginning, "room_of", lambda *given: found.append(room_of(*given)) or found[0])
+    found: list[DiskNeeds] = []
+    monkeypatch.setattr(beginning, "disk_needs", lambda *given: found.append(disk_needs(*given)) or found[0])
     train(configure(parse_arguments([*RUN, *more, "--output_dir", str(tmp_path / "run")])))
-    [room] = found
+    [needs] = found
     checkpoint = sum(f.stat().st_size for f in (tmp_path / "run/checkpoints/step-00000002").glob("*states.pt"))
     export = (tmp_path / "run/export/model.safetensors").stat().st_size
-    assert room.checkpoint == pytest.approx(checkpoint, rel=0.06)
-    assert room.export == pytest.approx(export, rel=0.02)
-    assert room.lasting == 2
+    assert needs.checkpoint == pytest.approx(checkpoint, rel=0.06)
+    assert needs.export == pytest.approx(export, rel=0.02)
+    assert needs.lasting == 2
 
 
 def test_a_run_without_room_is_refused_before_its_first_step(processes: Processes, tmp_path: Path, free: Any) -> None:
@@ -57,15 +57,15 @@ def test_a_run_without_room_is_refused_before_its_first_step(processes: Processe
 
 
 def test_room_for_fewer_checkpoints_than_are_kept_is_noted(tmp_path: Path, free: Any) -> None:
-    room = Room(94 * 10**9, 13 * 10**9, lasting=10)
+    needs = DiskNeeds(94 * 10**9, 13 * 10**9, lasting=10)
     free(900 * 10**9)
-    assert "the 10 checkpoints that the run keeps take about 94.0 GB each" in (check_room(tmp_path, room) or "")
+    assert "the 10 checkpoints that the run keeps take about 94.0 GB each" in (check_disk(tmp_path, needs) or "")
     free(953 * 10**9)
-    assert check_room(tmp_path, room) is None
+    assert check_disk(tmp_path, needs) is None
     free(107 * 10**9 - 1)
     with pytest.raises(
         UserError, match=r"has room for 107.0 GB; a checkpoint takes about 94.0 GB, and the export about"
     ):
-        check_room(tmp_path, room)
+        check_disk(tmp_path, needs)
     free(13 * 10**9)
-    assert check_room(tmp_path, Room(0, 13 * 10**9, lasting=0)) is None
+    assert check_disk(tmp_path, DiskNeeds(0, 13 * 10**9, lasting=0)) is None
