@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Annotated
 from typing import Any
 
 from panda.files.whole import write_whole
 from panda.hooks.watched import Watched
+from panda.registry import OfEvaluations
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
@@ -24,10 +26,10 @@ POINTER = "best"
 class BestCheckpointOptions:
     """Options of the best_checkpoint plugin."""
 
-    best_metric: str = "eval_loss"
+    best_metric: Annotated[str, OfEvaluations()] = "eval_loss"
     """What evaluations are compared by: a number of their records."""
     best_higher_is_better: bool | None = None
-    """Whether a higher value of it is the better one. By default that of scores of answers is, and else the lower."""
+    """Whether a higher value of it is the better one. By default as its task or metric states; else the lower one."""
 
 
 @register_plugin("best_checkpoint", options=BestCheckpointOptions)

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from panda.answers.metric import Answer
     from panda.answers.metric import Metric
     from panda.answers.scored import Scored
+    from panda.registry.contexts import Better
+    from panda.registry.resolve import Resolved
     from panda.run.questions import Question
     from panda.runner import Run
+    from panda.tasks.task import Task
 
 FILE_NAME = "eval_answers.jsonl"
 
@@ -72,12 +75,20 @@ class EvalGenerate(Closing[RecordFile]):
         """Names of scores of which a higher one is the better."""
 
     @hookimpl
+    def panda_evaluation_metrics(self, resolved: Resolved, task: Task) -> dict[str, Better] | None:
+        from panda.run.questions import metrics_of
+        from panda.run.questions import stated_scores
+
+        self.metrics = metrics_of(resolved, task)
+        return stated_scores(self.metrics, dict.fromkeys(resolved.core.eval_names))
+
+    @hookimpl
     def panda_run_start(self, run: Run) -> None:
         from panda.run.questions import metrics_of
         from panda.run.questions import questions_of
         from panda.run.questions import refuse_without_questions
 
-        self.metrics = metrics_of(run.resolved, run.task)
+        self.metrics = self.metrics or metrics_of(run.resolved, run.task)
         sets = {name: layout.dataset for name, layout in run.evaluations.items()}
         longest = self._longest_prompt(run)
         found = questions_of(run.task, sets, self.options.eval_generate_rows, run.decoding.ends, longest)

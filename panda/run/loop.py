@@ -50,6 +50,7 @@ from panda.run.skipped import ends_on_skipped
 from panda.run.skipped import too_many
 from panda.run.state import Run
 from panda.tasks.task import Task
+from panda.tasks.task import stated_metrics
 
 SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60, 3600
 
@@ -64,6 +65,8 @@ class Loop:
         self.loss, self.statistics = _attributed(run, "loss"), None
         if type(run.task).statistics is not Task.statistics:
             self.statistics = _attributed(run, "statistics")
+        stated = stated_metrics(run.task)
+        run.engine.stated_metrics = None if stated is None else (*stated,)
         self.makes_samples = type(run.task).rollout is not Task.rollout
         self.clock = Clock(start)
         self.gpu = Gpu.of(run)

@@ -141,6 +141,7 @@ def test_text_has_no_answers(run: Trained, tmp_path: Path, capsys: pytest.Captur
         ("--data {rows} --eval_metrics bleu", "unknown metric 'bleu'"),
         ("--data {rows} --eval_names a b", "eval_names: 2 names (a, b) are given for the 1 path: {rows} of"),
         ("--data {rows} --eval_names a/b", "eval_names: 'a/b' cannot be part of the name of a metric."),
+        ("--data {rows} --eval_names all", "eval_names: 'all' is the word for all sets together."),
         ("--data {rows} --output {folder}", "--output: expected the path of a file, which is written."),
         ("--data {rows} --output no/file.json", "--output: there is no folder 'no' to write 'file.json' to."),
         ("--data {rows} --inputfield a", "unknown key 'inputfield'"),
