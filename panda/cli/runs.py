@@ -104,8 +104,19 @@ def _status(run: Path, provenance: dict[str, Any], last: dict[str, Any]) -> str:
     end = provenance.get("end")
     if isinstance(end, dict):
         return "stopped early" if end.get("stopped") else "finished"
+    if _ended_on_skipped(run, provenance, last):
+        return "ended on skipped steps"
     saved = any((run / "checkpoints").glob("step-*"))
     return "interrupted" if saved else "ended without a checkpoint"
+
+
+def _ended_on_skipped(run: Path, provenance: dict[str, Any], last: dict[str, Any]) -> bool:
+    """Whether ``run`` ended since its last steps were skipped, which no resumption of it as it is can help."""
+    from panda.hooks.guard import batches_of
+    from panda.hooks.guard import read_skipped
+
+    step = max(read_skipped(run), default=0)
+    return 0 < step >= last.get("step", 0) and (step == provenance.get("total_steps") or bool(batches_of(run, step)))
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

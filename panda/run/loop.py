@@ -132,7 +132,7 @@ class Loop:
         if self.is_interrupted:
             raise Interrupted(self.how_it_goes_on())
         if ends_on_skipped(run):
-            raise UserError(ended_on_skipped(run))
+            raise ended_on_skipped(run)
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
@@ -156,7 +156,7 @@ class Loop:
         if self.run.skipped_in_a_row >= run.most_skipped:
             if self.is_worth_saving():
                 self.save(keep_all=True)
-            raise UserError(too_many(run))
+            raise too_many(run)
         # Before saving, so that a run that resumes this checkpoint already has the record. An interrupted run saves
         # first, since it may be killed soon.
         self.evaluation_due = bool(is_last or run.stopped or (options.eval_steps and step % options.eval_steps == 0))
