@@ -14,12 +14,10 @@ from panda.registry import OfEvaluations
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.run.best_evaluation import POINTER
 
 if TYPE_CHECKING:
     from panda.runner import Run
-
-POINTER = "best"
-"""The file in ``checkpoints/`` that names the best one."""
 
 
 @dataclass(frozen=True)

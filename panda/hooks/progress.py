@@ -26,7 +26,6 @@ from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
 from panda.run.interruption import Interrupted
 from panda.run.interruption import how_to_continue
-from panda.run.skipped import SkippedError
 from panda.weights.run_folders import LOG
 
 if TYPE_CHECKING:
@@ -158,8 +157,8 @@ class ProgressDisplay:
         if run.processes.rank == 0 and not isinstance(error, Interrupted):  # which says it itself
             kept = run.newest_checkpoint
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
-            if isinstance(error, SkippedError):
-                return  # what helps is another line, which it says
+            if getattr(error, "says_how_to_go_on", False):
+                return
             if kept is not None:
                 print(how_to_continue(run.directory, kept, flags_of_files(run.resolved)), flush=True)
             else:

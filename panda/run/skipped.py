@@ -21,7 +21,9 @@ LOWER = 0.5
 
 
 class SkippedError(UserError):
-    """A run ends on skipped steps. The text says how to go on: what is continued unchanged takes the same steps."""
+    """A run ends on skipped steps."""
+
+    says_how_to_go_on = True
 
 
 def too_many(run: Run) -> SkippedError:

@@ -40,6 +40,6 @@ def exported_model(folder: Path) -> Path:
     if checkpoints and checkpoints[-1].stat().st_mtime > written:
         raise UserError(
             f"{folder}: the export of this run is older than its newest checkpoint, {checkpoints[-1].parent.name}."
-            f" `panda export {folder}` renews it; to start from the older weights, name {export}."
+            f" `panda export {folder}` renews it; for the older weights, name {export}."
         )
     return export
