@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from panda.engine.checkpoints.folders import named_in
+from panda.engine.checkpoints.folders import step_of
 from panda.run.description import read_provenance
 from panda.run.directory import configuration_in
+from panda.weights.run_folders import CARD_MARK
 from panda.weights.run_folders import CHECKPOINTS
+from panda.weights.run_folders import EXPORT
 
+_STEPS = re.compile(r"^- steps: ([\d,]+)", re.MULTILINE)
+"""As ``model_card`` writes it."""
 POINTER = "best"
 """The file in ``checkpoints/`` that names the best one: the plugin ``best_checkpoint`` writes it."""
 
@@ -63,17 +69,27 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that the plugin ``best_checkpoint`` keeps in ``run``; None where there is none."""
+def best_checkpoint(run: Path, best: Best) -> Path | None:
+    """The checkpoint of the ``best`` evaluation of ``run`` that the plugin ``best_checkpoint`` keeps; None for none."""
     found = named_in(run / CHECKPOINTS / POINTER)
-    return found if found.is_dir() else None
+    return found if found.is_dir() and step_of(found) == best.step else None
 
 
 def exported_step(run: Path) -> int | None:
-    """The step of the weights that the export and the answers of ``run`` are of; None where it is not known.
+    """The step after which the weights in the export of ``run`` were; None where that is not known.
 
-    That of its end, or of the end of an earlier start where it has gone on since.
+    Its card says so, which is panda's until the user writes another.
     """
+    try:
+        card = (run / EXPORT / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        card = ""
+    stated = _STEPS.search(card) if CARD_MARK in card else None
+    return int(stated[1].replace(",", "")) if stated else None
+
+
+def ended_step(run: Path) -> int | None:
+    """The step at which ``run`` has ended; where it has gone on since, at which an earlier start did. None for none."""
     provenance = read_provenance(run)
     earlier = provenance.get("earlier_starts")
     starts = [provenance, *reversed(earlier if isinstance(earlier, list) else [])]

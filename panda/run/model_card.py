@@ -21,10 +21,10 @@ from panda.run.description import origins_in
 from panda.run.description import read_provenance
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import configuration_in
-from panda.weights.export import CARD_MARK
 from panda.weights.formats import CONFIG
 from panda.weights.hub import is_name
 from panda.weights.json_object import read_json_object
+from panda.weights.run_folders import CARD_MARK
 from panda.weights.run_folders import METRICS
 
 LICENCE = ("license", "license_name", "license_link")

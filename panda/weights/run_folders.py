@@ -21,6 +21,9 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 """The folder of a run directory that holds the trained model."""
 
+CARD_MARK = "<!-- Written by panda, which replaces it with the next export. Without this line it is left as it is. -->"
+"""The line by which panda knows a card that it wrote."""
+
 LOG = "log.txt"
 """What libraries have warned of."""
 

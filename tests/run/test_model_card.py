@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 
 from panda.run.description import origins_in
 from panda.run.model_card import model_card
-from panda.weights.export import CARD_MARK
 from panda.weights.export import exporting
+from panda.weights.run_folders import CARD_MARK
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FACTS: dict[str, Any] = {
