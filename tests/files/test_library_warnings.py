@@ -187,13 +187,13 @@ def test_files_of_a_librarys_own_log_are_written_and_nothing_is_kept_where_all_i
     assert capsys.readouterr().err == "two\nthree\n"
 
 
-def test_a_command_shows_them_with_a_traceback_only(modules: list[Any], capsys: Captured) -> None:
+def test_a_command_shows_them_with_what_is_no_users_error(modules: list[Any], capsys: Captured) -> None:
     library = modules[0]
 
     def command(argv: list[str]) -> None:
         library.warn("the reason")
         if argv:
-            raise UserError("no") if argv == ["user"] else ZeroDivisionError
+            raise {"user": UserError("no"), "file": PermissionError(13, "no", "/x")}.get(argv[0], ZeroDivisionError())
 
     with printed():
         assert run_command(command, []) == 0
@@ -201,10 +201,13 @@ def test_a_command_shows_them_with_a_traceback_only(modules: list[Any], capsys: 
         assert capsys.readouterr().err == "error: no\n"
         with pytest.raises(ZeroDivisionError):
             run_command(command, ["bug"])
-    assert capsys.readouterr().err == (
-        "1 warning of alib before this error, which may explain it:\n"
-        f"  {library.__file__}:3: FutureWarning: the reason\n"
-    )
+        warned = (
+            "1 warning of alib before this error, which may explain it:\n"
+            f"  {library.__file__}:3: FutureWarning: the reason\n"
+        )
+        assert capsys.readouterr().err == warned
+        assert run_command(command, ["file"]) == 2
+    assert capsys.readouterr().err.startswith(f"{warned}error: /x: this user may not read or enter it")
 
 
 def test_whose_a_file_is() -> None:
