@@ -81,6 +81,8 @@ class BestCheckpoint:
     @hookimpl
     def panda_load_state(self, run: Run, state: dict[str, Any]) -> None:
         assert run.resumed_from is not None
+        if state["best"] is None or state["metric"] != self.watched.metric:
+            return  # there is none, or it is not the best by what is compared now
         name = f"step-{state['best_step']:08d}"
         folders = [run.resumed_from.parent, run.directory / "checkpoints", Path(state["elsewhere"] or ".")]
         found = [folder / name for folder in folders if (folder / name / "manifest.json").exists()]
