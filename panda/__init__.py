@@ -7,6 +7,7 @@ from panda.registry import Location as Location
 from panda.registry import Meta as Meta
 from panda.registry import Names as Names
 from panda.registry import NoOptions as NoOptions
+from panda.registry import OfEvaluations as OfEvaluations
 from panda.registry import UserError as UserError
 from panda.registry import decorator_for as decorator_for
 from panda.registry import hookimpl as hookimpl

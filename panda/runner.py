@@ -17,7 +17,6 @@ from panda.engine.processes import meeting
 from panda.files.activity import activity
 from panda.files.activity import stand
 from panda.files.disk_full import writing
-from panda.registry.contexts import PluginContext
 from panda.registry.hooks import add_built
 from panda.run.assembly import lay_out
 from panda.run.assembly import lay_out_evaluation
@@ -33,6 +32,7 @@ from panda.run.extra_state import load_state
 from panda.run.loop import SECONDS_A_MINUTE
 from panda.run.loop import Loop
 from panda.run.outlook import announce
+from panda.run.preparation import add_plugins
 from panda.run.preparation import prepare
 from panda.run.state import Run as Run
 from panda.run.trained_model import trained_model
@@ -49,8 +49,7 @@ def train(configuration: Configuration) -> Run | None:
 
 def _train(configuration: Configuration, met: Meeting) -> Run | None:
     begun = time.perf_counter()
-    for plugin in configuration.resolved.plugins:
-        configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
+    add_plugins(configuration)
     with activity("preparing data and model"):
         prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
         processes = join_processes(prepared.options.tensor_parallel_size, met)

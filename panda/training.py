@@ -69,8 +69,9 @@ def train_arguments(arguments: Arguments) -> Trained:
                 show_last(kept)
             raise
         finally:
-            if kept.file is not None and not kept.said and kept.counts and os.environ.get("RANK", "0") == "0":
-                print(f"{kept.summary()}: {kept.file}", file=sys.stderr, flush=True)
+            speaks = kept.file is not None and not kept.said and os.environ.get("RANK", "0") == "0"
+            if speaks and (warned := kept.summary()):
+                print(f"{warned}: {kept.file}", file=sys.stderr, flush=True)
 
 
 def _train_arguments(arguments: Arguments) -> Trained:

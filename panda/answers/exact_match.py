@@ -29,4 +29,4 @@ def build_exact_match(options: ExactMatchOptions, context: MetricContext) -> Met
     def score(answer: Answer) -> dict[str, float]:
         return {"exact_match": float(compared(answer.text) == compared(answer.reference))}
 
-    return of_each(score)
+    return of_each(score, names=("exact_match",))

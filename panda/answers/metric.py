@@ -47,16 +47,24 @@ class Metric:
     all answers together. Called on one rank, with the answers of all."""
     higher_is_better: bool = True
     """Whether a higher number is the better one: what `best_metric` and the like take it for."""
+    names: tuple[str, ...] | None = None
+    """The names that ``score`` gives, all of them: then a name in `best_metric` and the like is checked before the data
+    is read. None where they are not known before there are answers."""
 
 
-def of_each(score: Callable[[Answer], Mapping[str, float]], *, higher_is_better: bool = True) -> Metric:
-    """The metric that ``score`` gives each answer."""
+def of_each(
+    score: Callable[[Answer], Mapping[str, float]],
+    *,
+    higher_is_better: bool = True,
+    names: tuple[str, ...] | None = None,
+) -> Metric:
+    """The metric that ``score`` gives each answer. ``names``: those that it gives, if they are known."""
 
     def scores(answers: Sequence[Answer]) -> dict[str, list[float]]:
         found = [score(answer) for answer in answers]
         return {name: [each[name] for each in found] for name in found[0]}
 
-    return Metric(scores, higher_is_better)
+    return Metric(scores, higher_is_better, names)
 
 
 register_metric = decorator_for("metric")

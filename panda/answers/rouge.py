@@ -26,7 +26,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 @register_metric("rouge")
 def build_rouge(options: NoOptions, context: MetricContext) -> Metric:
     """ROUGE-1, ROUGE-2 and ROUGE-L: words, pairs of words and the longest sequence that both have, as F-measures."""
-    return of_each(rouge)
+    return of_each(rouge, names=("rouge1", "rouge2", "rougeL"))
 
 
 def rouge(answer: Answer) -> dict[str, float]:

@@ -33,7 +33,13 @@ def scored(metrics: Mapping[str, Metric], answers: Sequence[Answer]) -> Scored:
     """What ``metrics``, by name, give ``answers``, at least one. Raises UserError for what is no such number."""
     found = Scored({}, [{} for _ in answers])
     for metric, each in metrics.items():
-        for name, value in each.score(answers).items():
+        given = each.score(answers)
+        if each.names is not None and {*given} != {*each.names}:
+            raise UserError(
+                f"metric {metric!r} gave {', '.join(given) or 'nothing'}, and its `names` are {', '.join(each.names)}."
+                " State what it gives."
+            )
+        for name, value in given.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in found.scores:
                 problem = "two metrics have that name" if name in found.scores else "no name of a metric"
                 raise UserError(f"metric {metric!r} gave {name!r}: {problem}. Name it otherwise.")

@@ -86,8 +86,10 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     from panda.run.directory import find_directory
     from panda.run.outlook import LABEL_WIDTH
     from panda.run.outlook import outlook
+    from panda.run.preparation import add_plugins
     from panda.run.preparation import prepare
 
+    add_plugins(configuration)
     directory, checkpoint = find_directory(configuration.resolved)
     with activity("preparing data and model"):
         prepared = prepare(configuration, world_size)

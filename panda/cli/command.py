@@ -89,8 +89,8 @@ def _run(command: Callable[[list[str]], None], argv: list[str] | None, kept: Lib
         return BROKEN_PIPE
     except Exception as error:
         full, away = disk_full(error), out_of_reach(error)
+        show_last(kept)  # also of a file out of reach: what wanted it may have said why
         if not (full or away) or os.environ.get("PANDA_TRACEBACK"):
-            show_last(kept)
             tell_launcher(printable(without_secrets(f"{type(error).__name__}: {error}")))
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))

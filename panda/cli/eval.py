@@ -28,6 +28,7 @@ from panda.configuration.configure import Configuration
 from panda.configuration.evaluation import OWN
 from panda.configuration.evaluation import configure_evaluation
 from panda.configuration.evaluation import holds_out
+from panda.configuration.options import ALL_SETS
 from panda.files.activity import activity
 from panda.files.terminal import printable_line
 from panda.files.whole import check_can_be_made
@@ -76,9 +77,6 @@ task, template and tokenizer.
   --harness TASK,...       evaluate by lm-evaluation-harness (`pip install lm_eval`) on its tasks
 
 example: panda eval runs/instruct-llama-tiny --data data/held-out.jsonl"""
-
-ALL = "all"
-"""The column of all sets together, and its key in JSON."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,7 +214,7 @@ def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Gi
         found["sets"] |= {name: {"data": paths[name], **each.numbers(), "answers": asked, **scores}} if name else {}
     whole, every = _together(measured).numbers(), [path for each in paths.values() for path in each]
     every = every or [text for each in data_settings(resolved) for text in each_of(each.value)]
-    found[ALL] = {"data": every, **whole, "answers": len(questions), **(scored[""].scores if scored else {})}
+    found[ALL_SETS] = {"data": every, **whole, "answers": len(questions), **(scored[""].scores if scored else {})}
     found["answers"] = answer_records(questions, answers, scored[""].of_each if scored else [])
     return found
 
@@ -327,7 +325,7 @@ def _together(measured: Mapping[str, Measured]) -> Measured:
 
 def _columns(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """By set, and by number, what the table says."""
-    sets = {**found["sets"], ALL: found[ALL]} if len(found["sets"]) != 1 else found["sets"]
+    sets = {**found["sets"], ALL_SETS: found[ALL_SETS]} if len(found["sets"]) != 1 else found["sets"]
     return {
         name: {key: _shown(key, value) for key, value in numbers.items() if key != "data" and value is not None}
         for name, numbers in sets.items()

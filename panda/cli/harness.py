@@ -19,7 +19,7 @@ from panda.registry.options import Given
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
 from panda.weights.json_object import read_json_object
-from panda.weights.run_folders import EXPORT
+from panda.weights.run_folders import exported_model
 
 PACKAGE = "lm_eval"
 
@@ -48,9 +48,7 @@ def run_harness(location: str, own: Mapping[str, Given], arguments: Arguments, m
 
 def model_arguments(location: str, ckpt_path: Given | None) -> str:
     """The `--model_args` of lm_eval for the model at ``location``. Raises UserError where transformers loads none."""
-    folder = resolve_path(location)
-    if (folder / EXPORT).is_dir():
-        folder = folder / EXPORT
+    folder = exported_model(resolve_path(location))
     found: dict[str, Any] = {"pretrained": folder, "dtype": "auto"}
     if (folder / ADAPTERS).exists():
         base = ckpt_path.value if ckpt_path else read_json_object(folder / ADAPTERS).get("base_model_name_or_path")

@@ -10,14 +10,20 @@ from pathlib import Path
 from panda.cli.command import run_command
 from panda.files.activity import is_terminal
 from panda.files.terminal import printable_line
+from panda.hooks.metrics import read_evaluations
 from panda.registry import UserError
 from panda.registry.location import resolve_path
+from panda.run.best_evaluation import best_checkpoint
+from panda.run.best_evaluation import best_evaluation
+from panda.run.best_evaluation import exported_step
 from panda.weights.hub import is_name
 from panda.weights.publishing import Place
 from panda.weights.publishing import Upload
 from panda.weights.publishing import place_of
 from panda.weights.publishing import push
 from panda.weights.publishing import upload_of
+from panda.weights.run_folders import EXPORT
+from panda.weights.run_folders import PROVENANCE
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +52,7 @@ def _push(argv: list[str]) -> None:
     if arguments.private:
         print("note: --private: private is the default")
     upload = upload_of(resolve_path(arguments.folder))
-    for line in _described(upload):
+    for line in [*_described(upload), *_weights(upload)]:
         print(printable_line(line))
     if arguments.dry_run:
         print("nothing is uploaded (--dry_run)")
@@ -75,6 +81,20 @@ def _described(upload: Upload) -> list[str]:
             " there, or push the merged model (`panda export --merge`)"
         )
     return lines
+
+
+def _weights(upload: Upload) -> list[str]:
+    """Of which step the weights of a run's export are, and whether its best evaluation is of another."""
+    run = upload.folder.absolute().parent
+    if upload.folder.name != EXPORT or not (run / PROVENANCE).is_file():
+        return []
+    step, best = exported_step(run), best_evaluation(run, read_evaluations(run))
+    lines = [f"the weights after step {step:,}"] if step is not None else []
+    if step is None or best is None or best.step == step:
+        return lines
+    kept = best_checkpoint(run, best)
+    how = f"`panda export {kept} --output FOLDER`, and push FOLDER" if kept else "no checkpoint of it is known"
+    return [*lines, f"note: the best evaluation was {best}: {how}"]
 
 
 def _local_base(folder: Path) -> str | None:

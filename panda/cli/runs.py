@@ -18,6 +18,7 @@ from panda.cli.run_folders import runs_below
 from panda.files.terminal import printable_line
 from panda.registry import UserError
 from panda.registry.location import resolve_path
+from panda.run.best_evaluation import best_evaluation
 from panda.run.description import read_provenance
 from panda.run.directory import configuration_in
 from panda.run.directory_lock import is_in_use
@@ -30,6 +31,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "least": lambda row: _loss(row["least_loss"]),
     "eval": lambda row: _loss(row["eval_loss"]),
     "best eval": lambda row: _loss(row["best_eval_loss"]),
+    "best": lambda row: _best(row),
     "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "",
     "age": lambda row: _age(row["age_seconds"]),
 }
@@ -81,6 +83,7 @@ def described(run: Path, folder: Path) -> dict[str, Any]:
     total = provenance.get("total_steps")
     last: dict[str, Any] = records[-1] if records else {}
     losses, evaluated = (_finite(found, key) for found, key in ((records, "loss"), (evaluations, "eval_loss")))
+    best = best_evaluation(run, evaluations)
     touched = max(path.stat().st_mtime for path in (run, *run.glob("*.json*")))
     return {
         "run": str(run.relative_to(folder)),
@@ -91,6 +94,10 @@ def described(run: Path, folder: Path) -> dict[str, Any]:
         "least_loss": min(losses, default=None),
         "eval_loss": evaluated[-1] if evaluated else None,
         "best_eval_loss": min(evaluated, default=None),
+        "best_metric": best.metric if best else None,
+        "best_value": best.value if best else None,
+        "best_step": best.step if best else None,
+        "higher_is_better": best.higher if best else None,
         "tokens_per_second": last.get("tokens_per_second"),
         "task": configuration_in(run).get("task"),
         "age_seconds": max(0, round(time.time() - touched)),
@@ -104,8 +111,19 @@ def _status(run: Path, provenance: dict[str, Any], last: dict[str, Any]) -> str:
     end = provenance.get("end")
     if isinstance(end, dict):
         return "stopped early" if end.get("stopped") else "finished"
+    if _ended_on_skipped(run, provenance, last):
+        return "ended on skipped steps"
     saved = any((run / "checkpoints").glob("step-*"))
     return "interrupted" if saved else "ended without a checkpoint"
+
+
+def _ended_on_skipped(run: Path, provenance: dict[str, Any], last: dict[str, Any]) -> bool:
+    """Whether ``run`` ended since its last steps were skipped, which no resumption of it as it is can help."""
+    from panda.hooks.guard import batches_of
+    from panda.hooks.guard import read_skipped
+
+    step = max(read_skipped(run), default=0)
+    return 0 < step >= last.get("step", 0) and (step == provenance.get("total_steps") or bool(batches_of(run, step)))
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -134,6 +152,12 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def _finite(records: Sequence[dict[str, Any]], key: str) -> list[float]:
     return [record[key] for record in records if record[key] is not None and math.isfinite(record[key])]
+
+
+def _best(row: dict[str, Any]) -> str:
+    """The best value of what the run compares evaluations by, where that is not their loss."""
+    metric = row["best_metric"]
+    return f"{row['best_value']:.4g} {metric.removeprefix('eval_')}" if metric not in (None, "eval_loss") else ""
 
 
 def _place(value: Any) -> tuple[bool, Any]:

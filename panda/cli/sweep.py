@@ -346,15 +346,26 @@ def report(sweep: Sweep, failed: Sequence[Point]) -> None:
     for point in failed:
         if point.name not in rows:
             print(f"{point.name}: failed before it began")
-    measure = "best_eval_loss" if any(row["best_eval_loss"] is not None for row in rows.values()) else "least_loss"
+    measure, metric, higher = _measure([*rows.values()])
     known = [row for row in rows.values() if row[measure] is not None]
     if len(known) > 1:
-        best = min(known, key=lambda row: row[measure])
-        what = "evaluation loss" if measure == "best_eval_loss" else "training loss"
-        print(f"\nleast {what}: {best[measure]:.4f}, {best['run']}")
+        best = (max if higher else min)(known, key=lambda row: row[measure])
+        what = {"loss": "training loss", "eval_loss": "evaluation loss"}.get(metric, metric)
+        print(f"\n{'highest' if higher else 'least'} {what}: {best[measure]:.4f}, {best['run']}")
     found = [point for point in sweep.points if point.name in rows]
-    _draw(sweep, [point for point in found if rows[point.name][measure] is not None], measure)
+    _draw(sweep, [point for point in found if rows[point.name][measure] is not None], metric)
     print(f"{duration(sum(_seconds(point.directory) for point in found))} of training in {len(found)} runs")
+
+
+def _measure(rows: Sequence[dict[str, Any]]) -> tuple[str, str, bool]:
+    """The key of ``rows`` that says how good a run is, the entry of records that it is of, and whether it is the better
+    the higher it is. Where the runs name several metrics, or none, it is the loss."""
+    named = {(row["best_metric"], row["higher_is_better"]) for row in rows if row["best_metric"] is not None}
+    if len(named) == 1:
+        metric, higher = named.pop()
+        return "best_value", metric, higher
+    evaluated = any(row["best_eval_loss"] is not None for row in rows)
+    return ("best_eval_loss", "eval_loss", False) if evaluated else ("least_loss", "loss", False)
 
 
 def _seconds(run: Path) -> float:
@@ -368,13 +379,12 @@ def _seconds(run: Path) -> float:
     return steps
 
 
-def _draw(sweep: Sweep, points: Sequence[Point], measure: str) -> None:
+def _draw(sweep: Sweep, points: Sequence[Point], metric: str) -> None:
     from panda.hooks.curves import Recorded
     from panda.hooks.curves import draw_runs
 
     if not points:
         return
-    metric = "eval_loss" if measure == "best_eval_loss" else "loss"
     picture = sweep.folder / "sweep.png"
     draw_runs([Recorded.read(point.directory, point.name) for point in points], picture, metric=metric, over="steps")
     print(picture)

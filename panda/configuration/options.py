@@ -230,6 +230,10 @@ class RunOptions:
         return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
 
 
+ALL_SETS = "all"
+"""What `panda eval` calls all evaluation sets together."""
+
+
 def check_names(names: tuple[str, ...], locations: tuple[str, ...]) -> None:
     """Raise UserError unless ``names`` are those of ``locations``, the paths of `eval_data_dir`, or there are none."""
     for name in names:
@@ -237,6 +241,8 @@ def check_names(names: tuple[str, ...], locations: tuple[str, ...]) -> None:
             raise UserError(
                 f"eval_names: {name!r} cannot be part of the name of a metric. Write letters, digits, `_`, `-` and `.`."
             )
+        if name == ALL_SETS:
+            raise UserError(f"eval_names: {name!r} is the word for all sets together. Name the set otherwise.")
     if names and len(names) != len(locations):
         paths = f"paths: {', '.join(locations)}" if len(locations) > 1 else f"path{': '.join(['', *locations])}"
         raise UserError(

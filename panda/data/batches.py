@@ -290,16 +290,15 @@ PARENT_SECONDS = 1.0
 def _begin(workers: Workers, worker: int) -> None:
     """The beginning of a worker."""
     workers.begin(worker)
-    _leave_signals_to_parent()
+    _leave_signals_to(workers.parent)
 
 
-def _leave_signals_to_parent() -> None:
-    """In a worker: let only the training process end it, and the end of that process.
+def _leave_signals_to(parent: int) -> None:
+    """In a worker: let only ``parent``, the training process, end it, and the end of that process.
 
     Ctrl-C in a terminal, and schedulers, signal all processes of a run at once, whose step is to be finished first.
     torch's workers (2.13) also watch their parent, but block for ever in handing over a batch that nobody takes.
     """
-    parent = os.getppid()
 
     def hear() -> None:
         while True:

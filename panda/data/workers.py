@@ -36,9 +36,11 @@ def workers_standing() -> str:
 class Workers:
     """The workers of one loader."""
 
-    def __init__(self, number: int) -> None:
-        """Before they are forked."""
+    def __init__(self, number: int, parent: int | None = None) -> None:
+        """Before they are forked. ``parent``: the training process, by default this one."""
         self.number = number
+        self.parent = os.getpid() if parent is None else parent
+        """Known before the fork: it may end before a worker first looks who its parent is."""
         self._memory = mmap.mmap(-1, max(1, number) * 16)
         self._notes = np.frombuffer(self._memory, dtype=np.int64).reshape(-1, 2)
         """Of each worker, whether it can be asked where it is, and one more than the sample that it reads."""
@@ -63,7 +65,7 @@ class Workers:
             self._notes[self._worker, 1] = sample + 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Workers, (0,)  # where processes are not forked, no memory is shared
+        return Workers, (0, self.parent)  # where processes are not forked, no memory is shared
 
     # -- in the training process
 

@@ -123,8 +123,10 @@ class Engine:
         self.freezing = Freezing(module, self.optimizer, optimizer)
         self.on_part: Callable[[str], None] | None = None
         """Called at the beginning of each part of a step, by its name, and of what comes between steps."""
-        self._agreed: set[str] = set()
-        """When it was found that all ranks have the same metrics."""
+        self.stated_metrics: tuple[str, ...] | None = None
+        """The metrics that the task states for its loss; None where it does not."""
+        self._agreed: dict[str, tuple[str, ...]] = {}
+        """The names of metrics and statistics that all ranks were found to have, by when they have them."""
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # In fp32 without ZeRO DeepSpeed does not wrap the optimizer, and then it does not keep the norm.
         self._keeps_grad_norm = self.optimizer is not optimizer
@@ -161,7 +163,7 @@ class Engine:
         self.processes.sum_(counts)
         units = _at_least_one(counts[1]).float()
         scale = self.processes.data_ranks / units
-        totals, metrics = torch.zeros(2, device=device), MetricSums(torch.float32, device)
+        totals, metrics = torch.zeros(2, device=device), self._metric_sums(torch.float32, "training")
         # Asked first: to tell the 2,665 parts of a 7B with adapters takes 6 ms, in which the device may have nothing to
         # do, and to ask them 0.2 (2026-11-26).
         if not all(part.training for part in self._module_parts):
@@ -198,11 +200,15 @@ class Engine:
         self._part("between steps")
         return StepResult(mean, grad_norm, counts, applied, summed[1] if added else None, metrics.divided(sums))
 
+    def _metric_sums(self, dtype: torch.dtype, when: str) -> MetricSums:
+        """Sums of the metrics that the task states, or that all ranks have had before."""
+        return MetricSums(dtype, self.processes.device, self._agreed.get(when, self.stated_metrics))
+
     def _over_ranks(self, totals: torch.Tensor, metrics: MetricSums, when: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``totals`` and the sums of ``metrics`` over all ranks, in one collective."""
         if when not in self._agreed:  # the first time, since the host waits for all ranks
             metrics.agree(self.processes)
-            self._agreed.add(when)
+            self._agreed[when] = metrics.names or ()
         summed = self.processes.sum_(torch.cat([totals, metrics.sums()]))
         return summed[: len(totals)], summed[len(totals) :]
 
@@ -227,7 +233,12 @@ class Engine:
         # Otherwise ranks would wait for each other, or add up numbers of different statistics.
         if "statistics" not in self._agreed:
             refuse_other_statistics({name: sums[name].shape for name in names}, self.processes)
-            self._agreed.add("statistics")
+            self._agreed["statistics"] = names
+        elif names != (before := self._agreed["statistics"]):
+            raise UserError(
+                f"task: its statistics were {', '.join(before)}, and of another step they are {', '.join(names)}."
+                " Return the same names for every batch."
+            )
         return {name: self.processes.sum_(sums[name].clone()) for name in names}
 
     def _routed(self, added: StepLoss, micro_batches: list[BatchType], loss_sum: LossSum) -> torch.Tensor:
@@ -255,7 +266,8 @@ class Engine:
         module, device = self.evaluating(), self.processes.device
         if statistics is not None:
             loss_sum = with_statistics(loss_sum, self._gathered(micro_batches, statistics, module))
-        total, metrics = torch.zeros(1, dtype=torch.float64, device=device), MetricSums(torch.float64, device)
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        metrics = self._metric_sums(torch.float64, "evaluation")
         numbers = []
         for batch in micro_batches:
             here = batch.to(device)

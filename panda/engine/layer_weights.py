@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections import deque
 from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -25,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
+
+from panda.weights.nested import tensors_in
 
 AHEAD = 2
 """Layers that may be queued on the device before the host waits."""
@@ -106,7 +106,7 @@ class LayerWeights:
 
         def begin_forward(module: torch.nn.Module, inputs: Any, named: Any) -> None:
             versions.clear()
-            versions.update((id(each), each._version) for each in _tensors((inputs, named)) if each.requires_grad)
+            versions.update((id(each), each._version) for each in tensors_in((inputs, named)) if each.requires_grad)
             self.need(layer)
             if self.in_backward is None:  # else the layer is computed again, and the one after was just released
                 self.fetch(after)
@@ -114,7 +114,7 @@ class LayerWeights:
         def end_forward(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             # Not those that it was given and has not changed: their gradients are those of an earlier layer's results.
             results = [
-                each for each in _tensors(output) if each.requires_grad and versions.get(id(each)) != each._version
+                each for each in tensors_in(output) if each.requires_grad and versions.get(id(each)) != each._version
             ]
             for result in results:
                 result.register_hook(begin_backward)  # type: ignore[no-untyped-call]
@@ -254,15 +254,3 @@ class _Layer(_Weights):
 def _whole(flat: torch.Tensor, parameter: Any) -> torch.Tensor:
     """The weight in ``flat``, which has padding at its end."""
     return flat.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in ``value``, also in subclasses of dict, list and tuple, each of which pytree takes for one leaf."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)

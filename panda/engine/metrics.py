@@ -3,6 +3,7 @@ that ranks agree on what is added up, statistics too."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,10 +25,11 @@ def loss_of(returned: Loss | torch.Tensor, *, idle: bool) -> Loss:
 class MetricSums:
     """The sums of all metrics of some batches."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None) -> None:
+        """``names``: those that every batch has to have; None for those of the first one."""
         self.dtype, self.device = dtype, device
-        self.names: tuple[str, ...] | None = None
-        """In order; None before the first batch."""
+        self.names = None if names is None else tuple(sorted(names))
+        """In order; None where they are not known before the first batch."""
         self._parts: list[torch.Tensor] = []
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
@@ -35,8 +37,9 @@ class MetricSums:
         names = tuple(sorted(metrics))
         if self.names is not None and names != self.names:
             raise UserError(
-                f"task: its metrics were {', '.join(self.names) or 'none'}, and of another batch they are"
-                f" {', '.join(names) or 'none'}. Return the same names for every batch, with denominator 0 for nothing."
+                f"task: its metrics are {', '.join(self.names) or 'none'}, as it states or as they were before, and of"
+                f" another batch {', '.join(names) or 'none'}. Return the same names for every batch, with"
+                " denominator 0 for nothing."
             )
         self.names = names
         if names:
@@ -51,7 +54,7 @@ class MetricSums:
     def sums(self) -> torch.Tensor:
         """Numerator and denominator of each, one after the other: [2 x metrics]."""
         if not self._parts:
-            return torch.zeros(0, dtype=self.dtype, device=self.device)
+            return torch.zeros(2 * len(self.names or ()), dtype=self.dtype, device=self.device)
         return torch.stack(self._parts).sum(0)
 
     def agree(self, processes: Processes) -> None:

@@ -5,29 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Annotated
 from typing import Any
 
 from panda.files.whole import write_whole
 from panda.hooks.watched import Watched
+from panda.registry import OfEvaluations
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.run.best_evaluation import POINTER
 
 if TYPE_CHECKING:
     from panda.runner import Run
-
-POINTER = "best"
-"""The file in ``checkpoints/`` that names the best one."""
 
 
 @dataclass(frozen=True)
 class BestCheckpointOptions:
     """Options of the best_checkpoint plugin."""
 
-    best_metric: str = "eval_loss"
+    best_metric: Annotated[str, OfEvaluations()] = "eval_loss"
     """What evaluations are compared by: a number of their records."""
     best_higher_is_better: bool | None = None
-    """Whether a higher value of it is the better one. By default that of scores of answers is, and else the lower."""
+    """Whether a higher value of it is the better one. By default as its task or metric states; else the lower one."""
 
 
 @register_plugin("best_checkpoint", options=BestCheckpointOptions)
@@ -81,6 +81,8 @@ class BestCheckpoint:
     @hookimpl
     def panda_load_state(self, run: Run, state: dict[str, Any]) -> None:
         assert run.resumed_from is not None
+        if state["best"] is None or state["metric"] != self.watched.metric:
+            return  # there is none, or it is not the best by what is compared now
         name = f"step-{state['best_step']:08d}"
         folders = [run.resumed_from.parent, run.directory / "checkpoints", Path(state["elsewhere"] or ".")]
         found = [folder / name for folder in folders if (folder / name / "manifest.json").exists()]

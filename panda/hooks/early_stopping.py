@@ -9,6 +9,7 @@ from typing import Any
 
 from panda.hooks.watched import Watched
 from panda.registry import Meta
+from panda.registry import OfEvaluations
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
@@ -23,10 +24,10 @@ class EarlyStoppingOptions:
 
     early_stopping_patience: Annotated[int, Meta(ge=1)] = 3
     """Evaluations in a row that are no better than the best one before the run ends."""
-    early_stopping_metric: str = "eval_loss"
+    early_stopping_metric: Annotated[str, OfEvaluations()] = "eval_loss"
     """What evaluations are compared by: a number of their records."""
     early_stopping_higher_is_better: bool | None = None
-    """Whether a higher value of it is the better one. By default that of scores of answers is, and else the lower."""
+    """Whether a higher value of it is the better one. By default as its task or metric states; else the lower one."""
     early_stopping_threshold: Annotated[float, Meta(ge=0)] = 0.0
     """By how much an evaluation has to be better to count."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from panda.files.activity import activity
 from panda.files.activity import say
+from panda.hooks.closing import Closing
 from panda.hooks.record_file import RecordFile
 from panda.hooks.record_file import read_records
 from panda.registry import Meta
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
     from panda.answers.metric import Answer
     from panda.answers.metric import Metric
     from panda.answers.scored import Scored
+    from panda.registry.contexts import Better
+    from panda.registry.resolve import Resolved
     from panda.run.questions import Question
     from panda.runner import Run
+    from panda.tasks.task import Task
 
 FILE_NAME = "eval_answers.jsonl"
 
@@ -54,24 +58,29 @@ class EvalGenerateOptions:
 
 
 @register_plugin("eval_generate", options=EvalGenerateOptions)
-class EvalGenerate:
+class EvalGenerate(Closing[RecordFile]):
     """Has evaluation samples answered at each evaluation, scored and kept. `--plugins eval_generate`.
 
     With the likeliest tokens, as `panda generate` answers. Scores are in the evaluation's record as `eval_exact_match`
     and so on, and answers in `eval_answers.jsonl`, with those before the first step.
     """
 
-    acts = False  # it only watches
-
     def __init__(self, options: EvalGenerateOptions, context: PluginContext) -> None:
         self.options = options
         self.metrics: dict[str, Metric] = {}
         self.questions: list[Question] = []
-        self.file: RecordFile | None = None
         self.known: set[int] = set()
         """Steps of an earlier start whose answers are in the file."""
         self.higher_is_better: set[str] = set()
         """Names of scores of which a higher one is the better."""
+
+    @hookimpl
+    def panda_evaluation_metrics(self, resolved: Resolved, task: Task) -> dict[str, Better] | None:
+        from panda.run.questions import metrics_of
+        from panda.run.questions import stated_scores
+
+        self.metrics = metrics_of(resolved, task)
+        return stated_scores(self.metrics, dict.fromkeys(resolved.core.eval_names))
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
@@ -79,7 +88,7 @@ class EvalGenerate:
         from panda.run.questions import questions_of
         from panda.run.questions import refuse_without_questions
 
-        self.metrics = metrics_of(run.resolved, run.task)
+        self.metrics = self.metrics or metrics_of(run.resolved, run.task)
         sets = {name: layout.dataset for name, layout in run.evaluations.items()}
         longest = self._longest_prompt(run)
         found = questions_of(run.task, sets, self.options.eval_generate_rows, run.decoding.ends, longest)
@@ -91,7 +100,7 @@ class EvalGenerate:
             # at step 0 nothing is continued: what is there is of a start that ended before its first checkpoint
             last = run.step if run.step > 0 else -1
             self.known = {record["step"] for record in read_answers(run.directory) if record["step"] <= last}
-            self.file = RecordFile(run.directory / FILE_NAME, last)
+            self.opened = RecordFile(run.directory / FILE_NAME, last)
         if run.step == 0:
             self._answer(run)
 
@@ -125,9 +134,9 @@ class EvalGenerate:
         scores, of_each = scores_of_sets(found), found[""].of_each
         self.higher_is_better = higher_is_better(found)
         refuse_entries(scores, [name for name in run.evaluations if name], run.task.unit)
-        if self.file is not None and run.step not in self.known:
+        if self.opened is not None and run.step not in self.known:
             for record in answer_records(self.questions, answers, of_each):
-                self.file.write({"step": run.step} | record)
+                self.opened.write({"step": run.step} | record)
         shown = "".join(f"  {name} {value:.4g}" for name, value in found[""].scores.items())
         say(
             f"{time.strftime('%H:%M:%S')}  step {run.step}/{run.plan.total_steps}  {count:,} answers{shown}"
@@ -159,16 +168,3 @@ class EvalGenerate:
         from panda.run.questions import score_sets
 
         return score_sets(self.metrics, self.questions, answers)
-
-    @hookimpl
-    def panda_run_end(self) -> None:
-        self._close()
-
-    @hookimpl
-    def panda_exception(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None

@@ -55,6 +55,11 @@ def read_skipped(run: Path) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in read_records(run / FILE_NAME)}
 
 
+def batches_of(run: Path, step: int) -> list[Path]:
+    """The files of the batches of ``step``, at which ``run`` ended since it had skipped too many steps; else none."""
+    return sorted((run / BATCHES).glob(f"step-{step:08d}-rank-*.safetensors"))
+
+
 @dataclass(frozen=True)
 class GuardOptions:
     """Options of the guard plugin."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from panda.hooks.closing import Closing
 from panda.hooks.record_file import RecordFile
 from panda.hooks.record_file import read_records
 from panda.registry import NoOptions
@@ -31,45 +32,29 @@ def read_evaluations(directory: Path) -> list[dict[str, Any]]:
 
 
 @register_plugin("metrics")
-class Metrics:
+class Metrics(Closing[RecordFile]):
     """Writes metrics.jsonl. A resumed run continues it after the step of its checkpoint."""
 
-    acts = False  # it only watches
-
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
-        self.file: RecordFile | None = None
         self.evaluated: list[dict[str, Any]] = []
         """Evaluations of the step at which the run goes on."""
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
         if run.processes.rank == 0:
-            self.file = RecordFile(run.directory / FILE_NAME, run.step)
+            self.opened = RecordFile(run.directory / FILE_NAME, run.step)
             self.evaluated = [each for each in read_evaluations(run.directory) if each["step"] == run.step]
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(record)
+        if self.opened is not None:
+            self.opened.write(record)
 
     @hookimpl
     def panda_evaluation(self, record: dict[str, Any]) -> None:
         # A run that was killed after its last step, before it had exported, is evaluated once more when it goes on.
         if not any(_without_times(record) == _without_times(each) for each in self.evaluated):
             self.panda_log(record)
-
-    @hookimpl
-    def panda_run_end(self) -> None:
-        self._close()
-
-    @hookimpl
-    def panda_exception(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
 
 
 def _without_times(record: dict[str, Any]) -> dict[str, Any]:

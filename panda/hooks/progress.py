@@ -157,6 +157,8 @@ class ProgressDisplay:
         if run.processes.rank == 0 and not isinstance(error, Interrupted):  # which says it itself
             kept = run.newest_checkpoint
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
+            if getattr(error, "says_how_to_go_on", False):
+                return
             if kept is not None:
                 print(how_to_continue(run.directory, kept, flags_of_files(run.resolved)), flush=True)
             else:

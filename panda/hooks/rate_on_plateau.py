@@ -9,6 +9,7 @@ from typing import Any
 
 from panda.hooks.watched import Watched
 from panda.registry import Meta
+from panda.registry import OfEvaluations
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
@@ -25,10 +26,10 @@ class PlateauOptions:
     """What the learning rate is multiplied by, besides the schedule."""
     plateau_patience: Annotated[int, Meta(ge=1)] = 2
     """Evaluations in a row that are no better than the best one before the rate is lowered."""
-    plateau_metric: str = "eval_loss"
+    plateau_metric: Annotated[str, OfEvaluations()] = "eval_loss"
     """What evaluations are compared by: a number of their records."""
     plateau_higher_is_better: bool | None = None
-    """Whether a higher value of it is the better one. By default that of scores of answers is, and else the lower."""
+    """Whether a higher value of it is the better one. By default as its task or metric states; else the lower one."""
     plateau_threshold: Annotated[float, Meta(ge=0)] = 0.0
     """By how much an evaluation has to be better to count."""
     plateau_smallest_factor: Annotated[float, Meta(gt=0, le=1)] = 0.01

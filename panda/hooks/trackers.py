@@ -20,6 +20,7 @@ from typing import Any
 
 from panda.files.private import private
 from panda.files.whole import write_whole
+from panda.hooks.closing import Closing
 from panda.registry import UserError
 from panda.registry import hookimpl
 from panda.registry import register_plugin
@@ -40,10 +41,9 @@ MOST_WAITED_FOR = 100
 """Last requests to MLflow whose answers are awaited at the end: they are sent in order."""
 
 
-class Tracker:
+class Tracker(Closing[Any]):
     """Opens a run at a tracker when the run begins, sends every record, and closes it when the run ends."""
 
-    acts = False  # it only watches
     name: str
     package: str
     """The client, as pip knows it and as it is imported."""
@@ -55,20 +55,17 @@ class Tracker:
                 f" {self.name} out of `plugins`."
             )
         self.options = options
-        self.run: Any = None
-        """What the client calls the run."""
-        self.is_open = False
 
     @abstractmethod
     def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
-        """Open a run, or the one called ``earlier`` again; returns its name there."""
+        """Open a run, or the one called ``earlier`` again, as ``opened``; returns its name there."""
 
     @abstractmethod
-    def send(self, values: dict[str, float], step: int) -> None:
+    def send(self, opened: Any, values: dict[str, float], step: int) -> None:
         """Send the entries of a record of ``step``. Must not wait for a network."""
 
     @abstractmethod
-    def close(self, *, failed: bool) -> None:
+    def close(self, opened: Any, *, failed: bool) -> None:
         """Send what is left, and close the run."""
 
     @hookimpl
@@ -79,29 +76,15 @@ class Tracker:
         known = _known(run.directory)
         known[self.name] = self.open(run, private(configuration), known.get(self.name))
         write_whole(run.directory / FILE_NAME, json.dumps(known, indent=1) + "\n")
-        self.is_open = True
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
-        if self.is_open:
-            self.send(_numbers(record), record["step"])
+        if self.opened is not None:
+            self.send(self.opened, _numbers(record), record["step"])
 
     @hookimpl
     def panda_evaluation(self, record: dict[str, Any]) -> None:
         self.panda_log(record)
-
-    @hookimpl
-    def panda_run_end(self) -> None:
-        self._close(failed=False)
-
-    @hookimpl
-    def panda_exception(self) -> None:
-        self._close(failed=True)
-
-    def _close(self, *, failed: bool) -> None:
-        if self.is_open:
-            self.is_open = False
-            self.close(failed=failed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +105,7 @@ class Wandb(Tracker):
 
     def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
         wandb = importlib.import_module("wandb")
-        self.run = wandb.init(
+        self.opened = wandb.init(
             project=self.options.wandb_project_name,
             entity=self.options.wandb_team,
             name=run.directory.name,
@@ -133,14 +116,14 @@ class Wandb(Tracker):
             settings=wandb.Settings(console="off"),  # it would take stdout, which the progress line needs
         )
         # By a metric of its own: steps after an older checkpoint are sent again, and those of wandb must only grow.
-        self.run.define_metric("*", step_metric="step")
-        return str(self.run.id)
+        self.opened.define_metric("*", step_metric="step")
+        return str(self.opened.id)
 
-    def send(self, values: dict[str, float], step: int) -> None:
-        self.run.log({**values, "step": step})
+    def send(self, opened: Any, values: dict[str, float], step: int) -> None:
+        opened.log({**values, "step": step})
 
-    def close(self, *, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+    def close(self, opened: Any, *, failed: bool) -> None:
+        opened.finish(exit_code=int(failed))
 
 
 @dataclass(frozen=True)
@@ -172,24 +155,24 @@ class Mlflow(Tracker):
         number = experiment.experiment_id if experiment else self.client.create_experiment(name)
         if earlier:
             self.client.set_terminated(earlier, "RUNNING")
-            self.run = earlier
+            self.opened = earlier
             return earlier
-        self.run = self.client.create_run(number, run_name=run.directory.name).info.run_id
+        self.opened = self.client.create_run(number, run_name=run.directory.name).info.run_id
         entities = importlib.import_module("mlflow.entities")
         parameters = [entities.Param(key, str(value)[:MOST_CHARACTERS]) for key, value in configuration.items()]
         for begin in range(0, len(parameters), MOST_PARAMETERS):
-            self.client.log_batch(self.run, params=parameters[begin : begin + MOST_PARAMETERS])
-        return str(self.run)
+            self.client.log_batch(self.opened, params=parameters[begin : begin + MOST_PARAMETERS])
+        return str(self.opened)
 
-    def send(self, values: dict[str, float], step: int) -> None:
+    def send(self, opened: Any, values: dict[str, float], step: int) -> None:
         entities, now = importlib.import_module("mlflow.entities"), int(time.time() * 1000)
         metrics = [entities.Metric(key, value, now, step) for key, value in values.items()]
-        self.sending.append(self.client.log_batch(self.run, metrics=metrics, synchronous=False))
+        self.sending.append(self.client.log_batch(opened, metrics=metrics, synchronous=False))
 
-    def close(self, *, failed: bool) -> None:
+    def close(self, opened: Any, *, failed: bool) -> None:
         for each in self.sending:
             each.wait()
-        self.client.set_terminated(self.run, "FAILED" if failed else "FINISHED")
+        self.client.set_terminated(opened, "FAILED" if failed else "FINISHED")
 
 
 @dataclass(frozen=True)
@@ -211,7 +194,7 @@ class Trackio(Tracker):
     def open(self, run: Run, configuration: dict[str, Any], earlier: str | None) -> str:
         trackio = importlib.import_module("trackio")
         name = earlier or f"{run.directory.name}-{time.strftime('%Y%m%d-%H%M%S')}"  # it has one run of each name
-        self.run = trackio.init(
+        self.opened = trackio.init(
             project=self.options.trackio_project,
             name=name,
             space_id=self.options.trackio_space_id,
@@ -221,11 +204,11 @@ class Trackio(Tracker):
         )
         return name
 
-    def send(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+    def send(self, opened: Any, values: dict[str, float], step: int) -> None:
+        opened.log(values, step=step)
 
-    def close(self, *, failed: bool) -> None:
-        self.run.finish()
+    def close(self, opened: Any, *, failed: bool) -> None:
+        opened.finish()
 
 
 @dataclass(frozen=True)
@@ -255,7 +238,7 @@ class Comet(Tracker):
             display_summary_level=0,
         )
         try:
-            self.run = comet.start(
+            self.opened = comet.start(
                 project_name=self.options.comet_project,
                 experiment_key=earlier,
                 mode="get_or_create" if earlier else "create",
@@ -267,16 +250,16 @@ class Comet(Tracker):
                 " RUN/comet instead."
             ) from problem
         if not earlier:
-            self.run.log_parameters(configuration, nested_support=False)
-        return str(self.run.get_key())
+            self.opened.log_parameters(configuration, nested_support=False)
+        return str(self.opened.get_key())
 
-    def send(self, values: dict[str, float], step: int) -> None:
-        self.run.log_metrics(values, step=step)
+    def send(self, opened: Any, values: dict[str, float], step: int) -> None:
+        opened.log_metrics(values, step=step)
 
-    def close(self, *, failed: bool) -> None:
+    def close(self, opened: Any, *, failed: bool) -> None:
         if failed:
-            self.run.add_tag("failed")  # it has no word for it
-        self.run.end()
+            opened.add_tag("failed")  # it has no word for it
+        opened.end()
 
 
 def _known(directory: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.files.activity import say
+from panda.files.terminal import printable_line
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class Watched:
         """Whether it has been printed which way is better."""
 
     def take(self, run: Run, record: dict[str, Any]) -> bool:
-        """Whether the evaluation in ``record`` is the best so far. Raises UserError where it lacks the metric."""
+        """Whether the evaluation in ``record`` is the best so far. One that lacks the metric ends the run."""
         if self.metric not in record:
-            names = ", ".join(name for name in record if name.startswith("eval_"))
-            raise UserError(f"{self.plugin}: evaluations have no metric {self.metric!r}. They have: {names}.")
+            self._end(run, [name for name in record if name.startswith("eval_")])
+            return False
         value, higher = record[self.metric], self._higher_is_better(run)
         if math.isnan(value):
             better = False
@@ -56,6 +57,14 @@ class Watched:
         else:
             self.since += 1
         return better
+
+    def _end(self, run: Run, known: list[str]) -> None:
+        """End ``run``, whose evaluations have the ``known`` numbers, in good order: what it has learned is kept."""
+        names = ", ".join(known)
+        problem = f"evaluations have no {self.metric!r}. They have: {names}"
+        run.stop(problem)
+        if run.step >= run.plan.total_steps and run.processes.rank == 0:  # it ends anyway, and says nothing of stopping
+            say(printable_line(f"note: {self.plugin} has done nothing: {problem}"))
 
     def _higher_is_better(self, run: Run) -> bool:
         if self.higher_is_better is not None:

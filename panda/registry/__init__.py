@@ -18,3 +18,4 @@ from panda.registry.location import Location as Location
 from panda.registry.offers import Offer as Offer
 from panda.registry.options import Meta as Meta
 from panda.registry.options import Names as Names
+from panda.registry.options import OfEvaluations as OfEvaluations

@@ -16,6 +16,7 @@ from typing import Any
 from typing import Literal
 from typing import NamedTuple
 from typing import Protocol
+from typing import TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,10 @@ class ModelContext:
     """
     new_rows_from: int | None = None
     """The first row for which the checkpoint has no token, if the run adds tokens (`extend_vocab`)."""
+
+
+Better: TypeAlias = Literal["higher", "lower"] | None
+"""Which value of a number is the better one; None where neither is, as of a count."""
 
 
 class Loss(NamedTuple):

@@ -15,6 +15,8 @@ class UserError(Exception):
 
     is_everywhere = False
     """Whether every process of the run raises it."""
+    says_how_to_go_on = False
+    """Whether the text has the line that continues the run: continued as it is, it would end in the same way."""
     is_said = False
     """Whether another process of the run prints the same error."""
 

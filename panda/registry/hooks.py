@@ -203,6 +203,11 @@ def _function(plugin: object, name: str) -> types.FunctionType | None:
     return value if isinstance(value, types.FunctionType) else None
 
 
+def implements(plugin: object, hook: str) -> bool:
+    """Whether ``plugin``, a module, an object or a class, has ``hook``."""
+    return _marked(plugin, hook)
+
+
 def _marked(plugin: object, name: str) -> bool:
     return hasattr(_function(plugin, name), "panda_impl")
 

@@ -24,6 +24,7 @@ collective.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     import torch
 
     from panda.data.batches import Batch
+    from panda.registry.contexts import Better
+    from panda.registry.resolve import Resolved
     from panda.runner import Run
+    from panda.tasks.task import Task
 
 hookspec = pluggy.HookspecMarker("panda")
 hookimpl = pluggy.HookimplMarker("panda")
@@ -118,6 +122,16 @@ def panda_log(run: Run, record: dict[str, Any]) -> None:
     addition ``_min``, ``_median`` and ``_max`` of each quantity that the optimizer reports of each parameter
     (``trust_ratio`` of nvlamb); all of them are in ``run.observations``. Then the metrics of the task, and what hooks
     have added by ``run.log``. A step that was left out has no record.
+    """
+
+
+@hookspec
+def panda_evaluation_metrics(resolved: Resolved, task: Task) -> Mapping[str, Better] | None:
+    """The run is being prepared, and its data is not read yet: what will ``run.log`` add to evaluations?
+
+    Returns the names, without ``eval_`` before them, each with which value is the better one: "higher", "lower", or
+    None for neither. Keys such as ``best_metric`` are checked by them. None says that they are not known; so does a
+    plugin that has ``panda_evaluation_start`` and lacks this hook.
     """
 
 

@@ -26,6 +26,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import MISSING
 from dataclasses import dataclass
@@ -73,6 +74,14 @@ class Names:
 
     kind: str
     """A kind that a package adds. Panda's own kinds have keys of their own."""
+
+
+@dataclass(frozen=True)
+class OfEvaluations:
+    """Marks an option whose text names a number in the records of evaluations: ``Annotated[str, OfEvaluations()]``.
+
+    A name that no evaluation of the run will have is refused before its data is read.
+    """
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,16 @@ class Option:
     @property
     def names(self) -> str | None:
         """The kind of the components that it names; None for other options."""
+        return next((mark.kind for mark in self._marks() if isinstance(mark, Names)), None)
+
+    @property
+    def is_of_evaluations(self) -> bool:
+        """Whether it names a number in the records of evaluations."""
+        return any(isinstance(mark, OfEvaluations) for mark in self._marks())
+
+    def _marks(self) -> Iterator[Any]:
         types = [self.type, *typing.get_args(self.type)]  # Annotated, or Annotated | None
-        marks = (extra for each in types if typing.get_origin(each) is Annotated for extra in typing.get_args(each)[1:])
-        return next((mark.kind for mark in marks if isinstance(mark, Names)), None)
+        return (extra for each in types if typing.get_origin(each) is Annotated for extra in typing.get_args(each)[1:])
 
     def convert(self, given: Given) -> Any:
         """The value of this option that ``given`` stands for. Raises UserError for a value that does not fit."""

@@ -31,8 +31,8 @@ from panda.files.activity import activity
 from panda.files.terminal import printable_line
 from panda.hooks.lengths import counted
 from panda.registry import UserError
-from panda.report.recorded import TRAINED
 from panda.report.recorded import recorded_answers
+from panda.report.recorded import whose_answers
 from panda.report.reported import Answer
 from panda.report.reported import Data
 from panda.report.reported import Missing
@@ -177,7 +177,7 @@ class _Asking:
         prompts = [answer.prompt for answer in self.recorded] or self._prompts()
         self.tokenizer = assistant.tokenizer
         self.encoded = {prompt: assistant.encode([{"role": "user", "content": prompt}]) for prompt in prompts}
-        return self._ask(assistant, {} if self.recorded else self.encoded, TRAINED)
+        return self._ask(assistant, {} if self.recorded else self.encoded, whose_answers(self.gathering.run))
 
     def _prompts(self) -> list[str]:
         if isinstance(self.prepared, Missing):

@@ -114,10 +114,15 @@ def _facts(run: Reported) -> Iterator[tuple[str, str]]:
     total = row["total_steps"]
     yield "steps", f"{row['step']:,}" + (f" of {total:,}" if total else "")
     if row["loss"] is not None:
-        yield "loss", f"{row['loss']:.4f} at the end, least {row['least_loss']:.4f}"
+        yield "loss", f"{row['loss']:.4f} at last, least {row['least_loss']:.4f}"
     best = [(value, each["step"]) for each in run.recorded.evaluations if _is_finite(value := each["eval_loss"])]
     if best:
-        yield "evaluation loss", f"{best[-1][0]:.4f} at the end, best {min(best)[0]:.4f} at step {min(best)[1]:,}"
+        yield "evaluation loss", f"{best[-1][0]:.4f} at last, best {min(best)[0]:.4f} at step {min(best)[1]:,}"
+    if (metric := row.get("best_metric")) not in (None, "eval_loss"):
+        which = "highest" if row["higher_is_better"] else "lowest"
+        yield f"best {metric}", f"{row['best_value']:.4f} at step {row['best_step']:,}, the {which}"
+    if run.weights:
+        yield "weights that answer below", run.weights
     last: Mapping[str, Any] = run.recorded.records[-1] if run.recorded.records else {}
     for key, name in (("tokens", "tokens trained on"), ("skipped_steps", "skipped steps")):
         if isinstance(last.get(key), int) and (last[key] or key == "tokens"):

@@ -7,15 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import step_of
 from panda.files.records import damaged_lines
 from panda.files.records import read_records
 from panda.hooks.curves import Recorded
 from panda.hooks.guard import read_skipped
 from panda.hooks.metrics import FILE_NAME
+from panda.hooks.metrics import read_evaluations
+from panda.registry import UserError
 from panda.report.reported import Answer
 from panda.report.reported import Missing
 from panda.report.reported import Reported
 from panda.report.reported import public
+from panda.run.best_evaluation import best_checkpoint
+from panda.run.best_evaluation import best_evaluation
+from panda.run.best_evaluation import ended_step
+from panda.run.best_evaluation import exported_step
 from panda.run.description import read_provenance
 from panda.run.directory import configuration_in
 
@@ -38,6 +46,7 @@ def recorded(run: Path, name: str, row: Mapping[str, Any], answers: int) -> Repo
         configuration=public(configuration_in(run)),
         provenance=public(read_provenance(run)),
         damaged=len(damaged_lines(run / FILE_NAME)),
+        weights=weights_of(run),
         answers=recorded_answers(run, answers) or Missing("the run has recorded none"),
         evaluation_answers=evaluation_answers(run, answers),
         skipped=public(list(read_skipped(run).values())),
@@ -53,11 +62,47 @@ def recorded_answers(run: Path, count: int) -> list[Answer]:
         return []
     each = found if isinstance(found, list) else []
     pairs = [(one.get("prompt"), one.get("answer")) for one in each if isinstance(one, dict)]
+    step = ended_step(run)
+    whose = TRAINED if has_ended(run) else "at the end of an earlier start" + f", step {step:,}" * (step is not None)
     return [
-        Answer(prompt, {TRAINED: answer})
+        Answer(prompt, {whose: answer})
         for prompt, answer in pairs[:count]
         if isinstance(prompt, str) and isinstance(answer, str)
     ]
+
+
+def has_ended(run: Path) -> bool:
+    """Whether ``run`` is at its end, or was stopped: it is not to go on by itself."""
+    return isinstance(read_provenance(run).get("end"), dict)
+
+
+def step_of_weights(run: Path) -> int | None:
+    """The step after which the weights were that answer for ``run``: of its newest checkpoint, or its export."""
+    try:
+        checkpoint = find_checkpoint(run)
+    except UserError:
+        checkpoint = None
+    return step_of(checkpoint) if checkpoint else exported_step(run)
+
+
+def whose_answers(run: Path) -> str:
+    """What the answers of the model of ``run`` are headed."""
+    step = step_of_weights(run)
+    if step is None or (has_ended(run) and step == ended_step(run)):
+        return TRAINED
+    return f"after step {step:,}"
+
+
+def weights_of(run: Path) -> str:
+    """Which weights answer for ``run``, and whether its best evaluation is of others; empty where none are known."""
+    step, best = step_of_weights(run), best_evaluation(run, read_evaluations(run))
+    if step is None:
+        return ""
+    said = f"those after step {step:,}"
+    if best is None or best.step == step:
+        return said + ", the best by its evaluations" * (best is not None)
+    kept = best_checkpoint(run, best)
+    return f"{said}; the best evaluation was {best}" + (f", kept as {kept.name}" if kept else "")
 
 
 def evaluation_answers(run: Path, count: int) -> list[Answer]:

@@ -83,6 +83,8 @@ class Reported:
     """What ``panda runs`` says of it."""
     configuration: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    weights: str = ""
+    """Which weights answer, and give tokens their losses, in words."""
     damaged: int = 0
     """Lines of its records that are damaged."""
     data: Data | Missing = field(default=Missing("it was not read"))

@@ -88,6 +88,7 @@ def begin(
         step=continuation.progress.step,
         learning_rate_factor=continuation.progress.learning_rate_factor,
         flops_per_token=prepared.flops_per_token if processes.rank == 0 else None,
+        higher_is_better=prepared.evaluation_entries.higher_is_better if evaluations else set(),
     )
 
     current().keep_in(directory / LOG)
@@ -175,6 +176,7 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         "supervised_tokens": dataset.supervised_tokens,
         "data_sets": [found.record() for each in data_settings(run.resolved) for found in data_sets(each.value)],
         "bad_rows": dataset.report.bad_rows,
+        "evaluation_metrics": prepared.evaluation_entries.better if run.evaluations else None,
         "eval_samples": sum(len(each.dataset) for each in run.evaluations.values()) or None,
         "checkpoint": pretrained.describe() if pretrained else None,
         **({"base_weights": base_weights(pretrained)} if run.options.use_lora else {}),

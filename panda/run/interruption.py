@@ -173,10 +173,11 @@ def _hear_nothing_in_fork() -> None:
 os.register_at_fork(after_in_child=_hear_nothing_in_fork)
 
 
-def how_to_continue(directory: Path, checkpoint: Path, flags: str = "") -> str:
+def how_to_continue(directory: Path, checkpoint: Path, flags: str = "", *, exactly: bool = False) -> str:
     """A line for a shell, in any folder, that continues the run in ``directory`` from ``checkpoint``, after a word.
 
     On one machine it starts as many ranks as there are. ``flags``: more of them, quoted, with a space before.
+    ``exactly``: from that one, also where the run has newer ones.
     """
     program = _program("panda-train", "panda.cli.train")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -189,7 +190,7 @@ def how_to_continue(directory: Path, checkpoint: Path, flags: str = "") -> str:
         launched = " (with the launcher of this run, on each of its machines)"
     run, checkpoint = directory.absolute(), checkpoint.absolute()
     if checkpoint.parent.parent.resolve() == run.resolve():
-        resume = ["--resume", str(run)]
+        resume = ["--resume", str(checkpoint if exactly else run)]
     else:  # it is the one from which the run began, in another run
         resume = ["--config", str(run / "config.yaml"), "--resume", str(checkpoint)]
     return f"to continue it{launched}: {shlex.join([*program, *resume])}{flags}"

@@ -50,6 +50,7 @@ from panda.run.skipped import ends_on_skipped
 from panda.run.skipped import too_many
 from panda.run.state import Run
 from panda.tasks.task import Task
+from panda.tasks.task import stated_metrics
 
 SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60, 3600
 
@@ -64,6 +65,8 @@ class Loop:
         self.loss, self.statistics = _attributed(run, "loss"), None
         if type(run.task).statistics is not Task.statistics:
             self.statistics = _attributed(run, "statistics")
+        stated = stated_metrics(run.task)
+        run.engine.stated_metrics = None if stated is None else (*stated,)
         self.makes_samples = type(run.task).rollout is not Task.rollout
         self.clock = Clock(start)
         self.gpu = Gpu.of(run)
@@ -129,7 +132,7 @@ class Loop:
         if self.is_interrupted:
             raise Interrupted(self.how_it_goes_on())
         if ends_on_skipped(run):
-            raise UserError(ended_on_skipped(run))
+            raise ended_on_skipped(run)
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
@@ -153,7 +156,7 @@ class Loop:
         if self.run.skipped_in_a_row >= run.most_skipped:
             if self.is_worth_saving():
                 self.save(keep_all=True)
-            raise UserError(too_many(run))
+            raise too_many(run)
         # Before saving, so that a run that resumes this checkpoint already has the record. An interrupted run saves
         # first, since it may be killed soon.
         self.evaluation_due = bool(is_last or run.stopped or (options.eval_steps and step % options.eval_steps == 0))

@@ -15,14 +15,16 @@ from panda.data.data_sets import name_and_commit
 from panda.files.private import private
 from panda.files.records import read_records
 from panda.files.terminal import printable_line
+from panda.run.best_evaluation import best_evaluation
+from panda.run.best_evaluation import is_finite
 from panda.run.description import origins_in
 from panda.run.description import read_provenance
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import configuration_in
-from panda.weights.export import CARD_MARK
 from panda.weights.formats import CONFIG
 from panda.weights.hub import is_name
 from panda.weights.json_object import read_json_object
+from panda.weights.run_folders import CARD_MARK
 from panda.weights.run_folders import METRICS
 
 LICENCE = ("license", "license_name", "license_link")
@@ -81,7 +83,7 @@ def _title(run: Path, facts: Mapping[str, Any], base: str) -> Iterator[str]:
     trained, whole = facts.get("trained_parameters"), facts.get("parameters")
     yield f"# {_text(run.absolute().name)}"
     yield ""
-    of = f"from {_last(base)}" if base else "from random weights"
+    of = f"from {_text(_last(base))}" if base else "from random weights"
     size = f", {whole:,} parameters" if isinstance(whole, int) else ""
     part = f", of which {trained:,} were trained" if isinstance(trained, int) and trained != whole else ""
     yield f"Trained {of} with panda {panda.__version__}{size}{part}."
@@ -89,18 +91,21 @@ def _title(run: Path, facts: Mapping[str, Any], base: str) -> Iterator[str]:
 
 def _evaluation(run: Path, step: int) -> Iterator[str]:
     records = [record for record in read_records(run / METRICS) if record["step"] <= step]
-    evaluations = [record for record in records if isinstance(record.get("eval_loss"), (int, float))]
+    evaluations = [record for record in records if is_finite(record.get("eval_loss"))]
     if not evaluations:
         return
-    last, best = evaluations[-1], min(evaluations, key=lambda record: record["eval_loss"])
+    last = evaluations[-1]
+    found = best_evaluation(run, evaluations)
+    best = next((record for record in evaluations if found and record["step"] == found.step), last)
     metrics = [key for key, value in last.items() if _is_metric(key, value)]
+    by = f" by {_text(found.metric.removeprefix('eval_').replace('_', ' '))}" if found else ""
     yield ""
     yield "## Evaluation"
     yield ""
-    yield f"| | last, step {last['step']:,} | best, step {best['step']:,} |"
+    yield f"| | last, step {last['step']:,} | best{by}, step {best['step']:,} |"
     yield "|---|---|---|"
     for key in metrics:
-        cells = [f"{each[key]:.4f}" if isinstance(each.get(key), (int, float)) else "" for each in (last, best)]
+        cells = [f"{each[key]:.4f}" if is_finite(each.get(key)) else "" for each in (last, best)]
         yield f"| {_text(key.removeprefix('eval_').replace('_', ' '))} | {' | '.join(cells)} |"
 
 
@@ -149,4 +154,4 @@ def _last(value: Any) -> Any:
 
 def _text(text: Any) -> str:
     """``text`` in Markdown, where it is no markup."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable_line(str(text)))
+    return re.sub(r"([\\`*_\[\]<>|#~&$])", r"\\\1", printable_line(str(text)))

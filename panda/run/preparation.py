@@ -22,6 +22,7 @@ from panda.models.forward.trial import refuse_encoder
 from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
+from panda.registry.contexts import PluginContext
 from panda.registry.contexts import Reference
 from panda.registry.resolve import Resolved
 from panda.run.adapter_run import refuse_another_base
@@ -36,6 +37,9 @@ from panda.run.compiling import Work
 from panda.run.compiling import choice
 from panda.run.decided import with_decided
 from panda.run.decided import with_template_date
+from panda.run.evaluation_entries import Entries
+from panda.run.evaluation_entries import entries_of
+from panda.run.evaluation_entries import refuse_unknown
 from panda.run.first_look import NO_FP16
 from panda.run.fitting import Estimates
 from panda.run.fitting import explanation
@@ -106,6 +110,18 @@ class Preparation:
         refuse_unit(task.unit, self.resolved.components["task"].offer.describe())
         refuse_sets(self.options.eval_names, task.unit)
         return task, build_evaluation_tasks(self.resolved, task)
+
+    @cached_property
+    def evaluation_entries(self) -> Entries:
+        """What is known of the numbers of evaluations, which may be none.
+
+        Raises UserError where an option names one that they will not have.
+        """
+        if self.options.eval_data_dir is None and not self.options.eval_fraction:
+            return Entries()
+        found = entries_of(self.resolved, self.task, self.configuration.hooks)
+        refuse_unknown(self.resolved, found)
+        return found
 
     @cached_property
     def context(self) -> ModelContext:
@@ -287,17 +303,24 @@ class Preparation:
         return found
 
 
-def prepare(configuration: Configuration, world_size: int) -> Preparation:
+def add_plugins(configuration: Configuration) -> None:
+    """Make the plugins of a run live. Raises UserError where one cannot be built."""
+    for plugin in configuration.resolved.plugins:
+        configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
+
+
+def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = True) -> Preparation:
     """All that a run of ``world_size`` processes needs before they join. Raises UserError for what cannot work.
 
     Missing data, or a missing frozen model, is reported before the model is built, and errors of the model before the
-    data is read, which may take long.
+    data is read, which may take long. ``evaluates``: the plugins of the run are live, so that the names of metrics are
+    checked, too.
     """
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError(NO_FP16)
     if prepared.pretrained:
         generation_values(prepared.pretrained.folder)  # a file that cannot be read is found before the data is
-    _ = prepared.task, prepared.reference  # in this order
+    _ = prepared.task, evaluates and prepared.evaluation_entries, prepared.reference  # in this order
     _ = prepared.outline, prepared.weights, prepared.dataset, prepared.held_out
     return prepared

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from panda.answers.metric import Answer
@@ -17,6 +19,7 @@ from panda.answers.text import decoded
 from panda.data.token_dataset import SampleSet
 from panda.registry import UserError
 from panda.registry.chosen import Chosen
+from panda.registry.contexts import Better
 from panda.registry.resolve import Resolved
 from panda.tasks.task import Task
 
@@ -97,7 +100,18 @@ def _built(chosen: Chosen, context: MetricContext) -> Metric:
         with chosen.attributed("the score"):
             return metric.score(answers)
 
-    return Metric(score, metric.higher_is_better)
+    return replace(metric, score=score)
+
+
+def stated_scores(metrics: Mapping[str, Metric], sets: Iterable[str]) -> dict[str, Better] | None:
+    """The names that ``scores_of_sets`` will give, each with which value is the better one; None where they are not
+    known. ``sets``: the names of the evaluation sets, or none."""
+    found: dict[str, Better] = {}
+    for metric in metrics.values():
+        if metric.names is None:
+            return None
+        found |= dict.fromkeys(metric.names, "higher" if metric.higher_is_better else "lower")
+    return found | {f"{of}_{name}": better for of in sets for name, better in found.items()}
 
 
 def answer_records(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
 from panda.registry import Meta
+from panda.registry.contexts import Better
 from panda.registry.contexts import TaskContext
 from panda.tasks.task import NO_STATISTICS
 from panda.tasks.task import ShownPart
@@ -37,6 +39,7 @@ class LanguageModelling(Task):
 
     unit = "supervised_tokens"
     layouts = ("padded", "grouped", "packed")
+    metrics: Mapping[str, Better] = {}
     label_smoothing = 0.0
 
     def __init__(self, context: TaskContext) -> None:

@@ -20,6 +20,7 @@ from typing import Protocol
 from panda.data.conversations import UnusableRowError
 from panda.data.encoding import Encoder
 from panda.registry import UserError
+from panda.registry.contexts import Better as Better
 from panda.registry.contexts import Loss as Loss
 from panda.registry.contexts import Reference as Reference
 from panda.registry.contexts import TaskContext
@@ -94,6 +95,11 @@ class Task(ABC):
     layouts: tuple[str, ...] = ("padded", "grouped")
     """The values of ``batching`` with which the loss is right. A class with a ``loss`` or a ``collate`` of its own has
     these, whatever the class that it is derived from states, unless it states its own."""
+    metrics: Mapping[str, Better] | None = None
+    """The metrics that ``loss`` returns, all of them, each with which value is the better one: "higher", "lower", or
+    None for neither. A name in `best_metric` and the like is then checked before the data is read. None where the task
+    does not state them: such a name is known to be wrong only at the first evaluation. A class with a ``loss`` of its
+    own states none, whatever the class that it is derived from states, unless it states its own."""
     shown: tuple[str, ...] = ()
     """The metrics that the line of progress shows."""
 
@@ -231,6 +237,29 @@ class Task(ABC):
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` as in training, perhaps none. Raises UnusableRowError where that cannot be."""
         return self.encoder.encode_content(prompt)
+
+
+def stated_metrics(task: Task) -> dict[str, Better] | None:
+    """The metrics that ``task`` states for its ``loss``; None where it does not.
+
+    Raises UserError where that is no mapping of names, or lacks one that is shown.
+    """
+    for cls in type(task).__mro__:
+        if "metrics" in vars(cls):
+            break
+        if "loss" in vars(cls):
+            return None
+    stated = task.metrics
+    if stated is None:
+        return None
+    better = ("higher", "lower", None)
+    if not isinstance(stated, Mapping) or any(not isinstance(name, str) for name in stated):
+        raise UserError(f"task: its `metrics` are {stated!r:.80}. Write names, each with one of {better}.")
+    if wrong := [name for name, value in stated.items() if value not in better]:
+        raise UserError(f"task: of its `metrics`, {wrong[0]!r} is {stated[wrong[0]]!r:.40}. Write one of {better}.")
+    if lacking := [name for name in task.shown if name not in stated]:
+        raise UserError(f"task: `shown` names {lacking[0]!r}, which is none of its `metrics`: {', '.join(stated)}.")
+    return dict(stated)
 
 
 def refuse_without_end(tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from panda.data.batches import RowShape
 from panda.run.preparation import Preparation
 from panda.run.records import TAKEN
 from panda.tasks.task import Task
+from panda.tasks.task import stated_metrics
 from panda.testing.report import Report
 from panda.testing.runs import AS_COMMANDS
 from panda.testing.runs import Trained
@@ -200,6 +201,8 @@ def _check_splits(report: Report, folder: Path, common: Mapping[str, Any], task:
             else:
                 report.judge(split.promise, *same_records(run, whole), ADVICE)
         report.finish()
+    if stated_metrics(task) is None:
+        report.note("names", "the task does not state its `metrics`: a misspelt `best_metric` is found late")
     if "packed" not in task.layouts:
         report.note("packed rows", "not among the task's `layouts`: `batching: packed` is refused for it")
 

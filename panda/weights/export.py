@@ -38,6 +38,7 @@ from panda.weights.json_object import write_json_object
 from panda.weights.model_config import model_config
 from panda.weights.parts import PARTS
 from panda.weights.pretrained import Pretrained
+from panda.weights.run_folders import CARD_MARK
 from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
 
@@ -46,8 +47,6 @@ _NAMES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md",
 
 
 CARD = "README.md"
-CARD_MARK = "<!-- Written by panda, which replaces it with the next export. Without this line it is left as it is. -->"
-"""The line by which panda knows a card that it wrote."""
 
 
 def describe_model(

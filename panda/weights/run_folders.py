@@ -21,6 +21,9 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 """The folder of a run directory that holds the trained model."""
 
+CARD_MARK = "<!-- Written by panda, which replaces it with the next export. Without this line it is left as it is. -->"
+"""The line by which panda knows a card that it wrote."""
+
 LOG = "log.txt"
 """What libraries have warned of."""
 
@@ -40,6 +43,6 @@ def exported_model(folder: Path) -> Path:
     if checkpoints and checkpoints[-1].stat().st_mtime > written:
         raise UserError(
             f"{folder}: the export of this run is older than its newest checkpoint, {checkpoints[-1].parent.name}."
-            f" `panda export {folder}` renews it; to start from the older weights, name {export}."
+            f" `panda export {folder}` renews it; for the older weights, name {export}."
         )
     return export

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from panda.answers.exact_match import ExactMatchOptions
 from panda.answers.loading import described_in
 from panda.cli import eval as evaluating
 from panda.cli import report as reporting
+from panda.cli.harness import model_arguments
 from panda.configuration.arguments import parse_arguments
 from panda.data import sample
 from panda.files.activity import activity
@@ -141,6 +143,7 @@ def test_text_has_no_answers(run: Trained, tmp_path: Path, capsys: pytest.Captur
         ("--data {rows} --eval_metrics bleu", "unknown metric 'bleu'"),
         ("--data {rows} --eval_names a b", "eval_names: 2 names (a, b) are given for the 1 path: {rows} of"),
         ("--data {rows} --eval_names a/b", "eval_names: 'a/b' cannot be part of the name of a metric."),
+        ("--data {rows} --eval_names all", "eval_names: 'all' is the word for all sets together."),
         ("--data {rows} --output {folder}", "--output: expected the path of a file, which is written."),
         ("--data {rows} --output no/file.json", "--output: there is no folder 'no' to write 'file.json' to."),
         ("--data {rows} --inputfield a", "unknown key 'inputfield'"),
@@ -162,6 +165,25 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
     words = flags.format(rows=rows, folder=tmp_path).split()
     assert evaluating.main([str(tmp_path), *words]) == 2
     assert said.format(rows=rows, folder=tmp_path) in capsys.readouterr().err
+
+
+def test_the_harness_is_not_given_older_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, newest = tmp_path / "run/export", tmp_path / "run/checkpoints/step-00000002"
+    for folder in (export, newest):
+        folder.mkdir(parents=True)
+    (tmp_path / "run/provenance.json").write_text("{}")
+    (export / "config.json").write_text("{}")
+    (newest / "manifest.json").write_text("{}")
+    os.utime(newest / "manifest.json", (0, 0))
+    assert model_arguments(str(tmp_path / "run"), None) == f"pretrained={export},dtype=auto"
+    os.utime(export / "config.json", (0, 0))
+    os.utime(newest / "manifest.json", (9, 9))
+    assert evaluating.main([str(tmp_path / "run"), "--harness", "hellaswag"]) == 2
+    said = capsys.readouterr().err
+    assert "the export of this run is older than its newest checkpoint, step-00000002. `panda export" in said
+    assert model_arguments(str(export), None) == f"pretrained={export},dtype=auto", "where it is named"
 
 
 def test_what_a_file_says_of_a_run_is_no_flag_of_the_command(

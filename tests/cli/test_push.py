@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from launching import BIN
 from launching import ENVIRONMENT
 
 from panda.cli.main import main as panda
+from panda.weights.run_folders import CARD_MARK
 
 TOKEN = "token-of-heron"
 
@@ -70,6 +72,33 @@ def test_a_runs_export_is_put_there_privately_and_again_without_sending_what_is_
     again = push(hub, run / "export", "heron/reeds")
     assert again.returncode == 0 and "private, which is there" in again.stdout
     assert [asked for asked in hub.asked if asked.startswith("PUT /large/")] == sent
+
+
+def test_which_weights_of_a_run_are_pushed_is_said(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(exported, run / "export")
+    (run / "config.yaml").write_text("best_metric: eval_f1\nbest_higher_is_better: true\n")
+    (run / "provenance.json").write_text('{"end": {"step": 7}}')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "eval_loss": 1.0, "eval_f1": 1 / step}) + "\n" for step in (400, 1200))
+    )
+    card = f"---\nlicense: mit\n---\n{CARD_MARK}\n# a\n\n- steps: 1,200 of 2,000\n"
+    best = "note: the best evaluation was eval_f1 0.0025 at step 400: "
+    for text, kept, said in (
+        ("another card", False, []),
+        (card, False, ["the weights after step 1,200", f"{best}no checkpoint of it is known"]),
+        (card, True, [f"{best}`panda export {run}/checkpoints/step-00000400 --output FOLDER`, and push FOLDER"]),
+        (card.replace("1,200 of", "400 of"), True, ["the weights after step 400"]),
+    ):
+        (run / "export/README.md").write_text(text)
+        if kept:
+            (run / "checkpoints/step-00000400").mkdir(parents=True, exist_ok=True)
+            (run / "checkpoints/best").write_text("step-00000400\n")
+        assert panda(["push", str(run), "heron/reeds", "--dry_run"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {*said} <= {*lines} and ("best evaluation" in str(lines)) == ("best evaluation" in str(said))
 
 
 def test_an_interrupted_upload_goes_on_where_it_was(hub: Hub, exported: Path) -> None:

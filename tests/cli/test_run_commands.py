@@ -61,6 +61,20 @@ def test_runs_are_listed_with_their_status(some: Path, capsys: pytest.CaptureFix
     assert found["lab/interrupted"]["loss"] is None and found["lab/interrupted"]["least_loss"] == 3
 
 
+def test_a_run_is_as_good_as_what_it_compares_evaluations_by(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = some / "finished"
+    by_loss = [rows(capsys)["finished"][key] for key in ("best_metric", "best_value", "best_step", "higher_is_better")]
+    assert by_loss == ["eval_loss", 1.25, 2, False]
+    (run / "config.yaml").write_text("plugins: [best_checkpoint]\nbest_metric: eval_f1\nbest_higher_is_better: null\n")
+    (run / "provenance.json").write_text('{"evaluation_metrics": {"eval_f1": "higher"}, "end": {"step": 3}}')
+    text = (run / "metrics.jsonl").read_text().replace("1.25", '1.25, "eval_f1": 0.5')
+    (run / "metrics.jsonl").write_text(text.replace("1.75", '1.75, "eval_f1": 0.75'))
+    by_score = [rows(capsys)["finished"][key] for key in ("best_metric", "best_value", "best_step", "higher_is_better")]
+    assert by_score == ["eval_f1", 0.75, 3, True]
+    assert runs.main(["runs"]) == 0
+    assert "0.75 f1" in capsys.readouterr().out
+
+
 def test_a_run_that_trains_is_said_to(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with held(some / "finished" / ".lock"):
         assert rows(capsys)["finished"]["status"] == "training"

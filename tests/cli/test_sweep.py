@@ -230,3 +230,9 @@ def test_evaluations_decide_where_there_are_any(tmp_path: Path, capsys: pytest.C
         (point.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sweep.report(sweep.Sweep(tmp_path, points, [], only_prints=False), [])
     assert "least evaluation loss: 3.0000, b\n" in capsys.readouterr().out
+    for point, score in zip(points, (0.75, 0.5), strict=True):
+        (point.directory / "config.yaml").write_text("best_metric: eval_f1\nbest_higher_is_better: true\n")
+        file = point.directory / "metrics.jsonl"
+        file.write_text(file.read_text().replace('"eval_loss"', f'"eval_f1": {score}, "eval_loss"'))
+    sweep.report(sweep.Sweep(tmp_path, points, [], only_prints=False), [])
+    assert "highest eval_f1: 0.7500, a\n" in capsys.readouterr().out

@@ -341,9 +341,16 @@ def test_a_worker_goes_on_when_all_processes_of_a_run_are_signalled(
     ]
 
 
-def test_workers_end_with_their_process(tmp_path: Path) -> None:
-    """One that waits for its batches to be taken does, too: the pipe is full, and it holds both ends."""
-    code = """
+@pytest.mark.parametrize("before", [False, True])
+def test_workers_end_with_their_process(tmp_path: Path, before: bool) -> None:
+    """One that waits for its batches to be taken does, too: the pipe is full, and it holds both ends.
+
+    ``before``: the process ends before its workers have begun.
+    """
+    code = (
+        f"BEFORE = {before}"
+        """
+import os
 import time
 import numpy as np
 import torch
@@ -356,12 +363,21 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self): return 10**6
     def __getitem__(self, number): return bytes(10**6)
 
-batches = iter(DataLoader(Rows(), batch_size=None, num_workers=2, worker_init_fn=partial(_begin, Workers(2))))
-next(batches)
-time.sleep(1)
+PARENT = os.getpid()
+
+def begin(workers, worker):
+    while BEFORE and os.getppid() == PARENT:
+        time.sleep(0.01)
+    _begin(workers, worker)
+
+batches = iter(DataLoader(Rows(), batch_size=None, num_workers=2, worker_init_fn=partial(begin, Workers(2))))
+if not BEFORE:
+    next(batches)
+    time.sleep(1)
 print(*(worker.pid for worker in batches._workers), flush=True)
 time.sleep(600)
 """
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None
     pids = [int(word) for word in process.stdout.readline().split()]

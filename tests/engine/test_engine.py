@@ -17,6 +17,7 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
 from panda.registry import UserError
+from panda.registry.contexts import Loss
 
 WAYS = [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 1), ("bf16", 2)]
 OFFLOADED = [("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
@@ -169,13 +170,43 @@ def test_a_step_trains_in_training_mode_whoever_changed_it(
 def test_statistics_of_other_names_on_another_rank_are_refused() -> None:
     """Ranks would wait for each other, or add up what is not the same."""
     engine: Any = object.__new__(Engine)
-    engine._agreed = set()
+    engine._agreed = {}
     others: list[Any] = [("kl", ())]
     engine.processes = SimpleNamespace(
         device=torch.device("cpu"), from_all=lambda mine: [mine, others], sum_=lambda tensor: tensor * 2
     )
     gathered = engine._gathered([Batch(1.0)], lambda module, here: {"kl": torch.tensor(1.0)}, None)
     assert gathered == {"kl": torch.tensor(2.0, dtype=torch.float64)}
-    engine._agreed, others[0] = set(), ("reward", ())
+    engine._agreed, others[0] = {}, ("reward", ())
     with pytest.raises(UserError, match=r"its statistics are others on other ranks: rank 0: .*kl.*; rank 1: .*reward"):
         engine._gathered([Batch(1.0)], lambda module, here: {"kl": torch.tensor(1.0)}, None)
+
+
+def with_metric(*names: str) -> Any:
+    """A loss with metrics of these names."""
+    return lambda model, batch: Loss(loss_sum(model, batch), dict.fromkeys(names, (1.0, 2.0)))
+
+
+def test_metrics_have_the_same_names_in_all_steps_and_evaluation_sets(processes: Processes) -> None:
+    """Also where ranks agreed on them once: later ones would wait for each other, or be added up wrongly."""
+    engine = make_engine(processes, "fp32", 0)
+    assert engine.step([Batch(1.0)], with_metric("a", "b")).metrics.keys() == {"a", "b"}
+    assert engine.evaluate([Batch(1.0)], with_metric("a")).pairs.keys() == {"a"}, "an evaluation may have others"
+    assert engine.evaluate([], with_metric()).pairs.keys() == {"a"}
+    again = "task: its metrics are {}, as it states or as they were before, and of another batch"
+    with pytest.raises(UserError, match=again.format("a, b")):
+        engine.step([Batch(1.0)], with_metric("a"))
+    with pytest.raises(UserError, match=again.format("a")):
+        engine.evaluate([Batch(1.0)], with_metric())
+    stated = make_engine(processes, "fp32", 0)
+    stated.stated_metrics = ("a", "b")
+    with pytest.raises(UserError, match=again.format("a, b")):
+        stated.step([Batch(1.0)], with_metric("a"))
+
+
+def test_statistics_have_the_same_names_in_all_steps(processes: Processes) -> None:
+    engine = make_engine(processes, "fp32", 0)
+    found = [{"kl": torch.tensor(1.0)}, {"reward": torch.tensor(1.0)}]
+    engine._gathered([Batch(1.0)], lambda module, here: found[0], None)
+    with pytest.raises(UserError, match="task: its statistics were kl, and of another step they are reward"):
+        engine._gathered([Batch(1.0)], lambda module, here: found[1], None)

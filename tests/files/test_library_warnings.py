@@ -16,6 +16,7 @@ from distributions import Distributions
 
 from panda.cli.command import run_command
 from panda.files import library_warnings
+from panda.files.library_warnings import LibraryWarnings
 from panda.files.library_warnings import current
 from panda.files.library_warnings import kept_aside
 from panda.files.library_warnings import owner_of
@@ -84,6 +85,66 @@ def test_those_of_a_library_are_kept_and_all_else_is_shown(modules: list[Any], c
     ]
 
 
+def test_what_others_warn_of_through_a_library_is_shown(
+    modules: list[Any], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ``stacklevel``, a helper of a library, or what captures warnings."""
+    library, package, _ = modules
+    helper = tmp_path / "site-packages/alib_logging/logging.py"
+    helper.parent.mkdir()
+    helper.write_text("import logging\ndef warn_once(text): logging.getLogger('alib').warning(text)\n")
+    (helper.parent / "__init__.py").touch()
+    warn_once = import_module("alib_logging.logging").warn_once
+    source = """
+import logging, warnings
+def above(text): warnings.warn(text, FutureWarning, stacklevel=2)
+def once(helper, text): helper(text)
+"""
+    for module in (library, package):
+        exec(compile(source, module.__file__, "exec"), vars(module))
+    caller: dict[str, Any] = {}
+    exec(compile("def call(warn, *given): warn(*given)", library.__file__, "exec"), caller)
+    with printed():
+        with kept_aside() as kept:
+            for module in (library, package):
+                caller["call"](module.above, f"{module.__name__} warns above")
+                module.once(warn_once, f"{module.__name__} logs once")
+            caller["call"](logging.getLogger("acme").handle, record("acme", library.__file__, "by name"))
+            logging.captureWarnings(True)
+            for module in (library, package):
+                module.warn(f"{module.__name__} is captured")
+        library.warn("alib after")
+        logging.captureWarnings(False)
+        library.warn("alib later")
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "def warn" not in line]
+    assert [line.rpartition(": ")[2] for line in shown] == [
+        *("acme warns above", "acme logs once", "by name", "acme is captured", "alib after", "alib later")
+    ]
+    assert kept.owners == {"alib": 2, "alib_logging": 1}
+    sys.modules.pop("alib_logging.logging"), sys.modules.pop("alib_logging")
+
+
+def record(name: str, file: str, text: str) -> logging.LogRecord:
+    return logging.LogRecord(name, logging.WARNING, file, 1, text, (), None)
+
+
+def test_those_of_other_ranks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, first = tmp_path / "log.txt", LibraryWarnings()
+    file.write_text("2020-01-01 10:00:00  rank 1  of an earlier start\n")
+    first.keep_in(file)
+    assert first.summary() == ""
+    other = LibraryWarnings()
+    monkeypatch.setenv("RANK", "1")
+    other.keep_in(file)
+    for text in ("once", "twice\nand more", "twice\nand more"):
+        other.add("torch", text)
+    other.close()
+    monkeypatch.setenv("RANK", "0")
+    assert first.summary() == "2 warnings of other ranks"
+    first.add("torch", "here")
+    assert first.summary() == "1 warning of torch, and 2 warnings of other ranks"
+
+
 def test_a_file_has_each_text_once_and_how_often_it_came(
     modules: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,13 +187,13 @@ def test_files_of_a_librarys_own_log_are_written_and_nothing_is_kept_where_all_i
     assert capsys.readouterr().err == "two\nthree\n"
 
 
-def test_a_command_shows_them_with_a_traceback_only(modules: list[Any], capsys: Captured) -> None:
+def test_a_command_shows_them_with_what_is_no_users_error(modules: list[Any], capsys: Captured) -> None:
     library = modules[0]
 
     def command(argv: list[str]) -> None:
         library.warn("the reason")
         if argv:
-            raise UserError("no") if argv == ["user"] else ZeroDivisionError
+            raise {"user": UserError("no"), "file": PermissionError(13, "no", "/x")}.get(argv[0], ZeroDivisionError())
 
     with printed():
         assert run_command(command, []) == 0
@@ -140,10 +201,13 @@ def test_a_command_shows_them_with_a_traceback_only(modules: list[Any], capsys: 
         assert capsys.readouterr().err == "error: no\n"
         with pytest.raises(ZeroDivisionError):
             run_command(command, ["bug"])
-    assert capsys.readouterr().err == (
-        "1 warning of alib before this error, which may explain it:\n"
-        f"  {library.__file__}:3: FutureWarning: the reason\n"
-    )
+        warned = (
+            "1 warning of alib before this error, which may explain it:\n"
+            f"  {library.__file__}:3: FutureWarning: the reason\n"
+        )
+        assert capsys.readouterr().err == warned
+        assert run_command(command, ["file"]) == 2
+    assert capsys.readouterr().err.startswith(f"{warned}error: /x: this user may not read or enter it")
 
 
 def test_whose_a_file_is() -> None:

@@ -219,7 +219,10 @@ def test_what_counts_as_better(capsys: pytest.CaptureFixture[str]) -> None:
         def __init__(self, step: int) -> None:
             self.step = step
             self.higher_is_better = {"eval_rougeL"}
-            self.processes = SimpleNamespace(rank=0)
+            self.processes, self.plan = SimpleNamespace(rank=0), SimpleNamespace(total_steps=9)
+
+        def stop(self, reason: str) -> None:
+            self.stopped = reason
 
     def taken(watched: Watched, values: list[float]) -> list[bool]:
         return [watched.take(AtStep(step), {watched.metric: value}) for step, value in enumerate(values)]  # type: ignore[arg-type]
@@ -244,8 +247,12 @@ def test_what_counts_as_better(capsys: pytest.CaptureFixture[str]) -> None:
     other = Watched("ours", "eval_y")
     other.load(higher.state())
     assert other.best is None, "of another metric"
-    with pytest.raises(UserError, match=r"ours: evaluations have no metric 'eval_y'. They have: eval_x, eval_z"):
-        other.take(AtStep(1), {"step": 1, "eval_x": 1, "eval_z": 2})  # type: ignore[arg-type]
+    for step, said in ((1, ""), (9, "note: ours has done nothing: {}\n")):
+        run = AtStep(step)
+        assert not other.take(run, {"step": step, "eval_x": 1, "eval_why": 2})  # type: ignore[arg-type]
+        problem = "evaluations have no 'eval_y'. They have: eval_x, eval_why"
+        assert run.stopped == problem and capsys.readouterr().out == said.format(problem)
+    assert (other.best, other.since) == (None, 0)
 
 
 def test_what_freeze_means() -> None:
@@ -270,7 +277,8 @@ def test_what_freeze_means() -> None:
         ),
         (
             ["--plugins", "early_stopping", "--eval_steps", 1, "--early_stopping_metric", "eval_los"],
-            "evaluations have no metric 'eval_los'. They have: eval_loss,",
+            "early_stopping_metric: evaluations of this run have no 'eval_los'. Did you mean 'eval_loss'? They have:"
+            " eval_loss, eval_tokens, eval_supervised_tokens, eval_seconds.",
         ),
     ],
 )

@@ -43,9 +43,9 @@ def test_a_record_is_a_line_and_on_disk_at_once(make_run: Any, record: Any) -> N
 def test_a_full_disk_is_told_with_the_file(make_run: Any, record: Any) -> None:
     run = make_run()
     plugin = started(run)
-    assert plugin.file is not None
-    plugin.file.stream.close()
-    plugin.file.stream = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    assert plugin.opened is not None
+    plugin.opened.stream.close()
+    plugin.opened.stream = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
     with pytest.raises(OSError, match="No space left") as caught:
         plugin.panda_log(record(1))
     assert caught.value.filename == str(run.directory / "metrics.jsonl")
@@ -127,7 +127,7 @@ def test_only_rank_0_writes(make_run: Any, record: Any) -> None:
 @pytest.mark.parametrize("end", ["panda_run_end", "panda_exception"])
 def test_the_file_is_closed_however_a_run_ends(make_run: Any, end: str) -> None:
     plugin = started(make_run())
-    file = plugin.file
+    file = plugin.opened
     getattr(plugin, end)()
     assert file is not None
     assert file.stream.closed

@@ -134,7 +134,7 @@ def test_a_page_has_the_curves_and_the_best_evaluation(tmp_path: Path) -> None:
     records = [record(step, skipped_steps=step // 15, reward=step / 7) for step in range(1, 31)]
     run = write(tmp_path / "run", [*records, *evaluations], started="2026")
     page = made(tmp_path, str(run), "--recorded_only")
-    assert "best 1 at step 20" in page.text and "1.5000 at the end, best 1.0000 at step 20" in page.text
+    assert "best 1 at step 20" in page.text and "1.5000 at last, best 1.0000 at step 20" in page.text
     for title in ("learning rate", "gradient norm, before clipping", "tokens a second", "reward"):
         assert title in page.text
     assert "steps that were skipped or left out" in page.text

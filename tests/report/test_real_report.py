@@ -16,6 +16,7 @@ from panda.cli import report
 from panda.report.gathering import SHOWN_TOKENS
 from panda.report.gathering import Shown
 from panda.report.gathering import shown
+from panda.report.page import page
 from panda.report.reported import Missing
 from panda.report.reported import Reported
 from panda.testing.runs import Trained
@@ -109,6 +110,34 @@ def test_data_and_answers_are_gathered(runs: tuple[Trained, Trained]) -> None:
     ]
     whole = gathered(first, "--samples", "0")
     assert "random weights" in whole.which_answers and not isinstance(whole.answers, Missing)
+
+
+def test_the_weights_of_a_run_that_has_not_ended_are_named_by_their_step(
+    runs: tuple[Trained, Trained], tmp_path: Path
+) -> None:
+    """One that trains, was killed, or has gone on since its end."""
+    ended = gathered(runs[0], "--recorded_only")
+    assert ended.weights.startswith("those after step 3") and not isinstance(ended.answers, Missing)
+    run = tmp_path / "run"
+    shutil.copytree(runs[0].directory, run)
+    (run / "checkpoints/step-00000003").rename(run / "checkpoints/step-00000002")  # as if it were an earlier one
+    (run / "checkpoints/best").write_text("step-00000002\n")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = next(record for record in records if "eval_loss" in record)
+    records.append(best | {"step": 1, "eval_loss": 0.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    provenance = json.loads((run / "provenance.json").read_text())
+    provenance["earlier_starts"] = [{"end": provenance.pop("end")}]
+    (run / "provenance.json").write_text(json.dumps(provenance))
+    killed = Trained(run, "")
+    found = gathered(killed, "--samples", "0")
+    assert found.weights == "those after step 2; the best evaluation was eval_loss 0.5000 at step 1"
+    assert not isinstance(found.answers, Missing)
+    assert {*found.answers[0].answers} == {"at the end of an earlier start, step 3"}
+    (run / "answers.json").unlink()
+    found = gathered(killed, "--samples", "0")
+    assert not isinstance(found.answers, Missing) and {*found.answers[0].answers} == {"after step 2"}
+    assert "weights that answer below" in page([found])
 
 
 def test_the_model_is_loaded_only_where_it_is_asked(

@@ -22,6 +22,7 @@ from launching import train_many
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.run.asking import Asked
@@ -294,6 +295,26 @@ def trained(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.Mo
         return train(configure(parse_arguments(argv)))
 
     return train_with
+
+
+def test_a_metric_that_only_the_first_evaluation_shows_to_be_missing_loses_no_work(
+    trained: Any, processes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plugin `mistaken` adds to evaluations, and does not state what."""
+    plugins = ("--plugins", "best_checkpoint", "mistaken", "--max_steps", "3", "--eval_steps", "1")
+    run = trained(*plugins, "--best_metric", "eval_other", "--output_dir", "missing")
+    said = capsys.readouterr().out
+    assert "note: best_metric: whether evaluations have 'eval_other' is known at the first one" in said
+    why = (
+        "stopped after step 1 of 3 by plugin best_checkpoint: evaluations have no 'eval_other'. They have: eval_loss, "
+    )
+    assert why in said and (run.directory / "export").is_dir()
+    assert [path.name for path in complete_checkpoints(run.directory / "checkpoints")] == ["step-00000001"]
+    again = trained(
+        "--max_steps", "3", "--resume", "auto", "--output_dir", "missing", *plugins[:3], "--eval_steps", "1"
+    )
+    assert again is not None and again.step == 3 and again.resumed_from is not None
+    assert "the best until now, is gone" not in capsys.readouterr().out
 
 
 def test_a_stopped_run_is_resumed_only_without_what_stopped_it(

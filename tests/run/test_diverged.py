@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from launching import metrics
 
+from panda.cli.runs import described
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.processes import Processes
-from panda.registry import UserError
+from panda.run.skipped import SkippedError
 from panda.runner import train
 from panda.tasks.text_task import TextTask
 
@@ -43,19 +45,32 @@ def bad_from(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
+def status(run: Path) -> str:
+    return str(described(run, run.parent)["status"])
+
+
 def saved(run: Path) -> list[str]:
     return [path.name for path in complete_checkpoints(run / "checkpoints")]
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
-    processes: Processes, tmp_path: Path, bad_from: list[int]
+    processes: Processes, tmp_path: Path, bad_from: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad_from[0] = 4
     run = tmp_path / "run"
-    recommended = rf"last 4 steps were skipped, .*The last good checkpoint is {run}/checkpoints/step-00000003, which"
-    with pytest.raises(UserError, match=recommended):
+    good = run / "checkpoints/step-00000003"
+    recommended = (
+        "last 4 steps were skipped, since their loss or gradients were not finite. The last good weights are in"
+        f" {good}: `panda export {good} --output FOLDER`. `panda replay {run} 7` finds the rows. Mend the data, or"
+        " lower `learning_rate`: continued unchanged, the run takes the same steps and ends in the same way.\n"
+    )
+    go_on = rf"to continue it: \S*panda-train --resume {good} --learning_rate 0\.0005$"
+    with pytest.raises(SkippedError, match=re.escape(recommended) + go_on):
         flags = [*ONE, "--max_steps", "9", "--guard_patience", "4"]
         train(configure(parse_arguments([*RUN, "--output_dir", str(run), *flags])))
+    said = capsys.readouterr().out
+    assert "the run stopped after step 7, in" in said and "to continue it" not in said
+    assert status(run) == "ended on skipped steps"
     assert saved(run) == ["step-00000003"]
     assert metrics(run)[-1]["skipped_steps"] == 4
 
@@ -65,11 +80,14 @@ def test_a_run_that_ends_on_skipped_steps_keeps_it_too(
 ) -> None:
     bad_from[0] = 4
     run = tmp_path / "run"
-    message = r"of 6 the last 3 steps were skipped, .* nothing is exported. The last good checkpoint is .*step-00000003"
-    with pytest.raises(UserError, match=message):
+    message = (
+        r"of 6 the last 3 steps were skipped, .* nothing is exported. The last good weights are in .*step-00000003:"
+    )
+    with pytest.raises(SkippedError, match=message):
         train(configure(parse_arguments([*RUN, "--output_dir", str(run), *ONE, "--max_steps", "6"])))
     assert saved(run) == ["step-00000003"]
     assert not (run / "export").exists()
+    assert status(run) == "ended on skipped steps"
 
 
 def test_a_checkpoint_that_is_due_at_a_skipped_step_follows_the_next_that_is_taken(
@@ -86,14 +104,20 @@ def test_what_was_trained_before_skipped_steps_at_the_end_is_saved_and_nothing_r
 ) -> None:
     bad_from[0] = 4
     run, few = tmp_path / "end", ("--save_steps", "2", "--save_total_limit", "1", "--max_steps", "5")
-    with pytest.raises(UserError, match="the last 2 steps were skipped"):
+    go_on = (
+        rf"weights are in {run}/checkpoints/step-00000005: .*\nto continue it: .*--resume \S+/step-00000002 --learning"
+    )
+    with pytest.raises(SkippedError, match=f"(?s)the last 2 steps were skipped.*{go_on}"):
         train(configure(parse_arguments([*RUN, "--output_dir", str(run), *few])))
     assert saved(run) == ["step-00000002", "step-00000005"]
     # Nothing is left to train, and it still does not call that the end of a run.
-    with pytest.raises(UserError, match="the last 2 steps were skipped"):
+    with pytest.raises(SkippedError, match=f"(?s)the last 2 steps were skipped.*{go_on}"):
         train(configure(parse_arguments(["--resume", str(run)])))
     assert not (run / "export").exists()
     assert saved(run) == ["step-00000002", "step-00000005"]
+    bad_from[0] = 10**9  # what is said helps
+    train(configure(parse_arguments(["--resume", str(run / "checkpoints/step-00000002"), "--learning_rate", "5e-4"])))
+    assert (run / "export").exists() and status(run) == "finished"
 
 
 def test_what_a_killed_start_had_not_removed_is_removed_where_nothing_is_left_to_train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from huggingface_hub import ModelCard
 
 from panda.run.description import origins_in
 from panda.run.model_card import model_card
-from panda.weights.export import CARD_MARK
 from panda.weights.export import exporting
+from panda.weights.run_folders import CARD_MARK
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FACTS: dict[str, Any] = {
@@ -58,16 +59,43 @@ def test_the_hub_can_read_what_a_card_says(tmp_path: Path) -> None:
     text = str(card.text)
     assert "# my\\_run\n" in text and "Trained from org/base with panda" in text
     assert "1,000,000 parameters, of which 1,000 were trained." in text
-    assert "| | last, step 40 | best, step 30 |\n|---|---|---|\n| loss | 2.0000 | 1.5000 |\n| accuracy | 0.5000" in text
+    assert (
+        "| | last, step 40 | best by loss, step 30 |\n|---|---|---|\n| loss | 2.0000 | 1.5000 |\n| accuracy | 0.5000"
+        in text
+    )
     assert "seconds" not in text and "- steps: 40\n" in text and "- on 2 ranks, cuda\n" in text
     assert "```yaml\ntask: instruct\nlearning_rate: 0.5\n```\n" in text  # no defaults, and nothing that was decided
 
 
 def test_the_card_of_an_earlier_checkpoint_has_the_evaluations_up_to_it(tmp_path: Path) -> None:
     text = model_card(written(tmp_path / "run"), 20, adapters=False)
-    assert "| | last, step 20 | best, step 20 |" in text and "- steps: 20 of 40\n" in text
+    assert "| | last, step 20 | best by loss, step 20 |" in text and "- steps: 20 of 40\n" in text
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert "## Evaluation" not in model_card(tmp_path / "run", 20, adapters=False)
+
+
+def test_the_best_is_that_by_the_runs_own_metric_and_what_is_not_finite_is_passed_over(tmp_path: Path) -> None:
+    config = {"best_metric": "eval_f1", "best_higher_is_better": None}
+    run = written(tmp_path / "run", config=config, evaluation_metrics={"eval_f1": "higher"})
+    values = {10: (3.0, 0.5), 20: (2.5, 0.75), 30: (1.5, 0.25), 40: (math.nan, math.nan)}
+    lines = [json.dumps({"step": step, "eval_loss": a, "eval_f1": b}) for step, (a, b) in values.items()]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    text = model_card(run, 40, adapters=False)
+    assert "| | last, step 30 | best by f1, step 20 |\n|---|---|---|\n| loss | 1.5000 | 2.5000 |\n" in text
+    assert "\n| f1 | 0.2500 | 0.7500 |\n" in text
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("r_is_better: null", "r_is_better: false")
+    )
+    assert "best by f1, step 30" in model_card(run, 40, adapters=False), "as the user has it"
+    (run / "metrics.jsonl").write_text(lines[-1] + "\n")
+    assert "## Evaluation" not in model_card(run, 40, adapters=False)
+
+
+def test_nothing_that_a_run_is_called_is_markup(tmp_path: Path) -> None:
+    run = written(tmp_path / "~~a~~ &lt; $x$ *b* [c](d)", base="/models/_e_ <i>")
+    text = model_card(run, 40, adapters=False)
+    assert "# \\~\\~a\\~\\~ \\&lt; \\$x\\$ \\*b\\* \\[c\\](d)\n" in text
+    assert "Trained from \\_e\\_ \\<i\\> with panda" in text
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,8 @@ def test_a_task_that_keeps_all_promises(toy: dict[str, object], capsys: pytest.C
     assert kept[:6] == ["samples", "batches", "units", "metrics", "resuming", "micro batches of 1"]
     assert kept[6:] == ["grouped rows, micro batches of 2", *(f"ZeRO-{stage}, two ranks" for stage in range(4))]
     assert [line for line in lines[1:] if not line.startswith("  ok ")] == [
-        "  note    packed rows: not among the task's `layouts`: `batching: packed` is refused for it"
+        "  note    names: the task does not state its `metrics`: a misspelt `best_metric` is found late",
+        "  note    packed rows: not among the task's `layouts`: `batching: packed` is refused for it",
     ]
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -27,6 +26,7 @@ from panda.models.adapters.experts import expert_parameters
 from panda.models.forward.cross_entropy import LOGITS_AT_ONCE
 from panda.models.forward.layers import CHEAP_TERMS
 from panda.weights.layer_names import layer_of
+from panda.weights.nested import tensors_in
 
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._grouped_mm", "panda.sum_of_products")
 """Matrix products, as in layers.py."""
@@ -155,8 +155,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         trace, name = self.trace, str(func).rpartition(".")[0]
-        read = [trace.storage(one) for one in _tensors((args, kwargs or {}))]
-        for tensor in _tensors(result):
+        read = [trace.storage(one) for one in tensors_in((args, kwargs or {}))]
+        for tensor in tensors_in(result):
             key = trace.storage(tensor)
             if key in read:
                 continue  # a view, or in place
@@ -269,7 +269,7 @@ def _followed(
         if kind in results:
             return results[kind]
         arguments, keywords = _with_gradient(arguments), _with_gradient(keywords)
-        first = next(_tensors((arguments, keywords)), None)
+        first = next(tensors_in((arguments, keywords)), None)
         if first is not None:
             trace.inputs[name] = trace.storage(first)
         before, trace.layer = trace.layer, name
@@ -415,14 +415,3 @@ def _by_linear_layers(
         found.append((LayerFootprint(first, total, total, total // 2 + first, largest), counted.pop(kind)))
     why = "its forward does not run without data: inputs and outputs of linear layers are counted"
     return Footprint(length, tuple(found), 0, *_logits(model, length), approximate=why)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)

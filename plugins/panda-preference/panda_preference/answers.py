@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Annotated
@@ -18,6 +19,7 @@ from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from panda.tasks.dialogue_task import DialogueFormat
 from panda.tasks.dialogue_task import DialogueTask
+from panda.tasks.task import Better
 from panda.tasks.task import ShownPart
 from panda.tasks.text_task import UnusableRowError
 
@@ -301,6 +303,17 @@ class PairTask(PreferenceTask):
             [(sample[side], sample[f"{side}_supervised"])] for side in ("chosen", "rejected") for sample in pairs
         ]
         return self.batch(sequences, shape, len(pairs))
+
+
+OF_REWARDS: Mapping[str, Better] = {
+    "rewards/chosen": None,
+    "rewards/rejected": None,
+    "rewards/margins": "higher",
+    "rewards/accuracies": "higher",
+}
+"""What ``reward_metrics`` gives, and which value of each is the better one."""
+OF_LOG_PROBS: Mapping[str, Better] = {"logps/chosen": None, "logps/rejected": None}
+"""The same of ``log_prob_metrics``."""
 
 
 def reward_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, tuple[Any, Any]]:

@@ -17,6 +17,7 @@ from panda.registry.contexts import IGNORED_LABEL
 from panda.registry.contexts import TaskContext
 from panda.tasks.instruct import Instruct
 from panda.tasks.instruct import InstructOptions
+from panda.tasks.task import Better
 from panda.tasks.task import Loss
 from panda.tasks.task import Reference
 
@@ -51,6 +52,7 @@ class DistillOptions(InstructOptions):
 class Distill(Instruct):
     """A teacher's next tokens, with their probabilities, on the answers of instruct rows (arXiv 1503.02531)."""
 
+    metrics: Mapping[str, Better] = {"agreement": "higher", "cross_entropy": "lower"}
     layouts = ("padded", "grouped", "packed")
     shown = ("agreement",)
 

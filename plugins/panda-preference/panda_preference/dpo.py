@@ -13,9 +13,12 @@ from panda import Meta
 from panda import UserError
 from panda import register_task
 from panda.registry.contexts import TaskContext
+from panda.tasks.task import Better
 from panda.tasks.task import Loss
 from panda.tasks.task import Reference
 
+from panda_preference.answers import OF_LOG_PROBS
+from panda_preference.answers import OF_REWARDS
 from panda_preference.answers import PairTask
 from panda_preference.answers import ReferenceOptions
 from panda_preference.answers import log_prob_metrics
@@ -46,6 +49,8 @@ class DpoOptions(ReferenceOptions):
 @register_task("dpo", options=DpoOptions)
 class Dpo(PairTask):
     """Preferences without a reward model: DPO and IPO, of pairs "chosen" and "rejected"."""
+
+    metrics: Mapping[str, Better] = {**OF_REWARDS, **OF_LOG_PROBS}
 
     def __init__(self, options: DpoOptions, context: TaskContext) -> None:
         super().__init__(options, context)

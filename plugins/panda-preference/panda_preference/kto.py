@@ -14,10 +14,12 @@ from panda import register_task
 from panda.data.fields import Field
 from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
+from panda.tasks.task import Better
 from panda.tasks.task import Loss
 from panda.tasks.task import Reference
 from panda.tasks.task import ShownPart
 
+from panda_preference.answers import OF_LOG_PROBS
 from panda_preference.answers import Parsed
 from panda_preference.answers import PreferenceTask
 from panda_preference.answers import ReferenceOptions
@@ -52,6 +54,13 @@ class KtoOptions(ReferenceOptions):
 class Kto(PreferenceTask):
     """Answers labelled good or bad (KTO, arXiv 2402.01306): rows of "prompt", "completion" and "label", or pairs."""
 
+    metrics: Mapping[str, Better] = {
+        "kl": None,
+        "rewards/chosen": None,
+        "rewards/rejected": None,
+        "rewards/margins": "higher",
+        **OF_LOG_PROBS,
+    }
     unit = "answers"
     fields = (
         Field("answer", "tokens"),

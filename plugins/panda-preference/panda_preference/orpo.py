@@ -11,8 +11,11 @@ from typing import Any
 from panda import Meta
 from panda import register_task
 from panda.registry.contexts import TaskContext
+from panda.tasks.task import Better
 from panda.tasks.task import Loss
 
+from panda_preference.answers import OF_LOG_PROBS
+from panda_preference.answers import OF_REWARDS
 from panda_preference.answers import PairTask
 from panda_preference.answers import PreferenceOptions
 from panda_preference.answers import log_prob_metrics
@@ -37,6 +40,13 @@ class OrpoOptions(PreferenceOptions):
 class Orpo(PairTask):
     """Fine-tuning on preferred answers and away from others, in one loss (ORPO, arXiv 2403.07691)."""
 
+    metrics: Mapping[str, Better] = {
+        **OF_REWARDS,
+        **OF_LOG_PROBS,
+        "nll_loss": "lower",
+        "log_odds_ratio": "higher",
+        "log_odds_chosen": "higher",
+    }
     shown = ("rewards/accuracies", "nll_loss")
 
     def __init__(self, options: OrpoOptions, context: TaskContext) -> None:

@@ -12,8 +12,10 @@ from panda import Meta
 from panda import register_task
 from panda.data.fields import Field
 from panda.registry.contexts import TaskContext
+from panda.tasks.task import Better
 from panda.tasks.task import Loss
 
+from panda_preference.answers import OF_REWARDS
 from panda_preference.answers import PairTask
 from panda_preference.answers import PreferenceOptions
 from panda_preference.answers import Written
@@ -44,6 +46,7 @@ class RewardOptions(PreferenceOptions):
 class RewardModel(PairTask):
     """A reward model: a number for an answer, read at its last token, higher for "chosen" than for "rejected"."""
 
+    metrics: Mapping[str, Better] = OF_REWARDS
     fields = (*PairTask.fields, Field("margin", "float32"))
     has_margin = True
 

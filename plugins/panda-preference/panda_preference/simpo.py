@@ -11,8 +11,11 @@ from typing import Any
 from panda import Meta
 from panda import register_task
 from panda.registry.contexts import TaskContext
+from panda.tasks.task import Better
 from panda.tasks.task import Loss
 
+from panda_preference.answers import OF_LOG_PROBS
+from panda_preference.answers import OF_REWARDS
 from panda_preference.answers import PairTask
 from panda_preference.answers import PreferenceOptions
 from panda_preference.answers import log_prob_metrics
@@ -37,6 +40,8 @@ class SimpoOptions(PreferenceOptions):
 @register_task("simpo", options=SimpoOptions)
 class Simpo(PairTask):
     """Preferences without a reference model, by log-probabilities a token (SimPO, arXiv 2405.14734)."""
+
+    metrics: Mapping[str, Better] = {**OF_REWARDS, **OF_LOG_PROBS}
 
     def __init__(self, options: SimpoOptions, context: TaskContext) -> None:
         super().__init__(options, context)

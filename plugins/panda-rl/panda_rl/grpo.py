@@ -34,6 +34,7 @@ from panda.data.reading import Row
 from panda.registry.contexts import TaskContext
 from panda.tasks.dialogue_task import DialogueTask
 from panda.tasks.dialogue_task import InstructFormat
+from panda.tasks.task import Better
 from panda.tasks.task import Loss
 from panda.tasks.task import Reference
 
@@ -160,6 +161,21 @@ class Grpo(DialogueTask):
         self._kept: list[list[Group]] = []
         """Of each micro batch, what further optimizer steps are on."""
         self._ranks = 1
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:  # type: ignore[override]
+        """Those that ``_metrics`` yields."""
+        of_rewards: dict[str, Better] = {f"rewards/{name}/mean": "higher" for name in self.rewards}
+        others = [
+            "reward_std",
+            "frac_reward_zero_std",
+            "completions/mean_length",
+            "completions/clipped_ratio",
+            "entropy",
+        ]
+        others += ["kl"] * bool(self.options.beta)
+        others += [f"clip_ratio/{which}_mean" for which in ("low", "high", "region")]
+        return {"reward": "higher", **of_rewards, **dict.fromkeys(others), "generation/tokens_per_second": None}
 
     @classmethod
     def reference_of(cls, options: GrpoOptions) -> Reference | None:
