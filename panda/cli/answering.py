@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from panda.cli.parser import Parser
+from panda.cli.parser import add_blocking
 from panda.cli.passed_over import report_passed_over
-from panda.configuration.arguments import blocked_name
 from panda.files.activity import activity
 from panda.files.terminal import fitted
 from panda.files.terminal import printable
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: Parser) -> None:
     """Add what precedes a dialogue, and the options of sampling."""
     parser.add_argument("--system", metavar="TEXT", help="a system turn before the dialogue, for the chat template")
     parser.add_argument(
@@ -59,25 +60,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="seed of sampling")
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
+def add_base(parser: Parser) -> None:
     """Add the options that locate a base, and that allow pickles."""
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     parser.add_argument("--base_path", "--base-path", help="for a delta: the model that it is added to")
     parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="also read weights from pickles")
     add_blocking(parser)
-
-
-def add_blocking(parser: argparse.ArgumentParser) -> None:
-    """Add ``-p no:NAME``."""
-    what = "leave out what a distribution provides"
-    parser.add_argument("-p", action="append", default=[], type=_blocked, metavar="no:NAME", help=what)
-
-
-def _blocked(text: str) -> str:
-    try:
-        return blocked_name(text)
-    except UserError as problem:
-        raise argparse.ArgumentTypeError(str(problem)) from None
 
 
 def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False) -> tuple[Assistant, Sampling]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from panda.cli.answering import note
 from panda.cli.answering import opening
 from panda.cli.answering import problem_of
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.cli.typed_lines import TypedLines
 from panda.files.whole import write_whole
 from panda.registry import UserError
@@ -50,19 +50,23 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_chat, argv)
 
 
-def _chat(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda chat``."""
+    parser = Parser(
         prog="panda chat",
         description="Chat with a model, in the chat template that it was trained with. stdout has the answers; all"
         " else is on stderr.",
         epilog=f"In the chat:\n{command_help()}\n\nexample: panda chat runs/instruct-llama-tiny",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--no_history", "--no-history", action="store_true", help="keep no file of what was typed")
     add_base(parser)
     add_sampling(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _chat(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     assistant, sampling = assistant_and_sampling(arguments, chats=True)
     lines = TypedLines([command.partition(" ")[0] for command in COMMANDS], keeps=not arguments.no_history)
     if lines.are_typed:

@@ -37,7 +37,9 @@ COMMANDS = {
     "completion": "print what has a shell complete commands, flags, names and choices",
     "new": "make a package with a component of your own, with tests and a configuration",
 }
-"""Each command is a module of this package with ``main(argv)``."""
+"""Each command is a module of this package with ``main(argv)``; where argparse reads its flags, it has ``parser()``."""
+HELP = "help"
+"""``panda help COMMAND`` is ``panda COMMAND --help``."""
 
 USAGE = (
     "usage: panda COMMAND ...\n\ncommands:\n"
@@ -49,13 +51,15 @@ examples:
   panda show model llama
   panda check panda:configs/instruct-tiny.yaml
 
-`panda COMMAND --help` explains a command."""
+`panda COMMAND --help` or `panda help COMMAND` explains a command."""
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``panda``."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == [HELP]:
+        arguments = [*arguments[1:], "--help"]
     if arguments and arguments[0] in COMMANDS:
         exit_code: int = importlib.import_module(f"panda.cli.{arguments[0]}").main(arguments[1:])
         return exit_code

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.cli.parser import Parser
+from panda.cli.run_folders import is_run
 from panda.cli.run_folders import run_folder
 from panda.cli.run_folders import short_names
 from panda.configuration.configure import Configuration
@@ -37,6 +39,8 @@ FILE ends in .png, .svg or .pdf.
 example: panda plot runs/first runs/second --metric eval_loss --x hours
 example: panda plot schedule panda:configs/instruct-tiny.yaml --lr_scheduler wsd --max_steps 1000"""
 
+USUAL = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second")
+"""Metrics of every run."""
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -54,13 +58,26 @@ def _plot(argv: list[str]) -> None:
         _plot_runs(argv)
 
 
-def _plot_runs(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="panda plot", usage=USAGE.removeprefix("usage: "))
+def parser() -> Parser:
+    """The flags of ``panda plot RUN ...``."""
+    parser = Parser(prog="panda plot", usage=USAGE.removeprefix("usage: "))
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--x", choices=[*X_AXES], default="steps")
     parser.add_argument("--out", default="runs.png")
-    arguments = parser.parse_args(argv)
+    parser.values |= {"metric": _metrics, "runs": lambda before: [] if before else ["schedule"]}
+    return parser
+
+
+def _metrics(before: Sequence[str]) -> list[str]:
+    """The metrics that the runs among the words ``before`` have all on record."""
+    folders = [resolve_path(word) for word in before if not word.startswith("-")]
+    found = [Recorded.read(folder, folder.name).metrics for folder in folders if is_run(folder)]
+    return [name for name in found[0] if all(name in each for each in found)] if found else [*USUAL]
+
+
+def _plot_runs(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     out = _checked_out(arguments.out)
     folders = [run_folder(run) for run in arguments.runs]
     runs = [Recorded.read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]

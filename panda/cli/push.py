@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.files.activity import is_terminal
 from panda.files.terminal import printable_line
 from panda.registry import UserError
@@ -25,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_push, argv)
 
 
-def _push(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda push``."""
+    parser = Parser(
         prog="panda push",
         description="Put a model on the Hugging Face hub: the export of a run, or a folder with one. It is private,"
         " unless --public is given. Prints each file with its size first, and uploads nothing from a folder that holds"
@@ -40,7 +41,11 @@ def _push(argv: list[str]) -> None:
     seen.add_argument("--private", action="store_true", help="let only you, or your organisation, see it: the default")
     parser.add_argument("--message", default="Upload by panda", help="of the commit; by default: %(default)s")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would be uploaded, and end")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _push(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     if not is_name(arguments.name):
         raise UserError(f"{arguments.name!r}: expected OWNER/NAME, where the owner is you or an organisation of yours.")
     if arguments.private:

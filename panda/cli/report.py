@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from panda.cli.answering import add_blocking
 from panda.cli.answering import assistant_and_sampling
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
+from panda.cli.parser import add_blocking
 from panda.cli.run_folders import run_folder
 from panda.cli.run_folders import short_names
 from panda.cli.runs import described
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(argv: list[str]) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     if min(arguments.samples, arguments.answers) < 0:
         raise UserError("--samples, --answers: expected a number from 0 on.")
     out = resolve_path(arguments.out)
@@ -56,8 +57,9 @@ def _report(argv: list[str]) -> None:
     print(f"{out} ({out.stat().st_size / 1000:,.0f} kB)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda report``."""
+    parser = Parser(
         prog="panda report",
         description="Write one HTML page about runs, which needs no network: curves that can be enlarged, answers"
         " before and after, samples with the loss of each token, data, time and memory, configuration with its"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.cli.run_folders import runs_below
 from panda.files.terminal import printable_line
 from panda.registry import UserError
@@ -47,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_runs, argv)
 
 
-def _runs(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda runs``."""
+    parser = Parser(
         prog="panda runs",
         description="List the runs in a folder and its folders: whether they train, have finished or were interrupted,"
         " how far they are, the last and the least loss (training, and evaluation where there is one), speed, and the"
@@ -58,7 +59,11 @@ def _runs(argv: list[str]) -> None:
     parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="by default %(default)s")
     parser.add_argument("--sort", choices=[*SORTED], default="age", help="by default the latest come first")
     parser.add_argument("--json", action="store_true", help="one JSON array of objects")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _runs(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     folder = resolve_path(arguments.folder)
     if not folder.is_dir():
         raise UserError(f"{arguments.folder}: no such folder. Name the one that has your runs: panda runs DIR.")

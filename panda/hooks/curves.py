@@ -20,6 +20,7 @@ from typing import Any
 from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
 from panda.registry import UserError
+from panda.registry.errors import did_you_mean
 
 SMOOTHED = 1 / 50
 """Width of the smoothed curve's kernel, its standard deviation, as a share of the records."""
@@ -87,6 +88,13 @@ class Recorded:
         """That of the run in ``directory``, which a picture calls ``name``."""
         return cls(name, read_metrics(directory), read_evaluations(directory))
 
+    @property
+    def metrics(self) -> list[str]:
+        """What there are curves of, by name."""
+        records = (*self.records, *self.evaluations)
+        numbers = (key for record in records for key, value in record.items() if isinstance(value, (int, float)))
+        return sorted({*numbers} - {"step"})
+
     def curve(self, metric: str, over: str) -> tuple[list[float], list[float]]:
         """The values of ``metric``, and where each stands on the axis ``over``. Raises UserError if it has none."""
         for records in (self.records, self.evaluations):
@@ -94,8 +102,10 @@ class Recorded:
             if known:
                 place = self._places(over)
                 return [place(record["step"]) for record in known], values_of(known, metric)
-        found = sorted({key for record in (*self.records, *self.evaluations) for key in record} - {"step"})
-        raise UserError(f"--metric: {self.name} has no {metric!r} on record, but {', '.join(found) or 'nothing'}.")
+        near = did_you_mean(metric, self.metrics) or _that_have(metric, self.metrics)
+        raise UserError(
+            f"--metric: {self.name} has no {metric!r} on record.{near} It has {', '.join(self.metrics) or 'nothing'}."
+        )
 
     def _places(self, over: str) -> Any:
         """Where a step stands on the axis ``over``; between two records in proportion."""
@@ -117,6 +127,12 @@ class Recorded:
             return low + (high - low) * (step - left) / (until - left)
 
         return place
+
+
+def _that_have(text: str, names: Sequence[str]) -> str:
+    """` Did you mean 'eval_rouge1'?` for those of ``names`` in which ``text`` stands; empty for none."""
+    found = [repr(name) for name in names if text and text.lower() in name.lower()]
+    return f" Did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def values_of(records: Iterable[Mapping[str, Any]], key: str) -> list[float]:
