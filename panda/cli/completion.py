@@ -20,6 +20,7 @@ from panda.cli.help import chosen_components
 from panda.cli.main import COMMANDS
 from panda.cli.main import HELP
 from panda.cli.parser import Parser
+from panda.cli.parser import in_short
 from panda.cli.parser import that_can_be_left_out
 from panda.cli.tokenizer import USED
 from panda.configuration.arguments import parse_arguments
@@ -67,8 +68,9 @@ complete -c panda-train -f -a '(__panda_candidates)'
 USAGE = """\
 usage: panda completion bash|zsh|fish
 
-Print what has the shell complete commands, flags, registered names and choices of `panda` and
-`panda-train`, with TAB; where there is nothing to complete, it completes the names of files.
+Print what has the shell complete commands, flags, registered names and
+choices of `panda` and `panda-train`, with TAB; where there is nothing to
+complete, it completes the names of files.
 
   bash: echo 'eval "$(panda completion bash)"' >> ~/.bashrc
   zsh:  echo 'eval "$(panda completion zsh)"' >> ~/.zshrc   (after compinit)
@@ -97,7 +99,7 @@ def _completion(argv: list[str]) -> None:
     elif len(argv) == 1 and argv[0] in SCRIPTS:
         print(SCRIPTS[argv[0]], end="")
     else:
-        raise UserError(f"expected the name of a shell: {', '.join(SCRIPTS)}.\n{USAGE}")
+        raise UserError(f"expected the name of a shell: {', '.join(SCRIPTS)}.\n{in_short(USAGE)}")
 
 
 def candidates(words: Sequence[str]) -> list[str]:

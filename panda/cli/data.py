@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: panda data CONFIG [--KEY VALUE ...] [-p no:NAME]
 
-Show what the data of a configuration becomes: the numbers of samples and tokens, which rows of files
-cannot be used and why, the lengths of samples, how full each `batching` makes the rows of a step, and
-the first samples of the run, decoded, with the part that carries loss in colour (between » and « if
-the output is not a terminal). Draws the lengths into runs/NAME-lengths.png.
+Show what the data of a configuration becomes: the numbers of samples and
+tokens, which rows of files cannot be used and why, the lengths of samples,
+how full each `batching` makes the rows of a step, and the first samples of
+the run, decoded, with the part that carries loss in colour (between » and «
+if the output is not a terminal). Draws the lengths into
+runs/NAME-lengths.png.
 
 example: panda data panda:configs/instruct-tiny.yaml"""
 

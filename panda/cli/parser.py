@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
+from typing import NoReturn
 from typing import TypeAlias
 
 from panda.configuration.arguments import blocked_name
 from panda.registry import UserError
 from panda.registry.catalog import catalog_with
 from panda.registry.choosing import BLOCK
+from panda.registry.errors import did_you_mean
 
 Values: TypeAlias = Callable[[Sequence[str]], Iterable[str]]
 """What a value can be, of the words before it on the command line."""
@@ -52,6 +55,23 @@ class Parser(argparse.ArgumentParser):
         """What a shell completes as the value of an option or a positional argument that argparse gives no choices, by
         its ``dest``."""
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The values of ``args``. Raises UserError, which says what was meant, for what cannot be read."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"{rest[0]!r} is not expected here.{did_you_mean(rest[0].partition('=')[0], self.flags())}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message.removeprefix('argument ')}\n{in_short(self.format_usage())}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [*map(str, action.choices)]
+            near = did_you_mean(str(value), names)
+            raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(names)}.{near}")
+
     def values_of(self, action: argparse.Action, before: Sequence[str]) -> list[str]:
         """What the value of ``action`` can be, after the words ``before``; empty for what is no closed set."""
         if action.dest in self.values:
@@ -88,6 +108,13 @@ class Parser(argparse.ArgumentParser):
             several = option.nargs in ("+", "*")
             return self, [option, *(positional[:1] if several else [])], several or option.nargs == "?"
         return self, positional[:1], True
+
+
+def in_short(usage: str) -> str:
+    """The lines of ``usage`` that show how to call its command, for a message, and where the rest is."""
+    lines = usage.strip().partition("\n\n")[0]
+    command = re.match(r"usage: (panda [\w-]+( [a-z]+(?= \[-h\]))?)", lines)
+    return f"{lines}\n`{command[1] if command else 'panda'} --help` explains it."
 
 
 def add_blocking(parser: Parser) -> None:

@@ -24,20 +24,24 @@ from panda.registry.contexts import LRSchedulerContext
 from panda.registry.location import resolve_path
 
 USAGE = """\
-usage: panda plot RUN [RUN ...] [--metric NAME] [--x steps|tokens|hours] [--out FILE]
+usage: panda plot RUN [RUN ...] [--metric NAME] [--x steps|tokens|hours]
+                  [--out FILE]
        panda plot schedule CONFIG [--out FILE] [--KEY VALUE ...] [-p no:NAME]
 
-Draw a metric of runs beside each other, by default their loss, over steps, into runs.png. Each RUN
-is the folder of a run, also of one that is still training. NAME is an entry of its metrics.jsonl,
-such as eval_loss, grad_norm, learning_rate or tokens_per_second.
+Draw a metric of runs beside each other, by default their loss, over steps,
+into runs.png. Each RUN is the folder of a run, also of one that is still
+training. NAME is an entry of its metrics.jsonl, such as eval_loss, grad_norm,
+learning_rate or tokens_per_second.
 
-Or draw the learning rate of every optimizer step of a configuration, by default into schedule.png.
-Without max_steps the data is read and tokenised, since it decides how many steps there are.
+Or draw the learning rate of every optimizer step of a configuration, by
+default into schedule.png. Without max_steps the data is read and tokenised,
+since it decides how many steps there are.
 
 FILE ends in .png, .svg or .pdf.
 
-example: panda plot runs/first runs/second --metric eval_loss --x hours
-example: panda plot schedule panda:configs/instruct-tiny.yaml --lr_scheduler wsd --max_steps 1000"""
+examples:
+  panda plot runs/first runs/second --metric eval_loss --x hours
+  panda plot schedule panda:configs/instruct-tiny.yaml --lr_scheduler wsd"""
 
 USUAL = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second")
 """Metrics of every run."""

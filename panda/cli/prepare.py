@@ -8,9 +8,10 @@ from panda.cli.configured import configured
 USAGE = """\
 usage: panda prepare CONFIG [--KEY VALUE ...] [-p no:NAME]
 
-Read the data of a configuration and tokenise it into the token cache, on all cores, as panda-train
-would at its start. Runs with the same data, tokenizer and options then start at once. Needs no GPU
-and no launcher; PANDA_CACHE or `token_cache` says where the cache is.
+Read the data of a configuration and tokenise it into the token cache, on all
+cores, as panda-train would at its start. Runs with the same data, tokenizer
+and options then start at once. Needs no GPU and no launcher; PANDA_CACHE or
+`token_cache` says where the cache is.
 
 example: panda prepare panda:configs/instruct-tiny.yaml"""
 

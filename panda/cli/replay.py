@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.parser import in_short
 from panda.cli.run_folders import run_folder
 from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import arguments_of_run
@@ -26,14 +27,18 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: panda replay RUN STEP [--nearest] [--all] [--KEY VALUE ...]
 
-Run step STEP of RUN again, as the run did, from the newest checkpoint before it: the steps between are taken, too.
-Prints the loss and the gradient norm of each sample of the step, with FILE:ROW and the beginning of its text, and
-names the samples that are not finite, or far above the others. Nothing is written into RUN. Hooks are not called.
-It runs in one process, or under torchrun on as many ranks as hold the model; the samples are the same.
+Run step STEP of RUN again, as the run did, from the newest checkpoint before
+it: the steps between are taken, too. Prints the loss and the gradient norm of
+each sample of the step, with FILE:ROW and the beginning of its text, and
+names the samples that are not finite, or far above the others. Nothing is
+written into RUN. Hooks are not called. It runs in one process, or under
+torchrun on as many ranks as hold the model; the samples are the same.
 
-  --nearest     do not take the steps between: run STEP on the weights of the checkpoint
+  --nearest     do not take the steps between: run STEP on the weights of the
+                checkpoint
   --all         print every sample, and not only the first 20
-  --KEY VALUE   keys to change, such as --user_dir, which a run that has files of yours needs again
+  --KEY VALUE   keys to change, such as --user_dir, which a run that has files
+                of yours needs again
 
 example: panda replay runs/instruct-llama-tiny 37"""
 
@@ -46,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _replay(argv: list[str]) -> None:
-    if not argv or {"-h", "--help"} & set(argv):
+    if {"-h", "--help"} & set(argv):
         print(USAGE)
         return
     words = [word for word in argv if word not in ("--nearest", "--all")]
     if len(words) < 2 or words[0].startswith("-") or not words[1].isdecimal() or int(words[1]) < 1:
-        raise UserError(f"expected a run directory and the number of a step, counted from 1.\n{USAGE}")
+        raise UserError(f"expected a run directory and the number of a step, counted from 1.\n{in_short(USAGE)}")
     run, step = run_folder(words[0]), int(words[1])
 
     from panda.hooks.guard import read_skipped

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.parser import in_short
 from panda.cli.run_folders import is_run
 from panda.cli.runs import described
 from panda.cli.runs import print_table
@@ -40,30 +41,35 @@ from panda.run.interruption import PASSED_ON
 from panda.run.interruption import SAVED
 
 USAGE = """\
-usage: panda sweep CONFIG --KEY VALUE,VALUE ... [--output_dir DIR] [--print] [--launch COMMAND]
+usage: panda sweep CONFIG --KEY VALUE,VALUE ... [--output_dir DIR] [--print]
+                   [--launch COMMAND]
 
-Train each combination of the values that flags of panda-train are given, one run after another, each
-in a folder of DIR that is named by what differs, such as DIR/learning_rate=1e-4,seed=0. Started
-again, it passes over runs that have finished, goes on with those that have not, and begins the rest.
-A run that fails does not end the others. At the end there are a table of the runs and a picture of
-their curves, DIR/sweep.png.
+Train each combination of the values that flags of panda-train are given, one
+run after another, each in a folder of DIR that is named by what differs, such
+as DIR/learning_rate=1e-4,seed=0. Started again, it passes over runs that have
+finished, goes on with those that have not, and begins the rest. A run that
+fails does not end the others. At the end there are a table of the runs and a
+picture of their curves, DIR/sweep.png.
 
   --KEY A,B          a comma separates values: one run for each
-  --KEY [A,B],[C]    brackets hold a list together: two values, of two items and of one
+  --KEY [A,B],[C]    brackets hold a list together: two values, of two items
+                     and of one
   --KEY A B          several words are one value, a list, as for panda-train
   \\,                 a comma within a value
 
-  --output_dir DIR   the folder of the runs; by default runs/sweep-NAME, for a file NAME.yaml
-  --print            print a command for each run that has not finished, and train nothing (also --dry_run)
+  --output_dir DIR   the folder of the runs; by default runs/sweep-NAME, for a
+                     file NAME.yaml
+  --print            print a command for each run that has not finished, and
+                     train nothing (also --dry_run)
   --launch COMMAND   what starts each run, by default panda-train itself
 
-A mistake in any of the combinations is reported before the first run begins. Exit codes: 0 where all
-runs have finished, 1 where one has not, 75 where the sweep was interrupted; the run under way has
-then saved.
+A mistake in any of the combinations is reported before the first run begins.
+Exit codes: 0 where all runs have finished, 1 where one has not, 75 where the
+sweep was interrupted; the run under way has then saved.
 
 examples:
-  panda sweep panda:configs/instruct-tiny.yaml --learning_rate 1e-4,3e-4 --seed 0,1
-  panda sweep panda:configs/lora.yaml --lora_target_modules [q_proj,v_proj],[all-linear] \\
+  panda sweep panda:configs/instruct-tiny.yaml --learning_rate 1e-4,3e-4
+  panda sweep panda:configs/lora.yaml --lora_r 8,16 --seed 0,1 \\
       --launch "torchrun --nproc_per_node 8 --no-python\""""
 
 OWN = ("output_dir", "run_name", "resume", "launch", "print", "dry_run", "config", "conf_path")
@@ -103,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sweep(argv: list[str]) -> int:
-    if not argv or {"-h", "--help"} & {*argv}:
+    if {"-h", "--help"} & {*argv}:
         print(USAGE)
         return 0
     sweep = read_command(argv)
@@ -125,7 +131,7 @@ def _sweep(argv: list[str]) -> int:
 
 def read_command(argv: Sequence[str]) -> Sweep:
     """What the words ``argv`` ask for. Raises UserError."""
-    if not argv[0].startswith("-"):
+    if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     own: dict[str, str] = {}
     shared: list[str] = []
@@ -142,7 +148,7 @@ def read_command(argv: Sequence[str]) -> Sweep:
             varied[flag] = [(name_of(value), value) for value in values]
             _check_different(flag, [value for _, value in varied[flag]])
     if not own.get("config"):
-        raise UserError(f"no configuration is given: panda sweep CONFIG --KEY VALUE,VALUE.\n{USAGE}")
+        raise UserError(f"no configuration is given: panda sweep CONFIG --KEY VALUE,VALUE.\n{in_short(USAGE)}")
     if not varied:
         raise UserError("nothing varies: give a flag several values, as in `--learning_rate 1e-4,3e-4`.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -62,6 +62,7 @@ ONE_MATCH = [
     ("panda plot s", ["schedule"]),
     ("panda plot runs/a s", []),
     ("panda plot schedule --lr_scheduler wa", ["warmup"]),
+    ("panda list --user_dir op", []),  # a folder, and no kind
     ("panda delta mak", ["make"]),
     ("panda delta apply --delt", ["--delta"]),
     ("panda translate --from ax", ["axolotl"]),
