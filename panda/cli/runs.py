@@ -35,7 +35,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "age": lambda row: _age(row["age_seconds"]),
 }
 """The columns, and what a row says in each."""
-TEXTS = {"run": 24, "status": 12}
+TEXTS = {"run": 20, "status": 12}
 """Columns of texts, which are set to the left, and to how few characters a narrow terminal may have them wrapped."""
 LEFT_OUT = ("least", "eval", "tokens/s", "age")
 """Columns that a narrow terminal is not shown, the first ones first."""
