@@ -22,6 +22,7 @@ from panda.cli.answering import find_answering
 from panda.cli.answering import note
 from panda.cli.command import run_command
 from panda.cli.parser import in_short
+from panda.cli.run_folders import run_of
 from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import arguments_of_run
 from panda.configuration.arguments import parse_arguments
@@ -37,10 +38,6 @@ from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
 from panda.registry.options import Option
-from panda.weights.run_folders import CHECKPOINTS
-from panda.weights.run_folders import EXPORT
-from panda.weights.run_folders import PROVENANCE
-from panda.weights.run_folders import RUN_CONFIG
 
 if TYPE_CHECKING:
     from panda.answers.loading import Answering
@@ -112,6 +109,7 @@ def _eval(argv: list[str]) -> None:
         del arguments.given[key]  # those of a file are keys of a run, such as the base that it trained from
     if not _folder(location).is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
+    run_of(_folder(location))  # which refuses a later version's
     if "harness" in own:
         from panda.cli.harness import run_harness
 
@@ -182,14 +180,6 @@ def _telling_of_held_out(is_part: bool) -> Iterator[None]:
 _ELSE_NAME_DATA = (
     "The run held out a part of its own data (`eval_fraction`). To evaluate on other data, name it with `--data`."
 )
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run directory that ``folder`` is, or whose checkpoint or export it is; None where it is none."""
-    places = [folder]
-    places += [folder.absolute().parent] if folder.name in (EXPORT, CHECKPOINTS) else []
-    places += [folder.absolute().parents[1]] if folder.absolute().parent.name == CHECKPOINTS else []
-    return next((each for each in places if all((each / name).is_file() for name in (RUN_CONFIG, PROVENANCE))), None)
 
 
 def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Given]) -> dict[str, Any]:

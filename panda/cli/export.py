@@ -10,6 +10,7 @@ from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.cli.parser import add_blocking
 from panda.cli.passed_over import report_passed_over
+from panda.cli.run_folders import run_of
 from panda.files.activity import activity
 from panda.files.own import refuse_links_out
 from panda.files.whole import check_can_be_made
@@ -64,6 +65,9 @@ def _export(argv: list[str]) -> None:
     script = _script(arguments)
 
     from panda.engine.checkpoints.folders import find_checkpoint
+    from panda.engine.checkpoints.folders import named_in
+
+    run_of(named_in(arguments.run))  # which refuses a later version's
 
     checkpoint = find_checkpoint(arguments.run)
     report_passed_over(arguments.run)

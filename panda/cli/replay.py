@@ -60,9 +60,7 @@ def _replay(argv: list[str]) -> None:
     run, step = run_folder(words[0]), int(words[1])
 
     from panda.hooks.guard import read_skipped
-    from panda.run.description import refuse_later
 
-    refuse_later(run)
     skipped = read_skipped(run)
     checkpoint = _checkpoint_before(run, step)
     rank = int(os.environ.get("RANK", 0))

@@ -84,9 +84,7 @@ def parser() -> Parser:
 def _reported(run: Path, name: str, arguments: argparse.Namespace) -> Reported:
     """All that the page says of ``run``. What cannot be had is said there, and on stderr."""
     from panda.report.recorded import recorded
-    from panda.run.description import refuse_later
 
-    refuse_later(run)
     reported = recorded(run, name, described(run, run.parent), arguments.answers)
     if arguments.recorded_only:
         return reported

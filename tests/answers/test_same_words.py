@@ -304,4 +304,4 @@ def test_a_long_dialogue_loses_its_first_exchanges(
         "bbbb\nycccc\n",
         "cccc\nydddd\n",
     ]
-    assert "the dialogue's first 1 exchanges were left out; the model has 32 positions" in capsys.readouterr().err
+    assert "the dialogue's first exchange was left out; the model has 32 positions" in capsys.readouterr().err
