@@ -51,7 +51,7 @@ def test_a_dialogue_is_saved_again_as_it_goes_on_and_another_does_not_replace_it
         chat.obey("/save", str(file))
     assert saved(file) == ["0", "1", "2", "3"]
     file.write_text("of somebody else")
-    with pytest.raises(UserError, match="a.jsonl exists, and is not replaced"):
+    with pytest.raises(UserError, match=r"a.jsonl exists, and is not replaced"):
         chat_after(4, chat).obey("/save", str(file))
     file.unlink()
     chat.obey("/save", str(file))
