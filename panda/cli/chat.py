@@ -20,6 +20,7 @@ from panda.cli.answering import problem_of
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.cli.typed_lines import TypedLines
+from panda.files.terminal import number_of
 from panda.files.whole import write_whole
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
@@ -161,7 +162,7 @@ class Chat:
         except OSError as problem:
             raise UserError(f"/save: {path}: {problem.strerror}. Name a file that can be written.") from None
         self.saved[path] = list(self.messages)
-        note(f"{path}: {len(self.messages)} messages")
+        note(f"{path}: {number_of(len(self.messages), 'message')}")
 
     def reply(self, text: str) -> None:
         """Answer ``text``, and remember both. Raises UserError where it cannot be given to the model."""

@@ -11,6 +11,7 @@ from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.cli.run_folders import run_folder
 from panda.engine.checkpoints.agreement import MADE_OF
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.run.description import read_provenance
 from panda.run.directory import PROVENANCE
@@ -94,12 +95,15 @@ def _print_losses(runs: list[Path]) -> None:
         shared = sorted(first.keys() & second.keys())
         if not shared:
             if first or second:
-                print(f"{name}: no step is recorded of both ({len(first)} and {len(second)} records).")
+                print(f"{name}: no step is recorded of both ({len(first):,} of one, {len(second):,} of the other).")
             continue
         compared = [key for key in (name, "grad_norm", "learning_rate", "tokens") if key in first[shared[0]]]
         parted = [step for step in shared if any(first[step].get(key) != second[step].get(key) for key in compared)]
         if not parted:
-            print(f"{name}: the same to the bit in all {len(shared)} steps that are recorded of both.")
+            print(
+                f"{name}: the same to the bit in {number_of(len(shared), 'step that is', 'steps that are')} recorded"
+                " of both."
+            )
             continue
         step = parted[0]
         before = [same for same in shared if same < step]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.cli.parser import in_short
+from panda.files.terminal import number_of
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _described(prepared: Preparation) -> str:
         said.append(f"tensor parallel over {options.tensor_parallel_size}")
     said += ["compiled"] * options.compiled
     rows = f"{options.per_gpu_train_batch_size} x {options.max_seq_length:,} tokens"
-    gpus = f"{prepared.world_size} GPU{'s' * (prepared.world_size > 1)}"
+    gpus = number_of(prepared.world_size, "GPU")
     said.append(f"{options.batching} rows, {rows} a micro batch on each of {gpus}")
     return "\n".join([said[0], ", ".join(said[1:]), ""])
 
@@ -196,7 +197,7 @@ def _table(found: list[_OnCard]) -> list[str]:
 def _compile_cell(each: _OnCard) -> str:
     if each.compiled.begins is None:
         return str(each.compiled.compile).lower()
-    return f"from {each.compiled.begins:,} steps"
+    return f"from {number_of(each.compiled.begins, 'step')}"
 
 
 def _sweep(prepared: Preparation, card: Card) -> list[str]:

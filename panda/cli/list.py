@@ -8,6 +8,7 @@ from typing import Any
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.cli.parser import add_blocking
+from panda.files.terminal import number_of
 from panda.registry import Offer
 from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
@@ -65,7 +66,8 @@ def _list(argv: list[str]) -> None:
         if not offers:
             print("  none")
     if unread := len(every) - len(readable):
-        print(f"\nDescriptions of {unread:,} components of other packages are left out; `--json` shows all.")
+        count = number_of(unread, "component")
+        print(f"\nDescriptions of {count} of other packages are left out; `--json` shows all.")
 
 
 def _list_hooks(*, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from panda.cli.run_folders import is_run
 from panda.cli.run_folders import run_folder
 from panda.cli.run_folders import short_names
 from panda.configuration.configure import Configuration
+from panda.files.terminal import number_of
 from panda.files.whole import check_can_be_made
 from panda.hooks.curves import X_AXES
 from panda.hooks.curves import Recorded
@@ -92,7 +93,7 @@ def _plot_runs(argv: list[str]) -> None:
         shown = (
             f"first {finite[0]:.4g}, least {min(finite):.4g}, last {finite[-1]:.4g}" if finite else "no finite value"
         )
-        print(f"{run.name}: {arguments.metric} {shown}, {len(values):,} records")
+        print(f"{run.name}: {arguments.metric} {shown}, {number_of(len(values), 'record')}")
     print(out)
 
 
@@ -106,8 +107,8 @@ def _plot_schedule(argv: list[str]) -> None:
     chosen = resolved.components["lr_scheduler"]
     schedule = chosen.build(LRSchedulerContext(total_steps=total, learning_rate=peak), Callable)
     rates = [peak * schedule(completed) for completed in range(total)]
-    draw_schedule(rates, out, title=f"{chosen.component.name}: {total:,} steps")
-    print(f"{out}: {total:,} steps, peak {max(rates):.3g}, first {rates[0]:.3g}, last {rates[-1]:.3g}")
+    draw_schedule(rates, out, title=f"{chosen.component.name}: {number_of(total, 'step')}")
+    print(f"{out}: {number_of(total, 'step')}, peak {max(rates):.3g}, first {rates[0]:.3g}, last {rates[-1]:.3g}")
 
 
 def _without_out(argv: list[str]) -> tuple[list[str], Path]:

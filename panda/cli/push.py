@@ -9,6 +9,7 @@ from pathlib import Path
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.files.activity import is_terminal
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.registry import UserError
 from panda.registry.location import resolve_path
@@ -69,7 +70,7 @@ def _push(argv: list[str]) -> None:
 def _described(upload: Upload) -> list[str]:
     width = max(map(len, upload.sizes))
     lines = [f"  {name:{width}}  {_size(size):>9}" for name, size in upload.sizes.items()]
-    lines = [f"{upload.folder}: {len(upload.sizes)} files, {_size(sum(upload.sizes.values()))}", *lines]
+    lines = [f"{upload.folder}: {number_of(len(upload.sizes), 'file')}, {_size(sum(upload.sizes.values()))}", *lines]
     if upload.hidden:
         lines.append(f"note: hidden files stay here: {_some(upload.hidden)}")
     if not upload.has_card:
@@ -95,7 +96,9 @@ def _where(place: Place) -> str:
     seen = "public" if place.is_public else "private"
     line = f"to {place.url}: {seen}, {'new' if place.is_new else 'which is there'}"
     if place.others:
-        line += f"; {len(place.others)} other files stay there ({_some(place.others)})"
+        line += (
+            f"; {number_of(len(place.others), 'other file stays', 'other files stay')} there ({_some(place.others)})"
+        )
     return line
 
 

@@ -13,6 +13,7 @@ from panda.cli.parser import in_short
 from panda.cli.run_folders import run_folder
 from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import arguments_of_run
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.registry import UserError
 from panda.registry.options import Given
@@ -131,8 +132,8 @@ def _micro_batches(run: Path) -> int:
     micro_batches, rest = divmod(accumulation * (ranks // together), here // together)
     if rest:
         raise UserError(
-            f"{run}: a step has {accumulation * (ranks // together)} micro batches, which {here // together} ranks"
-            " cannot share evenly. Start one rank."
+            f"{run}: a step has {number_of(accumulation * (ranks // together), 'micro batch', 'micro batches')}, which"
+            f" {here // together} ranks cannot share evenly. Start one rank."
         )
     return micro_batches
 

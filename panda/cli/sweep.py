@@ -30,6 +30,7 @@ from panda.configuration.arguments import parse_arguments
 from panda.configuration.arguments import words_of_flags
 from panda.configuration.configure import configure
 from panda.files.activity import duration
+from panda.files.terminal import number_of
 from panda.files.terminal import printable
 from panda.files.whole import check_can_be_made
 from panda.registry import UserError
@@ -120,7 +121,10 @@ def _sweep(argv: list[str]) -> int:
             print(shlex.join([*sweep.launch, "panda-train", *point.argv]))
         return 0
     check_can_be_made(sweep.folder, "output_dir")
-    print(f"{len(sweep.points)} runs in {sweep.folder}/" + (f", of which {len(done)} have finished" if done else ""))
+    print(
+        f"{number_of(len(sweep.points), 'run')} in {sweep.folder}/"
+        + (f", of which {len(done)} have finished" if done else "")
+    )
     failed = _train(sweep, left)
     report(sweep, failed)
     return FAILED if failed else 0
@@ -360,7 +364,9 @@ def report(sweep: Sweep, failed: Sequence[Point]) -> None:
         print(f"\nleast {what}: {best[measure]:.4f}, {best['run']}")
     found = [point for point in sweep.points if point.name in rows]
     _draw(sweep, [point for point in found if rows[point.name][measure] is not None], measure)
-    print(f"{duration(sum(_seconds(point.directory) for point in found))} of training in {len(found)} runs")
+    print(
+        f"{duration(sum(_seconds(point.directory) for point in found))} of training in {number_of(len(found), 'run')}"
+    )
 
 
 def _seconds(run: Path) -> float:

@@ -16,6 +16,7 @@ from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.files.disk_full import disk_full
+from panda.files.terminal import number_of
 from panda.files.whole import check_can_be_made
 from panda.files.whole import whole
 from panda.registry import UserError
@@ -127,7 +128,10 @@ def _train(configuration: Configuration, vocab_size: int, folder: Path) -> None:
     entries = tokenizer.get_vocab_size()
     if entries < vocab_size:
         print(f"the data has no more pairs that repeat: {entries:,} entries, not {vocab_size:,}")
-    print(f"{folder}: {entries:,} entries, from {report.rows - report.bad_rows:,} rows. Use it: --tokenizer {folder}")
+    print(
+        f"{folder}: {entries:,} entries, from {number_of(report.rows - report.bad_rows, 'row')}. Use it:"
+        f" --tokenizer {folder}"
+    )
 
 
 def _texts(reader: Reader, options: Any, report: DataReport) -> Iterator[str]:
@@ -156,5 +160,7 @@ def _texts(reader: Reader, options: Any, report: DataReport) -> Iterator[str]:
             characters += len(text)
             if time.monotonic() - last >= SECONDS:
                 last = time.monotonic()
-                print(f"reading {file}: {report.rows:,} rows, {characters:,} characters", flush=True)
+                print(
+                    f"reading {file}: {number_of(report.rows, 'row')}, {number_of(characters, 'character')}", flush=True
+                )
             yield text

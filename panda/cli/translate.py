@@ -11,6 +11,7 @@ from panda.configuration.translation.translate import TOOLS
 from panda.configuration.translation.translate import remarks
 from panda.configuration.translation.translate import translate
 from panda.configuration.translation.translate import written
+from panda.files.terminal import number_of
 from panda.registry import UserError
 
 
@@ -51,7 +52,7 @@ def _translate(argv: list[str]) -> None:
             raise UserError(f"--output: {arguments.output} exists. Name a new file.") from None
         except OSError as problem:
             raise UserError(f"--output: {arguments.output}: {problem.strerror}.") from None
-        print(f"{arguments.output}: {len(found.lines)} keys. Next: panda check {arguments.output}")
+        print(f"{arguments.output}: {number_of(len(found.lines), 'key')}. Next: panda check {arguments.output}")
         print("\n".join(remarks(found)))
     if found.lost and arguments.output is None and not sys.stdout.isatty():
         print(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from typing import TextIO
 
+from panda.files.terminal import number_of
 from panda.files.terminal import printable
 
 DEBUG = "PANDA_DEBUG"
@@ -61,7 +62,7 @@ class LibraryWarnings:
         total = sum(self.owners.values())
         names = [name for name, _ in self.owners.most_common()]
         listed = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-        return f"{total:,} warning{'s' if total > 1 else ''} of {listed}" if total else ""
+        return f"{number_of(total, 'warning')} of {listed}" if total else ""
 
     def close(self) -> None:
         """Write how often the texts came that came more than once."""

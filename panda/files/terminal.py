@@ -37,7 +37,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def number_of(count: int, noun: str, plural: str = "") -> str:
-    """``count`` with its ``noun``, singular for one: `1 step`, `1,000 steps`. ``plural``: of a noun whose plural is no added s."""
+    """``count`` with its ``noun``, singular for one: `1 step`, `1,000 steps`; ``plural`` where it is no added s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 

@@ -17,6 +17,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from panda.files.terminal import number_of
 from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
 from panda.registry import UserError
@@ -304,7 +305,7 @@ def _mark_beyond(
     below = [place for place, value in zip(places, values, strict=True) if value < limits.low]
     for found, height, marker, what in ((above, 0.985, "^", "above, or not finite"), (below, 0.015, "v", "below")):
         if found:
-            name = f"{what}: {len(found):,} records" if label else None
+            name = f"{what}: {number_of(len(found), 'record')}" if label else None
             transform = axes.get_xaxis_transform()
             heights = [height] * len(found)
             axes.plot(found, heights, marker, color=color, markersize=5, transform=transform, label=name, zorder=6)

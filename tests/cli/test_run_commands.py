@@ -110,7 +110,7 @@ def test_runs_are_plotted(some: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert plot.main(["runs/finished", "runs/stopped", "--x", "hours"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "finished: loss first 2, least 1, last 1.5, 3 records",
-        "stopped: loss first 2, least 2, last 2, 1 records",
+        "stopped: loss first 2, least 2, last 2, 1 record",
         "runs.png",
     ]
     assert plot.main(["runs/finished", "--metric", "eval_loss", "--out", "a.svg"]) == 0
