@@ -12,7 +12,7 @@ from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.cli.parser import Parser
 from panda.cli.run_folders import is_run
-from panda.cli.run_folders import run_folder
+from panda.cli.run_folders import run_folders
 from panda.cli.run_folders import short_names
 from panda.configuration.configure import Configuration
 from panda.files.terminal import number_of
@@ -84,7 +84,7 @@ def _metrics(before: Sequence[str]) -> list[str]:
 def _plot_runs(argv: list[str]) -> None:
     arguments = parser().parse_args(argv)
     out = _checked_out(arguments.out)
-    folders = [run_folder(run) for run in arguments.runs]
+    folders = run_folders(arguments.runs)
     runs = [Recorded.read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     draw_runs(runs, out, metric=arguments.metric, over=arguments.x)
     for run in runs:

@@ -13,7 +13,7 @@ from panda.cli.answering import assistant_and_sampling
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.cli.parser import add_blocking
-from panda.cli.run_folders import run_folder
+from panda.cli.run_folders import run_folders
 from panda.cli.run_folders import short_names
 from panda.cli.runs import described
 from panda.configuration.arguments import arguments_of_run
@@ -47,7 +47,7 @@ def _report(argv: list[str]) -> None:
     if out.suffix not in (".html", ".htm") or not out.parent.is_dir():
         raise UserError(f"--out: {arguments.out!r} is not a file in an existing folder that ends in .html.")
     check_can_be_made(out, "--out")
-    folders = [run_folder(run) for run in arguments.runs]
+    folders = run_folders(arguments.runs)
     with redirect_stdout(sys.stderr):
         runs = [_reported(folder, name, arguments) for folder, name in zip(folders, short_names(folders), strict=True)]
 

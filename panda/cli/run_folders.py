@@ -24,6 +24,17 @@ def run_folder(text: str) -> Path:
     return folder
 
 
+def run_folders(texts: Sequence[str]) -> list[Path]:
+    """The run directories that ``texts`` name. Raises UserError where one is none, or is named twice."""
+    folders = [run_folder(text) for text in texts]
+    for number, folder in enumerate(folders):
+        for text, other in zip(texts, folders[:number], strict=False):
+            if folder.resolve() == other.resolve():
+                same = "" if text == texts[number] else f", by {text} and {texts[number]}"
+                raise UserError(f"{texts[number]}: this run is named twice{same}. Name it once.")
+    return folders
+
+
 def run_of(folder: Path) -> Path | None:
     """The run directory that ``folder`` is, or whose checkpoint or export it is; None where it is none.
 

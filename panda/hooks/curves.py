@@ -103,7 +103,7 @@ class Recorded:
             if known:
                 place = self._places(over)
                 return [place(record["step"]) for record in known], values_of(known, metric)
-        near = did_you_mean(metric, self.metrics) or _that_have(metric, self.metrics)
+        near = did_you_mean(metric, self.metrics)
         raise UserError(
             f"--metric: {self.name} has no {metric!r} on record.{near} It has {', '.join(self.metrics) or 'nothing'}."
         )
@@ -128,12 +128,6 @@ class Recorded:
             return low + (high - low) * (step - left) / (until - left)
 
         return place
-
-
-def _that_have(text: str, names: Sequence[str]) -> str:
-    """` Did you mean 'eval_rouge1'?` for those of ``names`` in which ``text`` stands; empty for none."""
-    found = [repr(name) for name in names if text and text.lower() in name.lower()]
-    return f" Did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def values_of(records: Iterable[Mapping[str, Any]], key: str) -> list[float]:

@@ -121,6 +121,14 @@ def test_runs_are_plotted(some: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("argv", "message"),
     [
         (["runs/nowhere"], "error: runs/nowhere: expected a run directory, with the config.yaml of its run in it.\n"),
+        (
+            ["runs/stopped", "runs/finished", "runs/stopped"],
+            "error: runs/stopped: this run is named twice. Name it once.",
+        ),
+        (
+            ["runs/stopped", "runs/./lab/../stopped"],
+            "error: runs/./lab/../stopped: this run is named twice, by runs/st",
+        ),
         (["runs/finished", "--out", "a.jpg"], "error: --out: 'a.jpg' is not a file in an existing folder that ends in"),
         (
             ["runs/stopped", "--metric", "eval_loss"],

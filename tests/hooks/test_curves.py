@@ -140,7 +140,6 @@ def test_a_metric_that_a_run_has_not_recorded_is_refused_with_those_that_it_has(
         ("accuracy", ""),
         ("grad_nrm", " Did you mean 'grad_norm'?"),
         ("rouge1", " Did you mean 'eval_rouge1'?"),
-        ("ROUGE", " Did you mean 'eval_rouge1'?"),
     ):
         said = (
             rf"a has no '{metric}' on record\.{re.escape(near)} It has data_wait, eval_loss, eval_rouge1, grad_norm, "
