@@ -17,6 +17,7 @@ from panda.answers.text import decoded
 from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
 from panda.data.templates import ChatTemplate
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.weights.generation_config import answer_ends
 from panda.weights.generation_config import asks_to_sample
@@ -143,7 +144,7 @@ class Assistant:
             finish = "length"
             all_asked = most == sampling.max_new_tokens
             why = "`--max_new_tokens`" if all_asked else f"the model has {self.positions:,} positions"
-            note(f"the answer was cut after {most:,} tokens: {why}")
+            note(f"the answer was cut after {number_of(most, 'token')}: {why}")
         elif allowed is not None and time.time() - begun > allowed:
             finish = "time"
         return Answer(decoded(self.tokenizer, answer), finish, len(ids), len(answer))

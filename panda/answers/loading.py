@@ -14,6 +14,7 @@ import torch
 
 from panda.answers.assistant import Assistant
 from panda.data.ingredients import versions
+from panda.files.terminal import number_of
 from panda.models.causal_lm import build_causal_lm
 from panda.models.causal_lm import refuse_code_of_hub
 from panda.models.initialisation.creation import keep_computed_float32
@@ -154,9 +155,9 @@ def pretrained_tokenizer(pretrained: Pretrained, folder: Path | None = None) -> 
     needed = rows_needed(tokenizer)
     if rows is not None and needed > rows:
         raise UserError(
-            f"{folder}: its tokenizer needs {needed:,} rows (its highest id is {needed - 1:,}), and the checkpoint in"
-            f" {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights? Replace it with"
-            " theirs."
+            f"{folder}: its tokenizer needs {number_of(needed, 'row')} (its highest id is {needed - 1:,}), and the"
+            f" checkpoint in {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights?"
+            " Replace it with theirs."
         )
     return tokenizer
 

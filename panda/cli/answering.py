@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from panda.cli.parser import Parser
+from panda.cli.parser import add_blocking
 from panda.cli.passed_over import report_passed_over
-from panda.configuration.arguments import blocked_name
+from panda.cli.run_folders import run_of
 from panda.files.activity import activity
 from panda.files.terminal import fitted
 from panda.files.terminal import printable
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 RUN_HELP = "a run directory, an export, or any folder in Hugging Face's format"
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: Parser) -> None:
     """Add what precedes a dialogue, and the options of sampling."""
     parser.add_argument("--system", metavar="TEXT", help="a system turn before the dialogue, for the chat template")
     parser.add_argument(
@@ -54,30 +56,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--top-p",
         type=float,
         default=1.0,
-        help="sample from the most likely tokens whose probabilities add up to this; default 1, from all",
+        help="with a --temperature: sample from the most likely tokens whose probabilities add up to this; default 1,"
+        " from all",
     )
-    parser.add_argument("--seed", type=int, help="seed of sampling")
+    parser.add_argument("--seed", type=int, help="seed of sampling, with a --temperature")
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
+def add_base(parser: Parser) -> None:
     """Add the options that locate a base, and that allow pickles."""
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     parser.add_argument("--base_path", "--base-path", help="for a delta: the model that it is added to")
     parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="also read weights from pickles")
     add_blocking(parser)
-
-
-def add_blocking(parser: argparse.ArgumentParser) -> None:
-    """Add ``-p no:NAME``."""
-    what = "leave out what a distribution provides"
-    parser.add_argument("-p", action="append", default=[], type=_blocked, metavar="no:NAME", help=what)
-
-
-def _blocked(text: str) -> str:
-    try:
-        return blocked_name(text)
-    except UserError as problem:
-        raise argparse.ArgumentTypeError(str(problem)) from None
 
 
 def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False) -> tuple[Assistant, Sampling]:
@@ -91,6 +81,12 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
         raise UserError(f"--temperature: {arguments.temperature} is not a number >= 0.")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top_p: {arguments.top_p} is not a number > 0 and <= 1.")
+    unused = [f"--{key}" for key, usual in (("top_p", 1.0), ("seed", None)) if getattr(arguments, key) != usual]
+    if unused and arguments.temperature == 0:
+        raise UserError(
+            f"{' and '.join(unused)}: without a temperature the likeliest token is always taken, and nothing is"
+            f" sampled. Add one, such as `--temperature 0.7`, or leave {' and '.join(unused)} out."
+        )
     with redirect_stdout(sys.stderr):  # stdout is for the answers; DeepSpeed writes its warnings there
         assistant = _loaded(arguments, chats=chats)
     for line in assistant.notes:
@@ -136,6 +132,7 @@ def find_answering(arguments: argparse.Namespace) -> Answering:
     folder = named_in(Path(location))
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
+    run_of(folder)  # which refuses a later version's
     checkpoint = find_checkpoint(folder)
     report_passed_over(folder)
     holds_adapters = (folder / ADAPTERS).exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -19,7 +18,9 @@ from panda.cli.answering import note
 from panda.cli.answering import opening
 from panda.cli.answering import problem_of
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.cli.typed_lines import TypedLines
+from panda.files.terminal import number_of
 from panda.files.whole import write_whole
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
@@ -50,19 +51,23 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_chat, argv)
 
 
-def _chat(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda chat``."""
+    parser = Parser(
         prog="panda chat",
         description="Chat with a model, in the chat template that it was trained with. stdout has the answers; all"
         " else is on stderr.",
         epilog=f"In the chat:\n{command_help()}\n\nexample: panda chat runs/instruct-llama-tiny",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--no_history", "--no-history", action="store_true", help="keep no file of what was typed")
     add_base(parser)
     add_sampling(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _chat(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     assistant, sampling = assistant_and_sampling(arguments, chats=True)
     lines = TypedLines([command.partition(" ")[0] for command in COMMANDS], keeps=not arguments.no_history)
     if lines.are_typed:
@@ -82,8 +87,8 @@ class Chat:
         self.assistant, self.sampling = assistant, sampling
         self.first = first
         self.messages = list(first)
-        self.saved: set[Path] = set()
-        """Files that this chat has written, and may write again."""
+        self.saved: dict[Path, list[Message]] = {}
+        """What this chat has written into files, which it may write again as the dialogue goes on."""
         self.commands: dict[str, Callable[[str], None]] = {
             "/reset": self.reset,
             "/system": self.system,
@@ -147,14 +152,17 @@ class Chat:
         if len(self.messages) == len(self.first):
             raise UserError("/save: nothing has been said yet.")
         path = resolve_path(where).absolute()
-        if path.exists() and path not in self.saved:
+        before = self.saved.get(path)
+        if path.exists() and (before is None or not holds(path, before)):
             raise UserError(f"/save: {path} exists, and is not replaced. Name another file.")
+        if path.exists() and self.messages[: len(before or [])] != before:
+            raise UserError(f"/save: {path} has an earlier dialogue of this chat, and keeps it. Name another file.")
         try:
-            write_whole(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            write_whole(path, as_row(self.messages))
         except OSError as problem:
             raise UserError(f"/save: {path}: {problem.strerror}. Name a file that can be written.") from None
-        self.saved.add(path)
-        note(f"{path}: {len(self.messages)} messages")
+        self.saved[path] = list(self.messages)
+        note(f"{path}: {number_of(len(self.messages), 'message')}")
 
     def reply(self, text: str) -> None:
         """Answer ``text``, and remember both. Raises UserError where it cannot be given to the model."""
@@ -162,7 +170,7 @@ class Chat:
             raise UserError(f"not sent: {problem}")
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
-            messages, ids = that_fit(self.assistant, self.sampling, asked, len(self.first))
+            ids = that_fit(self.assistant, self.sampling, asked, len(self.first))
         except UserError as problem:  # the template refuses it
             raise UserError(f"not sent: {problem}") from None
         said = Answered()
@@ -175,7 +183,20 @@ class Chat:
                 note("stopped before the first word; the dialogue is as it was.")
                 return
             note("stopped; the dialogue goes on from here.")
-        self.messages = [*messages, {"role": "assistant", "content": said.text}]
+        self.messages = [*asked, {"role": "assistant", "content": said.text}]
+
+
+def as_row(messages: list[Message]) -> str:
+    """``messages`` as a line that training reads."""
+    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+
+
+def holds(path: Path, messages: list[Message]) -> bool:
+    """Whether the file ``path`` has nothing but ``messages``."""
+    try:
+        return path.read_bytes() == as_row(messages).encode()
+    except OSError:
+        return False
 
 
 def printable_command(command: str) -> str:
@@ -183,10 +204,8 @@ def printable_command(command: str) -> str:
     return repr(command if len(command) <= 40 else f"{command[:40]}...")
 
 
-def that_fit(
-    assistant: Assistant, sampling: Sampling, messages: list[Message], first: int
-) -> tuple[list[Message], list[int]]:
-    """``messages`` and their ids, without the earliest exchanges where the model has too few positions for all.
+def that_fit(assistant: Assistant, sampling: Sampling, messages: list[Message], first: int) -> list[int]:
+    """The ids of ``messages``, without the earliest exchanges where the model has too few positions for all.
 
     The ``first`` ones, of the system, stay.
     """
@@ -198,7 +217,6 @@ def that_fit(
         ids = assistant.encode(messages)
         left_out += 1
     if left_out:
-        note(
-            f"the dialogue's first {left_out} exchanges were left out; the model has {assistant.positions:,} positions"
-        )
-    return messages, ids
+        what = "exchange was" if left_out == 1 else f"{left_out:,} exchanges were"
+        note(f"the dialogue's first {what} left out; the model has {assistant.positions:,} positions")
+    return ids

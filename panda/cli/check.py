@@ -15,10 +15,11 @@ from panda.run.first_look import load
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
 
-Resolve a configuration as panda-train would, print each value with where it came from, load the
-tokenizer, read and tokenise all the data, count the model's parameters; train nothing, and write
-nothing but the token cache. What panda-train would refuse on this machine is refused, such as a model
-that does not fit: for a run of several processes set WORLD_SIZE, as its launcher does.
+Resolve a configuration as panda-train would, print each value with where it
+came from, load the tokenizer, read and tokenise all the data, count the
+model's parameters; train nothing, and write nothing but the token cache. What
+panda-train would refuse on this machine is refused, such as a model that does
+not fit: for a run of several processes set WORLD_SIZE, as its launcher does.
 
 examples:
   panda check panda:configs/instruct-tiny.yaml --learning_rate 2e-3

@@ -9,19 +9,29 @@ import contextlib
 import importlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
+from itertools import dropwhile
 from pathlib import Path
 
 from panda.cli.command import run_command
 from panda.cli.help import chosen_components
+from panda.cli.main import COMMANDS
+from panda.cli.main import HELP
+from panda.cli.parser import Parser
+from panda.cli.parser import in_short
+from panda.cli.parser import that_can_be_left_out
+from panda.cli.tokenizer import USED
 from panda.configuration.arguments import parse_arguments
+from panda.configuration.arguments import words_of_flags
+from panda.configuration.evaluation import TAKEN
 from panda.configuration.options import RunOptions
 from panda.configuration.user_code import catalog_of
+from panda.registry import Component
 from panda.registry import UserError
 from panda.registry.catalog import catalog_with
 from panda.registry.choosing import NAMING
-from panda.registry.offers import kind_named
 from panda.registry.options import Option
 from panda.registry.options import options_of
 
@@ -43,25 +53,37 @@ compdef _panda panda panda-train
 """,
     "fish": """\
 function __panda_candidates
-    panda completion -- (commandline -opc) (commandline -ct) 2>/dev/null
+    set -l found (panda completion -- (commandline -opc) (commandline -ct) 2>/dev/null)
+    if string length -q -- $found
+        printf '%s\\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
 end
-complete -c panda -a '(__panda_candidates)'
-complete -c panda-train -a '(__panda_candidates)'
+complete -c panda -f -a '(__panda_candidates)'
+complete -c panda-train -f -a '(__panda_candidates)'
 """,
 }
 
 USAGE = """\
 usage: panda completion bash|zsh|fish
 
-Print what has the shell complete commands, flags, registered names and choices of `panda` and
-`panda-train`, with TAB; where there is nothing to complete, it completes the names of files.
+Print what has the shell complete commands, flags, registered names and
+choices of `panda` and `panda-train`, with TAB; where there is nothing to
+complete, it completes the names of files.
 
   bash: echo 'eval "$(panda completion bash)"' >> ~/.bashrc
   zsh:  echo 'eval "$(panda completion zsh)"' >> ~/.zshrc   (after compinit)
   fish: panda completion fish > ~/.config/fish/completions/panda.fish"""
 
-CONFIGURED = ("train", "check", "estimate", "data", "prepare", "plot", "sweep")
-"""Commands that take the keys of a run as flags."""
+CONFIGURED = ("train", "check", "estimate", "data", "prepare", "plot", "sweep", "eval", "replay", "tokenizer")
+"""Commands that take keys of a run as flags."""
+OWN_VALUES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
+    ("estimate", "card"): lambda: importlib.import_module("panda.run.cards").CARDS,
+}
+"""What values of flags can be that these commands have besides."""
+KINDS_OF = {"eval": ("task", "reader", "plugin", "metric"), "tokenizer": ("reader",)}
+"""Kinds of the components whose options these commands take; others take those of all."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,49 +99,98 @@ def _completion(argv: list[str]) -> None:
     elif len(argv) == 1 and argv[0] in SCRIPTS:
         print(SCRIPTS[argv[0]], end="")
     else:
-        raise UserError(f"expected the name of a shell: {', '.join(SCRIPTS)}.\n{USAGE}")
+        raise UserError(f"expected the name of a shell: {', '.join(SCRIPTS)}.\n{in_short(USAGE)}")
 
 
 def candidates(words: Sequence[str]) -> list[str]:
     """What the last of ``words``, of a command line that begins with the program, can be; nothing for a file."""
-    from panda.cli.main import COMMANDS
-
     program, *rest = words
+    rest = [word for word in rest[:-1] if word != "="] + ["" if word == "=" else word for word in rest[-1:]]
     if Path(program).name == "panda-train":
         rest = ["train", *rest]
+    flag, equals, begun = rest[-1].partition("=") if rest and rest[-1].startswith("--") else ("", "", "")
+    if equals:  # bash breaks words at it
+        return [f"{flag}={found}" for found in candidates([program, *rest[:-1], flag, begun])]
     if len(rest) < 2:
-        return _beginning(rest[-1] if rest else "", COMMANDS)
+        return _beginning(rest[-1] if rest else "", [*COMMANDS, HELP])
     command, *before, word = rest
+    if command == HELP and not before:
+        return _beginning(word, COMMANDS)
     if command not in COMMANDS:
         return []
-    keys = _keys(before) if command in CONFIGURED else {}
-    previous = before[-1] if before else ""
-    if word.startswith("-"):
-        return _beginning(word, [f"--{key}" for key in keys] or _flags(command))
-    if option := keys.get(previous.lstrip("-").replace("-", "_")) if previous.startswith("--") else None:
-        return _beginning(word, _values(option))
-    return _beginning(word, _arguments(command, before))
+    with contextlib.suppress(UserError, OSError):
+        module = importlib.import_module(f"panda.cli.{command}")
+        if command in CONFIGURED and (command != "plot" or before[:1] == ["schedule"]):
+            return _of_configured(command, before, word)
+        if hasattr(module, "parser"):
+            return _of_parser(module.parser(), before, word)
+        if command == "completion" and not before:
+            return _beginning(word, SCRIPTS)
+    return []
 
 
-def _beginning(word: str, found: Sequence[str] | Mapping[str, object]) -> list[str]:
+def _beginning(word: str, found: Iterable[str]) -> list[str]:
     """Those of ``found`` that begin with ``word``, written with `-` or `_`, in any case."""
     begun = word.lower().replace("-", "_")
     return [each for each in dict.fromkeys(found) if each.lower().replace("-", "_").startswith(begun)]
 
 
-def _keys(words: Sequence[str]) -> dict[str, Option]:
-    """The keys of the run that ``words`` describe, as far as they do. Executes no files of the user."""
+def _of_parser(parser: Parser, before: Sequence[str], word: str) -> list[str]:
+    """What ``word`` can be, of a command whose flags ``parser`` reads."""
+    inner, arguments, can_be_flag = parser.next_word(before)
+    if word.startswith("-") and can_be_flag:
+        return _beginning(word, inner.flags())
+    return [found for argument in arguments for found in _beginning(word, inner.values_of(argument, before))]
+
+
+def _of_configured(command: str, before: Sequence[str], word: str) -> list[str]:
+    """What ``word`` can be, of a command that takes keys of a run."""
+    if before and before[-1] == "-p":
+        return _beginning(word, that_can_be_left_out(before))
+    keys = _keys(command, before)
+    if word.startswith("-"):
+        return _beginning(word, [*(f"--{key}" for key in keys), *_flags(command)])
+    flags = [number for number, each in enumerate(before) if each.startswith("--")]
+    if not flags:
+        return []
+    key, given = before[flags[-1]][2:].replace("-", "_"), len(before) - 1 - flags[-1]
+    option = keys.get(key)
+    if (command, key) in OWN_VALUES and not given:
+        return _beginning(word, OWN_VALUES[command, key]())
+    if option is None or (given and not option.is_list):
+        return []
+    if command != "sweep":
+        return _beginning(word, _values(option))
+    several, comma, last = word.rpartition(",")
+    return [several + comma + found for found in _beginning(last, _values(option))]
+
+
+def _keys(command: str, words: Sequence[str]) -> dict[str, Option]:
+    """The keys that ``command`` takes, of the run that ``words`` describe as far as they do. Executes no files of the
+    user."""
     keys = dict(options_of(RunOptions))
+    given = [*dropwhile(lambda word: not word.startswith("-"), words)]
+    if command in ("eval", "tokenizer"):
+        keys = {key: keys[key] for key in (TAKEN if command == "eval" else USED)}
+        given += ["--plugins", "eval_generate"] if command == "eval" else ["--task", "pretrain"]
     if any(".py" in word or "user" in word for word in words):
         return keys
+    components: list[Component] = []
     with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
-        given = [word for word in words if not word.endswith((".yaml", ".yml"))]
-        if given and given[-1].startswith("-"):
-            given.pop()  # the flag whose value is completed
-        arguments = parse_arguments(given)
-        for component in chosen_components(catalog_of(arguments), arguments):
+        arguments = parse_arguments(_whole(given))
+        components = chosen_components(catalog_of(arguments), arguments)
+    for component in components:
+        if component.kind in KINDS_OF.get(command, (component.kind,)):
             keys |= options_of(component.options)
     return keys
+
+
+def _whole(words: Sequence[str]) -> list[str]:
+    """``words`` without configuration files, which may name files of the user, and without flags that have no value."""
+    found = [
+        (flag, values) for flag, values in words_of_flags([*words]) if not flag.startswith(("--config", "--conf_"))
+    ]
+    return [word for flag, values in found if values for word in (flag, *values)]
 
 
 def _values(option: Option) -> list[str]:
@@ -130,28 +201,11 @@ def _values(option: Option) -> list[str]:
     return [offer.name for offer in catalog_with(None).offers(kind)]
 
 
-def _arguments(command: str, before: Sequence[str]) -> list[str]:
-    """What a word of ``command`` that is no flag can be, after ``before``."""
-    words = [word for word in before if not word.startswith("-")]
-    catalog = catalog_with(None)
-    if command == "list" and not words:
-        return [*(kind.plural for kind in catalog.kinds.values()), "hooks"]
-    if command == "show" and not words:
-        return [*catalog.kinds, "hook"]
-    if command == "show" and len(words) == 1:
-        with contextlib.suppress(UserError):
-            return [offer.name for offer in catalog.offers(kind_named(words[0], catalog.kinds).name)]
-    if command == "plot" and not words:
-        return ["schedule"]
-    if command == "completion" and not words:
-        return list(SCRIPTS)
-    return []
-
-
 def _flags(command: str) -> list[str]:
     """The flags in the help of ``command``, each in one spelling."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         importlib.import_module(f"panda.cli.{command}").main(["--help"])
-    found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", printed.getvalue()))
+    explained = printed.getvalue().partition("\nexample")[0]
+    found = set(re.findall(r"(?<![\w`-])--[a-z][\w-]*", explained))
     return sorted(flag for flag in found if f"--{flag[2:].replace('-', '_')}" not in found - {flag})

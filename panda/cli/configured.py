@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from panda.cli.parser import in_short
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
@@ -20,7 +21,7 @@ def configured(argv: list[str], usage: str, *, reads_data: bool = True) -> Confi
         print(usage)
         return None
     if not argv:  # an error: `panda check $CONFIG` with an empty variable would check nothing
-        raise UserError(f"no configuration is given.\n{usage}")
+        raise UserError(f"no configuration is given.\n{in_short(usage)}")
     configuration = configure(arguments)
     if not reads_data:
         return configuration

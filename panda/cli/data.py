@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.files.terminal import number_of
 from panda.files.terminal import printable
 from panda.files.terminal import printable_line
 
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: panda data CONFIG [--KEY VALUE ...] [-p no:NAME]
 
-Show what the data of a configuration becomes: the numbers of samples and tokens, which rows of files
-cannot be used and why, the lengths of samples, how full each `batching` makes the rows of a step, and
-the first samples of the run, decoded, with the part that carries loss in colour (between » and « if
-the output is not a terminal). Draws the lengths into runs/NAME-lengths.png.
+Show what the data of a configuration becomes: the numbers of samples and
+tokens, which rows of files cannot be used and why, the lengths of samples,
+how full each `batching` makes the rows of a step, and the first samples of
+the run, decoded, with the part that carries loss in colour (between » and «
+if the output is not a terminal). Draws the lengths into
+runs/NAME-lengths.png.
 
 example: panda data panda:configs/instruct-tiny.yaml"""
 
@@ -77,7 +80,7 @@ def _data(argv: list[str]) -> None:
         console.print(line)
     picture = Path("runs") / f"{run_name(resolved)}-lengths.png"
     picture.parent.mkdir(exist_ok=True)
-    title = f"{len(dataset):,} samples, {dataset.tokens:,} tokens"
+    title = f"{number_of(len(dataset), 'sample')}, {number_of(dataset.tokens, 'token')}"
     draw_lengths(lengths, picture, title=title, limit=limit, cut=cut)
 
     rows = f"per_gpu_train_batch_size {resolved.core.per_gpu_train_batch_size}"
@@ -98,16 +101,20 @@ def _data(argv: list[str]) -> None:
 def _print_report(console: Console, prepared: Preparation) -> None:
     dataset, held_out = prepared.dataset, prepared.held_out
     report = dataset.report
-    console.print(f"{report.files:,} file{'s' * (report.files != 1)}, {report.rows:,} rows, {len(dataset):,} samples")
+    console.print(
+        f"{number_of(report.files, 'file')}, {number_of(report.rows, 'row')}, {number_of(len(dataset), 'sample')}"
+    )
     if len(dataset.sources) > 1:
         for source in dataset.sources:
-            console.print(f"  {source.name}: {source.samples:,} samples, {source.per_epoch:,} of them an epoch")
+            console.print(
+                f"  {source.name}: {number_of(source.samples, 'sample')}, {source.per_epoch:,} of them an epoch"
+            )
     share = dataset.supervised_tokens / max(1, dataset.tokens)
-    console.print(f"{dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss ({share:.1%})")
+    console.print(f"{number_of(dataset.tokens, 'token')}, {dataset.supervised_tokens:,} with loss ({share:.1%})")
     console.print(f"tokenizer: {prepared.options.tokenizer}, with {len(prepared.tokenizer):,} entries")
     console.print(report.cut(len(dataset), prepared.options.max_seq_length))
     if report.bad_rows:
-        console.print(f"{report.bad_rows:,} of {report.rows:,} rows cannot be used:")
+        console.print(f"{report.bad_rows:,} of {number_of(report.rows, 'row')} cannot be used:")
         for reason, count in report.reasons.most_common():
             console.print(f"  {count:>9,}  {printable_line(reason)}")
         console.print("the first of them:")
@@ -116,7 +123,9 @@ def _print_report(console: Console, prepared: Preparation) -> None:
     for line in (*report.unused_lines(), *map(printable_line, report.notes)):
         console.print(line)
     for name, held in held_out.items():
-        console.print(f"{len(held):,} samples are held out, to evaluate on{f', as {name}' * bool(name)}")
+        console.print(
+            f"{number_of(len(held), 'sample is', 'samples are')} held out, to evaluate on{f', as {name}' * bool(name)}"
+        )
         for line in held.report.lines():
             console.print(f"  {line}")
 
@@ -141,4 +150,4 @@ def _append(text: Text, task: Task, part: ShownPart, *, coloured: bool) -> None:
         else:
             text.append(decoded)
     if len(part.token_ids) > LONGEST_SHOWN:
-        text.append(f" ... and {len(part.token_ids) - LONGEST_SHOWN:,} more tokens")
+        text.append(f" ... and {number_of(len(part.token_ids) - LONGEST_SHOWN, 'more token')}")

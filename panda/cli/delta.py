@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,14 +13,14 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_delta, argv)
 
 
-def _delta(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda delta``."""
+    parser = Parser(
         prog="panda delta",
         description="Make a delta, or apply one. Tensors are subtracted or added in float32, one at a time; a delta"
         " contains the embedding and the output head whole, so that the vocabularies may differ.",
         epilog="examples:\n  panda delta make --target my-llama --base llama-7b --output my-llama-delta\n"
         "  panda delta apply --delta my-llama-delta --base llama-7b --output my-llama",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="target - base")
@@ -34,7 +34,11 @@ def _delta(argv: list[str]) -> None:
         )
         command.add_argument("--output", required=True, type=Path, help="the folder to write; must be new or empty")
         command.add_argument("--allow_pickle", action="store_true", help="also read weights from pickles")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _delta(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
 
     from panda.files.whole import check_can_be_made
     from panda.registry import UserError

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.cli.run_folders import run_folder
 from panda.engine.checkpoints.agreement import MADE_OF
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.run.description import read_provenance
 from panda.run.directory import PROVENANCE
@@ -26,15 +27,20 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_diff, argv)
 
 
-def _diff(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda diff``."""
+    parser = Parser(
         prog="panda diff",
         description="Say where two runs part: configuration, data and machine, versions, and the first step at which a"
         " loss, a gradient norm or a rate differs. Figures are compared as they are recorded, to the bit.",
         epilog="example: panda diff runs/first runs/second",
     )
     parser.add_argument("runs", nargs=2, metavar="RUN", help="a run directory")
-    runs = [run_folder(run) for run in parser.parse_args(argv).runs]
+    return parser
+
+
+def _diff(argv: list[str]) -> None:
+    runs = [run_folder(run) for run in parser().parse_args(argv).runs]
     configs, provenances = [configuration_in(run) for run in runs], [read_provenance(run) for run in runs]
     for run, provenance in zip(runs, provenances, strict=True):
         if not provenance:
@@ -89,12 +95,15 @@ def _print_losses(runs: list[Path]) -> None:
         shared = sorted(first.keys() & second.keys())
         if not shared:
             if first or second:
-                print(f"{name}: no step is recorded of both ({len(first)} and {len(second)} records).")
+                print(f"{name}: no step is recorded of both ({len(first):,} of one, {len(second):,} of the other).")
             continue
         compared = [key for key in (name, "grad_norm", "learning_rate", "tokens") if key in first[shared[0]]]
         parted = [step for step in shared if any(first[step].get(key) != second[step].get(key) for key in compared)]
         if not parted:
-            print(f"{name}: the same to the bit in all {len(shared)} steps that are recorded of both.")
+            print(
+                f"{name}: the same to the bit in {number_of(len(shared), 'step that is', 'steps that are')} recorded"
+                " of both."
+            )
             continue
         step = parted[0]
         before = [same for same in shared if same < step]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.installation.findings import Finding
 from panda.installation.machine import examine_machine
 from panda.installation.machine import facts
@@ -32,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     return code or (BROKEN if any(finding.is_broken for finding in found) else 0)
 
 
-def _examine(argv: list[str]) -> list[Finding]:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda doctor``."""
+    parser = Parser(
         prog="panda doctor",
         description="Examine what is installed: metadata, names, requirements, the modules of packages (each imported"
         " in a process of its own), and the machine. Says what to do; the exit code is 1 where something is broken.",
@@ -43,7 +43,12 @@ def _examine(argv: list[str]) -> list[Finding]:
     parser.add_argument(
         "--user_dir", "--user-dir", metavar="FOLDER", help="examine only the components in its files, which it imports"
     )
-    arguments = parser.parse_args(argv)
+    parser.values["distribution"] = lambda _: (package.name for package in packages())
+    return parser
+
+
+def _examine(argv: list[str]) -> list[Finding]:
+    arguments = parser().parse_args(argv)
     every = packages()
     chosen = [_chosen(every, name) for name in arguments.distribution]
     found: list[Finding] = []

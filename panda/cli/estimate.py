@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.cli.parser import in_short
+from panda.files.terminal import number_of
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -21,20 +23,24 @@ if TYPE_CHECKING:
     from panda.run.preparation import Preparation
 
 USAGE = """\
-usage: panda estimate CONFIG [--KEY VALUE ...] [--gpus N] [--card NAME|GIB] [--sweep] [--json]
+usage: panda estimate CONFIG [--KEY VALUE ...]
+           [--gpus N] [--card NAME|GIB] [--sweep] [--json]
 
-Estimate the memory that a run needs on each GPU, by kind, with its longest rows: max_seq_length
-tokens in each row of a micro batch. Says which cards it fits, and the cheapest single change that
-makes it fit the others. Reads no data and no weights, and needs no GPU.
+Estimate the memory that a run needs on each GPU, by kind, with its longest
+rows: max_seq_length tokens in each row of a micro batch. Says which cards it
+fits, and the cheapest single change that makes it fit the others. Reads no
+data and no weights, and needs no GPU.
 
-  --gpus N          GPUs of the run; by default WORLD_SIZE, or as many as hold one copy of the model
-  --card NAME|GIB   h100, h200, a100, ..., or a number of GiB; by default this machine's, or common ones
+  --gpus N          GPUs of the run; by default WORLD_SIZE, or as many as hold
+                    one copy of the model
+  --card NAME|GIB   h100, h200, a100, ..., or a number of GiB; by default this
+                    machine's, or common ones
   --sweep           a table of ZeRO stages and numbers of GPUs
   --json            one JSON object, sizes in bytes
 
 examples:
-  panda estimate panda:configs/instruct-tiny.yaml --zero_stage 3 --gpus 8 --card h100
-  panda estimate --arch llama-7b --precision bf16 --per_gpu_train_batch_size 4 --sweep"""
+  panda estimate panda:configs/lora.yaml --zero_stage 3 --gpus 8 --card h100
+  panda estimate --arch llama-7b --precision bf16 --sweep"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +100,7 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         if _FLAGS[flag] and not equals:
             value = next(words, "")
         if _FLAGS[flag] != bool(value):
-            raise UserError(f"{flag}: expected {'a value' if _FLAGS[flag] else 'no value'}.\n{USAGE}")
+            raise UserError(f"{flag}: expected {'a value' if _FLAGS[flag] else 'no value'}.\n{in_short(USAGE)}")
         own[flag[2:]] = value
     return own, rest
 
@@ -155,7 +161,7 @@ def _described(prepared: Preparation) -> str:
         said.append(f"tensor parallel over {options.tensor_parallel_size}")
     said += ["compiled"] * options.compiled
     rows = f"{options.per_gpu_train_batch_size} x {options.max_seq_length:,} tokens"
-    gpus = f"{prepared.world_size} GPU{'s' * (prepared.world_size > 1)}"
+    gpus = number_of(prepared.world_size, "GPU")
     said.append(f"{options.batching} rows, {rows} a micro batch on each of {gpus}")
     return "\n".join([said[0], ", ".join(said[1:]), ""])
 
@@ -191,7 +197,7 @@ def _table(found: list[_OnCard]) -> list[str]:
 def _compile_cell(each: _OnCard) -> str:
     if each.compiled.begins is None:
         return str(each.compiled.compile).lower()
-    return f"from {each.compiled.begins:,} steps"
+    return f"from {number_of(each.compiled.begins, 'step')}"
 
 
 def _sweep(prepared: Preparation, card: Card) -> list[str]:

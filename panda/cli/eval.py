@@ -21,6 +21,8 @@ from panda.cli.answering import RUN_HELP
 from panda.cli.answering import find_answering
 from panda.cli.answering import note
 from panda.cli.command import run_command
+from panda.cli.parser import in_short
+from panda.cli.run_folders import run_of
 from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import arguments_of_run
 from panda.configuration.arguments import parse_arguments
@@ -37,10 +39,6 @@ from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
 from panda.registry.options import Option
-from panda.weights.run_folders import CHECKPOINTS
-from panda.weights.run_folders import EXPORT
-from panda.weights.run_folders import PROVENANCE
-from panda.weights.run_folders import RUN_CONFIG
 
 if TYPE_CHECKING:
     from panda.answers.loading import Answering
@@ -53,28 +51,38 @@ if TYPE_CHECKING:
     from panda.tasks.task import Task
 
 USAGE = """\
-usage: panda eval MODEL [--data PATH ...] [--KEY VALUE ...] [-p no:eval_generate]
+usage: panda eval MODEL [--data PATH ...] [--KEY VALUE ...]
+                  [-p no:eval_generate]
        panda eval MODEL --harness TASK,... [-- FLAGS OF LM_EVAL]
 
-Evaluate a model: loss, perplexity and token accuracy over the supervised tokens of data, and scores of
-the answers to some of its samples, beside the answers in the data. MODEL is a run directory, an export,
-or any folder in Hugging Face's format. Of a run, the newest checkpoint is evaluated, with the run's own
-task, template and tokenizer.
+Evaluate a model: loss, perplexity and token accuracy over the supervised
+tokens of data, and scores of the answers to some of its samples, beside the
+answers in the data. MODEL is a run directory, an export, or any folder in
+Hugging Face's format. Of a run, the newest checkpoint is evaluated, with the
+run's own task, template and tokenizer.
 
-  --data PATH ...          data to evaluate on; by default what the run was evaluated on
-  --eval_names NAME ...    a name for each path: paths of one name are a set, with numbers of its own
-  --task TASK              how data is read; by default that of the run, or `instruct`
-  --eval_generate_rows N   samples of each set that are answered; `-p no:eval_generate` for none
+  --data PATH ...          data to evaluate on; by default what the run was
+                           evaluated on
+  --eval_names NAME ...    a name for each path: paths of one name are a set,
+                           with numbers of its own
+  --task TASK              how data is read; by default that of the run, or
+                           `instruct`
+  --eval_generate_rows N   samples of each set that are answered;
+                           `-p no:eval_generate` for none
   --eval_generate_tokens N most tokens of an answer
   --eval_metrics NAME ...  what answers are scored by: `panda list metrics`
-  --config FILE            take the options of the task, such as `input_field`, from this file
+  --config FILE            take the options of the task, such as
+                           `input_field`, from this file
   --KEY VALUE              any option of the task, the reader or a metric
-  --output FILE            also write the numbers, and the answers, to a JSON file
+  --output FILE            also write the numbers, and the answers, to a JSON
+                           file
   --json                   print that in place of the table
-  --ckpt_path FOLDER       for adapters: where their base is now, if it has been moved
+  --ckpt_path FOLDER       for adapters: where their base is now, if it has
+                           been moved
   --base_path FOLDER       for a delta: the model that it is added to
   --allow_pickle           also read weights from pickles
-  --harness TASK,...       evaluate by lm-evaluation-harness (`pip install lm_eval`) on its tasks
+  --harness TASK,...       evaluate by lm-evaluation-harness (`pip install
+                           lm_eval`) on its tasks
 
 example: panda eval runs/instruct-llama-tiny --data data/held-out.jsonl"""
 
@@ -86,17 +94,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _eval(argv: list[str]) -> None:
     argv, of_harness = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    if not argv or any(word in ("-h", "--help") for word in argv):
+    if any(word in ("-h", "--help") for word in argv):
         print(USAGE)
         return
+    if not argv:
+        raise UserError(f"no model is given.\n{in_short(USAGE)}")
     if argv[0].startswith("-"):
-        raise UserError(f"{argv[0]}: name the model first: `panda eval MODEL {argv[0]} ...`.\n{USAGE}")
+        raise UserError(f"{argv[0]}: name the model first: `panda eval MODEL {argv[0]} ...`.\n{in_short(USAGE)}")
     location, arguments = argv[0], parse_arguments(argv[1:])
     own = {key: given for key, given in arguments.given.items() if key in OWN and given.origin.startswith("-")}
     for key in own:
         del arguments.given[key]  # those of a file are keys of a run, such as the base that it trained from
     if not _folder(location).is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
+    run_of(_folder(location))  # which refuses a later version's
     if "harness" in own:
         from panda.cli.harness import run_harness
 
@@ -167,14 +178,6 @@ def _telling_of_held_out(is_part: bool) -> Iterator[None]:
 _ELSE_NAME_DATA = (
     "The run held out a part of its own data (`eval_fraction`). To evaluate on other data, name it with `--data`."
 )
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run directory that ``folder`` is, or whose checkpoint or export it is; None where it is none."""
-    places = [folder]
-    places += [folder.absolute().parent] if folder.name in (EXPORT, CHECKPOINTS) else []
-    places += [folder.absolute().parents[1]] if folder.absolute().parent.name == CHECKPOINTS else []
-    return next((each for each in places if all((each / name).is_file() for name in (RUN_CONFIG, PROVENANCE))), None)
 
 
 def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Given]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from panda.cli.answering import add_blocking
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
+from panda.cli.parser import add_blocking
 from panda.cli.passed_over import report_passed_over
+from panda.cli.run_folders import run_of
 from panda.files.activity import activity
 from panda.files.own import refuse_links_out
 from panda.files.whole import check_can_be_made
@@ -31,8 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_export, argv)
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda export``."""
+    parser = Parser(
         prog="panda export",
         description="Write the newest checkpoint of a run, or the given one, as safetensors with configuration,"
         " tokenizer, chat template and generation config. From any ZeRO stage, in one process, one file at a time.",
@@ -54,14 +57,17 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
     _add_gguf(parser)
     add_blocking(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _export(argv: list[str]) -> None:
-    arguments = _arguments(argv)
+    arguments = parser().parse_args(argv)
     script = _script(arguments)
 
     from panda.engine.checkpoints.folders import find_checkpoint
+    from panda.engine.checkpoints.folders import named_in
+
+    run_of(named_in(arguments.run))  # which refuses a later version's
 
     checkpoint = find_checkpoint(arguments.run)
     report_passed_over(arguments.run)
@@ -118,7 +124,7 @@ def _exported(
     return note
 
 
-def _add_gguf(parser: argparse.ArgumentParser) -> None:
+def _add_gguf(parser: Parser) -> None:
     parser.add_argument(
         "--gguf",
         type=Path,

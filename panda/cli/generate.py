@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from panda.cli.answering import opening
 from panda.cli.answering import problem_of
 from panda.cli.answering import write
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.registry import UserError
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_generate, argv)
 
 
-def _generate(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda generate``."""
+    parser = Parser(
         prog="panda generate",
         description="Answer prompts, in the form in which the model saw them in training: in its chat template if it"
         " has one, and otherwise as the beginning of a text. stdout has the answers, each with a newline after it, and"
@@ -42,7 +43,11 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print each answer when it is whole, as an object of JSON")
     add_base(parser)
     add_sampling(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _generate(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     for prompt in arguments.prompt:
         if problem := problem_of(prompt):
             raise UserError(f"--prompt: {problem}")

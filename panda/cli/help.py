@@ -30,17 +30,20 @@ from panda.registry.settings import convert_options
 USAGE = """\
 usage: panda-train [--config FILE] [--KEY VALUE ...] [-p no:NAME] [--version]
 
-Train a language model. Every key of the YAML file is a flag, with `-` or `_`; a flag wins over the
-file. Name a task, an arch and an optimizer here to see their flags below.
+Train a language model. Every key of the YAML file is a flag, with `-` or `_`;
+a flag wins over the file. Name a task, an arch and an optimizer here to see
+their flags below.
 
 examples:
   panda-train --config panda:configs/instruct-tiny.yaml
-  panda-train --config panda:configs/instruct-tiny.yaml --learning_rate 2e-3 --run_name faster
+  panda-train --config panda:configs/instruct-tiny.yaml --learning_rate 2e-3
   panda-train --task instruct --arch llama-7b --optimizer adamw --help
-  torchrun --nproc_per_node 2 --no-python panda-train --config panda:configs/pretrain-tiny.yaml
+  torchrun --nproc_per_node 2 --no-python panda-train --config run.yaml
 
-  --config FILE          flat YAML, one `key: value` a line (also --conf_path); `panda:configs/` has some
-  -p no:NAME             leave out a plugin, or everything that a distribution provides
+  --config FILE          flat YAML, one `key: value` a line (also
+                         --conf_path); `panda:configs/` has some
+  -p no:NAME             leave out a plugin, or everything that a distribution
+                         provides
   -V, --version          show the version of panda
   -h, --help             show this help"""
 
@@ -118,7 +121,8 @@ def print_options(
         print(f"\n{_wrapped(title, indent=0)}")
     for key, option in options.items():
         known = values is not None and key in values
-        print(f"  --{key}{f' [{values[key]}, of {source}]' if known else _default(option)}")  # type: ignore[index]
+        shown = f" [{values[key]}, of {source}]" if known else _default(option)  # type: ignore[index]
+        print(_wrapped(f"--{key}{shown}", indent=6, first=2))
         print(_wrapped(f"{option.doc} ({option.expects})".strip(), indent=25))
 
 
@@ -133,8 +137,7 @@ def _default(option: Option) -> str:
     return f" [{option.default if plain else repr(option.default)}]"
 
 
-def _wrapped(text: str, *, indent: int) -> str:
+def _wrapped(text: str, *, indent: int, first: int | None = None) -> str:
     width = max(60, min(110, shutil.get_terminal_size().columns))
-    return textwrap.fill(
-        text, width, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
-    )
+    begin = " " * (indent if first is None else first)
+    return textwrap.fill(text, width, initial_indent=begin, subsequent_indent=" " * indent, break_on_hyphens=False)

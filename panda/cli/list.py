@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
 from panda.cli.command import run_command
-from panda.configuration.arguments import blocked_name
+from panda.cli.parser import Parser
+from panda.cli.parser import add_blocking
+from panda.files.terminal import number_of
 from panda.registry import Offer
 from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
@@ -25,8 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_list, argv)
 
 
-def _list(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda list``."""
+    parser = Parser(
         prog="panda list",
         description="List the installed components: their names, packages and descriptions. Imports none of them.",
         epilog="example: panda list optimizers --json",
@@ -34,13 +36,18 @@ def _list(argv: list[str]) -> None:
     plurals = ", ".join(kind.plural for kind in kinds().values())
     parser.add_argument("kind", nargs="?", help=f"{plurals}, hooks; by default all components")
     parser.add_argument("--json", action="store_true", help="one JSON array of objects")
-    parser.add_argument("-p", action="append", default=[], metavar="no:NAME", help="leave out a plugin or distribution")
+    add_blocking(parser)
     parser.add_argument("--user_dir", "--user-dir", metavar="FOLDER", help="list the components in this folder, too")
-    arguments = parser.parse_args(argv)
+    parser.values["kind"] = lambda _: [*(kind.plural for kind in kinds().values()), HOOKS[0]]
+    return parser
+
+
+def _list(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     if arguments.kind in HOOKS:
         _list_hooks(as_json=arguments.json)
         return
-    catalog = catalog_with(arguments.user_dir, map(blocked_name, arguments.p))
+    catalog = catalog_with(arguments.user_dir, arguments.p)
     shown = [kind_named(arguments.kind, catalog.kinds)] if arguments.kind else list(catalog.kinds.values())
     if arguments.json:
         rows = [_described(offer) for kind in shown for offer in catalog.offers(kind.name)]  # reads every source
@@ -59,7 +66,8 @@ def _list(argv: list[str]) -> None:
         if not offers:
             print("  none")
     if unread := len(every) - len(readable):
-        print(f"\nDescriptions of {unread:,} components of other packages are left out; `--json` shows all.")
+        count = number_of(unread, "component")
+        print(f"\nDescriptions of {count} of other packages are left out; `--json` shows all.")
 
 
 def _list_hooks(*, as_json: bool) -> None:

@@ -15,29 +15,31 @@ COMMANDS = {
     "list": "list the installed components, by kind",
     "show": "show one component: its options, and where it comes from",
     "check": "resolve a configuration, check its data and model, train nothing",
-    "estimate": "estimate the memory of a configuration on each GPU, and which cards it fits",
+    "estimate": "estimate the memory of a configuration, and which GPUs it fits",
     "data": "show a configuration's data: counts, lengths, what carries loss",
     "prepare": "tokenise a configuration's data ahead of time",
     "tokenizer": "train a tokenizer on data, for pretraining",
-    "plot": "draw curves of runs beside each other, or the learning-rate schedule of a configuration",
+    "plot": "draw curves of runs, or the learning rate of a configuration",
     "runs": "list runs: how far they are, their losses, speed and age",
     "report": "write an HTML page about runs: curves, samples, answers",
     "train": "train; the same as panda-train",
     "sweep": "train a grid of values, one run after another, or go on with it",
     "export": "write a run's checkpoint as a folder that plain transformers loads",
     "push": "put an export on the Hugging Face hub",
-    "eval": "evaluate a model on data: loss, token accuracy, scores of its answers",
+    "eval": "evaluate a model on data: loss, accuracy, scores of its answers",
     "generate": "answer prompts with a trained model",
     "chat": "chat with a trained model",
     "translate": "write a configuration of another tool in panda's keys",
     "delta": "make or apply the difference between a fine-tune and its base",
-    "diff": "say where two runs part: configuration, data, versions, first different step",
+    "diff": "say where two runs part: configuration, data, versions, steps",
     "replay": "run a step of a run again, and name the samples that spoil it",
-    "doctor": "examine what is installed: what is wrong with it, and what to do",
+    "doctor": "say what is wrong with what is installed, and what to do",
     "completion": "print what has a shell complete commands, flags, names and choices",
-    "new": "make a package with a component of your own, with tests and a configuration",
+    "new": "make a package with a component of your own",
 }
-"""Each command is a module of this package with ``main(argv)``."""
+"""Each command is a module of this package with ``main(argv)``; where argparse reads its flags, it has ``parser()``."""
+HELP = "help"
+"""``panda help COMMAND`` is ``panda COMMAND --help``."""
 
 USAGE = (
     "usage: panda COMMAND ...\n\ncommands:\n"
@@ -49,13 +51,15 @@ examples:
   panda show model llama
   panda check panda:configs/instruct-tiny.yaml
 
-`panda COMMAND --help` explains a command."""
+`panda COMMAND --help` or `panda help COMMAND` explains a command."""
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``panda``."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == [HELP]:
+        arguments = [*arguments[1:], "--help"]
     if arguments and arguments[0] in COMMANDS:
         exit_code: int = importlib.import_module(f"panda.cli.{arguments[0]}").main(arguments[1:])
         return exit_code

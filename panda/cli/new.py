@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import keyword
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import panda
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.registry import UserError
 from panda.registry.api import API_GROUP
 from panda.registry.api import API_VERSION
@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_new, argv)
 
 
-def _new(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda new``."""
+    parser = Parser(
         prog="panda new",
         description="Make a package that adds a component to panda, in a new folder NAME: it installs, passes its"
         " tests and trains at once. Then change it into your own.",
@@ -47,7 +48,12 @@ def _new(argv: list[str]) -> None:
     parser.add_argument("what", choices=["plugin"], help="plugin: a package with a component of any kind")
     parser.add_argument("name", help="of the package, and of its folder: `acme-herons`")
     parser.add_argument("--kind", default="plugin", help=f"of the component: {', '.join(SUMMARIES)}; default: plugin")
-    arguments = parser.parse_args(argv)
+    parser.values["kind"] = lambda _: SUMMARIES
+    return parser
+
+
+def _new(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     kind = arguments.kind.replace("-", "_")
     if kind not in SUMMARIES:
         raise UserError(f"--kind: {arguments.kind!r} is none of {', '.join(SUMMARIES)}.")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
-from panda.cli.run_folders import run_folder
+from panda.cli.parser import Parser
+from panda.cli.run_folders import is_run
+from panda.cli.run_folders import run_folders
 from panda.cli.run_folders import short_names
 from panda.configuration.configure import Configuration
+from panda.files.terminal import number_of
 from panda.files.whole import check_can_be_made
 from panda.hooks.curves import X_AXES
 from panda.hooks.curves import Recorded
@@ -22,21 +25,27 @@ from panda.registry.contexts import LRSchedulerContext
 from panda.registry.location import resolve_path
 
 USAGE = """\
-usage: panda plot RUN [RUN ...] [--metric NAME] [--x steps|tokens|hours] [--out FILE]
+usage: panda plot RUN [RUN ...] [--metric NAME] [--x steps|tokens|hours]
+                  [--out FILE]
        panda plot schedule CONFIG [--out FILE] [--KEY VALUE ...] [-p no:NAME]
 
-Draw a metric of runs beside each other, by default their loss, over steps, into runs.png. Each RUN
-is the folder of a run, also of one that is still training. NAME is an entry of its metrics.jsonl,
-such as eval_loss, grad_norm, learning_rate or tokens_per_second.
+Draw a metric of runs beside each other, by default their loss, over steps,
+into runs.png. Each RUN is the folder of a run, also of one that is still
+training. NAME is an entry of its metrics.jsonl, such as eval_loss, grad_norm,
+learning_rate or tokens_per_second.
 
-Or draw the learning rate of every optimizer step of a configuration, by default into schedule.png.
-Without max_steps the data is read and tokenised, since it decides how many steps there are.
+Or draw the learning rate of every optimizer step of a configuration, by
+default into schedule.png. Without max_steps the data is read and tokenised,
+since it decides how many steps there are.
 
 FILE ends in .png, .svg or .pdf.
 
-example: panda plot runs/first runs/second --metric eval_loss --x hours
-example: panda plot schedule panda:configs/instruct-tiny.yaml --lr_scheduler wsd --max_steps 1000"""
+examples:
+  panda plot runs/first runs/second --metric eval_loss --x hours
+  panda plot schedule panda:configs/instruct-tiny.yaml --lr_scheduler wsd"""
 
+USUAL = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second")
+"""Metrics of every run."""
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -54,15 +63,28 @@ def _plot(argv: list[str]) -> None:
         _plot_runs(argv)
 
 
-def _plot_runs(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="panda plot", usage=USAGE.removeprefix("usage: "))
+def parser() -> Parser:
+    """The flags of ``panda plot RUN ...``."""
+    parser = Parser(prog="panda plot", usage=USAGE.removeprefix("usage: "))
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--x", choices=[*X_AXES], default="steps")
     parser.add_argument("--out", default="runs.png")
-    arguments = parser.parse_args(argv)
+    parser.values |= {"metric": _metrics, "runs": lambda before: [] if before else ["schedule"]}
+    return parser
+
+
+def _metrics(before: Sequence[str]) -> list[str]:
+    """The metrics that the runs among the words ``before`` have all on record."""
+    folders = [resolve_path(word) for word in before if not word.startswith("-")]
+    found = [Recorded.read(folder, folder.name).metrics for folder in folders if is_run(folder)]
+    return [name for name in found[0] if all(name in each for each in found)] if found else [*USUAL]
+
+
+def _plot_runs(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     out = _checked_out(arguments.out)
-    folders = [run_folder(run) for run in arguments.runs]
+    folders = run_folders(arguments.runs)
     runs = [Recorded.read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     draw_runs(runs, out, metric=arguments.metric, over=arguments.x)
     for run in runs:
@@ -71,7 +93,7 @@ def _plot_runs(argv: list[str]) -> None:
         shown = (
             f"first {finite[0]:.4g}, least {min(finite):.4g}, last {finite[-1]:.4g}" if finite else "no finite value"
         )
-        print(f"{run.name}: {arguments.metric} {shown}, {len(values):,} records")
+        print(f"{run.name}: {arguments.metric} {shown}, {number_of(len(values), 'record')}")
     print(out)
 
 
@@ -85,8 +107,8 @@ def _plot_schedule(argv: list[str]) -> None:
     chosen = resolved.components["lr_scheduler"]
     schedule = chosen.build(LRSchedulerContext(total_steps=total, learning_rate=peak), Callable)
     rates = [peak * schedule(completed) for completed in range(total)]
-    draw_schedule(rates, out, title=f"{chosen.component.name}: {total:,} steps")
-    print(f"{out}: {total:,} steps, peak {max(rates):.3g}, first {rates[0]:.3g}, last {rates[-1]:.3g}")
+    draw_schedule(rates, out, title=f"{chosen.component.name}: {number_of(total, 'step')}")
+    print(f"{out}: {number_of(total, 'step')}, peak {max(rates):.3g}, first {rates[0]:.3g}, last {rates[-1]:.3g}")
 
 
 def _without_out(argv: list[str]) -> tuple[list[str], Path]:

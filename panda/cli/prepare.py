@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.files.terminal import number_of
 
 USAGE = """\
 usage: panda prepare CONFIG [--KEY VALUE ...] [-p no:NAME]
 
-Read the data of a configuration and tokenise it into the token cache, on all cores, as panda-train
-would at its start. Runs with the same data, tokenizer and options then start at once. Needs no GPU
-and no launcher; PANDA_CACHE or `token_cache` says where the cache is.
+Read the data of a configuration and tokenise it into the token cache, on all
+cores, as panda-train would at its start. Runs with the same data, tokenizer
+and options then start at once. Needs no GPU and no launcher; PANDA_CACHE or
+`token_cache` says where the cache is.
 
 example: panda prepare panda:configs/instruct-tiny.yaml"""
 
@@ -37,9 +39,14 @@ def _prepare(argv: list[str]) -> None:
     for name, dataset in {"": prepared.dataset, **held_out}.items():
         for line in dataset.report.lines():
             print(f"{name}{line}")
-        read = f"{dataset.report.files:,} files, {dataset.report.rows:,} rows: " if dataset.report.files else ""
+        read = (
+            f"{number_of(dataset.report.files, 'file')}, {number_of(dataset.report.rows, 'row')}: "
+            if dataset.report.files
+            else ""
+        )
         print(
-            f"{name}{read}{len(dataset):,} samples, {dataset.tokens:,} tokens, {dataset.supervised_tokens:,} with loss"
+            f"{name}{read}{number_of(len(dataset), 'sample')}, {number_of(dataset.tokens, 'token')},"
+            f" {dataset.supervised_tokens:,} with loss"
         )
         if read:
             print(f"{name}{dataset.report.cut(len(dataset), configuration.options.max_seq_length)}")

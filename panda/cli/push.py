@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.files.activity import is_terminal
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.hooks.metrics import read_evaluations
 from panda.registry import UserError
@@ -31,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_push, argv)
 
 
-def _push(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda push``."""
+    parser = Parser(
         prog="panda push",
         description="Put a model on the Hugging Face hub: the export of a run, or a folder with one. It is private,"
         " unless --public is given. Prints each file with its size first, and uploads nothing from a folder that holds"
@@ -46,7 +48,11 @@ def _push(argv: list[str]) -> None:
     seen.add_argument("--private", action="store_true", help="let only you, or your organisation, see it: the default")
     parser.add_argument("--message", default="Upload by panda", help="of the commit; by default: %(default)s")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would be uploaded, and end")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _push(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     if not is_name(arguments.name):
         raise UserError(f"{arguments.name!r}: expected OWNER/NAME, where the owner is you or an organisation of yours.")
     if arguments.private:
@@ -70,7 +76,7 @@ def _push(argv: list[str]) -> None:
 def _described(upload: Upload) -> list[str]:
     width = max(map(len, upload.sizes))
     lines = [f"  {name:{width}}  {_size(size):>9}" for name, size in upload.sizes.items()]
-    lines = [f"{upload.folder}: {len(upload.sizes)} files, {_size(sum(upload.sizes.values()))}", *lines]
+    lines = [f"{upload.folder}: {number_of(len(upload.sizes), 'file')}, {_size(sum(upload.sizes.values()))}", *lines]
     if upload.hidden:
         lines.append(f"note: hidden files stay here: {_some(upload.hidden)}")
     if not upload.has_card:
@@ -110,7 +116,9 @@ def _where(place: Place) -> str:
     seen = "public" if place.is_public else "private"
     line = f"to {place.url}: {seen}, {'new' if place.is_new else 'which is there'}"
     if place.others:
-        line += f"; {len(place.others)} other files stay there ({_some(place.others)})"
+        line += (
+            f"; {number_of(len(place.others), 'other file stays', 'other files stay')} there ({_some(place.others)})"
+        )
     return line
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.parser import in_short
 from panda.cli.run_folders import run_folder
 from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import arguments_of_run
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.registry import UserError
 from panda.registry.options import Given
@@ -27,15 +29,19 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: panda replay RUN STEP [--nearest] [--all] [--KEY VALUE ...]
 
-Run step STEP of RUN again, as the run did, from the newest checkpoint before it: the steps between are taken, too.
-Prints the loss and the gradient norm of each sample of the step, with FILE:ROW and the beginning of its text, and
-names the samples that are not finite, or far above the others. Nothing is written into RUN. Hooks are not called.
-It runs in one process, or under torchrun on several, with the same samples; with `tensor_parallel_size` on as many
-ranks as the run had.
+Run step STEP of RUN again, as the run did, from the newest checkpoint before
+it: the steps between are taken, too. Prints the loss and the gradient norm of
+each sample of the step, with FILE:ROW and the beginning of its text, and
+names the samples that are not finite, or far above the others. Nothing is
+written into RUN. Hooks are not called. It runs in one process, or under
+torchrun on several, with the same samples; with `tensor_parallel_size` on as
+many ranks as the run had.
 
-  --nearest     do not take the steps between: run STEP on the weights of the checkpoint
+  --nearest     do not take the steps between: run STEP on the weights of the
+                checkpoint
   --all         print every sample, and not only the first 20
-  --KEY VALUE   keys to change, such as --user_dir, which a run that has files of yours needs again
+  --KEY VALUE   keys to change, such as --user_dir, which a run that has files
+                of yours needs again
 
 example: panda replay runs/instruct-llama-tiny 37"""
 
@@ -48,18 +54,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _replay(argv: list[str]) -> None:
-    if not argv or {"-h", "--help"} & set(argv):
+    if {"-h", "--help"} & set(argv):
         print(USAGE)
         return
     words = [word for word in argv if word not in ("--nearest", "--all")]
     if len(words) < 2 or words[0].startswith("-") or not words[1].isdecimal() or int(words[1]) < 1:
-        raise UserError(f"expected a run directory and the number of a step, counted from 1.\n{USAGE}")
+        raise UserError(f"expected a run directory and the number of a step, counted from 1.\n{in_short(USAGE)}")
     run, step = run_folder(words[0]), int(words[1])
 
     from panda.hooks.guard import read_skipped
-    from panda.run.description import refuse_later
 
-    refuse_later(run)
     skipped = read_skipped(run)
     checkpoint = _checkpoint_before(run, step)
     micro_batches = _micro_batches(run, f"panda.cli.main replay {shlex.join(argv)}")
@@ -135,8 +139,8 @@ def _micro_batches(run: Path, command: str) -> int:
     micro_batches, rest = divmod(accumulation * (ranks // together), here // together)
     if rest:
         raise UserError(
-            f"{run}: a step has {accumulation * ranks} micro batches, which {here} ranks cannot share evenly. Start one"
-            " rank."
+            f"{run}: a step has {number_of(accumulation * (ranks // together), 'micro batch', 'micro batches')}, which"
+            f" {here // together} ranks cannot share evenly. Start one rank."
         )
     return micro_batches
 

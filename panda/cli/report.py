@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from panda.cli.answering import add_blocking
 from panda.cli.answering import assistant_and_sampling
 from panda.cli.command import run_command
-from panda.cli.run_folders import run_folder
+from panda.cli.parser import Parser
+from panda.cli.parser import add_blocking
+from panda.cli.run_folders import run_folders
 from panda.cli.run_folders import short_names
 from panda.cli.runs import described
 from panda.configuration.arguments import arguments_of_run
@@ -39,14 +40,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(argv: list[str]) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     if min(arguments.samples, arguments.answers) < 0:
         raise UserError("--samples, --answers: expected a number from 0 on.")
     out = resolve_path(arguments.out)
     if out.suffix not in (".html", ".htm") or not out.parent.is_dir():
         raise UserError(f"--out: {arguments.out!r} is not a file in an existing folder that ends in .html.")
     check_can_be_made(out, "--out")
-    folders = [run_folder(run) for run in arguments.runs]
+    folders = run_folders(arguments.runs)
     with redirect_stdout(sys.stderr):
         runs = [_reported(folder, name, arguments) for folder, name in zip(folders, short_names(folders), strict=True)]
 
@@ -56,8 +57,9 @@ def _report(argv: list[str]) -> None:
     print(f"{out} ({out.stat().st_size / 1000:,.0f} kB)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda report``."""
+    parser = Parser(
         prog="panda report",
         description="Write one HTML page about runs, which needs no network: curves that can be enlarged, answers"
         " before and after, samples with the loss of each token, data, time and memory, configuration with its"
@@ -82,9 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 def _reported(run: Path, name: str, arguments: argparse.Namespace) -> Reported:
     """All that the page says of ``run``. What cannot be had is said there, and on stderr."""
     from panda.report.recorded import recorded
-    from panda.run.description import refuse_later
 
-    refuse_later(run)
     reported = recorded(run, name, described(run, run.parent), arguments.answers)
     if arguments.recorded_only:
         return reported

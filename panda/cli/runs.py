@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -10,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.parser import Parser
 from panda.cli.run_folders import runs_below
 from panda.files.terminal import printable_line
 from panda.registry import UserError
@@ -36,8 +37,8 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "age": lambda row: _age(row["age_seconds"]),
 }
 """The columns, and what a row says in each."""
-TEXTS = ("run", "status")
-"""Columns of texts, which are set to the left."""
+TEXTS = {"run": 20, "status": 12}
+"""Columns of texts, which are set to the left, and to how few characters a narrow terminal may have them wrapped."""
 LEFT_OUT = ("least", "eval", "tokens/s", "age")
 """Columns that a narrow terminal is not shown, the first ones first."""
 SORTED = {"age": "age_seconds", "loss": "loss", "eval": "best_eval_loss", "run": "run"}
@@ -49,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_runs, argv)
 
 
-def _runs(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda runs``."""
+    parser = Parser(
         prog="panda runs",
         description="List the runs in a folder and its folders: whether they train, have finished or were interrupted,"
         " how far they are, the last and the least loss (training, and evaluation where there is one), speed, and the"
@@ -60,7 +62,11 @@ def _runs(argv: list[str]) -> None:
     parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="by default %(default)s")
     parser.add_argument("--sort", choices=[*SORTED], default="age", help="by default the latest come first")
     parser.add_argument("--json", action="store_true", help="one JSON array of objects")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _runs(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     folder = resolve_path(arguments.folder)
     if not folder.is_dir():
         raise UserError(f"{arguments.folder}: no such folder. Name the one that has your runs: panda runs DIR.")
@@ -131,23 +137,49 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     cells = {name: [printable_line(shown(row)) for row in rows] for name, shown in ROWS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
     widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
-    left_out = []
+    left_out: list[str] = []
     if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns
-        for name in (name for name in LEFT_OUT if name in cells):
-            if sum(widths.values()) + 2 * (len(widths) - 1) < columns:
-                break
-            left_out.append(name)
-            del widths[name]
+        widths, left_out = _fitting(widths, shutil.get_terminal_size().columns - 1)
     for number in range(-1, len(rows)):
-        line = [
-            f"{name if number < 0 else cells[name][number]:{'<' if name in TEXTS else '>'}{width}}"
-            for name, width in widths.items()
-        ]
-        print("  ".join(line).rstrip())
+        row = {name: name if number < 0 else cells[name][number] for name in widths}
+        wrapped = [_in_lines(row[name], width) if name in TEXTS else [row[name]] for name, width in widths.items()]
+        for line in zip_longest(*wrapped, fillvalue=""):
+            sides = zip(line, widths.items(), strict=True)
+            texts = [f"{text:{'<' if name in TEXTS else '>'}{width}}" for text, (name, width) in sides]
+            print("  ".join(texts).rstrip())
     if left_out:
         print(f"no room for: {', '.join(left_out)} (`panda runs --json` has all)")
     sys.stdout.flush()
+
+
+def _fitting(widths: dict[str, int], room: int) -> tuple[dict[str, int], list[str]]:
+    """The columns that ``room`` characters have room for, with their widths, and those left out.
+
+    Texts are wrapped before a column is left out: that loses nothing.
+    """
+    left_out: list[str] = []
+    can_be_left_out = [name for name in LEFT_OUT if name in widths]
+    while True:
+        shown = {name: width for name, width in widths.items() if name not in left_out}
+        over = sum(shown.values()) + 2 * (len(shown) - 1) - room
+        for name, least in TEXTS.items():
+            less = max(0, min(over, shown[name] - least))
+            shown[name] -= less
+            over -= less
+        if over <= 0 or not can_be_left_out:
+            return shown, left_out
+        left_out.append(can_be_left_out.pop(0))
+
+
+def _in_lines(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` characters, broken after a character that ends a part of a name if any."""
+    lines = []
+    while len(text) > width:
+        where = range(width, width // 2, -1)
+        at = next((at for ends in ("/, ", "-_+") for at in where if text[at - 1] in ends), width)
+        lines.append(text[:at].rstrip())
+        text = text[at:]
+    return [*lines, text]
 
 
 def _finite(records: Sequence[dict[str, Any]], key: str) -> list[float]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
+from collections.abc import Sequence
 
 from panda.cli.command import run_command
 from panda.cli.help import print_options
 from panda.cli.list import HOOKS
+from panda.cli.parser import Parser
 from panda.registry import UserError
 from panda.registry import hookspecs
 from panda.registry.catalog import catalog_with
 from panda.registry.declarations import module_summary
 from panda.registry.hook_facts import HookFacts
 from panda.registry.hook_facts import hook_named
+from panda.registry.hook_facts import hooks
 from panda.registry.offers import kind_named
 from panda.registry.offers import kinds
 from panda.registry.options import options_of
@@ -24,8 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_show, argv)
 
 
-def _show(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The flags of ``panda show``."""
+    parser = Parser(
         prog="panda show",
         description="Show one component: its description, its options with their defaults, and where it comes from.",
         epilog="example: panda show model llama",
@@ -33,7 +36,21 @@ def _show(argv: list[str]) -> None:
     parser.add_argument("kind", help=f"{', '.join(kinds())}, hook")
     parser.add_argument("name", help="its name, or DISTRIBUTION:NAME")
     parser.add_argument("--user_dir", "--user-dir", metavar="FOLDER", help="of the components in this folder, too")
-    arguments = parser.parse_args(argv)
+    parser.values |= {"kind": lambda _: [*kinds(), HOOKS[1]], "name": _names}
+    return parser
+
+
+def _names(before: Sequence[str]) -> list[str]:
+    """The names of the kind that is the first word of ``before``."""
+    kind = next((word for word in before if not word.startswith("-")), "")
+    if kind in HOOKS:
+        return [hook.name for hook in hooks()]
+    catalog = catalog_with(None)
+    return [offer.name for offer in catalog.offers(kind_named(kind, catalog.kinds).name)]
+
+
+def _show(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
     if arguments.kind in HOOKS:
         _show_hook(hook_named(arguments.name))
         return

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import ctypes
 import io
-import itertools
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.grid import Point
+from panda.cli.grid import Sweep
+from panda.cli.grid import read_command
 from panda.cli.run_folders import is_run
+from panda.cli.run_folders import runs_below
 from panda.cli.runs import described
 from panda.cli.runs import print_table
 from panda.configuration.arguments import parse_arguments
-from panda.configuration.arguments import words_of_flags
+from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.files.activity import duration
+from panda.files.locks import HeldError
+from panda.files.locks import held
+from panda.files.terminal import number_of
 from panda.files.terminal import printable
 from panda.files.whole import check_can_be_made
 from panda.registry import UserError
-from panda.registry.location import resolve_path
 from panda.run.description import changes
 from panda.run.description import read_end
 from panda.run.directory import configuration_in
@@ -40,60 +44,44 @@ from panda.run.interruption import PASSED_ON
 from panda.run.interruption import SAVED
 
 USAGE = """\
-usage: panda sweep CONFIG --KEY VALUE,VALUE ... [--output_dir DIR] [--print] [--launch COMMAND]
+usage: panda sweep CONFIG --KEY VALUE,VALUE ... [--output_dir DIR] [--print]
+                   [--launch COMMAND]
 
-Train each combination of the values that flags of panda-train are given, one run after another, each
-in a folder of DIR that is named by what differs, such as DIR/learning_rate=1e-4,seed=0. Started
-again, it passes over runs that have finished, goes on with those that have not, and begins the rest.
-A run that fails does not end the others. At the end there are a table of the runs and a picture of
-their curves, DIR/sweep.png.
+Train each combination of the values that flags of panda-train are given, one
+run after another, each in a folder of DIR that is named by what differs, such
+as DIR/learning_rate=1e-4,seed=0. Started again, it passes over runs that have
+finished, goes on with those that have not, and begins the rest. A run that
+fails does not end the others. At the end there are a table of the runs and a
+picture of their curves, DIR/sweep.png.
 
   --KEY A,B          a comma separates values: one run for each
-  --KEY [A,B],[C]    brackets hold a list together: two values, of two items and of one
+  --KEY [A,B],[C]    brackets hold a list together: two values, of two items
+                     and of one
   --KEY A B          several words are one value, a list, as for panda-train
   \\,                 a comma within a value
 
-  --output_dir DIR   the folder of the runs; by default runs/sweep-NAME, for a file NAME.yaml
-  --print            print a command for each run that has not finished, and train nothing (also --dry_run)
+  --output_dir DIR   the folder of the runs; by default runs/sweep-NAME, for a
+                     file NAME.yaml
+  --print            print a command for each run that has not finished, and
+                     train nothing (also --dry_run)
   --launch COMMAND   what starts each run, by default panda-train itself
 
-A mistake in any of the combinations is reported before the first run begins. Exit codes: 0 where all
-runs have finished, 1 where one has not, 75 where the sweep was interrupted; the run under way has
-then saved.
+A mistake in any of the combinations is reported before the first run begins.
+Exit codes: 0 where all runs have finished, 1 where one has not, 75 where the
+sweep was interrupted; the run under way has then saved.
 
 examples:
-  panda sweep panda:configs/instruct-tiny.yaml --learning_rate 1e-4,3e-4 --seed 0,1
-  panda sweep panda:configs/lora.yaml --lora_target_modules [q_proj,v_proj],[all-linear] \\
+  panda sweep panda:configs/instruct-tiny.yaml --learning_rate 1e-4,3e-4
+  panda sweep panda:configs/lora.yaml --lora_r 8,16 --seed 0,1 \\
       --launch "torchrun --nproc_per_node 8 --no-python\""""
 
-OWN = ("output_dir", "run_name", "resume", "launch", "print", "dry_run", "config", "conf_path")
-"""Flags that are not varied."""
-LONGEST = 40
-"""Characters of a value in the name of a folder."""
 MORE_STEPS = {"max_steps", "num_train_epochs"}
 """Keys that have a run which has finished go on."""
 FAILED = 1
-
-
-@dataclass(frozen=True)
-class Point:
-    """A combination of values, which is a run."""
-
-    name: str
-    """By what differs."""
-    directory: Path
-    argv: list[str]
-    """Of panda-train."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a command line asks for."""
-
-    folder: Path
-    points: list[Point]
-    launch: list[str]
-    only_prints: bool
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h. It lasts after exec."""
+LOCK = ".sweep.lock"
+"""The file in the folder of a sweep that is locked while it trains."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,10 +91,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sweep(argv: list[str]) -> int:
-    if not argv or {"-h", "--help"} & {*argv}:
+    if {"-h", "--help"} & {*argv}:
         print(USAGE)
         return 0
-    sweep = read_command(argv)
+    sweep = read_command(argv, USAGE)
     done = check_points(sweep.points)
     left = [point for point in sweep.points if point not in done]
     if sweep.only_prints:
@@ -114,98 +102,29 @@ def _sweep(argv: list[str]) -> int:
             print(shlex.join([*sweep.launch, "panda-train", *point.argv]))
         return 0
     check_can_be_made(sweep.folder, "output_dir")
-    print(f"{len(sweep.points)} runs in {sweep.folder}/" + (f", of which {len(done)} have finished" if done else ""))
-    failed = _train(sweep, left)
-    report(sweep, failed)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(sweep.folder):
+        finished = f", of which {number_of(len(done), 'has', 'have')} finished" if done else ""
+        print(f"{number_of(len(sweep.points), 'run')} in {sweep.folder}/{finished}")
+        failed = _train(sweep, left)
+        report(sweep, failed)
     return FAILED if failed else 0
 
 
-# -- what is asked for ------------------------------------------------------------------------
-
-
-def read_command(argv: Sequence[str]) -> Sweep:
-    """What the words ``argv`` ask for. Raises UserError."""
-    if not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    own: dict[str, str] = {}
-    shared: list[str] = []
-    varied: dict[str, list[tuple[str, list[str]]]] = {}
-    for flag, words in words_of_flags(list(argv)):
-        key = flag.lstrip("-").replace("-", "_")
-        if key in OWN:
-            if key in ("run_name", "resume"):
-                raise UserError(f"{flag}: a sweep names its runs and resumes them itself. Leave it out.")
-            own["config" if key == "conf_path" else key] = " ".join(words)
-        elif len(values := [words] if len(words) != 1 or not flag.startswith("--") else split_values(words[0])) == 1:
-            shared += [flag, *values[0]]
-        else:
-            varied[flag] = [(name_of(value), value) for value in values]
-            _check_different(flag, [value for _, value in varied[flag]])
-    if not own.get("config"):
-        raise UserError(f"no configuration is given: panda sweep CONFIG --KEY VALUE,VALUE.\n{USAGE}")
-    if not varied:
-        raise UserError("nothing varies: give a flag several values, as in `--learning_rate 1e-4,3e-4`.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            "a sweep is not started by a launcher, but starts one for each run: panda sweep ... --launch"
-            ' "torchrun --nproc_per_node N --no-python".'
-        )
-    stem = Path(own["config"].partition(":")[2] or own["config"]).stem
-    folder = resolve_path(own["output_dir"]) if own.get("output_dir") else Path("runs") / f"sweep-{stem}"
-    points = list(_points(folder, ["--config", own["config"], *shared], varied))
-    for name, count in Counter(point.name for point in points).items():
-        if count > 1:
-            raise UserError(f"two of the runs would be in one folder, {name}. Write their values so that they differ.")
-    return Sweep(folder, points, shlex.split(own.get("launch", "")), bool({"print", "dry_run"} & {*own}))
-
-
-def split_values(text: str) -> list[list[str]]:
-    """The values in ``text``, each as the words that a flag would be given. Raises UserError."""
-    values: list[list[str]] = []
-    for part in _between_commas(text):
-        bracketed = re.fullmatch(r"\[([^\[\]]*)\]", part)
-        words = _between_commas(bracketed[1]) if bracketed else [part]
-        if "" in words and (bracketed or len(text) > 0):
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let no other sweep train in ``folder`` meanwhile. Raises UserError where one does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / LOCK, unlocked="make sure that only one sweep at a time uses it."))
+        except HeldError as problem:
             raise UserError(
-                f"{text!r}: a value between commas is missing. Write A,B, and `\\,` for a comma in a value."
-            )
-        values.append([word.replace("\\,", ",") for word in words])
-    return values
-
-
-def _between_commas(text: str) -> list[str]:
-    """The parts of ``text`` between commas, but not those within brackets or after a backslash."""
-    parts, depth, begun = [], 0, 0
-    for place, character in enumerate(text):
-        depth = max(0, depth + {"[": 1, "]": -1}.get(character, 0))
-        if character == "," and depth == 0 and text[place - 1 : place] != "\\":
-            parts.append(text[begun:place].strip())
-            begun = place + 1
-    return [*parts, text[begun:].strip()]
-
-
-def name_of(words: Sequence[str]) -> str:
-    """A value in the name of a folder. A long one is cut, and told from others by a hash."""
-    text = "+".join(words)
-    plain = re.sub(r"[^\w.+-]+", "-", text).strip("-")
-    if plain == text and len(plain) <= LONGEST:
-        return plain
-    return f"{plain[:LONGEST]}-{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
-
-
-def _check_different(flag: str, values: list[list[str]]) -> None:
-    for number, value in enumerate(values):
-        if value in values[:number]:
-            raise UserError(f"{flag}: {' '.join(value)!r} is given twice.")
-
-
-def _points(folder: Path, shared: list[str], varied: dict[str, list[tuple[str, list[str]]]]) -> Iterator[Point]:
-    for values in itertools.product(*varied.values()):
-        chosen = dict(zip(varied, values, strict=True))
-        name = ",".join(f"{flag.lstrip('-').replace('-', '_')}={short}" for flag, (short, _) in chosen.items())
-        flags = [word for flag, (_, words) in chosen.items() for word in (flag, *words)]
-        directory = folder / name
-        yield Point(name, directory, [*shared, *flags, "--output_dir", str(directory), "--resume", "auto"])
+                f"{folder}: another sweep is training in it: {problem.holder}. Wait for it to end, or stop it; for a"
+                " separate sweep, name another folder with `--output_dir`."
+            ) from None
+        except OSError as problem:
+            raise UserError(f"{folder}: cannot be written to: {problem.strerror}.") from None
+        yield
 
 
 # -- before the first run ---------------------------------------------------------------------
@@ -223,7 +142,7 @@ def check_points(points: Sequence[Point]) -> list[Point]:
                     done.append(point)
         except UserError as problem:
             for line in str(problem).split("\n"):
-                problems.setdefault(line, []).append(point.name)
+                problems.setdefault(line, []).append(point.title or point.name)
     if problems:
         raise UserError("\n".join(_said(line, names, len(points)) for line, names in problems.items()))
     return done
@@ -244,7 +163,8 @@ def _has_finished(point: Point) -> bool:
     from panda.run.first_look import look_first
     from panda.run.first_look import planned_world_size
 
-    if read_end(point.directory) is None:
+    end = read_end(point.directory)
+    if end is None:
         look_first(configuration, planned_world_size(configuration))
         return False
     given = {key.rpartition(".")[2] for key, value in arguments.given.items() if value.value != "auto"}
@@ -257,12 +177,33 @@ def _has_finished(point: Point) -> bool:
     if not differing:
         return True
     if {*differing} <= MORE_STEPS:
+        _refuse_fewer_steps(point, configuration, differing, end)
         return False
     key, values = next((key, values) for key, values in differing.items() if key not in MORE_STEPS)
     raise UserError(
         f"{point.directory} has finished with {key} {values['before']}, and it is {values['now']} now. Name another"
         " folder with `--output_dir`, or move this one away."
     )
+
+
+def _refuse_fewer_steps(
+    point: Point, configuration: Configuration, differing: Mapping[str, Any], end: Mapping[str, Any]
+) -> None:
+    """Raise UserError where ``point`` has done more than it is asked for now."""
+    fewer = [key for key, values in differing.items() if _is_less(values["now"], values["before"])]
+    if not fewer and not 0 < configuration.options.max_steps < end["step"]:
+        return
+    asked = ", ".join(f"{key} {values['now']}" for key, values in differing.items())
+    raise UserError(
+        f"{point.directory} has done {number_of(end['step'], 'step')}, and is asked for fewer now ({asked}). Name"
+        " another folder with `--output_dir`, or move this one away."
+    )
+
+
+def _is_less(now: Any, before: Any) -> bool:
+    """Whether ``now`` is a lower limit than ``before``; -1 is none."""
+    now, before = (math.inf if value in (None, -1) else value for value in (now, before))
+    return bool(now < before)
 
 
 def _is_fixed(before: Any, now: Any) -> bool:
@@ -318,7 +259,8 @@ def _run(command: list[str]) -> tuple[int, bool]:
     before = [signal.signal(number, pass_on) for number in numbers]
     try:
         # A scheduler signals all processes of a job, and this passes its signal on: the run hears it twice.
-        process = subprocess.Popen(command, start_new_session=True, env=os.environ | {PASSED_ON: "1"})
+        environment = os.environ | {PASSED_ON: "1"}
+        process = subprocess.Popen(command, start_new_session=True, env=environment, preexec_fn=_ends_with_parent())
         if heard:  # before it began
             process.send_signal(signal.SIGTERM)
         return process.wait(), bool(heard)
@@ -327,6 +269,23 @@ def _run(command: list[str]) -> tuple[int, bool]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def _ends_with_parent() -> Callable[[], None] | None:
+    """What a child calls to be sent SIGTERM where this process ends without a word, as by SIGKILL; None but on Linux.
+
+    It saves then, and does not train on where nobody waits for it.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ends() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(FAILED)
+
+    return ends
 
 
 # -- at the end -------------------------------------------------------------------------------
@@ -354,7 +313,18 @@ def report(sweep: Sweep, failed: Sequence[Point]) -> None:
         print(f"\n{'highest' if higher else 'least'} {what}: {best[measure]:.4f}, {best['run']}")
     found = [point for point in sweep.points if point.name in rows]
     _draw(sweep, [point for point in found if rows[point.name][measure] is not None], metric)
-    print(f"{duration(sum(_seconds(point.directory) for point in found))} of training in {len(found)} runs")
+    steps = duration(sum(_seconds(point.directory) for point in found))
+    print(f"{steps} of steps in {number_of(len(found), 'run')}, without starts, evaluations and saves")
+    _name_others(sweep)
+
+
+def _name_others(sweep: Sweep) -> None:
+    """Name the runs in the folder of ``sweep`` that are not of its grid, such as those of an earlier one."""
+    own = {point.directory for point in sweep.points}
+    others = [run.name for run in runs_below(sweep.folder) if run not in own]
+    if others:
+        named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        print(printable(f"not of this grid, in the same folder: {number_of(len(others), 'run')} ({named})"))
 
 
 def _measure(rows: Sequence[dict[str, Any]]) -> tuple[str, str, bool]:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.cli.command import run_command
+from panda.cli.parser import in_short
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
 from panda.files.disk_full import disk_full
+from panda.files.terminal import number_of
 from panda.files.whole import check_can_be_made
 from panda.files.whole import whole
 from panda.registry import UserError
@@ -28,15 +30,18 @@ if TYPE_CHECKING:
     from panda.data.token_dataset import DataReport
 
 USAGE = """\
-usage: panda tokenizer DATA [DATA ...] --vocab_size N [--output DIR] [--reader NAME] [--KEY VALUE ...]
+usage: panda tokenizer DATA [DATA ...] --vocab_size N [--output DIR]
+                       [--reader NAME] [--KEY VALUE ...]
 
-Train a byte-level BPE tokenizer on the text of files, folders, patterns or data sets on the hub, and
-write it into a folder (by default ./tokenizer) that panda-train and transformers read. A document is
-read as `--task pretrain` reads it; of a conversation or an exchange, the text of its turns is read.
-KEY is an option of the reader, title_field, content_field or max_row_bytes.
+Train a byte-level BPE tokenizer on the text of files, folders, patterns or
+data sets on the hub, and write it into a folder (by default ./tokenizer) that
+panda-train and transformers read. A document is read as `--task pretrain`
+reads it; of a conversation or an exchange, the text of its turns is read. KEY
+is an option of the reader, title_field, content_field or max_row_bytes.
 
-example: panda tokenizer panda:data/sample/pretrain --vocab_size 1000 --output my-tokenizer
-         panda-train --task pretrain --arch llama-tiny --tokenizer my-tokenizer ..."""
+examples:
+  panda tokenizer panda:data/sample/pretrain --vocab_size 1000 --output mine
+  panda-train --task pretrain --arch llama-tiny --tokenizer mine ..."""
 
 USED = ("reader", "max_row_bytes", "plugins")
 """Keys of every run that have a meaning here."""
@@ -55,7 +60,7 @@ def _tokenizer(argv: list[str]) -> None:
         print(USAGE)
         return
     if not data:
-        raise UserError(f"no data is given.\n{USAGE}")
+        raise UserError(f"no data is given.\n{in_short(USAGE)}")
     given = ["--task", "pretrain", "--arch", "llama-tiny", "--pretraining_data_dir", *data]
     configuration, vocab_size, folder = _parsed(given, argv[len(data) :])
 
@@ -72,7 +77,9 @@ def _parsed(given: list[str], flags: list[str]) -> tuple[Configuration, int, Pat
     arguments = parse_arguments(flags)
     own = {key: arguments.given.pop(key) for key in ("vocab_size", "output") if key in arguments.given}
     if "vocab_size" not in own:
-        raise UserError(f"--vocab_size is not given: the number of entries of the tokenizer, such as 32000.\n{USAGE}")
+        raise UserError(
+            f"--vocab_size is not given: the number of entries of the tokenizer, such as 32000.\n{in_short(USAGE)}"
+        )
     vocab_size = _converted("vocab_size", int, own["vocab_size"])
     if vocab_size < SMALLEST:
         raise UserError(
@@ -88,7 +95,7 @@ def _parsed(given: list[str], flags: list[str]) -> tuple[Configuration, int, Pat
     configuration = configure(arguments)
     for key, value in asked.items():
         if key in ("task", "arch") or (configuration.resolved.settings[key].owner == CORE and key not in USED):
-            raise UserError(f"{value.origin}: {key} is not used to train a tokenizer. Leave it out.\n{USAGE}")
+            raise UserError(f"{value.origin}: {key} is not used to train a tokenizer. Leave it out.\n{in_short(USAGE)}")
     return configuration, vocab_size, folder
 
 
@@ -121,7 +128,10 @@ def _train(configuration: Configuration, vocab_size: int, folder: Path) -> None:
     entries = tokenizer.get_vocab_size()
     if entries < vocab_size:
         print(f"the data has no more pairs that repeat: {entries:,} entries, not {vocab_size:,}")
-    print(f"{folder}: {entries:,} entries, from {report.rows - report.bad_rows:,} rows. Use it: --tokenizer {folder}")
+    print(
+        f"{folder}: {entries:,} entries, from {number_of(report.rows - report.bad_rows, 'row')}. Use it:"
+        f" --tokenizer {folder}"
+    )
 
 
 def _texts(reader: Reader, options: Any, report: DataReport) -> Iterator[str]:
@@ -150,5 +160,7 @@ def _texts(reader: Reader, options: Any, report: DataReport) -> Iterator[str]:
             characters += len(text)
             if time.monotonic() - last >= SECONDS:
                 last = time.monotonic()
-                print(f"reading {file}: {report.rows:,} rows, {characters:,} characters", flush=True)
+                print(
+                    f"reading {file}: {number_of(report.rows, 'row')}, {number_of(characters, 'character')}", flush=True
+                )
             yield text

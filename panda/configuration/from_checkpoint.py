@@ -11,6 +11,7 @@ from typing import Any
 from panda.configuration.implied import Stated
 from panda.configuration.options import RunOptions
 from panda.configuration.positions import positions_of
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
@@ -61,7 +62,7 @@ def config_for(pretrained: Pretrained, needed: int, *, extend: bool) -> Mapping[
         return pretrained.config
     if not extend:
         raise UserError(
-            f"tokenizer: it needs {needed:,} rows (its highest id is {needed - 1:,}), and the checkpoint in"
+            f"tokenizer: it needs {number_of(needed, 'row')} (its highest id is {needed - 1:,}), and the checkpoint in"
             f" {pretrained.folder} has {rows:,} (vocab_size). Is it the tokenizer of these weights? If entries were"
             " added to it, `--extend_vocab` adds rows, each the mean of the existing ones."
         )

@@ -9,6 +9,7 @@ from typing import Annotated
 from typing import Any
 from typing import Literal
 
+from panda.files.terminal import number_of
 from panda.registry import Location
 from panda.registry import Meta
 from panda.registry import UserError
@@ -244,9 +245,10 @@ def check_names(names: tuple[str, ...], locations: tuple[str, ...]) -> None:
         if name == ALL_SETS:
             raise UserError(f"eval_names: {name!r} is the word for all sets together. Name the set otherwise.")
     if names and len(names) != len(locations):
-        paths = f"paths: {', '.join(locations)}" if len(locations) > 1 else f"path{': '.join(['', *locations])}"
+        paths = number_of(len(locations), "path") + ": ".join(["", ", ".join(locations)] if locations else [""])
+        given = number_of(len(names), f"name ({names[0]}) is", f"names ({', '.join(names)}) are")
         raise UserError(
-            f"eval_names: {len(names)} names ({', '.join(names)}) are given for the {len(locations)} {paths} of"
+            f"eval_names: {given} given for the {paths} of"
             " `eval_data_dir`. Give each path its name, in their order; paths of one name are one set."
         )
 

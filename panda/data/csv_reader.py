@@ -18,6 +18,7 @@ from panda.data.reading import WINDOW
 from panda.data.reading import BadRow
 from panda.data.reading import Row
 from panda.data.reading import too_large
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry import register_reader
 from panda.registry.contexts import ReaderContext
@@ -78,8 +79,8 @@ def _problem(record: list[str] | str, header: list[str]) -> str | None:
     if record == header:
         return "it repeats the header"
     if len(record) != len(header):
-        values = "1 value" if len(record) == 1 else f"{len(record):,} values"
-        return f"it has {values} for {len(header):,} fields"
+        values = number_of(len(record), "value")
+        return f"it has {values} for {number_of(len(header), 'field')}"
     return None
 
 

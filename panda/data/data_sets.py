@@ -24,6 +24,7 @@ from panda.data.splits import Split
 from panda.data.splits import chosen_split
 from panda.data.splits import find_split
 from panda.data.splits import folder_of_names
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.weights.hub import Repository
@@ -63,7 +64,7 @@ class DataSet:
         """What was found, on one line."""
         parts = [_of("configuration", self.configuration, self.configurations), _of("split", self.split, self.splits)]
         parts.append(f"revision {self.revision}" if self.revision else "")
-        parts.append(f"{len(self.files):,} file{'s' * (len(self.files) != 1)}")
+        parts.append(number_of(len(self.files), "file"))
         if self.parameters:
             parts.append(f"its card says {', '.join(self.parameters)}, which is not followed")
         return f"{self.name}: {', '.join(part for part in parts if part)}"

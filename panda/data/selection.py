@@ -17,6 +17,7 @@ from panda.data.order import permute
 from panda.data.token_dataset import DataReport
 from panda.data.token_dataset import Sample
 from panda.data.token_dataset import SampleSet
+from panda.files.terminal import number_of
 from panda.registry import UserError
 
 AT_ONCE = 1 << 20
@@ -39,18 +40,22 @@ def trained_and_held_out(
     held = [max(0, min(count - 1, round(eval_fraction * count))) for count in used]
     if eval_fraction and not any(held):
         raise UserError(
-            f"eval_fraction: {eval_fraction:g} of {sum(used):,} samples is less than one. Write a larger fraction, or"
-            " name data to evaluate on with `eval_data_dir`."
+            f"eval_fraction: {eval_fraction:g} of {number_of(sum(used), 'sample')} is less than one. Write a larger"
+            " fraction, or name data to evaluate on with `eval_data_dir`."
         )
     key = seed if eval_fraction else None
     trained = Selection(dataset, [range(h, u) for h, u in zip(held, used, strict=True)], used, key)
     notes = []
     if any(count < source.samples for count, source in zip(used, dataset.sources, strict=True)):
-        notes.append(f"max_samples: {sum(used):,} of {len(dataset):,} samples are used, the first of each data set")
+        notes.append(f"max_samples: {_of(sum(used), len(dataset))} used, the first of each data set")
     if eval_fraction:
-        notes.append(f"eval_fraction: {sum(held):,} of {sum(used):,} samples are held out, and not trained on")
+        notes.append(f"eval_fraction: {_of(sum(held), sum(used))} held out, and not trained on")
     trained.report = replace(dataset.report, notes=[*dataset.report.notes, *notes], samples=len(dataset))
     return trained, Selection(dataset, [range(h) for h in held], used, key) if eval_fraction else None
+
+
+def _of(some: int, every: int) -> str:
+    return f"{some:,} of {number_of(every, 'sample')} {'is' if some == 1 else 'are'}"
 
 
 class Selection:

@@ -27,6 +27,7 @@ from panda.data.places import place_code
 from panda.data.places import renumbered
 from panda.data.reading import BadRow
 from panda.data.reading import Row
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 
 SHOWN_BAD_ROWS = 10
@@ -94,34 +95,33 @@ class DataReport:
     def cut(self, samples: int, limit: int) -> str:
         """One line: how many of the ``samples`` were cut to ``limit`` tokens, max_seq_length."""
         if not self.truncated:
-            return f"no sample is cut to {limit:,} tokens"
+            return f"no sample is cut to {number_of(limit, 'token')}"
         samples = self.samples or samples
         share = self.truncated / samples
         written = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
         verb = "is" if self.truncated == 1 else "are"
-        return f"{self.truncated:,} of {samples:,} samples ({written}) {verb} cut to {limit:,} tokens (max_seq_length)"
+        whole = f"{self.truncated:,} of {number_of(samples, 'sample')} ({written}) {verb}"
+        return f"{whole} cut to {number_of(limit, 'token')} (max_seq_length)"
 
     def lines(self) -> list[str]:
         """The report, line by line, for a terminal; empty where nothing was left out or not used."""
         lines = [f"bad row: {line}" for line in self.first_bad_lines()]
         if self.bad_rows:
-            lines.append(f"{self.bad_rows:,} of {self.rows:,} rows cannot be used and are left out.")
+            verb = "is" if self.bad_rows == 1 else "are"
+            lines.append(f"{self.bad_rows:,} of {number_of(self.rows, 'row')} cannot be used and {verb} left out.")
         if self.altered:
-            rows = "1 row has" if self.altered == 1 else f"{self.altered:,} rows have"
+            rows = number_of(self.altered, "row has", "rows have")
             lines.append(f"{rows} characters that the tokenizer cannot write, and leaves out or makes unknown.")
         return [*lines, *self.unused_lines(), *map(printable_line, self.notes)]
 
     def unused_lines(self) -> list[str]:
         """The fields that nothing used, a line each; those in most rows first."""
         named = [(name, rows) for name, rows in self.unused.most_common() if name != OTHER_FIELDS]
-        lines = [
-            f"the field {name!r} is not used ({rows:,} {'row' if rows == 1 else 'rows'})"
-            for name, rows in named[:SHOWN_FIELDS]
-        ]
+        lines = [f"the field {name!r} is not used ({number_of(rows, 'row')})" for name, rows in named[:SHOWN_FIELDS]]
         more = len(named) - SHOWN_FIELDS
         if more > 0:
             at_least = "at least " if OTHER_FIELDS in self.unused else ""
-            lines.append(f"{at_least}{more:,} more fields are not used")
+            lines.append(f"{at_least}{number_of(more, 'more field is', 'more fields are')} not used")
         return lines
 
     def first_bad_lines(self) -> list[str]:

@@ -11,6 +11,7 @@ from panda.data.conversations import UnusableRowError
 from panda.data.conversations import refuse_weight
 from panda.data.reading import Fields
 from panda.data.reading import kind_of
+from panda.files.terminal import number_of
 from panda.registry.contexts import IGNORED_LABEL
 
 IDS, LABELS, ATTENTION, POSITIONS = "input_ids", "labels", "attention_mask", "position_ids"
@@ -37,7 +38,7 @@ class Tokenised:
         if len(self.token_ids) <= limit:
             return self
         if 1 not in self.supervised[:limit]:
-            raise UnusableRowError(f"none of its first {limit:,} tokens carries loss (max_seq_length)")
+            raise UnusableRowError(f"none of its first {number_of(limit, 'token')} carries loss (max_seq_length)")
         return Tokenised(
             self.token_ids[:limit], self.supervised[:limit], cut=True, weights=self.weights and self.weights[:limit]
         )
@@ -139,5 +140,5 @@ def _mask(fields: Fields, name: str, length: int) -> bytes:
 
 def _of_length(value: list[Any], name: str, length: int) -> list[Any]:
     if len(value) != length:
-        raise UnusableRowError(f"field {name!r} has {len(value):,} values for {length:,} of {IDS!r}")
+        raise UnusableRowError(f"field {name!r} has {number_of(len(value), 'value')} for {length:,} of {IDS!r}")
     return value

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 from typing import TextIO
 
+from panda.files.terminal import number_of
 from panda.files.terminal import printable
 
 DEBUG = "PANDA_DEBUG"
@@ -70,8 +71,8 @@ class LibraryWarnings:
         total, others = sum(self.owners.values()), self._of_other_ranks()
         names = [name for name, _ in self.owners.most_common()]
         listed = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-        found = [f"{total:,} warning{'s' * (total > 1)} of {listed}"] if total else []
-        found += [f"{others:,} warning{'s' * (others > 1)} of other ranks"] if others else []
+        found = [f"{number_of(total, 'warning')} of {listed}"] if total else []
+        found += [f"{number_of(others, 'warning')} of other ranks"] if others else []
         return ", and ".join(found)
 
     def _of_other_ranks(self) -> int:

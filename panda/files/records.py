@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from panda.files.terminal import number_of
+
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records in ``path``, in order; none where there is no file. A line that is no record is left out.
@@ -16,7 +18,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     records, damaged = _read(path)
     if damaged:
-        others = f" and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
+        others = f" and {number_of(len(damaged) - 1, 'more line')}" if len(damaged) > 1 else ""
         _say(f"note: {path}:{damaged[0]}{others}: damaged, and left out.")
     return records
 

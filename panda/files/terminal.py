@@ -36,6 +36,11 @@ def _escaped(found: re.Match[str]) -> str:
     return found.group().encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def number_of(count: int, noun: str, plural: str = "") -> str:
+    """``count`` with its ``noun``, singular for one: `1 step`, `1,000 steps`; ``plural`` where it is no added s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def fitted(lines: Iterable[str], indent: int, stream: TextIO | None = None) -> Iterator[str]:
     """``lines``, wrapped at words where ``stream``, by default stdout, is a terminal and they are longer than it.
 

@@ -17,9 +17,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from panda.files.terminal import number_of
 from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
 from panda.registry import UserError
+from panda.registry.errors import did_you_mean
 
 SMOOTHED = 1 / 50
 """Width of the smoothed curve's kernel, its standard deviation, as a share of the records."""
@@ -87,6 +89,13 @@ class Recorded:
         """That of the run in ``directory``, which a picture calls ``name``."""
         return cls(name, read_metrics(directory), read_evaluations(directory))
 
+    @property
+    def metrics(self) -> list[str]:
+        """What there are curves of, by name."""
+        records = (*self.records, *self.evaluations)
+        numbers = (key for record in records for key, value in record.items() if isinstance(value, (int, float)))
+        return sorted({*numbers} - {"step"})
+
     def curve(self, metric: str, over: str) -> tuple[list[float], list[float]]:
         """The values of ``metric``, and where each stands on the axis ``over``. Raises UserError if it has none."""
         for records in (self.records, self.evaluations):
@@ -94,8 +103,10 @@ class Recorded:
             if known:
                 place = self._places(over)
                 return [place(record["step"]) for record in known], values_of(known, metric)
-        found = sorted({key for record in (*self.records, *self.evaluations) for key in record} - {"step"})
-        raise UserError(f"--metric: {self.name} has no {metric!r} on record, but {', '.join(found) or 'nothing'}.")
+        near = did_you_mean(metric, self.metrics)
+        raise UserError(
+            f"--metric: {self.name} has no {metric!r} on record.{near} It has {', '.join(self.metrics) or 'nothing'}."
+        )
 
     def _places(self, over: str) -> Any:
         """Where a step stands on the axis ``over``; between two records in proportion."""
@@ -288,7 +299,7 @@ def _mark_beyond(
     below = [place for place, value in zip(places, values, strict=True) if value < limits.low]
     for found, height, marker, what in ((above, 0.985, "^", "above, or not finite"), (below, 0.015, "v", "below")):
         if found:
-            name = f"{what}: {len(found):,} records" if label else None
+            name = f"{what}: {number_of(len(found), 'record')}" if label else None
             transform = axes.get_xaxis_transform()
             heights = [height] * len(found)
             axes.plot(found, heights, marker, color=color, markersize=5, transform=transform, label=name, zorder=6)

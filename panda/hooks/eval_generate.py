@@ -12,6 +12,7 @@ from typing import Any
 
 from panda.files.activity import activity
 from panda.files.activity import say
+from panda.files.terminal import number_of
 from panda.hooks.closing import Closing
 from panda.hooks.record_file import RecordFile
 from panda.hooks.record_file import read_records
@@ -128,7 +129,7 @@ class EvalGenerate(Closing[RecordFile]):
         from panda.run.records import refuse_entries
 
         begun, count = time.perf_counter(), len(self.questions)
-        with activity(f"answering {count:,} evaluation samples"), run.using_evaluated_weights():
+        with activity(f"answering {number_of(count, 'evaluation sample')}"), run.using_evaluated_weights():
             answers = self._answers(run)
         found = run.processes.from_rank_0(partial(self._scored, answers))
         scores, of_each = scores_of_sets(found), found[""].of_each
@@ -139,7 +140,7 @@ class EvalGenerate(Closing[RecordFile]):
                 self.opened.write({"step": run.step} | record)
         shown = "".join(f"  {name} {value:.4g}" for name, value in found[""].scores.items())
         say(
-            f"{time.strftime('%H:%M:%S')}  step {run.step}/{run.plan.total_steps}  {count:,} answers{shown}"
+            f"{time.strftime('%H:%M:%S')}  step {run.step}/{run.plan.total_steps}  {number_of(count, 'answer')}{shown}"
             f"  {time.perf_counter() - begun:.1f} s"
         )
         return scores

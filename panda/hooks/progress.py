@@ -19,6 +19,7 @@ from panda.files.activity import duration
 from panda.files.activity import is_terminal
 from panda.files.activity import say
 from panda.files.library_warnings import current
+from panda.files.terminal import number_of
 from panda.files.terminal import printable
 from panda.registry import NoOptions
 from panda.registry import hookimpl
@@ -147,9 +148,9 @@ class ProgressDisplay:
             yield f"evaluation loss {self.evaluated['eval_loss']:.4f} at step {self.evaluated['step']}{least}"
         if self.last:
             took, steps = duration(time.perf_counter() - run.begun), self.last["step"] - self.begun_at
-            tokens = f"{self.last['tokens']:,} tokens"
+            tokens = number_of(self.last["tokens"], "token")
             more = f" since the run was resumed; {tokens} in all" if self.begun_at else f", {tokens}"
-            yield f"{took} for {steps:,} steps{more}"
+            yield f"{took} for {number_of(steps, 'step')}{more}"
 
     @hookimpl
     def panda_exception(self, run: Run, error: BaseException) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
+from panda.files.terminal import number_of
 from panda.registry import Meta
 from panda.registry import UserError
 from panda.registry import register_model
@@ -156,6 +157,6 @@ def _refuse_small_vocabulary(model: Any, context: ModelContext) -> None:
     rows = getattr(embedding, "num_embeddings", None)
     if rows is not None and rows < context.vocab_size:
         raise UserError(
-            f"tokenizer: it has {context.vocab_size:,} entries, and {type(model).__name__} has {rows:,} rows for them."
-            " Is it the tokenizer of this model?"
+            f"tokenizer: it has {context.vocab_size:,} entries, and {type(model).__name__} has"
+            f" {number_of(rows, 'row')} for them. Is it the tokenizer of this model?"
         )

@@ -13,6 +13,7 @@ from typing import Any
 from typing import Literal
 
 from panda.configuration.positions import rope_of
+from panda.files.terminal import number_of
 from panda.registry import Meta
 from panda.registry import UserError
 from panda.registry import register_model
@@ -212,8 +213,8 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
 def _refuse_padding_beyond(rows: int, pad: Any) -> None:
     if isinstance(pad, int) and not -rows <= pad < rows:
         raise UserError(
-            f'model llama: its pad_token_id is {pad}, and its embedding has {rows:,} rows. Write `"pad_token_id": null`'
-            " in config.json: padding needs no row."
+            f"model llama: its pad_token_id is {pad}, and its embedding has {number_of(rows, 'row')}. Write"
+            ' `"pad_token_id": null` in config.json: padding needs no row.'
         )
 
 

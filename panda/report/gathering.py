@@ -28,6 +28,7 @@ from panda.data.places import place_of
 from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import NAMES
 from panda.files.activity import activity
+from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.hooks.lengths import counted
 from panda.registry import UserError
@@ -236,8 +237,8 @@ def data_of(prepared: Preparation, recorded: Mapping[str, Any]) -> Data:
     }
     for name, held in prepared.held_out.items():
         what = f"held out, to evaluate on{f', as {name}' * bool(name)}"
-        counts[what] = f"{len(held):,} samples, {held.tokens:,} tokens"
-    remarks = [f"{count:,} rows: {reason}" for reason, count in report.reasons.most_common()]
+        counts[what] = f"{number_of(len(held), 'sample')}, {number_of(held.tokens, 'token')}"
+    remarks = [f"{number_of(count, 'row')}: {reason}" for reason, count in report.reasons.most_common()]
     remarks += [*report.first_bad_lines(), *report.unused_lines(), *report.notes]
     before = {key: recorded.get(key) for key in ("samples", "tokens", "supervised_tokens")}
     now = {"samples": len(dataset), "tokens": dataset.tokens, "supervised_tokens": dataset.supervised_tokens}
@@ -245,7 +246,7 @@ def data_of(prepared: Preparation, recorded: Mapping[str, Any]) -> Data:
         said = ", ".join(f"{before[key]:,} {key.replace('_', ' ')}" for key in changed)
         remarks.insert(0, f"The data has changed since the run, which had {said}.")
     if len(dataset.sources) > 1:
-        remarks += [f"{source.name}: {source.samples:,} samples" for source in dataset.sources]
+        remarks += [f"{source.name}: {number_of(source.samples, 'sample')}" for source in dataset.sources]
     lengths = counted(dataset.lengths(np.arange(len(dataset))), BARS)
     cut = report.cut(len(dataset), limit).removesuffix(" (max_seq_length)")
     return Data(counts, [public(line) for line in remarks], lengths, limit, cut)

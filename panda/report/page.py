@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import panda
+from panda.files.terminal import number_of
 from panda.report.charts import charts
 from panda.report.html import Html
 from panda.report.html import as_written
@@ -100,7 +101,9 @@ def _summary(runs: Sequence[Reported]) -> Html:
     head = ["", *(run.recorded.name for run in runs)] if len(runs) > 1 else []
     damaged = [
         element(
-            "p", f"{run.recorded.name}: {run.damaged:,} damaged lines of its records are left out.", class_="missing"
+            "p",
+            f"{run.recorded.name}: {number_of(run.damaged, 'damaged line', 'damaged lines')} of its records left out.",
+            class_="missing",
         )
         for run in runs
         if run.damaged
@@ -152,7 +155,7 @@ def _skipped(run: Reported) -> Html:
         for each in run.skipped[:SKIPPED]
     ]
     more = f", of which these are the first {SKIPPED}" if len(run.skipped) > SKIPPED else ""
-    title = f"{run.recorded.name}: {len(run.skipped):,} skipped steps{more}"
+    title = f"{run.recorded.name}: {number_of(len(run.skipped), 'skipped step')}{more}"
     return element("details", element("summary", title), table(rows, ("step", "why", "loss", "gradient norm")))
 
 
@@ -266,7 +269,11 @@ def _configuration(runs: Sequence[Reported]) -> Html:
             continue
         said.append(table(chosen, head) if chosen else element("p", "All keys have their defaults."))
         said.append(
-            element("details", element("summary", f"{len(others):,} keys with their defaults"), table(others, head))
+            element(
+                "details",
+                element("summary", f"{number_of(len(others), 'key')} with their defaults"),
+                table(others, head),
+            )
         )
     return html(*said)
 

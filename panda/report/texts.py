@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from collections.abc import Sequence
 
+from panda.files.terminal import number_of
 from panda.report.charts import GRID
 from panda.report.charts import Scale
 from panda.report.charts import label
@@ -57,7 +58,7 @@ def _sample(sample: ShownSample) -> Html:
         said.append(f"mean loss {sample.loss:.3f}")
     if sample.before is not None:
         said.append(f"before training {sample.before:.3f}")
-    more = f" … and {sample.left_out:,} more tokens" if sample.left_out else ""
+    more = f" … and {number_of(sample.left_out, 'more token')}" if sample.left_out else ""
     return html(
         element("h3", sample.name, element("small", " ", ", ".join(said))),
         element("div", *_pieces(sample), element("span", more, class_="u"), class_="tokens", dir="auto"),

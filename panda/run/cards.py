@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from panda.engine.memory_parts import GIB
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ _REPORTED = (
 
 def this_card(device: torch.device | int = 0) -> Card:
     """The GPU ``device`` of this machine."""
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return Card(name, torch.cuda.get_device_properties(device).total_memory, peak_of(name))
 

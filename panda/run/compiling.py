@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from panda.configuration.options import RunOptions
 from panda.configuration.refusals import REFUSALS
+from panda.files.terminal import number_of
 from panda.registry.resolve import Resolved
 from panda.run.cards import CARDS
 from panda.run.cards import Card
@@ -62,11 +63,11 @@ def choice(resolved: Resolved, model: ModelMemory | None, card: Card, work: Work
     seconds = work.positions * model.flops(work.length) / (REACHED * peak)
     begins = math.ceil(EARNED * COST / (SAVED * seconds))
     if work.steps is None:
-        return Choice(True, f"it pays from {begins:,} steps on", begins)
+        return Choice(True, f"it pays from {number_of(begins, 'step')} on", begins)
     earns, whole = work.steps >= begins, seconds * work.steps
     saved = f"{'saves' if earns else 'would save'} about {SAVED * whole:,.0f} of {whole:,.0f} s"
-    why = f"it takes about {COST:.0f} s, and {saved} in {work.steps:,} step{'s' * (work.steps != 1)}"
-    return Choice(earns, why if earns else f"{why}; it is done from {begins:,} steps on", begins)
+    why = f"it takes about {COST:.0f} s, and {saved} in {number_of(work.steps, 'step')}"
+    return Choice(earns, why if earns else f"{why}; it is done from {number_of(begins, 'step')} on", begins)
 
 
 def as_chosen(resolved: Resolved, model: ModelMemory, card: Card, work: Work | None = None) -> RunOptions:

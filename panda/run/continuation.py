@@ -23,6 +23,7 @@ from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.manifest import read_progress
 from panda.engine.checkpoints.writing import check_shared
 from panda.engine.processes import Processes
+from panda.files.terminal import number_of
 from panda.files.terminal import printable
 from panda.registry import UserError
 from panda.registry.options import options_of
@@ -81,9 +82,9 @@ class Continuation:
             return _finished_line(directory, steps, total, stopped)
         if self.checkpoint is None:
             raise UserError(
-                f"resume: the run in {directory} ended after {steps:,} steps without a checkpoint (`save_final:"
-                " false`), so it can be neither trained further nor evaluated or asked again. Its weights are in"
-                f" {directory / EXPORT}: `panda generate {directory}` asks them, and with `ckpt_path` another"
+                f"resume: the run in {directory} ended after {number_of(steps, 'step')} without a checkpoint"
+                " (`save_final: false`), so it can be neither trained further nor evaluated or asked again. Its weights"
+                f" are in {directory / EXPORT}: `panda generate {directory}` asks them, and with `ckpt_path` another"
                 " run starts from them. To train this one again from its first step, remove the export."
             )
         if stopped and not stands:
@@ -100,8 +101,8 @@ def _finished_line(directory: Path, steps: int, total: int, stopped: dict[str, A
     asked = f"to get answers, run `panda generate {directory} --prompt TEXT`."
     if stopped is None:
         return (
-            f"{directory}: nothing is left to do: {steps:,} steps are done and exported. To train further, raise"
-            f" `max_steps` or `num_train_epochs`; {asked}"
+            f"{directory}: nothing is left to do: {number_of(steps, 'step is', 'steps are')} done and exported. To"
+            f" train further, raise `max_steps` or `num_train_epochs`; {asked}"
         )
     kind, _, name = stopped["by"].partition(" ")
     without = (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from panda.configuration.options import RunOptions
 from panda.data.order import BatchPlan
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
 from panda.run.estimate import state_bytes
@@ -64,7 +65,7 @@ def check_disk(directory: Path, needs: DiskNeeds) -> str | None:
         )
     if free < needs.lasting * needs.checkpoint + needs.export:
         return (
-            f"note: {directory} has room for {_gb(free)}, and the {needs.lasting:,} checkpoints that the run keeps take"
+            f"note: {directory} has room for {_gb(free)}, and the run keeps {number_of(needs.lasting, 'checkpoint')} of"
             f" about {_gb(needs.checkpoint)} each: `save_total_limit` keeps fewer"
         )
     return None

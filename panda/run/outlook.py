@@ -18,6 +18,7 @@ from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.memory_parts import gib
 from panda.engine.processes import Processes
 from panda.files.terminal import fitted
+from panda.files.terminal import number_of
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import written_names
@@ -142,7 +143,7 @@ def _parts(prepared: Preparation) -> Iterator[str]:
     for name, part in (prepared.parts_of(prepared.outline) if prepared.outline is not None else {}).items():
         size = sum(parameter.numel() for parameter in part.parameters())
         origin = "from the checkpoint" if name in prepared.parts_from_checkpoint else "drawn from the seed"
-        yield f"and {name}, {_count(size, 'parameter')}, {origin}: trained with it"
+        yield f"and {name}, {number_of(size, 'parameter')}, {origin}: trained with it"
 
 
 def _router_loss(prepared: Preparation) -> Iterator[str]:
@@ -192,7 +193,7 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
             yield f"not on {len(bare):,} linear layers, which peft cannot adapt beside experts: {', '.join(ends)}"
         rows = cast("dict[str, list[int]]", config.trainable_token_indices or {})
         if rows:
-            yield f"and the {len(next(iter(rows.values()))):,} rows of new tokens in {' and '.join(rows)}"
+            yield f"and the {number_of(len(next(iter(rows.values()))), 'row')} of new tokens in {' and '.join(rows)}"
 
 
 def _weights(prepared: Preparation) -> str:
@@ -225,10 +226,6 @@ def _has_own_tokenizer(prepared: Preparation) -> bool:
     return holder is not None and tokenizer_folder(prepared.options.tokenizer).resolve() == holder.folder.resolve()
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 # -- the data -----------------------------------------------------------------------------------
 
 
@@ -238,10 +235,10 @@ def _data(prepared: Preparation, dataset: SampleSet, location: str | None = None
     named = [s.value for s in settings if s.location and s.location.holds_data and s.owner != CORE and s.value]
     where = location or ", ".join(value if isinstance(value, str) else ", ".join(value) for value in named)
     report = dataset.report
-    read = f" of {_count(report.rows, 'row')} in {_count(report.files, 'file')}" if report.files else ""
-    yield f"{where}{': ' * bool(where)}{_count(len(dataset), 'sample')}{read}"
+    read = f" of {number_of(report.rows, 'row')} in {number_of(report.files, 'file')}" if report.files else ""
+    yield f"{where}{': ' * bool(where)}{number_of(len(dataset), 'sample')}{read}"
     with_loss = f", {dataset.supervised_tokens:,} of them with loss" * bool(dataset.supervised_tokens)
-    yield f"{dataset.tokens:,} tokens{with_loss}"
+    yield f"{number_of(dataset.tokens, 'token')}{with_loss}"
     yield report.cut(len(dataset), prepared.options.max_seq_length)
     yield from report.lines()
 
@@ -256,21 +253,23 @@ def _evaluation(prepared: Preparation) -> Iterator[str]:
     options = prepared.options
     if not prepared.held_out:
         return
-    yield f"every {options.eval_steps:,} steps and at the end" if options.eval_steps else "only at the end"
+    often = number_of(options.eval_steps, "step").removeprefix("1 ")
+    yield f"every {often} and at the end" if options.eval_steps else "only at the end"
     if options.eval_data_dir is not None:
         for name, paths in evaluation_sets(options).items():
             yield from _data(prepared, prepared.held_out[name], f"{name}: " * bool(name) + ", ".join(paths))
         return
     held_out = prepared.held_out[""]
-    count = _count(len(held_out), "held-out sample")
-    yield f"{count} of the data above (eval_fraction), {held_out.tokens:,} tokens"
+    count = number_of(len(held_out), "held-out sample")
+    yield f"{count} of the data above (eval_fraction), {number_of(held_out.tokens, 'token')}"
     yield from held_out.report.lines()
 
 
 def _steps(layout: Layout) -> Iterator[str]:
     plan, rows = layout.plan, layout.filling()
     split = f"{plan.micro_batch} x {plan.accumulation} x {plan.ranks}, micro batch x accumulation x ranks"
-    yield f"{_count(plan.total_steps, 'step')} of {_count(plan.step_samples, 'sample')} ({split}): {_epochs(layout)}"
+    steps = f"{number_of(plan.total_steps, 'step')} of {number_of(plan.step_samples, 'sample')}"
+    yield f"{steps} ({split}): {_epochs(layout)}"
     if rows.steps:
         tokens = plan.step_samples * rows.tokens / rows.samples
         long = f" of up to {layout.max_seq_length:,}" * layout.packed
@@ -315,7 +314,7 @@ def _engine(prepared: Preparation) -> str:
     compiled = prepared.resolved.settings["compile"]
     if compiled.value is True:
         said.append(f"compiled{' (auto)' * compiled.origin.startswith('decided')}")
-    where = f"{_count(prepared.world_size, 'rank')} on {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
+    where = f"{number_of(prepared.world_size, 'rank')} on {torch.cuda.get_device_name() if on_gpu else 'CPU'}"
     return f"{', '.join(said)}; {where}"
 
 
@@ -346,10 +345,10 @@ def _changed(prepared: Preparation) -> dict[str, dict[str, Any]]:
 
 def _saves(options: RunOptions) -> Iterator[str]:
     """When checkpoints are saved, and what is lost where a run is killed between them."""
-    plural = "s" * (options.save_steps != 1)
-    steps, minutes = f"{options.save_steps:,} step{plural}", f"{options.save_minutes:g} minutes"
+    steps = number_of(options.save_steps, "step")
+    minutes = f"{options.save_minutes:g} minute{'s' * (options.save_minutes != 1)}"
     often = [*([steps] if options.save_steps else []), *([minutes] if options.save_minutes else [])]
-    when = [f"every {text}" for text in often] + ["at the end"] * options.save_final
+    when = [f"every {text.removeprefix('1 ')}" for text in often] + ["at the end"] * options.save_final
     kept = f"; the newest {options.save_total_limit:,} are kept" if options.save_total_limit else ""
     yield f"{', '.join([*when, 'on Ctrl-C and SIGTERM'])}{kept}"
     lost = f"at most {' or '.join(often)}{', the shorter of them,' * (len(often) > 1)} are" if often else "all of it is"

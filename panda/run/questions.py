@@ -17,6 +17,7 @@ from panda.answers.scored import Scored
 from panda.answers.scored import scored
 from panda.answers.text import decoded
 from panda.data.token_dataset import SampleSet
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.chosen import Chosen
 from panda.registry.contexts import Better
@@ -66,7 +67,10 @@ def questions_of(
         short = [each for each in found if longest is None or len(each.prompt) <= longest]
         whose = f"{name}: " * bool(name)
         if len(found) < chosen:
-            notes.append(f"{whose}{chosen - len(found):,} of {chosen:,} samples have no prompt with an answer")
+            have = "has" if chosen - len(found) == 1 else "have"
+            notes.append(
+                f"{whose}{chosen - len(found):,} of {number_of(chosen, 'sample')} {have} no prompt with an answer"
+            )
         if len(short) < len(found):
             notes.append(
                 f"{whose}{len(found) - len(short):,} of {chosen:,} prompts have more than {longest:,} tokens, and leave"

@@ -18,6 +18,7 @@ from panda.data.places import place_of
 from panda.engine.processes import join_processes
 from panda.engine.steps import StepResult
 from panda.files.activity import activity
+from panda.files.terminal import number_of
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
@@ -97,7 +98,7 @@ def replay(
     """
     with _begun(configuration, world_size) as (run, loop):
         if step > run.plan.total_steps:
-            raise UserError(f"STEP: the run has {run.plan.total_steps:,} steps, and no step {step:,}.")
+            raise UserError(f"STEP: the run has {number_of(run.plan.total_steps, 'step')}, and no step {step:,}.")
         found: list[Batch] = []
         with activity(f"taking the steps before step {step:,}", step - 1, done=run.step) as shown:
             for number, found in enumerate(batches(run, run.layout), run.step + 1):

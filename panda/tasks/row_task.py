@@ -31,6 +31,7 @@ from panda.data.reading import BadRow
 from panda.data.reading import Fields
 from panda.data.reading import Row
 from panda.data.reading import rows_of
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.contexts import TaskContext
 from panda.tasks.task import ShownPart
@@ -138,7 +139,7 @@ class RowTask(Task):
         notes = found[0][1].report.notes
         notes += [data_set.describe() for data_set in data_sets(self.locations)]
         if others := other_files(self.locations, self.context.reader.suffixes):
-            files_are = "1 file is" if (count := others.total()) == 1 else f"{count:,} files are"
+            files_are = number_of(others.total(), "file is", "files are")
             kinds = ", ".join(kind for kind, _ in others.most_common(5))
             notes.append(f"{self.option}: {files_are} of other kinds, and not read: {kinds}")
         for location, files in zip(self.locations, self._files, strict=True):
@@ -150,10 +151,10 @@ class RowTask(Task):
                         f"note: files named {names} are trained on too; `{location}:train` takes those of train"
                     )
         if again := repeated_paths(self.locations, self.context.reader.suffixes, self.option):
-            paths = "1 path leads" if again == 1 else f"{again:,} paths lead"
+            paths = number_of(again, "path leads", "paths lead")
             notes.append(f"{self.option}: {paths} to files that other paths lead to as well; a file is read once")
         if self.held_out_files:
-            files_are = "1 file is" if self.held_out_files == 1 else f"{self.held_out_files:,} files are"
+            files_are = number_of(self.held_out_files, "file is", "files are")
             notes.append(f"{self.option}: {files_are} held out by eval_data_dir, and not trained on")
         return found
 
@@ -229,7 +230,8 @@ def check_weights(key: str, weights: Sequence[float], locations: Locations) -> N
     """Raise UserError unless there are as many ``weights``, the value of ``key``, as ``locations``, or none."""
     if weights and len(weights) != len(each_of(locations)):
         raise UserError(
-            f"{key}: {len(weights)} weights are given for {len(each_of(locations))} paths:"
+            f"{key}: {number_of(len(weights), 'weight is', 'weights are')} given for"
+            f" {number_of(len(each_of(locations)), 'path')}:"
             f" {', '.join(each_of(locations))}. Give each path its weight, in their order."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from panda.files.terminal import number_of
 from panda.installation.findings import Finding
 from panda.installation.names import examine_names
 from panda.installation.packages import named
@@ -40,7 +41,7 @@ def check_plugin(distribution: str) -> None:
             else:
                 report.note(probed.module, f"{finding.problem}. {finding.advice}")
         if not rules:
-            found = f"{probed.components} components with {probed.options} options"
+            found = f"{number_of(probed.components, 'component')} with {number_of(probed.options, 'option')}"
             report.kept(probed.module, f"imported in {probed.seconds:.2f} s without anything heavy; {found}")
     report.finish()
 

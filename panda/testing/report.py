@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from panda.files.terminal import number_of
+
 Result = TypeVar("Result")
 
 LAST_LINES = 25
@@ -58,4 +60,6 @@ class Report:
         """Raise AssertionError where a promise is broken."""
         if self._broken:
             problems = "\n".join(f"- {text}" for text in self._broken)
-            raise AssertionError(f"{self.subject}: {len(self._broken)} promises are broken:\n{problems}")
+            raise AssertionError(
+                f"{self.subject}: {number_of(len(self._broken), 'promise is', 'promises are')} broken:\n{problems}"
+            )

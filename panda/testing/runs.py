@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from panda.files.terminal import number_of
 from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
 from panda.testing.processes import run_script
@@ -157,5 +158,5 @@ def same_losses(
         return False, f"losses that are not finite: {found}, and {expected}"
     pairs = zip(found, expected, strict=True)
     far = max((abs(a - b) / max(abs(b), 1e-12) for a, b in pairs), default=0.0)  # type: ignore[operator, arg-type]
-    several = "1 loss" if len(found) == 1 else f"{len(found)} losses"
+    several = number_of(len(found), "loss", "losses")
     return far <= tolerance, f"{several}, apart by {far:.1g} of their size (at most {tolerance:.0g})"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.data.batches import RowShape
+from panda.files.terminal import number_of
 from panda.run.preparation import Preparation
 from panda.run.records import TAKEN
 from panda.tasks.task import Task
@@ -93,7 +94,7 @@ def _check_samples(report: Report, prepared: Preparation) -> int:
     report.judge(
         "samples",
         found > STEP,
-        f"{found} sample{'s' * (found > 1)}"
+        f"{number_of(found, 'sample')}"
         + f", of which the first {used} are trained on, in steps of {STEP}" * (found > STEP),
         f"Give data with at least {STEP + 1} rows that can be used.",
     )
@@ -123,7 +124,7 @@ def _check_records(report: Report, whole: Trained, unit: str) -> None:
     report.judge(
         "units",
         growing,
-        f"{unit}, {counts[-1]} after {len(counts)} steps",
+        f"{unit}, {counts[-1]} after {number_of(len(counts), 'step')}",
         "Every batch has at least one unit, of which `units` says how many.",
     )
     for record in whole.evaluations:
@@ -247,7 +248,10 @@ def same_records(run: Trained, whole: Trained, tolerance: float = 1e-5) -> tuple
     found = _values([*run.records, *run.evaluations])
     expected = _values([*whole.records, *whole.evaluations])
     if [each.keys() for each in found] != [each.keys() for each in expected]:
-        return False, f"other entries in its {len(found)} records than in the {len(expected)} of one process"
+        return (
+            False,
+            f"other entries in its {number_of(len(found), 'record')} than in the {len(expected)} of one process",
+        )
     worst, entry = 0.0, "loss"
     for mine, theirs in zip(found, expected, strict=True):
         for name, value in theirs.items():
@@ -256,4 +260,6 @@ def same_records(run: Trained, whole: Trained, tolerance: float = 1e-5) -> tuple
             apart = abs(mine[name] - value) / max(abs(value), 1.0)
             if apart > worst:
                 worst, entry = apart, f"{name} at step {theirs['step']}: {mine[name]:.7g} instead of {value:.7g}"
-    return worst <= tolerance, f"{len(found)} records, apart by at most {worst:.1g}" + f" ({entry})" * (worst > 0)
+    return worst <= tolerance, f"{number_of(len(found), 'record')}, apart by at most {worst:.1g}" + f" ({entry})" * (
+        worst > 0
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.errors import in_brief
 from panda.weights.shards import PICKLES
@@ -137,7 +138,9 @@ def _write_shard(weights: Weights, file: Path) -> None:
         tensors[name] = tensor.clone() if buffer in buffers else tensor
         buffers.add(buffer)
     if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-        raise UserError(f"nothing is written: {len(broken)} tensors are not finite, {broken[0]} first.")
+        raise UserError(
+            f"nothing is written: {number_of(len(broken), 'tensor is', 'tensors are')} not finite, {broken[0]} first."
+        )
     save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -139,7 +139,7 @@ def test_stdout_has_the_answers_and_nothing_else(folder: Path, capfd: Any) -> No
     captured = capfd.readouterr()
     assert len(captured.out) <= 2
     assert "its generation config asks for what panda leaves out: num_beams (beam search" in captured.err
-    assert "the answer was cut after 1 tokens: `--max_new_tokens`" in captured.err
+    assert "the answer was cut after 1 token: `--max_new_tokens`" in captured.err
 
 
 def test_what_libraries_print_while_they_load_is_not_on_stdout(
@@ -304,4 +304,4 @@ def test_a_long_dialogue_loses_its_first_exchanges(
         "bbbb\nycccc\n",
         "cccc\nydddd\n",
     ]
-    assert "the dialogue's first 1 exchanges were left out; the model has 32 positions" in capsys.readouterr().err
+    assert "the dialogue's first exchange was left out; the model has 32 positions" in capsys.readouterr().err

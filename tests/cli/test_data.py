@@ -102,7 +102,7 @@ def test_text_of_data_is_shown_as_it_is_and_never_steers_the_terminal(
 def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare.main([config]) == 0
     out = capsys.readouterr().out
-    assert "1 files, 7 rows: 4 samples, 53 tokens, 16 with loss\n1 of 4 samples (25.0%) is cut to 24 tokens" in out
+    assert "1 file, 7 rows: 4 samples, 53 tokens, 16 with loss\n1 of 4 samples (25.0%) is cut to 24 tokens" in out
     assert "bad row: rows.json, row 5: no field 'target'" in out
     [made] = [path for path in Path("cache").iterdir() if (path / "manifest.json").exists()]
     before = os.stat(made / "manifest.json").st_mtime_ns
@@ -117,8 +117,8 @@ def test_prepare_fills_the_cache_and_a_run_takes_it_from_there(config: str, caps
 def test_a_part_of_the_data_is_held_out_for_evaluation(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare.main([config, "--eval_fraction", "0.25", "--max_samples", "4"]) == 0
     out = capsys.readouterr().out
-    assert "1 files, 7 rows: 3 samples, " in out and "evaluation data: 1 samples, " in out
-    assert "eval_fraction: 1 of 4 samples are held out, and not trained on\n" in out
+    assert "1 file, 7 rows: 3 samples, " in out and "evaluation data: 1 sample, " in out
+    assert "eval_fraction: 1 of 4 samples is held out, and not trained on\n" in out
 
 
 def test_prepare_and_check_read_what_is_evaluated_on(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_prepare_and_check_read_what_is_evaluated_on(config: str, capsys: pytest
     assert prepare.main([config, "--eval_data_dir", "held_out.jsonl"]) == 0
     out = capsys.readouterr().out
     assert "evaluation data: bad row: held_out.jsonl, row 2: no field 'target'" in out
-    assert "evaluation data: 1 files, 2 rows: 1 samples, 5 tokens, 2 with loss\n" in out
+    assert "evaluation data: 1 file, 2 rows: 1 sample, 5 tokens, 2 with loss\n" in out
     assert len(list(Path("cache").glob("*/manifest.json"))) == 2
     assert check.main([config, "--eval_data_dir", "held_out.jsonl"]) == 0
     assert (

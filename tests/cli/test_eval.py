@@ -132,7 +132,7 @@ def test_text_has_no_answers(run: Trained, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "text.txt").write_text("A panda eats bamboo.")
     found = evaluated(tmp_path, run.export, "--data", tmp_path / "text.txt", "--task", "pretrain")
     assert found["all"]["answers"] == 0 and found["all"]["supervised_tokens"] > 10
-    assert "eval_generate: 1 of 1 samples have no prompt with an answer" in capsys.readouterr().err
+    assert "eval_generate: 1 of 1 sample has no prompt with an answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ MISTAKES = {
     " {here}).",
     f"panda prepare {DATA} wrong.json": "instruction_tuning_data_dir: 'wrong.json' has no row that can be trained on.\n"
     f"    bad row: wrong.json, row 1: {FIELDS}; its fields are: 'question', 'answr'\n"
-    "    1 of 1 rows cannot be used and are left out.",
+    "    1 of 1 row cannot be used and is left out.",
     f"panda prepare {DATA} empty.json": "empty.json: the file is empty. Expected a JSON array of objects, an object, or"
     " JSON Lines.",
     f"panda prepare {DATA} cut.json": "cut.json:1:34: not valid JSON, in row 2: Unterminated string starting at. The"
@@ -145,7 +145,7 @@ MISTAKES = {
     f"panda prepare {DATA} utf16.json": "utf16.json:1: not UTF-8: byte 0xff. It begins as UTF-16. Convert it to UTF-8.",
     f"panda prepare {DATA} twice.json": "instruction_tuning_data_dir: 'twice.json' has no row that can be trained on.\n"
     "    bad row: twice.json, row 1: it has 'input' twice, with two values\n"
-    "    1 of 1 rows cannot be used and are left out.",
+    "    1 of 1 row cannot be used and is left out.",
     # places
     "panda-train OK --output_dir taken": "output_dir: 'taken' is not empty. `--resume auto` continues the run in it;"
     " for a new run choose another directory, or move this one away.",

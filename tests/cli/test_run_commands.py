@@ -88,6 +88,31 @@ def test_the_table_is_sorted_and_fits_a_terminal(some: Path, capsys: pytest.Capt
     assert all(len(line) <= 100 for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("columns", "left_out"), [(100, []), (80, ["least", "eval"]), (60, ["least", "eval", "tokens/s", "age"])]
+)
+def test_long_names_are_wrapped_in_their_column(
+    columns: int,
+    left_out: list[str],
+    some: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [f"sweep-instruct-tiny/learning_rate=1e-{power},weight_decay=0.01,seed=0" for power in (3, 4)]
+    for name in [*names, "x" * 70]:
+        make(some / name, [2.0], end={"step": 1})
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert runs.main(["runs"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert all(len(line) < columns for line in lines)
+    assert last.startswith(f"no room for: {', '.join(left_out)} (") == bool(left_out)
+    width = lines[0].index("status")
+    joined = "".join(line[:width].strip() for line in [*lines, *([] if left_out else [last])])
+    assert all(name in joined for name in [*names, "x" * 70, "lab/interrupted"])  # nothing of them is lost
+    assert joined.count("learning_rate") == 2
+
+
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
@@ -99,7 +124,7 @@ def test_runs_are_plotted(some: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert plot.main(["runs/finished", "runs/stopped", "--x", "hours"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "finished: loss first 2, least 1, last 1.5, 3 records",
-        "stopped: loss first 2, least 2, last 2, 1 records",
+        "stopped: loss first 2, least 2, last 2, 1 record",
         "runs.png",
     ]
     assert plot.main(["runs/finished", "--metric", "eval_loss", "--out", "a.svg"]) == 0
@@ -110,8 +135,19 @@ def test_runs_are_plotted(some: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("argv", "message"),
     [
         (["runs/nowhere"], "error: runs/nowhere: expected a run directory, with the config.yaml of its run in it.\n"),
+        (
+            ["runs/stopped", "runs/finished", "runs/stopped"],
+            "error: runs/stopped: this run is named twice. Name it once.",
+        ),
+        (
+            ["runs/stopped", "runs/./lab/../stopped"],
+            "error: runs/./lab/../stopped: this run is named twice, by runs/st",
+        ),
         (["runs/finished", "--out", "a.jpg"], "error: --out: 'a.jpg' is not a file in an existing folder that ends in"),
-        (["runs/stopped", "--metric", "eval_loss"], "error: --metric: stopped has no 'eval_loss' on record, but grad_"),
+        (
+            ["runs/stopped", "--metric", "eval_loss"],
+            "error: --metric: stopped has no 'eval_loss' on record. Did you mean 'loss'? It has grad_",
+        ),
     ],
 )
 def test_what_cannot_be_plotted_is_refused(

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from panda.cli import grid
 from panda.cli import sweep
 from panda.cli.main import main
 from panda.configuration.arguments import parse_arguments
+from panda.files.locks import held
 from panda.registry import UserError
 from panda.run.interruption import PASSED_ON
 
@@ -82,13 +85,13 @@ def started(folder: Path) -> list[str]:
     ],
 )
 def test_commas_separate_values_except_in_brackets(text: str, values: list[list[str]]) -> None:
-    assert sweep.split_values(text) == values
+    assert grid.split_values(text) == values
 
 
 @pytest.mark.parametrize("text", ["a,", ",a", "a,,b", "[]", "[a,],b"])
 def test_a_value_that_is_missing_is_said(text: str) -> None:
     with pytest.raises(UserError, match="a value between commas is missing"):
-        sweep.split_values(text)
+        grid.split_values(text)
 
 
 def test_the_grid_is_printed_as_commands_that_panda_train_reads(
@@ -125,8 +128,8 @@ def test_a_run_knows_that_its_signals_come_twice() -> None:
 
 
 def test_names_of_folders_are_of_what_differs_and_apart() -> None:
-    assert sweep.name_of(["1e-4"]) == "1e-4" and sweep.name_of(["q", "v"]) == "q+v"
-    odd = [sweep.name_of([text]) for text in ("a/b", "a-b", "a:b", "x" * 50, "x" * 51, "..", ".")]
+    assert grid.name_of(["1e-4"]) == "1e-4" and grid.name_of(["q", "v"]) == "q+v"
+    odd = [grid.name_of([text]) for text in ("a/b", "a-b", "a:b", "x" * 50, "x" * 51, "..", ".")]
     assert len({*odd}) == 7 and not any("/" in name or len(name) > 50 for name in odd)
 
 
@@ -141,6 +144,11 @@ def test_all_mistakes_are_said_before_the_first_run(
     )
     for argv, told in (
         (["--seed", "0"], "nothing varies: give a flag several values, as in `--learning_rate 1e-4,3e-4`."),
+        (
+            ["--seed", "0", "1"],
+            "nothing varies: give a flag several values, as in `--learning_rate 1e-4,3e-4`. `--seed 0 1` is one value,"
+            " a list: `--seed 0,1` is several.",
+        ),
         (["--seed", "0,0"], "--seed: '0' is given twice."),
         (["--run_name", "a,b"], "--run_name: a sweep names its runs and resumes them itself. Leave it out."),
     ):
@@ -160,7 +168,10 @@ def test_a_sweep_goes_on_with_what_is_left_and_a_failure_ends_no_other(
     assert f"{names[2]} has failed (exit code 2); the sweep goes on" in out
     assert f"{names[3]} has saved before its end; the sweep goes on" in out
     assert f"{names[2]}: failed before it began" in out
-    assert "least training loss: 1.2500, seed=1,learning_rate=0.25" in out and "4:00 of training in 4 runs" in out
+    assert (
+        "least training loss: 1.2500, seed=1,learning_rate=0.25" in out
+        and "4:00 of steps in 4 runs, without starts, evaluations and saves" in out
+    )
     folder = tmp_path / "runs" / "sweep-instruct-tiny"
     assert (folder / "sweep.png").stat().st_size > 10_000
     assert sweeps(*argv) == 1
@@ -184,6 +195,59 @@ def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(
     started(tmp_path)
     assert main(["sweep", CONFIG, "--max_steps", "3", "--seed", "1,2", "--learning_rate", "0.5"]) == 0
     assert started(tmp_path) == ["seed=1", "seed=2"], "they have more steps to do"
+    capsys.readouterr()
+    assert main(["sweep", CONFIG, "--max_steps", "1", "--seed", "1,2,4", "--learning_rate", "0.5"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "error: seed=1: runs/sweep-instruct-tiny/seed=1 has done 2 steps, and is asked for fewer now (max_steps 1)."
+        " Name another folder with `--output_dir`, or move this one away."
+    )
+    assert started(tmp_path) == []
+    assert main(["sweep", CONFIG, "--max_steps", "3", "--seed", "4,5", "--learning_rate", "0.5"]) == 0
+    assert capsys.readouterr().out.endswith("\nnot of this grid, in the same folder: 2 runs (seed=1, seed=2)\n")
+
+
+def test_messages_name_values_as_they_were_written(sweeps: Sweeps, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweeps("--lr_multipliers", "a/b=x,c=1", "--seed", "0,1") == 2
+    assert capsys.readouterr().err.startswith("error: lr_multipliers=a/b=x,seed=0 and 1 more: ")
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "is_less"), [(1, 2, True), (2, 1, False), (-1, 5, False), (5, -1, True), (None, 1, False)]
+)
+def test_which_limit_is_lower(now: int | None, before: int, is_less: bool) -> None:
+    assert sweep._is_less(now, before) == is_less
+
+
+def test_one_sweep_at_a_time_trains_in_a_folder(
+    sweeps: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s").mkdir()
+    with held(tmp_path / "s" / sweep.LOCK):
+        assert sweeps("--seed", "1,2", "--learning_rate", "0.5", "--output_dir", "s") == 2
+        assert "error: s: another sweep is training in it: process" in capsys.readouterr().err
+        assert started(tmp_path) == []
+        assert sweeps("--seed", "1,2", "--learning_rate", "0.5", "--output_dir", "s", "--print") == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no parent that can be watched")
+def test_a_run_is_asked_to_end_where_its_sweep_is_killed(tmp_path: Path) -> None:
+    run = (
+        "import pathlib, signal, sys, time; signal.signal(15, lambda *_: sys.exit(pathlib.Path('told').touch()));"
+        " pathlib.Path('asleep').touch(); time.sleep(60)"
+    )
+    code = f"import sys; from panda.cli import sweep; sweep._run([sys.executable, '-c', {run!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    wait_for(tmp_path / "asleep")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "told")
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 50
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.01)
 
 
 def test_a_signal_ends_the_run_once_it_has_saved_and_the_sweep(
@@ -219,7 +283,7 @@ def test_each_run_is_started_by_a_launcher_that_is_named(
 
 
 def test_evaluations_decide_where_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    points = [sweep.Point(name, tmp_path / name, []) for name in ("a", "b")]
+    points = [grid.Point(name, tmp_path / name, []) for name in ("a", "b")]
     for point, loss in zip(points, (1.0, 2.0), strict=True):
         (point.directory / "checkpoints").mkdir(parents=True)
         (point.directory / "config.yaml").write_text("task: instruct\n")
@@ -228,7 +292,7 @@ def test_evaluations_decide_where_there_are_any(tmp_path: Path, capsys: pytest.C
         record |= {"learning_rate": 1.0, "grad_norm": 1.0}
         lines = [record, {"step": 1, "eval_loss": 5 - loss}]
         (point.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sweep.report(sweep.Sweep(tmp_path, points, [], only_prints=False), [])
+    sweep.report(grid.Sweep(tmp_path, points, [], only_prints=False), [])
     assert "least evaluation loss: 3.0000, b\n" in capsys.readouterr().out
     for point, score in zip(points, (0.75, 0.5), strict=True):
         (point.directory / "config.yaml").write_text("best_metric: eval_f1\nbest_higher_is_better: true\n")

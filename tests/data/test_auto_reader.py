@@ -104,7 +104,7 @@ def test_an_installed_reader_changes_nothing_until_it_is_named(
     flags += ["--token_cache", str(tmp_path / "cache")]
     assert prepare.main(flags) == 0
     out = capsys.readouterr().out
-    assert "1 files, 2 rows" in out and "1 file is of other kinds, and not read: .shout" in out
+    assert "1 file, 2 rows" in out and "1 file is of other kinds, and not read: .shout" in out
     assert "acme_reader" not in sys.modules
     assert prepare.main([*flags, "--reader", "shout"]) == 0
     assert "2 files, 2 rows" in capsys.readouterr().out

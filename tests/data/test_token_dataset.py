@@ -135,7 +135,7 @@ def test_a_report_is_safe_to_print() -> None:
     report.add_bad(BadRow(Path("a\x07.json"), 1, "role \x1b]0;x\nb"))
     assert report.lines() == [
         "bad row: a\\x07.json, row 1: role \\x1b]0;x\\nb",
-        "1 of 1 rows cannot be used and are left out.",
+        "1 of 1 row cannot be used and is left out.",
         "\\x1b[2J",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_a_picture_says_the_best_evaluation_what_is_beyond_and_which_steps_were_
     draw_run(Recorded("mine", records, evaluations), tmp_path / "loss.png", unit="pairs")
     loss, rate, norm, skipped = saved[0].axes
     assert [text.get_text() for text in loss.get_legend().get_texts()] == [
-        *("loss", "smoothed", "above, or not finite: 1 records", "evaluation", "best: 1.25 at step 80"),
+        *("loss", "smoothed", "above, or not finite: 1 record", "evaluation", "best: 1.25 at step 80"),
     ]
     assert loss.get_ylabel() == "loss per pair" and loss.get_ylim()[1] < 10
     assert [axes.get_title() for axes in (rate, norm, skipped)] == ["learning rate", "gradient norm", "skipped steps"]
@@ -134,5 +135,15 @@ def test_runs_are_drawn_beside_each_other(
 
 
 def test_a_metric_that_a_run_has_not_recorded_is_refused_with_those_that_it_has(tmp_path: Path, record: Any) -> None:
-    with pytest.raises(UserError, match=r"a has no 'accuracy' on record, but data_wait, grad_norm, .*tokens"):
-        draw_runs([Recorded("a", [record(1)])], tmp_path / "runs.png", metric="accuracy", over="steps")
+    scored = Recorded("a", [record(1)], [{"step": 1, "eval_loss": 1.0, "eval_rouge1": 0.5, "ends": "text"}])
+    for metric, near in (
+        ("accuracy", ""),
+        ("grad_nrm", " Did you mean 'grad_norm'?"),
+        ("rouge1", " Did you mean 'eval_rouge1'?"),
+    ):
+        said = (
+            rf"a has no '{metric}' on record\.{re.escape(near)} It has data_wait, eval_loss, eval_rouge1, grad_norm, "
+        )
+        with pytest.raises(UserError, match=said) as refused:
+            draw_runs([scored], tmp_path / "runs.png", metric=metric, over="steps")
+        assert "ends" not in str(refused.value)

@@ -128,7 +128,7 @@ def test_a_start_before_the_first_checkpoint_begins_the_answers_again(
     plugin.panda_run_start(asking)
     plugin.panda_run_end()
     assert [(each["step"], each["prompt"]) for each in read_answers(asking.directory)] == [(0, "p")]
-    assert "  1 answers  one 1  two 2  three 3  " in capsys.readouterr().out
+    assert "  1 answer  one 1  two 2  three 3  " in capsys.readouterr().out
 
 
 def test_evaluations_say_of_which_scores_a_higher_one_is_better(asking: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_a_run_without_room_is_refused_before_its_first_step(processes: Processe
 def test_room_for_fewer_checkpoints_than_are_kept_is_noted(tmp_path: Path, free: Any) -> None:
     needs = DiskNeeds(94 * 10**9, 13 * 10**9, lasting=10)
     free(900 * 10**9)
-    assert "the 10 checkpoints that the run keeps take about 94.0 GB each" in (check_disk(tmp_path, needs) or "")
+    assert "the run keeps 10 checkpoints of about 94.0 GB each" in (check_disk(tmp_path, needs) or "")
     free(953 * 10**9)
     assert check_disk(tmp_path, needs) is None
     free(107 * 10**9 - 1)

@@ -196,9 +196,9 @@ def test_rows_that_are_left_out_are_told_with_the_data(said: Outlook, folder: Pa
     parts = said(f"{TINY_64} --eval_data_dir held.json --eval_steps 5")
     assert parts["data"][0] == "rows.json: 6 samples of 7 rows in 1 file"
     assert "bad row: rows.json, row 7: no field 'target'" in parts["data"][3]
-    assert "1 of 7 rows cannot be used and are left out." in parts["data"]
+    assert "1 of 7 rows cannot be used and is left out." in parts["data"]
     assert parts["evaluation"][:2] == ["every 5 steps and at the end", "held.json: 2 samples of 3 rows in 1 file"]
-    assert "1 of 3 rows cannot be used and are left out." in parts["evaluation"]
+    assert "1 of 3 rows cannot be used and is left out." in parts["evaluation"]
     assert said(f"{TINY_64} --eval_data_dir held.json")["evaluation"][0] == "only at the end"
 
 

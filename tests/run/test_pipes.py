@@ -53,7 +53,7 @@ def test_the_run_reads_a_copy_which_its_configuration_names(
 ) -> None:
     assert prepare.main(["--arch", "llama-tiny", "--instruction_tuning_data_dir", pipe(content)]) == 0
     out = capsys.readouterr().out
-    assert "1 files, 5 rows: 5 samples" in out
+    assert "1 file, 5 rows: 5 samples" in out
     [kept] = Path("cache/pipes").iterdir()
     assert kept.read_bytes() == content
     assert f"instruction_tuning_data_dir: it is kept as {kept.absolute()}" in out

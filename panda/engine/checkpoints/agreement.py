@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from panda.files.terminal import number_of
 from panda.registry import UserError
 
 MADE_OF = "made_of"
@@ -68,13 +69,13 @@ def _of_data_sets(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str
     """What differs between the origins of the data sets of two runs (see ``panda.data.origin``), with both values."""
     found = []
     if len(before) != len(now):
-        found.append(f"{_counted(len(before), 'data set')} then, {_counted(len(now), 'data set')} now")
+        found.append(f"{number_of(len(before), 'data set')} then, {number_of(len(now), 'data set')} now")
     for then, here in zip(before, now, strict=False):
         found += _in_files(then, here)
         found += _in_values("", then.get("made"), here.get("made"))
     found = list(dict.fromkeys(found))  # a template of several data sets
     more = len(found) - MOST_SAID
-    return [*found[:MOST_SAID], f"and {_counted(more, 'more difference')}"] if more > 0 else found
+    return [*found[:MOST_SAID], f"and {number_of(more, 'more difference')}"] if more > 0 else found
 
 
 def _in_files(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
@@ -86,13 +87,13 @@ def _in_files(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]
         yield f"the files of {here['location']} come in another order"
     for name, (size, digest) in files[0].items():
         if name not in files[1]:
-            yield f"{name} ({size:,} bytes) was read, and is not now"
+            yield f"{name} ({number_of(size, 'byte')}) was read, and is not now"
         elif files[1][name][0] != size:
-            yield f"{name} had {size:,} bytes, and has {files[1][name][0]:,}"
+            yield f"{name} had {number_of(size, 'byte')}, and has {files[1][name][0]:,}"
         elif files[1][name][1] != digest:
-            yield f"{name} has another content, of the same {size:,} bytes"
+            yield f"{name} has another content, of the same {number_of(size, 'byte')}"
     for name in files[1].keys() - files[0].keys():
-        yield f"{name} ({files[1][name][0]:,} bytes) is read, and was not"
+        yield f"{name} ({number_of(files[1][name][0], 'byte')}) is read, and was not"
     for key, unit in (("count", "files"), ("bytes", "bytes"), ("rows", "rows")):
         if then.get(key) != here.get(key) and (key == "rows" or not (files[0] and files[1])):
             yield f"{here['location']} had {then.get(key):,} {unit}, and has {here.get(key):,}"
@@ -126,7 +127,3 @@ def _from(text: str, other: str) -> str:
     begin = max(0, first - _SHOWN // 3)
     shown = text[begin : begin + _SHOWN]
     return f"{'...' * (begin > 0)}{shown!r}{'...' * (begin + _SHOWN < len(text))}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"

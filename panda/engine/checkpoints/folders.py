@@ -13,6 +13,7 @@ from pathlib import Path
 from panda.engine.checkpoints.manifest import MANIFEST
 from panda.engine.checkpoints.manifest import DamagedError
 from panda.engine.checkpoints.manifest import read_manifest
+from panda.files.terminal import number_of
 
 LATEST = "latest"
 MOST_BYTES_OF_A_NAME = 100
@@ -81,7 +82,7 @@ def damage(checkpoint: Path) -> str | None:
         for name, written in read_manifest(checkpoint).files.items():
             found = (checkpoint / name).stat().st_size
             if found != written.size:
-                return f"{name} has {found:,} bytes and had {written.size:,}"
+                return f"{name} has {number_of(found, 'byte')} and had {written.size:,}"
     except OSError as problem:
         return f"{type(problem).__name__}: {problem}"
     except DamagedError as problem:
