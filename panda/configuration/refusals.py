@@ -267,18 +267,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "without ZeRO DeepSpeed clips by the gradient norm of one rank's part only",
         "leave `zero_stage` out: it is then 1",
     ),
-    Refusal(
-        "tensor_parallel_size with activation_checkpointing: selective",
-        lambda run: run.tensor_parallel_size > 1 and run.activation_checkpointing == "selective",
-        "FairScale sums a product over ranks in place, and a stored product would be summed again",
-        "`activation_checkpointing: full`",
-    ),
-    Refusal(
-        "tensor_parallel_size with compile",
-        lambda run: run.tensor_parallel_size > 1 and run.compiled,
-        "compiled layers that communicate with other ranks have not been tested on a GPU",
-        "leave one of them out",
-    ),
 )
 
 

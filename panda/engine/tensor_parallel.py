@@ -1,7 +1,7 @@
 """Tensor parallelism: several neighbouring ranks hold one model together, in FairScale's layers.
 
-A model states which of its layers can be split (``TensorParallelPlan``), and this module splits them. It is
-the only one that imports fairscale, whose last release is 0.4.13 of December 2022.
+A model states which of its layers can be split (``TensorParallelPlan``), and this module splits them. It and
+split_layers.py are the only ones that import fairscale, whose last release is 0.4.13 of December 2022.
 """
 
 from __future__ import annotations
@@ -63,9 +63,13 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
     parameter that several layers share stays one.
     """
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear
-    from fairscale.nn.model_parallel.layers import RowParallelLinear
     from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
 
+    from panda.engine.split_layers import Column
+    from panda.engine.split_layers import Row
+    from panda.engine.split_layers import sum_gradient_once
+
+    group = processes.mpu and processes.mpu.get_model_parallel_group()
     shards: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
 
     def shard(parameter: torch.nn.Parameter | None, dimension: int) -> torch.nn.Parameter | None:
@@ -82,16 +86,12 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
     # are there already, so FairScale's are dropped, layer by layer.
     keywords: dict[str, Any] = {"init_method": lambda weight: weight}
     for name, layer in _layers(module, plan.column):
-        column = ColumnParallelLinear(
-            layer.in_features, layer.out_features, layer.bias is not None, gather_output=False, **keywords
-        )
-        column.weight, column.bias = shard(layer.weight, 0), shard(layer.bias, 0)
+        column = Column(layer.in_features, layer.out_features, layer.bias is not None, gather_output=False, **keywords)
+        column.group, column.weight, column.bias = group, shard(layer.weight, 0), shard(layer.bias, 0)
         module.set_submodule(name, column)
     for name, layer in _layers(module, plan.row):
-        row = RowParallelLinear(
-            layer.in_features, layer.out_features, layer.bias is not None, input_is_parallel=True, **keywords
-        )
-        row.weight, row.bias = shard(layer.weight, 1), layer.bias
+        row = Row(layer.in_features, layer.out_features, layer.bias is not None, input_is_parallel=True, **keywords)
+        row.group, row.weight, row.bias = group, shard(layer.weight, 1), layer.bias
         module.set_submodule(name, row)
     for name, layer in _layers(module, plan.vocabulary):
         if isinstance(layer, torch.nn.Embedding):
@@ -103,9 +103,11 @@ def split(module: torch.nn.Module, plan: TensorParallelPlan, processes: Processe
         else:
             rows = ColumnParallelLinear(layer.in_features, layer.out_features, layer.bias is not None, **keywords)
             rows.bias = shard(layer.bias, 0)
-            rows.vocabulary_group = processes.mpu.get_model_parallel_group()
+            rows.vocabulary_group = group
         rows.weight = shard(layer.weight, 0)
         module.set_submodule(name, rows)
+    for _, block in _layers(module, plan.blocks):
+        sum_gradient_once(block, group)
 
 
 def shards_of(weights: Weights, module: torch.nn.Module, processes: Processes) -> Weights:

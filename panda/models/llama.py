@@ -200,6 +200,7 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
         column=("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"),
         row=("*.o_proj", "*.down_proj"),
         vocabulary=("model.embed_tokens", "lm_head"),
+        blocks=("*.self_attn", "*.mlp"),
         sizes={
             "num_heads": options.num_heads,
             "num_key_value_heads": options.num_key_value_heads or options.num_heads,

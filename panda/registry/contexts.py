@@ -155,6 +155,9 @@ class TensorParallelPlan:
     """Embeddings, and the linear output head: each rank has some of the vocabulary's rows; outputs are whole."""
     sizes: Mapping[str, int]
     """Sizes that the number of ranks has to divide, by the names of the model's options: heads, widths, vocabulary."""
+    blocks: tuple[str, ...] = ()
+    """Modules whose inputs go only to their column layers: the gradients of these inputs are summed over ranks once for
+    all of the layers, and not for each."""
 
 
 ParameterKind = Literal["matrix", "expert", "adapter", "embedding", "head", "norm", "bias", "vector", "tensor"]

@@ -97,6 +97,8 @@ def _what_forbids(resolved: Resolved, model: ModelMemory | None) -> str:
         return "the model has no layers that could be compiled each by itself"
     if model.footprint.approximate:  # experts, or code that does not run without data
         return "the model is not known to work compiled"
+    if options.tensor_parallel_size > 1:
+        return "with tensor_parallel_size its gain was not measured on GPUs yet; `compile: true` works"
     if options.use_quant and options.quant_bits == 8:
         return "8 bits are not known to work compiled"
     return ""

@@ -75,8 +75,6 @@ REFUSED: dict[str, list[Any]] = {
             "zero_stage: 3": ["--zero_stage", "3"],
             "use_lora or use_quant": ["--use_lora"],
             "zero_stage: 0 in 16 bits": ["--precision", "bf16", "--zero_stage", "0"],
-            "activation_checkpointing: selective": ["--activation_checkpointing", "selective"],
-            "compile": ["--compile"],
         }.items()
     },
 }

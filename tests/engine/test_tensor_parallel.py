@@ -20,6 +20,7 @@ from checkpoint_files import llama
 from checkpoint_files import save_hf
 from initial_model import initial_model
 from lamb_reference import ReferenceLamb
+from launching import EVERY_WAY
 from launching import assert_same_end
 from launching import exported_weights
 from launching import losses
@@ -73,9 +74,12 @@ RUNS: dict[str, tuple[int, str, str, tuple[object, ...]]] = {
     },
     **{f"{optimizer}-1": (1, "drawn", optimizer, ()) for optimizer in RATES},
     "adamw-2-packed": (2, "drawn", "adamw", (*PACKED, "--activation_checkpointing", "full")),
+    "adamw-2-selective": (2, "drawn", "adamw", ("--activation_checkpointing", "selective")),
     "adamw-2-tied": (2, "tied", "adamw", FROM_TIED),
     "nvlamb-4-tied": (4, "tied", "nvlamb", (*FROM_TIED, "--zero_stage", 2)),
 }
+if EVERY_WAY:
+    RUNS["adamw-2-compiled"] = (2, "drawn", "adamw", ("--compile", "true"))
 """Processes, what the model begins as, optimizer, flags."""
 BF16 = ("--precision", "bf16")
 RESUMED = ["adamw-2-zero1", "nvlamb-2-zero0", "nvlamb-4-zero2", "bf16"]

@@ -118,7 +118,10 @@ def test_a_long_run_is_compiled_in_every_zero_stage() -> None:
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (f"{LLAMA_7B} --tensor_parallel_size 2", "tensor_parallel_size with compile is refused"),
+        (
+            f"{LLAMA_7B} --tensor_parallel_size 2",
+            "with tensor_parallel_size its gain was not measured on GPUs yet; `compile: true` works",
+        ),
         (f"{LLAMA_7B} --use_quant --quant_bits 8", "8 bits are not known to work compiled"),
         (
             "--arch qwen3-30b-a3b --hf_config num_hidden_layers=2 hidden_size=64 moe_intermediate_size=16 num_experts=4"

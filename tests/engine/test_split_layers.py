@@ -1,0 +1,71 @@
+"""Layers that are split over ranks compile whole, and talk to the other ranks no more often than they must."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_files import llama
+
+from panda.engine.processes import Processes
+from panda.engine.tensor_parallel import make_groups
+from panda.engine.tensor_parallel import split
+from panda.registry.contexts import TensorParallelPlan
+
+PLAN = TensorParallelPlan(
+    column=("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"),
+    row=("*.o_proj", "*.down_proj"),
+    vocabulary=(),
+    sizes={},
+    blocks=("*.self_attn", "*.mlp"),
+)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Processes]:
+    """One rank, in groups of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield Processes(0, 1, torch.device("cpu"), tensor_ranks=1, mpu=make_groups(1))
+    dist.destroy_process_group()
+
+
+def outputs(layer: Any, model: Any) -> list[torch.Tensor]:
+    """Of a layer, its output and the gradients of its input and weights."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, model.config.hidden_size, generator=generator).requires_grad_()
+    rope = model.model.rotary_emb(hidden, torch.arange(5)[None])
+    output = layer(hidden, position_embeddings=rope)
+    output.square().sum().backward()
+    return [output.detach(), hidden.grad, *(weight.grad.clone() for weight in layer.parameters())]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_layer_sums_twice_in_each_direction(alone: Processes, monkeypatch: pytest.MonkeyPatch, blocks: bool) -> None:
+    """Without blocks each of the five layers that share two inputs sums the gradient of its own."""
+    model = llama(0)
+    plain = outputs(copy.deepcopy(model.model.layers[0]), model)
+    split(model, PLAN if blocks else replace(PLAN, blocks=()), alone)
+    sums = []
+    reduce = dist.all_reduce
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda tensor, **given: sums.append(tensor.shape) or reduce(tensor, **given)
+    )
+    found = outputs(model.model.layers[0], model)
+    assert len(sums) == (4 if blocks else 7)
+    assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
+
+
+def test_a_split_layer_compiles_into_one_graph(alone: Processes) -> None:
+    model = llama(0)
+    split(model, PLAN, alone)
+    layer = model.model.layers[0]
+    plain = outputs(layer, model)
+    layer.zero_grad()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(outputs(compiled, model), plain, strict=True))
