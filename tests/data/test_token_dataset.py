@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panda.data.reading import BadRow
-from panda.data.token_dataset import KEPT_FIELDS
-from panda.data.token_dataset import SHOWN_BAD_ROWS
-from panda.data.token_dataset import SHOWN_FIELDS
-from panda.data.token_dataset import DataReport
+from panda.data.report import KEPT_FIELDS
+from panda.data.report import SHOWN_BAD_ROWS
+from panda.data.report import SHOWN_FIELDS
+from panda.data.report import DataReport
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
 
