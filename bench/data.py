@@ -422,7 +422,7 @@ def _steps(
     """Supervised tokens a second of forward, backward and optimizer; share of time spent waiting; how full rows are."""
     import torch
 
-    from panda.data.batches import step_batches
+    from panda.data.loading import step_batches
     from panda.models.forward.varlen_attention import takes_bounds
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -489,7 +489,7 @@ def _loader(layout: Any, workers: int, pace: float | None, seconds: float) -> tu
     """
     import torch
 
-    from panda.data.batches import step_batches
+    from panda.data.loading import step_batches
 
     batches = step_batches(
         layout,
@@ -529,7 +529,7 @@ def measure_scale(samples: int, folder: Path) -> None:
     from panda.data.order import BatchPlan
     from panda.data.order import SampleOrder
     from panda.data.packing import Layout
-    from panda.data.token_dataset import DataReport
+    from panda.data.report import DataReport
     from panda.data.token_dataset import TokenDataset
 
     lengths = np.random.default_rng(0).lognormal(np.log(130), 0.6, samples).astype(np.int64).clip(8, LENGTH)

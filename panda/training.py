@@ -45,8 +45,10 @@ def train(
 
     The keys are those of the command line, and so are messages, output and files; a flag overrides the file. A key with
     a dot in it is passed as ``**{"model.hidden_size": 64}``. Components that this process has registered can be named.
-    Raises UserError where the command line would print one. Can be called several times: no process group is left.
-    Under a launcher, every process calls this.
+    Under a launcher, every process calls this. Can be called several times: no process group is left.
+
+    Raises UserError where the command line would print one, and KeyboardInterrupt, whose text is the command that
+    continues the run, where a signal or `max_train_hours` ended it and it has saved.
     """
     from panda.configuration.arguments import arguments_of
 

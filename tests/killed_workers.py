@@ -22,8 +22,8 @@ import numpy as np
 
 from panda.data.batches import Batch
 from panda.data.batches import RowShape
-from panda.data.batches import step_batches
 from panda.data.batches import token_batch
+from panda.data.loading import step_batches
 from panda.data.order import BatchPlan
 from panda.data.order import SampleOrder
 from panda.data.packing import Layout

@@ -152,6 +152,7 @@ def _replayed(arguments: Arguments, step: int, skipped: frozenset[int], *, betwe
     check_launcher()
     configuration = configure(arguments)
 
+    from panda.run.first_look import let_threads_sleep
     from panda.run.first_look import load
     from panda.run.first_look import look_first
     from panda.run.sources import with_lasting_sources
@@ -160,6 +161,7 @@ def _replayed(arguments: Arguments, step: int, skipped: frozenset[int], *, betwe
     configuration = with_lasting_sources(configuration)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     look_first(configuration, world_size)
+    let_threads_sleep()
     load("panda.run.replaying")
     with own_group():
         from panda.run.replaying import replay

@@ -27,7 +27,7 @@ from panda.registry.settings import CORE
 
 if TYPE_CHECKING:
     from panda.data.reading import Reader
-    from panda.data.token_dataset import DataReport
+    from panda.data.report import DataReport
 
 USAGE = """\
 usage: panda tokenizer DATA [DATA ...] --vocab_size N [--output DIR]
@@ -105,7 +105,7 @@ def _converted(key: str, kind: type, given: Given) -> Any:
 
 def _train(configuration: Configuration, vocab_size: int, folder: Path) -> None:
     from panda.data.reading import Reader
-    from panda.data.token_dataset import DataReport
+    from panda.data.report import DataReport
     from panda.data.tokenizer_training import trained_tokenizer
     from panda.data.tokenizer_training import write_folder
     from panda.registry.contexts import ReaderContext

@@ -14,7 +14,7 @@ import numpy as np
 from panda.data.order import Source
 from panda.data.order import key_of
 from panda.data.order import permute
-from panda.data.token_dataset import DataReport
+from panda.data.report import DataReport
 from panda.data.token_dataset import Sample
 from panda.data.token_dataset import SampleSet
 from panda.files.terminal import number_of

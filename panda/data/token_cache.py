@@ -37,7 +37,7 @@ from panda.data.fields import Field
 from panda.data.packed_files import unpacked_name
 from panda.data.places import renumbered
 from panda.data.recipe import Recipe
-from panda.data.token_dataset import DataReport
+from panda.data.report import DataReport
 from panda.data.token_dataset import SampleBlock
 from panda.data.token_dataset import TokenDataset
 from panda.data.token_dataset import supervised_in

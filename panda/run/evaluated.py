@@ -17,7 +17,7 @@ from panda.answers.sampling import Manner
 from panda.answers.sampling import sampled
 from panda.configuration.options import RunOptions
 from panda.data.batches import TokenBatch
-from panda.data.batches import step_batches
+from panda.data.loading import step_batches
 from panda.data.token_dataset import SampleSet
 from panda.files.activity import Activity
 from panda.models.forward.stretched_positions import needs_positions

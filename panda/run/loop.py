@@ -15,7 +15,7 @@ import torch
 
 from panda.configuration.user_code import flags_of_files
 from panda.data.batches import Batch
-from panda.data.batches import step_batches
+from panda.data.loading import step_batches
 from panda.data.packing import Layout
 from panda.data.workers import workers_standing
 from panda.engine.checkpoints.manifest import Progress

@@ -27,21 +27,18 @@ from panda.models.adapters.lora import left_bare
 from panda.models.adapters.targets import ALL_LINEAR
 from panda.models.forward.router_loss import has_router_loss
 from panda.models.forward.router_loss import own_weight
-from panda.optim.adam_options import AdamOptions
-from panda.registry import UserError
 from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
-from panda.run.assembly import build_schedule
 from panda.run.assembly import evaluation_sets
 from panda.run.description import changes
 from panda.run.directory import find_directory
 from panda.run.directory import recorded_configuration
 from panda.run.directory import run_name
 from panda.run.fitting import advice
+from panda.run.notes import has_own_tokenizer
+from panda.run.notes import notes
 from panda.run.preparation import Preparation
 from panda.run.reference import describe_reference
-from panda.weights.tokenizers import read_tokenizer
-from panda.weights.tokenizers import tokenizer_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,17 +46,6 @@ if TYPE_CHECKING:
 
     from panda.run.continuation import Continuation
 
-HIGH_RATE = 1e-4
-"""Peak learning rate from which on training all weights of a checkpoint with Adam is noted.
-
-Published recipes of supervised fine-tuning have 5e-6 to 5e-5: Alpaca, Llama 2 and TRL's default 2e-5, Tulu 3 5e-6,
-transformers' default 5e-5. Only models of a few hundred million weights are tuned at more.
-"""
-HIGH_ADAPTER_RATE = 1e-3
-"""The same for adapters, which have rates ten times as high: LoRA and QLoRA (arXiv 2305.14314) 1e-4 to 3e-4. Noted
-above this."""
-PEAK_SOUGHT_STEPS = 10_000
-"""Steps among which the peak of the learning rate is sought: a warm-up is thought to be shorter."""
 LABEL_WIDTH = 12
 """Columns of the labels before what is said."""
 
@@ -97,7 +83,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         for label, part in parts.items()
         for number, line in enumerate(part)
     ]
-    return [*lines, *(f"note: {note}" for note in _notes(prepared, layout))]
+    return [*lines, *(f"note: {note}" for note in notes(prepared, layout))]
 
 
 def announce(prepared: Preparation, continuation: Continuation, layout: Layout, processes: Processes) -> None:
@@ -207,23 +193,13 @@ def _weights(prepared: Preparation) -> str:
 def _tokenizer(prepared: Preparation) -> str:
     location, pretrained = prepared.options.tokenizer, prepared.pretrained
     whose = ""
-    if _has_own_tokenizer(prepared):
+    if has_own_tokenizer(prepared):
         whose = ", the checkpoint's own"
     elif pretrained:
         whose = ", not the checkpoint's"
     elif prepared.resolved.settings["tokenizer"].origin == "default":
         whose = " (the default, which reads bytes)"
     return f"{location}{whose}, {len(prepared.tokenizer):,} entries"
-
-
-def _has_own_tokenizer(prepared: Preparation) -> bool:
-    """Whether the run has the tokenizer of its checkpoint."""
-    if prepared.pretrained is None:
-        return False
-    if prepared.resolved.settings["tokenizer"].origin.startswith("checkpoint "):
-        return True
-    holder = prepared.pretrained.with_tokenizer()
-    return holder is not None and tokenizer_folder(prepared.options.tokenizer).resolve() == holder.folder.resolve()
 
 
 # -- the data -----------------------------------------------------------------------------------
@@ -366,62 +342,3 @@ def _output(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
     has_number = not prepared.options.output_dir and directory != default and default.exists()
     taken = f" (there is a {default} already)" if has_number else ""
     return f"{directory}{taken}"
-
-
-# -- what may not be meant ----------------------------------------------------------------------
-
-
-def _notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
-    yield from _tokenizer_note(prepared)
-    yield from _rate_note(prepared)
-    yield from _evaluation_note(prepared)
-    schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
-    before_last = range(min(max(steps - 1, 1), PEAK_SOUGHT_STEPS))
-    if layout.plan.start_step < steps and max(map(schedule, before_last)) < 1:
-        yield "the run ends within the warm-up: the learning rate is below its peak until the last step"
-
-
-def _tokenizer_note(prepared: Preparation) -> Iterator[str]:
-    if prepared.pretrained is None or _has_own_tokenizer(prepared):
-        return
-    holder = prepared.pretrained.with_tokenizer()
-    if holder is None:
-        yield "the checkpoint has no tokenizer of its own: panda cannot see whether this one belongs to its weights"
-        return
-    try:
-        theirs = read_tokenizer(holder.folder).get_vocab()
-    except UserError:
-        yield f"the tokenizer in {holder.folder} cannot be read: panda cannot see whether this one is the same"
-        return
-    entries = prepared.tokenizer.get_vocab()
-    other = sum(theirs.get(entry) != number for entry, number in entries.items())
-    if other:
-        share = f"{other:,} of the {len(entries):,} entries of this tokenizer"
-        meaning = "; the checkpoint's embeddings mean nothing to it" if other == len(entries) else ""
-        yield f"{share} have another id in the checkpoint's own, or none{meaning}"
-
-
-def _rate_note(prepared: Preparation) -> Iterator[str]:
-    options, optimizer = prepared.options, prepared.resolved.components["optimizer"]
-    if prepared.pretrained is None or type(optimizer.options) is not AdamOptions:
-        return  # LAMB's rate, with options derived from Adam's, is relative to the norm of a weight
-    rate = f"learning_rate {options.learning_rate:g} is high for"
-    if options.use_lora:
-        if options.learning_rate > HIGH_ADAPTER_RATE:
-            yield f"{rate} adapters: 1e-4 to 1e-3 are usual"
-    elif options.learning_rate >= HIGH_RATE:
-        yield f"{rate} full fine-tuning of a checkpoint: 1e-6 to 5e-5 are usual"
-
-
-def _evaluation_note(prepared: Preparation) -> Iterator[str]:
-    """Of classes of others that may act on evaluations, which only their instances are asked for otherwise."""
-    options = prepared.options
-    if options.eval_data_dir is not None or options.eval_fraction:
-        return
-    for each in prepared.resolved.plugins:
-        factory = each.component.factory
-        if hasattr(factory, "panda_evaluation") and getattr(factory, "acts", True) and not each.offer.is_own:
-            yield (
-                f"{each.label} has the hook panda_evaluation, and this run is never evaluated: set `eval_steps`, and"
-                " `eval_data_dir` or `eval_fraction`"
-            )

@@ -13,7 +13,7 @@ from statistics import median
 
 from panda.configuration.configure import Configuration
 from panda.data.batches import Batch
-from panda.data.batches import batch_of
+from panda.data.loading import batch_of
 from panda.data.places import place_of
 from panda.engine.processes import join_processes
 from panda.engine.steps import StepResult
