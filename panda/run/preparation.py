@@ -309,7 +309,7 @@ def add_plugins(configuration: Configuration) -> None:
         configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
 
 
-def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = True) -> Preparation:
+def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = False) -> Preparation:
     """All that a run of ``world_size`` processes needs before they join. Raises UserError for what cannot work.
 
     Missing data, or a missing frozen model, is reported before the model is built, and errors of the model before the

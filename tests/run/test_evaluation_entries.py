@@ -124,7 +124,7 @@ def entries(distributions: Distributions, monkeypatch: pytest.MonkeyPatch) -> An
         configuration = configure(parse_arguments([*argv, "--arch", "llama-tiny", *flags]))
         add_plugins(configuration)
         with pytest.raises(AssertionError, match="too late"):
-            prepare(configuration, 1)
+            prepare(configuration, 1, evaluates=True)
         return entries_of(configuration.resolved, Preparation(configuration).task, configuration.hooks)
 
     return found
