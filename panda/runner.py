@@ -51,7 +51,7 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
     begun = time.perf_counter()
     add_plugins(configuration)
     with activity("preparing data and model"):
-        prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)))
+        prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)), evaluates=True)
         processes = join_processes(prepared.options.tensor_parallel_size, met)
     stand("making the model")
     prepared.decide(processes.from_rank_0)

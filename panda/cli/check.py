@@ -93,7 +93,7 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     add_plugins(configuration)
     directory, checkpoint = find_directory(configuration.resolved)
     with activity("preparing data and model"):
-        prepared = prepare(configuration, world_size)
+        prepared = prepare(configuration, world_size, evaluates=True)
         prepared.decide()
     resolved, options = prepared.resolved, prepared.options
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)

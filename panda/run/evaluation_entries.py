@@ -55,8 +55,7 @@ def entries_of(resolved: Resolved, task: Task, hooks: Hooks) -> Entries:
     """Those of the run that ``resolved`` describes, of which ``hooks`` has the plugins."""
     found = Entries()
     sets = [name for name in evaluation_sets(resolved.core) if name]
-    with resolved.components["task"].attributed("`metrics`"):
-        of_task = stated_metrics(task)
+    of_task = stated_metrics(task)
     if of_task is None:
         found.unstated.append(resolved.components["task"].offer.describe())
     found.add({"loss": "lower", "tokens": None, task.unit: None, "seconds": None, **(of_task or {})})

@@ -53,12 +53,14 @@ from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
 from panda.run.parts import fill_parts
 from panda.run.parts import new_parts
+from panda.run.records import refuse_metrics
 from panda.run.records import refuse_sets
 from panda.run.records import refuse_unit
 from panda.run.reference import reference_of
 from panda.run.reference import refuse_adapted
 from panda.run.reference import refuse_missing
 from panda.tasks.task import Task
+from panda.tasks.task import stated_metrics
 from panda.weights.generation_config import generation_values
 from panda.weights.parts import divided
 from panda.weights.pretrained import Pretrained
@@ -108,6 +110,8 @@ class Preparation:
         """The task, and the task over each set of held-out data. Raises UserError if data of one is missing."""
         task = build_task(self.resolved, self.tokenizer)
         refuse_unit(task.unit, self.resolved.components["task"].offer.describe())
+        with self.resolved.components["task"].attributed("`metrics`"):
+            refuse_metrics(stated_metrics(task) or (), task.unit)
         refuse_sets(self.options.eval_names, task.unit)
         return task, build_evaluation_tasks(self.resolved, task)
 
@@ -309,7 +313,7 @@ def add_plugins(configuration: Configuration) -> None:
         configuration.hooks.add(plugin.build(PluginContext(), object), plugin.offer)
 
 
-def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = True) -> Preparation:
+def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = False) -> Preparation:
     """All that a run of ``world_size`` processes needs before they join. Raises UserError for what cannot work.
 
     Missing data, or a missing frozen model, is reported before the model is built, and errors of the model before the

@@ -181,6 +181,12 @@ def refuse_unit(unit: str, whose: str = "") -> None:
         raise UserError(f"task{of}: its unit is called {unit!r}, like another entry of a record. Name it otherwise.")
 
 
+def refuse_metrics(names: Iterable[str], unit: str) -> None:
+    """Raise UserError where a metric of a task, of ``names``, is called like another entry of a record."""
+    if taken := sorted({*names} & {*TAKEN, unit}):
+        raise UserError(f"task: a metric is called {taken[0]!r}, like another entry of a record. Name it otherwise.")
+
+
 def refuse_entries(names: Iterable[str], sets: Iterable[str], unit: str) -> None:
     """Raise UserError where a score, of ``names``, is called like an entry that evaluations have anyway.
 

@@ -117,7 +117,7 @@ def replay(
 @contextmanager
 def _begun(configuration: Configuration, world_size: int) -> Iterator[tuple[Run, Loop]]:
     """The run, as it is before its next step, and its loop."""
-    prepared = prepare(configuration, world_size, evaluates=False)
+    prepared = prepare(configuration, world_size)
     processes = join_processes(prepared.options.tensor_parallel_size)
     prepared.decide(processes.from_rank_0)
     with RunLock() as lock:

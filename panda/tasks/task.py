@@ -252,13 +252,13 @@ def stated_metrics(task: Task) -> dict[str, Better] | None:
     stated = task.metrics
     if stated is None:
         return None
-    better = ("higher", "lower", None)
+    better, whose = ("higher", "lower", None), f"task: {type(task).__name__}"
     if not isinstance(stated, Mapping) or any(not isinstance(name, str) for name in stated):
-        raise UserError(f"task: its `metrics` are {stated!r:.80}. Write names, each with one of {better}.")
+        raise UserError(f"{whose}: its `metrics` are {stated!r:.80}. Write names, each with one of {better}.")
     if wrong := [name for name, value in stated.items() if value not in better]:
-        raise UserError(f"task: of its `metrics`, {wrong[0]!r} is {stated[wrong[0]]!r:.40}. Write one of {better}.")
+        raise UserError(f"{whose}: of its `metrics`, {wrong[0]!r} is {stated[wrong[0]]!r:.40}. Write one of {better}.")
     if lacking := [name for name in task.shown if name not in stated]:
-        raise UserError(f"task: `shown` names {lacking[0]!r}, which is none of its `metrics`: {', '.join(stated)}.")
+        raise UserError(f"{whose}: `shown` names {lacking[0]!r}, which is none of its `metrics`: {', '.join(stated)}.")
     return dict(stated)
 
 

@@ -51,6 +51,11 @@ class Odd(Stated):
     metrics = {"accuracy": "high"}
 
 
+@register_task("taken", options=InstructOptions)
+class Taken(Stated):
+    metrics = {"accuracy": "higher", "learning_rate": None}
+
+
 @register_task("hooked", options=InstructOptions)
 class Hooked(Stated):
     @hookimpl
@@ -99,7 +104,7 @@ class AddsMore:
     @hookimpl
     def panda_evaluation_start(self, run): ...
 """
-TASKS = ("stated", "unstated", "shows", "odd", "hooked")
+TASKS = ("stated", "unstated", "shows", "odd", "taken", "hooked")
 METRICS = ("stated-length", "unstated-length")
 PLUGINS = ("adds", "adds-more", "names-a-set")
 
@@ -124,7 +129,7 @@ def entries(distributions: Distributions, monkeypatch: pytest.MonkeyPatch) -> An
         configuration = configure(parse_arguments([*argv, "--arch", "llama-tiny", *flags]))
         add_plugins(configuration)
         with pytest.raises(AssertionError, match="too late"):
-            prepare(configuration, 1)
+            prepare(configuration, 1, evaluates=True)
         return entries_of(configuration.resolved, Preparation(configuration).task, configuration.hooks)
 
     return found
@@ -159,8 +164,12 @@ def test_what_is_stated_is_known_with_the_names_of_sets(entries: Any) -> None:
         ("--plugins adds --watched eval_add", "Did you mean 'eval_added'?"),
         ("--eval_names chat code --plugins early_stopping --early_stopping_metric eval_chat_los", "'eval_chat_loss'"),
         ("--plugins eval_generate adds --watched eval_rougel", "Did you mean 'eval_rougeL' or 'eval_rouge2'"),
-        ("--task shows", "task: `shown` names 'margin', which is none of its `metrics`: accuracy, rewards/kl, length."),
-        ("--task odd", "task: of its `metrics`, 'accuracy' is 'high'. Write one of ('higher', 'lower', None)."),
+        (
+            "--task shows",
+            "task: Shows: `shown` names 'margin', which is none of its `metrics`: accuracy, rewards/kl, length.",
+        ),
+        ("--task taken", "task: a metric is called 'learning_rate', like another entry of a record."),
+        ("--task odd", "task: Odd: of its `metrics`, 'accuracy' is 'high'. Write one of ('higher', 'lower', None)."),
     ],
 )
 def test_a_name_that_no_evaluation_will_have_is_refused(entries: Any, flags: str, message: str) -> None:
