@@ -93,7 +93,7 @@ def save_checkpoint(
 
     before = processes.together(lambda: complete_checkpoints(folder))
     untouched = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
-    then = f"{untouched} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
+    then = f"{untouched} Go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
     try:
         for part in (prepare, write_own, complete):
             processes.together(writing(f"{folder}: the checkpoint of step {progress.step:,}", then)(part))
