@@ -26,7 +26,7 @@ def trained_names(module: torch.nn.Module) -> list[str]:
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Those of ``names``, of trained parameters, that ``patterns`` match. Raises UserError for one that matches none."""
+    """Those of ``names``, of trained parameters, that ``patterns`` match. Raises UserError where one matches none."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
