@@ -103,6 +103,15 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 
 def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
     let_threads_sleep()
+
+    from panda.engine.checkpoints.folders import named_in
+    from panda.engine.checkpoints.in_use import being_read
+
+    with being_read(named_in(Path(arguments.run))):
+        return _read(arguments, chats=chats)
+
+
+def _read(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
     with activity("loading torch"):
         answering = find_answering(arguments)
     if chats:

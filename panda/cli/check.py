@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.cli.command import run_command
@@ -9,8 +11,12 @@ from panda.cli.configured import configured
 from panda.configuration.configure import Configuration
 from panda.files.activity import activity
 from panda.files.terminal import fitted
+from panda.files.terminal import number_of
 from panda.registry.resolve import Resolved
 from panda.run.first_look import load
+
+if TYPE_CHECKING:
+    from panda.run.preparation import Preparation
 
 USAGE = """\
 usage: panda check CONFIG [--KEY VALUE ...] [-p no:NAME]
@@ -70,6 +76,29 @@ def _print_settings(resolved: Resolved) -> None:
         print(f"plugin {offer.name}: {offer.provider}, {offer.file or offer.module}")
 
 
+def _patterns(prepared: Preparation) -> Iterator[tuple[str, str]]:
+    """What patterns of names of parameters match, with labels. Raises UserError for one that matches none."""
+    from panda.configuration.options import rate_multipliers
+    from panda.engine.freezing import matching
+    from panda.engine.freezing import trained_names
+    from panda.hooks.freeze import FreezeOptions
+    from panda.hooks.freeze import stretches
+    from panda.optim.param_groups import refuse_unmatched
+    from panda.run.outlook import adapted_outline
+
+    model = adapted_outline(prepared) or prepared.outline
+    if model is None:  # it can only be built with its weights
+        return
+    parts = prepared.parts_of(prepared.outline) if prepared.outline is not None else {}
+    of_parts = [f"{part}.{name}" for part, module in parts.items() for name in trained_names(module)]
+    every = [name for name, _ in model.named_parameters()]
+    refuse_unmatched(rate_multipliers(prepared.options.lr_multipliers), [*every, *of_parts])
+    for plugin in prepared.resolved.plugins:
+        for each in stretches(plugin.options.freeze) if isinstance(plugin.options, FreezeOptions) else ():
+            found = number_of(len(matching([*trained_names(model), *of_parts], [each.pattern])), "parameter")
+            yield "frozen", f"{found} by {each.pattern!r}, {each.when}"
+
+
 def _shown(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
     return repr(value) if isinstance(value, str) and value != value.strip() else text
@@ -102,4 +131,6 @@ def _check_data_and_model(configuration: Configuration, world_size: int) -> None
     if layout.packed and prepared.outline is not None:
         refuse_without_positions(prepared.outline, resolved.components["model"].component.name)
     print("\n".join(fitted(outlook(prepared, layout, directory, checkpoint), LABEL_WIDTH)))
+    for label, line in _patterns(prepared):
+        print("\n".join(fitted([f"{label:{LABEL_WIDTH}}{line}"], LABEL_WIDTH)))
     print("\n".join(fitted([TRIED_LATER], 4)))

@@ -17,10 +17,9 @@ from panda.configuration.launcher import AnotherRankError
 from panda.configuration.launcher import LostRankError
 from panda.configuration.launcher import forget_empty
 from panda.configuration.launcher import tell_launcher
-from panda.files.disk_full import MORE_SHARED_MEMORY
-from panda.files.disk_full import SHARED_MEMORY_FULL
 from panda.files.disk_full import disk_full
 from panda.files.disk_full import out_of_reach
+from panda.files.disk_full import remedy
 from panda.files.library_warnings import LibraryWarnings
 from panda.files.library_warnings import kept_aside
 from panda.files.library_warnings import show_last
@@ -37,6 +36,8 @@ RANK_0_SECONDS = 2.0
 """Seconds in which rank 0 finds the same mistake, and its launcher ends the others."""
 BROKEN_PIPE = 128 + 13
 """The exit code of a program that SIGPIPE ended, in a shell. Not 0: a run that could not print did not finish."""
+PLACES = "Folders are named by `output_dir`, `token_cache` and TMPDIR."
+"""Where no command has said what it was writing."""
 
 
 def print_version() -> None:
@@ -95,7 +96,7 @@ def _run(command: Callable[[list[str]], None], argv: list[str] | None, kept: Lib
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
         where = f"{notes}\nPANDA_TRACEBACK=1 shows who wanted it."
-        _print_error(f"{full}. {_for_disks(full)}" if full else f"{away}.{where}")
+        _print_error(f"{full}. {remedy(full)} {PLACES}" if full else f"{away}.{where}")
         return USAGE_ERROR
     return 0
 
@@ -115,13 +116,6 @@ def _print_error(text: str) -> None:
     shown = printable(without_secrets(text))
     print(f"{prefix}: " + "\n  ".join(shown.splitlines()), file=sys.stderr, flush=True)
     tell_launcher(shown)
-
-
-def _for_disks(problem: str) -> str:
-    """What to do where no command has said it."""
-    if problem == SHARED_MEMORY_FULL:
-        return MORE_SHARED_MEMORY
-    return "Make room, or name a folder on another disk (`output_dir`, `token_cache`, TMPDIR), and start again."
 
 
 @functools.cache

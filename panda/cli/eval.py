@@ -115,11 +115,14 @@ def _eval(argv: list[str]) -> None:
         return
     if of_harness:
         raise UserError("--: flags after it are those of lm_eval, which `--harness TASK,...` runs.")
+    from panda.engine.checkpoints.in_use import being_read
+
     output, as_json, _ = _output(own.get("output")), _switch(own, "json"), _switch(own, "allow_pickle")
     with redirect_stdout(sys.stderr):  # stdout is for the numbers
         with activity("loading torch"):
             configuration = _configured(location, arguments, own.get("data"))
-        found = _evaluated(location, configuration, own)
+        with being_read(_folder(location)):
+            found = _evaluated(location, configuration, own)
     text = json.dumps(_finite(found), indent=2, ensure_ascii=False, allow_nan=False)
     lines = map(printable_line, table(_columns(found), shutil.get_terminal_size().columns))
     print(text if as_json else "\n".join(lines), flush=True)  # before the file, which may find the disk full

@@ -64,12 +64,15 @@ def _export(argv: list[str]) -> None:
     arguments = parser().parse_args(argv)
     script = _script(arguments)
 
-    from panda.engine.checkpoints.folders import find_checkpoint
     from panda.engine.checkpoints.folders import named_in
+    from panda.engine.checkpoints.in_use import being_read
 
     run_of(named_in(arguments.run))  # which refuses a later version's
+    with being_read(arguments.run) as checkpoint:
+        _write(arguments, script, checkpoint)
 
-    checkpoint = find_checkpoint(arguments.run)
+
+def _write(arguments: argparse.Namespace, script: Path | None, checkpoint: Path | None) -> None:
     report_passed_over(arguments.run)
     if checkpoint is None:
         raise UserError(f"{arguments.run}: no complete checkpoint there. Name a run directory, or a `step-...` folder.")

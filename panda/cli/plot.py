@@ -108,7 +108,9 @@ def _plot_schedule(argv: list[str]) -> None:
     schedule = chosen.build(LRSchedulerContext(total_steps=total, learning_rate=peak), Callable)
     rates = [peak * schedule(completed) for completed in range(total)]
     draw_schedule(rates, out, title=f"{chosen.component.name}: {number_of(total, 'step')}")
-    print(f"{out}: {number_of(total, 'step')}, peak {max(rates):.3g}, first {rates[0]:.3g}, last {rates[-1]:.3g}")
+    rising = rates.index(max(rates)) + 1
+    up = f" at step {rising:,}, to which it rises" if rising > 1 else ", without a warm-up"
+    print(f"{out}: {number_of(total, 'step')}, peak {max(rates):.3g}{up}; first {rates[0]:.3g}, last {rates[-1]:.3g}")
 
 
 def _without_out(argv: list[str]) -> tuple[list[str], Path]:
@@ -152,6 +154,10 @@ def draw_schedule(rates: list[float], path: Path, *, title: str) -> None:
     figure = Figure(figsize=(8, 3.5), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
     axes.plot(range(1, len(rates) + 1), rates, color="C0", marker="." if len(rates) < 30 else None)
+    rising = rates.index(max(rates)) + 1
+    if rising > 1:
+        axes.axvline(rising, color="0.5", linestyle=":", linewidth=1.2, label=f"the peak, at step {rising:,}")
+        axes.legend(loc="best")
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set_ylabel("learning rate")

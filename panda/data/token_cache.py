@@ -159,9 +159,10 @@ class TokenCache:
         except OSError as problem:
             if not alone and (made := open_cache(folder)):
                 return made  # by another process, in the meantime
+            why = disk_full(problem) or problem.strerror or ""
+            room = "Make room there (any folder in it can be deleted), or set" if "full" in why else "Set"
             raise UserError(
-                f"token_cache: cannot write to {str(self.folder)!r}: {disk_full(problem) or problem.strerror}. Make"
-                " room there (any folder in it can be deleted), or set `token_cache` to another folder."
+                f"token_cache: cannot write to {str(self.folder)!r}: {why}. {room} `token_cache` to another folder."
             ) from None
         for name, digest in manifest["hashes"].items():
             remember(folder / name, digest, self._hashes)

@@ -20,6 +20,20 @@ from panda.engine.parameter_layouts import read_layout
 from panda.registry import UserError
 
 
+def trained_names(module: torch.nn.Module) -> list[str]:
+    """The names of the parameters of ``module`` that are trained."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Those of ``names``, of trained parameters, that ``patterns`` match. Raises UserError where one matches none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+            raise UserError(f"freeze: {pattern!r} matches no parameter that is trained. These are: {shown}.")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 class Freezing:
     """Which parameters of a module are frozen, of those that its optimizer steps."""
 
@@ -38,12 +52,7 @@ class Freezing:
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """The trained parameters that ``patterns`` match. Raises UserError for a pattern that matches none of them."""
-        names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-                raise UserError(f"freeze: {pattern!r} matches no parameter that is trained. These are: {shown}.")
-        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        return matching(trained_names(self.module), patterns)
 
     def freeze(self, names: Sequence[str]) -> None:
         """Keep the parameters called ``names`` as they are from now on.

@@ -26,6 +26,15 @@ _STATES = {
     errno.ENOTCONN: "the network disk is not connected",
 }
 """What each error says of the disk. A terminal that is gone gives EIO, too, without the name of a file."""
+_REMEDIES = {
+    "the disk is full or failing": "Make room; if there is room, `dmesg` may say what the disk lacks.",
+    "the disk is full": "Make room, or name a folder on another disk.",
+    "the disk is failing": "Name a folder on another disk; `dmesg` may say what is wrong with this one.",
+    "the disk can only be read": "Mount it so that it can be written to, or name a folder on another disk.",
+    "the disk has gone": "Connect it again, or name a folder on another disk.",
+    "the network disk": "Connect it again, or name a folder on another disk.",
+}
+"""What to do, by the beginning of what is wrong."""
 _OUT_OF_REACH = {
     errno.EACCES: "this user may not read or enter it (permission denied)",
     errno.EPERM: "this user may not do that (operation not permitted)",
@@ -50,7 +59,8 @@ MORE_SHARED_MEMORY = (
 def writing(what: str, then: str) -> Iterator[None]:
     """If the body fails because of the disk (``disk_full``), raise UserError; all other errors pass.
 
-    The message is ``WHAT cannot be written: the disk is full. THEN``. Where shared memory is full, it is about that.
+    The message is ``WHAT cannot be written: the disk is full. Make room. THEN``, for another problem with what helps
+    against that. Where shared memory is full, it is about that.
     """
     try:
         yield
@@ -61,8 +71,15 @@ def writing(what: str, then: str) -> Iterator[None]:
         if problem is None:
             raise
         if problem == SHARED_MEMORY_FULL:
-            raise UserError(f"{problem}. {MORE_SHARED_MEMORY}") from error
-        raise UserError(f"{what} cannot be written: {problem}. {then}") from error
+            raise UserError(f"{problem}. {remedy(problem)}") from error
+        raise UserError(f"{what} cannot be written: {problem}. {remedy(problem)} {then}".rstrip()) from error
+
+
+def remedy(problem: str) -> str:
+    """A sentence: what to do about ``problem``, as ``disk_full`` calls it. Only of a full disk does room help."""
+    if problem == SHARED_MEMORY_FULL:
+        return MORE_SHARED_MEMORY
+    return next(what for state, what in _REMEDIES.items() if problem.startswith(state))
 
 
 def disk_full(error: BaseException | None) -> str | None:

@@ -320,8 +320,14 @@ def _span(limits: Limits | None) -> str:
 def dress(axes: Any, x_label: str, *, whole: bool = True) -> None:
     """Give ``axes`` the look of all pictures; with ``whole``, whole numbers on the axis ``x_label``."""
     from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import ScalarFormatter
 
     axes.set_xlabel(x_label)
+    low, high = axes.get_xlim()
+    if whole and high - low < 2:  # of one record: else the axis would have parts of a step
+        axes.set_xlim(round((low + high) / 2) - 1, round((low + high) / 2) + 1)
+    if isinstance(axes.yaxis.get_major_formatter(), ScalarFormatter):
+        axes.yaxis.get_major_formatter().set_useOffset(False)  # `+2` over an axis is overlooked
     if whole:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import NamedTuple
 
+from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry import hookimpl
 from panda.registry import register_plugin
@@ -23,6 +24,13 @@ class Stretch(NamedTuple):
     first: int
     last: int | None
     """None: the last of the run."""
+
+    @property
+    def when(self) -> str:
+        """Its steps, in words."""
+        if self.last is None:
+            return "in all steps" if self.first == 1 else f"from step {self.first:,} on"
+        return f"in steps {self.first:,} to {self.last:,}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Freeze:
         if run.processes.rank == 0 and step <= run.plan.total_steps:
             what = "no parameter is frozen"
             if names:
-                what = f"{len(names):,} parameters are frozen, {names[0]} among them"
+                what = f"{number_of(len(names), 'parameter is', 'parameters are')} frozen, {names[0]} among them"
             if len(names) == 1:
                 what = f"{names[0]} is frozen"
             print(f"freeze: from step {step} on {what}", flush=True)

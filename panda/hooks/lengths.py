@@ -38,12 +38,24 @@ def lines(lengths: np.ndarray, bins: int, *, limit: int, cut: str) -> list[str]:
     found = counted(lengths, bins)
     width = len(f"{max((most for _, most, _ in found), default=0):,}")
     highest = max((count for _, _, count in found), default=0)
+    names = [name_of(least, most, width) for least, most, _ in found]
+    widest = max(map(len, names), default=0)
     shown = [
-        f"  {least:>{width},} to {most:>{width},}  {'█' * round(BAR * count / highest):{BAR}} {count:,}"
-        for least, most, count in found
+        f"  {name:{widest}}  {'█' * round(BAR * count / highest):{BAR}} {count:,}"
+        for name, (_, _, count) in zip(names, found, strict=True)
     ]
     reached = bool(found) and found[-1][1] >= limit
-    return [*shown, f"  {'─' * (2 * width + 4)}  {cut}"] if reached else shown
+    return [*shown, f"  {'─' * widest}  {cut}"] if reached else shown
+
+
+def name_of(least: int, most: int, width: int = 0) -> str:
+    """The lengths of a bin in words, each number in ``width`` characters: `27`, or `27 to 29`."""
+    return f"{least:>{width},}" if least == most else f"{least:>{width},} to {most:>{width},}"
+
+
+def shows_cut(longest: int, limit: int) -> bool:
+    """Whether the axis of lengths up to ``longest`` goes on to ``limit``: else the bars would be pressed together."""
+    return longest >= limit // 2
 
 
 def draw_lengths(lengths: np.ndarray, path: Path, *, title: str, limit: int, cut: str) -> None:
@@ -51,12 +63,14 @@ def draw_lengths(lengths: np.ndarray, path: Path, *, title: str, limit: int, cut
     figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     found = counted(lengths, PICTURED)
-    starts, widths = [least for least, _, _ in found], [most + 1 - least for least, most, _ in found]
+    # A length stands in the middle of its bar, where the axis has its number.
+    starts, widths = [least - 0.5 for least, _, _ in found], [most + 1 - least for least, most, _ in found]
     axes.bar(starts, [count for _, _, count in found], width=max(widths, default=1), align="edge", color="C0")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     longest = max((most for _, most, _ in found), default=0)
-    if longest >= limit // 2:  # else the line would press the bars together
-        axes.axvline(limit + 1, color="C3", linestyle="--", linewidth=1.5, label=f"max_seq_length: {cut}")
-        axes.legend(loc="best")
+    if shows_cut(longest, limit):
+        axes.axvline(limit + 0.5, color="C3", linestyle="--", linewidth=1.5, label=f"max_seq_length: {cut}")
+        figure.legend(loc="outside lower center")
     axes.set_ylabel("samples")
     axes.set_title(title, parse_math=False)
     dress(axes, "tokens of a sample")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,13 +34,12 @@ def param_groups(
     counts. Raises UserError for a pattern that matches nothing.
     """
     multipliers = multipliers or {}
+    refuse_unmatched(multipliers, [name for name, _ in module.named_parameters()])
     # By attribute, not by class: tensor parallelism and quantisation have embedding classes of their own.
     embeddings = {id(part.weight) for part in module.modules() if hasattr(part, "num_embeddings")}
-    unused = set(multipliers)
     groups: dict[tuple[str | None, bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         matching = [pattern for pattern in multipliers if fnmatchcase(name, pattern)]
-        unused -= set(matching)
         if not parameter.requires_grad:
             continue
         decayed = decay_on == "all" or (len(whole_shape(parameter)) > 1 and id(parameter) not in embeddings)
@@ -48,9 +49,14 @@ def param_groups(
             {"params": [], "lr": learning_rate * factor, "weight_decay": weight_decay if decayed else 0.0},
         )
         group["params"].append(parameter)
-    if unused:
-        names = ", ".join(name for name, _ in module.named_parameters())
-        raise UserError(
-            f"lr_multipliers: {', '.join(sorted(unused))} matches no parameter. The parameters are: {names}."
-        )
     return list(groups.values())
+
+
+def refuse_unmatched(multipliers: Collection[str], names: Collection[str]) -> None:
+    """Raise UserError where a pattern of ``multipliers`` matches none of ``names``, which are of all parameters."""
+    unused = [pattern for pattern in multipliers if not any(fnmatchcase(name, pattern) for name in names)]
+    if unused:
+        shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+        raise UserError(
+            f"lr_multipliers: {', '.join(sorted(unused))} matches no parameter. The parameters are: {shown}."
+        )

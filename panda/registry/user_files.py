@@ -36,6 +36,9 @@ from panda.registry.offers import kinds
 
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>[^:/]+))?", re.DOTALL)
 
+MOST_FILES, MOST_NAMES = 1000, 50_000
+"""How many Python files a folder of the user's may have, and how many files and folders of any kind."""
+
 _executed: dict[Path, str] = {}
 """The sha256 that each user's file had when this process imported it."""
 
@@ -49,13 +52,15 @@ def named_file(reference: str) -> tuple[Path, str] | None:
 def offers_in_folder(folder: Path, origin: str) -> tuple[list[Offer], list[str]]:
     """What the files in ``folder`` and below offer, and why some of them cannot be read. Imports nothing.
 
-    Raises UserError where it is no folder.
+    Raises UserError where it is no folder, has no such file, or more of them than a user writes.
     """
+    at = f"{origin}: " if origin.startswith("-") else f"{origin}: user_dir: "
     if not folder.is_dir():
-        at = f"{origin}: " if origin.startswith("-") else f"{origin}: user_dir: "
         raise UserError(f"{at}{str(folder)!r} is not a folder.")
     forget_sources()
     files = python_files(folder)
+    if not files:
+        raise UserError(f"{at}{str(folder)!r} has no Python file. Name the folder that has your components.")
     found = [offer for file in files for offer in _offers(file, USER_DIR)]
     added = {offer.name for offer in found if offer.kind == "kind" and can_be_kind(offer.name)}
     known = [each for each in found if each.kind in {*kinds(), *added} and (each.kind != "kind" or each.name in added)]
@@ -99,10 +104,21 @@ def unreadable(file: Path) -> str:
 
 
 def python_files(folder: Path) -> list[Path]:
-    """The Python files in ``folder`` and below, in order, except in hidden folders."""
-    files = []
+    """The Python files in ``folder`` and below, in order, except in hidden folders.
+
+    Raises UserError where there are too many to be files of one user's, such as below `/`: each is read.
+    """
+    files: list[Path] = []
+    seen = 0
     for place, below, names in os.walk(folder):
         below[:] = [name for name in below if not _is_hidden(Path(name))]
+        seen += len(names) + len(below)
+        if len(files) > MOST_FILES or seen > MOST_NAMES:
+            many = f"{MOST_FILES:,} Python files" if len(files) > MOST_FILES else f"{MOST_NAMES:,} files"
+            raise UserError(
+                f"user_dir: {str(folder)!r} has more than {many} in it and its folders, and each would be read. Name"
+                " the folder that has your components, and nothing else."
+            )
         files += [Path(place, name) for name in names if name.endswith(".py") and not _is_hidden(Path(name))]
     return sorted(file.absolute() for file in files if file.is_file())
 

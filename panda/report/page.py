@@ -102,7 +102,7 @@ def _summary(runs: Sequence[Reported]) -> Html:
     damaged = [
         element(
             "p",
-            f"{run.recorded.name}: {number_of(run.damaged, 'damaged line', 'damaged lines')} of its records left out.",
+            f"{run.recorded.name}: {number_of(run.damaged, 'damaged line is', 'damaged lines are')} left out of it.",
             class_="missing",
         )
         for run in runs

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 
 from panda.files.terminal import number_of
+from panda.hooks.lengths import name_of
+from panda.hooks.lengths import shows_cut
 from panda.report.charts import GRID
 from panda.report.charts import Scale
 from panda.report.charts import label
@@ -136,13 +138,17 @@ def lengths_of(data: Data) -> Html:
     """The histogram of the lengths of samples, with the place at which they are cut."""
     if not data.lengths:
         return Html()
-    across = Scale(min(0, data.lengths[0][0]), max(data.limit, data.lengths[-1][1]) * 1.04)
+    shortest, longest = data.lengths[0][0], data.lengths[-1][1]
+    is_shown = shows_cut(longest, data.limit)
+    furthest = max(data.limit, longest) if is_shown else longest
+    margin = 1 + (furthest - shortest) // 25
+    across = Scale(max(0, shortest - margin), furthest + margin)
     up = Scale(0, max(count for _, _, count in data.lengths) * 1.05)
     bars = []
     for least, most, count in data.lengths:
-        left, right, top = across.place(least), across.place(most + 1), GRID - up.place(count)
+        left, right, top = across.place(least - 0.5), across.place(most + 0.5), GRID - up.place(count)
         bars.append(f"M{left} {GRID}V{top}H{max(right - (right - left) // 10, left + 1)}V{GRID}Z")
-    limit = across.place(data.limit + 1)
+    limit = across.place(data.limit + 0.5)
     lines = [
         element("i", element("b", label(value)), class_="y", style=f"bottom:{up.place(value) / GRID:.2%}")
         for value in up.ticks()
@@ -151,23 +157,25 @@ def lengths_of(data: Data) -> Html:
     lines += [
         element("i", element("b", label(value)), class_="x", style=f"left:{across.place(value) / GRID:.2%}")
         for value in across.ticks()
+        if value == int(value)
     ]
     picture = element(
         "svg",
         element("path", d="".join(bars), class_="bars"),
-        element("path", d=f"M{limit} 0V{GRID}", class_="cut"),
+        element("path", d=f"M{limit} 0V{GRID}", class_="cut") if is_shown else "",
         class_="lines",
         viewBox=f"0 0 {GRID} {GRID}",
         preserveAspectRatio="none",
         aria_hidden="true",
     )
-    rows = [(f"{least:,} to {most:,}", f"{count:,}") for least, most, count in data.lengths]
+    rows = [(name_of(least, most), f"{count:,}") for least, most, count in data.lengths]
+    where = "Dashed: max_seq_length," if is_shown else "Beyond this axis: max_seq_length,"
     return element(
         "figure",
         element("h3", "samples by their number of tokens"),
         element("div", *lines, picture, class_="plot"),
         element("p", "tokens", class_="axis"),
-        element("p", f"Dashed: max_seq_length, {data.limit:,} tokens; {data.cut}.", class_="note"),
+        element("p", f"{where} {data.limit:,} tokens; {data.cut}.", class_="note"),
         element("details", element("summary", "The same as numbers"), table(rows, ("tokens", "samples"))),
         class_="chart",
     )

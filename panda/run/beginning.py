@@ -45,7 +45,7 @@ from panda.weights.export import describe_model
 from panda.weights.run_folders import CHECKPOINTS
 from panda.weights.run_folders import LOG
 
-NO_ROOM_LEFT = "Complete checkpoints are untouched: make room, and continue from the newest one with `--resume auto`."
+NO_ROOM_LEFT = "Complete checkpoints are untouched: continue from the newest one with `--resume auto`."
 
 
 def begin(

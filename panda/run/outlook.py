@@ -55,7 +55,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
 
     ``layout``: the rows that it trains on. Raises UserError if the model has no layers for the adapters.
     """
-    adapted = _adapted(prepared)
+    adapted = adapted_outline(prepared)
     parts = {
         "model": [
             *(_model(prepared, adapted), *_parts(prepared)),
@@ -101,7 +101,7 @@ def announce(prepared: Preparation, continuation: Continuation, layout: Layout, 
 # -- the model ----------------------------------------------------------------------------------
 
 
-def _adapted(prepared: Preparation) -> PeftModel | None:
+def adapted_outline(prepared: Preparation) -> PeftModel | None:
     """A copy of the model without weights, with the run's adapters; None for a run that has none, or no such model."""
     if prepared.outline is None or not prepared.options.use_lora:
         return None

@@ -120,7 +120,7 @@ def _writing(output: Path, source: Pretrained) -> Iterator[Path]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output: {str(output)!r} is not empty. Name a folder that does not exist.")
     with (
-        writing(str(output), "Nothing is left of it. Make room, or name a folder on another disk."),
+        writing(str(output), "Nothing is left of it."),
         whole(output) as new,
     ):
         new.mkdir(parents=True)

@@ -120,7 +120,7 @@ def exporting(folder: Path, card: str = "") -> Iterator[Path]:
     something else than an export.
     """
     refuse_others(folder, _NAMES, (CONFIG, ADAPTERS), "an export")
-    then = "Checkpoints and any earlier export are untouched: free some space, then run `panda export RUN`."
+    then = "Checkpoints and any earlier export are untouched: `panda export RUN` writes it again."
     file = folder.absolute().with_name(f".{folder.name}.lock")
     with writing(f"{folder}: the export", then):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -53,3 +53,35 @@ def test_a_mistake_in_the_file_is_told_with_its_line(tmp_path: Path, capsys: pyt
 def test_what_cannot_work_is_refused_as_when_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--arch", "llama-tiny", "--max_steps", "0"]) == 2
     assert capsys.readouterr().err.startswith("error: max_steps: 0: refused, since")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            "--plugins freeze --freeze *norm*=1-5 *embde*",
+            "error: freeze: '*embde*' matches no parameter that is trained",
+        ),
+        ("--lr_multipliers *nowhere*=2", "error: lr_multipliers: *nowhere* matches no parameter. The parameters are: "),
+        ("--use_lora --plugins freeze --freeze *embed*", "error: freeze: '*embed*' matches no parameter that is train"),
+    ],
+)
+def test_patterns_of_parameters_that_match_nothing_are_refused(
+    flags: str, told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "panda:configs/instruct-tiny.yaml", *flags.split()]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
+
+
+def test_what_is_frozen_is_counted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["--plugins", "freeze", "--freeze", "*embed*", "*norm*=3-5", "*.0.*=9-", "--lr_multipliers", "*embed*=0.5"]
+    assert main(["check", "panda:configs/instruct-tiny.yaml", *argv]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frozen")]
+    assert [line.partition("by")[2] for line in lines] == [
+        " '*embed*', in all steps", " '*norm*', in steps 3 to 5", " '*.0.*', from step 9 on",
+    ]  # fmt: skip
+    assert lines[0].startswith("frozen      1 parameter by")

@@ -28,7 +28,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_every_schedule_is_drawn(config: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule", config, "--lr_scheduler", name, "--max_steps", "100", "--warmup_steps", "10"]) == 0
     assert Path("schedule.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.startswith("schedule.png: 100 steps, peak 0.002, first 0.0002, last ")
+    said = "schedule.png: 100 steps, peak 0.002 at step 10, to which it rises; first 0.0002, last "
+    assert capsys.readouterr().out.startswith(said)
+    assert main(["schedule", config, "--lr_scheduler", name, "--max_steps", "100", "--warmup_steps", "0"]) == 0
+    assert ", peak 0.002, without a warm-up; first 0.002" in capsys.readouterr().out
 
 
 def test_what_is_drawn_is_what_the_run_does(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +80,4 @@ def test_mistakes_are_told(config: str, argv: list[str], words: str, capsys: pyt
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "example: panda plot schedule" in capsys.readouterr().out
+    assert "panda plot schedule" in capsys.readouterr().out.partition("examples:")[2]

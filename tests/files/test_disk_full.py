@@ -13,6 +13,7 @@ from types import TracebackType
 import pytest
 import torch
 
+from panda.files.disk_full import _STATES
 from panda.files.disk_full import SHARED_MEMORY_FULL
 from panda.files.disk_full import disk_full
 from panda.files.disk_full import out_of_reach
@@ -23,14 +24,23 @@ FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def refused(path: Path, write: Callable[[], None], full_disk: FullDisk) -> str:
-    with pytest.raises(UserError) as caught, full_disk(10), writing(f"{path}: the picture", "Make room."):
+    with pytest.raises(UserError) as caught, full_disk(10), writing(f"{path}: the picture", "Go on."):
         write()
     return str(caught.value)
 
 
 def test_what_the_system_reports(tmp_path: Path, full_disk: FullDisk) -> None:
     message = refused(tmp_path, lambda: (tmp_path / "a").write_bytes(bytes(100)) and None, full_disk)
-    assert message == f"{tmp_path}: the picture cannot be written: the disk is full. Make room."
+    said = "the picture cannot be written: the disk is full. Make room, or name a folder on another disk. Go on."
+    assert message == f"{tmp_path}: {said}"
+
+
+@pytest.mark.parametrize("number", _STATES)
+def test_room_is_advised_only_where_the_disk_is_full(number: int) -> None:
+    with pytest.raises(UserError) as caught, writing("a", "Go on."):
+        raise OSError(number, os.strerror(number), "a")
+    assert ("Make room" in str(caught.value)) == (number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    assert str(caught.value).endswith(" name a folder on another disk. Go on.") or number == errno.EIO
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -86,7 +96,7 @@ def test_other_errors_pass() -> None:
     [(errno.EIO, "the disk is failing"), (errno.EROFS, "the disk can only be read"), (errno.ESTALE, "has lost it")],
 )
 def test_a_disk_that_fails_is_said_as_such(number: int, said: str) -> None:
-    with pytest.raises(UserError, match=rf"a cannot be written: .*{said}.*\(out/x\)\. b"), writing("a", "b"):
+    with pytest.raises(UserError, match=rf"a cannot be written: .*{said}.*\(out/x\)\. .*disk.* b$"), writing("a", "b"):
         raise OSError(number, os.strerror(number), "out/x")
 
 

@@ -20,6 +20,7 @@ from panda.registry import components
 from panda.registry import user_files
 from panda.registry.resolve import Resolved
 from panda.registry.user_files import executed_files
+from panda.registry.user_files import offers_in_folder
 from panda.run.description import config_text
 
 LION = """
@@ -342,3 +343,20 @@ def test_another_folder_may_have_files_of_the_same_names_in_a_later_run_but_not_
     (other / "mine.py").write_text(SHOUT)
     message = refused("--plugins", "mine.py", "other/mine.py")
     assert message.startswith(f"{other}/mine.py: it would be imported as 'mine', and {lab.parent}/mine.py has the name")
+
+
+def test_a_folder_that_is_not_of_components_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--user_dir: '.*' has no Python file\. Name the folder that has your"):
+        offers_in_folder(tmp_path, "--user_dir")
+    for name in ("a.py", "b.py", "c.py", "d.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "e.txt").touch()
+    assert offers_in_folder(tmp_path, "--user_dir") == ([], [])
+    for limit, most, said in (("MOST_FILES", 2, "2 Python files"), ("MOST_NAMES", 5, "5 files")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"panda.registry.user_files.{limit}", most)
+            with pytest.raises(
+                UserError, match=rf"user_dir: '.*' has more than {said} in it and its folders, and each"
+            ):
+                offers_in_folder(tmp_path, "--user_dir")

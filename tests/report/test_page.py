@@ -190,7 +190,7 @@ def test_damaged_lines_are_left_out_and_said(tmp_path: Path, capsys: pytest.Capt
     file.write_text("\n".join([*damaged, *map(json.dumps, strange), file.read_text()]))
     for over in ("steps", "tokens", "hours"):
         page = made(tmp_path, str(run), "--recorded_only", "--x", over)
-        assert "run: 4 damaged lines of its records are left out." in page.text
+        assert "run: 4 damaged lines are left out of it." in page.text
     assert capsys.readouterr().err.count("damaged, and left out") == 1
 
 
@@ -211,7 +211,7 @@ def test_the_profile_and_skipped_steps_of_a_run_are_shown(tmp_path: Path) -> Non
     (run / "profile" / "parts-step6.txt").write_text("part of a step  ms\nbackward 12.5\n")
     (run / "skipped.jsonl").write_text('{"step": 2, "why": "loss is not finite", "loss": null, "learning_rate": 1}\n')
     text = made(tmp_path, str(run), "--recorded_only").text
-    assert "backward 12.5" in text and "1 skipped steps step why loss gradient norm 2 loss is not finite null" in text
+    assert "backward 12.5" in text and "1 skipped step step why loss gradient norm 2 loss is not finite null" in text
     assert "most that was allocated 3.2 GiB" in text
 
 

@@ -23,6 +23,7 @@ from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.hashing import HashedFiles
+from panda.engine.checkpoints.in_use import remove_unless_read
 from panda.engine.checkpoints.manifest import Manifest
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.manifest import check_contents
@@ -40,7 +41,6 @@ from panda.engine.processes import Processes
 from panda.files.disk_full import writing
 from panda.files.whole import aside
 from panda.files.whole import put
-from panda.files.whole import remove
 from panda.files.whole import sync
 from panda.files.whole import whole
 from panda.registry import UserError
@@ -97,7 +97,7 @@ def save_checkpoint(
 
     before = processes.together(lambda: complete_checkpoints(folder))
     untouched = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
-    then = f"{untouched} Make room, and go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
+    then = f"{untouched} Go on with `--resume auto`; `save_total_limit` keeps fewer checkpoints."
     try:
         for part in (prepare, write_own, complete):
             processes.together(writing(f"{folder}: the checkpoint of step {progress.step:,}", then)(part))
@@ -150,13 +150,16 @@ def finish_save(processes: Processes, folder: Path, step: int, *, keep: int | No
 
 
 def _remove_older(newest: Path, keep: int | None, kept: Collection[int]) -> None:
-    """Remove the passing checkpoints that are older than ``newest``, and of all but the newest ``keep``."""
+    """Remove the passing checkpoints that are older than ``newest``, and of all but the newest ``keep``.
+
+    One that a command reads now stays until the next save.
+    """
     older = [path for path in complete_checkpoints(newest.parent) if step_of(path) < step_of(newest)]
     passing = [path for path in older if read_manifest(path).passing]
     lasting = [path for path in older if path not in passing]
     for old in [*passing, *(lasting[: len(lasting) + 1 - keep] if keep else [])]:
-        if step_of(old) not in kept:
-            remove(old)
+        if step_of(old) not in kept and not remove_unless_read(old):
+            print(f"{old.name} is being read by another process, and stays until the next save", flush=True)
 
 
 def remove_interrupted(folder: Path) -> None:

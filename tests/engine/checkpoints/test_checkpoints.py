@@ -14,10 +14,13 @@ import torch
 from launching import start
 
 from panda.configuration.options import RunOptions
+from panda.engine.checkpoints import in_use
 from panda.engine.checkpoints import writing
 from panda.engine.checkpoints.folders import complete_checkpoints
+from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import passed_over
+from panda.engine.checkpoints.in_use import being_read
 from panda.engine.checkpoints.manifest import Manifest
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.manifest import read_progress
@@ -243,6 +246,26 @@ def test_old_checkpoints_are_removed_behind_a_newer_complete_one(processes: Proc
     for step in range(1, 5):
         save_checkpoint(engine, tmp_path, Progress(step), {}, keep=2)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
+
+
+def test_a_checkpoint_that_a_command_reads_stays_until_the_next_save(
+    processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(processes)
+    first = save_checkpoint(engine, tmp_path, Progress(1), {})
+    with being_read(tmp_path) as read:
+        assert read == first
+        for step in (2, 3):
+            save_checkpoint(engine, tmp_path, Progress(step), {}, keep=1)
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
+        assert damage(first) is None
+    assert "step-00000001 is being read by another process, and stays until the next save\n" in capsys.readouterr().out
+    last = save_checkpoint(engine, tmp_path, Progress(4), {}, keep=1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004"]
+    found = iter([first, last])  # it was there when it was looked for
+    monkeypatch.setattr(in_use, "find_checkpoint", lambda path: next(found))
+    with being_read(tmp_path) as read:
+        assert read == last
 
 
 def test_everything_is_on_disk_before_it_gets_its_name_and_then_the_names_are(
