@@ -67,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: begins.get(item.path.name, len(LONGEST)))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage, which DeepSpeed and tests ask for, does not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def panda_alone() -> Iterator[None]:
     """Packages in plugins/ may be installed here for their own tests, and change no other test."""

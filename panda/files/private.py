@@ -33,7 +33,11 @@ _FORMS = re.compile(
 
 def without_secrets(text: str) -> str:
     """``text`` with ``***`` for each secret that is known by its form, or is the value of an environment variable."""
-    for secret in sorted(_of_environment(), key=len, reverse=True):
+    return _without(_of_environment(), text)
+
+
+def _without(secrets: list[str], text: str) -> str:
+    for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return _FORMS.sub(lambda found: f"{found['key'] or found['named'] or ''}{HIDDEN}", text)
 
@@ -53,12 +57,18 @@ def secret_in(text: str, *, is_binary: bool = False) -> str | None:
 
 def private(content: Any) -> Any:
     """``content``, as of JSON, with ``without_secrets`` of each text in it, and ``~`` for the user's folder."""
-    if isinstance(content, str):
-        text = without_secrets(content)
-        return re.sub(rf"(?<![\w.~-]){re.escape(home)}(?=/|$|[\s'\",:])", "~", text) if (home := _home()) else text
-    if isinstance(content, dict):
-        return {private(key): private(value) for key, value in content.items()}
-    return [private(each) for each in content] if isinstance(content, (list, tuple)) else content
+    secrets, home = _of_environment(), _home()  # once: a configuration has hundreds of texts
+    folder = re.compile(rf"(?<![\w.~-]){re.escape(home)}(?=/|$|[\s'\",:])") if home else None
+
+    def hidden(part: Any) -> Any:
+        if isinstance(part, str):
+            text = _without(secrets, part)
+            return folder.sub("~", text) if folder else text
+        if isinstance(part, dict):
+            return {hidden(key): hidden(value) for key, value in part.items()}
+        return [hidden(each) for each in part] if isinstance(part, (list, tuple)) else part
+
+    return hidden(content)
 
 
 def private_command(argv: list[str]) -> list[str]:
@@ -83,8 +93,10 @@ def _is_secret(name: str) -> bool:
     return _NAMES.search(name) is not None and _NO_SECRETS.search(name) is None
 
 
-def _of_environment() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _is_secret(name)}
+def _of_environment() -> list[str]:
+    """The secrets among the environment variables, the longest first, since it may have another in it."""
+    found = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _is_secret(name)}
+    return sorted(found, key=len, reverse=True)
 
 
 def _home() -> str | None:

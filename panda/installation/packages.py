@@ -52,7 +52,7 @@ class Package:
     @property
     def offered(self) -> str:
         """How many names of each kind it declares, for messages."""
-        counts = [f"{len(names)} {group[6:]}" for group, names in self.declared.items() if group != API_GROUP]
+        counts = [f"{group[6:]}: {len(names)}" for group, names in self.declared.items() if group != API_GROUP]
         return ", ".join(counts) or "no names"
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import is_dataclass
+from functools import cached_property
 from typing import Any
 from typing import TypeVar
 
@@ -57,9 +58,9 @@ class Component:
         """First line of the docstring."""
         return self.doc.partition("\n")[0]
 
-    @property
+    @cached_property
     def source(self) -> tuple[str, int]:
-        """File and line of the factory, also where it is a class."""
+        """File and line of the factory, also where it is a class, for which Python parses the file."""
         code = getattr(inspect.unwrap(self.factory), "__code__", None)
         if code is not None:
             return code.co_filename, code.co_firstlineno

@@ -31,7 +31,7 @@ def check_plugin(distribution: str) -> None:
         )
     report = Report(f"check_plugin {package.label}")
     _told(report, "installation", stale(package) + unmet(package), "metadata and requirements are as they should be")
-    _told(report, "names", examine_names(package, every), f"{package.offered}, declared and registered")
+    _told(report, "names", examine_names(package, every), f"declared and registered ({package.offered})")
     for probed in probe_modules(package):
         rules = [*probed.findings]
         for finding in rules:

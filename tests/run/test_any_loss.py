@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import EVERY_WAY
 from launching import exported_weights
 from launching import metrics
 from launching import run_panda
@@ -30,6 +31,13 @@ ADAPTERS = ("--use_lora", "--lora_r", 4, "--lora_dropout", 0)
 SPLITS = {"8x1": (8, 1), "2x4": (2, 4), "1x8": (1, 8)}
 TOGETHER = {"4x1": (4, 1), "2x2": (2, 2), "zero1": (2, 2), "zero2": (2, 2), "zero3": (2, 2)}
 """Micro batch and accumulation, on one rank and on two."""
+TRIED = [
+    (task, name)
+    for task in TASKS
+    for name in (*SPLITS, *TOGETHER)
+    if EVERY_WAY or task == "toy-statistics" or name not in ("4x1", "zero1", "zero2")
+]
+"""Which task is tried in which way: ZeRO 1 and 2 leave weights whole, so that tasks do not differ under them."""
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -81,6 +89,7 @@ def runs(folder: Path, environment: dict[str, str]) -> Path:
             arguments(task, f"{task} {name}", split, *stages.get(name, []))
             for task in TASKS
             for name, split in TOGETHER.items()
+            if (task, name) in TRIED
         ]
         + [arguments(task, f"{task} adapters zero3", TOGETHER["2x2"], *ADAPTERS, *at_once) for task in ADAPTED],
         ranks=2,
@@ -96,8 +105,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in record.items() if key not in timed} for record in metrics(run)]
 
 
-@pytest.mark.parametrize("name", [*SPLITS, *TOGETHER])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "name"), TRIED)
 def test_every_split_takes_the_same_steps(runs: Path, task: str, name: str) -> None:
     found, expected = numbers(runs / f"{task} {name}"), numbers(runs / f"{task} 8x1")
     assert len(found) == len(expected) == STEPS + 2

@@ -40,6 +40,24 @@ def test_a_fork_behaves_like_a_new_process(tmp_path: Path) -> None:
     assert all(number != other for number, other in zip(drawn, again, strict=True))
 
 
+ENDING = """
+import atexit, sys, threading, time
+atexit.register(print, "after the threads")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+print("script")
+sys.exit(%s)
+"""
+
+
+def test_a_fork_ends_like_an_interpreter(tmp_path: Path) -> None:
+    """It waits for threads, calls what was registered, writes what was printed, and has the exit code."""
+    for given, code, said in (("None", 0, ""), ("3", 3, ""), ("'why'", 1, "why\n")):
+        (tmp_path / "ending.py").write_text(ENDING % given)
+        with start(tmp_path / "ending.py", cwd=tmp_path) as started:
+            done = started.wait()
+        assert (done.returncode, done.stdout, done.stderr) == (code, "script\nthread\nafter the threads\n", said)
+
+
 GROUP = """
 import sys, time, torch.distributed as dist
 dist.init_process_group("gloo")

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from counted_operations import Operations
+from launching import EVERY_WAY
 from launching import exported_weights
 from launching import losses
+from launching import run_script
 from launching import train_many
 from launching import zero3_ahead
 from launching import zero3_at_once
@@ -112,17 +114,22 @@ def test_compiling_without_a_compiler_is_an_error_that_says_what_to_install(monk
 
 COMMON = (
     *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 256, "--intermediate_size", 48, "--num_heads", 2),
-    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--max_seq_length", 48, "--num_workers", 0),
+    *("--instruction_tuning_data_dir", "panda:data/sample/instruct", "--num_workers", 0),
     *("--max_steps", 3, "--gradient_accumulation_steps", 2, "--adam_epsilon", 1e-4, "-p", "no:tensorboard"),
 )
+LONG, SHORT = ("--max_seq_length", 48), ("--max_seq_length", 16)
+"""All samples have so many tokens as rows of the second have: compiled code is made for one length instead of two."""
 VARIANTS: dict[str, tuple[object, ...]] = {
-    "plain": (),
-    "full": ("--activation_checkpointing", "full"),
-    "selective": ("--activation_checkpointing", "selective"),
-    "eager": ("--attention", "eager"),
-    "compiled": ("--compile", "--activation_checkpointing", "selective"),
+    "plain": LONG,
+    "full": (*LONG, "--activation_checkpointing", "full"),
+    "selective": (*LONG, "--activation_checkpointing", "selective"),
+    "eager": (*LONG, "--attention", "eager"),
+    "short": SHORT,
+    "compiled": ("--compile", "--activation_checkpointing", "selective", *SHORT),
 }
 PARTITIONED = {"zero3-full": ("full", zero3_ahead), "zero3-selective": ("selective", zero3_at_once)}
+TRACED = ("lengths-compiled", "zero3-compiled")
+"""Layers that are compiled for rows of several lengths: by train_traced.py, or with PANDA_EVERY_WAY in full."""
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +139,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*COMMON, *more, "--per_gpu_train_batch_size", 4, "--output_dir", folder / name]
         for name, more in VARIANTS.items()
     ]
-    split = [*COMMON, "--per_gpu_train_batch_size", 2]
+    split = [*COMMON, *LONG, "--per_gpu_train_batch_size", 2]
     together = [
         [*split, *zero3(folder), "--output_dir", folder / name, "--activation_checkpointing", mode]
         for name, (mode, zero3) in PARTITIONED.items()
     ]
-    compiled = ("--compile", "--activation_checkpointing", "full")
-    together.append([*split, *zero3_ahead(folder), "--output_dir", folder / "zero3-compiled", *compiled])
     train_many(alone, cwd=folder)
     train_many(together, ranks=2, cwd=folder)
+    selective = ("--compile", "--activation_checkpointing", "selective", "--per_gpu_train_batch_size", 4)
+    full = ("--compile", "--activation_checkpointing", "full", *zero3_ahead(folder))
+    train_traced([*COMMON, *LONG, *selective, "--output_dir", folder / "lengths-compiled"], 1, folder)
+    train_traced([*split, *full, "--output_dir", folder / "zero3-compiled"], 2, folder)
     return folder
 
 
-@pytest.mark.parametrize("name", [*list(VARIANTS)[1:], *PARTITIONED, "zero3-compiled"])
+def train_traced(flags: list[object], ranks: int, folder: Path) -> None:
+    script = "panda.testing.train_many" if EVERY_WAY else Path(__file__).with_name("train_traced.py")
+    run_script(script, json.dumps([[*map(str, flags)]]), cwd=folder, ranks=ranks)
+
+
+@pytest.mark.parametrize("name", [*list(VARIANTS)[1:4], "compiled", *PARTITIONED, *TRACED])
 def test_a_run_follows_the_same_trajectory(runs: Path, name: str) -> None:
-    assert losses(runs / name) == pytest.approx(losses(runs / "plain"), rel=1e-6)
-    expected = exported_weights(runs / "plain")
+    plain = runs / ("short" if name == "compiled" else "plain")
+    assert losses(runs / name) == pytest.approx(losses(plain), rel=1e-6)
+    expected = exported_weights(plain)
     for key, weight in exported_weights(runs / name).items():
         assert (weight - expected[key]).abs().max() < 1e-6, key
 
