@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy
 
-ANSWERS = os.fdopen(os.dup(1), "w")
+ORDERS, ANSWERS = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # text that imports print must not look like an answer
 
 IMPORTED = (
@@ -42,6 +42,8 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )
 
+SERVER = "PANDA_TESTING_SERVER"
+"""Names, to a process that starts others itself, a fork that forks for it: its own id, and two descriptors."""
 SECONDS_TO_SAY_WHY = 5
 SAFE_PATH = "PYTHONSAFEPATH"
 """Of Python itself: with it, the folder of the script, or of a module the current one, is not on the path."""
@@ -49,6 +51,7 @@ SAFE_PATH = "PYTHONSAFEPATH"
 
 def become(order: dict[str, Any], environment: dict[str, str]) -> None:
     """Make this fork like a new process with that command line."""
+    ORDERS.close()
     ANSWERS.close()
     os.chdir(order["cwd"])
     os.environ.update(environment)
@@ -86,19 +89,39 @@ def end(pids: list[int]) -> list[int]:
 
 
 def serve() -> dict[str, Any] | None:
-    """Answer each line of stdin. In a fork, returns what it has to run."""
-    for line in iter(sys.stdin.readline, ""):
+    """Do each order. In a fork, returns what it has to run."""
+    for line in iter(ORDERS.readline, ""):
         order: dict[str, Any] = json.loads(line)
         assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork has no other thread's locks to wait for"
         pids = []
         for environment in order["environments"]:
             pids.append(os.fork())
             if not pids[-1]:
+                if order["serving"] and is_server(environment):
+                    return serve()
                 become(order, environment)
                 return order
         print(json.dumps(pids), file=ANSWERS, flush=True)
         print(json.dumps(end(pids)), file=ANSWERS, flush=True)
     return None
+
+
+def is_server(environment: dict[str, str]) -> bool:
+    """Fork once more: true in the fork, which serves the other; that finds it by its ``environment``."""
+    global ORDERS, ANSWERS
+    served = os.getpid()
+    (orders, asking), (answered, answers) = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(orders)
+        os.close(answers)
+        environment[SERVER] = f"{served} {asking} {answered}"
+        return False
+    ORDERS.close()
+    ANSWERS.close()
+    os.close(asking)
+    os.close(answered)
+    ORDERS, ANSWERS = os.fdopen(orders), os.fdopen(answers, "w")
+    return True
 
 
 def leave(code: int) -> None:
@@ -118,8 +141,8 @@ with suppress(ImportError, AttributeError):  # transformers 5.0 to 5.23 compiles
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
 gc.collect()
 gc.freeze()
+code: Any = 0
 if order := serve():
-    code: Any = 0
     try:
         if order["is_module"]:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -129,4 +152,4 @@ if order := serve():
         code = ended.code or 0
         if not isinstance(code, int):
             raise
-    leave(code)
+leave(code)
