@@ -55,7 +55,7 @@ def tested(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[subpro
     folder = tmp_path_factory.mktemp("tested")
     options = ("-q", "-p", "no:cacheprovider", "--basetemp", folder / "base")
     tests = site.parent / "source" / "tests"
-    with start(SCRIPTS / "pytest", *options, tests, cwd=folder, PYTHONPATH=str(site)) as started:
+    with start(SCRIPTS / "pytest", *options, tests, cwd=folder, serving=True, PYTHONPATH=str(site)) as started:
         return started.wait(1800), folder / "base" / "runs0" / "one"
 
 

@@ -42,7 +42,8 @@ def tested(site: Path, tmp_path_factory: pytest.TempPathFactory) -> subprocess.C
     """The output of the plugin's own tests, which start runs as a user does."""
     folder = tmp_path_factory.mktemp("tested")
     options = ("-q", "-p", "no:cacheprovider", "--basetemp", folder / "base")
-    with start(SCRIPTS / "pytest", *options, site.parent / "source" / "tests", cwd=folder, PYTHONPATH=str(site)) as run:
+    own = (SCRIPTS / "pytest", *options, site.parent / "source" / "tests")
+    with start(*own, cwd=folder, serving=True, PYTHONPATH=str(site)) as run:
         return run.wait(1800)
 
 

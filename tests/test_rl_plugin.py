@@ -89,7 +89,10 @@ def test_it_imports_with_pandas_private_modules_hidden(site: Path, tmp_path: Pat
 def test_its_own_tests_pass_where_it_is_installed(site: Path, tmp_path: Path) -> None:
     options = ("-q", "-n", "0", "-p", "no:cacheprovider", "--basetemp", tmp_path / "base")
     with start(
-        SCRIPTS / "pytest", *options, site.parent / "source" / "tests", cwd=tmp_path, PYTHONPATH=str(site)
+        *(SCRIPTS / "pytest", *options, site.parent / "source" / "tests"),
+        cwd=tmp_path,
+        serving=True,
+        PYTHONPATH=str(site),
     ) as own:
         done: subprocess.CompletedProcess[str] = own.wait(1800)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,8 +21,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 WARM = Path(__file__).with_name("warm.py")
+SERVER = "PANDA_TESTING_SERVER"
+"""As in warm.py."""
 
 
 @cache
@@ -45,20 +48,34 @@ def environment() -> dict[str, str]:
     return ours | {"HF_HUB_OFFLINE": "1"}
 
 
-@cache
-def _warm() -> subprocess.Popen[str]:
+@dataclass(frozen=True)
+class _Server:
     """The process from which the others are forked: one for all that this process starts."""
+
+    orders: IO[str]
+    answers: IO[str]
+    environment: dict[str, str]
+    """What its forks are given of this process's, besides what it had itself when it started."""
+
+
+@cache
+def _warm() -> _Server:
+    served, *descriptors = map(int, os.environ.get(SERVER, "0").split())
+    if served == os.getpid():  # `start(..., serving=True)` started this process
+        orders, answers = descriptors
+        return _Server(os.fdopen(orders, "w"), os.fdopen(answers), environment())
     # -P: the folder of warm.py is no place to import from
     command = [sys.executable, "-P", str(WARM)]
-    return subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert started.stdin is not None and started.stdout is not None
+    return _Server(started.stdin, started.stdout, {})
 
 
 def _answer() -> list[int]:
-    server = _warm()
-    line = server.stdout.readline()  # type: ignore[union-attr]
+    line = _warm().answers.readline()
     if not line:
         _warm.cache_clear()
-        raise ChildProcessError(f"{WARM} ended with exit code {server.wait()}")
+        raise ChildProcessError(f"{WARM} has ended")
     numbers: list[int] = json.loads(line)
     return numbers
 
@@ -100,14 +117,17 @@ class Started:
 
 
 @contextmanager
-def start(script: Path | str, *argv: object, cwd: Path, ranks: int = 0, **variables: str) -> Iterator[Started]:
+def start(
+    script: Path | str, *argv: object, cwd: Path, ranks: int = 0, serving: bool = False, **variables: str
+) -> Iterator[Started]:
     """Start a Python script, or a module by its dotted name: by itself, or as each of the ``ranks`` that torchrun
-    would start. ``variables`` are added to its environment.
+    would start. ``variables`` are added to its environment. ``serving``: it starts processes itself, by this function,
+    as tests of a package do, and they are forks of the same process.
 
     One at a time; processes that still run at the end of the ``with`` are killed.
     """
     # The process from which the others are forked has the PYTHONPATH of its own start.
-    variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | variables
+    variables = _warm().environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | variables
     environments = [variables]
     store = None
     if ranks:
@@ -125,7 +145,7 @@ def start(script: Path | str, *argv: object, cwd: Path, ranks: int = 0, **variab
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         order: dict[str, object] = {"argv": command, "cwd": str(cwd), "environments": environments}
         order |= {"is_module": isinstance(script, str), "stdout": str(stdout), "stderr": str(stderr)}
-        print(json.dumps(order), file=_warm().stdin, flush=True)
+        print(json.dumps(order | {"serving": serving}), file=_warm().orders, flush=True)
         started = Started(command, _answer(), stdout, stderr)
         try:
             yield started
@@ -139,7 +159,8 @@ def start(script: Path | str, *argv: object, cwd: Path, ranks: int = 0, **variab
 def run_script(script: Path | str, *argv: object, cwd: Path, ranks: int = 1, **variables: str) -> str:
     """Run a script or a module by itself, or on several ``ranks``, and return its output. Raises AssertionError if it
     fails."""
-    with start(script, *argv, cwd=cwd, ranks=ranks if ranks > 1 else 0, **variables) as started:
+    several = ranks if ranks > 1 else 0
+    with start(script, *argv, cwd=cwd, ranks=several, serving=False, **variables) as started:
         done = started.wait()
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

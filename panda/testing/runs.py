@@ -80,9 +80,8 @@ def train(
     argv = [*flags, *as_flags(options), "--output_dir", str(directory), *NOTHING_DRAWN, "-p", "no:progress"]
     directory.parent.mkdir(parents=True, exist_ok=True)
     several = ranks if ranks > 1 else 0
-    with start(
-        "panda.cli.train", *argv, cwd=Path.cwd(), ranks=several, **AS_COMMANDS | dict(variables or {})
-    ) as started:
+    added = AS_COMMANDS | dict(variables or {})
+    with start("panda.cli.train", *argv, cwd=Path.cwd(), ranks=several, serving=False, **added) as started:
         done = started.wait()
     printed = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, f"panda-train {' '.join(argv)}\n{printed}"

@@ -41,6 +41,10 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )
 
+SERVER = "PANDA_TESTING_SERVER"
+"""Names, to a process that starts others itself, a fork that forks for it: its own id, and two descriptors."""
+ORDERS: IO[str]
+ANSWERS: IO[str]
 SECONDS_TO_SAY_WHY = 5
 SAFE_PATH = "PYTHONSAFEPATH"
 """Of Python itself: with it, the folder of the script, or of a module the current one, is not on the path."""
@@ -65,6 +69,8 @@ def native_threads() -> list[str]:
 
 def become(order: dict[str, Any], environment: dict[str, str]) -> None:
     """Make this fork like a new process with that command line."""
+    ORDERS.close()
+    ANSWERS.close()
     os.chdir(order["cwd"])
     os.environ.update(environment)
     for descriptor, file in enumerate((os.devnull, order["stdout"], order["stderr"])):
@@ -100,21 +106,40 @@ def end(pids: list[int]) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def serve(answers: IO[str]) -> dict[str, Any] | None:
-    """Answer each line of stdin. In a fork, returns what it has to run."""
-    for line in iter(sys.stdin.readline, ""):
+def serve() -> dict[str, Any] | None:
+    """Do each order. In a fork, returns what it has to run."""
+    for line in iter(ORDERS.readline, ""):
         order: dict[str, Any] = json.loads(line)
         native_threads()
         pids = []
         for environment in order["environments"]:
             pids.append(os.fork())
             if not pids[-1]:
-                answers.close()
+                if order["serving"] and is_server(environment):
+                    return serve()
                 become(order, environment)
                 return order
-        print(json.dumps(pids), file=answers, flush=True)
-        print(json.dumps(end(pids)), file=answers, flush=True)
+        print(json.dumps(pids), file=ANSWERS, flush=True)
+        print(json.dumps(end(pids)), file=ANSWERS, flush=True)
     return None
+
+
+def is_server(environment: dict[str, str]) -> bool:
+    """Fork once more: true in the fork, which serves the other; that finds it by its ``environment``."""
+    global ORDERS, ANSWERS
+    served = os.getpid()
+    (orders, asking), (answered, answers) = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(orders)
+        os.close(answers)
+        environment[SERVER] = f"{served} {asking} {answered}"
+        return False
+    ORDERS.close()
+    ANSWERS.close()
+    os.close(asking)
+    os.close(answered)
+    ORDERS, ANSWERS = os.fdopen(orders), os.fdopen(answers, "w")
+    return True
 
 
 def leave(code: int) -> None:
@@ -128,7 +153,8 @@ def leave(code: int) -> None:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    global ORDERS, ANSWERS
+    ORDERS, ANSWERS = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # text that imports print must not look like an answer
     for name in IMPORTED:
         with suppress(ImportError):  # an extra, such as bitsandbytes
@@ -139,8 +165,8 @@ def main() -> None:
     gc.freeze()
     if native := native_threads():
         print(f"{Path(__file__).name}: beside native threads {native}", file=sys.stderr)
-    if order := serve(answers):
-        code: Any = 0
+    code: Any = 0
+    if order := serve():
         try:
             if order["is_module"]:
                 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -150,7 +176,7 @@ def main() -> None:
             code = ended.code or 0
             if not isinstance(code, int):
                 raise
-        leave(code)
+    leave(code)
 
 
 if __name__ == "__main__":

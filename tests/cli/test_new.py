@@ -43,7 +43,7 @@ def test_it_installs_passes_its_tests_and_trains(kind: str, tmp_path: Path, monk
     assert installed.returncode == 0, installed.stdout + installed.stderr
     (package / "herons").rename(tmp_path / "hidden")  # its tests see only what was installed
     options = ("-q", "-n", "0", "-p", "no:cacheprovider", "--basetemp", tmp_path / "base")
-    with start("pytest", *options, package, cwd=tmp_path, PYTHONPATH=str(site)) as own:
+    with start("pytest", *options, package, cwd=tmp_path, serving=True, PYTHONPATH=str(site)) as own:
         tested = own.wait()
     assert tested.returncode == 0, tested.stdout + tested.stderr
     config = ("--config", "herons/configs/herons.yaml", "-p", "no:plot", "-p", "no:tensorboard")

@@ -58,6 +58,29 @@ def test_a_fork_ends_like_an_interpreter(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (code, "script\nthread\nafter the threads\n", said)
 
 
+SERVED = """
+import os, subprocess, sys
+from pathlib import Path
+from panda.testing import processes
+
+os.environ["HELD"] = "for all that it starts"
+subprocess.Popen = None
+for number in range(2):
+    print(processes.run_script(Path("inner.py"), number, cwd=Path.cwd(), ADDED="here"), end="")
+"""
+
+
+def test_a_process_that_starts_others_has_them_forked_from_the_same(tmp_path: Path) -> None:
+    """It starts none to fork from. What it changed of its environment holds for them."""
+    (tmp_path / "served.py").write_text(SERVED)
+    (tmp_path / "inner.py").write_text("import os, sys; print(sys.argv[1], os.environ['HELD'], os.environ['ADDED'])")
+    with start(tmp_path / "served.py", cwd=tmp_path, serving=True) as started:
+        done = started.wait()
+    lines = [f"{number} for all that it starts here" for number in range(2)]
+    assert (done.returncode, done.stdout.splitlines()) == (0, lines), done.stderr
+    assert run_code("print('next')", cwd=tmp_path) == "next\n"
+
+
 GROUP = """
 import sys, time, torch.distributed as dist
 dist.init_process_group("gloo")
