@@ -20,8 +20,8 @@ from checkpoint_files import llama
 from checkpoint_files import save_hf
 from distributions import fake_distributions
 
+from panda.cli.grid import read_command
 from panda.cli.main import main as panda
-from panda.cli.sweep import read_command
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import Configuration
 from panda.configuration.configure import configure
@@ -159,7 +159,7 @@ def test_the_sweep_of_rates_is_three_runs(place: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(place)
     words = shlex.split(script)
     assert words[:2] == ["panda", "sweep"]
-    points = read_command(words[2:]).points
+    points = read_command(words[2:], "").points
     found = [configure(parse_arguments(point.argv)).options for point in points]
     assert [each.eval_steps for each in found] == [50] * 3 and len({each.learning_rate for each in found}) == 3
 

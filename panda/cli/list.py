@@ -8,6 +8,7 @@ from typing import Any
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.cli.parser import add_blocking
+from panda.files.terminal import fitted
 from panda.files.terminal import number_of
 from panda.registry import Offer
 from panda.registry.catalog import catalog_with
@@ -62,7 +63,8 @@ def _list(argv: list[str]) -> None:
         provider_width = max((len(offer.provider) for offer in offers), default=0)
         for offer in offers:
             summary = _summary(offer) if offer in readable else ""
-            print(f"  {offer.name:{name_width}}  {offer.provider:{provider_width}}  {summary}".rstrip())
+            line = f"  {offer.name:{name_width}}  {offer.provider:{provider_width}}  {summary}".rstrip()
+            print("\n".join(fitted([line], name_width + 4)))
         if not offers:
             print("  none")
     if unread := len(every) - len(readable):

@@ -72,7 +72,7 @@ def _without_command(argv: list[str]) -> None:
             print_version()
             return
         raise UserError(
-            f"unknown command {argv[0]!r}.{did_you_mean(argv[0], COMMANDS)} `panda --help` lists the commands."
+            f"unknown command {argv[0]!r}.{did_you_mean(argv[0], [*COMMANDS, HELP])} `panda --help` lists the commands."
         )
     print("\n".join(fitted(USAGE.split("\n"), 13)))
 

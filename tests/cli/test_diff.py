@@ -37,7 +37,7 @@ def test_runs_that_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[st
     first, second = (run_directory(tmp_path / name, [3.0, 2.5, None]) for name in "ab")
     assert printed(capsys, first, second) == (
         "Configuration, data, machine and versions are the same.\n"
-        "loss: the same to the bit in all 3 steps that are recorded of both.\n"
+        "loss: the same to the bit in 3 steps that are recorded of both.\n"
     )
 
 
@@ -60,6 +60,6 @@ def test_runs_without_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixtur
     (second / "provenance.json").write_text("{")
     out = printed(capsys, first, second)
     assert f"note: {second / 'provenance.json'} is missing or damaged" in out
-    assert "loss: no step is recorded of both (1 and 0 records)." in out
+    assert "loss: no step is recorded of both (1 of one, 0 of the other)." in out
     assert main(["diff", str(first), str(tmp_path)]) == 2
     assert f"error: {tmp_path}: expected a run directory" in capsys.readouterr().err

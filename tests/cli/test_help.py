@@ -87,5 +87,16 @@ def test_mistakes_that_argparse_finds_are_said_as_others(
 
 
 def test_help_of_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["help", "generat"]) == 2
-    assert "unknown command 'generat'. Did you mean 'generate'?" in capsys.readouterr().err
+    for words, said in (
+        (["help", "generat"], "'generat'. Did you mean 'generate'?"),
+        (["hlep"], "'hlep'. Did you mean 'help'?"),
+    ):
+        assert main(words) == 2
+        assert f"unknown command {said}" in capsys.readouterr().err
+
+
+def test_lists_fit_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for kind in KINDS:
+        assert main(["list", kind]) == 0
+        assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 79] == []

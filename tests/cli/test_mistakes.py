@@ -94,7 +94,7 @@ MISTAKES = {
     "panda-train OK --template chta": "--template: 'chta' is not one of auto, chat, plain.",
     "panda-train OK --use_lora maybe": "--use_lora: 'maybe' is not true or false.",
     "panda-train OK --adam_betas 0.9": "--adam_betas: '0.9' is not 2 values, each a number >= 0 and < 1. 1 was given.",
-    "panda-train OK --data_weights 1 2": "data_weights: 2 weights are given for 1 paths: rows.json. Give each path its"
+    "panda-train OK --data_weights 1 2": "data_weights: 2 weights are given for 1 path: rows.json. Give each path its"
     " weight, in their order.",
     "panda generate no-model --prompt x --top_p 2": "--top_p: 2.0 is not a number > 0 and <= 1.",
     # configurations

@@ -120,7 +120,7 @@ def test_who_sees_it_is_said_and_not_changed(hub: Hub, exported: Path) -> None:
     refused = push(hub, exported, "heron/reeds")
     assert refused.returncode == 2 and "is there, and is public: add --public" in refused.stderr
     done = push(hub, exported, "heron/reeds", "--public")
-    assert done.returncode == 0 and "1 other files stay there (other.txt)" in done.stdout
+    assert done.returncode == 0 and "1 other file stays there (other.txt)" in done.stdout
     hub.public.clear()
     refused = push(hub, exported, "heron/reeds", "--public")
     assert refused.returncode == 2 and "is there, and is private: leave --public out" in refused.stderr
