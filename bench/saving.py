@@ -23,6 +23,7 @@ from typing import Any
 
 import panda
 from panda.engine.checkpoints import hashing
+from panda.engine.checkpoints import in_use
 from panda.engine.checkpoints import writing
 from panda.files import whole
 from panda.run import loop
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--saves", type=int, default=5)
     given = parser.parse_args(argv)
     whole.sync = writing.sync = timed(whole.sync, "syncing")
-    writing.remove = timed(writing.remove, "removing")
+    in_use.remove = timed(in_use.remove, "removing")
     hashing._Hashed = TimedHashed  # type: ignore[misc]
     rows = []
 

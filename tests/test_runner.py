@@ -14,6 +14,7 @@ from launching import metrics
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.checkpoints import writing
 from panda.engine.checkpoints.manifest import read_progress
 from panda.engine.engine import Engine
 from panda.registry import UserError
@@ -328,7 +329,8 @@ def test_a_user_error_in_a_hook_is_not_blamed_on_it(processes: Any, recorded: An
 
 def test_a_full_disk_is_reported_without_a_traceback(processes: Any, recorded: Any) -> None:
     with pytest.raises(
-        UserError, match=r"out: a file of the run or of a plugin .* the disk is full \(pictures\)\. Complete"
+        UserError,
+        match=r"out: a file of the run or of a plugin .* the disk is full \(pictures\)\. Make room, .* Complete",
     ):
         recorded("full", "--output_dir", "out")
 
@@ -376,8 +378,12 @@ def test_speed_excludes_saving_and_evaluating(
         return done
 
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    for name, seconds in {"step": 2.0, "save": 1000.0, "evaluate": 5000.0}.items():
-        monkeypatch.setattr(Engine, name, taking(seconds, getattr(Engine, name)))
+    for owner, name, seconds in (
+        (Engine, "step", 2.0),
+        (Engine, "evaluate", 5000.0),
+        (writing, "write_deepspeed_files", 1000.0),
+    ):
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
     every = "--logging_steps 1 --save_steps 1 --eval_steps 1 --eval_data_dir rows.jsonl"
     recorded("--max_steps", "3", "--per_gpu_train_batch_size", "2", "--output_dir", "out", *every.split())
     records = metrics(tmp_path / "out")

@@ -54,7 +54,8 @@ class Warns:
     def panda_step_end(self, step):
         import torch
 
-        warnings.warn_explicit("old", FutureWarning, torch.__file__, step)
+        code = "\\n" * step + "import warnings; warnings.warn('old', FutureWarning)"
+        exec(compile(code, torch.__file__, "exec"), {"__name__": "torch"})
         warnings.warn_explicit(f"of the user, step {step}", FutureWarning, __file__, step)
 
 sys.stderr = sys.stdout

@@ -196,19 +196,23 @@ def build_llama(options: LlamaOptions, context: ModelContext) -> torch.nn.Module
     tell_packing(model)
     stretch_by_sample(model, context.max_seq_length)
     offer_loss_sum(model)
-    model.tensor_parallel_plan = TensorParallelPlan(
+    model.tensor_parallel_plan = _plan(options, vocab_size)
+    return model  # type: ignore[no-any-return]
+
+
+def _plan(options: LlamaOptions, vocab_size: int) -> TensorParallelPlan:
+    return TensorParallelPlan(
         column=("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"),
         row=("*.o_proj", "*.down_proj"),
         vocabulary=("model.embed_tokens", "lm_head"),
-        blocks=("*.self_attn", "*.mlp"),
         sizes={
             "num_heads": options.num_heads,
             "num_key_value_heads": options.num_key_value_heads or options.num_heads,
             "intermediate_size": options.intermediate_size,
             "vocab_size": vocab_size,
         },
+        blocks=("*.self_attn", "*.mlp"),
     )
-    return model  # type: ignore[no-any-return]
 
 
 def _refuse_padding_beyond(rows: int, pad: Any) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,11 +26,9 @@ PLAN = TensorParallelPlan(
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Processes]:
+def alone(processes: Processes) -> Processes:
     """One rank, in groups of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield Processes(0, 1, torch.device("cpu"), tensor_ranks=1, mpu=make_groups(1))
-    dist.destroy_process_group()
+    return replace(processes, mpu=make_groups(1))
 
 
 def outputs(layer: Any, model: Any) -> list[torch.Tensor]:

@@ -51,6 +51,7 @@ def test_a_resumed_run_hides_the_steps_that_it_takes_again(make_run: Any, record
     for step in range(1, 8):
         plugin.panda_log(run, record(step, loss=1.0))
     plugin.panda_exception()
+    time.sleep(1.1)  # files are read in the order of their names, which have the second and, as text, a count
     run = make_run(step=4)
     plugin = started(run)
     for step in range(5, 11):

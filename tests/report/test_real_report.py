@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Trained]:
 
 
 def gathered(run: Trained, *flags: str) -> Reported:
-    arguments = report._parser().parse_args([str(run.directory), *flags])
+    arguments = report.parser().parse_args([str(run.directory), *flags])
     return report._reported(run.directory, "run", arguments)
 
 

@@ -66,14 +66,6 @@ def test_auto_recomputes_as_little_as_fits(estimates: Estimates) -> None:
     assert on_card(estimates, resolved("--activation_checkpointing none"), 1, Card("tiny", 1))[0] == "none"
 
 
-def test_auto_does_not_take_what_is_refused(estimates: Estimates) -> None:
-    flags = "--tensor_parallel_size 2"
-    selective = estimates.of(resolved(flags).with_values({"activation_checkpointing": "selective"}, "test"), 2)
-    assert selective is not None
-    card = just_fits(selective.parts.total)
-    assert on_card(estimates, resolved(flags), 2, card)[0] == "full"
-
-
 def with_values(**values: Any) -> Resolved:
     return resolved().with_values(values, "test")
 

@@ -68,7 +68,7 @@ def test_a_part_may_have_a_weight_for_each_of_its_paths(mix: Any, tmp_path: Path
         (f"pretrain {paths[1]}", 12),
     ]
     assert [s.per_epoch for s in mix(pretraining_data_dir=paths, pretrain_weight=0.5).dataset().sources] == [4, 7]
-    with pytest.raises(UserError, match="instruct_weight: 2 weights are given for 1 paths"):
+    with pytest.raises(UserError, match="instruct_weight: 2 weights are given for 1 path"):
         mix(instruct_weight=(1, 2))
 
 

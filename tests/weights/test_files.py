@@ -38,7 +38,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
         name: StoredTensor((2,), torch.float32, lambda v=value: torch.tensor([0.0, v]))
         for name, value in (("a", 1.0), ("b", float("nan")))
     }
-    with pytest.raises(UserError, match="1 tensors are not finite, b first"):
+    with pytest.raises(UserError, match="1 tensor is not finite, b first"):
         write_weights(weights, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -103,8 +103,8 @@ class GrpoOptions(InstructFormat):
             raise UserError("reward: name at least one. `panda list rewards` shows what is installed.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             raise UserError(
-                f"reward_weights: a weight for each of {len(self.reward)} rewards is expected, not"
-                f" {len(self.reward_weights)}: {', '.join(self.reward)}. Give each reward its weight, in their order."
+                f"reward_weights: it has {len(self.reward_weights)}, and `reward` has {len(self.reward)}:"
+                f" {', '.join(self.reward)}. Give each reward its weight, in their order."
             )
 
 

@@ -156,7 +156,7 @@ def test_the_option_has_every_loss_type() -> None:
     ("values", "message"),
     [
         ({}, "name at least one"),
-        ({"reward": ("length",), "reward_weights": (1.0, 2.0)}, "2 weights are given for 1 rewards: length"),
+        ({"reward": ("length",), "reward_weights": (1.0, 2.0)}, "it has 2, and `reward` has 1: length"),
         ({"reward": ("length",), "num_generations": 1}, "num_generations"),
         ({"reward": ("length",), "temperature": 0}, "temperature"),
         ({"reward": ("length",), "top_p": 1.5}, "top_p"),

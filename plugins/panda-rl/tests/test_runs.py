@@ -198,7 +198,7 @@ def test_the_run_records_its_rewards(drawn: Path) -> None:
         ({"reward": ("lenght", "pattern")}, "unknown reward 'lenght'. Did you mean 'length'?"),
         ({"reward": ("length", "pattern"), "length_target": 9}, "9 tokens are more than max_completion_length, 4"),
         ({"max_completion_length": 16}, "leaves no room for a prompt"),
-        ({"reward_weights": "1"}, "a weight for each of 2 rewards is expected, not 1"),
+        ({"reward_weights": "1"}, "it has 1, and `reward` has 2: last-number, pattern"),
     ],
 )
 def test_mistakes_are_explained(options: dict[str, Any], message: str, train: Train, tmp_path: Path) -> None:
