@@ -10,6 +10,9 @@ from panda.registry.errors import did_you_mean
 from panda.registry.offers import with_readable_source
 from panda.registry.options import Given
 
+CHOSEN_BY = {name: name for name in ("task", "model", "optimizer", "lr_scheduler", "reader")} | {"plugin": "plugins"}
+"""The key by which a run chooses a component, by kind."""
+
 
 def unknown_key_messages(
     catalog: Catalog,
@@ -40,9 +43,11 @@ def unknown_key_messages(
         if users:
             its_kinds = {user.split()[0] for user in users}
             instead = ", ".join(f"{c.kind} {c.name}" for c in chosen if c.kind in its_kinds) or "none of these"
+            flags = [f"`--{CHOSEN_BY[kind]} {name}`" for kind, name in map(str.split, users) if kind in CHOSEN_BY]
+            how = f": {' or '.join(flags)}" if flags else ""
             return (
                 f"{at}: {key!r} is known, but nothing that this run chose uses it: it is an option of"
-                f" {', '.join(users)}, and the run has {instead}. Leave it out, or choose what uses it."
+                f" {', '.join(users)}, and the run has {instead}. Leave it out, or choose what uses it{how}."
             )
         hint = did_you_mean(key, known)
         if not hint and (hint := did_you_mean(key, declared)):

@@ -104,6 +104,10 @@ def answers_of(run: Reported) -> Html:
     return html(*said, element("p", run.which_answers), *_answers(run.answers))
 
 
+def _of_spaces(text: str) -> str:
+    return f"(only {text!r})" if text else "(an empty answer)"
+
+
 def _answers(answers: Sequence[Answer]) -> list[Html]:
     said = []
     for answer in answers:
@@ -113,7 +117,7 @@ def _answers(answers: Sequence[Answer]) -> list[Html]:
             element(
                 "div",
                 element("p", whose, class_="faint"),
-                element("div", text if text.strip() else f"(only {text!r})", class_="text", dir="auto"),
+                element("div", text if text.strip() else _of_spaces(text), class_="text", dir="auto"),
             )
             for whose, text in answer.answers.items()
         ]

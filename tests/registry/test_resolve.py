@@ -300,7 +300,10 @@ def test_a_known_key_that_nothing_uses_here_is_another_message() -> None:
     message = refused("--arch", "llama-tiny", "--lr_scheduler", "cosine", "--power", "2")
     assert message == (
         "--power: 'power' is known, but nothing that this run chose uses it: it is an option of lr_scheduler poly,"
-        " and the run has lr_scheduler cosine. Leave it out, or choose what uses it."
+        " and the run has lr_scheduler cosine. Leave it out, or choose what uses it: `--lr_scheduler poly`."
+    )
+    assert "or choose what uses it: `--plugins best_checkpoint`." in refused(
+        "--arch", "llama-tiny", "--best_metric", "eval_loss"
     )
     assert resolved("--arch", "llama-tiny", "--lr_scheduler", "poly", "--power", "2").settings["power"].value == 2.0
 
