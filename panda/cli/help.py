@@ -38,7 +38,7 @@ examples:
   panda-train --config panda:configs/instruct-tiny.yaml
   panda-train --config panda:configs/instruct-tiny.yaml --learning_rate 2e-3
   panda-train --task instruct --arch llama-7b --optimizer adamw --help
-  torchrun --nproc_per_node 2 --no-python panda-train \
+  torchrun --nproc_per_node 2 --no-python panda-train \\
     --config panda:configs/instruct-tiny.yaml
 
   --config FILE          flat YAML, one `key: value` a line (also
