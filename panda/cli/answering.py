@@ -104,16 +104,15 @@ def assistant_and_sampling(arguments: argparse.Namespace, *, chats: bool = False
 def _loaded(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
     let_threads_sleep()
 
-    from panda.engine.checkpoints.folders import named_in
     from panda.engine.checkpoints.in_use import being_read
 
-    with being_read(named_in(Path(arguments.run))):
-        return _read(arguments, chats=chats)
+    with being_read(Path(arguments.run)) as checkpoint:
+        return _read(arguments, checkpoint, chats=chats)
 
 
-def _read(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
+def _read(arguments: argparse.Namespace, checkpoint: Path | None, *, chats: bool) -> Assistant:
     with activity("loading torch"):
-        answering = find_answering(arguments)
+        answering = find_answering(arguments, checkpoint)
     if chats:
         answering.require_chat_template()
     if arguments.system is not None and (problem := problem_of(arguments.system)):
@@ -129,12 +128,13 @@ def _read(arguments: argparse.Namespace, *, chats: bool) -> Assistant:
         return answering.assistant(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def find_answering(arguments: argparse.Namespace) -> Answering:
+def find_answering(arguments: argparse.Namespace, checkpoint: Path | None) -> Answering:
     """The model that ``arguments`` name; for a run, its newest checkpoint, or its export if there is no checkpoint.
 
+    ``checkpoint`` is that which ``being_read`` has found there and holds. It is not looked for again: the run may have
+    saved another since, and may remove that one while it is read.
     Adapters answer on the base that they were trained on, which is at ``--ckpt_path`` if it was moved.
     """
-    from panda.engine.checkpoints.folders import find_checkpoint
     from panda.engine.checkpoints.folders import named_in
 
     location, ckpt_path, base_path = arguments.run, arguments.ckpt_path, arguments.base_path
@@ -142,7 +142,6 @@ def find_answering(arguments: argparse.Namespace) -> Answering:
     if not folder.is_dir():
         raise UserError(f"{location!r} is not a folder. Name {RUN_HELP}.")
     run_of(folder)  # which refuses a later version's
-    checkpoint = find_checkpoint(folder)
     report_passed_over(folder)
     holds_adapters = (folder / ADAPTERS).exists()
     if base_path is not None and checkpoint:

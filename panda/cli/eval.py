@@ -121,8 +121,8 @@ def _eval(argv: list[str]) -> None:
     with redirect_stdout(sys.stderr):  # stdout is for the numbers
         with activity("loading torch"):
             configuration = _configured(location, arguments, own.get("data"))
-        with being_read(_folder(location)):
-            found = _evaluated(location, configuration, own)
+        with being_read(_folder(location)) as checkpoint:
+            found = _evaluated(location, checkpoint, configuration, own)
     text = json.dumps(_finite(found), indent=2, ensure_ascii=False, allow_nan=False)
     lines = map(printable_line, table(_columns(found), shutil.get_terminal_size().columns))
     print(text if as_json else "\n".join(lines), flush=True)  # before the file, which may find the disk full
@@ -183,13 +183,15 @@ _ELSE_NAME_DATA = (
 )
 
 
-def _evaluated(location: str, configuration: Configuration, own: Mapping[str, Given]) -> dict[str, Any]:
-    """The numbers of all sets, and the answers."""
+def _evaluated(
+    location: str, checkpoint: Path | None, configuration: Configuration, own: Mapping[str, Given]
+) -> dict[str, Any]:
+    """The numbers of all sets, and the answers. ``checkpoint``: what is held of it."""
     resolved = configuration.resolved
     places = {key: _text(own, key) for key in ("ckpt_path", "base_path")}
     with activity("loading the tokenizer"):
         answering = find_answering(
-            argparse.Namespace(run=location, **places, allow_pickle=_switch(own, "allow_pickle"), p=[])
+            argparse.Namespace(run=location, **places, allow_pickle=_switch(own, "allow_pickle"), p=[]), checkpoint
         )
     from panda.data.locations import each_of
     from panda.run.assembly import build_task

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -65,16 +67,31 @@ def _replay(argv: list[str]) -> None:
     from panda.hooks.guard import read_skipped
 
     skipped = read_skipped(run)
-    checkpoint = _checkpoint_before(run, step)
     micro_batches = _micro_batches(run, f"panda.cli.main replay {shlex.join(argv)}")
     rank = int(os.environ.get("RANK", 0))
-    with tempfile.TemporaryDirectory(prefix="panda-replay-") as folder:
+    with read_before(run, step) as checkpoint, tempfile.TemporaryDirectory(prefix="panda-replay-") as folder:
         # Only rank 0's is written to.
         arguments = _arguments(run, words[2:], checkpoint, micro_batches, Path(folder) / "run")
         replayed = _replayed(arguments, step, frozenset(skipped), between="--nearest" not in argv)
     if rank == 0:
         recorded = skipped.get(step) or _recorded(run, step)
         _print(run, step, checkpoint, replayed, recorded, all_parts="--all" in argv)
+
+
+@contextmanager
+def read_before(run: Path, step: int) -> Iterator[Path | None]:
+    """``_checkpoint_before``, which the run leaves in place meanwhile, should it still train."""
+    from panda.engine.checkpoints.in_use import being_read
+
+    while True:
+        before = _checkpoint_before(run, step)
+        if before is None:
+            yield None
+            return
+        with being_read(before) as checkpoint:
+            if checkpoint is not None:  # else it was removed since
+                yield checkpoint
+                return
 
 
 def _checkpoint_before(run: Path, step: int) -> Path | None:

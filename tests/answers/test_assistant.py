@@ -24,7 +24,10 @@ from panda.answers.assistant import Sampling
 from panda.answers.generation import continuation
 from panda.answers.generation import greedy
 from panda.answers.loading import described_in
+from panda.cli import answering
+from panda.cli import replay
 from panda.cli.main import main
+from panda.engine.checkpoints.in_use import remove_unless_read
 from panda.registry import Catalog
 from panda.registry.chosen import Chosen
 from panda.registry.contexts import ModelContext
@@ -372,6 +375,32 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_told(folder: Path, capsys: 
     assert main(["export", str(run), "--output", str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
     assert told in error and "no complete checkpoint there" in error
+
+
+def test_the_checkpoint_that_is_read_is_the_one_that_is_held(
+    folder: Path, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "instruct", run)
+    first, later = run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002"
+    report = answering.report_passed_over
+
+    def save(path: Path) -> None:
+        """What a run that goes on does while the command loads torch."""
+        shutil.copytree(first, later)
+        report(path)
+
+    monkeypatch.setattr(answering, "report_passed_over", save)
+    (tmp_path / "rows.json").write_text('[{"input": "Spell om.", "target": "o-m"}]')
+    asked = ["--prompt", "x", "--max_new_tokens", "1"]
+    evaluated = ["--data", str(tmp_path / "rows.json"), "-p", "no:eval_generate"]
+    for command, more in (("generate", asked), ("eval", evaluated)):
+        assert main([command, str(run), *more]) == 0
+        assert f"weights: {first}\n" in capsys.readouterr().err, command
+        shutil.rmtree(later)
+    with replay.read_before(run, 2) as read:
+        assert read == first and not remove_unless_read(first)
+    assert remove_unless_read(first)
 
 
 # -- export -----------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_what_a_file_says_of_a_run_is_no_flag_of_the_command(
 ) -> None:
     found: list[argparse.Namespace] = []
 
-    def find(arguments: argparse.Namespace) -> None:
+    def find(arguments: argparse.Namespace, checkpoint: Path | None) -> None:
         found.append(arguments)
         raise UserError("enough")
 
