@@ -106,7 +106,7 @@ def _shown(value: Any) -> str:
 
 def _check_data_and_model(configuration: Configuration, world_size: int) -> None:
     print()
-    load("panda.run.assembly")
+    load("panda.run.continuation")  # and DeepSpeed with it, which the first import below would load in silence
 
     from panda.engine.checkpoints.manifest import START
     from panda.engine.checkpoints.manifest import read_progress

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.files.activity import activity
 from panda.files.terminal import number_of
 from panda.files.terminal import printable
 from panda.files.terminal import printable_line
@@ -55,21 +56,23 @@ def _data(argv: list[str]) -> None:
 
     look_for_inputs(configuration)
 
-    import numpy as np
-    from rich.console import Console
+    with activity("loading torch"):
+        import numpy as np
+        from rich.console import Console
 
-    from panda.configuration.refusals import layouts_of
-    from panda.data.packing import LAYOUTS
-    from panda.hooks.lengths import draw_lengths
-    from panda.hooks.lengths import lines
-    from panda.run.assembly import lay_out
-    from panda.run.directory import run_name
-    from panda.run.preparation import Preparation
+        from panda.configuration.refusals import layouts_of
+        from panda.data.packing import LAYOUTS
+        from panda.hooks.lengths import draw_lengths
+        from panda.hooks.lengths import lines
+        from panda.run.assembly import lay_out
+        from panda.run.directory import run_name
+        from panda.run.preparation import Preparation
 
     # Without rich's own reading of text, [b] in a row is three characters, and :smile: is seven.
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     resolved, prepared = configuration.resolved, Preparation(configuration)
-    task, dataset = prepared.task, prepared.dataset
+    with activity("reading the data"):
+        task, dataset = prepared.task, prepared.dataset
     _print_report(console, prepared)
 
     lengths = dataset.lengths(np.arange(len(dataset)))

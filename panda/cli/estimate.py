@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
@@ -10,6 +12,8 @@ from typing import NamedTuple
 from panda.cli.command import run_command
 from panda.cli.configured import configured
 from panda.cli.parser import in_short
+from panda.files.activity import activity
+from panda.files.terminal import fitted
 from panda.files.terminal import number_of
 from panda.registry import UserError
 
@@ -54,10 +58,11 @@ def _estimate(argv: list[str]) -> None:
     if configuration is None:
         return
 
-    from panda.run.cards import CARDS
-    from panda.run.cards import COMMON
-    from panda.run.cards import named_card
-    from panda.run.preparation import Preparation
+    with redirect_stdout(sys.stderr), activity("loading torch"):  # stdout is for the estimate
+        from panda.run.cards import CARDS
+        from panda.run.cards import COMMON
+        from panda.run.cards import named_card
+        from panda.run.preparation import Preparation
 
     world_size = _world_size(own, configuration)
     prepared = Preparation(configuration, world_size)
@@ -69,14 +74,14 @@ def _estimate(argv: list[str]) -> None:
     if "json" in own:
         print(json.dumps(_as_json(prepared, found), indent=2))
         return
-    print(_described(prepared))
+    print("\n".join(fitted(_described(prepared).split("\n"), 2)))
     print("\n".join(_table(found)))
     for each in found:
         if not each.estimate.fits(each.card):
             from panda.run.fitting import advice
 
             text = advice(prepared.estimates, prepared.resolved, world_size, each.card)
-            print(f"{each.card.name}: does not fit. {text}")
+            print("\n".join(fitted([f"{each.card.name}: does not fit. {text}"], 2)))
     if "sweep" in own:
         print("\n".join(_sweep(prepared, cards[0])))
     if found[0].estimate.approximate:
@@ -197,7 +202,7 @@ def _table(found: list[_OnCard]) -> list[str]:
 def _compile_cell(each: _OnCard) -> str:
     if each.compiled.begins is None:
         return str(each.compiled.compile).lower()
-    return f"from {number_of(each.compiled.begins, 'step')}"
+    return f"{each.compiled.begins:,}+ steps"
 
 
 def _sweep(prepared: Preparation, card: Card) -> list[str]:

@@ -58,7 +58,7 @@ def _list(argv: list[str]) -> None:
     readable = set(with_readable_source(every))
     for number, kind in enumerate(shown):
         offers = catalog.offers(kind.name)
-        print(f"{chr(10) if number else ''}{kind.plural}: {kind.summary}")
+        print("\n" * (number > 0) + "\n".join(fitted([f"{kind.plural}: {kind.summary}"], 2)))
         name_width = max((len(offer.name) for offer in offers), default=0)
         provider_width = max((len(offer.provider) for offer in offers), default=0)
         for offer in offers:

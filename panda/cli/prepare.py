@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from panda.cli.command import run_command
 from panda.cli.configured import configured
+from panda.files.activity import activity
 from panda.files.terminal import number_of
 
 USAGE = """\
@@ -31,10 +32,13 @@ def _prepare(argv: list[str]) -> None:
 
     look_for_inputs(configuration)
 
-    from panda.data.token_cache import cache_folder
-    from panda.run.preparation import Preparation
+    with activity("loading torch"):
+        from panda.data.token_cache import cache_folder
+        from panda.run.preparation import Preparation
 
-    prepared = Preparation(configuration)
+    with activity("reading the data"):
+        prepared = Preparation(configuration)
+        _ = prepared.dataset, prepared.held_out
     held_out = {f"evaluation data{f' {name}' * bool(name)}: ": held for name, held in prepared.held_out.items()}
     for name, dataset in {"": prepared.dataset, **held_out}.items():
         for line in dataset.report.lines():

@@ -16,6 +16,7 @@ from panda.cli.parser import in_short
 from panda.cli.run_folders import run_folder
 from panda.configuration.arguments import Arguments
 from panda.configuration.arguments import arguments_of_run
+from panda.files.terminal import fitted
 from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.registry import UserError
@@ -213,7 +214,7 @@ def _print(
     for part in shown:
         text = f"  {part.text!r}" if part.text else ""
         line = f"{part.loss:10.4g}  {part.grad_norm:10.4g}  {part.units:{max(7, len(unit))}g}  {part.where}{text}"
-        print("  " + printable_line(line))
+        print("\n".join(fitted([f"  {printable_line(line)}"], 12)))
     if len(shown) < len(parts):
         print(f"  and {len(parts) - len(shown):,} more with smaller gradients (--all)")
     print(f"\n{_conclusion(responsible, others)}")

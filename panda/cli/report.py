@@ -18,6 +18,7 @@ from panda.cli.run_folders import short_names
 from panda.cli.runs import described
 from panda.configuration.arguments import arguments_of_run
 from panda.configuration.configure import configure
+from panda.files.activity import activity
 from panda.files.whole import check_can_be_made
 from panda.files.whole import write_whole
 from panda.hooks.curves import X_AXES
@@ -89,7 +90,8 @@ def _reported(run: Path, name: str, arguments: argparse.Namespace) -> Reported:
     if arguments.recorded_only:
         return reported
 
-    from panda.report.gathering import Gathering
+    with activity("loading torch"):
+        from panda.report.gathering import Gathering
 
     gathering = Gathering(run, reported, arguments.samples, arguments.answers)
     return gathering.done(partial(_configuration, run, arguments), partial(_trained, run, arguments))

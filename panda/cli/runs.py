@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -75,7 +76,7 @@ def _runs(argv: list[str]) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif rows:
-        print_table(rows)
+        print_table(rows, folder)
     else:
         print(f"no runs in {printable_line(str(folder))}")
 
@@ -132,8 +133,8 @@ def _ended_on_skipped(run: Path, provenance: dict[str, Any], last: dict[str, Any
     return 0 < step >= last.get("step", 0) and (step == provenance.get("total_steps") or bool(batches_of(run, step)))
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """A table of the columns that any of ``rows`` has something for, as many as a terminal is wide enough for."""
+def print_table(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Of runs in ``folder``: the columns that ``rows`` have something for, as many as a terminal has room for."""
     cells = {name: [printable_line(shown(row)) for row in rows] for name, shown in ROWS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
     widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
@@ -148,7 +149,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             texts = [f"{text:{'<' if name in TEXTS else '>'}{width}}" for text, (name, width) in sides]
             print("  ".join(texts).rstrip())
     if left_out:
-        print(f"no room for: {', '.join(left_out)} (`panda runs --json` has all)")
+        print(f"no room for: {', '.join(left_out)} (`panda runs {shlex.quote(str(folder))} --json` has all)")
     sys.stdout.flush()
 
 

@@ -9,6 +9,7 @@ from panda.cli.command import run_command
 from panda.cli.help import print_options
 from panda.cli.list import HOOKS
 from panda.cli.parser import Parser
+from panda.files.terminal import fitted
 from panda.registry import UserError
 from panda.registry import hookspecs
 from panda.registry.catalog import catalog_with
@@ -59,10 +60,10 @@ def _show(argv: list[str]) -> None:
     component = catalog.load(offer)
     print(f"{offer.kind} {component.name if component else offer.name}")
     if component is None:
-        print(f"  {module_summary(offer.module, offer.file)}".rstrip())
+        _print_doc(module_summary(offer.module, offer.file))
         print(f"\n  from     {offer.provider}\n  module   {offer.module}")
         return
-    print("\n".join(f"  {line}".rstrip() for line in component.doc.splitlines()))
+    _print_doc(component.doc)
     print(f"\n  from     {offer.provider}")
     print(f"  module   {offer.module}")
     print("  source   {}:{}".format(*component.source))
@@ -87,9 +88,13 @@ def _show(argv: list[str]) -> None:
         print("\nno options")
 
 
+def _print_doc(doc: str) -> None:
+    print("\n".join(fitted((f"  {line}".rstrip() for line in doc.splitlines()), 2)))
+
+
 def _show_hook(hook: HookFacts) -> None:
     print(f"hook {hook.name}")
-    print("\n".join(f"  {line}".rstrip() for line in hook.doc.splitlines()))
+    _print_doc(hook.doc)
     print(f"\n  ranks      {hook.ranks}\n  arguments  {', '.join(hook.arguments)}: any of them, in any order")
     print(f"  source     {hookspecs.__file__}:{hook.line}\n\n  @hookimpl")
     print(f"  def {hook.name}({', '.join(hook.arguments)}): ...")

@@ -301,7 +301,7 @@ def report(sweep: Sweep, failed: Sequence[Point]) -> None:
             if point in failed and rows[point.name]["status"] != "interrupted":
                 rows[point.name]["status"] = "failed"
     if rows:
-        print_table(list(rows.values()))
+        print_table(list(rows.values()), sweep.folder)
     for point in failed:
         if point.name not in rows:
             print(f"{point.name}: failed before it began")

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,13 +92,18 @@ class Activity:
         parts = [self.what, counted, left, *self.facts]
         if bar and self.total:
             parts.insert(1, _bar(self.done / self.total))
-        line = ""
-        for part in filter(None, parts):
-            longer = f"{line}  {part}" if line else part
-            if len(longer) > width:
-                break
-            line = longer
-        return line[:width]
+        return as_fits(parts, width)
+
+
+def as_fits(parts: Iterable[str], width: int) -> str:
+    """``parts`` on one line of at most ``width`` characters. What comes last is left out first."""
+    line = ""
+    for part in filter(None, parts):
+        longer = f"{line}  {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line[:width]
 
 
 _under_way: list[Activity] = []

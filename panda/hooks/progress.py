@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,16 +16,19 @@ from typing import Any
 from panda.configuration.user_code import flags_of_files
 from panda.files.activity import Activity
 from panda.files.activity import activity
+from panda.files.activity import as_fits
 from panda.files.activity import duration
 from panda.files.activity import is_terminal
 from panda.files.activity import say
 from panda.files.library_warnings import current
 from panda.files.terminal import number_of
 from panda.files.terminal import printable
+from panda.hooks.metrics import read_evaluations
 from panda.registry import NoOptions
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
+from panda.run.best_evaluation import is_finite
 from panda.run.interruption import Interrupted
 from panda.run.interruption import how_to_continue
 from panda.weights.run_folders import LOG
@@ -66,6 +70,10 @@ class ProgressDisplay:
         if not is_terminal():
             print("training ...", flush=True)
         self.begun_at = run.step
+        if run.step:  # of the starts before this one
+            for earlier in read_evaluations(run.directory):
+                if earlier["step"] <= run.step:
+                    self._compare(earlier)
         shown = activity("training", run.plan.total_steps, done=run.step, own_lines=True)
         self.training = self.shown.enter_context(shown)
         self.last_line = time.monotonic()
@@ -91,8 +99,11 @@ class ProgressDisplay:
             self.last_line = now
             left = self.training.left
             times = f"{duration(self.training.seconds)}, ETA {duration(left)}" if left is not None else ""
-            parts = [f"step {record['step']}/{total}", f"loss {record['loss']:.4f}", *facts, times]
-            say("  ".join([_time(), *filter(None, parts)]))
+            said = [_time(), f"step {record['step']}/{total}", f"loss {record['loss']:.4f}"]
+            if is_terminal():
+                say(as_fits([*said, times, *facts], shutil.get_terminal_size().columns - 1))
+            else:
+                say("  ".join(filter(None, [*said, *facts, times])))
 
     def _smoothed(self, loss: float) -> float:
         """The moving average of the loss, without bias towards its start. What is not finite is shown, and left out."""
@@ -102,13 +113,17 @@ class ProgressDisplay:
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         return self.mean / self.weight
 
+    def _compare(self, record: dict[str, Any]) -> None:
+        loss = record["eval_loss"]
+        if is_finite(loss) and (self.best is None or loss < self.best["eval_loss"]):
+            self.best = record
+
     @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
         if run.processes.rank != 0:
             return
         self.evaluated = record
-        if math.isfinite(record["eval_loss"]) and (self.best is None or record["eval_loss"] < self.best["eval_loss"]):
-            self.best = record
+        self._compare(record)
         shown = "".join(f"  {each} {record[name]:.4g}" for each in run.task.shown if (name := f"eval_{each}") in record)
         shown += "".join(f"  {name} {record[f'eval_{name}_loss']:.4f}" for name in run.evaluations if name)
         say(
@@ -143,7 +158,7 @@ class ProgressDisplay:
             first, last = (f"{record['loss']:.4f} at step {record['step']}" for record in (self.first, self.last))
             yield f"loss {first}, {last}"
         if self.evaluated is not None:
-            best = self.best if self.best is not None and self.best is not self.evaluated else None
+            best = self.best if self.best is not None and self.best["step"] != self.evaluated["step"] else None
             least = f", the least {best['eval_loss']:.4f} at step {best['step']}" if best else ""
             yield f"evaluation loss {self.evaluated['eval_loss']:.4f} at step {self.evaluated['step']}{least}"
         if self.last:

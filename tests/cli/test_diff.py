@@ -55,6 +55,14 @@ def test_what_differs_and_the_first_step_that_does(tmp_path: Path, capsys: pytes
     assert "2.0  2.0000001  (+5.0e-08)" in out and "loss of step 4: 1.0  1.5  (+5.0e-01)" in out
 
 
+def test_what_evaluations_record_follows_from_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_directory(tmp_path / "a", [3.0], evaluation_metrics={"eval_loss": "lower"})
+    second = run_directory(tmp_path / "b", [3.0], evaluation_metrics={"eval_loss": "lower", "eval_rouge1": "higher"})
+    assert "eval_rouge1" not in printed(capsys, first, second)
+
+
 def test_runs_without_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = run_directory(tmp_path / "a", [3.0]), run_directory(tmp_path / "b", [])
     (second / "provenance.json").write_text("{")

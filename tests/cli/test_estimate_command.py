@@ -44,9 +44,9 @@ def test_parts_are_named_beside_the_card(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("flags", "cell", "sentence"),
     [
-        ("", "from 2 steps", "compile (auto): it pays from 2 steps on."),
-        ("--max_steps 9", "from 2 steps", "compile (auto): it takes about 30 s, and saves about "),
-        ("--max_steps 1", "from 2 steps", "compile (auto): it takes about 30 s, and would save about "),
+        ("", "2+ steps", "compile (auto): it pays from 2 steps on."),
+        ("--max_steps 9", "2+ steps", "compile (auto): it takes about 30 s, and saves about "),
+        ("--max_steps 1", "2+ steps", "compile (auto): it takes about 30 s, and would save about "),
         ("--use_quant --quant_bits 8", "false", "compile (auto): 8 bits are not known to work compiled."),
         ("--compile", "true", ""),
         ("--compile off", "false", ""),
@@ -74,6 +74,18 @@ def test_common_cards_are_compared_where_there_is_none(
     header, how = said(capsys, "")[3:5]
     assert header.split()[-4:] == ["H200", "H100", "A100-40", "RTX-4090"]
     assert how.split() == ["activation_checkpointing", "none", "none", "none", "none"]
+
+
+def test_four_cards_fit_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["estimate", "--arch", "llama-7b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 79] == []
+    assert any(line.startswith("RTX-4090: does not fit. ") for line in lines)
 
 
 def test_a_sweep_has_a_row_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:

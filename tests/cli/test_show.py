@@ -77,6 +77,17 @@ def test_lines_fit_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch:
         assert max(map(len, options.splitlines())) <= longest
 
 
+@pytest.mark.parametrize("command", ["list metrics", "show metric rouge", "show plugin best_checkpoint"])
+def test_descriptions_are_wrapped_at_words(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(command.split()) == 0
+    described = [line for line in capsys.readouterr().out.splitlines() if "  source  " not in line]
+    assert [line for line in described if len(line) > 79] == []
+
+
 def test_unknown_names_and_kinds_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "model", "lama").startswith("error: unknown model 'lama'. Did you mean 'llama'")
     assert refused(capsys, "modle", "llama").startswith("error: unknown kind 'modle'. Did you mean 'models'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import sys
@@ -166,6 +167,24 @@ def test_a_terminal_keeps_a_line_a_minute(
     assert re.findall(r"step (\d+)/10", terminal.getvalue()) == ["4", "7", "10"]
 
 
+def test_a_line_that_is_kept_fits_the_terminal(
+    make_run: Any, record: Any, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    terminal = terminal_in_place_of_stdout(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "80")
+    said: list[str] = []
+    monkeypatch.setattr("panda.hooks.progress.say", said.append)
+    plugin = started(make_run())
+    for step in (1, 2):
+        clock[0] += 60
+        plugin.panda_step_end(make_run(), step)
+        plugin.panda_log(make_run(), record(step, mfu=0.345, memory_gib=70.5))
+    plugin.panda_run_end(make_run())
+    assert terminal.getvalue() and len(said) == 2
+    for line in said:
+        assert len(line) < 80 and re.search(r"  loss \d\.\d{4}  \d:00, ETA \d:\d\d  12,346 tokens/s  MFU 34.5%", line)
+
+
 def test_the_loss_that_moves_is_smoothed_and_not_spoilt_by_one_that_is_not_finite(make_run: Any) -> None:
     plugin = started(make_run())
     shown = [plugin._smoothed(loss) for loss in (4.0, 2.0, math.nan, 2.0)]
@@ -211,6 +230,19 @@ def test_evaluations_are_shown_and_the_last_is_in_the_summary(
     plugin.panda_log(run, record(10))
     plugin.panda_run_end(run)
     assert "\nevaluation loss 1.5000 at step 10, the least 1.2500 at step 5\n" in capsys.readouterr().out
+
+
+def test_the_best_of_earlier_starts_is_in_the_summary(
+    make_run: Any, record: Any, evaluation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(step=6)
+    written = [evaluation(3, 1.25), evaluation(6, 1.75), evaluation(9, 0.5)]  # the last after the checkpoint
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in written))
+    plugin = started(run)
+    plugin.panda_evaluation(run, evaluation(10, 1.5))
+    plugin.panda_log(run, record(10))
+    plugin.panda_run_end(run)
+    assert "\nevaluation loss 1.5000 at step 10, the least 1.2500 at step 3\n" in capsys.readouterr().out
 
 
 def test_an_evaluation_stands_above_the_line_that_moves(
