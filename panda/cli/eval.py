@@ -335,7 +335,11 @@ def _columns(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """By set, and by number, what the table says."""
     sets = {**found["sets"], ALL_SETS: found[ALL_SETS]} if len(found["sets"]) != 1 else found["sets"]
     return {
-        name: {key: _shown(key, value) for key, value in numbers.items() if key != "data" and value is not None}
+        name: {
+            key: _shown(key, value)
+            for key, value in numbers.items()
+            if key != "data" and value is not None and (key, value) != ("answers", 0)  # none were asked for
+        }
         for name, numbers in sets.items()
     }
 

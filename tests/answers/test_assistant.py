@@ -396,7 +396,9 @@ def test_the_checkpoint_that_is_read_is_the_one_that_is_held(
     evaluated = ["--data", str(tmp_path / "rows.json"), "-p", "no:eval_generate"]
     for command, more in (("generate", asked), ("eval", evaluated)):
         assert main([command, str(run), *more]) == 0
-        assert f"weights: {first}\n" in capsys.readouterr().err, command
+        captured = capsys.readouterr()
+        assert f"weights: {first}\n" in captured.err, command
+        assert "answers" not in captured.out, "none were asked for"
         shutil.rmtree(later)
     with replay.read_before(run, 2) as read:
         assert read == first and not remove_unless_read(first)
