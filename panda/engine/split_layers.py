@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear
 from fairscale.nn.model_parallel.layers import RowParallelLinear
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 
 class _SumGradient(torch.autograd.Function):
@@ -55,7 +55,7 @@ def _summed(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 @torch.library.custom_op("panda::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(tensor: torch.Tensor, group: str) -> torch.Tensor:
     total = tensor.clone()
-    dist.all_reduce(total, group=_resolve_process_group(group))
+    dist.all_reduce(total, group=_resolve_process_group(group))  # type: ignore[arg-type]
     return total
 
 
