@@ -30,6 +30,10 @@ def parts_of(sizes: Sizes, world_size: int, state_bytes: float = 8, **options: A
     return found.parts, found.step
 
 
+ONE = {"gradient_accumulation_steps": 1}
+"""One micro batch, which is no sum."""
+
+
 @pytest.mark.parametrize(
     ("options", "ranks", "weights", "masters", "states", "sums", "gradients", "buffers", "step"),
     [
@@ -45,6 +49,8 @@ def parts_of(sizes: Sizes, world_size: int, state_bytes: float = 8, **options: A
         ({"precision": "fp16"}, 4, 14, 7, 14, 28, 2 * 0.131072, 1, 0.202 + 7),
         ({"precision": "bf16", "zero_stage": 2}, 4, 14, 7, 14, 7, 2 * 0.131072, 1, 0.202),
         ({"precision": "bf16", "zero_stage": 3}, 4, 3.5, 7, 14, 7, 2 * 0.131072, 2 + 1, 4),
+        ({"precision": "bf16", "zero_stage": 2, **ONE}, 4, 14, 7, 14, 3.5, 2 * 0.131072, 1, 0.202),
+        ({"precision": "bf16", "zero_stage": 3, **ONE}, 4, 3.5, 7, 14, 3.5, 2 * 0.131072, 2 + 1, 4),
         ({"precision": "bf16", "zero_stage": 3}, 1, 14, 28, 56, 28, 2 * 0.131072, 1, 4),
     ],
 )
