@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import LARGEST_LAYER
 from panda.engine.deepspeed_config import sums_in_fp32
 from panda.engine.deepspeed_config import zero_3_sizes
 
@@ -215,12 +216,14 @@ def _stage_3(
 ) -> Held:
     """All is partitioned, with a copy of the weights in fp32 too.
 
-    Weights are gathered for the layers that are near, and gradients go through a bucket.
+    Weights are gathered for the layers that are near, through memory for those of a layer, and gradients go through a
+    bucket.
     """
     zero = zero_3_sizes(sizes.elements, sizes.trained, sizes.layer, sizes.outside) | zero
     share = -(-sizes.trained // ranks)
     live = min(sizes.elements, _elements(zero, "stage3_max_live_parameters")) if ranks > 1 else 0
-    buffers = parts.buffers + element * (live + _elements(zero, "reduce_bucket_size"))
+    arrivals = sizes.layer if ranks > 1 and sizes.layer <= LARGEST_LAYER else 0
+    buffers = parts.buffers + element * (live + arrivals + _elements(zero, "reduce_bucket_size"))
     parts = replace(
         parts,
         weights=-(-parts.weights // ranks),
