@@ -150,7 +150,10 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
         if name == MOVED and stage == 3 and step:
             parameters: list[Any] = list(model.parameters())
             for parameter in parameters:
-                parameter.ds_tensor.data = parameter.ds_tensor.clone()
+                before = parameter.ds_tensor.data
+                parameter.ds_tensor.data = before.clone()
+                if not parameter.requires_grad:  # the trained ones' is that of the optimizer, too
+                    before.fill_(float("nan"))
         watch.clear()
         ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(10 * step + processes.rank))
         losses.append(engine.step([Batch(ids)], loss_sum).loss.item())
