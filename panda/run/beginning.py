@@ -12,8 +12,8 @@ from panda.data.locations import data_sets
 from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
-from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.folders import step_of
+from panda.engine.checkpoints.in_use import set_aside_once_unread
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import remove_interrupted
 from panda.engine.determinism import how_alike
@@ -153,7 +153,7 @@ def _set_aside(directory: Path, checkpoint: Path | None) -> None:
         for later in checkpoints(checkpoint.parent):
             if step_of(later) > step_of(checkpoint):
                 problem = damage(later)
-                path = set_aside(later, "damaged" if problem else "abandoned")
+                path = set_aside_once_unread(later, "damaged" if problem else "abandoned")
                 why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
                 print(printable(f"set aside: {path}, since {why}"), flush=True)
 

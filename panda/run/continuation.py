@@ -17,7 +17,7 @@ from panda.engine.checkpoints.agreement import MADE_OF
 from panda.engine.checkpoints.agreement import refuse_differing
 from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
-from panda.engine.checkpoints.folders import set_aside
+from panda.engine.checkpoints.in_use import set_aside_once_unread
 from panda.engine.checkpoints.manifest import START
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.manifest import read_progress
@@ -115,7 +115,9 @@ def _finished_line(directory: Path, steps: int, total: int, stopped: dict[str, A
 
 
 def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:
-    """What the run of ``prepared`` continues, its directory held by ``lock``. Every rank has to call it.
+    """What the run of ``prepared`` continues, its directory or the checkpoint of another run held by ``lock``.
+
+    Every rank has to call it.
 
     Raises UserError if a fact that must stay the same differs from the run that made the checkpoint.
     """
@@ -167,7 +169,7 @@ def _begin_again(directory: Path, if_damaged: str) -> None:
 
 
 def _report_aside(checkpoint: Path, why: str) -> None:
-    print(printable(f"set aside: {set_aside(checkpoint, 'damaged')}, since {why}"), flush=True)
+    print(printable(f"set aside: {set_aside_once_unread(checkpoint, 'damaged')}, since {why}"), flush=True)
 
 
 def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:

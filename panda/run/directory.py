@@ -29,13 +29,17 @@ MODEL_FOLDER = "model"
 
 
 def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path | None]:
-    """The run directory to continue, held by ``lock``, and the checkpoint to continue from; each may be None.
+    """The run directory to continue, and the checkpoint to continue from; each may be None.
 
+    ``lock`` holds the directory, or where that is None the checkpoint, which may be that of a run that still trains.
     Raises UserError as ``find_directory`` does, and if another process holds the directory.
     """
     directory, checkpoint = find_directory(resolved)
     if not continues_in_place(resolved, directory, checkpoint):
-        return None, checkpoint
+        if checkpoint is None or resolved.core.resume is None:
+            return None, None
+        held = lock.read(resolve_path(resolved.core.resume))
+        return None, held or find_directory(resolved)[1]  # which raises UserError: it was removed since
     refuse_links_out(directory)
     lock.take(directory)
     # Looked up again: the previous holder of the lock may have saved checkpoints since.
