@@ -107,7 +107,7 @@ def _local_base(folder: Path) -> str | None:
     """The base of adapters in ``folder`` if it is no name on the hub."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return base if isinstance(base, str) and base and (not is_name(base) or Path(base).exists()) else None
 

@@ -116,10 +116,7 @@ def _report_changes(user_files: Mapping[str, str], before: Mapping[str, Any]) ->
 
 def refuse_later(directory: Path) -> None:
     """Raise UserError where a later version of panda has written the run in ``directory``, in another format."""
-    try:
-        stated = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):  # that of a run which has only begun, or of before 0.1.0
-        return
+    stated = read_provenance(directory).get("format")  # None: a run that has only begun, or of before 0.1.0
     if isinstance(stated, int) and stated > FORMAT:
         raise UserError(
             f"{directory}: it was written by a later version of panda, in format {stated}, and this one reads up to"

@@ -149,7 +149,7 @@ def configuration_in(run: Path) -> dict[str, Any]:
     """What config.yaml of ``run``, a run directory, says; empty where there is none."""
     try:
         values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 

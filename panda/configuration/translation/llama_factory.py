@@ -275,7 +275,7 @@ def _place_of(name: str, folder: Path, rules: Mapping[str, Rule], found: Transla
     """
     try:
         listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return name
     if not isinstance(listed, Mapping):
         return name
