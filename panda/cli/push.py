@@ -8,6 +8,7 @@ from pathlib import Path
 
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
+from panda.cli.run_folders import run_of
 from panda.files.activity import is_terminal
 from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
@@ -57,7 +58,9 @@ def _push(argv: list[str]) -> None:
         raise UserError(f"{arguments.name!r}: expected OWNER/NAME, where the owner is you or an organisation of yours.")
     if arguments.private:
         print("note: --private: private is the default")
-    upload = upload_of(resolve_path(arguments.folder))
+    folder = resolve_path(arguments.folder)
+    run_of(folder)  # which refuses a later version's
+    upload = upload_of(folder)
     for line in [*_described(upload), *_weights(upload)]:
         print(printable_line(line))
     if arguments.dry_run:
