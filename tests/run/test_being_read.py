@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,9 +15,11 @@ from launching import losses
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.in_use import being_read
 from panda.engine.checkpoints.in_use import remove_unless_read
 from panda.engine.processes import Processes
+from panda.registry import UserError
 from panda.run import beginning
 from panda.run.loop import Loop
 from panda.runner import train
@@ -104,3 +108,36 @@ def test_a_forked_process_does_not_hold_what_is_read(processes: Processes, tmp_p
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+def test_a_run_that_is_killed_before_its_first_save_goes_on_from_where_it_began(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began from the checkpoint of another run; from random weights it would be another one."""
+    first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
+    run("--output_dir", str(first))
+    run("--output_dir", str(whole), "--resume", str(first), steps=5)
+    checkpoint = first / "checkpoints/step-00000003"
+
+    for place in ("panda.runner.Loop.train", "panda.run.beginning.write_description"):
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            patch.setattr(place, lambda *given: {}["killed"])
+            run("--output_dir", str(second), "--resume", str(first), steps=5)
+        run("--output_dir", str(second), "--resume", "auto", steps=5)
+        assert losses(second) == losses(whole) and len(losses(second)) == 2
+        for damaged in second.glob("checkpoints/step-*/manifest.json"):
+            damaged.write_text("[]")
+        (second / "metrics.jsonl").unlink()
+        described = json.loads((second / "provenance.json").read_text())
+        (second / "provenance.json").write_text(json.dumps({key: described[key] for key in described if key != "end"}))
+        run("--output_dir", str(second), "--resume", "auto", steps=5)
+        assert losses(second) == losses(whole), "its own checkpoints are all damaged"
+        assert len([*second.glob("checkpoints/damaged-1-*")]) == 2 and damage(checkpoint) is None
+        shutil.rmtree(second)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("panda.runner.Loop.train", lambda *given: {}["killed"])
+        run("--output_dir", str(second), "--resume", str(first), steps=5)
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"began from .*first/checkpoints/step-00000003, which is gone"):
+        run("--output_dir", str(second), "--resume", "auto", steps=5)
