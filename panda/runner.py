@@ -74,6 +74,7 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
         with _to_its_end(run, configuration):
             if run.resumed_from is not None:
                 processes.together(partial(load_state, run, run.resumed_from))
+            lock.have_read()
             run.at("panda_run_start")
             Loop(run, progress).train()
             finish(run)

@@ -225,8 +225,12 @@ def difference(run: Path, plain: Path) -> str | None:
     for name in (
         "checkpoints/latest",
         "answers.json",
-        # The model card has the name of the run.
-        *(f"export/{file.name}" for file in (plain / "export").iterdir() if file.name != "README.md"),
+        # The model card has the name of the run, and panda.json the hash of a checkpoint, whose content was compared.
+        *(
+            f"export/{file.name}"
+            for file in (plain / "export").iterdir()
+            if file.name not in ("README.md", "panda.json")
+        ),
     ):
         if (run / name).read_bytes() != (plain / name).read_bytes():
             return name

@@ -213,3 +213,18 @@ def test_functions_are_short_and_take_few_parameters() -> None:
         if lines > LONG or len(given) > MANY:
             found.add(name)
     assert found == set(EXCUSED)
+
+
+def test_json_and_yaml_that_nest_too_deeply_are_damage_and_no_traceback() -> None:
+    """What expects damaged text of a parser (ValueError) also expects RecursionError, which is none."""
+    found = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Try):
+                continue
+            body = " ".join(map(ast.unparse, node.body))
+            caught = " ".join(ast.unparse(handler.type or ast.Name("Exception")) for handler in node.handlers)
+            parses = re.search(r"\bjson\.loads?\(|\byaml\.(safe_load|load|compose)\(", body)
+            if parses and re.search("ValueError|YAMLError", caught) and not re.search("RecursionError|Exc", caught):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found

@@ -16,6 +16,7 @@ from panda.configuration.arguments import texts_of
 from panda.registry import UserError
 from panda.registry.location import resolve_path
 from panda.registry.options import Given
+from panda.weights.export_format import refuse_later_export
 from panda.weights.formats import ADAPTERS
 from panda.weights.formats import CONFIG
 from panda.weights.json_object import read_json_object
@@ -49,6 +50,7 @@ def run_harness(location: str, own: Mapping[str, Given], arguments: Arguments, m
 def model_arguments(location: str, ckpt_path: Given | None) -> str:
     """The `--model_args` of lm_eval for the model at ``location``. Raises UserError where transformers loads none."""
     folder = exported_model(resolve_path(location))
+    refuse_later_export(folder)
     found: dict[str, Any] = {"pretrained": folder, "dtype": "auto"}
     if (folder / ADAPTERS).exists():
         base = ckpt_path.value if ckpt_path else read_json_object(folder / ADAPTERS).get("base_model_name_or_path")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
+from panda.cli.run_folders import run_of
 from panda.files.activity import is_terminal
 from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
@@ -57,7 +58,9 @@ def _push(argv: list[str]) -> None:
         raise UserError(f"{arguments.name!r}: expected OWNER/NAME, where the owner is you or an organisation of yours.")
     if arguments.private:
         print("note: --private: private is the default")
-    upload = upload_of(resolve_path(arguments.folder))
+    folder = resolve_path(arguments.folder)
+    run_of(folder)  # which refuses a later version's
+    upload = upload_of(folder)
     for line in [*_described(upload), *_weights(upload)]:
         print(printable_line(line))
     if arguments.dry_run:
@@ -107,7 +110,7 @@ def _local_base(folder: Path) -> str | None:
     """The base of adapters in ``folder`` if it is no name on the hub."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return base if isinstance(base, str) and base and (not is_name(base) or Path(base).exists()) else None
 

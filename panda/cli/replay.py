@@ -20,6 +20,7 @@ from panda.files.terminal import fitted
 from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.registry import UserError
+from panda.registry.location import resolve_path
 from panda.registry.options import Given
 from panda.run.directory import PROVENANCE
 from panda.run.directory import RUN_CONFIG
@@ -108,7 +109,7 @@ def _checkpoint_before(run: Path, step: int) -> Path | None:
     begun_from = read_provenance(run).get("resumed_from")
     if begun_from is None:
         return None
-    before = find_checkpoint(Path(begun_from))
+    before = find_checkpoint(resolve_path(str(begun_from)))
     if before is None or step_of(before) >= step:
         raise UserError(f"{run}: it began from {begun_from}, and there is no checkpoint before step {step:,} any more.")
     return before

@@ -140,5 +140,5 @@ def _write(path: Path, text: str, how: int) -> None:
 def _of_json(line: str) -> object:
     try:
         return json.loads(line)
-    except ValueError:  # not written by this program
+    except (ValueError, RecursionError):  # not written by this program
         return None

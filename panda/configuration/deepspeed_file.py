@@ -26,7 +26,7 @@ def read_deepspeed_file(options: RunOptions) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=_without_repetition)
     except OSError as problem:
         raise UserError(f"deepspeed_config: {file}: {problem.strerror}.") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"deepspeed_config: {file}: not valid JSON: {problem}.") from None
     if not isinstance(content, dict):
         raise UserError(f"deepspeed_config: {file}: expected a JSON object, {{...}}.")
@@ -41,7 +41,7 @@ def place_of(file: str, path: str) -> str:
         node: Any = yaml.compose(resolve_path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         for name in path.split("."):
             key, node = next((key, value) for key, value in node.value if key.value == name)
-    except (OSError, ValueError, TypeError, AttributeError, StopIteration, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, AttributeError, StopIteration, RecursionError, yaml.YAMLError):
         return file
     return f"{file}:{key.start_mark.line + 1}"
 

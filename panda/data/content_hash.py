@@ -93,7 +93,7 @@ def _recall(file: Path, memory: Path) -> str | None:
     try:
         remembered, digest = json.loads(_note(file, memory).read_bytes())
         return str(digest) if remembered == _identity(file.stat()) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -68,7 +68,7 @@ def _present(files: list[Path], folder: Path) -> list[Path]:
 def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise UserError(f"{file}: cannot be read: {problem}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: it is no object of JSON, as `datasets` writes it.")

@@ -203,7 +203,7 @@ def open_cache(folder: Path, cache: Path | None = None) -> TokenDataset | None:
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, UserError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as problem:
         print(f"token cache: {folder} is damaged and is made again: {problem}", file=sys.stderr, flush=True)
         return None
 

@@ -23,6 +23,8 @@ TRIES, SECONDS_BETWEEN = 10, 0.05
 POLL_SECONDS = 0.2
 """Seconds between two tries of a process that waits."""
 
+_TO_HOLD = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+"""Not through a link: what it leads to would be emptied."""
 _descriptors: set[int] = set()
 """Open files of the locks that this process holds or waits for."""
 
@@ -52,14 +54,14 @@ def held(
     With ``removed`` the file is removed at the end; then all who hold it have to say so.
     """
     process = os.getpid()
-    descriptor = _opened(file)
+    descriptor = opened(file, _TO_HOLD)
     try:
         while True:
             is_held = _lock(descriptor, file, waiting, unlocked)
             if not (removed and is_held) or is_at(descriptor, file):
                 break
-            _close(descriptor)  # who held it before has removed it
-            descriptor = _opened(file)
+            close(descriptor)  # who held it before has removed it
+            descriptor = opened(file, _TO_HOLD)
         with suppress(OSError):  # a full disk: the lock is held all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _this_process().encode(), 0)
@@ -73,7 +75,7 @@ def held(
                         file.unlink()  # while it is held
     finally:
         if os.getpid() == process:  # a forked process has closed it already
-            _close(descriptor)
+            close(descriptor)
 
 
 def is_at(descriptor: int, file: Path) -> bool:
@@ -84,14 +86,15 @@ def is_at(descriptor: int, file: Path) -> bool:
         return False
 
 
-def _opened(file: Path) -> int:
-    # Not through a link: what it leads to would be emptied.
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+def opened(file: Path, flags: int) -> int:
+    """A descriptor of ``file`` that can be locked. Processes that are forked meanwhile do not hold the lock."""
+    descriptor = os.open(file, flags, 0o666)
     _descriptors.add(descriptor)
     return descriptor
 
 
-def _close(descriptor: int) -> None:
+def close(descriptor: int) -> None:
+    """Close what ``opened`` returned, which frees its lock."""
     _descriptors.discard(descriptor)
     os.close(descriptor)
 

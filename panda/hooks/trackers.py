@@ -266,7 +266,7 @@ def _known(directory: Path) -> dict[str, str]:
     """The names that trackers have for the run in ``directory``."""
     try:
         found = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Watched:
-    """The best value of a metric. A value that is not a number is never better."""
+    """The best value of a metric. One that is not finite is never better, nor one that is equal."""
 
     def __init__(
         self, plugin: str, metric: str, *, higher_is_better: bool | None = None, threshold: float = 0.0
@@ -45,7 +45,7 @@ class Watched:
             self._end(run, [name for name in record if name.startswith("eval_")])
             return False
         value, higher = record[self.metric], self._higher_is_better(run)
-        if math.isnan(value):
+        if not math.isfinite(value):
             better = False
         elif self.best is None:
             better = True

@@ -180,7 +180,7 @@ def editable_folder(distribution: importlib.metadata.Distribution) -> Path | Non
     """The source folder of an editable installation; None for another one."""
     try:
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not (isinstance(origin, dict) and origin.get("dir_info", {}).get("editable")):
         return None

@@ -57,7 +57,7 @@ def written_values(key: str, items: tuple[str, ...]) -> dict[str, Any]:
             raise UserError(f"{key}: {item!r} is not NAME=VALUE. Example: `num_hidden_layers=2`.")
         try:
             values[name.strip()] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[name.strip()] = text
     return values
 

@@ -12,8 +12,8 @@ from panda.data.locations import data_sets
 from panda.data.packing import Layout
 from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
-from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.folders import step_of
+from panda.engine.checkpoints.in_use import set_aside_once_unread
 from panda.engine.checkpoints.writing import load_checkpoint
 from panda.engine.checkpoints.writing import remove_interrupted
 from panda.engine.determinism import how_alike
@@ -24,6 +24,7 @@ from panda.files.disk_full import writing
 from panda.files.library_warnings import current
 from panda.files.terminal import printable
 from panda.run.continuation import Continuation
+from panda.run.description import BEGUN_FROM
 from panda.run.description import changes
 from panda.run.description import write_description
 from panda.run.directory import MODEL_FOLDER
@@ -147,13 +148,14 @@ def _load(prepared: Preparation, continuation: Continuation, model: TrainedModel
 def _set_aside(directory: Path, checkpoint: Path | None) -> None:
     """Rename the checkpoints in ``directory`` that are later than ``checkpoint``, from which the run continues.
 
-    It takes another course from there, and the newest checkpoint must be one of its own.
+    It takes another course from there, and the newest checkpoint must be one of its own. Where it continues from that
+    of another run, all that it has are damaged.
     """
-    if checkpoint and checkpoint.parent == directory / "checkpoints":
-        for later in checkpoints(checkpoint.parent):
+    if checkpoint:
+        for later in checkpoints(directory / CHECKPOINTS):
             if step_of(later) > step_of(checkpoint):
                 problem = damage(later)
-                path = set_aside(later, "damaged" if problem else "abandoned")
+                path = set_aside_once_unread(later, "damaged" if problem else "abandoned")
                 why = f"it is damaged: {problem}" if problem else "the run continues from an earlier one"
                 print(printable(f"set aside: {path}, since {why}"), flush=True)
 
@@ -181,5 +183,5 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         "checkpoint": pretrained.describe() if pretrained else None,
         **({"base_weights": base_weights(pretrained)} if run.options.use_lora else {}),
         "vocabulary": (prepared.context.config or {}).get("vocab_size"),
-        "resumed_from": str(run.resumed_from) if run.resumed_from else None,
+        BEGUN_FROM: str(run.resumed_from.absolute()) if run.resumed_from else None,
     }

@@ -17,7 +17,7 @@ from panda.engine.checkpoints.agreement import MADE_OF
 from panda.engine.checkpoints.agreement import refuse_differing
 from panda.engine.checkpoints.folders import checkpoints
 from panda.engine.checkpoints.folders import damage
-from panda.engine.checkpoints.folders import set_aside
+from panda.engine.checkpoints.in_use import set_aside_once_unread
 from panda.engine.checkpoints.manifest import START
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.manifest import read_progress
@@ -31,8 +31,9 @@ from panda.registry.resolve import Resolved
 from panda.run.description import read_end
 from panda.run.description import refuse_later
 from panda.run.directory import EXPORT
-from panda.run.directory import find_directory
+from panda.run.directory import checkpoint_to_continue
 from panda.run.directory import hold_continued
+from panda.run.directory import is_own
 from panda.run.directory import names_checkpoint
 from panda.run.directory_lock import RunLock
 from panda.run.ending import options_of_stopper
@@ -115,7 +116,9 @@ def _finished_line(directory: Path, steps: int, total: int, stopped: dict[str, A
 
 
 def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) -> Continuation:
-    """What the run of ``prepared`` continues, its directory held by ``lock``. Every rank has to call it.
+    """What the run of ``prepared`` continues, its directory or the checkpoint of another run held by ``lock``.
+
+    Every rank has to call it.
 
     Raises UserError if a fact that must stay the same differs from the run that made the checkpoint.
     """
@@ -124,26 +127,28 @@ def continuation_of(prepared: Preparation, processes: Processes, lock: RunLock) 
     if directory is not None:
         refuse_later(directory)
     begun = time.perf_counter()
-    checkpoint = _whole(resolved, directory, checkpoint, processes)
+    checkpoint = _whole(resolved, directory, checkpoint, processes, lock)
     agreement = agreement_of(resolved, prepared.pretrained, prepared.dataset)
     progress = processes.together(lambda: read_progress(checkpoint, agreement)) if checkpoint else START
     return Continuation(directory, checkpoint, progress, agreement, time.perf_counter() - begun)
 
 
-def _whole(resolved: Resolved, directory: Path | None, checkpoint: Path | None, processes: Processes) -> Path | None:
+def _whole(
+    resolved: Resolved, directory: Path | None, checkpoint: Path | None, processes: Processes, lock: RunLock
+) -> Path | None:
     """``checkpoint``, or the newest before it whose files have the content that was written, in ``directory``.
 
-    Damaged ones that are newer are set aside. Raises DamagedError for one that the user named.
+    Damaged ones that are newer are set aside. Raises DamagedError for one that the user named, or of another run.
     """
     while checkpoint is not None:
         try:
             check_shared(processes, checkpoint)
             break
         except UserError as problem:
-            if directory is None or names_checkpoint(resolved, checkpoint):
+            if directory is None or names_checkpoint(resolved, checkpoint) or not is_own(checkpoint, directory):
                 raise
             processes.from_rank_0(partial(_report_aside, checkpoint, str(problem)))
-            checkpoint = processes.from_rank_0(lambda: find_directory(resolved)[1])
+            checkpoint = processes.from_rank_0(partial(checkpoint_to_continue, resolved, directory, lock))
     if checkpoint is None and directory is not None:
         processes.from_rank_0(lambda: _begin_again(directory, resolved.core.if_damaged))
     return checkpoint
@@ -167,7 +172,7 @@ def _begin_again(directory: Path, if_damaged: str) -> None:
 
 
 def _report_aside(checkpoint: Path, why: str) -> None:
-    print(printable(f"set aside: {set_aside(checkpoint, 'damaged')}, since {why}"), flush=True)
+    print(printable(f"set aside: {set_aside_once_unread(checkpoint, 'damaged')}, since {why}"), flush=True)
 
 
 def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: SampleSet) -> dict[str, Any]:

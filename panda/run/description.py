@@ -32,13 +32,15 @@ from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
 from panda.registry.settings import Setting
 from panda.registry.user_files import executed_files
-from panda.run.directory import EXPORT
-from panda.run.directory import PROVENANCE
-from panda.run.directory import RUN_CONFIG
 from panda.weights.finding import from_anywhere
+from panda.weights.run_folders import EXPORT
+from panda.weights.run_folders import PROVENANCE
+from panda.weights.run_folders import RUN_CONFIG
 
 FORMAT = 1
 """Of run directories that this version writes, in provenance.json. Higher ones are read only by later versions."""
+BEGUN_FROM = "resumed_from"
+"""The key in provenance.json for the checkpoint from which a start of the run went on."""
 _OF_A_RUN = re.compile(rf"(?:^|/){re.escape(RUN_CONFIG)}:\d+$")
 _PLACE_KEYS = ("output_dir", "resume")
 """Keys that say where a run is stored, not what it does: left out of config.yaml, so that it can be run again."""
@@ -67,7 +69,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     """
     before = read_provenance(directory)
     earlier = before.pop("earlier_starts", [])
-    earlier = [*(earlier if isinstance(earlier, list) else []), *([before] if before else [])]
+    earlier = [*(earlier if isinstance(earlier, list) else []), *([before] if "started" in before else [])]
     write_whole(directory / RUN_CONFIG, config_text(resolved))
     _write_json(directory / "deepspeed.json", deepspeed)
     packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
@@ -116,10 +118,7 @@ def _report_changes(user_files: Mapping[str, str], before: Mapping[str, Any]) ->
 
 def refuse_later(directory: Path) -> None:
     """Raise UserError where a later version of panda has written the run in ``directory``, in another format."""
-    try:
-        stated = json.loads((directory / PROVENANCE).read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):  # that of a run which has only begun, or of before 0.1.0
-        return
+    stated = read_provenance(directory).get("format")  # None: a run that has only begun, or of before 0.1.0
     if isinstance(stated, int) and stated > FORMAT:
         raise UserError(
             f"{directory}: it was written by a later version of panda, in format {stated}, and this one reads up to"

@@ -5,6 +5,7 @@ docs/concepts.md lists its contents.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,10 @@ from panda.registry import UserError
 from panda.registry.location import problem_of_path
 from panda.registry.location import resolve_path
 from panda.registry.resolve import Resolved
+from panda.run.description import BEGUN_FROM
+from panda.run.description import read_provenance
 from panda.run.directory_lock import RunLock
+from panda.weights.run_folders import CHECKPOINTS
 from panda.weights.run_folders import EXPORT as EXPORT
 from panda.weights.run_folders import PROVENANCE as PROVENANCE
 from panda.weights.run_folders import RUN_CONFIG as RUN_CONFIG
@@ -29,17 +33,33 @@ MODEL_FOLDER = "model"
 
 
 def hold_continued(resolved: Resolved, lock: RunLock) -> tuple[Path | None, Path | None]:
-    """The run directory to continue, held by ``lock``, and the checkpoint to continue from; each may be None.
+    """The run directory to continue, and the checkpoint to continue from; each may be None.
 
+    ``lock`` holds the directory, or where that is None the checkpoint, which may be that of a run that still trains.
     Raises UserError as ``find_directory`` does, and if another process holds the directory.
     """
     directory, checkpoint = find_directory(resolved)
     if not continues_in_place(resolved, directory, checkpoint):
-        return None, checkpoint
+        if checkpoint is None or resolved.core.resume is None:
+            return None, None
+        held = lock.read(resolve_path(resolved.core.resume))
+        return None, held or find_directory(resolved)[1]  # which raises UserError: it was removed since
     refuse_links_out(directory)
     lock.take(directory)
     # Looked up again: the previous holder of the lock may have saved checkpoints since.
-    return directory, find_checkpoint(directory) if resolved.core.resume == "auto" else find_directory(resolved)[1]
+    return directory, checkpoint_to_continue(resolved, directory, lock)
+
+
+def checkpoint_to_continue(resolved: Resolved, directory: Path, lock: RunLock) -> Path | None:
+    """The checkpoint from which the run in ``directory`` is continued; ``lock`` holds that of another run."""
+    auto = resolved.core.resume == "auto"
+    checkpoint = _newest_or_first(directory) if auto else find_directory(resolved)[1]
+    return checkpoint if checkpoint is None or is_own(checkpoint, directory) else lock.read(checkpoint)
+
+
+def is_own(checkpoint: Path, directory: Path) -> bool:
+    """Whether ``checkpoint`` is of the run in ``directory``, and not of another one from which that began."""
+    return checkpoint.resolve().parent == (directory / CHECKPOINTS).resolve()
 
 
 def make_directory(resolved: Resolved, lock: RunLock) -> Path:
@@ -48,10 +68,12 @@ def make_directory(resolved: Resolved, lock: RunLock) -> Path:
     Raises UserError if that would mix two runs.
     """
     while True:
-        directory, _ = find_directory(resolved)
+        directory, checkpoint = find_directory(resolved)
+        begun = json.dumps({BEGUN_FROM: str(checkpoint.absolute())}) if checkpoint else ""
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / PROVENANCE).open("x").close()  # of several runs that start at once, one succeeds
+            with (directory / PROVENANCE).open("x") as file:  # of several runs that start at once, one succeeds
+                file.write(begun)
         except FileExistsError:
             if resolved.core.resume == "auto":
                 lock.take(directory)
@@ -113,7 +135,7 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
         with _reaching(directory):
             if not (directory / PROVENANCE).exists():  # else it holds a run to continue
                 _check_empty(directory)
-            return directory, find_checkpoint(directory)
+            return directory, _newest_or_first(directory)
     if options.resume is None:
         return _new(given, default), None
     problem = problem_of_path(options.resume)
@@ -133,6 +155,28 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
     return _new(given, default), checkpoint
 
 
+def _newest_or_first(directory: Path) -> Path | None:
+    """The newest checkpoint of the run in ``directory``; where it has saved none, that of another from which it began.
+
+    Raises UserError where that is gone: from random weights it would be another run.
+    """
+    if found := find_checkpoint(directory):
+        return found
+    provenance = read_provenance(directory)
+    earlier = provenance.get("earlier_starts")
+    starts = [provenance, *reversed(earlier if isinstance(earlier, list) else [])]
+    named = [start[BEGUN_FROM] for start in starts if isinstance(start, dict) and start.get(BEGUN_FROM)]
+    others = [path for path in map(resolve_path, map(str, named)) if not is_own(path, directory)]
+    if not others:
+        return None
+    if (found := find_checkpoint(others[0])) is None:
+        raise UserError(
+            f"resume: the run in {directory} began from {others[0]}, which is gone, and has no whole checkpoint of its"
+            " own. Put that back; or start a run of its own in another `output_dir`."
+        )
+    return found
+
+
 def recorded_configuration(resolved: Resolved) -> dict[str, Any]:
     """What config.yaml of the run that this one continues says; empty where there is none."""
     if resolved.core.resume is None:
@@ -145,7 +189,7 @@ def configuration_in(run: Path) -> dict[str, Any]:
     """What config.yaml of ``run``, a run directory, says; empty where there is none."""
     try:
         values = yaml.safe_load((run / RUN_CONFIG).read_bytes())
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 

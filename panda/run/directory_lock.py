@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+from panda.engine.checkpoints.in_use import being_read
 from panda.files.locks import HeldError
 from panda.files.locks import held
 from panda.files.locks import holder_of
@@ -15,10 +16,11 @@ FILE = ".lock"
 
 
 class RunLock(ExitStack):
-    """Holds a run directory from ``take`` to the end of the ``with`` statement."""
+    """Holds a run directory from ``take`` to the end of the ``with`` statement, and what it begins with meanwhile."""
 
     _file: Path | None = None
     _identity: os.stat_result | None = None
+    _reading: ExitStack | None = None
 
     def take(self, directory: Path) -> None:
         """Hold ``directory``. Raises UserError, which names the holder, if another process holds it."""
@@ -29,6 +31,16 @@ class RunLock(ExitStack):
             raise _in_use(directory, problem.holder) from None
         except OSError as problem:
             raise UserError(f"{directory}: cannot be written to: {problem.strerror}.") from None
+
+    def read(self, path: Path) -> Path | None:
+        """The checkpoint at ``path``, of another run, which leaves it in place until ``have_read``; None for none."""
+        self._reading = self.enter_context(ExitStack())
+        return self._reading.enter_context(being_read(path))
+
+    def have_read(self) -> None:
+        """Let the other run remove what ``read`` returned."""
+        if self._reading is not None:
+            self._reading.close()
 
     def is_lost(self) -> bool:
         """Whether the directory that is held was removed since, or another stands in its place."""

@@ -74,7 +74,7 @@ def _licence(base: str) -> dict[str, str]:
     try:
         text = (Path(base) / "README.md").read_text(encoding="utf-8") if base else ""
         found = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---")) if text.startswith("---") else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {key: found[key] for key in LICENCE if isinstance(found.get(key), str)} if isinstance(found, dict) else {}
 

@@ -39,6 +39,7 @@ from panda.weights.model_config import model_config
 from panda.weights.parts import PARTS
 from panda.weights.pretrained import Pretrained
 from panda.weights.run_folders import CARD_MARK
+from panda.weights.run_folders import newest_checkpoint
 from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
 
@@ -123,10 +124,11 @@ def exporting(folder: Path, card: str = "") -> Iterator[Path]:
     then = "Checkpoints and any earlier export are untouched: `panda export RUN` writes it again."
     file = folder.absolute().with_name(f".{folder.name}.lock")
     with writing(f"{folder}: the export", then):
+        newest = newest_checkpoint(file.parent)  # as it is before the weights are read
         file.parent.mkdir(parents=True, exist_ok=True)
         with held(file, waiting=_say_who_exports, removed=True), whole(folder) as new:
             yield new
-            write_export_format(new)
+            write_export_format(new, newest)
             _put_card(card, new, folder)
 
 

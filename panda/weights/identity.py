@@ -51,7 +51,7 @@ def _extents(file: Path, stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
             extents = [
                 (f"{name} {about['dtype']} {about['shape']}", *about["data_offsets"]) for name, about in entries.items()
             ]
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise damaged(file, "it has no header") from None
         for label, first, last in extents:
             if 8 + length + last > end:

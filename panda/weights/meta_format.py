@@ -61,7 +61,7 @@ def meta_config(folder: Path) -> dict[str, Any]:
             "rms_norm_eps": params["norm_eps"],
             "rope_theta": float(params.get("rope_theta", 10000.0)),
         }
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
         raise UserError(f"{file}: not the parameters of a LLaMA: {problem!r}.") from None
     if params.get("use_scaled_rope"):  # Llama 3.1, and the small models of 3.2; the constants are in Meta's code
         config["rope_scaling"] = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from panda.files.private import secret_in
 from panda.registry import UserError
 from panda.registry.errors import in_brief
+from panda.weights.export_format import refuse_later_export
 from panda.weights.run_folders import CHECKPOINTS
 from panda.weights.run_folders import EXPORT
 from panda.weights.run_folders import PROVENANCE
@@ -68,6 +69,7 @@ def upload_of(location: Path) -> Upload:
     if (location / PROVENANCE).exists() and not (location / EXPORT).is_dir():
         raise UserError(f"{location}: this run has no export yet. `panda export {location}` writes it.")
     folder = exported_model(location)
+    refuse_later_export(folder)
     if not folder.is_dir():
         raise UserError(
             f"{location}: there is no such folder. Name a run, or a folder that `panda export` has written."

@@ -16,6 +16,7 @@ smollm2/sft/config.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -35,12 +36,14 @@ from panda.configuration.configure import configure
 from panda.configuration.options import RunOptions
 from panda.configuration.translation.rules import Sets
 from panda.configuration.translation.rules import To
+from panda.configuration.translation.rules import Tool
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import whole
 from panda.configuration.translation.translate import TOOLS
 from panda.configuration.translation.translate import is_of_another_tool
 from panda.configuration.translation.translate import looks_like
 from panda.configuration.translation.translate import translate
+from panda.configuration.translation.translate import translated as in_pandas_keys
 from panda.configuration.translation.translate import written
 from panda.registry import Catalog
 from panda.registry import UserError
@@ -651,6 +654,24 @@ def keys_of_panda() -> set[str]:
             if kind != "arch" and component is not None:
                 keys |= {field.name for field in fields(component.options)}
     return keys
+
+
+ODD = (5, -3, 0.5, math.inf, 10**30, True, "a=1", "9" * 5000, [], [1], [None], [["x"]], {1: 2}, [{"a": 1}], "x, y")
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=list(TOOLS))
+def test_a_value_of_any_form_is_translated_or_an_error_that_names_its_key(tool: Tool) -> None:
+    """Each key of each tool with each of ODD, beside what a file of it needs."""
+    base = {"stage": "sft", "finetuning_type": "lora", "dataset": "d", "dataset_name": "d", "micro_batch_size": 2}
+    known = {key.replace("*", "x") for key in tool.keys} | {*tool.defaults, *tool.own}
+    refused = set()
+    for key, value in itertools.product(sorted(known), ODD):
+        try:
+            in_pandas_keys(base | {key: value}, tool)
+        except UserError as problem:
+            assert key in str(problem)
+            refused.add(key)
+    assert "report_to" in refused
 
 
 def test_a_number_without_end_is_no_whole_one() -> None:

@@ -30,6 +30,7 @@ from panda.hooks.freeze import stretches
 from panda.hooks.watched import Watched
 from panda.registry import UserError
 from panda.registry.options import build
+from panda.run.best_evaluation import best_evaluation
 from panda.runner import train
 
 AT_ONCE = """
@@ -231,6 +232,11 @@ def test_what_counts_as_better(capsys: pytest.CaptureFixture[str]) -> None:
     lower = Watched("ours", "eval_x", threshold=0.5)
     assert taken(lower, [nan, 3, 2.5, 2.4, nan, 2.6]) == [False, True, False, True, False, False]
     assert (lower.best, lower.best_step, lower.since) == (2.4, 3, 2)
+    values = [float("-inf"), 2, 1, 1, nan, 1]
+    judged = Watched("ours", "eval_loss")
+    assert taken(judged, values) == [False, True, True, False, False, False], "of equal ones the first"
+    found = best_evaluation(Path("nowhere"), [{"step": step, "eval_loss": value} for step, value in enumerate(values)])
+    assert found is not None and (found.value, found.step) == (judged.best, judged.best_step) == (1, 2)
     higher = Watched("ours", "eval_x", higher_is_better=True)
     assert taken(higher, [1, 1, 2, -3]) == [True, False, True, False]
     capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from panda.engine.checkpoints.weights import checkpoint_weights
 from panda.engine.processes import Processes
 from panda.registry import UserError
 from panda.runner import train
+from panda.weights.run_folders import exported_model
 
 NEXT = [5.540313720703125, 5.612966060638428, 5.543093681335449]
 """The losses that followed in a run of the version that wrote the sample."""
@@ -63,6 +65,46 @@ def test_an_export_of_an_earlier_version_answers(run: Path, capsys: pytest.Captu
     (run / "export/panda.json").unlink()  # as of a version before 0.1.0
     assert main(["generate", str(run / "export"), "--prompt", recorded["prompt"], "--max_new_tokens", "2"]) == 0
     assert capsys.readouterr().out == said != ""
+
+
+@pytest.mark.parametrize("command", ["export", "generate", "chat", "eval", "push", "plot", "report", "diff", "replay"])
+def test_commands_refuse_runs_and_exports_of_later_formats(
+    run: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run those that read it; of an export those that read weights of others."""
+    more = {"generate": ["--prompt", "a"], "push": ["a/b", "--dry_run"], "diff": [str(run)], "replay": ["1"]}
+    later = json.loads((run / "provenance.json").read_text()) | {"format": 2}
+    (run / "provenance.json").write_text(json.dumps(later))
+    assert main([command, str(run), *more.get(command, [])]) == 2
+    assert "written by a later version of panda, in format 2" in capsys.readouterr().err
+    (run / "provenance.json").unlink()
+    (run / "export/panda.json").write_text('{"format": 2}')
+    if command in ("generate", "chat", "push"):
+        assert main([command, str(run / "export"), *more.get(command, [])]) == 2
+        assert "exported by a later version of panda, in format 2" in capsys.readouterr().err
+
+
+def test_an_export_is_known_to_be_older_whatever_the_times_of_its_files(processes: Processes, run: Path) -> None:
+    def renewed(steps: int, *more: str) -> None:
+        data = ("--instruction_tuning_data_dir", str(ROWS))
+        train(configure(parse_arguments(["--resume", str(run), "--max_steps", str(steps), *data, *more])))
+
+    assert exported_model(run) == run / "export", "it says nothing of its checkpoint: by the times"
+    renewed(STEPS + 1)
+    newest, export = run / f"checkpoints/step-{STEPS + 1:08d}/manifest.json", run / "export"
+    os.utime(newest, (2**31, 2**31))
+    assert exported_model(run) == export, "a copy may have any times"
+    before = shutil.copytree(export, run / "before")
+    renewed(STEPS + 2)
+    shutil.rmtree(export)
+    shutil.copytree(before, export)  # as if the run had been killed before it exported
+    for times in ((0, 0), (2**31, 2**31)):
+        for file in export.iterdir():
+            os.utime(file, times)
+        with pytest.raises(UserError, match=f"older than its newest checkpoint, step-{STEPS + 2:08d}"):
+            exported_model(run)
+    assert main(["export", str(run)]) == 0
+    assert exported_model(run) == export
 
 
 def test_later_formats_are_refused_as_such(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,9 +107,13 @@ def test_plain_transformers_gives_the_logits_of_the_trained_weights(run: Path, p
 def test_panda_export_writes_the_same_from_the_checkpoint(run: Path, tmp_path: Path) -> None:
     """In one process, without the model: the same bits and types as training had in memory."""
     assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
-    at_the_end = {file.name: file.read_bytes() for file in (run / "export").iterdir()}
+    at_the_end, found = (
+        {file.name: file.read_bytes() for file in folder.iterdir()} for folder in (run / "export", tmp_path / "out")
+    )
+    stated, elsewhere = (json.loads(each.pop("panda.json")) for each in (at_the_end, found))
+    assert stated.pop("newest_checkpoint") and stated == elsewhere, "an export elsewhere is of no run"
     assert b"library_name: transformers\n" in at_the_end["README.md"]
-    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == at_the_end
+    assert found == at_the_end
 
 
 def test_a_full_disk_leaves_the_export_that_was_there(runs: Path, full_disk: Any, capsys: Any) -> None:

@@ -42,6 +42,7 @@ from panda.configuration.translation.rules import number
 from panda.configuration.translation.rules import one_of
 from panda.configuration.translation.rules import places
 from panda.configuration.translation.rules import read_adapter
+from panda.configuration.translation.rules import read_count
 from panda.configuration.translation.rules import read_item
 from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
@@ -235,11 +236,10 @@ def read(theirs: Theirs, found: Translation) -> None:
             "warm-up: axolotl's default is 3% of the steps and at most 100; for a run of more than 3,333 steps write"
             " `warmup_steps: 100` in place of `warmup_proportion`."
         )
-    micro, whole_batch = theirs("micro_batch_size"), theirs("batch_size")
-    if whole_batch and "gradient_accumulation_steps" not in theirs.given:
-        found.set(
-            "gradient_accumulation_steps", max(1, int(whole_batch) // int(micro)), "batch_size / micro_batch_size"
-        )
+    micro = theirs("micro_batch_size")
+    if theirs("batch_size") and "gradient_accumulation_steps" not in theirs.given:
+        steps = max(1, read_count("batch_size", theirs) // read_count("micro_batch_size", theirs))
+        found.set("gradient_accumulation_steps", steps, "batch_size / micro_batch_size")
     if theirs("eval_batch_size") is None and found.evaluates:
         found.set("per_gpu_eval_batch_size", micro, "micro_batch_size")
     least = number(theirs("cosine_min_lr_ratio"))

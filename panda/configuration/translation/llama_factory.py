@@ -38,7 +38,9 @@ from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import one_of
 from panda.configuration.translation.rules import places
 from panda.configuration.translation.rules import read_adapter
+from panda.configuration.translation.rules import read_count
 from panda.configuration.translation.rules import read_item
+from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import read_validation_share
 from panda.registry import UserError
 
@@ -190,11 +192,12 @@ def _elsewhere(theirs: Theirs) -> list[str]:
 
 def _read_adapters(theirs: Theirs, found: Translation) -> None:
     if "lora_alpha" not in theirs.given:
-        found.set("lora_alpha", 2 * int(theirs("lora_rank")), "LLaMA-Factory's default of lora_alpha: twice the rank")
-    target = theirs("lora_target")
-    names = target.split(",") if isinstance(target, str) else target
+        found.set(
+            "lora_alpha", 2 * read_count("lora_rank", theirs), "LLaMA-Factory's default of lora_alpha: twice the rank"
+        )
+    names = read_names("lora_target", theirs, commas=True)
     if names != ["all"]:  # panda's default is all linear layers but the output head, as theirs
-        found.set("lora_target_modules", [str(name).strip() for name in names], theirs.because("lora_target"))
+        found.set("lora_target_modules", names, theirs.because("lora_target"))
     if theirs("create_new_adapter"):
         found.lost["create_new_adapter: true"] = "add the adapter to its base with peft, and name that with `ckpt_path`"
     else:
@@ -206,9 +209,8 @@ def _read_data(theirs: Theirs, found: Translation, stage: str) -> None:
         ("instruction_tuning_data_dir", _OF_DATA) if stage == "sft" else ("pretraining_data_dir", _OF_DOCUMENTS)
     )
     for key, ours in (("dataset", data), ("eval_dataset", "eval_data_dir")):
-        written = theirs(key)
-        names = [name.strip() for name in written.split(",")] if isinstance(written, str) else written or []
-        files = [_place_of(name, Path(theirs("dataset_dir") or "data"), rules, found) for name in names]
+        names = read_names(key, theirs, commas=True)
+        files = [_place_of(name, Path(str(theirs("dataset_dir") or "data")), rules, found) for name in names]
         if files:
             found.set_data(ours, files, f"{key}: {', '.join(names)}")
     read_validation_share("val_size", theirs, found)
@@ -273,7 +275,7 @@ def _place_of(name: str, folder: Path, rules: Mapping[str, Rule], found: Transla
     """
     try:
         listed = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return name
     if not isinstance(listed, Mapping):
         return name

@@ -17,6 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from panda.registry import UserError
+from panda.registry.location import problem_of_path
 from panda.weights.hub import is_data_name
 
 OFF = "leave it out: it is off in panda, too."
@@ -114,7 +116,7 @@ class Translation:
     def set_data(self, key: str, paths: Sequence[str], because: str) -> None:
         """Write the place of data sets as panda's ``key``: one path, or a list of them."""
         named = list(dict.fromkeys(paths))
-        missing = [path for path in named if not (Path(path).exists() or is_data_name(re.split("[:@]", path)[0]))]
+        missing = [path for path in named if not (is_here(path) or is_data_name(re.split("[:@]", path)[0]))]
         if missing:
             because = f"{because}; name a file or folder of rows here in place of {', '.join(missing)}"
         self.set(key, named[0] if len(named) == 1 else named, because)
@@ -206,11 +208,16 @@ def places(item: Mapping[str, Any]) -> tuple[list[str], set[str]]:
         return [str(place) for place in named], {"data_files"}
     configuration = next((item[key] for key in _CONFIGURATION if item.get(key)), "default")
     split, revision = item.get("split") or "train", item.get("revision")
-    if not is_data_name(str(path)) or Path(str(path)).exists() or not str(split).isidentifier():
+    if not is_data_name(str(path)) or is_here(str(path)) or not str(split).isidentifier():
         return [str(path)], set()
     choice = [part for part, default in ((configuration, "default"), (split, "train")) if part != default]
     name = ":".join(map(str, [path, *choice]))
     return [f"{name}@{revision}" if revision else name], {*_CONFIGURATION, "split", "revision"}
+
+
+def is_here(path: str) -> bool:
+    """Whether there is a file or folder ``path``."""
+    return problem_of_path(path) is None and Path(path).exists()
 
 
 _CONFIGURATION = ("name", "config", "subset")
@@ -242,10 +249,24 @@ def rule_of(rules: Mapping[str, Rule], key: str) -> Rule | None:
     return rules[max(patterns, key=len)] if patterns else None
 
 
-def read_names(key: str, theirs: Theirs) -> list[str]:
-    """The value of ``key``, a name or a list of them."""
-    written = theirs(key)
-    return [written] if isinstance(written, str) else list(written or [])
+def read_names(key: str, theirs: Theirs, *, commas: bool = False) -> list[str]:
+    """The value of ``key``, a name or a list of them; with ``commas`` a text may have several.
+
+    Raises UserError for anything else.
+    """
+    written = theirs(key) or []
+    names = (written.split(",") if commas else [written]) if isinstance(written, str) else written
+    if not isinstance(names, list) or any(isinstance(name, Mapping | list | bool | None) for name in names):
+        raise UserError(f"{key}: expected a name or a list of names, not {shown(written)[:80]}.")
+    return [str(name).strip() for name in names if name != ""]
+
+
+def read_count(key: str, theirs: Theirs) -> int:
+    """The value of ``key``, a whole number from 1 on. Raises UserError for anything else."""
+    value = number(theirs(key))
+    if value is None or not math.isfinite(value) or value < 1:
+        raise UserError(f"{key}: expected a number from 1 on, not {shown(theirs(key))[:80]}.")
+    return int(value)
 
 
 def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
@@ -261,8 +282,7 @@ def read_validation_share(key: str, theirs: Theirs, found: Translation) -> None:
 
 def read_adapter(key: str, theirs: Theirs, found: Translation) -> None:
     """``key``, which names an adapter that training goes on from: then its own shape counts."""
-    written = theirs(key)
-    names = [name.strip() for name in written.split(",")] if isinstance(written, str) else written or []
+    names = read_names(key, theirs, commas=True)
     if len(names) > 1:
         found.lost[f"{key}: {', '.join(names)}"] = (
             "panda goes on from one adapter: add the others to the base with peft, and name the result"

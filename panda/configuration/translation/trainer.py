@@ -20,6 +20,7 @@ from panda.configuration.translation.rules import To
 from panda.configuration.translation.rules import Translation
 from panda.configuration.translation.rules import each
 from panda.configuration.translation.rules import number
+from panda.configuration.translation.rules import read_names
 from panda.configuration.translation.rules import whole
 from panda.configuration.translation.sharding import read_sharding
 
@@ -201,8 +202,7 @@ def combine(theirs: Theirs, found: Translation) -> None:
     _steps_between(theirs, found)
     read_sharding(theirs, found)
     _resume(theirs, found)
-    reported = theirs("report_to")
-    services = [item for item in ([reported] if isinstance(reported, str) else reported or []) if item != "tensorboard"]
+    services = [name for name in read_names("report_to", theirs) if name != "tensorboard"]
     if services and services != ["none"]:
         found.lost[f"report_to: {', '.join(services)}"] = SERVICES.reason
     if not found.value("use_lora") and not found.value("use_quant"):

@@ -76,18 +76,23 @@ def translate(path: Path, name: str | None = None) -> Translation:
             f"{path}: its keys are not of a tool that is known: {', '.join(map(str, content))[:300]}."
             f" Name one with --from: {', '.join(TOOLS)}."
         )
+    try:
+        return translated(content, tool)
+    except UserError as problem:
+        raise UserError(f"{path}: {problem}") from None
+
+
+def translated(content: Mapping[str, Any], tool: Tool) -> Translation:
+    """What a file of ``tool`` says, in panda's keys. Raises UserError for what panda cannot do at all."""
     flat = dict(flattened(content, whole=LISTS))
     nulls = frozenset(key for key, value in flat.items() if value is None)
     given = {key: value for key, value in flat.items() if value is not None}
     theirs = Theirs(tool.name, given, tool.defaults, nulls)
     found = Translation(tool.name)
-    try:
-        for key in (*given, *(key for key in tool.defaults if key not in given)):
-            _apply(rule_of(tool.keys, key), key, theirs, found)
-        tool.read(theirs, found)
-        combine(theirs, found)
-    except UserError as problem:
-        raise UserError(f"{path}: {problem}") from None
+    for key in (*given, *(key for key in tool.defaults if key not in given)):
+        _apply(rule_of(tool.keys, key), key, theirs, found)
+    tool.read(theirs, found)
+    combine(theirs, found)
     return found
 
 

@@ -170,7 +170,8 @@ _OF_DATA: dict[str, Rule] = {
 def _read_data(theirs: Theirs, found: Translation, key: str) -> None:
     """The data sets of a file: one, or a mixture by name (`id`, or `path`)."""
     mixture = theirs("dataset_mixture.datasets") or theirs("datasets") or []
-    sets: list[Mapping[str, Any]] = [item for item in mixture if isinstance(item, Mapping)]
+    items = mixture if isinstance(mixture, list) else [mixture]
+    sets: list[Mapping[str, Any]] = [item for item in items if isinstance(item, Mapping)]
     where = "dataset_mixture"
     if not sets:
         where = "dataset_mixer"

@@ -1,17 +1,24 @@
-"""Checkpoints that a command reads, while the run that has written them goes on: it leaves these. Imports no torch."""
+"""Checkpoints that a process reads, while the run that has written them goes on: it leaves these. Imports no torch."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
 from pathlib import Path
 
 from panda.engine.checkpoints.folders import find_checkpoint
+from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.manifest import MANIFEST
+from panda.files.activity import stand
+from panda.files.locks import POLL_SECONDS
+from panda.files.locks import close
 from panda.files.locks import is_at
+from panda.files.locks import opened
+from panda.files.terminal import printable
 from panda.files.whole import remove
 
 
@@ -24,7 +31,7 @@ def being_read(path: Path) -> Iterator[Path | None]:
             yield None
             return
         try:
-            descriptor = os.open(checkpoint / MANIFEST, os.O_RDONLY)
+            descriptor = opened(checkpoint / MANIFEST, os.O_RDONLY)
         except FileNotFoundError:  # removed since: there is a newer one
             continue
         try:
@@ -34,21 +41,47 @@ def being_read(path: Path) -> Iterator[Path | None]:
                 yield checkpoint
                 return
         finally:
-            os.close(descriptor)
+            close(descriptor)
 
 
 def remove_unless_read(checkpoint: Path) -> bool:
     """Remove ``checkpoint``, unless a process reads it now; whether it was removed."""
-    descriptor = os.open(checkpoint / MANIFEST, os.O_RDWR)
+    with _kept_from_readers(checkpoint) as is_unread:
+        if is_unread:
+            remove(checkpoint)
+    return is_unread
+
+
+def set_aside_once_unread(checkpoint: Path, why: str) -> Path:
+    """``set_aside``, once no process reads ``checkpoint``; says that it waits."""
+    has_said = False
+    while True:
+        with _kept_from_readers(checkpoint) as is_unread:
+            if is_unread:
+                return set_aside(checkpoint, why)
+        if not has_said:
+            stand(f"waiting for a process that reads {checkpoint.name}")
+            print(printable(f"waiting: {checkpoint} is to be set aside, and another process reads it"), flush=True)
+            has_said = True
+        time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _kept_from_readers(checkpoint: Path) -> Iterator[bool]:
+    """Whether no process reads ``checkpoint``; then none begins to meanwhile."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return False
-    except OSError:  # a file system without locks
-        pass
+        descriptor = opened(checkpoint / MANIFEST, os.O_RDWR)
+    except OSError:  # it is damaged, and no process has found it
+        yield True
+        return
     try:
-        remove(checkpoint)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
     finally:
-        os.close(descriptor)
-    return True
+        close(descriptor)

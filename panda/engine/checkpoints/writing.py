@@ -152,14 +152,14 @@ def finish_save(processes: Processes, folder: Path, step: int, *, keep: int | No
 def _remove_older(newest: Path, keep: int | None, kept: Collection[int]) -> None:
     """Remove the passing checkpoints that are older than ``newest``, and of all but the newest ``keep``.
 
-    One that a command reads now stays until the next save.
+    One that a process reads now stays; the next save removes it, should there be one.
     """
     older = [path for path in complete_checkpoints(newest.parent) if step_of(path) < step_of(newest)]
     passing = [path for path in older if read_manifest(path).passing]
     lasting = [path for path in older if path not in passing]
     for old in [*passing, *(lasting[: len(lasting) + 1 - keep] if keep else [])]:
         if step_of(old) not in kept and not remove_unless_read(old):
-            print(f"{old.name} is being read by another process, and stays until the next save", flush=True)
+            print(f"{old.name} stays, since another process reads it; the next save, if any, removes it", flush=True)
 
 
 def remove_interrupted(folder: Path) -> None:

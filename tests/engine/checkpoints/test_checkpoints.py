@@ -259,7 +259,10 @@ def test_a_checkpoint_that_a_command_reads_stays_until_the_next_save(
             save_checkpoint(engine, tmp_path, Progress(step), {}, keep=1)
         assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
         assert damage(first) is None
-    assert "step-00000001 is being read by another process, and stays until the next save\n" in capsys.readouterr().out
+    assert (
+        "step-00000001 stays, since another process reads it; the next save, if any, removes it\n"
+        in capsys.readouterr().out
+    )
     last = save_checkpoint(engine, tmp_path, Progress(4), {}, keep=1)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004"]
     found = iter([first, last])  # it was there when it was looked for
