@@ -40,7 +40,7 @@ class Rehearsing:
 
     @hookimpl
     def panda_run_start(self, run):
-        rehearsal.DEVICES = ("cpu",) if self.options.rehearses else ()
+        rehearsal.DEVICES = ("cpu", "cuda") if self.options.rehearses else ()
         rehearsal.SAID_AFTER = 0.0
         loss = run.task.loss
 
@@ -60,7 +60,7 @@ RUN: tuple[object, ...] = (
 KINDS: dict[str, tuple[object, ...]] = {"full": (), "lora": ("--use_lora", "--lora_r", 4, "--lora_dropout", 0.3)}
 SOME = ((0, "full"), (1, "lora"), (2, "full"), (3, "lora"))
 WAYS = tuple(itertools.product(range(4), KINDS)) if EVERY_WAY else SOME
-SAID = re.compile(r"rehearsed the longest micro batch \(1 x (\d+) tokens\): \d+\.\d s")
+SAID = re.compile(r"rehearsed the longest micro batch \(1 x (\d+) tokens\): (?:[\d.]+ GiB, )?\d+\.\d s")
 
 
 def flags(folder: Path, stage: int, kind: str, longest: int = 200) -> list[object]:
