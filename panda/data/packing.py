@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,7 +28,8 @@ Row = list[int]
 RowLength = Callable[[int], int]
 """The length to which a row of so many tokens is padded."""
 FILLING_SAMPLES = 5000
-"""Samples at the start of a run from which it is reported how full rows are, whatever the size of a step."""
+"""Samples at the start of a run from which it is told how full rows are, and of which shapes, whatever the size of a
+step."""
 
 
 def exact_length(tokens: int) -> int:
@@ -160,17 +164,40 @@ class Layout:
         dealt = [rows[start:end] for start, end in pairwise(starts)]
         return [dealt[first : first + plan.ranks] for first in range(0, places, plan.ranks)]
 
+    def shapes(self) -> Counter[tuple[int, int]]:
+        """How many micro batches of the first steps have so many rows of such a length: ``(rows, length)``.
+
+        Of the run's first steps where it is resumed, too: code is chosen by them, and other code rounds differently.
+        """
+        whole = replace(self, plan=replace(self.plan, start_step=0, start_position=0))
+        return Counter(
+            (max(1, len(filled)), self.row_length(max(filled, default=2)))
+            for micro_batch in whole._first_micro_batches()
+            for filled in map(self._filled, micro_batch)
+        )
+
     def filling(self) -> Filling:
-        """How full the rows of the first steps are: those of the first ``FILLING_SAMPLES`` samples, at least one."""
-        plan = self.plan
-        steps = range(plan.start_step + 1, plan.total_steps + 1)[: max(1, FILLING_SAMPLES // plan.step_samples)]
+        """How full the rows of the first steps are."""
         tokens = cells = samples = rows = 0
-        for step in steps:
-            for micro_batch in self.micro_batches(step):
-                for of_rank in micro_batch:
-                    filled = [int(self.dataset.lengths(np.array(row)).sum()) for row in of_rank]
-                    tokens += sum(filled)
-                    cells += self.row_length(max(filled, default=0)) * len(filled)
-                    samples += sum(map(len, of_rank))
-                    rows += len(of_rank)
-        return Filling(tokens / max(1, cells), samples / max(1, rows), tokens / max(1, rows), len(steps))
+        for micro_batch in self._first_micro_batches():
+            for of_rank in micro_batch:
+                filled = self._filled(of_rank)
+                tokens += sum(filled)
+                cells += self.row_length(max(filled, default=0)) * len(filled)
+                samples += sum(map(len, of_rank))
+                rows += len(of_rank)
+        return Filling(tokens / max(1, cells), samples / max(1, rows), tokens / max(1, rows), len(self._first_steps))
+
+    @property
+    def _first_steps(self) -> range:
+        """The steps of the first ``FILLING_SAMPLES`` samples, at least one."""
+        plan = self.plan
+        return range(plan.start_step + 1, plan.total_steps + 1)[: max(1, FILLING_SAMPLES // plan.step_samples)]
+
+    def _first_micro_batches(self) -> Iterator[list[list[Row]]]:
+        for step in self._first_steps:
+            yield from self.micro_batches(step)
+
+    def _filled(self, rows: list[Row]) -> list[int]:
+        """The tokens of each of ``rows`` that are not padding."""
+        return [int(self.dataset.lengths(np.array(row)).sum()) for row in rows]

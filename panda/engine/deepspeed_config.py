@@ -63,13 +63,21 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    if options.precision != "fp32" and options.zero > 0:
+    if options.precision != "fp32" and sums_in_fp32(options):
         # Sums of many micro batches in 16 bits lose the small ones.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     extra = read_deepspeed_file(options)
     _check(extra, options)
     _merge(config, extra)
     return config
+
+
+def sums_in_fp32(options: RunOptions) -> bool:
+    """Whether DeepSpeed is told to sum gradients in fp32. One micro batch is no sum: it stays as ranks have reduced it.
+
+    Not with stage 1, which DeepSpeed (0.19.8) would give to another optimizer, nor without ZeRO, which sums in 16 bits.
+    """
+    return options.zero == 1 or (options.zero > 1 and options.gradient_accumulation_steps > 1)
 
 
 def zero_3_sizes(elements: int, trained: int, layer: int, outside: int) -> dict[str, int]:

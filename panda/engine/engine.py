@@ -29,6 +29,7 @@ from panda.engine.metrics import MetricSums
 from panda.engine.metrics import loss_of
 from panda.engine.metrics import refuse_other_statistics
 from panda.engine.parameter_layouts import layout_of
+from panda.engine.partitioned_step import step_with_few_calls
 from panda.engine.processes import Processes
 from panda.engine.starting import without_effect
 from panda.engine.starting import without_reports_of_memory
@@ -116,6 +117,7 @@ class Engine:
             name: tensor.detach() for name, tensor in trained_state(self.module).items()
         }
         sum_in_one_pass(self.optimizer)
+        step_with_few_calls(self.optimizer)
         if hasattr(optimizer, "bind"):
             optimizer.bind(layout_of(module, self.optimizer, processes))
         self._module_parts = tuple(module.modules())

@@ -100,7 +100,7 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.devi
         if id(handle.hooks_dict_ref()) in hooks:
             handle.remove()
     if whole:
-        LayerWeights(module, whole, offload, device)
+        LayerWeights(module, whole, optimizer, device)
 
 
 def _trace_linear_layers_of_torch() -> None:

@@ -1,13 +1,23 @@
 """The weights of whole layers under ZeRO-3: gathered a layer ahead of where they are needed.
 
 DeepSpeed (0.19.8) keeps account of each weight by itself: it takes a millisecond of the host for each layer and pass,
-and in a 1.3B the device waits for the host a third of the time (two H100s, 2026-11-26). Here it is a few calls a layer.
-Gradients and weights outside of layers are as before. Weights that all ranks keep change in each step. They too are
-gathered afterwards in one message: with adapters a 7B has 448 such weights, and DeepSpeed would send as many messages.
+and in a 1.3B the device waits for the host a third of the time (two H100s, 2026-11-26). Here a layer's weights are one
+message for each type that they have, frozen and trained ones apart: 101 MB take 0.25 ms so, and 0.53 as seven messages,
+on the device and on the host (two H100s, 2026-11-27). Gradients and weights outside of layers are as before. Weights
+that all ranks keep change in each step. They too are gathered afterwards in one message: with adapters a 7B has 448
+such weights, and DeepSpeed would send as many messages.
 
-Gathered weights are views of one tensor, in memory of the stream of the gathers. That stream waits for what has been
-computed before it gathers anything, so the memory of a layer that was released before can be used again. What autograd
-saves of a weight is the parameter itself, or a view that keeps the tensor: right in any case.
+What a rank sends is not copied together first: the trained weights of a layer are neighbours in DeepSpeed's tensor of
+all of them, and the frozen ones are made neighbours at the start. What arrives lies rank by rank, in memory that all
+layers have in common. One kernel copies it from there into a tensor of the layer's own, and its weights are views of
+that one.
+
+Streams. Collective and copy are queued on one stream, so the memory of what arrives is free again when the next
+collective begins. That stream waits for what has been computed before it gathers anything. A layer's own tensor is
+memory of that stream, so that of a layer that was released before can be used again. Computation waits for an event
+after the copy. What autograd saves of a weight is the parameter itself, or a view that keeps the layer's tensor: right
+in any case. NCCL never writes to that tensor: its watchdog may keep what a collective writes until it has looked, every
+100 ms, and that would be layers that were released.
 """
 
 from __future__ import annotations
@@ -15,14 +25,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections import deque
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _coalescing_manager
 
 from panda.weights.nested import tensors_in
 
@@ -30,10 +40,6 @@ AHEAD = 2
 """Layers that may be queued on the device before the host waits."""
 ALIGNED = 128
 """Elements to a multiple of which a weight begins: compiled code and kernels expect 16 bytes."""
-SEPARATE = 16
-"""A layer with at most this many weights gathers each in a call of its own. What one call for several gathers stays in
-memory until NCCL's watchdog looks, every 100 ms (torch 2.11; one H100, 2026-11-26): 2 GiB of layers that were released
-in a 1.3B, and 9 in a 7B."""
 
 
 class LayerWeights:
@@ -44,28 +50,35 @@ class LayerWeights:
     """
 
     def __init__(
-        self, model: torch.nn.Module, layers: Iterable[torch.nn.Module], offload: Any, device: torch.device
+        self, model: torch.nn.Module, layers: Iterable[torch.nn.Module], optimizer: Any, device: torch.device
     ) -> None:
-        self.layers = [_Layer(module, device) for module in layers]
-        self.present: dict[_Layer, _Gather] = {}
+        stepped = [parameter for group in optimizer.fp16_groups for parameter in group]
+        places = {id(parameter): place for place, parameter in enumerate(stepped)}
+        self.layers = [_Layer(module, places, device) for module in layers]
+        self.present = set[_Layer]()
         """The layers whose weights are gathered, or are being gathered."""
         self.in_backward: _Layer | None = None
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.computed: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
         self.queued = deque[Any]()
         """Events after each of the last layers."""
-        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        with self._on_own_stream():
+            share_arrivals([message for layer in self.layers for message in layer.messages], device)
         # A forward pass may have had no backward pass, and the weights that it left may have changed.
         model.register_forward_pre_hook(lambda *_: self.release_all())
         for number, layer in enumerate(self.layers):
             before = self.layers[number - 1] if number else None
             after = self.layers[number + 1] if number + 1 < len(self.layers) else None
             self._follow(layer, before, after)
-        self._gather_kept_at_once(model, offload, device)
+        self._gather_kept_at_once(model, optimizer.parameter_offload, places, device)
 
-    def _gather_kept_at_once(self, model: torch.nn.Module, offload: Any, device: torch.device) -> None:
+    def _gather_kept_at_once(
+        self, model: torch.nn.Module, offload: Any, places: dict[int, int], device: torch.device
+    ) -> None:
         """After a step, release all weights, and gather those that all ranks keep in one message, but no layers."""
         persistent: list[Any] = offload.persistent_parameters
-        kept = _Weights(persistent, device)
-        in_layers = _Weights([each for layer in self.layers for each in layer.kept], device)
+        kept = _Weights(persistent, places, device)
+        in_layers = _Weights([each for layer in self.layers for each in layer.kept], places, device)
         known = {id(each) for layer in self.layers for each in layer.module.parameters()}
         others = [("", each) for each in model.parameters() if id(each) not in known]
         outside = SimpleNamespace(named_parameters=lambda recurse: others, ds_external_parameters=tuple)
@@ -82,8 +95,8 @@ class LayerWeights:
             def gather(param_list: Any = None, *more: Any, **named: Any) -> Any:
                 if param_list is not persistent or any(each.ds_status is not kept.away for each in persistent):
                     return gather_some(param_list, *more, **named)
-                with torch.no_grad():
-                    kept.take(kept.gather().arrived())
+                self._gather(kept)
+                self._arrive(kept)
                 return None
 
             persistent[0].all_gather = gather
@@ -127,20 +140,22 @@ class LayerWeights:
 
     def fetch(self, layer: _Layer | None) -> None:
         """Begin to gather the weights of ``layer``, unless they are there."""
-        if layer is None or layer in self.present:
-            return
-        with torch.no_grad(), self._on_own_stream():
-            self.present[layer] = layer.gather()
+        if layer is not None and layer not in self.present:
+            self._gather(layer)
+            self.present.add(layer)
 
     def need(self, layer: _Layer) -> None:
         """Let what is computed from now on have the weights of ``layer``."""
         self._stay_near()
         self.fetch(layer)
-        self.present[layer].arrive(layer)
+        self._arrive(layer)
+        if missing := [parameter for parameter in layer.kept if parameter.ds_status is layer.away]:
+            missing[0].all_gather(missing)
 
     def release(self, layer: _Layer) -> None:
         """Take the weights of ``layer`` away. No later work on the device may need them."""
-        self.present.pop(layer).arrive(layer)  # those that were fetched and not needed are on their way
+        self.present.remove(layer)
+        self._arrive(layer)  # those that were fetched and not needed are on their way
         layer.release()
 
     def release_all(self) -> None:
@@ -149,90 +164,174 @@ class LayerWeights:
         for layer in list(self.present):
             self.release(layer)
 
+    def _gather(self, weights: _Weights) -> None:
+        with torch.no_grad(), self._on_own_stream():
+            weights.gather()
+            if self.stream is not None:
+                weights.copied.record()
+
+    def _arrive(self, weights: _Weights) -> None:
+        """Give the weights that are on their way to their parameters, and let the current stream wait for them."""
+        if weights.coming:
+            if self.stream is not None:
+                weights.copied.wait()
+            weights.take()
+
     def _stay_near(self) -> None:
         """Wait until the device has no more than ``AHEAD`` layers to compute."""
         if self.stream is not None:
-            self.queued.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
-            self.queued[-1].record()
-            if len(self.queued) > AHEAD:
-                self.queued.popleft().synchronize()
+            full = len(self.queued) > AHEAD
+            event = self.queued.popleft() if full else torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            if full:
+                event.synchronize()
+            event.record()
+            self.queued.append(event)
 
-    def _on_own_stream(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
+        """Queue what follows on the stream of the gathers, after what has been computed."""
         if self.stream is None:
-            return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self.stream)
+            yield
+            return
+        self.computed.record()
+        self.computed.wait(self.stream)
+        with torch.cuda.stream(self.stream):
+            yield
 
 
-class _Gather:
-    """Weights of a layer on their way, as views of what they are gathered into."""
+class _Message:
+    """Weights of one type, of which each rank has a shard, and which one collective gathers.
 
-    def __init__(self, works: list[Any], views: list[torch.Tensor]) -> None:
-        self.works = works
-        self.views = views
+    What a rank sends is its shards, one after the other; DeepSpeed has padded the last rank's to the length of the
+    others'.
+    """
 
-    def arrived(self) -> list[torch.Tensor]:
-        """The weights, for which the current stream waits; none the second time."""
-        for work in self.works:
-            work.wait()
-        views, self.works, self.views = self.views, [], []
-        return views
+    def __init__(self, parameters: list[Any], device: torch.device) -> None:
+        shards = [parameter.ds_tensor for parameter in parameters]
+        self.parameters, self.device, self.kind = parameters, device, shards[0].dtype
+        self.group = parameters[0].ds_process_group
+        self.ranks = dist.get_world_size(self.group)
+        self.sizes = [shard.numel() for shard in shards]
+        whole = [-(-self.ranks * size // ALIGNED) * ALIGNED for size in self.sizes]
+        *begins, self.elements = accumulate(whole, initial=0)
+        """Where each weight begins in the tensor of all, and how long that is."""
+        self.gathered = [((self.ranks, size), (size, 1), begin) for size, begin in zip(self.sizes, begins, strict=True)]
+        shapes = [parameter.ds_shape for parameter in parameters]
+        strides = [torch.empty(shape, device="meta").stride() for shape in shapes]
+        self.weights = list(zip(shapes, strides, begins, strict=True))
+        self.arrivals: torch.Tensor | None = None
+        """[ranks, elements of a rank]: what the collective writes; None: a tensor of its own each time."""
+        self.addresses: list[int] = []
+        self.neighbours: torch.Tensor | None = None
+        """[elements of a rank]: the shards at ``addresses``, if they are neighbours."""
 
-    def arrive(self, layer: _Layer) -> None:
-        """Give the weights to the parameters of ``layer``, once, and let it have those that all ranks keep."""
-        if missing := [parameter for parameter in layer.kept if parameter.ds_status is layer.away]:
-            missing[0].all_gather(missing)
-        if self.views:
-            layer.take(self.arrived())
+    def shard(self) -> torch.Tensor:
+        """[elements of a rank]: this rank's shards, which are copied only where they are not neighbours in memory.
+
+        Something may have given them other memory since the last time, such as DeepSpeed's loading of a checkpoint.
+        """
+        shards = [parameter.ds_tensor for parameter in self.parameters]
+        addresses = [shard.data_ptr() for shard in shards]
+        if addresses != self.addresses:
+            self.addresses, self.neighbours = addresses, _as_one(shards)
+        flat = torch.cat(shards) if self.neighbours is None else self.neighbours
+        return flat.to(self.device, non_blocking=True)
+
+    def gather(self) -> list[torch.Tensor]:
+        """The weights, which the current stream gathers; on one rank its shards, as they are."""
+        if self.ranks == 1:
+            shards = [parameter.ds_tensor.to(self.device, non_blocking=True) for parameter in self.parameters]
+            places = zip(shards, self.weights, strict=True)
+            return [shard.as_strided(shape, stride) for shard, (shape, stride, _) in places]
+        shard, arrivals = self.shard(), self.arrivals
+        if arrivals is None:
+            arrivals = torch.empty(self.ranks, len(shard), dtype=self.kind, device=self.device)
+        _all_gather(arrivals, shard, self.group)
+        whole = torch.empty(self.elements, dtype=self.kind, device=self.device)
+        gathered = [whole.as_strided(*place) for place in self.gathered]
+        torch.split_with_sizes_copy(arrivals, self.sizes, dim=1, out=gathered)
+        return [whole.as_strided(*place) for place in self.weights]
+
+
+def _all_gather(gathered: torch.Tensor, shard: torch.Tensor, group: Any) -> None:
+    """Gather ``shard`` [elements] of all ranks in ``gathered`` [ranks, elements], in the order of the current stream.
+
+    From torch 2.8 on, NCCL itself runs on that stream. In 2.7 it has its own, which waits for the current one before it
+    and for which that waits after it; and it keeps the memory of both tensors until NCCL has used it.
+    """
+    # torch 2.13 calls it so, and warns each time of the name that all others have.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered.view(-1), shard, group=group)
+
+
+def _as_one(shards: list[torch.Tensor]) -> torch.Tensor | None:
+    """``shards`` as one tensor [elements] in the same memory; None if they do not lie in it one after the other."""
+    storage, end = shards[0].untyped_storage().data_ptr(), shards[0].data_ptr()
+    for shard in shards:
+        if shard.untyped_storage().data_ptr() != storage or shard.data_ptr() != end:
+            return None
+        end += shard.nbytes
+    return shards[0].as_strided((sum(len(shard) for shard in shards),), (1,))
+
+
+def _lay_together(shards: list[torch.Tensor]) -> None:
+    """Make ``shards`` neighbours in memory, on their device. Others must not have views of them."""
+    first = shards[0]
+    together = torch.empty(
+        sum(len(shard) for shard in shards), dtype=first.dtype, device=first.device, pin_memory=first.is_pinned()
+    )
+    torch.cat(shards, out=together)
+    end = 0
+    for shard in shards:
+        begin, end = end, end + len(shard)
+        shard.data = together[begin:end]
+    if first.is_cuda:
+        torch.cuda.empty_cache()  # blocks of single weights do not serve the next layer's
+
+
+def share_arrivals(messages: list[_Message], device: torch.device) -> None:
+    """Let ``messages`` arrive in memory that they have in common: of the largest one."""
+    messages = [message for message in messages if message.ranks > 1]
+    sizes = [message.ranks * sum(message.sizes) * message.kind.itemsize for message in messages]
+    memory = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
+    for message, size in zip(messages, sizes, strict=True):
+        message.arrivals = memory[:size].view(message.kind).view(message.ranks, -1)
 
 
 class _Weights:
-    """Weights that DeepSpeed has partitioned, and that are gathered and released together."""
+    """Weights that DeepSpeed has partitioned, and that are gathered and released together.
 
-    def __init__(self, parameters: Iterable[Any], device: torch.device) -> None:
+    ``places``: of those that the optimizer steps, by identity, their order in its memory, which is that of all ranks.
+    """
+
+    def __init__(self, parameters: Iterable[Any], places: dict[int, int], device: torch.device) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        self.device = device
         self.there, self.away = ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE
-        by_kind: dict[torch.dtype, list[Any]] = defaultdict(list)
+        kinds: dict[tuple[torch.dtype, bool], list[Any]] = defaultdict(list)
         for parameter in parameters:
-            by_kind[parameter.ds_tensor.dtype].append(parameter)
-        self.by_kind = dict(by_kind)
-        self.parameters = [parameter for some in self.by_kind.values() for parameter in some]
+            kinds[parameter.ds_tensor.dtype, id(parameter) in places].append(parameter)
+        for (_, stepped), some in kinds.items():
+            if stepped:
+                some.sort(key=lambda parameter: places[id(parameter)])
+        self.messages = [_Message(some, device) for some in kinds.values()]
+        self.parameters = [parameter for message in self.messages for parameter in message.parameters]
         self.nothing = [torch.empty(0, dtype=each.ds_tensor.dtype, device=device) for each in self.parameters]
+        self.coming: list[torch.Tensor] = []
+        """The weights that are on their way."""
+        self.copied: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        """Happens when they have come."""
 
-    def gather(self) -> _Gather:
+    def gather(self) -> None:
         """Begin to gather the weights, on the current stream."""
-        works: list[Any] = []
-        views: list[torch.Tensor] = []
-        for kind, parameters in self.by_kind.items():
-            group = parameters[0].ds_process_group
-            ranks = dist.get_world_size(group)
-            shards = [parameter.ds_tensor.to(self.device, non_blocking=True) for parameter in parameters]
-            if ranks == 1:
-                views += [_whole(shard, parameter) for shard, parameter in zip(shards, parameters, strict=True)]
-                continue
-            places, end = [], 0
-            for shard in shards:
-                places.append((end, ranks * shard.numel()))
-                end += -(-ranks * shard.numel() // ALIGNED) * ALIGNED
-            tensor = torch.empty(end, dtype=kind, device=self.device)
-            targets = [tensor.narrow(0, *place) for place in places]
-            # Gloo, of the CPU, does not gather several in one call.
-            at_once = self.device.type == "cuda" and len(parameters) > SEPARATE
-            with _coalescing_manager(group, self.device, async_ops=True) if at_once else nullcontext() as together:
-                for shard, target in zip(shards, targets, strict=True):
-                    work = dist.all_gather_into_tensor(target, shard, group=group, async_op=True)
-                    works += [] if at_once else [work]
-            works += [together] if at_once else []
-            views += [_whole(target, parameter) for target, parameter in zip(targets, parameters, strict=True)]
-        return _Gather(works, views)
+        self.coming = [weight for message in self.messages for weight in message.gather()]
 
-    def take(self, views: list[torch.Tensor]) -> None:
-        """Give the parameters their weights."""
-        for parameter, view in zip(self.parameters, views, strict=True):
-            parameter.data = view
+    def take(self) -> None:
+        """Give the parameters the weights that are on their way."""
+        for parameter, weight in zip(self.parameters, self.coming, strict=True):
+            parameter.data = weight
             parameter.ds_status = self.there
+        self.coming = []
 
     def release(self) -> None:
         """Leave the parameters empty, as DeepSpeed does."""
@@ -242,15 +341,15 @@ class _Weights:
 
 
 class _Layer(_Weights):
-    """Those of a layer that are not kept by all ranks."""
+    """Those of a layer that are not kept by all ranks. The frozen ones become neighbours in memory."""
 
-    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module, places: dict[int, int], device: torch.device) -> None:
         parameters: list[Any] = list(module.parameters())
         self.module = module
         self.kept = [parameter for parameter in parameters if parameter.ds_persist]
-        super().__init__((parameter for parameter in parameters if not parameter.ds_persist), device)
-
-
-def _whole(flat: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """The weight in ``flat``, which has padding at its end."""
-    return flat.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+        super().__init__((parameter for parameter in parameters if not parameter.ds_persist), places, device)
+        for message in self.messages:
+            shards = [parameter.ds_tensor for parameter in message.parameters]
+            stepped = id(message.parameters[0]) in places
+            if message.ranks > 1 and not stepped and _as_one(shards) is None:
+                _lay_together(shards)

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import LARGEST_LAYER
+from panda.engine.deepspeed_config import sums_in_fp32
 from panda.engine.deepspeed_config import zero_3_sizes
 
 GIB = 2**30
@@ -82,7 +84,7 @@ NAMES = {
     "masters": "fp32 master weights",
     "copies": "copies of weights that plugins hold",
     "optimizer": "optimizer states",
-    "accumulators": "fp32 sums of gradients",
+    "accumulators": "sums of gradients",
     "gradients": "gradients",
     "activations": "activations",
     "logits": "logits",
@@ -203,7 +205,7 @@ def _stage_1_and_2(
     parts = replace(parts, buffers=parts.buffers + bucket)
     in_step = 4 * -(-sizes.largest_group // ranks)
     if options.zero == 2:
-        return Held(replace(parts, accumulators=4 * share), in_step)
+        return Held(replace(parts, accumulators=(4 if sums_in_fp32(options) else element) * share), in_step)
     if element == 4:  # the gradients are their own sums
         return Held(replace(parts, gradients=whole), in_step)
     return Held(replace(parts, accumulators=whole), in_step + 4 * share)
@@ -214,18 +216,20 @@ def _stage_3(
 ) -> Held:
     """All is partitioned, with a copy of the weights in fp32 too.
 
-    Weights are gathered for the layers that are near, and gradients go through a bucket.
+    Weights are gathered for the layers that are near, through memory for those of a layer, and gradients go through a
+    bucket.
     """
     zero = zero_3_sizes(sizes.elements, sizes.trained, sizes.layer, sizes.outside) | zero
     share = -(-sizes.trained // ranks)
     live = min(sizes.elements, _elements(zero, "stage3_max_live_parameters")) if ranks > 1 else 0
-    buffers = parts.buffers + element * (live + _elements(zero, "reduce_bucket_size"))
+    arrivals = sizes.layer if ranks > 1 and sizes.layer <= LARGEST_LAYER else 0
+    buffers = parts.buffers + element * (live + arrivals + _elements(zero, "reduce_bucket_size"))
     parts = replace(
         parts,
         weights=-(-parts.weights // ranks),
         masters=4 * share,
         optimizer=-(-parts.optimizer // ranks),
-        accumulators=4 * share,
+        accumulators=(4 if sums_in_fp32(options) else element) * share,
         buffers=buffers,
     )
     return Held(parts, 4 * min(share, _elements(zero, "sub_group_size")))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear
 from fairscale.nn.model_parallel.layers import RowParallelLinear
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 
 class _SumGradient(torch.autograd.Function):
@@ -45,9 +46,22 @@ def _sum_gradient(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def _summed(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    result: torch.Tensor = _sum_over_ranks(tensor, group.group_name)
+    return result
+
+
+# An operation that torch does not look into. It traces `all_reduce` as one that writes over its tensor, and torch 2.11
+# then takes the result of the function around it for one without a gradient: layers were not trained (2026-11-27).
+@torch.library.custom_op("panda::sum_over_ranks", mutates_args=())
+def _sum_over_ranks(tensor: torch.Tensor, group: str) -> torch.Tensor:
     total = tensor.clone()
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, group=_resolve_process_group(group))  # type: ignore[arg-type]
     return total
+
+
+@_sum_over_ranks.register_fake
+def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty_like(tensor)
 
 
 class Column(ColumnParallelLinear):  # type: ignore[misc]

@@ -50,6 +50,7 @@ from panda.run.skipped import ended_on_skipped
 from panda.run.skipped import ends_on_skipped
 from panda.run.skipped import too_many
 from panda.run.state import Run
+from panda.run.unreached import Unreached
 from panda.tasks.task import Task
 from panda.tasks.task import stated_metrics
 
@@ -105,6 +106,7 @@ class Loop:
         Raises Interrupted, on all ranks, if a signal or ``max_train_hours`` ends it before; then it has saved.
         """
         run, first = self.run, self.run.step + 1
+        unreached = Unreached(run)
         stand("before the first step of this start")
         ask_for_batches(workers_standing)
         with run.resolved.components["task"].attributed("`start`"):
@@ -117,6 +119,8 @@ class Loop:
                     self.rehearse()
                     for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
                         self.step(step, micro_batches)
+                        if run.applied:
+                            unreached.after_step()
                         collect(step)
                         if run.stopped is not None or self.is_interrupted:
                             break

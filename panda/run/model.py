@@ -176,10 +176,12 @@ def make_trainable(
     adapters: Path | None = None,
     *,
     parts: Mapping[str, torch.nn.Module] | None = None,
+    shapes: Mapping[tuple[int, int], int] | None = None,
 ) -> torch.nn.Module:
     """``model`` ready to be trained: with ``weights``, and split, quantised, adapted and compiled by ``options``.
 
     ``adapters``: a folder with those to start from. Otherwise they are drawn. ``parts``: what the task gives it.
+    ``shapes``: of the rows that it is trained on, and how often, as in ``compile_layers``.
     Returns the same object, or with adapters peft's wrapper around it. Every rank has to call it.
     """
     free_padding_row(model)
@@ -210,7 +212,7 @@ def make_trainable(
     if options.activation_checkpointing == "selective":
         recompute_activations(model, selective=True)
     if options.compiled:
-        compile_layers(model, processes.device)
+        compile_layers(model, processes.device, shapes)
     if options.activation_checkpointing == "full":
         # Around compiled layers: in code that recomputes, torch (2.11) keeps what bitsandbytes computes, four times as
         # much (H200, 2026-11-26).

@@ -79,7 +79,9 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     with activity(what, bytes_of(weights or {}) or None, unit="B", announced=True) as shown:
         left = counted(weights, shown.advance) if weights else None
         del weights
-        model = make_trainable(base, options, left, config, processes, started, parts=parts)
+        # Without a mask, code depends on numbers and sizes of samples, too, and is compiled once for all.
+        shapes = layout.shapes() if options.compiled and not bounded else None
+        model = make_trainable(base, options, left, config, processes, started, parts=parts, shapes=shapes)
         del left
     seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)

@@ -156,6 +156,24 @@ def test_filling_of_a_run_that_goes_on_is_that_of_the_steps_to_come() -> None:
     assert layout_of([2, 2, 2, 2], "packed", start_step=1, start_position=4).filling().steps == 0
 
 
+def test_shapes_are_those_of_the_micro_batches_of_all_ranks() -> None:
+    lengths = [20, 20, 20, 20, 20, 20, 20, 9, 5]
+    assert layout_of(lengths, "padded", micro_batch=1).shapes() == {(1, 20): 7, (1, 9): 1, (1, 5): 1}
+    few = layout_of(lengths, "padded", micro_batch=1, few_lengths=True).shapes()
+    assert few == {(1, 20): 7, (1, 16): 1, (1, 8): 1}
+    # The last step has three rows for two ranks; one sample leaves a rank without a row.
+    assert layout_of([20] * 7, "padded", accumulation=1, ranks=2).shapes() == {(2, 20): 3, (1, 20): 1}
+    assert layout_of([20], "padded", ranks=2).shapes() == {(1, 20): 1, (1, 2): 1}
+    assert layout_of([10, 10, 4, 16], "packed").shapes() == {(2, 20): 1}
+
+
+def test_shapes_of_a_run_that_goes_on_are_those_of_its_beginning() -> None:
+    """Code for a shape that came to be usual later would round in another way than that of the run without a break."""
+    lengths = [20] * 30 + [2] * 30
+    goes_on = layout_of(lengths, "padded", micro_batch=1, start_step=29, start_position=58)
+    assert goes_on.shapes() == layout_of(lengths, "padded", micro_batch=1).shapes() == {(1, 20): 30, (1, 2): 30}
+
+
 def test_few_lengths_are_eight_to_a_doubling_and_multiples_of_8() -> None:
     lengths = sorted({one_of_few_lengths(tokens) for tokens in range(1, 4097)})
     assert lengths[:8] == [8, 16, 24, 32, 40, 48, 56, 64]

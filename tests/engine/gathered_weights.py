@@ -1,7 +1,8 @@
 """Trains a small LLaMA on two ranks, with ZeRO-3 and without ZeRO: losses, gathers, and weights that stay.
 
 ``python gathered_weights.py OUTPUT.json``: for each way, the losses of three steps with both stages and, of the last
-step with ZeRO-3, the elements of each gather and the bytes of released weights that were alive after forward.
+step with ZeRO-3, the elements of each gather, for each message of panda's whether it was copied together first, and
+the bytes of released weights that were alive after forward.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.layer_weights import _Layer
+from panda.engine.layer_weights import _Message
 from panda.engine.layer_weights import _Weights
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
@@ -41,8 +43,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 LAYERS, STEPS = 6, 3
 TWO_PASSES, OTHER_ORDER = "two passes before backward", "layers in another order"
-ORDERS: dict[str, dict[str, Any]] = {TWO_PASSES: {}, OTHER_ORDER: {"use_lora": True}}
-"""Right, though layers do not run as they are expected to."""
+ODD, MOVED, OFFLOADED = "weights with padding", "shards that were moved", "weights on the host"
+UNUSUAL: dict[str, dict[str, Any]] = {
+    TWO_PASSES: {},
+    OTHER_ORDER: {"use_lora": True},
+    ODD: {},
+    MOVED: {"use_lora": True},
+    OFFLOADED: {"use_lora": True},
+}
+"""Right, though layers do not run as they are expected to, or their shards do not lie as they are expected to."""
 
 
 @dataclass
@@ -65,8 +74,10 @@ class Watch:
 
     def __init__(self) -> None:
         self.gathers: list[int] = []
+        self.copied: list[bool] = []
         self.released: list[tuple[StorageWeakRef, int]] = []
         gather, gather_some, release = partitioning._dist_allgather_fn, _Weights.gather, _Layer.release
+        send = _Message.gather
 
         def gathering(source: torch.Tensor, target: torch.Tensor, group: Any = None) -> Any:
             self.gathers.append(target.numel())
@@ -75,6 +86,11 @@ class Watch:
         def gathering_some(weights: _Weights) -> Any:
             self.gathers.append(sum(parameter.ds_numel for parameter in weights.parameters))
             return gather_some(weights)
+
+        def sending(message: _Message) -> list[torch.Tensor]:
+            weights = send(message)
+            self.copied.append(message.neighbours is None)
+            return weights
 
         def releasing(layer: _Layer) -> None:
             storages = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in layer.parameters}
@@ -85,9 +101,11 @@ class Watch:
 
         partitioning._dist_allgather_fn = gathering
         _Weights.gather, _Layer.release = gathering_some, releasing  # type: ignore[method-assign]
+        _Message.gather = sending  # type: ignore[method-assign]
 
     def clear(self) -> None:
         self.gathers.clear()
+        self.copied.clear()
         self.released.clear()
 
     def alive(self) -> int:
@@ -96,14 +114,17 @@ class Watch:
 
 def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str, Any]:
     torch.manual_seed(0)
-    way = (WAYS | ORDERS)[name]
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    way = (WAYS | UNUSUAL)[name]
+    shape = {"hidden_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 255, "mlp_bias": True} if name == ODD else {"intermediate_size": 256}
     config = LlamaConfig(vocab_size=64, use_cache=False, **shape)
     options = RunOptions(precision="fp32", zero_stage=stage, lora_dropout=0.0, gradient_accumulation_steps=1, **way)
     of_deepspeed = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
     if stage == 3:  # the size of the model's layers holds, and not that for CPUs
         del of_deepspeed["zero_optimization"]["stage3_prefetch_bucket_size"]
         of_deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 3000 if "kept" in name else 0
+        if name == OFFLOADED:
+            of_deepspeed["zero_optimization"]["offload_param"] = {"device": "cpu"}
     model = make_trainable(LlamaForCausalLM(config), options, None, of_deepspeed, processes)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = Engine(model, optimizer, of_deepspeed, processes)
@@ -126,19 +147,24 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
         layers._modules = dict(zip(layers._modules, [*layers][::-1], strict=True))
     losses = []
     for step in range(STEPS):
+        if name == MOVED and stage == 3 and step:
+            parameters: list[Any] = list(model.parameters())
+            for parameter in parameters:
+                parameter.ds_tensor.data = parameter.ds_tensor.clone()
         watch.clear()
         ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(10 * step + processes.rank))
         losses.append(engine.step([Batch(ids)], loss_sum).loss.item())
     kept = sum(each.ds_numel for each in model.parameters() if getattr(each, "ds_persist", False))
     engine.close()
-    return {"losses": losses, "gathers": list(watch.gathers), "alive": alive, "kept": kept}
+    found = {"gathers": list(watch.gathers), "copied": list(watch.copied), "alive": alive, "kept": kept}
+    return {"losses": losses} | found
 
 
 def main() -> None:
     # Splits what is kept for backward as the compiler does, and compiles no C++.
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     processes, watch = join_processes(), Watch()
-    found = {name: [train(name, stage, processes, watch) for stage in (0, 3)] for name in WAYS | ORDERS}
+    found = {name: [train(name, stage, processes, watch) for stage in (0, 3)] for name in WAYS | UNUSUAL}
     if processes.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()

@@ -167,6 +167,14 @@ def test_gradients_of_16_bits_are_summed_in_fp32_unless_told_otherwise(precision
     assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage else None)
 
 
+@pytest.mark.parametrize(("stage", "micro_batches", "sums"), [(1, 1, True), (2, 1, False), (3, 1, False), (3, 2, True)])
+def test_one_micro_batch_is_summed_only_where_deepspeed_would_change_its_optimizer(
+    stage: Any, micro_batches: int, sums: bool
+) -> None:
+    options = RunOptions(precision="bf16", zero_stage=stage, gradient_accumulation_steps=micro_batches)
+    assert ("data_types" in deepspeed_config(options, world_size=1, on_gpu=True)) == sums
+
+
 def test_a_mistake_in_the_file_is_found_by_check_without_torch(tmp_path: Path) -> None:
     (tmp_path / "more.json").write_text('{"zero_optimization": {"ofload_optimizer": {}}}')
     code = """

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from gathered_weights import LAYERS
-from gathered_weights import ORDERS
+from gathered_weights import MOVED
+from gathered_weights import UNUSUAL
 from gathered_weights import WAYS
 from gathered_weights import Batch
 from launching import TESTS
@@ -37,18 +38,29 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("way", WAYS | ORDERS)
+@pytest.mark.parametrize("way", WAYS | UNUSUAL)
 def test_losses_are_those_without_zero(found: Any, way: str) -> None:
     plain, partitioned = found[way]
     assert partitioned["losses"] == pytest.approx(plain["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_layer_is_gathered_in_one_message(found: Any, way: str) -> None:
+def test_a_layer_is_gathered_at_once(found: Any, way: str) -> None:
     """One layer is not gathered again for its backward, and embedding, norm and head add a few."""
     gathers = found[way][1]["gathers"]
     of_layers = [each for each in gathers if each != found[way][1]["kept"]]
     assert LAYERS <= len(of_layers) <= 2 * LAYERS
+
+
+@pytest.mark.parametrize(("way", "kinds"), [("all weights", 1), ("adapters", 2), ("NF4, compiled", 2)])
+def test_a_layer_is_one_message_for_each_kind_of_weight_without_a_copy(found: Any, way: str, kinds: int) -> None:
+    """Frozen weights and adapters are two."""
+    assert found[way][1]["copied"] == [False] * kinds * (2 * LAYERS - 1), "the last layer stays for its backward"
+
+
+def test_shards_that_were_moved_are_copied_together(found: Any) -> None:
+    """Those of the adapters lie in DeepSpeed's memory again after each step, and were moved before each."""
+    assert found[MOVED][1]["copied"] == [True] * 2 * (2 * LAYERS - 1)
 
 
 def test_what_all_ranks_keep_is_gathered_at_once_after_a_step(found: Any) -> None:

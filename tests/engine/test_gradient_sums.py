@@ -110,6 +110,28 @@ def test_the_optimizer_steps_by_fp32_sums(processes: Processes, monkeypatch: pyt
     assert not torch.equal(expected, expected.bfloat16().float()), "a sum that were rounded again would be another"
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_micro_batch_is_not_summed_and_gives_the_bits_of_a_sum(processes: Processes, stage: int) -> None:
+    """The gradients were reduced in bf16, so that a sum of one in fp32 has the same values in twice the memory."""
+    options = RunOptions(precision="bf16", zero_stage=stage, gradient_accumulation_steps=1, max_grad_norm=CLIP)
+    config = deepspeed_config(options, world_size=1, on_gpu=False)
+    assert "data_types" not in config
+    results = []
+    for more in ({}, {"data_types": {"grad_accum_dtype": "fp32"}}):
+        torch.manual_seed(0)
+        model = Chosen()
+        engine = Engine(model, torch.optim.AdamW(model.parameters(), lr=0.1), config | more, processes)
+        assert engine.optimizer.gradient_accumulation_dtype is (torch.float32 if more else torch.bfloat16)
+        steps = [
+            engine.step([batch], lambda module, batch: module(batch.inputs, batch.used).float())
+            for batches in STEPS
+            for batch in batches
+        ]
+        weights = {name: stored.read().tolist() for name, stored in engine.weights().items()}
+        results.append(([(float(step.loss), float(step.grad_norm)) for step in steps], weights))
+    assert results[0] == results[1]
+
+
 def test_gradients_are_clipped_in_one_piece_a_group(processes: Processes) -> None:
     model = Chosen()
     optimizer = torch.optim.AdamW([{"params": [weight]} for weight in model.parameters()], lr=0.1)

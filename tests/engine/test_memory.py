@@ -68,7 +68,7 @@ def parts_of(
             CUDA,
             8,
             False,
-            "481.8 GiB before any activation (fp32 sums of gradients 257.0",
+            "481.8 GiB before any activation (sums of gradients 257.0",
         ),
         (SEVENTY, {"precision": "bf16", "use_lora": True}, CUDA, 8, False, "128.5 GiB before any activation (weights"),
         (SEVENTY, {"precision": "bf16", "zero_stage": 3}, CUDA, 16, False, None),

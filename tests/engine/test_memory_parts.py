@@ -30,6 +30,10 @@ def parts_of(sizes: Sizes, world_size: int, state_bytes: float = 8, **options: A
     return found.parts, found.step
 
 
+ONE = {"gradient_accumulation_steps": 1}
+"""One micro batch, which is no sum."""
+
+
 @pytest.mark.parametrize(
     ("options", "ranks", "weights", "masters", "states", "sums", "gradients", "buffers", "step"),
     [
@@ -45,6 +49,8 @@ def parts_of(sizes: Sizes, world_size: int, state_bytes: float = 8, **options: A
         ({"precision": "fp16"}, 4, 14, 7, 14, 28, 2 * 0.131072, 1, 0.202 + 7),
         ({"precision": "bf16", "zero_stage": 2}, 4, 14, 7, 14, 7, 2 * 0.131072, 1, 0.202),
         ({"precision": "bf16", "zero_stage": 3}, 4, 3.5, 7, 14, 7, 2 * 0.131072, 2 + 1, 4),
+        ({"precision": "bf16", "zero_stage": 2, **ONE}, 4, 14, 7, 14, 3.5, 2 * 0.131072, 1, 0.202),
+        ({"precision": "bf16", "zero_stage": 3, **ONE}, 4, 3.5, 7, 14, 3.5, 2 * 0.131072, 2 + 1, 4),
         ({"precision": "bf16", "zero_stage": 3}, 1, 14, 28, 56, 28, 2 * 0.131072, 1, 4),
     ],
 )
@@ -94,13 +100,15 @@ def test_sizes_in_deepspeeds_file_and_offloading_count(tmp_path: Any) -> None:
 def test_layers_decide_what_zero_3_gathers_and_reduces_at_once(tmp_path: Any) -> None:
     sizes = replace(SIZES, layer=200_000_000, outside=600_000_000)
     parts, _ = parts_of(sizes, 4, precision="bf16", zero_stage=3)
-    assert parts.buffers == 2 * (600_000_000 + 3 * 200_000_000 + 200_000_000)
+    assert parts.buffers == 2 * (600_000_000 + 3 * 200_000_000 + 200_000_000 + 200_000_000)
     adapters, _ = parts_of(replace(sizes, trained=70_000_000), 4, precision="bf16", zero_stage=3)
-    assert adapters.buffers == 2 * (600_000_000 + 3 * 200_000_000 + (1 << 24)), "a layer has 2 million trained ones"
+    assert adapters.buffers == 2 * (600_000_000 + 4 * 200_000_000 + (1 << 24)), "a layer has 2 million trained ones"
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"stage3_max_live_parameters": 0, "reduce_bucket_size": 1e6}}')
     parts, _ = parts_of(sizes, 4, precision="bf16", zero_stage=3, deepspeed_config=str(file))
-    assert parts.buffers == 2_000_000
+    assert parts.buffers == 2_000_000 + 2 * 200_000_000, "what arrives of a layer"
+    alone, _ = parts_of(sizes, 1, precision="bf16", zero_stage=3, deepspeed_config=str(file))
+    assert alone.buffers == 2_000_000
 
 
 def test_parts_are_named_by_size() -> None:

@@ -10,11 +10,15 @@ from typing import Any
 from typing import cast
 
 import pytest
+import torch
 from launching import metrics
 from launching import run_panda
 
+from panda.hooks.profile import Kernel
 from panda.hooks.profile import Profile
 from panda.hooks.profile import ProfileOptions
+from panda.hooks.profile import device_time
+from panda.hooks.profile import kernels_of
 
 SMALL = (
     *("--arch", "llama-tiny", "--num_layers", 2, "--hidden_size", 32, "--intermediate_size", 48, "--num_heads", 2),
@@ -66,3 +70,45 @@ def test_nothing_is_profiled_where_the_steps_do_not_suffice(total_steps: int, be
     for step in range(1, total_steps + 1):
         profile.panda_step_end(run, step)
     assert bool(begun) == begins
+
+
+def test_the_time_of_the_device_is_what_it_computes_only_exchanges_and_waits() -> None:
+    kernels = [
+        Kernel("product", 1.0, 3.0),
+        Kernel("ncclDevKernel_AllGather", 2.5, 4.0),  # half a second of it is hidden
+        Kernel("product", 6.0, 7.0),
+        Kernel("copy", 6.5, 8.0),  # on another stream
+    ]
+    assert dict(device_time(kernels, 10.0)) == {"computes": 4.0, "only exchanges": 1.0, "is idle": 5.0}
+    assert dict(device_time([], 1.0)) == {"computes": 0.0, "only exchanges": 0.0, "is idle": 1.0}
+
+
+def test_ranges_around_kernels_are_no_kernels() -> None:
+    from torch._C._autograd import DeviceType
+
+    def event(name: str, device: DeviceType, annotation: bool) -> Any:
+        return SimpleNamespace(
+            name=lambda: name,
+            start_ns=lambda: 1_000_000_000,
+            duration_ns=lambda: 500_000_000,
+            device_type=lambda: device,
+            is_user_annotation=lambda: annotation,
+        )
+
+    events = [
+        event("product", DeviceType.CUDA, False),
+        event("nccl:all_gather", DeviceType.CUDA, True),
+        event("aten::mm", DeviceType.CPU, False),
+    ]
+    results = SimpleNamespace(events=lambda: events)
+    profiler: Any = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    assert kernels_of(profiler) == [Kernel("product", 1.0, 1.5)]
+
+
+def test_the_profiler_of_torch_has_what_is_read_of_it() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.ones(2) @ torch.ones(2)
+    results: Any = profiler.profiler.kineto_results
+    for event in results.events():
+        assert event.duration_ns() >= 0 and event.start_ns() > 0 and not event.is_user_annotation(), event.name()
+    assert kernels_of(profiler) == []

@@ -7,6 +7,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from panda.registry import UserError
 from panda.weights.layer_names import layer_of
+from panda.weights.nested import tensors_in
 
 CHEAP_TERMS = 256
 """A matrix product over fewer terms, such as an adapter's, costs less to recompute than to store."""
@@ -59,16 +61,75 @@ def recompute_activations(model: torch.nn.Module, *, selective: bool) -> None:
         layer.forward = _recomputing(layer.forward, contexts)
 
 
-def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
+def compile_layers(
+    model: torch.nn.Module, device: torch.device, shapes: Mapping[tuple[int, int], int] | None = None
+) -> None:
     """Make torch compile the forward of each layer when it first runs; layers of the same kind share the work.
+
+    ``shapes``: how many micro batches of the run have so many rows of such a length. A shape that at least half of them
+    have gets code of its own, for training; everything else shares code for any shape, which is slower. Both exist once
+    a layer was run on the usual shape, so that no later step waits for torch.
 
     Raises UserError where this machine cannot compile code for ``device``.
     """
     if missing := what_compiling_lacks(device):
         raise UserError(f"compile: {missing}. Or write `compile: false`.")
+    # In code for any shape, a length that equals the size of another dimension is still a length, and numbers of a
+    # layer, such as an epsilon, are constants.
+    torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.specialize_float = True
+    # A kind of layer may need: each code for input with and without a gradient, for one row and several, in evaluation.
+    # All kinds count together, and what comes after 8 would never be compiled.
+    torch._dynamo.config.recompile_limit = 64
+    shapes = shapes or {}
+    usual = max(shapes, key=shapes.__getitem__, default=None)
+    if usual and 2 * shapes[usual] < sum(shapes.values()):
+        usual = None
     for layer in numbered_layers(model, "compile"):
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = _compiled(layer, usual, others=len(shapes) > 1)
         layer.is_compiled = True  # type: ignore[assignment]
+
+
+def _compiled(layer: torch.nn.Module, usual: tuple[int, int] | None, *, others: bool) -> Callable[..., Any]:
+    """The forward of ``layer``, compiled for input of the ``usual`` rows and length, and for any; for ``others`` early.
+
+    Of one function, torch would run the code for any shape from then on that it has it, for the usual shape too.
+    """
+    forward = layer.forward
+    # These do not find each other's code, since `dynamic` is part of what torch looks code up by.
+    for_usual, for_any = (torch.compile(forward, dynamic=dynamic) for dynamic in (False, True))
+
+    @functools.wraps(forward)
+    def compiled(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal others
+        if not arguments or arguments[0].shape[:2] != usual or not torch.is_grad_enabled():
+            return for_any(*arguments, **keywords)
+        if others:
+            others = False
+            _compile_ahead(for_any, layer, *arguments, **keywords)
+        return for_usual(*arguments, **keywords)
+
+    return compiled
+
+
+def _compile_ahead(
+    forward: Callable[..., Any], layer: torch.nn.Module, given: torch.Tensor, *more: Any, **keywords: Any
+) -> None:
+    """Run ``forward`` of ``layer`` and its backward, without effect on gradients and random numbers."""
+    on_gpu = [given.device] if given.device.type == "cuda" else []
+    # Hooks of its own, since those of recomputation around the layer count what is saved.
+    with torch.random.fork_rng(on_gpu), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        alone = given.detach().requires_grad_(given.requires_grad)
+        results = [each for each in tensors_in(forward(alone, *more, **keywords)) if each.requires_grad]
+        if results:
+            # What is asked for decides nothing: compiled code computes all gradients. They are not added to any.
+            trained = (parameter for parameter in layer.parameters() if parameter.requires_grad)
+            of = alone if alone.requires_grad else next(trained)
+            torch.autograd.grad(results, of, [torch.zeros_like(each) for each in results], allow_unused=True)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def without_compiling(compiled: bool) -> AbstractContextManager[Any]:

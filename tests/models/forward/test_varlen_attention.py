@@ -22,7 +22,7 @@ from panda.data.batches import TokenBatch
 from panda.models.causal_lm import build_causal_lm
 from panda.models.forward import varlen_attention
 from panda.models.forward.isolation import refuse_leaking
-from panda.models.forward.layers import numbered_layers
+from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
 from panda.models.forward.packed_rows import tell_packing
 from panda.models.forward.varlen_attention import attend_by_kernel
@@ -55,10 +55,10 @@ def calls() -> Iterator[list[int]]:
         yield calls
 
 
-def packed_batch(rows: tuple[tuple[int, ...], ...] = ROWS, *, bounded: bool) -> TokenBatch:
+def packed_batch(rows: tuple[tuple[int, ...], ...] = ROWS, *, bounded: bool, length: int = 32) -> TokenBatch:
     generator = np.random.default_rng(len(rows))
     made = [[(generator.integers(3, ENTRIES, n).astype(np.int32), np.arange(n) > n // 3) for n in row] for row in rows]
-    return collate(made, 0, packed=True, bounded=bounded, row_length=lambda tokens: 32)
+    return collate(made, 0, packed=True, bounded=bounded, row_length=lambda tokens: length)
 
 
 def hf_model(model_type: str, *, weights: bool = True, **changes: Any) -> Any:
@@ -205,15 +205,19 @@ def test_the_model_is_found_to_keep_samples_apart_or_refused(calls: list[int]) -
         refuse_leaking(Careless(), "llama", ENTRIES, CPU, bounded=True)
 
 
-def test_compiled_layers_are_compiled_once_and_whole(calls: list[int]) -> None:
-    """Other samples, in rows of the same length, run the same code."""
+def test_compiled_layers_are_compiled_once_and_whole(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of other lengths, with more samples and longer ones, run the same code."""
     model, counter = llama(), CompileCounter()
     attend_by_kernel(model)
-    batches = [packed_batch(rows, bounded=True) for rows in (ROWS, ((9, 9, 9), (11, 12), (24, 6)))]
+    several = [ROWS, ((9, 9, 9), (11, 12), (24, 6)), ((20,), (12, 8)), ((2,) * 9, (1, 2, 3, 4, 5), (30, 1))]
+    batches = [packed_batch(rows, bounded=True, length=32) for rows in several]
+    batches += [packed_batch(rows, bounded=True, length=80) for rows in (((80,), (40, 40)), ((8,) * 10, (3,) * 20))]
     plain = [loss_and_gradients(model, batch) for batch in batches]
+    assert len({len(batch.positions["sample_bounds"]) for batch in batches}) > 2
+    assert len({batch.positions["longest_sample"] for batch in batches}) > 1
     torch._dynamo.reset()
-    for layer in numbered_layers(model, "compile"):
-        layer.compile(backend=counter, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    compile_layers(model, CPU)
     for batch, expected in zip(batches, plain, strict=True):
         found = loss_and_gradients(model, batch)
         for name, value in expected.items():
