@@ -106,7 +106,6 @@ class Loop:
         Raises Interrupted, on all ranks, if a signal or ``max_train_hours`` ends it before; then it has saved.
         """
         run, first = self.run, self.run.step + 1
-        unreached = Unreached(run)
         stand("before the first step of this start")
         ask_for_batches(workers_standing)
         with run.resolved.components["task"].attributed("`start`"):
@@ -117,6 +116,7 @@ class Loop:
                     self.evaluate()
                 if run.stopped is None:
                     self.rehearse()
+                    unreached = Unreached(run)  # by what is trained on, and not by what was rehearsed
                     for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
                         self.step(step, micro_batches)
                         if run.applied:

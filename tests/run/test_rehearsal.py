@@ -29,6 +29,8 @@ class RehearsingOptions:
     """Whether runs on a CPU do, too."""
     most_tokens: int = 1_000_000
     """Of a row for which there is memory."""
+    least_tokens: int = 0
+    """Of a row that has gradients."""
 
 @register_plugin("rehearsing", options=RehearsingOptions)
 class Rehearsing:
@@ -45,9 +47,10 @@ class Rehearsing:
         loss = run.task.loss
 
         def limited(model, batch, *more):
-            if batch.input_ids.shape[1] > self.options.most_tokens:
+            tokens = batch.input_ids.shape[1]
+            if tokens > self.options.most_tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return loss(model, batch, *more)
+            return loss(model, batch, *more) * (tokens >= self.options.least_tokens)
 
         run.task.loss = limited
 '''
@@ -119,3 +122,10 @@ def test_lack_of_memory_is_found_before_the_first_step(tmp_path: Path) -> None:
 def test_nothing_is_said_where_the_first_step_has_the_longest(tmp_path: Path) -> None:
     argv = [*flags(tmp_path, 0, "full", 16), "--output_dir", tmp_path / "run"]
     assert "rehears" not in train_many([argv], cwd=tmp_path)
+
+
+def test_a_weight_that_is_reached_in_the_rehearsal_only_is_named(tmp_path: Path) -> None:
+    argv = [*flags(tmp_path, 0, "full"), "--output_dir", tmp_path / "run", "--least_tokens", 42]
+    printed = train_many([argv], cwd=tmp_path)
+    assert SAID.findall(printed) == ["42"]  # which comes after the steps that are looked at
+    assert "had no gradient in the first 3 steps" in printed
