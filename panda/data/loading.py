@@ -53,6 +53,13 @@ def batch_of(
     return collate([[steps._sample(number)] for number in samples], steps.shape)
 
 
+def micro_batches_of(
+    layout: Layout, collate: Collate, step: int, *, rank: int, positions: bool = False, bounds: bool = False
+) -> list[Batch]:
+    """The micro batches of ``rank`` in optimizer step ``step``, made here and now. The rest as of ``step_batches``."""
+    return _Steps(layout, rank, collate, _shape(layout, positions=positions, bounds=bounds), Workers(0))[step]
+
+
 def _shape(layout: Layout, *, positions: bool, bounds: bool) -> RowShape:
     return RowShape(layout.row_length, layout.packed or positions, bounds)
 

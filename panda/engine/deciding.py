@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -52,15 +54,18 @@ def deciding(optimizers: Sequence[torch.optim.Optimizer], judge: Callable[[], bo
 
 
 class RandomState:
-    """What the random generators of this process and its device were when it was made."""
+    """What the random generators of this process and its device were when it was made: those that checkpoints hold."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
+        self._python, self._numpy = random.getstate(), np.random.get_state()
         self._host = torch.get_rng_state()
         self._on_device = torch.cuda.get_rng_state(device) if self._device else None
 
     def restore(self) -> None:
         """Set the generators back."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
         torch.set_rng_state(self._host)
         if self._on_device is not None and self._device is not None:
             torch.cuda.set_rng_state(self._on_device, self._device)

@@ -45,6 +45,7 @@ from panda.run.records import add_to
 from panda.run.records import as_number
 from panda.run.records import evaluation_record
 from panda.run.records import log_record
+from panda.run.rehearsal import rehearse_longest
 from panda.run.skipped import ended_on_skipped
 from panda.run.skipped import ends_on_skipped
 from panda.run.skipped import too_many
@@ -105,7 +106,6 @@ class Loop:
         Raises Interrupted, on all ranks, if a signal or ``max_train_hours`` ends it before; then it has saved.
         """
         run, first = self.run, self.run.step + 1
-        unreached = Unreached(run)
         stand("before the first step of this start")
         ask_for_batches(workers_standing)
         with run.resolved.components["task"].attributed("`start`"):
@@ -115,6 +115,8 @@ class Loop:
                 if self.evaluation_due and run.stopped is None:
                     self.evaluate()
                 if run.stopped is None:
+                    self.rehearse()
+                    unreached = Unreached(run)  # by what is trained on, and not by what was rehearsed
                     for step, micro_batches in enumerate(self.clock.waiting_for(batches(run, run.layout)), first):
                         self.step(step, micro_batches)
                         if run.applied:
@@ -137,6 +139,16 @@ class Loop:
             raise Interrupted(self.how_it_goes_on())
         if ends_on_skipped(run):
             raise ended_on_skipped(run)
+
+    def rehearse(self) -> None:
+        """Find out before the next step whether there is memory for the longest micro batch of the run.
+
+        Not of a task that makes its samples while it trains: how long they will be is not known.
+        """
+        begun = time.perf_counter()
+        if not self.makes_samples:
+            rehearse_longest(self.run, self.loss, self.statistics)
+        self.clock.leave_out(time.perf_counter() - begun)
 
     def step(self, step: int, micro_batches: list[Batch]) -> None:
         """Take optimizer step ``step`` (counted from 1), then log, evaluate and save if they are due."""
