@@ -116,7 +116,7 @@ def _tensor_parallel(module: Any, name: str) -> Iterator[Run]:
 
 
 def _gathered(module: Any, way: str) -> Iterator[Run]:
-    yield 2, {"zero_stage": 3, "precision": "fp32", **(module.WAYS | module.ORDERS)[way]}
+    yield 2, {"zero_stage": 3, "precision": "fp32", **(module.WAYS | module.UNUSUAL)[way]}
 
 
 def _partitioned(module: Any, task: str) -> Iterator[Run]:
