@@ -34,7 +34,8 @@ class BestCheckpointOptions:
 class BestCheckpoint:
     """Saves the checkpoint of the best evaluation, keeps it whatever `save_total_limit` says, and names it at the end.
 
-    Of equal evaluations the first is the best. `--plugins best_checkpoint`. `checkpoints/best` has its name: `panda export RUN/checkpoints/best --output FOLDER`.
+    Of equal evaluations the first is the best. `--plugins best_checkpoint`. `checkpoints/best` has its name: `panda
+    export RUN/checkpoints/best --output FOLDER`.
     """
 
     def __init__(self, options: BestCheckpointOptions, context: PluginContext) -> None:
