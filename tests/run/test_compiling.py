@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -255,9 +256,9 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 @pytest.fixture
 def compiled_layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was given to torch to compile; it is run as it is."""
+    """The forwards given to torch to compile, for one shape or for any; they are run as they are."""
     given: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda forward: given.append(forward) or forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: given.append(forward) or forward)
     return given
 
 
@@ -285,19 +286,42 @@ def test_the_choice_is_said_written_down_and_kept_on_resume(
     assert train(configure(parse_arguments(flags("--max_steps", "1")))) is not None
     out = capsys.readouterr().out
     assert "fp32, ZeRO stage 0, compiled (auto); 1 rank on " in out and "\n            compile: true (auto), it" in out
-    assert written() is True and len(compiled_layers) == 2
+    assert written() is True and len(compiled_layers) == 2 * 2
     on_a_card(1e9)
     again = flags("--max_steps", "2", "--resume", "auto")
     assert train(configure(parse_arguments(again))) is not None
-    assert written() is True and len(compiled_layers) == 4, "a resumed run keeps it"
+    assert written() is True and len(compiled_layers) == 4 * 2, "a resumed run keeps it"
     assert "compile: true (auto), decided when the run began" in capsys.readouterr().out
     given = flags("--max_steps", "3", "--resume", "auto", "--compile", "false")
     assert train(configure(parse_arguments(given))) is not None
-    assert written() is False and len(compiled_layers) == 4, "a value that is given is not replaced"
+    assert written() is False and len(compiled_layers) == 4 * 2, "a value that is given is not replaced"
     on_a_card(0.0)
     assert train(configure(parse_arguments(flags("--max_steps", "4", "--resume", "auto")))) is not None
-    assert written() is False and len(compiled_layers) == 4
+    assert written() is False and len(compiled_layers) == 4 * 2
     assert "compile: auto" not in capsys.readouterr().out
+
+
+def test_code_is_chosen_by_the_shapes_of_the_runs_rows(
+    processes: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def compile_(forward: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        def run(given: torch.Tensor, *more: Any, **keywords: Any) -> Any:
+            if torch.is_grad_enabled():
+                ran.append(f"{'any' if dynamic else 'usual'} {given.shape[1]}")
+            return forward(given, *more, **keywords)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    rows = [{"input": "a" * (1 if number == 3 else 9), "target": "b"} for number in range(8)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    words = flags("--compile", "--num_train_epochs", "1")
+    words[words.index("--per_gpu_train_batch_size") + 1] = "1"
+    assert train(configure(parse_arguments(words))) is not None
+    long, short = sorted({int(each.split()[1]) for each in ran}, reverse=True)
+    assert Counter(ran) == {f"usual {long}": 7 * 2, f"any {long}": 2, f"any {short}": 2}, "each layer tries once"
 
 
 def test_a_choice_that_is_refused_beside_new_values_is_made_again(
