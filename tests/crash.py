@@ -68,6 +68,15 @@ T = TypeVar("T")
 TIMES = re.compile(r"seconds|per_second|data_wait|mfu|memory|flops")
 
 
+def free_port() -> int:
+    """A port below those that the system gives out, which another fork could be given before rank 0 opens it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+
+
 # -- runs, as forks
 
 
@@ -101,9 +110,7 @@ class Runs:
 
     def start(self, run: Path, argv: Sequence[str], ranks: int, prepare: Callable[[int], object] | None) -> list[int]:
         """Process ids of the ranks of ``panda-train argv``, in ``run``. In each, ``prepare`` is called first."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         pids = []
         for rank in range(ranks):

@@ -40,24 +40,32 @@ def differences(losses: Losses) -> str:
     return "\n".join(lines)
 
 
+def short_names(variants: Sequence[str]) -> list[str]:
+    """``variants`` without the flags that all have; the case's name where nothing is left of one."""
+    flags = [variant.split("+")[1:] for variant in variants]
+    common = set(flags[0]).intersection(*flags)
+    left = [", ".join(flag for flag in each if flag not in common) for each in flags]
+    return [short or variant.partition("+")[0] for short, variant in zip(left, variants, strict=True)]
+
+
 def draw(losses: Losses, file: Path) -> None:
     """The losses, and below their differences from the first variant's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    (reference, expected), *others = losses.items()
+    (reference, expected), *others = zip(short_names([*losses]), losses.values(), strict=True)
     above.plot(range(1, len(expected) + 1), expected, label=reference)
     for name, found in others:
-        above.plot(range(1, len(found) + 1), found, label=name, linewidth=0.8)
+        (line,) = above.plot(range(1, len(found) + 1), found, label=name, linewidth=0.8)
         steps = [
             (step, f - e)
             for step, (f, e) in enumerate(zip(found, expected, strict=False), 1)
             if f is not None and e is not None
         ]
-        below.plot([step for step, _ in steps], [apart for _, apart in steps], label=name, linewidth=0.8)
+        below.plot([step for step, _ in steps], [apart for _, apart in steps], linewidth=0.8, color=line.get_color())
     above.set_ylabel("loss a supervised token")
-    above.legend()
-    below.set_ylabel(f"difference from {reference}")
+    figure.legend(loc="outside upper left", fontsize="small")
+    below.set_ylabel("difference from the first")
     below.set_xlabel("optimizer step")
     figure.savefig(file, dpi=110)
