@@ -258,6 +258,7 @@ def test_a_signal_ends_the_run_once_it_has_saved_and_the_sweep(
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests behind it has it ignored
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     with pytest.raises(SystemExit) as ended:
