@@ -322,3 +322,7 @@ def test_a_checkpoint_of_another_shape_is_another_folder(tmp_path: Path, monkeyp
     before = settings(tmp_path).checkpoint(CASES["tiny"])
     monkeypatch.setitem(SHAPES, "tiny", replace(SHAPES["tiny"], layers=3))
     assert settings(tmp_path).checkpoint(CASES["tiny"]) != before
+
+
+def test_variants_are_named_by_the_flags_that_set_them_apart() -> None:
+    assert trajectory.short_names(["tiny+a=1+b=2", "tiny+a=1+b=3", "tiny+a=1"]) == ["b=2", "b=3", "tiny"]

@@ -17,8 +17,9 @@ from panda.run.description import read_provenance
 from panda.run.directory import PROVENANCE
 from panda.run.directory import configuration_in
 
-HEADS = {"started", "command", "components", "origins", "packages", "user_files", "earlier_starts", "end"} | {
-    "evaluation_metrics"
+HEADS = {
+    *("started", "command", "components", "origins", "packages", "user_files", "earlier_starts", "end"),
+    "evaluation_metrics",
 }
 """Of provenance.json: what has a heading of its own, follows from what has, or differs between any two runs."""
 MISSING = "-"

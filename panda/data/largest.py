@@ -66,7 +66,7 @@ def _largest_of(layout: Layout, step: int) -> LargestMicroBatch:
     found = []
     for number, of_ranks in enumerate(layout.micro_batches(step)):
         for rank, rows in enumerate(of_ranks):
-            longest = max((int(layout.dataset.lengths(np.array(row)).sum()) for row in rows), default=0)
+            longest = max(layout.filled_of(rows), default=0)
             found.append(LargestMicroBatch(step, number, rank, len(rows), _padded(layout, longest)))
     return max(found, key=lambda each: (each.cells, each.number > 0))
 

@@ -28,8 +28,7 @@ Row = list[int]
 RowLength = Callable[[int], int]
 """The length to which a row of so many tokens is padded."""
 FILLING_SAMPLES = 5000
-"""Samples at the start of a run from which it is told how full rows are, and of which shapes, whatever the size of a
-step."""
+"""The fullness and the shapes of rows are those of so many samples, the first of the run, and of one step at least."""
 
 
 def exact_length(tokens: int) -> int:
@@ -173,7 +172,7 @@ class Layout:
         return Counter(
             (max(1, len(filled)), self.row_length(max(filled, default=2)))
             for micro_batch in whole._first_micro_batches()
-            for filled in map(self._filled, micro_batch)
+            for filled in map(self.filled_of, micro_batch)
         )
 
     def filling(self) -> Filling:
@@ -181,7 +180,7 @@ class Layout:
         tokens = cells = samples = rows = 0
         for micro_batch in self._first_micro_batches():
             for of_rank in micro_batch:
-                filled = self._filled(of_rank)
+                filled = self.filled_of(of_rank)
                 tokens += sum(filled)
                 cells += self.row_length(max(filled, default=0)) * len(filled)
                 samples += sum(map(len, of_rank))
@@ -198,6 +197,6 @@ class Layout:
         for step in self._first_steps:
             yield from self.micro_batches(step)
 
-    def _filled(self, rows: list[Row]) -> list[int]:
+    def filled_of(self, rows: list[Row]) -> list[int]:
         """The tokens of each of ``rows`` that are not padding."""
         return [int(self.dataset.lengths(np.array(row)).sum()) for row in rows]

@@ -73,7 +73,7 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
 
 
 def sums_in_fp32(options: RunOptions) -> bool:
-    """Whether DeepSpeed is told to sum gradients in fp32. One micro batch is no sum: it stays as ranks have reduced it.
+    """Whether DeepSpeed sums gradients in fp32. Those of a single micro batch need no sum, and stay in 16 bits.
 
     Not with stage 1, which DeepSpeed (0.19.8) would give to another optimizer, nor without ZeRO, which sums in 16 bits.
     """

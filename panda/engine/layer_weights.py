@@ -256,8 +256,7 @@ class _Message:
 def _all_gather(gathered: torch.Tensor, shard: torch.Tensor, group: Any) -> None:
     """Gather ``shard`` [elements] of all ranks in ``gathered`` [ranks, elements], in the order of the current stream.
 
-    From torch 2.8 on, NCCL itself runs on that stream. In 2.7 it has its own, which waits for the current one before it
-    and for which that waits after it; and it keeps the memory of both tensors until NCCL has used it.
+    Used with torch 2.11 on GPUs. NCCL runs on that stream, or on one of its own, and then each waits for the other.
     """
     # torch 2.13 calls it so, and warns each time of the name that all others have.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -17,7 +17,7 @@ NAMED = 3
 
 
 class Unreached:
-    """The trained weights whose gradients were zero in all steps of this start, of which the first are looked at.
+    """Looks for trained weights whose gradients are zero in each of the first steps of a start.
 
     With torch 2.11 a step of split layers that were compiled trained the output head alone, in silence (2026-11-27).
     """

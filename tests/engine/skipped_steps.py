@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
+from ways_on_ranks import try_ways
 
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
-from panda.engine.processes import join_processes
 
 OFFLOADS = {"": {}, "offload": {"offload_optimizer": {"device": "cpu"}}}
 STEPS = 8
@@ -120,15 +117,4 @@ def problems(processes: Processes, way: list[Any], folder: Path) -> str:
     return "; ".join(wrong)
 
 
-def main() -> None:
-    # What panda trains on GPUs only: here it is about which steps are taken.
-    get_accelerator().is_fp16_supported = lambda: True
-    processes = join_processes()
-    with tempfile.TemporaryDirectory() as folder:
-        for way in json.loads(sys.argv[1]):
-            found = processes.from_all(problems(processes, way, Path(folder)))
-            if processes.rank == 0:
-                print(json.dumps([*way, found]), flush=True)
-
-
-main()
+try_ways(problems)

@@ -68,7 +68,7 @@ def compile_layers(
 
     ``shapes``: how many micro batches of the run have so many rows of such a length. A shape that at least half of them
     have gets code of its own, for training; everything else shares code for any shape, which is slower. Both exist once
-    a layer was run on the usual shape, so that no later step waits for torch.
+    a layer was run on the usual shape; what ``shapes`` does not have may be compiled later.
 
     Raises UserError where this machine cannot compile code for ``device``.
     """
