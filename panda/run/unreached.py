@@ -39,7 +39,9 @@ class Unreached:
                 self.reached[name] = self.reached[name] | found if name in self.reached else found
 
         handle = weight.register_post_accumulate_grad_hook(note)
-        weight._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
+        hooks = weight._post_accumulate_grad_hooks
+        for number in [each for each in hooks if each != handle.id]:
+            hooks[number] = hooks.pop(number)  # torch calls them in the order of insertion, whatever `move_to_end` did
         return handle
 
     def after_step(self) -> None:
