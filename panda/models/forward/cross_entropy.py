@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -21,7 +23,9 @@ from torch.autograd.function import once_differentiable
 from panda.registry.contexts import IGNORED_LABEL
 
 LOGITS_AT_ONCE = 2**26
-"""The most logits that exist at a time (256 MiB in float32)."""
+"""The most logits that exist at a time (256 MiB in float32, and the exponentials as much)."""
+BY_KERNELS_AT_ONCE = 2**28
+"""The same on a GPU in 16 bits, where they are all that exists (512 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +80,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=exact)
         hidden_grad = torch.empty_like(hidden) if is_training and ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if is_training and ctx.needs_input_grad[1] else None
-        rows = max(1, LOGITS_AT_ONCE // len(weight))
+        by_kernels = hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and _has_triton()
+        rows = max(1, (BY_KERNELS_AT_ONCE if by_kernels else LOGITS_AT_ONCE) // len(weight))
+        if by_kernels:
+            from panda.models.forward import softmax_triton as kernels
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight).to(exact)
+            logits = F.linear(hidden[part], weight)
             label = labels[part].unsqueeze(1)
-            one = logits.new_ones(label.shape)
+            one = logits.new_ones(label.shape, dtype=exact)
             if group:
                 label = label - len(weight) * dist.get_rank(group)
-                one = ((label >= 0) & (label < len(weight))).to(
-                    exact
-                )  # where the label is of this part, and 0 elsewhere
+                one = ((label >= 0) & (label < len(weight))).to(exact)  # where it is of this part, and 0 elsewhere
                 label = label.clamp(0, len(weight) - 1)
-            normaliser = logits.logsumexp(1, keepdim=True)
-            labelled = logits.gather(1, label)
+            labelled = logits.gather(1, label).to(exact)
+            if by_kernels:
+                normaliser = kernels.normaliser(logits)
+            else:
+                logits = logits.to(exact)
+                normaliser = logits.logsumexp(1, keepdim=True)
             if group:
                 normaliser, labelled = _over_vocabulary(normaliser, labelled.masked_fill(one == 0, 0), group)
             losses = normaliser - labelled
             weights = None if variation.weights is None else variation.weights[part].unsqueeze(1).to(exact)
             entries, smoothing = len(weight) * (dist.get_world_size(group) if group else 1), variation.smoothing
             if smoothing:
-                total = logits.sum(1, keepdim=True)
+                total = logits.sum(1, keepdim=True, dtype=exact)
                 if group:
                     dist.all_reduce(total, group=group)
                 losses = normaliser - (1 - smoothing) * labelled - smoothing * total / entries
@@ -104,14 +113,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hidden_grad is None and weight_grad is None:
                 continue
             # Softmax minus one at the label, in the place of the logits.
-            grad = logits.sub_(normaliser).exp_()
             if smoothing:
-                grad.sub_(smoothing / entries)
                 one = (1 - smoothing) * one
-            grad.scatter_add_(1, label, -one)
-            if weights is not None:
-                grad.mul_(weights)
-            rounded = grad.to(hidden.dtype)
+            if by_kernels:
+                rounded = kernels.gradient_in_place(logits, normaliser, label, one, weights, smoothing / entries)
+            else:
+                grad = logits.sub_(normaliser).exp_()
+                if smoothing:
+                    grad.sub_(smoothing / entries)
+                grad.scatter_add_(1, label, -one)
+                if weights is not None:
+                    grad.mul_(weights)
+                rounded = grad.to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(rounded, weight, out=hidden_grad[part])
             if weight_grad is not None:
@@ -129,6 +142,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = torch.mul(weight_grad, loss_grad, out=torch.empty_like(weight_grad, dtype=ctx.dtype))
         return None if hidden_grad is None else hidden_grad * loss_grad, weight_grad, None, None, None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _over_vocabulary(
