@@ -82,8 +82,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=exact) if is_training and ctx.needs_input_grad[1] else None
         by_kernels = hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and _has_triton()
         rows = max(1, (BY_KERNELS_AT_ONCE if by_kernels else LOGITS_AT_ONCE) // len(weight))
-        if by_kernels:
-            from panda.models.forward import softmax_triton as kernels
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight)
@@ -93,12 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 label = label - len(weight) * dist.get_rank(group)
                 one = ((label >= 0) & (label < len(weight))).to(exact)  # where it is of this part, and 0 elsewhere
                 label = label.clamp(0, len(weight) - 1)
-            labelled = logits.gather(1, label).to(exact)
-            if by_kernels:
-                normaliser = kernels.normaliser(logits)
-            else:
-                logits = logits.to(exact)
-                normaliser = logits.logsumexp(1, keepdim=True)
+            normaliser, labelled = _normaliser(logits, by_kernels), logits.gather(1, label).to(exact)
             if group:
                 normaliser, labelled = _over_vocabulary(normaliser, labelled.masked_fill(one == 0, 0), group)
             losses = normaliser - labelled
@@ -112,19 +105,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (losses if weights is None else losses * weights).sum()
             if hidden_grad is None and weight_grad is None:
                 continue
-            # Softmax minus one at the label, in the place of the logits.
-            if smoothing:
-                one = (1 - smoothing) * one
-            if by_kernels:
-                rounded = kernels.gradient_in_place(logits, normaliser, label, one, weights, smoothing / entries)
-            else:
-                grad = logits.sub_(normaliser).exp_()
-                if smoothing:
-                    grad.sub_(smoothing / entries)
-                grad.scatter_add_(1, label, -one)
-                if weights is not None:
-                    grad.mul_(weights)
-                rounded = grad.to(hidden.dtype)
+            at_label = (1 - smoothing) * one if smoothing else one
+            gradient = _by_kernels if by_kernels else _by_torch
+            rounded = gradient(logits, normaliser, label, at_label, weights, smoothing / entries)
             if hidden_grad is not None:
                 torch.mm(rounded, weight, out=hidden_grad[part])
             if weight_grad is not None:
@@ -147,6 +130,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def _normaliser(logits: torch.Tensor, by_kernels: bool) -> torch.Tensor:
+    """[rows, 1]: the logarithm of the sum of the exponentials of each row of ``logits``, in float32 or float64."""
+    if by_kernels:
+        from panda.models.forward.softmax_triton import normaliser
+
+        return normaliser(logits)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1, keepdim=True)
+
+
+def _by_kernels(logits: torch.Tensor, *given: Any) -> torch.Tensor:
+    """The same as ``_by_torch``, on a GPU in 16 bits."""
+    from panda.models.forward.softmax_triton import gradient_in_place
+
+    return gradient_in_place(logits, *given)
+
+
+def _by_torch(
+    logits: torch.Tensor,
+    normaliser: torch.Tensor,
+    label: torch.Tensor,
+    at_label: torch.Tensor,
+    weights: torch.Tensor | None,
+    spread: float,
+) -> torch.Tensor:
+    """The gradient of the losses by their ``logits`` [rows, entries], in the type of these, which are lost.
+
+    That is softmax minus ``spread``, minus ``at_label`` at the ``label``, times ``weights``; each of them [rows, 1].
+    """
+    gradient = logits.to(normaliser.dtype).sub_(normaliser).exp_()
+    if spread:
+        gradient.sub_(spread)
+    gradient.scatter_add_(1, label, -at_label)
+    if weights is not None:
+        gradient.mul_(weights)
+    return gradient.to(logits.dtype)
 
 
 def _over_vocabulary(

@@ -26,11 +26,11 @@ def gradient_in_place(
     logits: torch.Tensor,
     normaliser: torch.Tensor,
     label: torch.Tensor,
-    one: torch.Tensor,
+    at_label: torch.Tensor,
     weights: torch.Tensor | None,
     spread: float,
 ) -> torch.Tensor:
-    """``(exp(logits - normaliser) - spread - one at the label) * weights``, rounded, in the memory of ``logits``.
+    """``(exp(logits - normaliser) - spread - at_label at the label) * weights``, rounded, in the memory of ``logits``.
 
     ``logits`` is [rows, entries], contiguous; the others are [rows, 1]: ``label`` int64, and the rest float32.
     """
@@ -38,7 +38,7 @@ def gradient_in_place(
     columns = triton.cdiv(entries, BLOCK)
     has_weights = weights is not None
     _gradient[(rows, columns)](
-        *(logits, normaliser, label, one, weights if has_weights else one, entries, spread),
+        *(logits, normaliser, label, at_label, weights if has_weights else at_label, entries, spread),
         has_weights=has_weights,
         block=BLOCK,
         num_warps=8,
@@ -60,13 +60,15 @@ def _normaliser(logits, result, entries, block: tl.constexpr):
 
 
 @triton.jit
-def _gradient(logits, normaliser, label, one, weights, entries, spread, has_weights: tl.constexpr, block: tl.constexpr):
+def _gradient(
+    logits, normaliser, label, at_label, weights, entries, spread, has_weights: tl.constexpr, block: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * block + tl.arange(0, block)
     inside = places < entries
     value = tl.load(logits + row * entries + places, mask=inside, other=0.0).to(tl.float32)
     value = tl.exp(value - tl.load(normaliser + row)) - spread
-    value -= tl.where(places == tl.load(label + row), tl.load(one + row), 0.0)
+    value -= tl.where(places == tl.load(label + row), tl.load(at_label + row), 0.0)
     if has_weights:
         value *= tl.load(weights + row)
     tl.store(logits + row * entries + places, value.to(logits.dtype.element_ty), mask=inside)

@@ -50,7 +50,7 @@ def test_the_kernels_compile_for_a_hopper(dtype: str, weighted: bool) -> None:
         (_normaliser, {"logits": f"*{dtype}", "result": "*fp32", "entries": "i32"}, {"block": BLOCK}),
         (
             _gradient,
-            {"logits": f"*{dtype}", "normaliser": "*fp32", "label": "*i64", "one": "*fp32", "weights": "*fp32"}
+            {"logits": f"*{dtype}", "normaliser": "*fp32", "label": "*i64", "at_label": "*fp32", "weights": "*fp32"}
             | numbers,
             {"has_weights": weighted, "block": BLOCK},
         ),
@@ -77,7 +77,7 @@ def test_they_are_those_of_float64(
     logits[0, :] = logits[0, :].sort().values  # the largest comes last
     logits[1, entries // 2] = float("-inf")
     label = torch.randint(entries, (rows, 1), generator=generator).to(DEVICE)
-    one = torch.tensor([1 - smoothing] * (rows - 1) + [0.0], device=DEVICE).unsqueeze(1)
+    at_label = torch.tensor([1 - smoothing] * (rows - 1) + [0.0], device=DEVICE).unsqueeze(1)
     weights = torch.rand(rows, 1, generator=generator).to(DEVICE) if weighted else None
     exact = logits.double()
     of_rows = exact.logsumexp(1, keepdim=True)
@@ -86,9 +86,9 @@ def test_they_are_those_of_float64(
 
     spread = smoothing / entries
     right = (exact - of_rows).exp() - spread
-    right.scatter_add_(1, label, -one.double())
+    right.scatter_add_(1, label, -at_label.double())
     right *= 1 if weights is None else weights.double()
-    result = gradient_in_place(logits, found, label, one, weights, spread)
+    result = gradient_in_place(logits, found, label, at_label, weights, spread)
     assert result.data_ptr() == logits.data_ptr()
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(result.double(), right, rtol=step * 0.51, atol=torch.finfo(dtype).smallest_normal * step)
