@@ -2,7 +2,8 @@
 
 ``python summed_gradients.py OUTPUT.json``: for each way, of each of three steps, the largest error of the mean
 gradients relative to those that one process computes in float64, whether they are to the bit those of DeepSpeed's own
-reduction, and whether the step was taken; and the number of reductions of layers in all.
+reduction, and whether the step was taken. Of all steps, the number of reductions, of layers that had gradients at the
+same time at most, and of layers whose sums are several tensors.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from panda.configuration.options import RunOptions
 from panda.engine import layer_gradients
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
+from panda.engine.layer_gradients import LayerGradients
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
 from panda.engine.processes import leave_processes
@@ -44,6 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "two passes before backward": {"kind": "twice"},
     "a layer used twice": {"kind": "again"},
     "layers that share a weight": {"kind": "shared"},
+    "a weight that is first used before its layer": {"kind": "early", "kept": 1000},
     "gradients on the host": {"offload": True},
 }
 """Right, and the same to the bit as DeepSpeed's."""
@@ -85,10 +88,11 @@ class Layer(torch.nn.Module):
         self.v = torch.nn.Parameter(torch.randn(width, width) / 3)
         self.expert = torch.nn.Parameter(torch.randn(width) / 3)
 
-    def forward(self, x: torch.Tensor, use_expert: bool) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, use_expert: bool, early: torch.Tensor | None = None) -> torch.Tensor:
         y = torch.tanh(torch.nn.functional.linear(x, self.w, self.b))
         x = x + torch.nn.functional.linear(y, self.v)
-        return x + y * self.expert if use_expert else x
+        expert = self.expert if early is None else early
+        return x + y * expert if use_expert else x
 
 
 class Model(torch.nn.Module):
@@ -102,6 +106,7 @@ class Model(torch.nn.Module):
             self.layers[2].v = self.layers[1].v
 
     def several(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        early = [layer.expert * 1 for layer in self.layers] if self.kind == "early" else [None] * LAYERS
         use_expert = self.kind != "expert" or batch.rank == 1
         for number, layer in enumerate(self.layers):
             skips = batch.step == 1 or batch.number != 1
@@ -110,7 +115,7 @@ class Model(torch.nn.Module):
             if self.kind == "each recomputed":
                 x = checkpoint(layer, x, use_expert, use_reentrant=False)
             else:
-                x = layer(x, use_expert)
+                x = layer(x, use_expert, early[number])
         return self.layers[1](x, use_expert) if self.kind == "again" else x
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -203,20 +208,24 @@ def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 def main() -> None:
     processes = join_processes()
-    reductions = 0
-    applies, reduce = layer_gradients._applies, layer_gradients._Message.reduce
+    reductions = waiting = apart = 0
+    applies, reduce = layer_gradients._applies, LayerGradients._reduce
 
-    def reducing(message: layer_gradients._Message) -> list[torch.Tensor]:
-        nonlocal reductions
-        reductions += 1
-        return reduce(message)
+    def reducing(gradients: LayerGradients, layer: torch.nn.Module) -> None:
+        nonlocal reductions, waiting, apart
+        if layer in gradients.messages:
+            messages = gradients.messages.values()
+            waiting = max(waiting, sum(any(each.grad is not None for each in one.parameters) for one in messages))
+            apart = max(apart, sum(len(message.sums) > 1 for message in messages))
+            reductions += 1
+        reduce(gradients, layer)
 
-    layer_gradients._Message.reduce = reducing  # type: ignore[method-assign]
+    LayerGradients._reduce = reducing  # type: ignore[method-assign]
     results = {}
     for name, way in (WAYS | UNUSED).items():
-        reductions = 0
+        reductions = waiting = apart = 0
         ours, taken = train(way, processes)
-        found: dict[str, Any] = {"reductions": reductions, "taken": taken}
+        found: dict[str, Any] = {"reductions": reductions, "waiting": waiting, "apart": apart, "taken": taken}
         found["errors"] = list(map(error, ours, reference(way, taken, processes.world_size)))
         if name in WAYS:
             layer_gradients._applies = lambda optimizer: False

@@ -44,11 +44,19 @@ def test_a_layer_is_reduced_once_in_each_backward_pass(found: Any, way: str) -> 
         "one layer frozen, one in part": ALL - STEPS * MICRO_BATCHES,
         "two passes before backward": 2 * ALL,
         "a layer used twice": ALL + STEPS * MICRO_BATCHES,
+        "a weight that is first used before its layer": 2 * ALL - STEPS * MICRO_BATCHES,  # the first layer is the last
         "gradients on the host": 0,
         "a layer that some micro batches use": ALL - SKIPPED,
         "a shared weight of a layer that is not used": ALL - SKIPPED,
     }
     assert found[way]["reductions"] == expected.get(way, ALL)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS | UNUSED if "on the host" not in way])
+def test_a_layer_is_reduced_before_the_next_has_gradients_and_added_at_once(found: Any, way: str) -> None:
+    """Weights that two layers have are left to DeepSpeed, and lie between others."""
+    assert found[way]["waiting"] == (LAYERS if way == "a weight that is first used before its layer" else 1)
+    assert (found[way]["apart"] > 0) == ("share" in way)
 
 
 @pytest.mark.parametrize("way", WAYS | UNUSED)
