@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from panda.engine.deepspeed_config import SMALLEST_BUCKET
 from panda.engine.layer_weights import as_one
 from panda.engine.layer_weights import queued_on
 
@@ -41,7 +42,7 @@ class LayerGradients:
         self.stream: Any = optimizer.reduce_and_partition_stream
         self.computed: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
         self.packed: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
-        self.messages = _messages(layers, optimizer, device) if _applies(optimizer) else {}
+        self.messages = _messages(layers, optimizer) if _applies(optimizer) else {}
         self.current: torch.nn.Module | None = None
         """The layer that is in its backward pass."""
         self.reduced = set[torch.nn.Module]()
@@ -49,6 +50,7 @@ class LayerGradients:
         self.held: list[torch.Tensor] = []
         """Gradients that the stream may still read."""
         if self.messages:
+            _make_room(optimizer, [*self.messages.values()], device)
             end = optimizer.independent_gradient_partition_epilogue
 
             def end_backward() -> None:
@@ -121,7 +123,7 @@ class _Message:
         gradients = [
             torch.zeros(parameter.ds_numel, dtype=parameter.dtype, device=self.memory.device)
             if parameter.grad is None
-            else parameter.grad.view(-1)
+            else parameter.grad.reshape(-1)
             for parameter in self.parameters
         ]
         for parameter in self.parameters:
@@ -155,7 +157,7 @@ def _applies(optimizer: Any) -> bool:
     )
 
 
-def _messages(layers: list[torch.nn.Module], optimizer: Any, device: torch.device) -> dict[torch.nn.Module, _Message]:
+def _messages(layers: list[torch.nn.Module], optimizer: Any) -> dict[torch.nn.Module, _Message]:
     """For each of ``layers`` that has some, the gradients that DeepSpeed has a hook for. Removes the hooks."""
     hooks = {id(handle.hooks_dict_ref()): handle for handle in optimizer._grad_acc_hooks}
     users = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
@@ -177,8 +179,21 @@ def _messages(layers: list[torch.nn.Module], optimizer: Any, device: torch.devic
             messages[layer] = _Message(mine, [sums[places[id(parameter)]] for parameter in mine])
             for parameter in mine:
                 hooks[id(parameter._post_accumulate_grad_hooks)].remove()
-    elements = max((each.ranks * sum(each.sizes) for each in messages.values()), default=0)
-    memory = torch.empty(elements, dtype=optimizer.communication_data_type, device=device)
-    for each in messages.values():
-        each.memory = memory[: each.ranks * sum(each.sizes)].view(each.ranks, -1)
     return messages
+
+
+def _make_room(optimizer: Any, messages: list[_Message], device: torch.device) -> None:
+    """Give ``messages`` memory in common, of the largest one, and make DeepSpeed's bucket as small as the rest needs.
+
+    A gradient that is larger than the bucket is reduced from where it lies.
+    """
+    taken = {id(parameter) for message in messages for parameter in message.parameters}
+    left = sum(each.ds_numel for group in optimizer.fp16_groups for each in group if id(each) not in taken)
+    optimizer.reduce_bucket_size = max(1, min(optimizer.reduce_bucket_size, SMALLEST_BUCKET, left))
+    for bucket in optimizer.ipg_buckets.values():
+        if bucket.buffer is not None:
+            bucket.buffer = bucket.buffer.new_empty(optimizer.reduce_bucket_size)
+    elements = max(message.ranks * sum(message.sizes) for message in messages)
+    memory = torch.empty(elements, dtype=optimizer.communication_data_type, device=device)
+    for message in messages:
+        message.memory = memory[: message.ranks * sum(message.sizes)].view(message.ranks, -1)
