@@ -15,7 +15,9 @@ Streams. All this is queued on DeepSpeed's stream for reductions, after what has
 come before or after it, and its end of a backward pass waits for both. What is sent lies in memory that all layers have
 in common, in which the collective also writes the sum: the next layer's gradients are copied there by the same stream,
 later. The gradients themselves are memory of the computation. They are held until the computation waits for the copy,
-which it does at the end of the next layer; so those of two layers are alive.
+which it does at the end of the next layer; so those of two layers are alive. At the end of a backward pass DeepSpeed's
+host waits for the stream, which leaves the device without work where the next micro batch begins. Here the computation
+waits for it, and reads the sums later.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ class LayerGradients:
         self.held: list[torch.Tensor] = []
         """Gradients that the stream may still read."""
         if self.messages:
+            if self.stream is not None:
+                self.stream.synchronize = lambda: torch.cuda.current_stream().wait_stream(self.stream)
             _make_room(optimizer, [*self.messages.values()], device)
             end = optimizer.independent_gradient_partition_epilogue
 
