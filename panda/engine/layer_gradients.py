@@ -52,6 +52,9 @@ class LayerGradients:
         self.held: list[torch.Tensor] = []
         """Gradients that the stream may still read."""
         if self.messages:
+            # Asks autograd for each weight whether it will have a gradient, in each backward pass. Only a pass that was
+            # not begun by DeepSpeed's engine needs the answer.
+            optimizer.should_refresh_expected_hook_count = lambda: False
             if self.stream is not None:
                 self.stream.synchronize = lambda: torch.cuda.current_stream().wait_stream(self.stream)
             _make_room(optimizer, [*self.messages.values()], device)
