@@ -97,7 +97,7 @@ class LayerGradients:
             self.packed.wait()
         self.held = gradients
         with torch.no_grad(), queued_on(self.stream, self.computed):
-            message.pack(gradients)
+            torch.cat(gradients, 1, out=message.memory)
             if self.stream is not None:
                 self.packed.record()
             parts = message.reduce()
@@ -126,20 +126,18 @@ class _Message:
         self.memory = torch.empty(0)
 
     def take(self) -> list[torch.Tensor]:
-        """[elements] of each weight: its gradient, which the parameter has no longer; zeros where it had none."""
-        gradients = [
-            torch.zeros(parameter.ds_numel, dtype=parameter.dtype, device=self.memory.device)
-            if parameter.grad is None
-            else parameter.grad.reshape(-1)
-            for parameter in self.parameters
-        ]
-        for parameter in self.parameters:
+        """[ranks, elements of a rank] of each weight: its gradient, which the parameter has no longer, and zeros."""
+        gradients = []
+        for parameter, size in zip(self.parameters, self.sizes, strict=True):
+            if parameter.grad is None:
+                gradient = torch.zeros(self.ranks * size, dtype=parameter.dtype, device=self.memory.device)
+            else:
+                gradient = parameter.grad.reshape(-1)
+                if padding := self.ranks * size - len(gradient):
+                    gradient = torch.nn.functional.pad(gradient, (0, padding))
+            gradients.append(gradient.view(self.ranks, size))
             parameter.grad = None
         return gradients
-
-    def pack(self, gradients: list[torch.Tensor]) -> None:
-        """Copy ``gradients``, [elements] of each weight, to ``memory``."""
-        torch._chunk_cat(gradients, 0, self.ranks, out=self.memory)
 
     def reduce(self) -> list[torch.Tensor]:
         """The means over the ranks of what they have in ``memory``, as parts for ``sums``."""
@@ -154,7 +152,8 @@ def _applies(optimizer: Any) -> bool:
     """Whether DeepSpeed's ``optimizer`` reduces gradients in its usual way, and keeps the sums on the device."""
     from deepspeed.runtime.torch_autocast import is_autocast_initialized
 
-    return optimizer.reduce_scatter and not (
+    usual = type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3" and optimizer.reduce_scatter
+    return usual and not (
         optimizer.offload_optimizer
         or optimizer.zenflow
         or optimizer.use_muon
