@@ -21,6 +21,7 @@ import torch
 
 from panda.engine.deepspeed_config import LARGEST_LAYER
 from panda.engine.deepspeed_config import zero_3_sizes
+from panda.engine.layer_gradients import LayerGradients
 from panda.engine.layer_weights import LayerWeights
 from panda.registry import UserError
 from panda.weights.layer_names import layer_of
@@ -100,7 +101,7 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.devi
         if id(handle.hooks_dict_ref()) in hooks:
             handle.remove()
     if whole:
-        LayerWeights(module, whole, optimizer, device)
+        LayerWeights(module, whole, optimizer, device, LayerGradients(whole, optimizer, device).begin)
 
 
 def _trace_linear_layers_of_torch() -> None:

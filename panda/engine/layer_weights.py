@@ -3,7 +3,7 @@
 DeepSpeed (0.19.8) keeps account of each weight by itself: it takes a millisecond of the host for each layer and pass,
 and in a 1.3B the device waits for the host a third of the time (two H100s, 2026-11-26). Here a layer's weights are one
 message for each type that they have, frozen and trained ones apart: 101 MB take 0.25 ms so, and 0.53 as seven messages,
-on the device and on the host (two H100s, 2026-11-27). Gradients and weights outside of layers are as before. Weights
+on the device and on the host (two H100s, 2026-11-27). Weights outside of layers are as before. Weights
 that all ranks keep change in each step. They too are gathered afterwards in one message: with adapters a 7B has 448
 such weights, and DeepSpeed would send as many messages.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,12 +47,19 @@ class LayerWeights:
     """Gathers the weights of ``layers``, given in the order in which they run, and releases them.
 
     A layer's weights are there during its forward, and from when the gradient of its result is known until that of the
-    layer before is. Any other order of layers is right too, and gathers on demand.
+    layer before is. Any other order of layers is right too, and gathers on demand. ``begin`` is called where the
+    backward pass of a layer begins.
     """
 
     def __init__(
-        self, model: torch.nn.Module, layers: Iterable[torch.nn.Module], optimizer: Any, device: torch.device
+        self,
+        model: torch.nn.Module,
+        layers: Iterable[torch.nn.Module],
+        optimizer: Any,
+        device: torch.device,
+        begin: Callable[[torch.nn.Module], None],
     ) -> None:
+        self.begin = begin
         stepped = [parameter for group in optimizer.fp16_groups for parameter in group]
         places = {id(parameter): place for place, parameter in enumerate(stepped)}
         self.layers = [_Layer(module, places, device) for module in layers]
@@ -62,7 +70,7 @@ class LayerWeights:
         self.computed: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
         self.queued = deque[Any]()
         """Events after each of the last layers."""
-        with self._on_own_stream():
+        with queued_on(self.stream, self.computed):
             share_arrivals([message for layer in self.layers for message in layer.messages], device)
         # A forward pass may have had no backward pass, and the weights that it left may have changed.
         model.register_forward_pre_hook(lambda *_: self.release_all())
@@ -116,6 +124,7 @@ class LayerWeights:
             self.in_backward = layer
             self.need(layer)
             self.fetch(before)
+            self.begin(layer.module)
 
         def begin_forward(module: torch.nn.Module, inputs: Any, named: Any) -> None:
             versions.clear()
@@ -165,7 +174,7 @@ class LayerWeights:
             self.release(layer)
 
     def _gather(self, weights: _Weights) -> None:
-        with torch.no_grad(), self._on_own_stream():
+        with torch.no_grad(), queued_on(self.stream, self.computed):
             weights.gather()
             if self.stream is not None:
                 weights.copied.record()
@@ -187,16 +196,17 @@ class LayerWeights:
             event.record()
             self.queued.append(event)
 
-    @contextmanager
-    def _on_own_stream(self) -> Iterator[None]:
-        """Queue what follows on the stream of the gathers, after what has been computed."""
-        if self.stream is None:
-            yield
-            return
-        self.computed.record()
-        self.computed.wait(self.stream)
-        with torch.cuda.stream(self.stream):
-            yield
+
+@contextmanager
+def queued_on(stream: Any, computed: Any) -> Iterator[None]:
+    """Queue what follows on ``stream``, after what has been computed, which the event ``computed`` says."""
+    if stream is None:
+        yield
+        return
+    computed.record()
+    computed.wait(stream)
+    with torch.cuda.stream(stream):
+        yield
 
 
 class _Message:
@@ -233,7 +243,7 @@ class _Message:
         shards = [parameter.ds_tensor for parameter in self.parameters]
         addresses = [shard.data_ptr() for shard in shards]
         if addresses != self.addresses:
-            self.addresses, self.neighbours = addresses, _as_one(shards)
+            self.addresses, self.neighbours = addresses, as_one(shards)
         flat = torch.cat(shards) if self.neighbours is None else self.neighbours
         return flat.to(self.device, non_blocking=True)
 
@@ -263,7 +273,7 @@ def _all_gather(gathered: torch.Tensor, shard: torch.Tensor, group: Any) -> None
     gather(gathered.view(-1), shard, group=group)
 
 
-def _as_one(shards: list[torch.Tensor]) -> torch.Tensor | None:
+def as_one(shards: list[torch.Tensor]) -> torch.Tensor | None:
     """``shards`` as one tensor [elements] in the same memory; None if they do not lie in it one after the other."""
     storage, end = shards[0].untyped_storage().data_ptr(), shards[0].data_ptr()
     for shard in shards:
@@ -350,5 +360,5 @@ class _Layer(_Weights):
         for message in self.messages:
             shards = [parameter.ds_tensor for parameter in message.parameters]
             stepped = id(message.parameters[0]) in places
-            if message.ranks > 1 and not stepped and _as_one(shards) is None:
+            if message.ranks > 1 and not stepped and as_one(shards) is None:
                 _lay_together(shards)

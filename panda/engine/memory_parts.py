@@ -13,6 +13,7 @@ from typing import Any
 
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import LARGEST_LAYER
+from panda.engine.deepspeed_config import SMALLEST_BUCKET
 from panda.engine.deepspeed_config import sums_in_fp32
 from panda.engine.deepspeed_config import zero_3_sizes
 
@@ -216,20 +217,26 @@ def _stage_3(
 ) -> Held:
     """All is partitioned, with a copy of the weights in fp32 too.
 
-    Weights are gathered for the layers that are near, through memory for those of a layer, and gradients go through a
-    bucket.
+    Weights are gathered for the layers that are near, through memory for those of a layer. Gradients go through memory
+    for those of a layer too, while those of two layers are alive, and outside of layers through a bucket; all of them
+    through the bucket where their sums are on the host.
     """
     zero = zero_3_sizes(sizes.elements, sizes.trained, sizes.layer, sizes.outside) | zero
     share = -(-sizes.trained // ranks)
     live = min(sizes.elements, _elements(zero, "stage3_max_live_parameters")) if ranks > 1 else 0
     arrivals = sizes.layer if ranks > 1 and sizes.layer <= LARGEST_LAYER else 0
-    buffers = parts.buffers + element * (live + arrivals + _elements(zero, "reduce_bucket_size"))
+    bucket, reduced = _elements(zero, "reduce_bucket_size"), 0
+    if 0 < sizes.layer <= LARGEST_LAYER and not _is_offloaded(zero, "offload_optimizer"):
+        reduced = -(-sizes.layer * sizes.trained // sizes.elements)
+        bucket = min(bucket, SMALLEST_BUCKET, sizes.outside)
+    buffers = parts.buffers + element * (live + arrivals + reduced + bucket)
     parts = replace(
         parts,
         weights=-(-parts.weights // ranks),
         masters=4 * share,
         optimizer=-(-parts.optimizer // ranks),
         accumulators=(4 if sums_in_fp32(options) else element) * share,
+        gradients=max(parts.gradients, element * 2 * reduced),
         buffers=buffers,
     )
     return Held(parts, 4 * min(share, _elements(zero, "sub_group_size")))
