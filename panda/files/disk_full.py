@@ -50,7 +50,8 @@ _NUMBER = re.compile(r"\((?:os error|Errno) (\d+)\)|\[Errno (\d+)\]|: [A-Z][A-Za
 SHARED_MEMORY = "/dev/shm"
 _OF_SHARED_MEMORY = re.compile(r"/dev/shm|</?torch_|shared memory|out of shared")
 
-SHARED_MEMORY_FULL = f"{SHARED_MEMORY}, the shared memory of this machine or container, is full"
+_THIS_MEMORY = f"{SHARED_MEMORY}, the shared memory of this machine or container"
+SHARED_MEMORY_FULL = f"{_THIS_MEMORY}, is full"
 MORE_SHARED_MEMORY = (
     "Processes that prepare batches need it, and ranks on GPUs of one machine. Enlarge it (`docker run --shm-size 8g`,"
     " `mount -o remount,size=8g /dev/shm`), or write `num_workers: 0`."
@@ -79,14 +80,14 @@ def writing(what: str, then: str) -> Iterator[None]:
 
 def remedy(problem: str) -> str:
     """A sentence: what to do about ``problem``, as ``disk_full`` calls it. Only of a full disk does room help."""
-    if problem == SHARED_MEMORY_FULL:
+    if problem.startswith(_THIS_MEMORY):
         return MORE_SHARED_MEMORY
     return next(what for state, what in _REMEDIES.items() if problem.startswith(state))
 
 
 def is_of_files(problem: str) -> bool:
     """Whether ``problem``, as ``disk_full`` calls it, is of files, and neither of shared memory nor of stdout."""
-    return not problem.startswith((SHARED_MEMORY_FULL, PRINTED))
+    return not problem.startswith((_THIS_MEMORY, PRINTED))
 
 
 def disk_full(error: BaseException | None) -> str | None:
@@ -102,8 +103,8 @@ def disk_full(error: BaseException | None) -> str | None:
     if number is None and (given := _NUMBER.search(str(error))):
         number = int(next(filter(None, given.groups())))  # only in the text
     if number in _STATES:
-        if _STATES[number] == "the disk is full" and _is_of_shared_memory(error, file):
-            return SHARED_MEMORY_FULL
+        if _is_of_shared_memory(error, file):
+            return SHARED_MEMORY_FULL if _STATES[number] == "the disk is full" else f"{_THIS_MEMORY}: {_STATES[number]}"
         return f"{PRINTED}: {_STATES[number]}" if not file and _is_of_printing(error) else f"{_STATES[number]}{at}"
     if found := disk_full(error.__cause__ or error.__context__):
         return found
