@@ -132,7 +132,7 @@ def _exported(
         if adapted:
             weights, merged = _merged(adapted, weights)
             note += merged
-        export(checkpoint.parent.parent / MODEL_FOLDER, weights, output, card, newest)
+        export(checkpoint.parent.parent / MODEL_FOLDER, weights, output, card, newest=newest)
     return note
 
 
@@ -192,4 +192,4 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path, card: 
     description = adapted.directory / MODEL_FOLDER
     tokenizer = load_tokenizer(str(description))
     read = {name: stored.read() for name, stored in weights.items()}
-    export_adapters(model, read, output, description, tokenizer, card, newest)
+    export_adapters(model, read, output, description, tokenizer, card, newest=newest)

@@ -152,6 +152,8 @@ def _export(run: Run, shown: Activity, weights: Weights) -> None:
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
         tokenizer = load_tokenizer(str(description))
-        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer, card, newest)
+        export_adapters(
+            cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer, card, newest=newest
+        )
     else:
-        export(description, weights, folder, card, newest)
+        export(description, weights, folder, card, newest=newest)

@@ -99,20 +99,20 @@ def describe_model(
     write_json_object(folder / CONFIG, described | named)
 
 
-def export(description: Path, weights: Weights, folder: Path, card: str = "", newest: str | None = None) -> None:
+def export(description: Path, weights: Weights, folder: Path, card: str = "", *, newest: str | None = None) -> None:
     """Make ``folder`` from the folder ``description`` of a model and its ``weights``, held one file at a time.
 
     Weights are named and split as those of published checkpoints: a mixture of experts has a tensor for each expert.
 
     Raises UserError where a weight is not finite or the disk is full; see ``exporting``.
     """
-    with exporting(folder, card, newest) as new:
+    with exporting(folder, card, newest=newest) as new:
         shutil.copytree(description, new)
         write_weights(as_published(description, weights), new)
 
 
 @contextmanager
-def exporting(folder: Path, card: str = "", newest: str | None = None) -> Iterator[Path]:
+def exporting(folder: Path, card: str = "", *, newest: str | None = None) -> Iterator[Path]:
     """Yields the path of a folder to make, which then becomes ``folder``: see ``whole``.
 
     ``card`` is its model card, unless ``folder`` already has one that panda did not write, which stays. ``newest``: as

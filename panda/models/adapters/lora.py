@@ -234,6 +234,7 @@ def export_adapters(
     description: Path,
     tokenizer: Any,
     card: str = "",
+    *,
     newest: str | None = None,
 ) -> None:
     """Write the adapters among ``weights``, which have ``model``'s names, so that plain peft loads them on the base.
@@ -241,7 +242,7 @@ def export_adapters(
     The folder ``description`` of the model says where answers end, which the base alone does not. ``card``
     and ``newest``: see ``exporting``.
     """
-    with exporting(folder, card, newest) as new:
+    with exporting(folder, card, newest=newest) as new:
         new.mkdir(parents=True)
         write_tokenizer(tokenizer, new)
         if (description / GENERATION_CONFIG).exists():
