@@ -105,6 +105,17 @@ def processes() -> Iterator[Any]:
 
 
 @pytest.fixture
+def nobodys_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user has no name, and no home folder, as in a container with ``--user 12345``."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.fixture
 def full_disk() -> Any:
     """``with full_disk(bytes):`` no file may grow beyond that size, which the system reports like a full disk."""
 

@@ -18,6 +18,7 @@ from panda.configuration.launcher import LostRankError
 from panda.configuration.launcher import forget_empty
 from panda.configuration.launcher import tell_launcher
 from panda.files.disk_full import disk_full
+from panda.files.disk_full import is_of_files
 from panda.files.disk_full import out_of_reach
 from panda.files.disk_full import remedy
 from panda.files.library_warnings import LibraryWarnings
@@ -96,7 +97,8 @@ def _run(command: Callable[[list[str]], None], argv: list[str] | None, kept: Lib
             raise
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
         where = f"{notes}\nPANDA_TRACEBACK=1 shows who wanted it."
-        _print_error(f"{full}. {remedy(full)} {PLACES}" if full else f"{away}.{where}")
+        places = f" {PLACES}" if full and is_of_files(full) else ""
+        _print_error(f"{full}. {remedy(full)}{places}" if full else f"{away}.{where}")
         return USAGE_ERROR
     return 0
 

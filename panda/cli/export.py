@@ -23,6 +23,7 @@ from panda.run.directory import MODEL_FOLDER
 from panda.weights.gguf import SCRIPT
 from panda.weights.gguf import TYPES
 from panda.weights.gguf import script_in
+from panda.weights.run_folders import newest_checkpoint
 
 if TYPE_CHECKING:
     from panda.weights.stored_tensor import Weights
@@ -67,12 +68,13 @@ def _export(argv: list[str]) -> None:
     from panda.engine.checkpoints.folders import named_in
     from panda.engine.checkpoints.in_use import being_read
 
-    run_of(named_in(arguments.run))  # which refuses a later version's
+    run = run_of(named_in(arguments.run))
+    newest = newest_checkpoint(run) if run else None  # before one is chosen: the run may save another meanwhile
     with being_read(arguments.run) as checkpoint:
-        _write(arguments, script, checkpoint)
+        _write(arguments, script, checkpoint, newest)
 
 
-def _write(arguments: argparse.Namespace, script: Path | None, checkpoint: Path | None) -> None:
+def _write(arguments: argparse.Namespace, script: Path | None, checkpoint: Path | None, newest: str | None) -> None:
     report_passed_over(arguments.run)
     if checkpoint is None:
         raise UserError(f"{arguments.run}: no complete checkpoint there. Name a run directory, or a `step-...` folder.")
@@ -98,7 +100,7 @@ def _write(arguments: argparse.Namespace, script: Path | None, checkpoint: Path 
 
     with activity("exporting the model"):
         card = model_card(run, step_of(checkpoint), adapters=adapted is not None and not arguments.merge)
-        note = _exported(checkpoint, output, adapted, card, merges=arguments.merge, trained=arguments.trained)
+        note = _exported(checkpoint, output, adapted, card, newest, merges=arguments.merge, trained=arguments.trained)
     print(f"{output}: {checkpoint.name} of {run}{note}")
     if script:
         from panda.weights.gguf import write_gguf
@@ -108,7 +110,14 @@ def _write(arguments: argparse.Namespace, script: Path | None, checkpoint: Path 
 
 
 def _exported(
-    checkpoint: Path, output: Path, adapted: AdapterRun | None, card: str, *, merges: bool, trained: bool
+    checkpoint: Path,
+    output: Path,
+    adapted: AdapterRun | None,
+    card: str,
+    newest: str | None,
+    *,
+    merges: bool,
+    trained: bool,
 ) -> str:
     """Write the export of ``checkpoint``; what there is to say of it."""
     from panda.engine.checkpoints.weights import checkpoint_weights
@@ -118,12 +127,12 @@ def _exported(
     weights, others = (checkpoint_weights(checkpoint), False) if trained else evaluated_weights(checkpoint)
     note = "; the weights that it was evaluated with, an average or the like" if others else ""
     if adapted and not merges:
-        _export_adapters(adapted, weights, output, card)
+        _export_adapters(adapted, weights, output, card, newest)
     else:
         if adapted:
             weights, merged = _merged(adapted, weights)
             note += merged
-        export(checkpoint.parent.parent / MODEL_FOLDER, weights, output, card)
+        export(checkpoint.parent.parent / MODEL_FOLDER, weights, output, card, newest=newest)
     return note
 
 
@@ -171,7 +180,7 @@ def _merged(adapted: AdapterRun, weights: Weights) -> tuple[Weights, str]:
     return merged, f"; {note}"
 
 
-def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path, card: str) -> None:
+def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path, card: str, newest: str | None) -> None:
     from panda.models.adapters.lora import add_adapters
     from panda.models.adapters.lora import export_adapters
     from panda.models.adapters.lora import stand_in_for_parts
@@ -183,4 +192,4 @@ def _export_adapters(adapted: AdapterRun, weights: Weights, output: Path, card: 
     description = adapted.directory / MODEL_FOLDER
     tokenizer = load_tokenizer(str(description))
     read = {name: stored.read() for name, stored in weights.items()}
-    export_adapters(model, read, output, description, tokenizer, card)
+    export_adapters(model, read, output, description, tokenizer, card, newest=newest)

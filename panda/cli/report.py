@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from panda.cli.answering import assistant_and_sampling
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
 from panda.cli.parser import add_blocking
+from panda.cli.passed_over import report_passed_over
 from panda.cli.run_folders import run_folders
 from panda.cli.run_folders import short_names
 from panda.cli.runs import described
@@ -84,17 +86,23 @@ def parser() -> Parser:
 
 def _reported(run: Path, name: str, arguments: argparse.Namespace) -> Reported:
     """All that the page says of ``run``. What cannot be had is said there, and on stderr."""
+    from panda.engine.checkpoints.in_use import being_read
     from panda.report.recorded import recorded
 
-    reported = recorded(run, name, described(run, run.parent), arguments.answers)
-    if arguments.recorded_only:
-        return reported
+    with ExitStack() as reading:
+        try:
+            checkpoint = reading.enter_context(being_read(run))
+        except UserError:  # of a later version, which is said where the model is loaded
+            checkpoint = None
+        reported = recorded(run, name, described(run, run.parent), arguments.answers, checkpoint)
+        if arguments.recorded_only:
+            return reported
 
-    with activity("loading torch"):
-        from panda.report.gathering import Gathering
+        with activity("loading torch"):
+            from panda.report.gathering import Gathering
 
-    gathering = Gathering(run, reported, arguments.samples, arguments.answers)
-    return gathering.done(partial(_configuration, run, arguments), partial(_trained, run, arguments))
+        gathering = Gathering(run, reported, arguments.samples, arguments.answers, checkpoint)
+        return gathering.done(partial(_configuration, run, arguments), partial(_trained, run, checkpoint, arguments))
 
 
 def _configuration(run: Path, arguments: argparse.Namespace) -> Configuration:
@@ -106,9 +114,12 @@ def _configuration(run: Path, arguments: argparse.Namespace) -> Configuration:
     return configuration
 
 
-def _trained(run: Path, arguments: argparse.Namespace) -> Assistant:
-    """The model of ``run``: of its newest checkpoint, or its export."""
+def _trained(run: Path, checkpoint: Path | None, arguments: argparse.Namespace) -> Assistant:
+    """The model of ``run``: of ``checkpoint``, or its export."""
+    if checkpoint is not None:
+        report_passed_over(run)
     moved = arguments.ckpt_path if trained_adapters(run) else None
-    given = {"run": str(run), "ckpt_path": moved, "base_path": None, "allow_pickle": False, "p": arguments.p}
+    where = str(checkpoint or run)
+    given = {"run": where, "ckpt_path": moved, "base_path": None, "allow_pickle": False, "p": arguments.p}
     sampling = {"system": None, "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": None}
     return assistant_and_sampling(argparse.Namespace(**given, **sampling))[0]

@@ -114,11 +114,14 @@ class TypedLines:
         self.file = None
 
 
-def history_file() -> Path:
-    """Where the history is kept, as the XDG Base Directory Specification says for the state of a program."""
+def history_file() -> Path | None:
+    """Where the history is kept, as the XDG Base Directory Specification says for the state of a program.
+
+    None for a user without a home folder.
+    """
     state = os.environ.get("XDG_STATE_HOME", "")
-    folder = Path(state) if os.path.isabs(state) else Path(os.path.expanduser("~/.local/state"))
-    return folder / "panda" / "chat_history.jsonl"
+    folder = Path(state if os.path.isabs(state) else os.path.expanduser("~/.local/state"))
+    return folder / "panda" / "chat_history.jsonl" if folder.is_absolute() else None
 
 
 def _readline() -> ModuleType | None:

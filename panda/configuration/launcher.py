@@ -23,8 +23,11 @@ class AnotherRankError(LostRankError):
 
 
 def forget_empty() -> None:
-    """Remove variables of a launcher that are set to nothing, which everybody would have to read as not set."""
-    for name in (*_PLACE, *_MEETING):
+    """Remove variables of a launcher, and HOME, that are set to nothing: everybody would have to read them as not set.
+
+    With an empty HOME, ``~/.cache`` is ``/.cache``, which root could make.
+    """
+    for name in (*_PLACE, *_MEETING, "HOME"):
         if not os.environ.get(name, "x").strip():
             del os.environ[name]
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from panda.data.batches import Batch
 from panda.data.batches import Collate
@@ -122,6 +123,8 @@ def step_batches(
         # must not depend on how often a loader is started.
         generator=torch.Generator().manual_seed(0),
     )
+    # An iterator that could not be made, since shared memory is full, would add a traceback when it is collected.
+    _MultiProcessingDataLoaderIter._shutdown = True
     batches = iter(loader)
     try:
         with workers.watched(batches):

@@ -26,7 +26,9 @@ _STATES = {
     errno.ENOTCONN: "the network disk is not connected",
 }
 """What each error says of the disk. A terminal that is gone gives EIO, too, without the name of a file."""
+PRINTED = "what is printed cannot be written"
 _REMEDIES = {
+    PRINTED: "Send stdout and stderr to another place.",
     "the disk is full or failing": "Make room; if there is room, `dmesg` may say what the disk lacks.",
     "the disk is full": "Make room, or name a folder on another disk.",
     "the disk is failing": "Name a folder on another disk; `dmesg` may say what is wrong with this one.",
@@ -48,7 +50,8 @@ _NUMBER = re.compile(r"\((?:os error|Errno) (\d+)\)|\[Errno (\d+)\]|: [A-Z][A-Za
 SHARED_MEMORY = "/dev/shm"
 _OF_SHARED_MEMORY = re.compile(r"/dev/shm|</?torch_|shared memory|out of shared")
 
-SHARED_MEMORY_FULL = f"{SHARED_MEMORY}, the shared memory of this machine or container, is full"
+_THIS_MEMORY = f"{SHARED_MEMORY}, the shared memory of this machine or container"
+SHARED_MEMORY_FULL = f"{_THIS_MEMORY}, is full"
 MORE_SHARED_MEMORY = (
     "Processes that prepare batches need it, and ranks on GPUs of one machine. Enlarge it (`docker run --shm-size 8g`,"
     " `mount -o remount,size=8g /dev/shm`), or write `num_workers: 0`."
@@ -60,7 +63,7 @@ def writing(what: str, then: str) -> Iterator[None]:
     """If the body fails because of the disk (``disk_full``), raise UserError; all other errors pass.
 
     The message is ``WHAT cannot be written: the disk is full. Make room. THEN``, for another problem with what helps
-    against that. Where shared memory is full, it is about that.
+    against that. Where shared memory is full, or what is printed finds no room, it is about that.
     """
     try:
         yield
@@ -70,16 +73,21 @@ def writing(what: str, then: str) -> Iterator[None]:
         problem = disk_full(error)
         if problem is None:
             raise
-        if problem == SHARED_MEMORY_FULL:
+        if not is_of_files(problem):
             raise UserError(f"{problem}. {remedy(problem)}") from error
         raise UserError(f"{what} cannot be written: {problem}. {remedy(problem)} {then}".rstrip()) from error
 
 
 def remedy(problem: str) -> str:
     """A sentence: what to do about ``problem``, as ``disk_full`` calls it. Only of a full disk does room help."""
-    if problem == SHARED_MEMORY_FULL:
+    if problem.startswith(_THIS_MEMORY):
         return MORE_SHARED_MEMORY
     return next(what for state, what in _REMEDIES.items() if problem.startswith(state))
+
+
+def is_of_files(problem: str) -> bool:
+    """Whether ``problem``, as ``disk_full`` calls it, is of files, and neither of shared memory nor of stdout."""
+    return not problem.startswith((_THIS_MEMORY, PRINTED))
 
 
 def disk_full(error: BaseException | None) -> str | None:
@@ -95,9 +103,9 @@ def disk_full(error: BaseException | None) -> str | None:
     if number is None and (given := _NUMBER.search(str(error))):
         number = int(next(filter(None, given.groups())))  # only in the text
     if number in _STATES:
-        if _STATES[number] == "the disk is full" and _is_of_shared_memory(error, file):
-            return SHARED_MEMORY_FULL
-        return f"{_STATES[number]}{at}"
+        if _is_of_shared_memory(error, file):
+            return SHARED_MEMORY_FULL if _STATES[number] == "the disk is full" else f"{_THIS_MEMORY}: {_STATES[number]}"
+        return f"{PRINTED}: {_STATES[number]}" if not file and _is_of_printing(error) else f"{_STATES[number]}{at}"
     if found := disk_full(error.__cause__ or error.__context__):
         return found
     # torch.save (2.13, 2026-11) does not give the reason. This can go when it raises OSError.
@@ -115,6 +123,13 @@ def out_of_reach(error: BaseException) -> str | None:
         return None
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
     return f"{name if len(name) <= LONGEST_NAME else f'{name[:LONGEST_NAME]}...'}: {_OUT_OF_REACH[error.errno]}"
+
+
+def _is_of_printing(error: BaseException) -> bool:
+    """Whether ``error``, which names no file, came out of printing: C code, which raises it, has no frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = (frames[-1].line or "") if frames else ""
+    return "print(" in line or "stdout." in line
 
 
 def _is_of_shared_memory(error: BaseException, file: object) -> bool:

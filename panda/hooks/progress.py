@@ -175,10 +175,7 @@ class ProgressDisplay:
             print(f"the run stopped after step {run.step}, in {run.directory}", flush=True)
             if getattr(error, "says_how_to_go_on", False):
                 return
-            if kept is not None:
-                print(how_to_continue(run.directory, kept, flags_of_files(run.resolved)), flush=True)
-            else:
-                print("no checkpoint was saved, so it cannot be continued: set `save_minutes`", flush=True)
+            print(how_to_continue(run.directory, kept, flags_of_files(run.resolved)), flush=True)
 
 
 def _facts(run: Run, record: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import panda
 from panda.installation.findings import Finding
+from panda.registry import UserError
+from panda.registry.location import expanded
 
 SHOWN = ("torch", "transformers", "deepspeed", "peft", "triton", "bitsandbytes")
 GPUS = Path("/proc/driver/nvidia/gpus")
@@ -50,15 +52,20 @@ def examine_machine() -> list[Finding]:
 
 
 def _folders() -> Iterator[Finding]:
-    home = os.environ.get("HOME")
-    if not home or not Path(home).is_dir():
+    if not os.path.isdir(os.path.expanduser("~")):
         yield Finding(
-            f"HOME is {home!r}",
+            f"HOME is {os.environ.get('HOME')!r}",
             "which is no folder: caches of panda, of the hub and of compilers go there",
             "Set HOME, or PANDA_CACHE and HF_HOME, to a folder that is yours.",
             is_broken=False,
         )
-    for name, folder in _used().items():
+    used = {"TMPDIR (temporary files)": Path(tempfile.gettempdir())}
+    cache = "PANDA_CACHE (the token cache)"
+    try:
+        used[cache] = expanded(os.environ.get("PANDA_CACHE") or "~/.cache/panda")
+    except UserError as problem:
+        yield Finding(cache, str(problem), "Set PANDA_CACHE to a folder that is yours.")
+    for name, folder in used.items():
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             yield Finding(
@@ -73,12 +80,3 @@ def _folders() -> Iterator[Finding]:
                 "Make room: runs write tokenised data and checkpoints.",
                 is_broken=False,
             )
-
-
-def _used() -> dict[str, Path]:
-    """The folders that runs write to, by the variable that decides which."""
-    cache = os.environ.get("PANDA_CACHE")
-    return {
-        "PANDA_CACHE (the token cache)": Path(cache) if cache else Path("~/.cache/panda").expanduser(),
-        "TMPDIR (temporary files)": Path(tempfile.gettempdir()),
-    }

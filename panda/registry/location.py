@@ -37,13 +37,17 @@ def resolve_path(text: str) -> Path:
 
 
 def expanded(text: str) -> Path:
-    """The path ``text``, with the folder of the user for ``~``. Raises UserError where that is not known."""
+    """The path ``text``, with the folder of the user for ``~``. Raises UserError where there is none."""
+    whose = text.partition("/")[0]
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        home = Path(whose).expanduser() if whose[:1] == "~" and whose != "~" else None
     except (RuntimeError, KeyError):
-        whose = text.partition("/")[0]
         what = "this user has no home folder (HOME is not set)" if whose == "~" else f"there is no user {whose[1:]!r}"
         raise UserError(f"{text!r}: {what}. Write the whole path.") from None
+    if home and not home.is_dir():  # root could make it
+        raise UserError(f"{text!r}: {whose[1:]!r} has no home folder ({home} does not exist). Write the whole path.")
+    return path
 
 
 def problem_of_path(text: str) -> str | None:

@@ -64,9 +64,10 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class Gathering:
     """The parts of a page that need the data or the model of a run: where one fails, the others are there."""
 
-    def __init__(self, run: Path, reported: Reported, samples: int, answers: int) -> None:
-        """``samples``: how many are shown; ``answers``: how many prompts are answered."""
+    def __init__(self, run: Path, reported: Reported, samples: int, answers: int, checkpoint: Path | None) -> None:
+        """``samples``: how many are shown; ``answers``: how many prompts are answered, by that ``checkpoint``."""
         self.run, self.reported, self.samples, self.answers = run, reported, samples, answers
+        self.checkpoint = checkpoint
 
     def done(self, configure: Callable[[], Configuration], load: Callable[[], Assistant]) -> Reported:
         """All of the page. ``configure`` gives the configuration of the run, ``load`` its model, or raises."""
@@ -178,7 +179,8 @@ class _Asking:
         prompts = [answer.prompt for answer in self.recorded] or self._prompts()
         self.tokenizer = assistant.tokenizer
         self.encoded = {prompt: assistant.encode([{"role": "user", "content": prompt}]) for prompt in prompts}
-        return self._ask(assistant, {} if self.recorded else self.encoded, whose_answers(self.gathering.run))
+        whose = whose_answers(self.gathering.run, self.gathering.checkpoint)
+        return self._ask(assistant, {} if self.recorded else self.encoded, whose)
 
     def _prompts(self) -> list[str]:
         if isinstance(self.prepared, Missing):

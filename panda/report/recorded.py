@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import step_of
 from panda.files.records import damaged_lines
 from panda.files.records import read_records
@@ -15,7 +14,6 @@ from panda.hooks.curves import Recorded
 from panda.hooks.guard import read_skipped
 from panda.hooks.metrics import FILE_NAME
 from panda.hooks.metrics import read_evaluations
-from panda.registry import UserError
 from panda.report.reported import Answer
 from panda.report.reported import Missing
 from panda.report.reported import Reported
@@ -34,10 +32,10 @@ TRAINED, REFERENCE = "after training", "in the data"
 PROFILES = "profile/parts-step*.txt"
 
 
-def recorded(run: Path, name: str, row: Mapping[str, Any], answers: int) -> Reported:
+def recorded(run: Path, name: str, row: Mapping[str, Any], answers: int, checkpoint: Path | None) -> Reported:
     """The part of a page about ``run``, which it calls ``name``, that is on record.
 
-    ``row``: that of ``panda runs``; ``answers``: how many questions are shown.
+    ``row``: that of ``panda runs``; ``answers``: how many questions are shown; ``checkpoint``: the one that answers.
     """
     profiles = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(run.glob(PROFILES))]
     return Reported(
@@ -46,7 +44,7 @@ def recorded(run: Path, name: str, row: Mapping[str, Any], answers: int) -> Repo
         configuration=public(configuration_in(run)),
         provenance=public(read_provenance(run)),
         damaged=len(damaged_lines(run / FILE_NAME)),
-        weights=weights_of(run),
+        weights=weights_of(run, checkpoint),
         answers=recorded_answers(run, answers) or Missing("the run has recorded none"),
         evaluation_answers=evaluation_answers(run, answers),
         skipped=public(list(read_skipped(run).values())),
@@ -76,26 +74,22 @@ def has_ended(run: Path) -> bool:
     return isinstance(read_provenance(run).get("end"), dict)
 
 
-def step_of_weights(run: Path) -> int | None:
-    """The step after which the weights were that answer for ``run``: of its newest checkpoint, or its export."""
-    try:
-        checkpoint = find_checkpoint(run)
-    except UserError:
-        checkpoint = None
+def step_of_weights(run: Path, checkpoint: Path | None) -> int | None:
+    """The step after which the weights were that answer for ``run``: of ``checkpoint``, or its export."""
     return step_of(checkpoint) if checkpoint else exported_step(run)
 
 
-def whose_answers(run: Path) -> str:
-    """What the answers of the model of ``run`` are headed."""
-    step = step_of_weights(run)
+def whose_answers(run: Path, checkpoint: Path | None) -> str:
+    """What the answers of the model of ``run``, in ``checkpoint``, are headed."""
+    step = step_of_weights(run, checkpoint)
     if step is None or (has_ended(run) and step == ended_step(run)):
         return TRAINED
     return f"after step {step:,}"
 
 
-def weights_of(run: Path) -> str:
+def weights_of(run: Path, checkpoint: Path | None) -> str:
     """Which weights answer for ``run``, and whether its best evaluation is of others; empty where none are known."""
-    step, best = step_of_weights(run), best_evaluation(run, read_evaluations(run))
+    step, best = step_of_weights(run, checkpoint), best_evaluation(run, read_evaluations(run))
     if step is None:
         return ""
     said = f"those after step {step:,}"

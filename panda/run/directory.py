@@ -6,6 +6,7 @@ docs/concepts.md lists its contents.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,10 +146,11 @@ def find_directory(resolved: Resolved) -> tuple[Path, Path | None]:
             f" {path.name} is damaged: {why}."
             for path, why in ({} if problem else passed_over(resolve_path(options.resume))).items()
         )
-        raise UserError(
-            f"resume: no complete checkpoint at {options.resume[:200]!r}.{damaged} Give a run directory, its"
-            " `checkpoints`, or one `step-...` folder; or `auto`."
-        )
+        then = "Give a run directory, its `checkpoints`, or one `step-...` folder; or `auto`."
+        if not problem and (resolve_path(options.resume) / PROVENANCE).is_file():
+            begin = shlex.join(["panda-train", "--resume", "auto", "--output_dir", options.resume])
+            then = f"`{begin}` begins the run again."
+        raise UserError(f"resume: no complete checkpoint at {options.resume[:200]!r}.{damaged} {then}")
     is_in_run = checkpoint.absolute().parent.name == "checkpoints"
     if is_in_run and (given is None or given.resolve() == checkpoint.resolve().parent.parent):
         return given or checkpoint.parent.parent, checkpoint

@@ -29,6 +29,7 @@ from panda.run.directory import MODEL_FOLDER
 from panda.run.model_card import model_card
 from panda.run.state import Run
 from panda.weights.export import export
+from panda.weights.run_folders import newest_checkpoint
 from panda.weights.stored_tensor import Weights
 from panda.weights.stored_tensor import bytes_of
 from panda.weights.stored_tensor import counted
@@ -147,9 +148,12 @@ def _export(run: Run, shown: Activity, weights: Weights) -> None:
     weights = counted(weights, shown.advance)
     description, folder = run.directory / MODEL_FOLDER, run.directory / EXPORT
     card = model_card(run.directory, run.step, adapters=run.options.use_lora)
+    newest = newest_checkpoint(run.directory)
     if run.options.use_lora:
         adapters = {name: tensor.read() for name, tensor in weights.items()}
         tokenizer = load_tokenizer(str(description))
-        export_adapters(cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer, card)
+        export_adapters(
+            cast("PeftModel", run.engine.module), adapters, folder, description, tokenizer, card, newest=newest
+        )
     else:
-        export(description, weights, folder, card)
+        export(description, weights, folder, card, newest=newest)

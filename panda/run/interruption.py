@@ -173,10 +173,11 @@ def _hear_nothing_in_fork() -> None:
 os.register_at_fork(after_in_child=_hear_nothing_in_fork)
 
 
-def how_to_continue(directory: Path, checkpoint: Path, flags: str = "", *, exactly: bool = False) -> str:
+def how_to_continue(directory: Path, checkpoint: Path | None, flags: str = "", *, exactly: bool = False) -> str:
     """A line for a shell, in any folder, that continues the run in ``directory`` from ``checkpoint``, after a word.
 
-    On one machine it starts as many ranks as there are. ``flags``: more of them, quoted, with a space before.
+    Where that is None, or the one of another run from which this one began, it begins again from there. On one machine
+    it starts as many ranks as there are. ``flags``: more of them, quoted, with a space before.
     ``exactly``: from that one, also where the run has newer ones.
     """
     program = _program("panda-train", "panda.cli.train")
@@ -188,12 +189,15 @@ def how_to_continue(directory: Path, checkpoint: Path, flags: str = "", *, exact
         program = [*launcher, "--standalone", "--nproc_per_node", str(ranks), *script]
     elif ranks > 1:
         launched = " (with the launcher of this run, on each of its machines)"
-    run, checkpoint = directory.absolute(), checkpoint.absolute()
-    if checkpoint.parent.parent.resolve() == run.resolve():
+    run, checkpoint = directory.absolute(), checkpoint.absolute() if checkpoint else None
+    is_own = checkpoint is not None and checkpoint.parent.parent.resolve() == run.resolve()
+    if is_own:
         resume = ["--resume", str(checkpoint if exactly else run)]
-    else:  # it is the one from which the run began, in another run
-        resume = ["--config", str(run / "config.yaml"), "--resume", str(checkpoint)]
-    return f"to continue it{launched}: {shlex.join([*program, *resume])}{flags}"
+    elif exactly:  # it has later ones of its own, which `auto` would prefer
+        resume = ["--config", f"{run}/config.yaml", "--resume", str(checkpoint), "--output_dir", f"{run}-again"]
+    else:
+        resume = ["--resume", "auto", "--output_dir", str(run)]
+    return f"to {'continue it' if is_own else 'begin it again'}{launched}: {shlex.join([*program, *resume])}{flags}"
 
 
 def _program(name: str, module: str) -> list[str]:

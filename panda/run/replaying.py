@@ -76,7 +76,11 @@ class Replayed:
         """The parts that are not finite; otherwise those whose loss or gradient is far above the others'."""
         if broken := [part for part in self.parts if not part.is_finite]:
             return broken
-        losses, norms = median(part.loss for part in self.parts), median(part.grad_norm for part in self.parts)
+        if len(self.parts) < 2:
+            return []
+        # without the largest: what is left of the others, whichever of the larger half is looked at
+        losses = median(sorted(part.loss for part in self.parts)[:-1])
+        norms = median(sorted(part.grad_norm for part in self.parts)[:-1])
         return [
             part for part in self.parts if part.loss > STANDS_OUT * losses or part.grad_norm > STANDS_OUT * norms > 0
         ]

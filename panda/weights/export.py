@@ -39,7 +39,6 @@ from panda.weights.model_config import model_config
 from panda.weights.parts import PARTS
 from panda.weights.pretrained import Pretrained
 from panda.weights.run_folders import CARD_MARK
-from panda.weights.run_folders import newest_checkpoint
 from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
 
@@ -100,23 +99,24 @@ def describe_model(
     write_json_object(folder / CONFIG, described | named)
 
 
-def export(description: Path, weights: Weights, folder: Path, card: str = "") -> None:
+def export(description: Path, weights: Weights, folder: Path, card: str = "", *, newest: str | None = None) -> None:
     """Make ``folder`` from the folder ``description`` of a model and its ``weights``, held one file at a time.
 
     Weights are named and split as those of published checkpoints: a mixture of experts has a tensor for each expert.
 
     Raises UserError where a weight is not finite or the disk is full; see ``exporting``.
     """
-    with exporting(folder, card) as new:
+    with exporting(folder, card, newest=newest) as new:
         shutil.copytree(description, new)
         write_weights(as_published(description, weights), new)
 
 
 @contextmanager
-def exporting(folder: Path, card: str = "") -> Iterator[Path]:
+def exporting(folder: Path, card: str = "", *, newest: str | None = None) -> Iterator[Path]:
     """Yields the path of a folder to make, which then becomes ``folder``: see ``whole``.
 
-    ``card`` is its model card, unless ``folder`` already has one that panda did not write, which stays.
+    ``card`` is its model card, unless ``folder`` already has one that panda did not write, which stays. ``newest``: as
+    ``newest_checkpoint`` of its run said before its weights were chosen. The run may have saved others since.
     One process at a time makes it; others wait. Raises UserError where the disk is full, and where ``folder`` holds
     something else than an export.
     """
@@ -124,7 +124,6 @@ def exporting(folder: Path, card: str = "") -> Iterator[Path]:
     then = "Checkpoints and any earlier export are untouched: `panda export RUN` writes it again."
     file = folder.absolute().with_name(f".{folder.name}.lock")
     with writing(f"{folder}: the export", then):
-        newest = newest_checkpoint(file.parent)  # as it is before the weights are read
         file.parent.mkdir(parents=True, exist_ok=True)
         with held(file, waiting=_say_who_exports, removed=True), whole(folder) as new:
             yield new

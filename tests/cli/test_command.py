@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import io
+import os
+import subprocess
 import sys
 
 import pytest
@@ -92,3 +94,17 @@ def test_a_file_out_of_reach_is_the_users_and_a_missing_one_is_a_bug(
     monkeypatch.setenv("PANDA_TRACEBACK", "1")
     with pytest.raises(PermissionError):
         run_command(command, [str(errno.EACCES)])
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_said_of_what_is_printed(unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "panda", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    said = "error: what is printed cannot be written: the disk is full. Send stdout and stderr to another place.\n"
+    assert (done.stderr, done.returncode) == (said, 2)

@@ -56,6 +56,15 @@ def test_what_was_typed_is_there_in_the_next_chat_and_only_its_owner_reads_it(
     assert remembered() == ["one", " two\nlines", "竹", "later"]
 
 
+def test_a_user_without_a_home_folder_keeps_none(
+    history: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nobodys_home: None
+) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.chdir(tmp_path)
+    assert typed(monkeypatch, "one\n") == ["one"] == remembered()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_history_is_not_kept_where_nobody_types_or_wants_it(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     typed(monkeypatch, "secret\n", keeps=False)
     assert remembered() == ["secret"] and not history.exists()

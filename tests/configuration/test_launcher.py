@@ -28,6 +28,7 @@ from panda.registry import UserError
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "ranks count from 0"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
         ({"WORLD_SIZE": "", "RANK": " ", "LOCAL_RANK": "", "MASTER_PORT": ""}, None),
+        ({"HOME": ""}, None),
         ({"WORLD_SIZE": "1"}, None),
         ({}, None),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import pickle
 import re
@@ -388,6 +390,23 @@ time.sleep(600)
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
     assert len(pids) == 2
+
+
+def test_workers_for_which_there_is_no_room_are_one_error(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared memory is full: torch's iterator is half made, and fails once more when it is collected."""
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    monkeypatch.setattr("multiprocessing.queues.Queue.__init__", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(dataset, plan_of(), workers=2)
+    gc.collect()
+    assert not unraisable
 
 
 def test_a_worker_that_is_killed_in_a_step_is_an_error_where_batches_are_waited_for(dataset: TokenDataset) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -194,6 +195,12 @@ def test_panda_begins_a_path_inside_the_package_and_a_tilde_one_at_home(monkeypa
     assert resolve_path("panda:data/sample/tokenizer").is_dir()
     monkeypatch.setenv("HOME", "/home/someone")
     assert resolve_path("~/x") == Path("/home/someone/x")
+    assert resolve_path("~root/x") == Path("/root/x")
+    with pytest.raises(UserError, match=r"^'~nosuch/x': there is no user 'nosuch'\. Write the whole path\.$"):
+        resolve_path("~nosuch/x")
+    monkeypatch.setattr("pwd.getpwnam", lambda name: SimpleNamespace(pw_dir=f"/nonexistent/{name}"))
+    with pytest.raises(UserError, match=r"^'~nobody/x': 'nobody' has no home folder \(/nonexistent/nobody does not"):
+        resolve_path("~nobody/x")  # which root could make
     assert resolve_path("x/y") == Path("x/y")
 
 

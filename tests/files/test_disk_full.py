@@ -123,10 +123,15 @@ def test_full_shared_memory_is_no_full_disk(monkeypatch: pytest.MonkeyPatch) -> 
     for text in (of_torch, of_nccl):
         assert disk_full(RuntimeError(text)) == SHARED_MEMORY_FULL
 
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match=r"^/dev/shm, the shared memory .* is full") as caught, writing("a", "b"):
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, ", is full"), (errno.EROFS, ": the disk can only be read")]
+)
+def test_a_semaphore_is_of_shared_memory(number: int, said: str) -> None:
+    def full() -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(UserError, match=rf"^/dev/shm, the shared memory .*{said}") as caught, writing("a", "b"):
         compiled = compile("full()", "multiprocessing/synchronize.py", "exec")
         try:
             exec(compiled, {"full": full})

@@ -49,6 +49,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             layout=Layout(dataset, SampleOrder(dataset.sources, seed=1), plan, "padded", 16),
             evaluations={},
             resumed_from=resumed_from,
+            resolved=SimpleNamespace(core=SimpleNamespace(user_dir=None), lasting={}),
             step=step,
             begun=time.perf_counter(),
             answers=[],

@@ -27,6 +27,8 @@ from panda.hooks.guard import SpikeGuard
 from panda.hooks.guard import guard
 from panda.hooks.guard import spike
 from panda.registry.contexts import PluginContext
+from panda.run.replaying import Part
+from panda.run.replaying import Replayed
 
 SPOILING = """
 from panda.tasks.instruct import Instruct
@@ -195,6 +197,12 @@ def test_replay_says_what_it_needs(folder: Path, printed: str, environment: dict
 
 
 # -- without a run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norms", "found"), [((0.8, 23.1), 1), ((1, 1, 23, 24), 2), ((5, 9), 0), ((23,), 0)])
+def test_what_is_far_above_the_others_is_responsible(norms: tuple[float, ...], found: int) -> None:
+    parts = [Part("rows.json:1", "", 5, 1.0, norm) for norm in norms]
+    assert Replayed(29, 1.0, 1.0, 5, "tokens", parts).responsible == parts[len(parts) - found :]
 
 
 def test_what_counts_as_a_spike() -> None:

@@ -8,7 +8,6 @@ import math
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,17 +196,19 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(step=7)
-    core = SimpleNamespace(user_dir=None)
-    run.resolved = SimpleNamespace(core=core, lasting={})
     started(run).panda_exception(run, ValueError())
-    assert f"the run stopped after step 7, in {run.directory}\nno checkpoint was saved" in capsys.readouterr().out
+    assert f"the run stopped after step 7, in {run.directory}\nto begin it again: " in (said := capsys.readouterr().out)
+    assert said.endswith(f"panda-train --resume auto --output_dir {run.directory}\n")
     run.checkpoints = [tmp_path / "step-00000005", tmp_path / "gone"]
     run.checkpoints[0].mkdir()
     started(run).panda_exception(run, ValueError())
-    assert f"/config.yaml --resume {tmp_path / 'step-00000005'}\n" in capsys.readouterr().out
-    core.user_dir, run.resolved.lasting = "/my lab", {"plugins": ("no:plot", "/mine.py:shout"), "optimizer": "lion"}
+    assert capsys.readouterr().out == said, "it is of another run, which must not be continued in its place"
+    run.resolved.core.user_dir, run.resolved.lasting = (
+        "/my lab",
+        {"plugins": ("no:plot", "/mine.py:shout"), "optimizer": "lion"},
+    )
     started(run).panda_exception(run, ValueError())
-    again = f"--resume {tmp_path / 'step-00000005'} --user_dir '/my lab' --plugins no:plot /mine.py:shout\n"
+    again = f"--output_dir {run.directory} --user_dir '/my lab' --plugins no:plot /mine.py:shout\n"
     assert again in capsys.readouterr().out
     run.checkpoints = [run.directory / "checkpoints/step-00000005"]
     run.checkpoints[0].mkdir(parents=True)

@@ -158,13 +158,25 @@ def test_pandas_own_installation_is_healthy(
     code, text = examined(capsys)
     assert code == 0, text
     assert "\npanda-train 0.1.0: " in text and "torch 2" in text
-    monkeypatch.setenv("HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
     monkeypatch.setenv("PANDA_CACHE", "/dev/null/cache")
     code, text = examined(capsys)
     assert code == 1
-    assert "HOME is ''" in text and "PANDA_CACHE (the token cache): /dev/null/cache: it cannot be written" in text
+    assert (
+        f"HOME is '{tmp_path}/gone'" in text
+        and "PANDA_CACHE (the token cache): /dev/null/cache: it cannot be written" in text
+    )
     monkeypatch.setattr(machine, "LITTLE_DISK", 2**80)
     assert "GiB are free there" in examined(capsys)[1]
+
+
+def test_a_user_without_a_home_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, nobodys_home: None
+) -> None:
+    monkeypatch.delenv("PANDA_CACHE", raising=False)
+    code, text = examined(capsys)
+    assert code == 1
+    assert "HOME is None" in text and "PANDA_CACHE (the token cache): '~/.cache/panda': this user has no home" in text
 
 
 def test_a_torch_for_cpus_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

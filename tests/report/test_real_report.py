@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 from panda.cli import report
+from panda.engine.checkpoints.in_use import remove_unless_read
 from panda.report.gathering import SHOWN_TOKENS
 from panda.report.gathering import Shown
 from panda.report.gathering import shown
@@ -211,3 +212,25 @@ def test_the_pieces_of_a_text_are_the_text(runs: tuple[Trained, Trained]) -> Non
     assert sample.loss == pytest.approx(0.5)
     long = shown(tokenizer, Shown("x", ids * 20, supervised * 20), None)
     assert long.left_out == len(ids) * 20 - SHOWN_TOKENS and long.loss is None
+
+
+def test_a_run_that_saves_meanwhile_leaves_the_checkpoint_that_a_page_is_about(
+    runs: tuple[Trained, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0].directory, run)
+    (run / "answers.json").unlink()
+    first, second = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 3))
+    second.rename(first)
+    configured = report._configuration
+
+    def saving(*given: Any) -> Any:
+        shutil.copytree(first, second)
+        assert not remove_unless_read(first)
+        return configured(*given)
+
+    monkeypatch.setattr(report, "_configuration", saving)
+    found = gathered(Trained(run, ""), "--samples", "0")
+    assert found.weights.startswith("those after step 2")
+    assert not isinstance(found.answers, Missing) and {*found.answers[0].answers} == {"after step 2"}
+    assert remove_unless_read(first)

@@ -123,6 +123,10 @@ def test_a_run_that_is_killed_before_its_first_save_goes_on_from_where_it_began(
         with monkeypatch.context() as patch, pytest.raises(KeyError):
             patch.setattr(place, lambda *given: {}["killed"])
             run("--output_dir", str(second), "--resume", str(first), steps=5)
+        with pytest.raises(
+            UserError, match=rf"`panda-train --resume auto --output_dir {second}` begins the run again\.$"
+        ):
+            run("--output_dir", str(second), "--resume", str(second), steps=5)
         run("--output_dir", str(second), "--resume", "auto", steps=5)
         assert losses(second) == losses(whole) and len(losses(second)) == 2
         for damaged in second.glob("checkpoints/step-*/manifest.json"):

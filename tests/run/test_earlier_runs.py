@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from launching import metrics
 from written_run import ROWS
 from written_run import STEPS
 
+from panda.cli import export as export_command
 from panda.cli.main import main
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
@@ -84,7 +86,9 @@ def test_commands_refuse_runs_and_exports_of_later_formats(
         assert "exported by a later version of panda, in format 2" in capsys.readouterr().err
 
 
-def test_an_export_is_known_to_be_older_whatever_the_times_of_its_files(processes: Processes, run: Path) -> None:
+def test_an_export_is_known_to_be_older_whatever_the_times_of_its_files(
+    processes: Processes, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def renewed(steps: int, *more: str) -> None:
         data = ("--instruction_tuning_data_dir", str(ROWS))
         train(configure(parse_arguments(["--resume", str(run), "--max_steps", str(steps), *data, *more])))
@@ -105,6 +109,17 @@ def test_an_export_is_known_to_be_older_whatever_the_times_of_its_files(processe
             exported_model(run)
     assert main(["export", str(run)]) == 0
     assert exported_model(run) == export
+
+    written = export_command._write
+
+    def saving(*given: Any) -> None:
+        shutil.copytree(newest.parent, run / f"checkpoints/step-{STEPS + 9:08d}")
+        written(*given)
+
+    monkeypatch.setattr(export_command, "_write", saving)
+    assert main(["export", str(run)]) == 0
+    with pytest.raises(UserError, match=f"older than its newest checkpoint, step-{STEPS + 9:08d}"):
+        exported_model(run)  # the run has saved since the export chose its checkpoint
 
 
 def test_later_formats_are_refused_as_such(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

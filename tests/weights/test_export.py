@@ -110,8 +110,7 @@ def test_panda_export_writes_the_same_from_the_checkpoint(run: Path, tmp_path: P
     at_the_end, found = (
         {file.name: file.read_bytes() for file in folder.iterdir()} for folder in (run / "export", tmp_path / "out")
     )
-    stated, elsewhere = (json.loads(each.pop("panda.json")) for each in (at_the_end, found))
-    assert stated.pop("newest_checkpoint") and stated == elsewhere, "an export elsewhere is of no run"
+    assert json.loads(at_the_end["panda.json"])["newest_checkpoint"]
     assert b"library_name: transformers\n" in at_the_end["README.md"]
     assert found == at_the_end
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def plain_only() -> Iterator[None]:
         with _allowed():
             yield
     except pickle.UnpicklingError as problem:
-        raise refused(None, problem) from problem
+        raise refused(_read_by_torch(problem), problem) from problem
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
@@ -64,12 +65,18 @@ def plain_only() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def refused(file: Path | None, problem: Exception) -> UserError:
+def _read_by_torch(problem: Exception) -> Any:
+    """The file that ``torch.load`` was given when it raised ``problem``, which does not name it."""
+    frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code is torch.load.__code__)
+    return next((frame.f_locals["f"] for frame in frames), "a file of the checkpoint")
+
+
+def refused(file: Path, problem: Exception) -> UserError:
     """The error for a ``file`` that has more in it than data. torch's own message advises to load it all the same."""
     names = str(problem).partition("GLOBAL ")[2].partition(" ")[0]
     what = f"it names {names}" if names else "it is no pickle of tensors"
     return UserError(
-        f"{file or 'a file of the checkpoint'}: {what}, which neither panda nor DeepSpeed writes into a checkpoint:"
+        f"{file}: {what}, which neither panda nor DeepSpeed writes into a checkpoint:"
         " loading it could run code. It is not loaded. Was it changed? If an optimizer of your own keeps such objects"
         " in its state, let it keep tensors and numbers."
     )

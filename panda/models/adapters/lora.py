@@ -228,14 +228,21 @@ def put_adapters(model: PeftModel, weights: Weights, device: torch.device) -> No
 
 
 def export_adapters(
-    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, description: Path, tokenizer: Any, card: str = ""
+    model: PeftModel,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    description: Path,
+    tokenizer: Any,
+    card: str = "",
+    *,
+    newest: str | None = None,
 ) -> None:
     """Write the adapters among ``weights``, which have ``model``'s names, so that plain peft loads them on the base.
 
-    The folder ``description`` of the model says where answers end, which the base alone does not. ``card``: their model
-    card.
+    The folder ``description`` of the model says where answers end, which the base alone does not. ``card``
+    and ``newest``: see ``exporting``.
     """
-    with exporting(folder, card) as new:
+    with exporting(folder, card, newest=newest) as new:
         new.mkdir(parents=True)
         write_tokenizer(tokenizer, new)
         if (description / GENERATION_CONFIG).exists():

@@ -11,8 +11,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,23 +109,38 @@ class _Drawing:
 
     def _initialise(self, unit: str) -> None:
         """Do to ``unit`` what transformers does to a new model. Writes to the rest, on the meta device, do nothing."""
-        # By this flag from_pretrained initialises only what a checkpoint lacks (transformers 5). Modules around the
-        # unit take part, since some draw parameters of others again, as T5's outermost module does its embedding.
-        for name, part in self._model.named_modules():
-            part._is_hf_initialized = not (_is_within(name, unit) or _is_within(unit, name))
         digest = hashlib.sha256(f"{self._seed}/{unit}".encode()).digest()
         number = int.from_bytes(digest[:8], "big")
         on_gpu = self._device.type == "cuda"
-        with torch.random.fork_rng(devices=[self._device] if on_gpu else []):
+        with _walking_only_to(unit, self._model), torch.random.fork_rng(devices=[self._device] if on_gpu else []):
             torch.default_generator.manual_seed(number)
             if on_gpu:
                 torch.cuda.default_generators[torch.cuda._utils._get_device_index(self._device)].manual_seed(number)
             self._model.initialize_weights()
 
 
+@contextmanager
+def _walking_only_to(unit: str, model: Any) -> Iterator[None]:
+    """``model.initialize_weights`` initialises ``unit`` and then the modules around it, and does not look at the rest.
+
+    It would take as long for each of a thousand layers as for all. Modules around the unit take part, since some draw
+    parameters of others again, as T5's outermost module does its embedding.
+    """
+    path = [model]
+    for name in unit.split("."):
+        if (inner := path[-1]._modules.get(name)) is None:
+            break  # the unit is a parameter of this module
+        path.append(inner)
+    for part in (*path, *path[-1].modules()):
+        part._is_hf_initialized = False  # as from_pretrained marks what a checkpoint lacks (transformers 5)
+    for outer, inner in pairwise(path):
+        outer.children = partial(iter, (inner,))
+    try:
+        yield
+    finally:
+        for outer in path[:-1]:
+            del outer.children
+
+
 def _unit_of(name: str) -> str:
     return layer_of(name) or name.rpartition(".")[0]
-
-
-def _is_within(name: str, other: str) -> bool:
-    return not other or name == other or name.startswith(f"{other}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -23,6 +24,8 @@ from panda.engine.checkpoints.folders import passed_over
 from panda.engine.checkpoints.in_use import being_read
 from panda.engine.checkpoints.manifest import Manifest
 from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.manifest import Written
+from panda.engine.checkpoints.manifest import read_manifest
 from panda.engine.checkpoints.manifest import read_progress
 from panda.engine.checkpoints.manifest import write_manifest
 from panda.engine.checkpoints.weights import checkpoint_weights
@@ -162,6 +165,26 @@ def test_a_file_whose_content_changed_is_told(processes: Processes, tmp_path: Pa
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"step-00000001: the checkpoint is damaged: {file.name} has another content"):
         load_checkpoint(engine, saved)
+
+
+def test_a_file_that_names_code_is_named_and_does_not_run(processes: Processes, tmp_path: Path) -> None:
+    """Whoever changed it has changed its sha256, too."""
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    engine = make_engine(processes)
+    saved = save_checkpoint(engine, tmp_path, Progress(1), {})
+    file = next(saved.glob("*model_states.pt"))
+    torch.save(torch.load(file, weights_only=False) | {"more": Payload()}, file)
+    manifest = read_manifest(saved)
+    manifest.files[file.name] = Written(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    write_manifest(saved, manifest)
+    for load in (lambda: load_checkpoint(engine, saved), lambda: checkpoint_weights(saved)):
+        with pytest.raises(UserError, match=rf"^{file}: it names posix\.mkdir, which neither panda nor DeepSpeed"):
+            load()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_interrupted_save_leaves_the_one_before(

@@ -218,6 +218,21 @@ def test_one_unit_is_in_memory_and_is_drawn_once(monkeypatch: pytest.MonkeyPatch
     assert left == 0  # nothing is kept of what has been read
 
 
+def test_a_model_of_many_layers_is_not_walked_through_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    visited = []
+    initialise = PreTrainedModel._initialize_weights
+
+    def counting(model: Any, module: Any, *rest: Any) -> None:
+        visited.append(module)
+        initialise(model, module, *rest)
+
+    outline = without(LlamaConfig(**SHAPE | {"num_hidden_layers": 20}))
+    monkeypatch.setattr(PreTrainedModel, "_initialize_weights", counting)
+    for stored in (initial_weights(outline, 3) or {}).values():
+        stored.read()
+    assert 0 < len(visited) < 2 * 2 * len([*outline.modules()])  # tried and drawn, with the modules around each layer
+
+
 def newly_in_memory() -> int:
     """Numbers in tensors that were made since ``gc.freeze()`` and are reachable, each memory counted once."""
     gc.collect()
