@@ -148,9 +148,8 @@ class RunOptions:
     takes longer. On a CPU they do anyway. What cannot be computed so ends the run, with its name."""
 
     # -- numbers and memory
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
-    """Precision of forward and backward; master weights are always fp32. fp8: bf16, but the products of large linear
-    layers are of float8 numbers."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of forward and backward; master weights are always fp32."""
     zero_stage: Annotated[int, Meta(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO stage: what is partitioned over GPUs. 1: optimizer state; 2: also gradients; 3: also weights. By
     default 0 in fp32 and 1 in 16 bits, where only ZeRO sums the gradients of micro batches in fp32."""
@@ -229,7 +228,7 @@ class RunOptions:
     @property
     def dtype_name(self) -> str:
         """The type of weights in the forward pass, as torch names it: `float32`, `bfloat16` or `float16`."""
-        return {"fp32": "float32", "fp16": "float16"}.get(self.precision, "bfloat16")
+        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.precision]
 
 
 ALL_SETS = "all"

@@ -202,24 +202,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave `zero_stage` out: it is then 1, which sums in fp32 and on one GPU is otherwise the same",
     ),
     Refusal(
-        "precision: fp8 without torchao",
-        lambda run: run.precision == "fp8" and find_spec("torchao") is None,
-        "torchao, whose linear layers multiply float8 numbers, is not installed",
-        "`pip install torchao`, or `pip install panda-train[fp8]`; or `precision: bf16`",
-    ),
-    Refusal(
-        "precision: fp8 with use_lora or use_quant",
-        lambda run: run.precision == "fp8" and (run.use_lora or run.use_quant),
-        "the product of a frozen weight and those of its adapter are one sum, in bf16",
-        "`precision: bf16`",
-    ),
-    Refusal(
-        "precision: fp8 with tensor_parallel_size",
-        lambda run: run.precision == "fp8" and run.tensor_parallel_size > 1,
-        "a tensor is scaled by its largest value, and each rank has a part of it",
-        "`precision: bf16`, or ZeRO in place of `tensor_parallel_size`",
-    ),
-    Refusal(
         f"{WHOLE} with offload_optimizer on NVMe",
         lambda run: _in_file(run, *_OFFLOAD, "device") == "nvme",
         "DeepSpeed keeps most of a parameter on the disk, and gives the optimizer a piece of it at a time",

@@ -47,7 +47,6 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
         zero |= {"reduce_bucket_size": CPU_BUCKET_ELEMENTS, "allgather_bucket_size": CPU_BUCKET_ELEMENTS}
     if options.zero == 3 and not on_gpu:
         zero |= {"stage3_prefetch_bucket_size": CPU_BUCKET_ELEMENTS}
-    in_bf16 = options.dtype_name == "bfloat16"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.per_gpu_train_batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
@@ -56,7 +55,7 @@ def deepspeed_config(options: RunOptions, *, world_size: int, on_gpu: bool) -> d
         "gradient_clipping": options.max_grad_norm,
         # Adds each gradient to the fp32 sum, and frees it, in the backward pass. By default DeepSpeed (0.19.8) keeps
         # those of the whole model in bf16 as well: 13 GB at 7B.
-        "bf16": {"enabled": in_bf16, "immediate_grad_update": in_bf16},
+        "bf16": {"enabled": options.precision == "bf16", "immediate_grad_update": options.precision == "bf16"},
         "fp16": {"enabled": options.precision == "fp16"},
         "zero_optimization": zero,
         # DeepSpeed 0.19.8 knows optimizers under ZeRO by their class. panda's own tests and refusals decide instead.

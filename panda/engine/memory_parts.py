@@ -199,7 +199,7 @@ def _stage_1_and_2(
     share = -(-sizes.trained // ranks)
     parts = replace(parts, masters=4 * share, optimizer=-(-parts.optimizer // ranks))
     whole = 4 * sizes.trained
-    if options.zero == 1 and options.dtype_name == "bfloat16" and not _is_offloaded(zero, "offload_optimizer"):
+    if options.zero == 1 and options.precision == "bf16" and not _is_offloaded(zero, "offload_optimizer"):
         return Held(replace(parts, accumulators=whole), element * min(sizes.trained, REDUCED_AT_ONCE) * (ranks > 1))
     buckets = 2 if zero.get("overlap_comm") else 1
     bucket = buckets * element * _elements(zero, "reduce_bucket_size")

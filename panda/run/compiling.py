@@ -58,8 +58,6 @@ def choice(resolved: Resolved, model: ModelMemory | None, card: Card, work: Work
     against = _what_forbids(resolved, model)
     if against or model is None:
         return Choice(False, against)
-    if resolved.core.precision == "fp8":
-        return Choice(True, "only compiled layers are faster in float8 than in bf16", 1)
     # A card whose speed is not known counts as the fastest one: compiling has to earn most there.
     peak = card.peak or max(known.peak for known in CARDS.values() if known.peak)
     seconds = work.positions * model.flops(work.length) / (REACHED * peak)

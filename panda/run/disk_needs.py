@@ -14,6 +14,9 @@ from panda.registry.resolve import Resolved
 from panda.run.estimate import state_bytes
 from panda.run.trained_model import TrainedModel
 
+_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a weight in the forward pass."""
+
 
 @dataclass(frozen=True)
 class DiskNeeds:
@@ -34,7 +37,7 @@ class DiskNeeds:
 def disk_needs(resolved: Resolved, model: TrainedModel, plan: BatchPlan) -> DiskNeeds:
     """What the run of ``resolved`` is going to write, from where ``plan`` starts."""
     options: RunOptions = resolved.core
-    width, trained = 4 if options.precision == "fp32" else 2, model.trained_parameters
+    width, trained = _WIDTHS[options.precision], model.trained_parameters
     masters = 0 if options.precision == "fp32" and options.zero == 0 else 4
     # ZeRO-3 writes the weights as masters only.
     each = (width if options.zero < 3 else 0) + masters + state_bytes(resolved)

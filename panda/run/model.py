@@ -24,7 +24,6 @@ from panda.engine.tensor_parallel import split
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.lora import start_from
 from panda.models.adapters.quantisation import quantise
-from panda.models.forward.float8 import compute_in_float8
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
 from panda.models.forward.padding_row import free_padding_row
@@ -197,8 +196,6 @@ def make_trainable(
     for name, part in (parts or {}).items():  # whole on every rank: under ZeRO-3 the engine partitions them
         model.add_module(name, part.to(processes.device, getattr(torch, options.dtype_name)))
     model.new_parts = tuple(parts or ())  # type: ignore[assignment]
-    if options.precision == "fp8":
-        compute_in_float8(model)
     if options.use_lora:
         from panda.models.adapters.one_rounding import round_once  # imports peft
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from panda.data.packing import Layout
-from panda.models.forward.float8 import SMALLEST
-from panda.models.forward.float8 import converted_layers
 from panda.optim.adam_options import AdamOptions
 from panda.registry import UserError
 from panda.run.assembly import build_schedule
@@ -32,7 +30,6 @@ def notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
     yield from _tokenizer_note(prepared)
     yield from _rate_note(prepared)
     yield from _evaluation_note(prepared)
-    yield from _float8_note(prepared)
     schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
     before_last = range(min(max(steps - 1, 1), PEAK_SOUGHT_STEPS))
     if layout.plan.start_step < steps and max(map(schedule, before_last)) < 1:
@@ -57,16 +54,6 @@ def _tokenizer_note(prepared: Preparation) -> Iterator[str]:
         share = f"{other:,} of the {len(entries):,} entries of this tokenizer"
         meaning = "; the checkpoint's embeddings mean nothing to it" if other == len(entries) else ""
         yield f"{share} have another id in the checkpoint's own, or none{meaning}"
-
-
-def _float8_note(prepared: Preparation) -> Iterator[str]:
-    if prepared.options.precision != "fp8":
-        return
-    if prepared.outline is not None and not converted_layers(prepared.outline):
-        least = f"{SMALLEST:,} inputs and as many outputs"
-        yield f"precision: fp8: no linear layer of this model has {least}, so that all is computed as in bf16"
-    elif prepared.card and not prepared.options.compiled:
-        yield "precision: fp8 takes longer than bf16 where layers are not compiled"
 
 
 def _rate_note(prepared: Preparation) -> Iterator[str]:

@@ -17,7 +17,6 @@ from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
 from panda.engine.memory_parts import gib
 from panda.models.adapters.quantisation import refuse_quantising
-from panda.models.forward.float8 import refuse_without_float8
 from panda.models.forward.layers import what_compiling_lacks
 from panda.models.forward.trial import refuse_encoder
 from panda.models.forward.varlen_attention import why_masked
@@ -324,8 +323,6 @@ def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = 
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError(NO_FP16)
-    if prepared.options.precision == "fp8":
-        refuse_without_float8(drawing_device())
     if prepared.pretrained:
         generation_values(prepared.pretrained.folder)  # a file that cannot be read is found before the data is
     _ = prepared.task, evaluates and prepared.evaluation_entries, prepared.reference  # in this order

@@ -242,14 +242,6 @@ def test_high_rates_of_adapters_are_noted_and_none_on_random_weights(said: Outlo
     assert not [note for note in said(f"{TINY_64} --learning_rate 2e-3")["note"] if "high" in note]
 
 
-def test_float8_without_a_large_layer_is_noted(said: Outlook, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = "precision: fp8: no linear layer of this model has 2,048 inputs and as many outputs"
-    assert [note for note in said(f"{TINY_64} --precision fp8")["note"] if note.startswith(nothing)]
-    monkeypatch.setattr("panda.models.forward.float8.SMALLEST", 16)
-    for precision in ("fp8", "bf16"):
-        assert not [note for note in said(f"{TINY_64} --precision {precision}")["note"] if "fp8" in note]
-
-
 def test_adapters_are_counted_and_named(said: Outlook, checkpoint: Path) -> None:
     parts = said(f"--model llama --ckpt_path {checkpoint} --max_seq_length 64 --use_quant --lora_r 4")
     hidden, between, kv = 32, 48, 16

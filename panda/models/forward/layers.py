@@ -28,7 +28,7 @@ CHEAP_TERMS = 256
 
 _PRODUCTS = frozenset(
     {
-        *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit", "aten::_scaled_mm"),
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"),
         "panda::sum_of_products",  # adapters/one_rounding.py
     }
 )
