@@ -34,14 +34,13 @@ def can_multiply(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> bool
     )
 
 
-def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``x @ weight + left @ right``, rounded once.
+def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
+    """Set ``result`` [rows, columns], which is contiguous, to ``x @ weight + left @ right``, rounded once.
 
     ``x`` is [rows, m], ``weight`` [m, columns], ``left`` [rows, r] and ``right`` [r, columns]; all of one 16-bit type.
     Each, or its transpose, is contiguous, and both right factors are so in the same way.
     """
     rows, columns, depth, rank = len(x), weight.shape[1], x.shape[1], left.shape[1]
-    result = x.new_empty(rows, columns)
     transposed = not weight.is_contiguous()
     rank_depth = min(DEPTH, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
@@ -66,7 +65,6 @@ def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor
         num_warps=8,
         num_stages=3,
     )
-    return result
 
 
 def _by_rows(matrix: Tensor) -> Tensor:

@@ -81,23 +81,24 @@ def _sum(
     if not low_rank:
         torch.mm(rows, factor, out=sums)
     elif x.is_cuda and x.dtype != torch.float32:
-        result = _sum_on_gpu(rows.contiguous(), factor, *low_rank).view_as(result)
+        _sum_on_gpu(rows.contiguous(), factor, *low_rank, sums)
     else:
         torch.mm(*low_rank, out=sums)
         sums.addmm_(rows, factor)
     return result if bias is None else result.add_(bias)
 
 
-def _sum_on_gpu(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _sum_on_gpu(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
     if find_spec("triton"):
         from panda.models.adapters.low_rank_triton import can_multiply
         from panda.models.adapters.low_rank_triton import product_with_low_rank
 
         if can_multiply(x, weight, left, right):
-            return product_with_low_rank(x, weight, left, right)
+            product_with_low_rank(x, weight, left, right, result)
+            return
     total = torch.mm(x, weight, out_dtype=torch.float32)
     total += torch.mm(left, right, out_dtype=torch.float32)
-    return total.to(x.dtype)
+    result.copy_(total)
 
 
 def _sum_without_values(
