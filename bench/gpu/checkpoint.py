@@ -4,6 +4,7 @@ is panda's own, whose tokens are bytes; the embedding has the rows of the shape.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,9 @@ def make_checkpoint(shape: Shape, folder: Path) -> None:
     for file in (Path(panda.__file__).parent / "data/sample/tokenizer").glob("*.json"):
         shutil.copy(file, partial)
     partial.rename(folder)
+    # Else the system writes it to the disk in the next minute. Steps of 3 to 10 s in the runs that followed are thought
+    # to have waited for that, in order to write a line of their log (7B on four H100s, 2026-11-27).
+    os.sync()
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
