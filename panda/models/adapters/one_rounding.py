@@ -81,14 +81,14 @@ def _sum(
     if not low_rank:
         torch.mm(rows, factor, out=sums)
     elif x.is_cuda and x.dtype != torch.float32:
-        _sum_on_gpu(rows.contiguous(), factor, *low_rank, sums)
+        _sum_on_gpu(sums, rows.contiguous(), factor, *low_rank)
     else:
         torch.mm(*low_rank, out=sums)
         sums.addmm_(rows, factor)
     return result if bias is None else result.add_(bias)
 
 
-def _sum_on_gpu(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
+def _sum_on_gpu(result: Tensor, x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> None:
     if find_spec("triton"):
         from panda.models.adapters.low_rank_triton import can_multiply
         from panda.models.adapters.low_rank_triton import product_with_low_rank
