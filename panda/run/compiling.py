@@ -60,7 +60,7 @@ def choice(resolved: Resolved, model: ModelMemory | None, card: Card, work: Work
         return Choice(False, against)
     # A card whose speed is not known counts as the fastest one: compiling has to earn most there.
     peak = card.peak or max(known.peak for known in CARDS.values() if known.peak)
-    seconds = work.positions * model.flops(work.length) / (REACHED * peak)
+    seconds = work.positions * model.flops(work.length) / (REACHED * peak * resolved.core.tensor_parallel_size)
     begins = math.ceil(EARNED * COST / (SAVED * seconds))
     if work.steps is None:
         return Choice(True, f"it pays from {number_of(begins, 'step')} on", begins)
@@ -97,8 +97,6 @@ def _what_forbids(resolved: Resolved, model: ModelMemory | None) -> str:
         return "the model has no layers that could be compiled each by itself"
     if model.footprint.approximate:  # experts, or code that does not run without data
         return "the model is not known to work compiled"
-    if options.tensor_parallel_size > 1:
-        return "with tensor_parallel_size its gain was not measured on GPUs yet; `compile: true` works"
     if options.use_quant and options.quant_bits == 8:
         return "8 bits are not known to work compiled"
     return ""

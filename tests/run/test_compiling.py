@@ -116,13 +116,14 @@ def test_a_long_run_is_compiled_in_every_zero_stage() -> None:
         assert chosen(f"{LLAMA_7B} --zero_stage {stage}", steps=10**9).compile
 
 
+def test_the_ranks_of_one_copy_share_the_work_of_a_step() -> None:
+    whole, half = (chosen(f"{LLAMA_7B} --tensor_parallel_size {size}").begins for size in (1, 2))
+    assert whole is not None and half == pytest.approx(2 * whole, abs=2)
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (
-            f"{LLAMA_7B} --tensor_parallel_size 2",
-            "with tensor_parallel_size its gain was not measured on GPUs yet; `compile: true` works",
-        ),
         (f"{LLAMA_7B} --use_quant --quant_bits 8", "8 bits are not known to work compiled"),
         (
             "--arch qwen3-30b-a3b --hf_config num_hidden_layers=2 hidden_size=64 moe_intermediate_size=16 num_experts=4"
@@ -130,7 +131,7 @@ def test_a_long_run_is_compiled_in_every_zero_stage() -> None:
             "the model is not known to work compiled",
         ),
     ],
-    ids=["tensor-parallel", "8-bits", "experts"],
+    ids=["8-bits", "experts"],
 )
 def test_what_cannot_be_compiled_is_not_however_long_it_runs(flags: str, why: str) -> None:
     assert chosen(flags, steps=10**9) == Choice(False, why)
