@@ -8,6 +8,8 @@ another kernel adds (bench/LOG.md).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,11 +29,18 @@ ALIGNMENT = 16
 def can_multiply(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> bool:
     """Whether `product_with_low_rank` can be called, and pays."""
     return (
-        x.is_cuda
-        and torch.cuda.get_device_capability(x.device)[0] == 9
-        and len(x) >= LEAST_ROWS
+        len(x) >= LEAST_ROWS
+        and x.is_cuda
+        and _multiprocessors_of_hopper(x.device) > 0
         and all(_is_aligned(_by_rows(matrix)) for matrix in (x, weight, left, right))
     )
+
+
+@cache
+def _multiprocessors_of_hopper(device: torch.device) -> int:
+    """How many of them ``device`` has; 0 for a GPU of another generation. Asked once: it is called 14 times a layer."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count if found.major == 9 else 0
 
 
 def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
@@ -44,7 +53,7 @@ def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor
     transposed = not weight.is_contiguous()
     rank_depth = min(DEPTH, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
-    programs = min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count) if x.is_cuda else tiles
+    programs = min(tiles, _multiprocessors_of_hopper(x.device)) if x.is_cuda else tiles
     _multiply[(programs,)](
         TensorDescriptor.from_tensor(x, [ROWS, DEPTH]),
         TensorDescriptor.from_tensor(_by_rows(weight), [COLUMNS, DEPTH] if transposed else [DEPTH, COLUMNS]),

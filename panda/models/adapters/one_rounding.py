@@ -88,14 +88,17 @@ def _sum(
     return result if bias is None else result.add_(bias)
 
 
-def _sum_on_gpu(result: Tensor, x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> None:
-    if find_spec("triton"):
-        from panda.models.adapters.low_rank_triton import can_multiply
-        from panda.models.adapters.low_rank_triton import product_with_low_rank
+@functools.cache
+def _kernel() -> Any:
+    """The module with the kernel of such sums; None without Triton."""
+    return import_module("panda.models.adapters.low_rank_triton") if find_spec("triton") else None
 
-        if can_multiply(x, weight, left, right):
-            product_with_low_rank(x, weight, left, right, result)
-            return
+
+def _sum_on_gpu(result: Tensor, x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> None:
+    kernel = _kernel()
+    if kernel and kernel.can_multiply(x, weight, left, right):
+        kernel.product_with_low_rank(x, weight, left, right, result)
+        return
     total = torch.mm(x, weight, out_dtype=torch.float32)
     total += torch.mm(left, right, out_dtype=torch.float32)
     result.copy_(total)
