@@ -35,6 +35,8 @@ from pathlib import Path
 from typing import Any
 
 LONGEST, LATEST = 10.0, 60.0
+FIRST = 20
+"""Cases of each kind that show what they all import."""
 DONE, REFUSED = "done", "refused"
 FINE = (DONE, REFUSED)
 
@@ -432,16 +434,38 @@ def run(
     return found
 
 
+def make_ready(bench: Bench) -> None:
+    """Import what some cases of each kind import, so that each fork has it: by far the most that a case costs.
+
+    Those cases run in a fork. Running anything here would start threads, which forks lack; importing does not.
+    """
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        with open(os.devnull, "r+b") as nowhere:
+            for descriptor in (0, 1, 2):
+                os.dup2(nowhere.fileno(), descriptor)
+        run(list(FUZZED), bench, seconds=LATEST, cases=FIRST, first=0, seed=0)
+        os.write(writing, "\n".join(sys.modules).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as said:
+        names = said.read().decode().split("\n")
+    os.waitpid(child, 0)
+    for name in names:
+        with contextlib.suppress(Exception):  # those of a user's folder, which is gone
+            importlib.import_module(name)
+    _fitting()
+
+
 def run_job(given: argparse.Namespace, folder: Path, job: int) -> dict[str, Counter[str]]:
     """The cases of job ``job`` of ``given.jobs``, in ``folder``, which becomes the working folder."""
     os.environ["PANDA_CACHE"] = f"{folder}/cache"
     (folder / "here").mkdir(parents=True)
     bench = Bench(folder / "work")
     os.chdir(folder / "here")
-    if given.processes:  # so that each fork has them; running anything here would start threads, which forks lack
-        for name in ("panda.answers.assistant", "panda.answers.loading", "panda.run.preparation", "pyarrow"):
-            importlib.import_module(name)
     try:
+        if given.processes:
+            make_ready(bench)
         return run(
             given.kind or list(FUZZED),
             bench,
