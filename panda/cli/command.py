@@ -84,8 +84,7 @@ def _run(command: Callable[[list[str]], None], argv: list[str] | None, kept: Lib
             print(printable(str(stopped)), flush=True)
         return SAVED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return interrupted()
     except BrokenPipeError:  # `panda list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -101,6 +100,12 @@ def _run(command: Callable[[list[str]], None], argv: list[str] | None, kept: Lib
         _print_error(f"{full}. {remedy(full)}{places}" if full else f"{away}.{where}")
         return USAGE_ERROR
     return 0
+
+
+def interrupted() -> int:
+    """Say that Ctrl-C has ended the command, and return the exit code of that."""
+    print("interrupted", file=sys.stderr)
+    return 130
 
 
 def _end_now(code: int) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from panda.cli.command import interrupted
 from panda.cli.command import print_version
 from panda.cli.command import run_command
 from panda.files.terminal import fitted
@@ -60,10 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == [HELP]:
         arguments = [*arguments[1:], "--help"]
-    if arguments and arguments[0] in COMMANDS:
-        exit_code: int = importlib.import_module(f"panda.cli.{arguments[0]}").main(arguments[1:])
-        return exit_code
-    return run_command(_without_command, arguments)
+    if not arguments or arguments[0] not in COMMANDS:
+        return run_command(_without_command, arguments)
+    try:
+        command = importlib.import_module(f"panda.cli.{arguments[0]}")
+    except KeyboardInterrupt:
+        return interrupted()
+    exit_code: int = command.main(arguments[1:])
+    return exit_code
 
 
 def _without_command(argv: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import math
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from panda.configuration.configure import configure
 from panda.files.activity import duration
 from panda.files.locks import HeldError
 from panda.files.locks import held
+from panda.files.parent import end_with_parent
 from panda.files.terminal import number_of
 from panda.files.terminal import printable
 from panda.files.whole import check_can_be_made
@@ -78,8 +79,6 @@ examples:
 MORE_STEPS = {"max_steps", "num_train_epochs"}
 """Keys that have a run which has finished go on."""
 FAILED = 1
-PR_SET_PDEATHSIG = 1
-"""Of linux/prctl.h. It lasts after exec."""
 LOCK = ".sweep.lock"
 """The file in the folder of a sweep that is locked while it trains."""
 
@@ -271,21 +270,12 @@ def _run(command: list[str]) -> tuple[int, bool]:
             signal.signal(number, handler)
 
 
-def _ends_with_parent() -> Callable[[], None] | None:
-    """What a child calls to be sent SIGTERM where this process ends without a word, as by SIGKILL; None but on Linux.
+def _ends_with_parent() -> Callable[[], None]:
+    """What a child calls to be sent SIGTERM where this process ends without a word, as by SIGKILL.
 
     It saves then, and does not train on where nobody waits for it.
     """
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def ends() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it has ended already
-            os._exit(FAILED)
-
-    return ends
+    return partial(end_with_parent, os.getpid(), signal.SIGTERM)
 
 
 # -- at the end -------------------------------------------------------------------------------

@@ -7,11 +7,8 @@ import sys
 
 from panda.cli.command import print_version
 from panda.cli.command import run_command
-from panda.cli.help import print_train_help
-from panda.configuration.arguments import parse_arguments
 from panda.run.interruption import PASSED_ON
 from panda.run.interruption import Ending
-from panda.training import train_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +20,11 @@ def _train(argv: list[str]) -> None:
     if argv in (["--version"], ["-V"]):
         print_version()
         return
+    # Not before: until `run_command` runs, Ctrl-C prints a traceback.
+    from panda.cli.help import print_train_help
+    from panda.configuration.arguments import parse_arguments
+    from panda.training import train_arguments
+
     arguments = parse_arguments(argv)
     if arguments.help:
         print_train_help(arguments)

@@ -21,6 +21,7 @@ from panda.data.batches import RowShape
 from panda.data.packing import Layout
 from panda.data.token_dataset import Sample
 from panda.data.workers import Workers
+from panda.files.parent import end_with_parent
 
 
 class _Steps(Dataset[list[Batch]]):
@@ -79,7 +80,8 @@ def _leave_signals_to(parent: int) -> None:
     """In a worker: let only ``parent``, the training process, end it, and the end of that process.
 
     Ctrl-C in a terminal, and schedulers, signal all processes of a run at once, whose step is to be finished first.
-    torch's workers (2.13) also watch their parent, but block for ever in handing over a batch that nobody takes.
+    torch's workers (2.13) also watch their parent, but block for ever in handing over a batch that nobody takes. The
+    system ends also one that is stopped, and so watches nothing.
     """
 
     def hear() -> None:
@@ -88,6 +90,7 @@ def _leave_signals_to(parent: int) -> None:
             if (heard is not None and heard.si_pid == parent) or os.getppid() != parent:
                 os._exit(0)
 
+    end_with_parent(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=hear, name="signals", daemon=True).start()

@@ -24,7 +24,11 @@ BYTES = 2 * 2**30
 CHARACTERS = 10**6
 """Of a template. The longest in use have some 20,000."""
 
-_INSTEAD = "Write `template: plain`, or correct the tokenizer's chat template."
+INSTEAD = (
+    "Correct the tokenizer's chat template, in chat_template.jinja or tokenizer_config.json beside tokenizer.json. A"
+    " run trains without it with `template: plain`."
+)
+"""What to do about a template: also where a model is asked, which has no option for it."""
 _PAGE = resource.getpagesize()
 
 
@@ -52,7 +56,7 @@ def check_template(template: str) -> None:
     if len(template) > CHARACTERS:
         raise UserError(
             f"template: the tokenizer's chat template has {len(template):,} characters, and may have {CHARACTERS:,}."
-            f" {_INSTEAD}"
+            f" {INSTEAD}"
         )
     try:
         tree = Environment(extensions=[loopcontrols, Generation], autoescape=False).parse(template)
@@ -65,7 +69,7 @@ def check_template(template: str) -> None:
             sign = "**" if isinstance(found, nodes.Pow) else "*"
             raise UserError(
                 f"template: line {found.lineno} of the tokenizer's chat template has `{sign}`, by which a template can"
-                f" compute numbers of any size; panda takes only products with a constant. {_INSTEAD}"
+                f" compute numbers of any size; panda takes only products with a constant. {INSTEAD}"
             )
 
 
@@ -121,4 +125,4 @@ def _out_of_time(signal_number: int, frame: object) -> None:
 
 
 def _too_much(what: str) -> UserError:
-    return UserError(f"template: the tokenizer's chat template takes {what} for one conversation. {_INSTEAD}")
+    return UserError(f"template: the tokenizer's chat template takes {what} for one conversation. {INSTEAD}")

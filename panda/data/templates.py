@@ -18,6 +18,7 @@ from panda.data.conversations import Conversation
 from panda.data.conversations import Turn
 from panda.data.conversations import UnusableRowError
 from panda.data.encoding import Encoder
+from panda.data.rendering import INSTEAD
 from panda.data.rendering import check_template
 from panda.data.rendering import limited
 from panda.registry import UserError
@@ -227,17 +228,14 @@ class ChatTemplate:
             try:
                 after = self._render(self._marked([*asked, answer]), None, ask=False)
             except UnusableRowError:
-                raise UserError(
-                    f"template: {problem} (a question and an answer). Write `template: plain`, or correct the"
-                    " tokenizer's chat template."
-                ) from None
+                raise UserError(f"template: {problem} (a question and an answer). {INSTEAD}") from None
         ending = after.rpartition(_PROBE)[2]
         ends = self._added.findall(ending)
         if not ends:
             # A model that never learns how an answer ends does not stop.
             raise UserError(
                 f"template: the tokenizer's chat template ends an answer with {ending[-20:]!r}, not a token of its"
-                " own: a model could not learn where to stop. Write `template: plain`, or correct the template."
+                f" own: a model could not learn where to stop. {INSTEAD}"
             )
         before = self._render(self._marked(asked), None, ask=True)
         common = next((n for n, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)

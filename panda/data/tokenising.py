@@ -28,6 +28,7 @@ from panda.data.reading import Reader
 from panda.data.reading import Row
 from panda.data.reading import rows_of
 from panda.data.token_dataset import SampleBlock
+from panda.files.parent import end_with_parent
 from panda.registry import UserError
 
 ROWS_AT_ONCE = 1000
@@ -175,17 +176,18 @@ def _started(tokenise: Tokenise, count: int) -> list[_Worker]:
     for _ in range(count):
         ours, theirs = context.Pipe()
         of_parent = [*(worker.connection for worker in workers), ours]
-        process = context.Process(target=_work, args=(tokenise, theirs, of_parent), daemon=True)
+        process = context.Process(target=_work, args=(tokenise, theirs, of_parent, os.getpid()), daemon=True)
         process.start()
         theirs.close()  # now only the worker has it, so that it closes when the worker ends
         workers.append(_Worker(process, ours))
     return workers
 
 
-def _work(tokenise: Tokenise, connection: Connection, of_parent: list[Connection]) -> None:
+def _work(tokenise: Tokenise, connection: Connection, of_parent: list[Connection], parent: int) -> None:
     """What a tokenising process does, until the process that started it is gone."""
     for other in of_parent:  # which close when that process ends only if nobody else has them
         other.close()
+    end_with_parent(parent, signal.SIGKILL)  # also where it is stopped
     # Ctrl-C reaches all processes of a terminal, and the one that started this says what there is to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -117,7 +117,9 @@ def adapter_run(run: Path, ckpt_path: str | None = None, blocked: Sequence[str] 
     from panda.run.model import base_weights
     from panda.run.model import model_context
 
-    flags = ["--ckpt_path", ckpt_path] if ckpt_path else []
+    # Weights in pickles are recognised here by their hash, without reading them as such. Where the run had not allowed
+    # them, they are not those that it trained on.
+    flags = ["--ckpt_path", ckpt_path, "--allow_pickle", "true"] if ckpt_path else []
     flags += [word for name in blocked for word in ("-p", BLOCK + name)]
     with redirect_stdout(sys.stderr):  # stdout is for the model's answers
         try:

@@ -113,7 +113,7 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
     resolved, directory = run.resolved, run.directory
     remove_interrupted(directory / CHECKPOINTS)  # it takes up room
     _set_aside(directory, run.resumed_from)
-    if few := check_disk(directory, disk_needs(resolved, model, run.plan)):
+    if few := check_disk(directory, disk_needs(resolved, model, run.plan, prepared.task.tokenizer)):
         print(printable(f"note: {few}"), file=sys.stderr, flush=True)
     write_description(directory, resolved, model.config, _facts(run, prepared, model))
     describe_model(

@@ -176,7 +176,8 @@ class Loop:
         # Before saving, so that a run that resumes this checkpoint already has the record. An interrupted run saves
         # first, since it may be killed soon.
         self.evaluation_due = bool(is_last or run.stopped or (options.eval_steps and step % options.eval_steps == 0))
-        if self.evaluation_due and not self.is_interrupted:
+        is_long = self.evaluation_due and not self.is_interrupted
+        if is_long:
             self.evaluate()
         for epoch in range(plan.step_end(step - 1) // plan.samples, plan.step_end(step) // plan.samples):
             run.at("panda_epoch_end", epoch=epoch)
@@ -188,8 +189,11 @@ class Loop:
         # stay NaN must not replace its last good checkpoint.
         if (run.save_is_due or self.time_to_save) and not self.run.skipped_in_a_row:
             self.save()
+            is_long = True
         if run.stopped:
             self.log(result, factor * options.learning_rate)
+        if is_long and not self.is_interrupted:
+            self.listen_outside()  # in the meantime a signal may have come: then there is no further step
         stand(f"after step {step:,}")
 
     def listen_outside(self) -> None:

@@ -108,3 +108,20 @@ def test_a_full_disk_behind_stdout_is_said_of_what_is_printed(unbuffered: str) -
         )
     said = "error: what is printed cannot be written: the disk is full. Send stdout and stderr to another place.\n"
     assert (done.stderr, done.returncode) == (said, 2)
+
+
+@pytest.mark.parametrize("given", [["panda.cli.main", "list"], ["panda.cli.train", "--help"]])
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(given: list[str]) -> None:
+    """On a slow disk that takes seconds."""
+    code = (
+        "import os, signal, sys\n"
+        "class Signal:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name in ('panda.cli.list', 'panda.configuration.arguments'):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Signal())\n"
+        f"from {given[0]} import main\n"
+        f"sys.exit(main({given[1:]}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -343,11 +343,11 @@ def test_a_worker_goes_on_when_all_processes_of_a_run_are_signalled(
     ]
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_workers_end_with_their_process(tmp_path: Path, before: bool) -> None:
+@pytest.mark.parametrize(("before", "stopped"), [(False, False), (True, False), (False, True)])
+def test_workers_end_with_their_process(tmp_path: Path, before: bool, stopped: bool) -> None:
     """One that waits for its batches to be taken does, too: the pipe is full, and it holds both ends.
 
-    ``before``: the process ends before its workers have begun.
+    ``before``: the process ends before its workers have begun. ``stopped``: one was stopped, as by a debugger.
     """
     code = (
         f"BEFORE = {before}"
@@ -383,6 +383,8 @@ time.sleep(600)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None
     pids = [int(word) for word in process.stdout.readline().split()]
+    if stopped:
+        os.kill(pids[0], signal.SIGSTOP)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 30

@@ -69,4 +69,8 @@ def test_a_command_says_so_in_one_line(
     with_template(tokenizer, SAMPLE + endless).save_pretrained(tmp_path / "tokenizer")
     argv = ["--task", "instruct", "--arch", "llama-tiny", "--instruction_tuning_data_dir", "panda:data/sample/instruct"]
     assert main(["prepare", *argv, "--tokenizer", str(tmp_path / "tokenizer"), "--template", "chat"]) == 2
-    assert capsys.readouterr().err.startswith("error: template: the tokenizer's chat template takes more than 0.2 s")
+    said = capsys.readouterr().err
+    assert said.startswith("error: template: the tokenizer's chat template takes more than 0.2 s")
+    # `panda generate` and `panda chat` say the same, and have no option for the template.
+    assert "Correct the tokenizer's chat template, in chat_template.jinja" in said
+    assert "A run trains without it with `template: plain`." in said

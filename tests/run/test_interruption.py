@@ -23,11 +23,14 @@ from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.manifest import read_manifest
+from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.processes import Processes
+from panda.run import loop
 from panda.run.interruption import PASSED_ON
 from panda.run.interruption import SAVED
 from panda.run.interruption import Interrupted
 from panda.run.interruption import Interruption
+from panda.run.loop import Loop
 from panda.runner import train
 
 SENDER = """
@@ -124,6 +127,29 @@ def test_hours_end_a_run_and_minutes_save_one(
     assert "changed     max_train_hours was 1e-09 and is 1.0\n            save_minutes was 30.0 and is 1e-09\n" in said
     # Steps 3 and 5 were saved because of the time, and 3 removed again; 1 and those of `save_steps` stay.
     assert left == {"step-00000001": False, "step-00000002": False, "step-00000004": False, "step-00000005": True}
+
+
+@pytest.mark.parametrize("meanwhile", ["save", "evaluate"])
+def test_a_signal_while_a_checkpoint_is_written_is_followed_by_no_further_step(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    usual, saved = getattr(Loop, meanwhile), []
+
+    def signalled(running: Loop, **given: Any) -> None:
+        if running.interruption.signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while running.interruption.signal is None:  # which a thread hears
+                threading.Event().wait(0.01)
+        usual(running, **given)
+
+    monkeypatch.setattr(Loop, meanwhile, signalled)
+    monkeypatch.setattr(
+        loop, "save_checkpoint", lambda *given, **more: saved.append(1) or save_checkpoint(*given, **more)
+    )
+    few = [*map(str, RUN), "--num_workers", "0", "--output_dir", str(tmp_path / "run"), "--save_steps", "3"]
+    with pytest.raises(Interrupted, match=r"SIGTERM: the run has ended after step 3 of 5, .*step-00000003 is saved"):
+        train(configure(parse_arguments(few)))
+    assert saved == [1]
 
 
 # -- signals

@@ -308,6 +308,14 @@ def test_what_cannot_be_merged_or_answered_is_told(folder: Path, tmp_path: Path,
     assert "did not train adapters" in capsys.readouterr().err
     assert main(["generate", str(folder / "random"), "--prompt", "x", "--ckpt_path", str(folder / "base")]) == 2
     assert "trained on random weights" in capsys.readouterr().err
+    # `--allow_pickle` would not help: `panda export` has no such flag, and other weights they are anyhow.
+    shutil.copytree(folder / "base", pickled := tmp_path / "pickled")
+    for file in pickled.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({"a": torch.zeros(1)}, pickled / "pytorch_model.bin")
+    assert main(["export", str(folder / "lora"), "--merge", "--ckpt_path", str(pickled)]) == 2
+    told = capsys.readouterr().err
+    assert "but the base found is" in told and "allow_pickle" not in told
 
 
 @pytest.mark.parametrize("name", ["lora", "dora-zero3"])
