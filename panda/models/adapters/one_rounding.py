@@ -42,12 +42,13 @@ import functools
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft.tuners import lora
 from torch import Tensor
+
+from panda.models.forward.layers import can_compile
 
 Settings = tuple[float, bool, tuple[int, ...]]
 """The adapter's scale, whether to keep a dequantised weight, and the layout of the weight."""
@@ -89,7 +90,7 @@ def _sum(
 
 
 def _sum_on_gpu(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
-    if find_spec("triton"):
+    if can_compile(x.device):
         from panda.models.adapters.low_rank_triton import can_multiply
         from panda.models.adapters.low_rank_triton import product_with_low_rank
 
