@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from checkpoint_files import llama
+from counted_operations import Operations
 
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import make_groups
@@ -42,18 +42,14 @@ def outputs(layer: Any, model: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("blocks", [True, False])
-def test_a_layer_sums_twice_in_each_direction(alone: Processes, monkeypatch: pytest.MonkeyPatch, blocks: bool) -> None:
+def test_a_layer_sums_twice_in_each_direction(alone: Processes, blocks: bool) -> None:
     """Without blocks each of the five layers that share two inputs sums the gradient of its own."""
     model = llama(0)
     plain = outputs(copy.deepcopy(model.model.layers[0]), model)
     split(model, PLAN if blocks else replace(PLAN, blocks=()), alone)
-    sums = []
-    reduce = dist.all_reduce
-    monkeypatch.setattr(
-        dist, "all_reduce", lambda tensor, **given: sums.append(tensor.shape) or reduce(tensor, **given)
-    )
-    found = outputs(model.model.layers[0], model)
-    assert len(sums) == (4 if blocks else 7)
+    with Operations() as operations:
+        found = outputs(model.model.layers[0], model)
+    assert operations.counts["_c10d_functional::all_reduce"] == (4 if blocks else 7)
     assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
 
 
