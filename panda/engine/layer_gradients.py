@@ -3,13 +3,15 @@
 DeepSpeed (0.19.8) has a hook for each weight, which copies the gradient into a bucket; when the bucket is full it cuts
 each gradient into the ranks' parts, and adds each part that arrives to a sum of its own. With 24 layers of nine weights
 the device waits for the host for a quarter of the time (two H100s, 2026-11-27). Here the trained weights of a layer
-have no hooks, and a layer is one copy, one collective and one addition. Numbers are the same to the bit: gradients are
-divided by the number of ranks in the type of the weights, added over ranks in that type, and over micro batches in the
-type of DeepSpeed's sums. Weights outside of layers are as before. Can go when DeepSpeed does so.
+have no hooks, and a layer is one copy, one collective and one addition. As in DeepSpeed, gradients are divided by the
+number of ranks in the type of the weights, added over ranks in that type, and over micro batches in the type of the
+sums. On two ranks numbers are the same to the bit; of more, a collective adds those of another message in another
+order. Weights outside of layers are as before. Can go when DeepSpeed does so.
 
 All ranks reduce at the same points, since they run the same layers: where a layer's backward is over, whether its
 weights have gradients or not. Those without one, such as experts that no token chose, count as zero. (DeepSpeed would
-keep the sum of the step before, and wait for ranks that have a gradient.)
+keep the sum of the step before, and wait for ranks that have a gradient.) Only where a weight is used outside of its
+layer, on some ranks and not on others, do ranks wait for each other in vain, as they do with DeepSpeed.
 
 Streams. All this is queued on DeepSpeed's stream for reductions, after what has been computed, so its own reductions
 come before or after it, and its end of a backward pass waits for both. What is sent lies in memory that all layers have

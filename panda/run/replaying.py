@@ -78,7 +78,7 @@ class Replayed:
             return broken
         if len(self.parts) < 2:
             return []
-        # without the largest: what is left of the others, whichever of the larger half is looked at
+        # Of the others: the median is the same without any one of the larger half, such as the largest.
         losses = median(sorted(part.loss for part in self.parts)[:-1])
         norms = median(sorted(part.grad_norm for part in self.parts)[:-1])
         return [

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import llama
-from torch.utils._python_dispatch import TorchDispatchMode
+from counted_operations import Operations
 
 from panda.engine.processes import Processes
 from panda.engine.tensor_parallel import make_groups
@@ -32,18 +31,6 @@ def alone(processes: Processes) -> Processes:
     return replace(processes, mpu=make_groups(1))
 
 
-class Calls(TorchDispatchMode):
-    """Counts torch's operations by name, those of backward passes too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = Counter[str]()
-
-    def __torch_dispatch__(self, call: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        self.names[call.name()] += 1
-        return call(*arguments, **(keywords or {}))
-
-
 def outputs(layer: Any, model: Any) -> list[torch.Tensor]:
     """Of a layer, its output and the gradients of its input and weights."""
     generator = torch.Generator().manual_seed(0)
@@ -60,9 +47,9 @@ def test_a_layer_sums_twice_in_each_direction(alone: Processes, blocks: bool) ->
     model = llama(0)
     plain = outputs(copy.deepcopy(model.model.layers[0]), model)
     split(model, PLAN if blocks else replace(PLAN, blocks=()), alone)
-    with Calls() as calls:
+    with Operations() as operations:
         found = outputs(model.model.layers[0], model)
-    assert calls.names["_c10d_functional::all_reduce"] == (4 if blocks else 7)
+    assert operations.counts["_c10d_functional::all_reduce"] == (4 if blocks else 7)
     assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
 
 

@@ -42,12 +42,13 @@ import functools
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft.tuners import lora
 from torch import Tensor
+
+from panda.models.forward.layers import can_compile
 
 Settings = tuple[float, bool, tuple[int, ...]]
 """The adapter's scale, whether to keep a dequantised weight, and the layout of the weight."""
@@ -88,17 +89,14 @@ def _sum(
     return result if bias is None else result.add_(bias)
 
 
-@functools.cache
-def _kernel() -> Any:
-    """The module with the kernel of such sums; None without Triton."""
-    return import_module("panda.models.adapters.low_rank_triton") if find_spec("triton") else None
-
-
 def _sum_on_gpu(result: Tensor, x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> None:
-    kernel = _kernel()
-    if kernel and kernel.can_multiply(x, weight, left, right):
-        kernel.product_with_low_rank(x, weight, left, right, result)
-        return
+    if can_compile(x.device):
+        from panda.models.adapters.low_rank_triton import can_multiply
+        from panda.models.adapters.low_rank_triton import product_with_low_rank
+
+        if can_multiply(x, weight, left, right):
+            product_with_low_rank(x, weight, left, right, result)
+            return
     total = torch.mm(x, weight, out_dtype=torch.float32)
     total += torch.mm(left, right, out_dtype=torch.float32)
     result.copy_(total)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import replace
-from functools import cache
-from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the customary name
 from torch.autograd.function import once_differentiable
 
+from panda.models.forward.layers import can_compile
 from panda.registry.contexts import IGNORED_LABEL
 
 LOGITS_AT_ONCE = 2**26
@@ -80,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=exact)
         hidden_grad = torch.empty_like(hidden) if is_training and ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if is_training and ctx.needs_input_grad[1] else None
-        by_kernels = hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and _has_triton()
+        by_kernels = hidden.is_cuda and hidden.dtype.itemsize == 2 and can_compile(hidden.device)
         rows = max(1, (BY_KERNELS_AT_ONCE if by_kernels else LOGITS_AT_ONCE) // len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -125,11 +124,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = torch.mul(weight_grad, loss_grad, out=torch.empty_like(weight_grad, dtype=ctx.dtype))
         return None if hidden_grad is None else hidden_grad * loss_grad, weight_grad, None, None, None
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _normaliser(logits: torch.Tensor, by_kernels: bool) -> torch.Tensor:

@@ -165,6 +165,12 @@ def what_compiling_lacks(device: torch.device) -> str:
     return ""
 
 
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether this machine has what it takes to compile code for ``device``, Triton's kernels for a GPU among it."""
+    return not what_compiling_lacks(device)
+
+
 def _recomputing(forward: Callable[..., Any], contexts: dict[str, Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def recomputing(*arguments: Any, **keywords: Any) -> Any:

@@ -24,10 +24,12 @@ from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
+from panda.models.adapters import one_rounding
 from panda.models.adapters.one_rounding import OneRounding
 from panda.models.adapters.one_rounding import round_once
 from panda.models.adapters.quantisation import quantise
 from panda.models.forward import layers
+from panda.models.forward.layers import can_compile
 from panda.models.forward.layers import recompute_activations
 
 CPU = torch.device("cpu")
@@ -403,3 +405,21 @@ def test_under_zero_3_the_layer_gathers_what_it_reads(
     bases = [layer.base_layer.weight for layer in plain.modules() if isinstance(layer, lora.LoraLayer)]
     shapes = {weight.shape for weight in bases}
     assert sum(tensor.shape in shapes for tensor in kept) <= len(bases) / 2  # of two layers only the last one stays
+
+
+def test_a_machine_that_cannot_compile_sums_on_a_gpu_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, here the CPU, whose machine has Triton and no compiler."""
+    pytest.importorskip("triton")
+
+    def product(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        return left.to(out_dtype) @ right.to(out_dtype)  # torch has it for GPUs only
+
+    monkeypatch.setattr("torch.mm", product)
+    monkeypatch.setattr("panda.models.adapters.low_rank_triton.can_multiply", lambda *factors: True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    can_compile.cache_clear()
+    x, weight, left, right = (torch.randn(8, 8).bfloat16() for _ in range(4))
+    result = torch.empty_like(x)
+    one_rounding._sum_on_gpu(result, x, weight, left, right)
+    can_compile.cache_clear()
+    assert torch.equal(result, (x.float() @ weight.float() + left.float() @ right.float()).bfloat16())

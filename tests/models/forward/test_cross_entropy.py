@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from panda.models.forward import cross_entropy
 from panda.models.forward.cross_entropy import linear_cross_entropy
 from panda.models.forward.cross_entropy import offer_loss_sum
+from panda.models.forward.layers import can_compile
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TOKENS, WIDTH, VOCABULARY = 37, 24, 101
@@ -69,6 +70,17 @@ def test_bf16_is_as_near_the_truth_as_full_logits_in_bf16(
     for mine, theirs, exact in zip(found[1:], plain[1:], truth[1:], strict=True):
         assert mine.dtype == torch.bfloat16
         assert (mine - exact).norm() <= 1.05 * (theirs - exact).norm()
+
+
+def test_a_machine_that_cannot_compile_does_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, here the CPU, whose machine has Triton and no compiler."""
+    expected = loss_and_gradients(linear_cross_entropy, torch.bfloat16, "cpu")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    can_compile.cache_clear()
+    found = loss_and_gradients(linear_cross_entropy, torch.bfloat16, "cpu")
+    can_compile.cache_clear()
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
