@@ -49,7 +49,7 @@ def gradient_in_place(
 @triton.jit
 def _normaliser(logits, result, entries, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    largest, total = -float("inf"), 0.0
+    largest, total = -3.4e38, 0.0  # from -inf, a block of -inf alone would give NaN
     for start in range(0, entries, block):
         places = start + tl.arange(0, block)
         value = tl.load(logits + row * entries + places, mask=places < entries, other=-float("inf")).to(tl.float32)

@@ -75,7 +75,7 @@ def test_they_are_those_of_float64(
     generator = torch.Generator().manual_seed(entries)
     logits = (torch.randn(rows, entries, generator=generator) * width).to(DEVICE, dtype)
     logits[0, :] = logits[0, :].sort().values  # the largest comes last
-    logits[1, entries // 2] = float("-inf")
+    logits[1, : entries // 2 + 1] = float("-inf")  # a whole block of the longest rows
     label = torch.randint(entries, (rows, 1), generator=generator).to(DEVICE)
     at_label = torch.tensor([1 - smoothing] * (rows - 1) + [0.0], device=DEVICE).unsqueeze(1)
     weights = torch.rand(rows, 1, generator=generator).to(DEVICE) if weighted else None
