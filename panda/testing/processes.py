@@ -143,6 +143,8 @@ def start(
     command = [str(script), *map(str, argv)]
     with tempfile.TemporaryDirectory(prefix="panda-test-output-") as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        for file in (stdout, stderr):  # may be read before the process has opened it
+            file.touch()
         order: dict[str, object] = {"argv": command, "cwd": str(cwd), "environments": environments}
         order |= {"is_module": isinstance(script, str), "stdout": str(stdout), "stderr": str(stderr)}
         print(json.dumps(order | {"serving": serving}), file=_warm().orders, flush=True)
