@@ -5,15 +5,16 @@ Triton reads TRITON_INTERPRET when it is imported, so without a GPU its test run
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import ENVIRONMENT
+from interpreted import DEVICE
+from interpreted import INTERPRETED
+from interpreted import anywhere
+from interpreted import passed_in_interpreter
 from launching import run_script
 
 from panda.configuration.options import RunOptions
@@ -21,10 +22,6 @@ from panda.engine import engine as engines
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-anywhere = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: interpreted below")
 
 
 class Chosen(torch.nn.Module):
@@ -187,10 +184,7 @@ def test_a_gradient_of_one_rank_counts_on_all(tmp_path: Path, piece: int) -> Non
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernel itself runs")
 def test_the_kernel_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-k", "kernel_adds", __file__]
-    done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout, done.stdout
+    assert " 3 passed" in passed_in_interpreter(__file__, "kernel_adds")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")

@@ -5,18 +5,15 @@ Triton reads TRITON_INTERPRET when it is imported, so without a GPU these tests 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from interpreted import DEVICE
+from interpreted import INTERPRETED
+from interpreted import anywhere
+from interpreted import passed_in_interpreter
+from interpreted import with_numpy
 from lamb_reference import ReferenceLamb
-from launching import ENVIRONMENT
 
 from panda.optim import layerwise
 from panda.optim.layerwise import NVLamb
@@ -24,19 +21,8 @@ from panda.registry.contexts import ParameterLayout
 from panda.registry.contexts import Segment
 from panda.registry.contexts import TensorLayout
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
-anywhere = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: interpreted below")
 STEPS = 4
-
-
-def triton_version() -> tuple[int, ...]:
-    """(0,) where there is none."""
-    try:
-        return tuple(map(int, version("triton").split(".")[:2]))
-    except PackageNotFoundError:
-        return (0,)
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +36,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(layerwise_triton, name, value)
 
 
-@pytest.mark.skipif(INTERPRETED or triton_version() < (3, 7), reason="no Triton whose interpreter knows numpy 2.4")
+@pytest.mark.skipif(INTERPRETED, reason="it starts these")
+@with_numpy
 def test_the_kernels_compute_the_definition_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " 12 passed" in f" {done.stdout.splitlines()[-1]}", done.stdout
+    assert " 12 passed" in passed_in_interpreter(__file__)
 
 
 def flat_problem(lengths: dict[str, int], gaps: list[int]) -> tuple[np.ndarray, tuple[Segment, ...]]:

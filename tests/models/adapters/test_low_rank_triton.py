@@ -5,28 +5,21 @@ Triton reads TRITON_INTERPRET when it is imported, so without a GPU its test run
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from launching import ENVIRONMENT
+from interpreted import DEVICE
+from interpreted import INTERPRETED
+from interpreted import passed_in_interpreter
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16, *[torch.bfloat16] * (not INTERPRETED)]  # the interpreter (3.7) takes bf16 for integers
 
 
 @pytest.mark.skipif(INTERPRETED or ON_HOPPER, reason="the kernel itself runs")
 def test_the_kernel_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-k", "is_that", __file__]
-    done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 passed" in done.stdout, done.stdout
+    assert " 6 passed" in passed_in_interpreter(__file__, "is_that")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")

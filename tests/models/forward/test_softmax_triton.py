@@ -5,31 +5,23 @@ Triton reads TRITON_INTERPRET when it is imported, so without a GPU these tests 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-
 import pytest
 import torch
-from launching import ENVIRONMENT
+from interpreted import DEVICE
+from interpreted import INTERPRETED
+from interpreted import anywhere
+from interpreted import passed_in_interpreter
+from interpreted import with_numpy
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16, *[torch.bfloat16] * (not INTERPRETED)]  # the interpreter (3.7) takes bf16 for integers
-KNOWS_NUMPY = tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
-anywhere = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: interpreted below")
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels themselves run")
-@pytest.mark.skipif(not KNOWS_NUMPY, reason="no Triton whose interpreter knows numpy 2.4")
+@with_numpy
 def test_the_kernels_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-k", "float64", __file__]
-    done = subprocess.run(command, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "16 passed" in done.stdout, done.stdout
+    assert " 16 passed" in passed_in_interpreter(__file__, "float64")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
