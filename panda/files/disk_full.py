@@ -129,7 +129,7 @@ def _is_of_printing(error: BaseException) -> bool:
     """Whether ``error``, which names no file, came out of printing: C code, which raises it, has no frame."""
     frames = traceback.extract_tb(error.__traceback__)
     line = (frames[-1].line or "") if frames else ""
-    return "print(" in line or "stdout." in line
+    return re.search(r"\b(print\(|stdout\.)", line) is not None
 
 
 def _is_of_shared_memory(error: BaseException, file: object) -> bool:

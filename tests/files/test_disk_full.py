@@ -147,3 +147,18 @@ def _without_last(trace: TracebackType) -> TracebackType:
         last = last.tb_next
     last.tb_next = None
     return trace
+
+
+@pytest.mark.parametrize(("call", "is_printing"), [("print", True), ("fingerprint", False)])
+def test_a_call_that_only_ends_in_print_does_not_print(call: str, is_printing: bool, tmp_path: Path) -> None:
+    def full(text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "line.py").write_text(f"{call}('x')\n")  # from which the traceback reads the line
+    try:
+        exec(compile(f"{call}('x')\n", str(tmp_path / "line.py"), "exec"), {call: full})
+    except OSError as problem:
+        assert problem.__traceback__ is not None and problem.__traceback__.tb_next is not None
+        problem.__traceback__.tb_next.tb_next = None  # as C code, which has no frame
+        said = disk_full(problem) or ""
+    assert said.startswith("what is printed") == is_printing, said
