@@ -130,7 +130,7 @@ SHOWN = 3
 """Tests in a cell; of others it has their number."""
 
 EXPERIMENTAL = (
-    ("`tensor_parallel_size`", "compiled on two H100s, and not on four H200s", "machines.md"),
+    ("`tensor_parallel_size`", "compiled on two H100s; on four H200s not compiled", "machines.md"),
     ("`offload_param`, and offloading to NVMe", "on CPUs only, and NVMe not at all", "refusals.md"),
     ("several machines", "no test starts more than one", "machines.md"),
     ("flight recorder of NCCL", "its files were not seen yet", "machines.md"),
