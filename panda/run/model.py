@@ -208,7 +208,7 @@ def make_trainable(
             for parameter in model.parameters():  # DeepSpeed casts a whole model, but none with partitioned weights
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(getattr(torch, options.dtype_name))
-        round_once(model, keep_dequantised=options.activation_checkpointing == "full")
+        round_once(model, recomputed=options.activation_checkpointing == "full")
     if options.activation_checkpointing == "selective":
         recompute_activations(model, selective=True)
     if options.compiled:

@@ -4,6 +4,9 @@ Started by processes.py. A line of its input asks for processes that run one scr
 ``environments``; the answers are their process ids at once, and their exit codes when all have ended. As torchrun does,
 it ends the others after one has failed. They end as any interpreter does, but do not take down first, module by module,
 what they were forked with, and nothing of panda has been imported in them.
+
+Where there is a GPU they are new interpreters: bitsandbytes initialises CUDA when it is imported, and a fork cannot use
+CUDA after that (torch 2.11, 2026-11).
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )
 
+ON_GPU = os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 SERVER = "PANDA_TESTING_SERVER"
 """Names, to a process that starts others itself, a fork that forks for it: its own id, and two descriptors."""
 ORDERS: IO[str]
@@ -115,9 +119,11 @@ def serve() -> dict[str, Any] | None:
         for environment in order["environments"]:
             pids.append(os.fork())
             if not pids[-1]:
-                if order["serving"] and is_server(environment):
+                if order["serving"] and not ON_GPU and is_server(environment):
                     return serve()
                 become(order, environment)
+                if ON_GPU:
+                    os.execv(sys.executable, [sys.executable, *["-m"] * order["is_module"], *sys.argv])
                 return order
         print(json.dumps(pids), file=ANSWERS, flush=True)
         print(json.dumps(end(pids)), file=ANSWERS, flush=True)
@@ -152,10 +158,7 @@ def leave(code: int) -> None:
     os._exit(code & 0xFF)
 
 
-def main() -> None:
-    global ORDERS, ANSWERS
-    ORDERS, ANSWERS = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # text that imports print must not look like an answer
+def warm_up() -> None:
     for name in IMPORTED:
         with suppress(ImportError):  # an extra, such as bitsandbytes
             importlib.import_module(name)
@@ -163,6 +166,14 @@ def main() -> None:
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()
+
+
+def main() -> None:
+    global ORDERS, ANSWERS
+    ORDERS, ANSWERS = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # text that imports print must not look like an answer
+    if not ON_GPU:
+        warm_up()
     if native := native_threads():
         print(f"{Path(__file__).name}: beside native threads {native}", file=sys.stderr)
     code: Any = 0

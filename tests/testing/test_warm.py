@@ -15,6 +15,9 @@ from launching import run_code
 
 from panda.testing.processes import run_script
 from panda.testing.processes import start
+from panda.testing.warm import ON_GPU
+
+forked = pytest.mark.skipif(ON_GPU, reason="beside a GPU processes are new interpreters")
 
 FACTS = """
 import json, os, random, sys
@@ -28,6 +31,7 @@ print(json.dumps({
 """
 
 
+@forked
 def test_a_fork_behaves_like_a_new_process(tmp_path: Path) -> None:
     (tmp_path / "facts.py").write_text(FACTS)
     with start(tmp_path / "facts.py", 1, "b", cwd=tmp_path, PYTHONPATH="/nowhere") as started:
@@ -70,6 +74,7 @@ for number in range(2):
 """
 
 
+@forked
 def test_a_process_that_starts_others_has_them_forked_from_the_same(tmp_path: Path) -> None:
     """It starts none to fork from. What it changed of its environment holds for them."""
     (tmp_path / "served.py").write_text(SERVED)

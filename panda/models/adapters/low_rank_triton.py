@@ -9,31 +9,32 @@ another kernel adds (bench/LOG.md).
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from panda.models.adapters.one_rounding import ALIGNMENT
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 """The tile of the result that a program computes at once, and what it reads of both factors at a time."""
-LEAST_ROWS = 1024
-"""With fewer rows there are too few tiles to keep a GPU busy: such products are left to cuBLAS."""
+IN_THE_INTERPRETER = 4
+"""How many programs share the tiles there: on a GPU one for each multiprocessor."""
 TILES_IN_A_GROUP = 8
 """Rows of tiles that are computed after one another, so that factors are read from the cache."""
-ALIGNMENT = 16
-"""Bytes of which the copying unit of the GPU wants multiples, for the beginning of a matrix and of each of its rows."""
 
 
 def can_multiply(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Whether `product_with_low_rank` can be called, and pays."""
+    """Whether `product_with_low_rank` can be called."""
     return (
-        len(x) >= LEAST_ROWS
-        and x.is_cuda
-        and _multiprocessors_of_hopper(x.device) > 0
-        and all(_is_aligned(_by_rows(matrix)) for matrix in (x, weight, left, right))
+        x.is_cuda and is_hopper(x.device) and all(_is_aligned(_by_rows(matrix)) for matrix in (x, weight, left, right))
     )
+
+
+def is_hopper(device: torch.device) -> bool:
+    return _multiprocessors_of_hopper(device) > 0
 
 
 @cache
@@ -44,36 +45,42 @@ def _multiprocessors_of_hopper(device: torch.device) -> int:
 
 
 def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
-    """Set ``result`` [rows, columns], which is contiguous, to ``x @ weight + left @ right``, rounded once.
+    """Set ``result`` [..., columns], which is contiguous, to ``x @ weight + left @ right``, rounded once.
 
-    ``x`` is [rows, m], ``weight`` [m, columns], ``left`` [rows, r] and ``right`` [r, columns]; all of one 16-bit type.
-    Each, or its transpose, is contiguous, and both right factors are so in the same way.
+    ``x`` is [..., m], ``weight`` [m, columns], ``left`` [rows, r] and ``right`` [r, columns]; all of one 16-bit type.
+    Each, or its transpose, is contiguous, ``x`` itself is, and both right factors are so in the same way.
     """
-    rows, columns, depth, rank = len(x), weight.shape[1], x.shape[1], left.shape[1]
-    transposed = not weight.is_contiguous()
-    rank_depth = min(DEPTH, max(16, triton.next_power_of_2(rank)))
-    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
-    programs = min(tiles, _multiprocessors_of_hopper(x.device)) if x.is_cuda else tiles
-    _multiply[(programs,)](
-        TensorDescriptor.from_tensor(x, [ROWS, DEPTH]),
-        TensorDescriptor.from_tensor(_by_rows(weight), [COLUMNS, DEPTH] if transposed else [DEPTH, COLUMNS]),
-        TensorDescriptor.from_tensor(left, [ROWS, rank_depth]),
-        TensorDescriptor.from_tensor(_by_rows(right), [COLUMNS, rank_depth] if transposed else [rank_depth, COLUMNS]),
-        TensorDescriptor.from_tensor(result, [ROWS, COLUMNS // 2]),
-        rows,
-        columns,
-        depth,
-        rank,
-        transposed=transposed,
-        tile_rows=ROWS,
-        tile_columns=COLUMNS,
-        tile_depth=DEPTH,
-        rank_depth=rank_depth,
-        group=TILES_IN_A_GROUP,
-        programs=programs,
-        num_warps=8,
-        num_stages=3,
-    )
+    # For the descriptors that the kernel makes. A setting of this thread's, which inductor sets at each launch, too.
+    triton.set_allocator(_scratch)
+    _multiply[(_programs(x),)](x, weight, left, right, result, **_sizes(x, weight, left, right))
+
+
+@torch.library.triton_op("panda::product_with_low_rank", mutates_args={})
+def _launched_by_compiled_code(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """As `product_with_low_rank`, in code that inductor compiles. Nothing is checked when that runs."""
+    result = x.new_empty((*x.shape[:-1], weight.shape[1]))
+    sizes = _sizes(x, weight, left, right)
+    torch.library.wrap_triton(_multiply)[(_programs(x),)](x, weight, left, right, result, **sizes)
+    return result
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _programs(x: Tensor) -> int:
+    return _multiprocessors_of_hopper(x.device) if x.is_cuda else IN_THE_INTERPRETER
+
+
+def _sizes(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> dict[str, Any]:
+    return {
+        **{"rows": len(left), "columns": weight.shape[1], "depth": len(weight), "rank": left.shape[1]},
+        "transposed": not weight.is_contiguous(),
+        **{"tile_rows": ROWS, "tile_columns": COLUMNS, "tile_depth": DEPTH},
+        "rank_depth": min(DEPTH, max(16, triton.next_power_of_2(left.shape[1]))),
+        **{"group": TILES_IN_A_GROUP, "programs": _programs(x)},
+        **{"num_warps": 8, "num_stages": 3},
+    }
 
 
 def _by_rows(matrix: Tensor) -> Tensor:
@@ -104,6 +111,15 @@ def _multiply(
     group: tl.constexpr,
     programs: tl.constexpr,
 ):
+    x = tl.make_tensor_descriptor(x, [rows, depth], [depth, 1], [tile_rows, tile_depth])
+    left = tl.make_tensor_descriptor(left, [rows, rank], [rank, 1], [tile_rows, rank_depth])
+    if transposed:
+        weight = tl.make_tensor_descriptor(weight, [columns, depth], [depth, 1], [tile_columns, tile_depth])
+        right = tl.make_tensor_descriptor(right, [columns, rank], [rank, 1], [tile_columns, rank_depth])
+    else:
+        weight = tl.make_tensor_descriptor(weight, [depth, columns], [columns, 1], [tile_depth, tile_columns])
+        right = tl.make_tensor_descriptor(right, [rank, columns], [columns, 1], [rank_depth, tile_columns])
+    result = tl.make_tensor_descriptor(result, [rows, columns], [columns, 1], [tile_rows, tile_columns // 2])
     down, across = tl.cdiv(rows, tile_rows), tl.cdiv(columns, tile_columns)
     for tile in tl.range(tl.program_id(0), down * across, programs, warp_specialize=True):
         first = tile // (group * across) * group

@@ -29,7 +29,7 @@ CHEAP_TERMS = 256
 _PRODUCTS = frozenset(
     {
         *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm_4bit"),
-        "panda::sum_of_products",  # adapters/one_rounding.py
+        *("panda::sum_of_products", "panda::product_with_low_rank"),  # adapters/one_rounding.py
     }
 )
 _ATTENTION = (

@@ -183,6 +183,62 @@ def test_on_a_gpu_too(tokens: int) -> None:
     assert _moved(layer, True, tokens) == pytest.approx([1.0, 1.0], abs=0.05 if tokens > 1000 else 0.3)
 
 
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="no Hopper GPU")
+@pytest.mark.parametrize("way", ["kept", "selective", "full"])
+def test_compiled_code_launches_the_kernel_itself(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """With the same results as the operation, and as often; recomputed in full, the operation stays."""
+    from panda.models.adapters import low_rank_triton
+
+    monkeypatch.setattr(layers, "CHEAP_TERMS", 16)
+    torch.compiler.reset()
+    model = adapted(llama(hidden=256), r=8).to("cuda", torch.bfloat16)
+    round_once(model, recomputed=way == "full")
+    if way != "kept":
+        recompute_activations(model, selective=way == "selective")
+    ids = torch.arange(53, device="cuda").repeat(2, 20)[:, :1024]
+    launched = []
+    run = low_rank_triton.product_with_low_rank
+    monkeypatch.setattr(low_rank_triton, "product_with_low_rank", lambda *given: launched.append(1) or run(*given))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(ids).logits.float().logsumexp(-1).square().mean().backward()
+        return {name: each.grad.float() for name, each in model.named_parameters() if each.requires_grad}
+
+    expected, called = gradients(), len(launched)
+    for layer in model.model.layers:
+        layer.compile()
+    launched.clear()
+    found = gradients()
+    assert called >= 25 and len(launched) == (called if way == "full" else 0)
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() < 0.02 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("odd", ["", "r", "inputs", "head"])
+def test_the_kernel_is_launched_by_compiled_code_where_all_weights_lie_well(
+    monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """Where each weight fills multiples of 16 bytes; a row of a layer that does not is that layer's alone."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(one_rounding, "can_compile", lambda device: True)
+    monkeypatch.setattr("panda.models.adapters.low_rank_triton.is_hopper", lambda device: True)
+    module = torch.nn.Module()
+    module.first, module.second = torch.nn.Linear(16, 64), torch.nn.Linear(20 if odd == "inputs" else 64, 64)
+    model = adapted(module, target_modules=["first", "second"], r=12 if odd == "r" else 8)
+    model.head = torch.nn.Linear(8, 1 if odd == "head" else 8)
+    round_once(model, recomputed=False)
+    expected = {"": (True, True), "r": (False, False), "inputs": (True, False), "head": (False, False)}
+    assert (model.first.in_line, model.second.in_line) == expected[odd]
+    round_once(model, recomputed=True)
+    assert not model.first.in_line and not model.second.in_line
+
+
 def _moved(layer: Any, once: bool, tokens: int = 2048) -> list[float]:
     """By how much of its size, on average, the adapter of ``layer`` changes its output, and the gradient of its input.
 
@@ -255,7 +311,7 @@ def test_on_a_base_in_nf4_gradients_are_pefts_and_bitsandbytes(monkeypatch: pyte
     expected = trained(model)
     monkeypatch.setattr(lora.Linear4bit, "forward", None)  # peft's own is not called
     for keep in (False, True):
-        round_once(model, keep_dequantised=keep)
+        round_once(model, recomputed=keep)
         found = trained(model)
         assert len(found) == len(expected) == 2 * 7 * 2
         for name, gradient in expected.items():
@@ -271,7 +327,7 @@ def test_how_often_a_base_in_nf4_is_dequantised(
 ) -> None:
     monkeypatch.setattr(layers, "CHEAP_TERMS", 16)
     model = in_nf4()
-    round_once(model, keep_dequantised=keep)
+    round_once(model, recomputed=keep)
     gradients = trained(model)
     if recomputed != "none":
         recompute_activations(model, selective=recomputed == "selective")
@@ -375,7 +431,7 @@ def test_under_zero_3_the_layer_gathers_what_it_reads(
     )
     plain = in_nf4(options) if packed else with_adapters(llama())
     model = copy.deepcopy(plain)
-    round_once(model, keep_dequantised=recomputed)
+    round_once(model, recomputed=recomputed)
     if recomputed:
         recompute_activations(model, selective=False)
     optimizers = [
@@ -419,6 +475,7 @@ def test_a_machine_that_cannot_compile_sums_on_a_gpu_without_the_kernel(monkeypa
     monkeypatch.setenv("CXX", "no-such-compiler")
     can_compile.cache_clear()
     x, weight, left, right = (torch.randn(8, 8).bfloat16() for _ in range(4))
+    monkeypatch.setattr(one_rounding, "LEAST_ROWS", 0)
     result = torch.empty_like(x)
     one_rounding._sum_on_gpu(result, x, weight, left, right)
     can_compile.cache_clear()
