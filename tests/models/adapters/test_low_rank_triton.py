@@ -73,7 +73,7 @@ def test_it_is_that_of_float64_rounded_once(
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="no Hopper GPU")
-@pytest.mark.parametrize("shape", [(512, 64, 64, 8), (2048, 64, 64, 4), (2048, 60, 64, 8)])
+@pytest.mark.parametrize("shape", [(2048, 64, 64, 4), (2048, 60, 64, 8)])
 def test_what_it_cannot_do_well_is_left_to_cublas(shape: tuple[int, int, int, int]) -> None:
     from panda.models.adapters.low_rank_triton import can_multiply
 
