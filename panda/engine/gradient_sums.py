@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from panda.engine.memory_parts import REDUCED_AT_ONCE
+from panda.files.compilers import can_compile
 
 
 def sum_in_one_pass(optimizer: Any) -> None:
@@ -103,7 +104,7 @@ def update_lp_params(optimizer: Any) -> None:
 
 def _cast_into(target: torch.Tensor, source: torch.Tensor, *, add: bool = False) -> None:
     """Set ``target`` [elements] to ``source`` [elements], or ``add`` it, in target's type."""
-    if target.is_cuda:
+    if target.is_cuda and can_compile(target.device):
         from panda.engine.casting_triton import cast_into
 
         cast_into(target, source, add=add)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
 
+from panda.files.compilers import can_compile
 from panda.optim import layerwise_torch
 from panda.optim.unsharded import unsharded
 from panda.registry.contexts import ParameterLayout
@@ -144,13 +144,8 @@ def _arithmetic(layouts: list[TensorLayout]) -> Any:
         layout.tensor.is_cuda and layout.tensor.dtype == torch.float32 and layout.tensor.is_contiguous()
         for layout in layouts
     )
-    return _kernels() if fits else layerwise_torch
-
-
-@cache
-def _kernels() -> Any:
-    try:
-        from panda.optim import layerwise_triton
-    except ImportError:  # this torch comes without triton
+    if not fits or not can_compile(layouts[0].tensor.device):
         return layerwise_torch
+    from panda.optim import layerwise_triton
+
     return layerwise_triton

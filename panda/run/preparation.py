@@ -16,8 +16,8 @@ from panda.data.held_out import note_shared_samples
 from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
 from panda.engine.memory_parts import gib
+from panda.files.compilers import what_compiling_lacks
 from panda.models.adapters.quantisation import refuse_quantising
-from panda.models.forward.layers import what_compiling_lacks
 from panda.models.forward.trial import refuse_encoder
 from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError

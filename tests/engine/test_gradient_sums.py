@@ -19,9 +19,11 @@ from launching import run_script
 
 from panda.configuration.options import RunOptions
 from panda.engine import engine as engines
+from panda.engine import gradient_sums
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
+from panda.files.compilers import can_compile
 
 
 class Chosen(torch.nn.Module):
@@ -179,6 +181,18 @@ def test_a_gradient_of_one_rank_counts_on_all(tmp_path: Path, piece: int) -> Non
     script.write_text(PARTLY_USED.replace("PIECE", str(piece)))
     (expected,), found = (run_script(script, ranks=ranks, cwd=tmp_path).splitlines() for ranks in (1, 2))
     assert found == [expected] * 2
+
+
+def test_a_machine_that_cannot_compile_does_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, here the CPU, whose machine has Triton and no compiler."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    can_compile.cache_clear()
+    target = torch.ones(3)
+    gradient_sums._cast_into(target, torch.full((3,), 2.0, dtype=torch.bfloat16))
+    gradient_sums._cast_into(target, torch.full((3,), 3.0, dtype=torch.bfloat16), add=True)
+    can_compile.cache_clear()
+    assert target.tolist() == [5.0] * 3
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernel itself runs")

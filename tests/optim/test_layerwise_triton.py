@@ -15,6 +15,7 @@ from interpreted import passed_in_interpreter
 from interpreted import with_numpy
 from lamb_reference import ReferenceLamb
 
+from panda.files.compilers import can_compile
 from panda.optim import layerwise
 from panda.optim.layerwise import NVLamb
 from panda.registry.contexts import ParameterLayout
@@ -106,6 +107,24 @@ def test_the_kernels_compute_the_definition(gaps: list[int], decay: float, adapt
     assert (found == np.float32(1e30)).sum() == len(content) - covered  # padding is as it was
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are what it asks for there")
+def test_a_machine_that_cannot_compile_does_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, here the CPU, whose machine has Triton and no compiler."""
+    results = []
+    for on_gpu in (False, True):
+        if on_gpu:
+            monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+            monkeypatch.setenv("CXX", "no-such-compiler")
+            can_compile.cache_clear()
+        weight = torch.nn.Parameter(torch.arange(6.0))
+        optimizer = NVLamb([weight], lr=0.01)
+        weight.grad = torch.ones(6)
+        optimizer.step()
+        results.append(weight.detach())
+    can_compile.cache_clear()
+    assert torch.equal(*results)
+
+
 @on_a_gpu
 def test_a_step_gives_the_same_bits_each_time_and_never_waits_for_the_device() -> None:
     results = []
@@ -127,9 +146,11 @@ def test_a_step_gives_the_same_bits_each_time_and_never_waits_for_the_device() -
 
 @on_a_gpu
 def test_the_kernels_and_torch_agree_on_whole_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    from panda.optim import layerwise_triton
+
     results = []
-    for arithmetic in (layerwise._kernels(), layerwise.layerwise_torch):
-        monkeypatch.setattr(layerwise, "_kernels", lambda arithmetic=arithmetic: arithmetic)
+    for arithmetic in (layerwise_triton, layerwise.layerwise_torch):
+        monkeypatch.setattr(layerwise, "_arithmetic", lambda layouts, arithmetic=arithmetic: arithmetic)
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((64, 33), (5,), (), (3, 4, 5))]
         optimizer = NVLamb(weights, lr=0.01, weight_decay=0.1)

@@ -19,7 +19,7 @@ from panda.cli.check import main as check
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.configuration.refusals import REFUSALS
-from panda.models.forward.layers import what_compiling_lacks
+from panda.files.compilers import what_compiling_lacks
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
 from panda.run import compiling
@@ -217,9 +217,9 @@ def test_a_compiler_that_is_missing_is_named(
 def test_a_gpu_needs_triton_and_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setenv("CC", "sh")
-    monkeypatch.setattr("panda.models.forward.layers.find_spec", lambda name: None)
+    monkeypatch.setattr("panda.files.compilers.find_spec", lambda name: None)
     assert "Triton, which is not installed" in what_compiling_lacks(device)
-    monkeypatch.setattr("panda.models.forward.layers.find_spec", lambda name: name)
+    monkeypatch.setattr("panda.files.compilers.find_spec", lambda name: name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (6, 1))
     assert "capability 7.0" in what_compiling_lacks(device)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))

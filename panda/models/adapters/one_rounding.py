@@ -49,7 +49,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor
 
-from panda.models.forward.layers import can_compile
+from panda.files.compilers import can_compile
 
 Settings = tuple[float, bool, bool, tuple[int, ...]]
 """The adapter's scale, whether to keep a dequantised weight, ``in_line`` of `_summed`, and the layout of the weight."""
@@ -143,6 +143,7 @@ def _summed(
     transposed: bool,
     low_rank: Sequence[Tensor],
     bias: Tensor | None,
+    *,
     in_line: bool,
 ) -> Tensor:
     """As `_sum`. With ``in_line`` compiled code launches the kernel itself, which saves the host 0.2 ms each time."""
@@ -184,7 +185,7 @@ class _AdaptedLinear(torch.autograd.Function):
             weight, layout = [torch.ops.panda.dequantised(x, weight, layout)], ()
         ctx.save_for_backward(given, inner, a, b, *weight)
         ctx.scale, ctx.layout, ctx.apart, ctx.in_line = scale, layout, dropped is not None, in_line
-        return _summed(x, weight, layout, True, [inner, b.t()], bias, in_line)
+        return _summed(x, weight, layout, True, [inner, b.t()], bias, in_line=in_line)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,7 +197,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[1]:
             low_rank = [] if ctx.apart else [grad_inner, a]
-            grad_x = _summed(grad, weight, ctx.layout, False, low_rank, None, ctx.in_line)
+            grad_x = _summed(grad, weight, ctx.layout, False, low_rank, None, in_line=ctx.in_line)
         if ctx.needs_input_grad[2]:
             grad_dropped = (grad_inner @ a).view(given.shape)
         return None, grad_x, grad_dropped, grad_a, grad_b, *[None] * (len(ctx.needs_input_grad) - 5)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the customary name
 from torch.autograd.function import once_differentiable
 
-from panda.models.forward.layers import can_compile
+from panda.files.compilers import can_compile
 from panda.registry.contexts import IGNORED_LABEL
 
 LOGITS_AT_ONCE = 2**26

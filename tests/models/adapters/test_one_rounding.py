@@ -24,12 +24,12 @@ from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
+from panda.files.compilers import can_compile
 from panda.models.adapters import one_rounding
 from panda.models.adapters.one_rounding import OneRounding
 from panda.models.adapters.one_rounding import round_once
 from panda.models.adapters.quantisation import quantise
 from panda.models.forward import layers
-from panda.models.forward.layers import can_compile
 from panda.models.forward.layers import recompute_activations
 
 CPU = torch.device("cpu")

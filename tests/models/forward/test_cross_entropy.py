@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
+from panda.files.compilers import can_compile
 from panda.models.forward import cross_entropy
 from panda.models.forward.cross_entropy import linear_cross_entropy
 from panda.models.forward.cross_entropy import offer_loss_sum
-from panda.models.forward.layers import can_compile
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TOKENS, WIDTH, VOCABULARY = 37, 24, 101
