@@ -113,7 +113,8 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
     resolved, directory = run.resolved, run.directory
     remove_interrupted(directory / CHECKPOINTS)  # it takes up room
     _set_aside(directory, run.resumed_from)
-    if few := check_disk(directory, disk_needs(resolved, model, run.plan, prepared.task.tokenizer)):
+    needs = disk_needs(resolved, model.parameters, model.trained_parameters, run.plan, prepared.task.tokenizer)
+    if few := check_disk(directory, needs):
         print(printable(f"note: {few}"), file=sys.stderr, flush=True)
     write_description(directory, resolved, model.config, _facts(run, prepared, model))
     describe_model(

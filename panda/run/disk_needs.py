@@ -13,7 +13,6 @@ from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
 from panda.run.estimate import state_bytes
-from panda.run.trained_model import TrainedModel
 
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a weight in the forward pass."""
@@ -49,10 +48,13 @@ class DiskNeeds:
         return self.small + max(at_once * self.checkpoint, self.lasting * self.checkpoint + self.export)
 
 
-def disk_needs(resolved: Resolved, model: TrainedModel, plan: BatchPlan, tokenizer: Any) -> DiskNeeds:
-    """What the run of ``resolved`` is going to write, from where ``plan`` starts."""
+def disk_needs(resolved: Resolved, parameters: int, trained: int, plan: BatchPlan, tokenizer: Any) -> DiskNeeds:
+    """What the run of ``resolved`` is going to write, from where ``plan`` starts.
+
+    ``parameters``: of the model, without its adapters; ``trained``: with them.
+    """
     options: RunOptions = resolved.core
-    width, trained = _WIDTHS[options.precision], model.trained_parameters
+    width = _WIDTHS[options.precision]
     masters = 0 if options.precision == "fp32" and options.zero == 0 else 4
     # ZeRO-3 writes the weights as masters only.
     each = (width if options.zero < 3 else 0) + masters + state_bytes(resolved)
@@ -62,7 +64,7 @@ def disk_needs(resolved: Resolved, model: TrainedModel, plan: BatchPlan, tokeniz
     saves = by_steps + at_end
     lasting = min(saves, options.save_total_limit or saves)
     checkpoint = round(trained * each) + plan.ranks * _OF_A_RANK if saves or options.save_minutes else 0
-    export = trained * 4 if options.use_lora else model.parameters * width
+    export = trained * 4 if options.use_lora else parameters * width
     backend = getattr(tokenizer, "backend_tokenizer", None)
     written = len(backend.to_str().encode()) if backend else 0
     return DiskNeeds(checkpoint, export, lasting, saves, _SMALL + 2 * written)
@@ -71,9 +73,9 @@ def disk_needs(resolved: Resolved, model: TrainedModel, plan: BatchPlan, tokeniz
 def check_disk(directory: Path, needs: DiskNeeds) -> str | None:
     """A note where there is room for fewer checkpoints than the run keeps; None where there is enough.
 
-    Raises UserError where there is none for one of them, and the export.
+    ``directory`` need not exist. Raises UserError where there is no room for one of them, and the export.
     """
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(next(folder for folder in (directory, *directory.parents) if folder.exists())).free
     if free < needs.least:
         one = f"a checkpoint takes about {_gb(needs.checkpoint)}, " if needs.checkpoint else ""
         two = "each before the last one is removed, " if one and needs.saves > 1 else ""

@@ -34,6 +34,8 @@ from panda.run.description import changes
 from panda.run.directory import find_directory
 from panda.run.directory import recorded_configuration
 from panda.run.directory import run_name
+from panda.run.disk_needs import check_disk
+from panda.run.disk_needs import disk_needs
 from panda.run.fitting import advice
 from panda.run.notes import has_own_tokenizer
 from panda.run.notes import notes
@@ -87,15 +89,32 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
 
 
 def announce(prepared: Preparation, continuation: Continuation, layout: Layout, processes: Processes) -> None:
-    """Print the outlook of the run, on rank 0. Every rank has to call it, and all raise where it cannot be made."""
+    """Print the outlook of the run, on rank 0. Every rank has to call it, and all raise where it cannot be made.
+
+    Raises UserError, too, where a new directory has no room for what the run writes.
+    """
 
     def tell() -> None:
         if processes.rank == 0:
             directory = continuation.directory or find_directory(prepared.resolved)[0]
             lines = outlook(prepared, layout, directory, continuation.checkpoint)
             print("\n".join(fitted(lines, LABEL_WIDTH)), flush=True)
+            if not directory.exists():  # what is in it may be removed first
+                _refuse_without_room(prepared, layout, directory)
 
     processes.together(tell)
+
+
+def _refuse_without_room(prepared: Preparation, layout: Layout, directory: Path) -> None:
+    """As the beginning of the run does, before there are weights, where their number is known."""
+    outline = prepared.outline
+    if outline is None:
+        return
+    parts = prepared.parts_of(outline).values()
+    parameters = sum(each.numel() for model in (outline, *parts) for each in model.parameters())
+    trained = [each for model in (adapted_outline(prepared) or outline, *parts) for each in model.parameters()]
+    count = sum(each.numel() for each in trained if each.requires_grad)
+    check_disk(directory, disk_needs(prepared.resolved, parameters, count, layout.plan, prepared.task.tokenizer))
 
 
 # -- the model ----------------------------------------------------------------------------------

@@ -60,7 +60,21 @@ def test_a_run_without_room_is_refused_before_its_first_step(processes: Processe
     )
     with pytest.raises(UserError, match=message):
         train(configure(parse_arguments([*RUN, "--output_dir", str(tmp_path / "run")])))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()  # from which others may be removed first
+    with pytest.raises(UserError, match=message):
+        train(configure(parse_arguments([*RUN, "--output_dir", str(tmp_path / "run")])))
     assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_run_without_room_is_refused_before_its_weights(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: Any
+) -> None:
+    monkeypatch.setattr("panda.runner.trained_model", None)  # not called
+    free(1000)
+    for more, needed in (((), "5.7 MB"), (("--use_lora", "true"), "MB")):
+        with pytest.raises(UserError, match=f"the run takes {'[0-9.]+ ' if more else ''}{needed}"):
+            train(configure(parse_arguments([*RUN, *more, "--output_dir", str(tmp_path / "run")])))
 
 
 def test_room_for_fewer_checkpoints_than_are_kept_is_noted(tmp_path: Path, free: Any) -> None:
