@@ -55,13 +55,13 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """The runs in ``folder`` and its folders, but not those within runs, by name."""
+    """``folder``, if it is a run; or the runs in it and its folders, but not those within runs, by name."""
+    if is_run(folder) and (folder / PROVENANCE).exists():
+        yield folder
+        return
     for each in sorted(folder.iterdir()):
         if each.is_dir() and not each.is_symlink() and not each.name.startswith("."):
-            if is_run(each) and (each / PROVENANCE).exists():
-                yield each
-            else:
-                yield from runs_below(each)
+            yield from runs_below(each)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

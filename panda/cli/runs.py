@@ -82,7 +82,7 @@ def _runs(argv: list[str]) -> None:
 
 
 def described(run: Path, folder: Path) -> dict[str, Any]:
-    """A row for ``run``, which is somewhere in ``folder``."""
+    """A row for ``run``, which is ``folder`` or somewhere in it."""
     from panda.hooks.metrics import read_evaluations
     from panda.hooks.metrics import read_metrics
 
@@ -93,7 +93,7 @@ def described(run: Path, folder: Path) -> dict[str, Any]:
     best = best_evaluation(run, evaluations)
     touched = max(path.stat().st_mtime for path in (run, *run.glob("*.json*")))
     return {
-        "run": str(run.relative_to(folder)),
+        "run": str(run.relative_to(folder)) if run != folder else run.name,
         "status": _status(run, provenance, last),
         "step": last.get("step", 0),
         "total_steps": total if isinstance(total, int) else None,

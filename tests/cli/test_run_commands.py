@@ -113,6 +113,11 @@ def test_long_names_are_wrapped_in_their_column(
     assert joined.count("learning_rate") == 2
 
 
+def test_the_folder_may_be_a_run(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.main([str(some / "finished"), "--json"]) == 0
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == ["finished"]
+
+
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
