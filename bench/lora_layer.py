@@ -164,7 +164,7 @@ def row(shape: str, weights: str, whose: str, way: str, given: argparse.Namespac
                     parameter.data = parameter.data.to(dtype)
                     whole.get_parameter(name).data.copy_(parameter.data)
         if whose == "panda":
-            round_once(layers, keep_dequantised=way == "recomputed, kept")
+            round_once(layers, recomputed=way == "recomputed, kept")
         share = ""
         if way == "plain" and whose != "no adapters":
             share = f"{update(layers, whole, x, given.rank):.2f}"

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from panda.models.adapters.one_rounding import ALIGNMENT
 
@@ -55,15 +56,6 @@ def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor
     _multiply[(_programs(x),)](x, weight, left, right, result, **_sizes(x, weight, left, right))
 
 
-@torch.library.triton_op("panda::product_with_low_rank", mutates_args={})
-def _launched_by_compiled_code(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """As `product_with_low_rank`, in code that inductor compiles. Nothing is checked when that runs."""
-    result = x.new_empty((*x.shape[:-1], weight.shape[1]))
-    sizes = _sizes(x, weight, left, right)
-    torch.library.wrap_triton(_multiply)[(_programs(x),)](x, weight, left, right, result, **sizes)
-    return result
-
-
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
@@ -73,8 +65,9 @@ def _programs(x: Tensor) -> int:
 
 
 def _sizes(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> dict[str, Any]:
+    # Not `len`, which would make torch compile code for each number of rows.
     return {
-        **{"rows": len(left), "columns": weight.shape[1], "depth": len(weight), "rank": left.shape[1]},
+        **{"rows": left.shape[0], "columns": weight.shape[1], "depth": weight.shape[0], "rank": left.shape[1]},
         "transposed": not weight.is_contiguous(),
         **{"tile_rows": ROWS, "tile_columns": COLUMNS, "tile_depth": DEPTH},
         "rank_depth": min(DEPTH, max(16, triton.next_power_of_2(left.shape[1]))),
@@ -143,3 +136,16 @@ def _multiply(
         one, other = tl.split(halves)
         result.store([row, column], one.to(result.dtype))
         result.store([row, column + tile_columns // 2], other.to(result.dtype))
+
+
+@torch.library.triton_op("panda::product_with_low_rank", mutates_args={})
+def _launched_by_compiled_code(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """As `product_with_low_rank`, in code that inductor compiles. Nothing is checked when that runs.
+
+    torch looks for `wrap_triton` and the kernel when it reads this definition, so that its caches know the kernel's
+    source.
+    """
+    result = x.new_empty((*x.shape[:-1], weight.shape[1]))
+    sizes = _sizes(x, weight, left, right)
+    wrap_triton(_multiply)[(_programs(x),)](x, weight, left, right, result, **sizes)
+    return result

@@ -10,6 +10,7 @@ import torch
 from interpreted import DEVICE
 from interpreted import INTERPRETED
 from interpreted import passed_in_interpreter
+from interpreted import with_numpy
 
 pytest.importorskip("triton")
 
@@ -18,6 +19,7 @@ DTYPES = [torch.float16, *[torch.bfloat16] * (not INTERPRETED)]  # the interpret
 
 
 @pytest.mark.skipif(INTERPRETED or ON_HOPPER, reason="the kernel itself runs")
+@with_numpy
 def test_the_kernel_in_tritons_interpreter() -> None:
     assert " 6 passed" in passed_in_interpreter(__file__, "is_that")
 
@@ -70,6 +72,27 @@ def test_it_is_that_of_float64_rounded_once(
     assert torch.equal(found, exact.to(dtype))
     rounded_twice = (x.double() @ weight.double()).to(dtype) + (left.double() @ right.double()).to(dtype)
     assert not torch.equal(rounded_twice, found)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
+def test_code_for_any_shape_is_compiled_once_and_knows_the_kernel() -> None:
+    from torch._library.triton import get_triton_kernels_for_op
+
+    from panda.models.adapters.low_rank_triton import _multiply
+
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, examples: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    weight, right = torch.empty(64, 32, device="meta"), torch.empty(8, 32, device="meta")
+    product = torch.compile(torch.ops.panda.product_with_low_rank, dynamic=True, backend=backend, fullgraph=True)
+    for rows in (1024, 1536, 1600, 2048):
+        x, left = torch.empty(2, rows, 64, device="meta"), torch.empty(2 * rows, 8, device="meta")
+        assert product(x, weight, left, right).shape == (2, rows, 32)
+    assert len(compiled) == 1
+    assert get_triton_kernels_for_op("panda::product_with_low_rank") == [_multiply]  # so its source is part of the key
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="no Hopper GPU")
