@@ -55,13 +55,18 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """``folder``, if it is a run; or the runs in it and its folders, but not those within runs, by name."""
-    if is_run(folder) and (folder / PROVENANCE).exists():
-        yield folder
-        return
+    """The runs in ``folder`` and its folders, but not those within runs, by name."""
     for each in sorted(folder.iterdir()):
         if each.is_dir() and not each.is_symlink() and not each.name.startswith("."):
-            yield from runs_below(each)
+            if is_described(each):
+                yield each
+            else:
+                yield from runs_below(each)
+
+
+def is_described(folder: Path) -> bool:
+    """Whether ``folder`` is a run that has begun."""
+    return is_run(folder) and (folder / PROVENANCE).exists()
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from panda.cli.command import run_command
 from panda.cli.parser import Parser
+from panda.cli.run_folders import is_described
 from panda.cli.run_folders import runs_below
 from panda.files.terminal import printable_line
 from panda.registry import UserError
@@ -72,7 +73,8 @@ def _runs(argv: list[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"{arguments.folder}: no such folder. Name the one that has your runs: panda runs DIR.")
     key = SORTED[arguments.sort]
-    rows = sorted((described(run, folder) for run in runs_below(folder)), key=lambda row: _place(row[key]))
+    found = [*[folder] * is_described(folder), *runs_below(folder)]
+    rows = sorted((described(run, folder) for run in found), key=lambda row: _place(row[key]))
     if arguments.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif rows:
@@ -93,7 +95,7 @@ def described(run: Path, folder: Path) -> dict[str, Any]:
     best = best_evaluation(run, evaluations)
     touched = max(path.stat().st_mtime for path in (run, *run.glob("*.json*")))
     return {
-        "run": str(run.relative_to(folder)) if run != folder else run.name,
+        "run": str(run.relative_to(folder)) if run != folder else run.resolve().name,
         "status": _status(run, provenance, last),
         "step": last.get("step", 0),
         "total_steps": total if isinstance(total, int) else None,

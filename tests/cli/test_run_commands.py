@@ -113,9 +113,18 @@ def test_long_names_are_wrapped_in_their_column(
     assert joined.count("learning_rate") == 2
 
 
-def test_the_folder_may_be_a_run(some: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runs.main([str(some / "finished"), "--json"]) == 0
-    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == ["finished"]
+def test_the_folder_may_be_a_run(
+    some: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(folder: Path | str) -> list[str]:
+        assert runs.main([str(folder), "--json", "--sort", "run"]) == 0
+        return [row["run"] for row in json.loads(capsys.readouterr().out)]
+
+    assert listed(some / "finished") == ["finished"]
+    make(some / "finished" / "another", [1.0])
+    assert sorted(listed(some / "finished")) == ["another", "finished"]
+    monkeypatch.chdir(some / "stopped")
+    assert listed(".") == ["stopped"]
 
 
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
