@@ -104,6 +104,7 @@ def _multiply(
     group: tl.constexpr,
     programs: tl.constexpr,
 ):
+    rows = tl.cast(rows, tl.int32)  # places in a descriptor are; code for any shape may give 64 bits
     x = tl.make_tensor_descriptor(x, [rows, depth], [depth, 1], [tile_rows, tile_depth])
     left = tl.make_tensor_descriptor(left, [rows, rank], [rank, 1], [tile_rows, rank_depth])
     if transposed:

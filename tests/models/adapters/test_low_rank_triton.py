@@ -25,8 +25,8 @@ def test_the_kernel_in_tritons_interpreter() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("transposed", [True, False])
-def test_the_kernel_compiles_for_a_hopper(transposed: bool) -> None:
+@pytest.mark.parametrize(("transposed", "of_rows"), [(True, "i32"), (False, "i32"), (True, "i64")])
+def test_the_kernel_compiles_for_a_hopper(transposed: bool, of_rows: str) -> None:
     """The interpreter takes what the compiler refuses; and tiles have to fit in the memory of a multiprocessor."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -36,7 +36,7 @@ def test_the_kernel_compiles_for_a_hopper(transposed: bool) -> None:
 
     sizes = {"tile_rows": 128, "tile_columns": 256, "tile_depth": 64, "rank_depth": 64, "group": 8, "programs": 132}
     signature = dict.fromkeys(("x", "weight", "left", "right", "result"), "*bf16")
-    signature |= dict.fromkeys(("rows", "columns", "depth", "rank"), "i32")
+    signature |= {"rows": of_rows} | dict.fromkeys(("columns", "depth", "rank"), "i32")
     constants = {"transposed": transposed, **sizes}
     source = ASTSource(fn=_multiply, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
