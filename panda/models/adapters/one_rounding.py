@@ -256,17 +256,20 @@ def _can_launch_in_line(model: torch.nn.Module) -> bool:
     It copies from multiples of 16 bytes only. An engine lays trained weights, or those of a layer, one after the other
     in memory of its own, so each of them must be that long; compiled code does not look where they are.
     """
-    if not torch.cuda.is_available() or not can_compile(torch.device("cuda", torch.cuda.current_device())):
+    if not torch.cuda.is_available():
+        return False
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not can_compile(device):
         return False
     from panda.models.adapters.low_rank_triton import is_hopper
 
-    device = torch.device("cuda", torch.cuda.current_device())
     of_values = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     return is_hopper(device) and all(_fills(math.prod(_shape(parameter))) for parameter in of_values)
 
 
 def _has_whole_rows(layer: Any) -> bool:
-    return all(_fills(size) for part in layer.parameters() if part.dim() == 2 for size in _shape(part))
+    matrices = (_shape(part) for part in layer.parameters())
+    return all(_fills(size) for shape in matrices if len(shape) == 2 for size in shape)
 
 
 def _fills(elements: int) -> bool:
