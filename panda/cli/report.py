@@ -79,6 +79,7 @@ def parser() -> Parser:
         "--recorded_only", "--recorded-only", action="store_true", help="read neither the data nor the model"
     )
     parser.add_argument("--ckpt_path", "--ckpt-path", help=CKPT_PATH_HELP)
+    parser.add_argument("--allow_pickle", "--allow-pickle", action="store_true", help="also read weights from pickles")
     parser.add_argument("--user_dir", "--user-dir", help="the folder of a run that has files of yours")
     add_blocking(parser)
     return parser
@@ -107,6 +108,7 @@ def _reported(run: Path, name: str, arguments: argparse.Namespace) -> Reported:
 
 def _configuration(run: Path, arguments: argparse.Namespace) -> Configuration:
     flags = ["--ckpt_path", arguments.ckpt_path] if arguments.ckpt_path else []
+    flags += ["--allow_pickle", "true"] if arguments.allow_pickle else []
     flags += ["--user_dir", arguments.user_dir] if arguments.user_dir else []
     flags += [word for name in arguments.p for word in ("-p", BLOCK + name)]
     configuration = configure(arguments_of_run(run, flags))
@@ -119,7 +121,7 @@ def _trained(run: Path, checkpoint: Path | None, arguments: argparse.Namespace) 
     if checkpoint is not None:
         report_passed_over(run)
     moved = arguments.ckpt_path if trained_adapters(run) else None
-    where = str(checkpoint or run)
-    given = {"run": where, "ckpt_path": moved, "base_path": None, "allow_pickle": False, "p": arguments.p}
+    base = {"ckpt_path": moved, "base_path": None, "allow_pickle": arguments.allow_pickle}
+    given = base | {"run": str(checkpoint or run), "p": arguments.p}
     sampling = {"system": None, "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": None}
     return assistant_and_sampling(argparse.Namespace(**given, **sampling))[0]

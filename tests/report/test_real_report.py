@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -139,6 +140,20 @@ def test_the_weights_of_a_run_that_has_not_ended_are_named_by_their_step(
     found = gathered(killed, "--samples", "0")
     assert not isinstance(found.answers, Missing) and {*found.answers[0].answers} == {"after step 2"}
     assert "weights that answer below" in page([found])
+
+
+def test_a_model_before_training_may_be_of_pickles(runs: tuple[Trained, Trained], tmp_path: Path) -> None:
+    first, second = runs
+    moved = tmp_path / "moved"
+    shutil.copytree(first.export, moved)
+    torch.save(load_file(moved / "model.safetensors"), moved / "pytorch_model.bin")
+    (moved / "model.safetensors").unlink()
+    where = ["--ckpt_path", str(moved), "--answers", "0"]
+    refused = gathered(second, *where)
+    assert isinstance(refused.samples, Missing) and "add `--allow_pickle`" in refused.samples.why
+    found, expected = gathered(second, *where, "--allow_pickle"), gathered(second, "--answers", "0")
+    assert not isinstance(found.samples, Missing) and not isinstance(expected.samples, Missing)
+    assert [sample.before for sample in found.samples] == [sample.before for sample in expected.samples] != [None, None]
 
 
 def test_the_model_is_loaded_only_where_it_is_asked(
