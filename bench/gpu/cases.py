@@ -143,7 +143,9 @@ def _lora(rows: int, accumulation: int = 1, length: int = 2048, r: int = 64, **m
     return _flags(rows, accumulation, length, 1e-4, use_lora=True, lora_r=r, lora_dropout=0) | more
 
 
-_FULL_7B = Case("7b", "windows", _flags(2, 8, save_final=False, save_minutes=0))
+_UNSAVED = {"save_final": False, "save_minutes": 0}
+"""No checkpoint, for which the disk of a lent machine has no room: only the export."""
+_FULL_7B = Case("7b", "windows", _flags(2, 8, **_UNSAVED))
 _FULL_1_3B = Case("1.3b", "windows", _flags(8, 4))
 _FULL_1_3B_X2 = Case("1.3b", "windows", _flags(4, 8), ranks=2)
 _LORA_7B = Case("7b", "windows", _lora(4))
@@ -180,7 +182,7 @@ CASES: dict[str, Case] = {
     "full-1.3b-x2-zero3": _with(_FULL_1_3B_X2, zero_stage=3),
     "full-1.3b-x2-muon": replace(_with(_FULL_1_3B_X2, zero_stage=1, optimizer="muon"), peer=None),
     "full-1.3b-x2-tensor": replace(_with(_FULL_1_3B_X2, tensor_parallel_size=2), peer=None),
-    "full-7b-x2-zero3": Case("7b", "windows", _flags(1, 4, zero_stage=3, save_final=False, save_minutes=0), ranks=2),
+    "full-7b-x2-zero3": Case("7b", "windows", _flags(1, 4, zero_stage=3, **_UNSAVED), ranks=2),
     "lora-7b-x2-zero1": replace(_with(_LORA_7B, zero_stage=1), ranks=2),
     "lora-7b-x2-zero3": replace(_with(_LORA_7B, zero_stage=3), ranks=2),
     "qlora-7b-x2-zero3": replace(_with(_LORA_7B, zero_stage=3, use_quant=True), ranks=2),
@@ -198,14 +200,14 @@ CASES: dict[str, Case] = {
 
 def _on(cards: int) -> dict[str, Case]:
     """What is measured on ``cards`` GPUs of one host: models at full size, in the published settings of others."""
-    full_7b = Case("7b-4096", "windows", _flags(1, 8, 4096, save_final=False, save_minutes=0), ranks=cards)
-    full_8b = Case("llama-3-8b", "windows", _flags(1, 4, 8192, save_final=False, save_minutes=0), ranks=cards)
+    full_7b = Case("7b-4096", "windows", _flags(1, 8, 4096, **_UNSAVED), ranks=cards)
+    full_8b = Case("llama-3-8b", "windows", _flags(1, 4, 8192, **_UNSAVED), ranks=cards)
     qlora_65b = replace(CASES["qlora-65b"], ranks=cards)
     # DeepSpeed, as transformers drives it, holds all that ZeRO-3 does not divide on each card: too much for 80 GiB.
     full_65b = Case(
         "65b",
         "windows",
-        _flags(1, 1, save_final=False, save_minutes=0, optimizer="lamb", zero_stage=3),
+        _flags(1, 1, optimizer="lamb", zero_stage=3, **_UNSAVED),
         arch="llama-65b",
         ranks=cards,
         peer=None,
@@ -224,7 +226,7 @@ def _on(cards: int) -> dict[str, Case]:
 
 
 CASES |= {
-    "full-7b-4096": Case("7b-4096", "windows", _flags(1, 8, 4096, save_final=False, save_minutes=0)),
+    "full-7b-4096": Case("7b-4096", "windows", _flags(1, 8, 4096, **_UNSAVED)),
     **_on(4),
     **_on(8),
 }
