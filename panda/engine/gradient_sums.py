@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from panda.engine.casting import cast_into
 from panda.engine.memory_parts import REDUCED_AT_ONCE
-from panda.files.compilers import can_compile
 
 
 def sum_in_one_pass(optimizer: Any) -> None:
@@ -34,7 +34,7 @@ def sum_in_one_pass(optimizer: Any) -> None:
 def _update_hp_grad(optimizer: Any, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
     """Add the gradient of ``parameter``, number ``index`` of ``group``, to its sum."""
     total, summed = optimizer.fp32_groups_gradients[group][index], optimizer.fp32_groups_has_gradients[group]
-    _cast_into(total, parameter.grad.reshape(-1), add=summed[index])
+    cast_into(total, parameter.grad.reshape(-1), add=summed[index])
     parameter._hp_grad = total
     summed[index] = True
 
@@ -92,7 +92,7 @@ def update_lp_params(optimizer: Any) -> None:
         optimizer.real_dp_process_group,
         strict=True,
     ):
-        _cast_into(parts[dist.get_rank(group)], master.detach())
+        cast_into(parts[dist.get_rank(group)], master.detach())
     all_gather_dp_groups(
         groups_flat=optimizer.bf16_groups_flat,
         partitioned_param_groups=optimizer.bf16_partitioned_groups,
@@ -101,14 +101,3 @@ def update_lp_params(optimizer: Any) -> None:
         allgather_bucket_size=optimizer.allgather_bucket_size,
     )
 
-
-def _cast_into(target: torch.Tensor, source: torch.Tensor, *, add: bool = False) -> None:
-    """Set ``target`` [elements] to ``source`` [elements], or ``add`` it, in target's type."""
-    if target.is_cuda and can_compile(target.device):
-        from panda.engine.casting_triton import cast_into
-
-        cast_into(target, source, add=add)
-    elif add:
-        target.add_(source)
-    else:
-        target.copy_(source)

@@ -3,10 +3,10 @@
 DeepSpeed (0.19.8) has a hook for each weight, which copies the gradient into a bucket; when the bucket is full it cuts
 each gradient into the ranks' parts, and adds each part that arrives to a sum of its own. With 24 layers of nine weights
 the device waits for the host for a quarter of the time (two H100s, 2026-11-27). Here the trained weights of a layer
-have no hooks, and a layer is one copy, one collective and one addition. As in DeepSpeed, gradients are divided by the
-number of ranks in the type of the weights, added over ranks in that type, and over micro batches in the type of the
-sums. On two ranks numbers are the same to the bit; of more, a collective adds those of another message in another
-order. Weights outside of layers are as before. Can go when DeepSpeed does so.
+have no hooks, and a layer is one collective (coalesced.py) and one addition. As in DeepSpeed, gradients are added over
+ranks in the type of the weights, and over micro batches in that of the sums. They are divided by the number of ranks
+in between, and only those of fp16, which could overflow, before. On two ranks numbers are the same to the bit; of more,
+they are rounded in other places. Weights outside of layers are as before. Can go when DeepSpeed does so.
 
 All ranks reduce at the same points, since they run the same layers: where a layer's backward is over, whether its
 weights have gradients or not. Those without one, such as experts that no token chose, count as zero. (DeepSpeed would
@@ -14,12 +14,11 @@ keep the sum of the step before, and wait for ranks that have a gradient.) Only 
 layer, on some ranks and not on others, do ranks wait for each other in vain, as they do with DeepSpeed.
 
 Streams. All this is queued on DeepSpeed's stream for reductions, after what has been computed, so its own reductions
-come before or after it, and its end of a backward pass waits for both. What is sent lies in memory that all layers have
-in common, in which the collective also writes the sum: the next layer's gradients are copied there by the same stream,
-later. The gradients themselves are memory of the computation. They are held until the computation waits for the copy,
-which it does at the end of the next layer; so those of two layers are alive. At the end of a backward pass DeepSpeed's
-host waits for the stream, which leaves the device without work where the next micro batch begins. Here the computation
-waits for it, and reads the sums later.
+come before or after it, and its end of a backward pass waits for both. What arrives lies in memory that all layers have
+in common: the next layer's arrives there on the same stream, later. The gradients are memory of the computation. They
+are held until the computation waits for their reduction, which it does at the end of the next layer; so those of two
+layers are alive. At the end of a backward pass DeepSpeed's host waits for the stream, which leaves the device without
+work where the next micro batch begins. Here the computation waits for it, and reads the sums later.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from panda.engine.casting import cast_into
+from panda.engine.coalesced import reduce_scatter
 from panda.engine.deepspeed_config import SMALLEST_BUCKET
 from panda.engine.layer_weights import as_one
 from panda.engine.layer_weights import queued_on
@@ -45,7 +46,7 @@ class LayerGradients:
         self.optimizer = optimizer
         self.stream: Any = optimizer.reduce_and_partition_stream
         self.computed: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
-        self.packed: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
+        self.sent: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
         self.messages = _messages(layers, optimizer) if _applies(optimizer) else {}
         self.current: torch.nn.Module | None = None
         """The layer that is in its backward pass."""
@@ -96,17 +97,15 @@ class LayerGradients:
             return
         gradients = message.take()
         if self.stream is not None:
-            self.packed.wait()
+            self.sent.wait()
         self.held = gradients
         with torch.no_grad(), queued_on(self.stream, self.computed):
-            torch.cat(gradients, 1, out=message.memory)
+            factor = message.reduce(gradients)
             if self.stream is not None:
-                self.packed.record()
-            parts = message.reduce()
-            if self.optimizer.micro_step_id == 0 and layer not in self.reduced:
-                torch._foreach_copy_(message.sums, parts)
-            else:
-                torch._foreach_add_(message.sums, parts)
+                self.sent.record()
+            is_first = self.optimizer.micro_step_id == 0 and layer not in self.reduced
+            for total, arrived in zip(message.sums, message.arrived, strict=True):
+                cast_into(total, arrived, add=not is_first, factor=factor)
         self.reduced.add(layer)
 
 
@@ -114,40 +113,48 @@ class _Message:
     """The gradients of a layer's trained weights, in the order of DeepSpeed's sums, which are one tensor.
 
     Each is cut into parts of the same length, one for each rank, of which the last is filled up with zeros: the shards
-    of its weight. ``memory`` [ranks, elements of a rank] holds the parts of all weights, rank by rank.
+    of its weight.
     """
 
     def __init__(self, parameters: list[Any], sums: list[torch.Tensor]) -> None:
         self.parameters = parameters
         self.group = parameters[0].ds_process_group
-        self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.ranks = dist.get_world_size(self.group)
         self.sizes = [len(each) for each in sums]
         together = as_one(sums)
         self.sums = sums if together is None else [together]
         """[elements of a rank]: what all parts are added to, or one for each weight if they are not neighbours."""
-        self.memory = torch.empty(0)
+        self.parts: list[torch.Tensor] = []
+        """[elements of a rank] of each weight: where this rank's part of the sum over ranks arrives."""
+        self.arrived: list[torch.Tensor] = []
+        """The same, as ``sums`` are."""
+
+    def arrive_in(self, memory: torch.Tensor) -> None:
+        """Let the parts arrive in ``memory`` [elements of a rank], one after the other."""
+        self.parts = list(memory.split(self.sizes))
+        self.arrived = [memory] if len(self.sums) == 1 else self.parts
 
     def take(self) -> list[torch.Tensor]:
-        """[ranks, elements of a rank] of each weight: its gradient, which the parameter has no longer, and zeros."""
+        """[ranks x elements of a rank] of each weight: its gradient, which the parameter has no longer, and zeros."""
         gradients = []
         for parameter, size in zip(self.parameters, self.sizes, strict=True):
             if parameter.grad is None:
-                gradient = torch.zeros(self.ranks * size, dtype=parameter.dtype, device=self.memory.device)
+                gradient = parameter.ds_tensor.new_zeros(self.ranks * size, device=self.parts[0].device)
             else:
                 gradient = parameter.grad.reshape(-1)
                 if padding := self.ranks * size - len(gradient):
                     gradient = torch.nn.functional.pad(gradient, (0, padding))
-            gradients.append(gradient.view(self.ranks, size))
+            gradients.append(gradient)
             parameter.grad = None
         return gradients
 
-    def reduce(self) -> list[torch.Tensor]:
-        """The means over the ranks of what they have in ``memory``, as parts for ``sums``."""
-        own = self.memory[self.rank]
-        # torch 2.13 calls it so, and warns each time of the name that all others have.
-        reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce(own, self.memory.div_(self.ranks).view(-1), group=self.group)
-        return [own] if len(self.sums) == 1 else list(torch.split_with_sizes(own, self.sizes))
+    def reduce(self, gradients: list[torch.Tensor]) -> float:
+        """Let the parts of ``gradients`` arrive. Returns the factor that makes them means over the ranks."""
+        divided = gradients[0].dtype == torch.float16
+        if divided:
+            torch._foreach_div_(gradients, self.ranks)
+        reduce_scatter(self.parts, gradients, self.group)
+        return 1.0 if divided else 1 / self.ranks
 
 
 def _applies(optimizer: Any) -> bool:
@@ -201,7 +208,7 @@ def _make_room(optimizer: Any, messages: list[_Message], device: torch.device) -
     for bucket in optimizer.ipg_buckets.values():
         if bucket.buffer is not None:
             bucket.buffer = bucket.buffer.new_empty(optimizer.reduce_bucket_size)
-    elements = max(message.ranks * sum(message.sizes) for message in messages)
+    elements = max(sum(message.sizes) for message in messages)
     memory = torch.empty(elements, dtype=optimizer.communication_data_type, device=device)
     for message in messages:
-        message.memory = memory[: message.ranks * sum(message.sizes)].view(message.ranks, -1)
+        message.arrive_in(memory[: sum(message.sizes)])

@@ -19,7 +19,7 @@ from launching import run_script
 
 from panda.configuration.options import RunOptions
 from panda.engine import engine as engines
-from panda.engine import gradient_sums
+from panda.engine import casting
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
@@ -189,8 +189,9 @@ def test_a_machine_that_cannot_compile_does_without_the_kernel(monkeypatch: pyte
     monkeypatch.setenv("CXX", "no-such-compiler")
     can_compile.cache_clear()
     target = torch.ones(3)
-    gradient_sums._cast_into(target, torch.full((3,), 2.0, dtype=torch.bfloat16))
-    gradient_sums._cast_into(target, torch.full((3,), 3.0, dtype=torch.bfloat16), add=True)
+    casting.cast_into(target, torch.full((3,), 2.0, dtype=torch.bfloat16), factor=0.5)
+    casting.cast_into(target, torch.full((3,), 3.0, dtype=torch.bfloat16), add=True)
+    casting.cast_into(target, torch.full((3,), 4.0, dtype=torch.bfloat16), add=True, factor=0.25)
     can_compile.cache_clear()
     assert target.tolist() == [5.0] * 3
 
@@ -202,8 +203,8 @@ def test_the_kernel_in_tritons_interpreter() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("add", [False, True])
-def test_the_kernel_compiles_for_a_gpu(add: bool) -> None:
+@pytest.mark.parametrize(("add", "factor"), [(False, 1.0), (True, 1 / 3)])
+def test_the_kernel_compiles_for_a_gpu(add: bool, factor: float) -> None:
     """The interpreter takes what the compiler refuses, as an annotation that it does not know."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -211,11 +212,9 @@ def test_the_kernel_compiles_for_a_gpu(add: bool) -> None:
 
     from panda.engine.casting_triton import _cast
 
-    source = ASTSource(
-        fn=_cast,
-        signature={"target": "*fp32", "source": "*bf16", "size": "i64", "add": "constexpr", "block": "constexpr"},
-        constexprs={"add": add, "block": 4096},
-    )
+    constants = {"factor": factor, "add": add, "block": 4096}
+    given = {"target": "*fp32", "source": "*bf16", "size": "i64"}
+    source = ASTSource(fn=_cast, signature=given | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     assert "st.global" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
@@ -238,6 +237,7 @@ def test_the_kernel_adds_and_copies_between_types(to: torch.dtype, of: torch.dty
         target, source = torch.randn(size, device=DEVICE).to(to), torch.randn(size, device=DEVICE).to(of)
         if INTERPRETED:
             source = source.bfloat16().to(of)  # the interpreter (Triton 3.7) cuts to bf16, where a GPU rounds
-        expected = target + source.to(to) if add else source.to(to)
-        cast_into(target, source, add=add)
-        assert torch.equal(target, expected), size
+        for factor in (1.0, 0.25):
+            expected = target + factor * source.to(to) if add else factor * source.to(to)
+            cast_into(target, source, add=add, factor=factor)
+            assert torch.equal(target, expected), (size, factor)
