@@ -17,11 +17,11 @@ from torch.distributed import distributed_c10d
 def all_gather(gathered: list[torch.Tensor], shards: list[torch.Tensor], group: Any) -> None:
     """Gather each of ``shards`` [elements] of all ranks in one of ``gathered`` [ranks x elements]."""
     names = ("all_gather_single_coalesced", "allgather_into_tensor_coalesced")
-    _call(group, names, gathered, shards, distributed_c10d.AllgatherOptions())
+    _call(group, names, gathered, shards, distributed_c10d.AllgatherOptions())  # type: ignore[attr-defined]
 
 
 def reduce_scatter(parts: list[torch.Tensor], tensors: list[torch.Tensor], group: Any) -> None:
-    """Set each of ``parts`` [elements] to this rank's part of the sum over ranks of one of ``tensors`` [ranks x ...]."""
+    """Set each of ``parts`` [elements] to this rank's part of the sum over ranks of a tensor [ranks x elements]."""
     names = ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced")
     _call(group, names, parts, tensors, distributed_c10d.ReduceScatterOptions())
 

@@ -91,13 +91,20 @@ def zero_3_sizes(elements: int, trained: int, layer: int, outside: int) -> dict[
         return {}
     return {
         "stage3_prefetch_bucket_size": layer,
-        # It only ends fetching ahead. The head stays for the whole forward pass, hence `outside`; one layer computes,
-        # the next one is fetched, and a third is counted until it has been released.
-        "stage3_max_live_parameters": outside + 3 * layer,
+        "stage3_max_live_parameters": least_live(layer, outside),
         "stage3_max_reuse_distance": outside + layer,
         # The trained weights of a layer: adapters are few.
         "reduce_bucket_size": min(trained, max(layer * trained // elements, SMALLEST_BUCKET)),
     }
+
+
+def least_live(layer: int, outside: int) -> int:
+    """The weights that ZeRO-3 has gathered at a time at least, in elements: with more, layers stay gathered for a step.
+
+    The head stays for the whole forward pass, hence ``outside``, the weights outside of layers. One layer computes, the
+    next one is fetched, and a third is counted until it has been released.
+    """
+    return outside + 3 * layer
 
 
 OWNERS = {

@@ -8,6 +8,9 @@ activations that are computed again in the backward pass find the weights of the
 Gathered weights stay no longer than DeepSpeed means: for backward its linear layers, panda's adapted layers, and the
 code that torch compiles of them save the parameter itself, whose data DeepSpeed takes away and brings back.
 
+Where a GPU has room for them, some layers stay gathered from forward to backward and from one micro batch to the next
+(layer_weights.py).
+
 Adapters are not partitioned: they are a hundredth of the weights, and to gather 14 of them in each layer takes longer
 on the host than the layer's own seven.
 """
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 from panda.engine.deepspeed_config import LARGEST_LAYER
+from panda.engine.deepspeed_config import least_live
 from panda.engine.deepspeed_config import zero_3_sizes
 from panda.engine.layer_gradients import LayerGradients
 from panda.engine.layer_weights import LayerWeights
@@ -39,12 +43,12 @@ def with_sizes(config: dict[str, Any], module: torch.nn.Module) -> dict[str, Any
     if zero.get("stage") != 3:
         return config
     counts = {parameter: math.prod(whole_shape(parameter)) for parameter in module.parameters()}
-    layers = [{*layer.parameters()} for name, layer in module.named_modules() if layer_of(name) == name]
+    layer, outside = _layer_and_outside(module)
     sizes = zero_3_sizes(
         elements=sum(counts.values()),
         trained=sum(count for parameter, count in counts.items() if parameter.requires_grad),
-        layer=max((sum(counts[parameter] for parameter in layer) for layer in layers), default=0),
-        outside=sum(counts[parameter] for parameter in counts.keys() - set[torch.nn.Parameter]().union(*layers)),
+        layer=layer,
+        outside=outside,
     )
     largest = max((count for parameter, count in counts.items() if parameter.requires_grad), default=0)
     kept = sum(count for count in counts.values() if count <= largest)
@@ -53,8 +57,19 @@ def with_sizes(config: dict[str, Any], module: torch.nn.Module) -> dict[str, Any
     return config | {"zero_optimization": sizes | zero}
 
 
-def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.device) -> None:
+def _layer_and_outside(module: torch.nn.Module) -> tuple[int, int]:
+    """Elements of the largest layer of ``module``, and of all weights outside of layers."""
+    counts = {parameter: math.prod(whole_shape(parameter)) for parameter in module.parameters()}
+    layers = [{*layer.parameters()} for name, layer in module.named_modules() if layer_of(name) == name]
+    largest = max((sum(counts[parameter] for parameter in layer) for layer in layers), default=0)
+    return largest, sum(counts[parameter] for parameter in counts.keys() - set[torch.nn.Parameter]().union(*layers))
+
+
+def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.device, live: int | None) -> None:
     """Under ZeRO-3, let each layer of ``module`` gather all its weights when it is run.
+
+    ``live``: DeepSpeed's `stage3_max_live_parameters`, if it is known. What exceeds the least that is needed at a time
+    is for layers that stay gathered through a step.
 
     A layer stays as it is, and gathers by its modules, if it has more than ``LARGEST_LAYER`` weights, or a part or a
     weight that is used from outside too, or if weights are on NVMe, for which DeepSpeed has buffers for a few weights.
@@ -101,7 +116,9 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.devi
         if id(handle.hooks_dict_ref()) in hooks:
             handle.remove()
     if whole:
-        LayerWeights(module, whole, optimizer, device, LayerGradients(whole, optimizer, device).begin)
+        begin = LayerGradients(whole, optimizer, device).begin
+        staying = (live or 0) - least_live(*_layer_and_outside(module))
+        LayerWeights(module, whole, optimizer, device, begin, staying)
 
 
 def _trace_linear_layers_of_torch() -> None:

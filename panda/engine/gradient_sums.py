@@ -100,4 +100,3 @@ def update_lp_params(optimizer: Any) -> None:
         start_alignment_factor=optimizer.nccl_start_alignment_factor,
         allgather_bucket_size=optimizer.allgather_bucket_size,
     )
-

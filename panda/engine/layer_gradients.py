@@ -32,7 +32,6 @@ import torch.distributed as dist
 from panda.engine.casting import cast_into
 from panda.engine.coalesced import reduce_scatter
 from panda.engine.deepspeed_config import SMALLEST_BUCKET
-from panda.engine.layer_weights import as_one
 from panda.engine.layer_weights import queued_on
 
 
@@ -121,7 +120,7 @@ class _Message:
         self.group = parameters[0].ds_process_group
         self.ranks = dist.get_world_size(self.group)
         self.sizes = [len(each) for each in sums]
-        together = as_one(sums)
+        together = _as_one(sums)
         self.sums = sums if together is None else [together]
         """[elements of a rank]: what all parts are added to, or one for each weight if they are not neighbours."""
         self.parts: list[torch.Tensor] = []
@@ -131,7 +130,7 @@ class _Message:
 
     def arrive_in(self, memory: torch.Tensor) -> None:
         """Let the parts arrive in ``memory`` [elements of a rank], one after the other."""
-        self.parts = list(memory.split(self.sizes))
+        self.parts = list(torch.split_with_sizes(memory, self.sizes))
         self.arrived = [memory] if len(self.sums) == 1 else self.parts
 
     def take(self) -> list[torch.Tensor]:
@@ -155,6 +154,16 @@ class _Message:
             torch._foreach_div_(gradients, self.ranks)
         reduce_scatter(self.parts, gradients, self.group)
         return 1.0 if divided else 1 / self.ranks
+
+
+def _as_one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """``tensors`` as one tensor [elements] in the same memory; None if they do not lie in it one after the other."""
+    storage, end = tensors[0].untyped_storage().data_ptr(), tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.untyped_storage().data_ptr() != storage or tensor.data_ptr() != end:
+            return None
+        end += tensor.nbytes
+    return tensors[0].as_strided((sum(len(tensor) for tensor in tensors),), (1,))
 
 
 def _applies(optimizer: Any) -> bool:

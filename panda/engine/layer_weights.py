@@ -2,22 +2,19 @@
 
 DeepSpeed (0.19.8) keeps account of each weight by itself: it takes a millisecond of the host for each layer and pass,
 and in a 1.3B the device waits for the host a third of the time (two H100s, 2026-11-26). Here a layer's weights are one
-message for each type that they have, frozen and trained ones apart: 101 MB take 0.25 ms so, and 0.53 as seven messages,
-on the device and on the host (two H100s, 2026-11-27). Weights outside of layers are as before. Weights
-that all ranks keep change in each step. They too are gathered afterwards in one message: with adapters a 7B has 448
-such weights, and DeepSpeed would send as many messages.
+collective (coalesced.py) for each type that they have. Weights outside of layers are as before. Weights that all ranks
+keep change in each step. They too are gathered afterwards in one collective: with adapters a 7B has 448 such weights,
+and DeepSpeed would send as many messages.
 
-What a rank sends is not copied together first: the trained weights of a layer are neighbours in DeepSpeed's tensor of
-all of them, and the frozen ones are made neighbours at the start. What arrives lies rank by rank, in memory that all
-layers have in common. One kernel copies it from there into a tensor of the layer's own, and its weights are views of
-that one.
+Some layers can stay gathered through a step, where there is memory for them (`stage3_max_live_parameters`): between
+forward and backward, and from one micro batch to the next. Each gather holds back the computation beside it, which has
+fewer multiprocessors in the meantime. Weights do not change between the first backward pass of a step and its end;
+before and after that, a forward pass gathers all of them.
 
-Streams. Collective and copy are queued on one stream, so the memory of what arrives is free again when the next
-collective begins. That stream waits for what has been computed before it gathers anything. A layer's own tensor is
-memory of that stream, so that of a layer that was released before can be used again. Computation waits for an event
-after the copy. What autograd saves of a weight is the parameter itself, or a view that keeps the layer's tensor: right
-in any case. NCCL never writes to that tensor: its watchdog may keep what a collective writes until it has looked, every
-100 ms, and that would be layers that were released.
+Streams. Collectives are queued on one stream, which waits for what has been computed before it gathers anything. What
+arrives is memory of that stream, so that of a layer that was released before can be used again. Computation waits for
+an event after the collective. What autograd saves of a weight is the parameter itself, or a view that keeps the layer's
+tensor: right in any case.
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from panda.engine.coalesced import all_gather
 from panda.weights.nested import tensors_in
 
 AHEAD = 2
@@ -47,8 +45,9 @@ class LayerWeights:
     """Gathers the weights of ``layers``, given in the order in which they run, and releases them.
 
     A layer's weights are there during its forward, and from when the gradient of its result is known until that of the
-    layer before is. Any other order of layers is right too, and gathers on demand. ``begin`` is called where the
-    backward pass of a layer begins.
+    layer before is; those of the last layers stay until the end of a step, as many as have no more than ``staying``
+    elements. Any other order of layers is right too, and gathers on demand. ``begin`` is called where the backward pass
+    of a layer begins.
     """
 
     def __init__(
@@ -58,41 +57,39 @@ class LayerWeights:
         optimizer: Any,
         device: torch.device,
         begin: Callable[[torch.nn.Module], None],
+        staying: int = 0,
     ) -> None:
         self.begin = begin
-        stepped = [parameter for group in optimizer.fp16_groups for parameter in group]
-        places = {id(parameter): place for place, parameter in enumerate(stepped)}
-        self.layers = [_Layer(module, places, device) for module in layers]
+        self.layers = [_Layer(module, device) for module in layers]
         self.present = set[_Layer]()
         """The layers whose weights are gathered, or are being gathered."""
+        self.staying = set(_last(self.layers, staying))
+        self.in_step = False
+        """Whether the gradients of a step are being summed, so that weights stay as they are until its end."""
         self.in_backward: _Layer | None = None
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.computed: Any = torch.cuda.Event() if self.stream is not None else None  # type: ignore[no-untyped-call]
         self.queued = deque[Any]()
         """Events after each of the last layers."""
-        with queued_on(self.stream, self.computed):
-            share_arrivals([message for layer in self.layers for message in layer.messages], device)
-        # A forward pass may have had no backward pass, and the weights that it left may have changed.
-        model.register_forward_pre_hook(lambda *_: self.release_all())
+        model.register_forward_pre_hook(lambda *_: self.begin_pass())
         for number, layer in enumerate(self.layers):
             before = self.layers[number - 1] if number else None
             after = self.layers[number + 1] if number + 1 < len(self.layers) else None
             self._follow(layer, before, after)
-        self._gather_kept_at_once(model, optimizer.parameter_offload, places, device)
+        self._gather_kept_at_once(model, optimizer.parameter_offload, device)
 
-    def _gather_kept_at_once(
-        self, model: torch.nn.Module, offload: Any, places: dict[int, int], device: torch.device
-    ) -> None:
+    def _gather_kept_at_once(self, model: torch.nn.Module, offload: Any, device: torch.device) -> None:
         """After a step, release all weights, and gather those that all ranks keep in one message, but no layers."""
         persistent: list[Any] = offload.persistent_parameters
-        kept = _Weights(persistent, places, device)
-        in_layers = _Weights([each for layer in self.layers for each in layer.kept], places, device)
+        kept = _Weights(persistent, device)
+        in_layers = _Weights([each for layer in self.layers for each in layer.kept], device)
         known = {id(each) for layer in self.layers for each in layer.module.parameters()}
         others = [("", each) for each in model.parameters() if id(each) not in known]
         outside = SimpleNamespace(named_parameters=lambda recurse: others, ds_external_parameters=tuple)
 
         def release() -> None:
-            self.release_all()
+            self.in_step = False
+            self.release_all(but=set())
             in_layers.release()
             offload.get_param_coordinator().release_and_reset_all(outside)
 
@@ -118,8 +115,8 @@ class LayerWeights:
                 return
             if self.in_backward is None:
                 # For the first layer, after which no other one's backward begins.
-                torch.autograd.Variable._execution_engine.queue_callback(self.release_all)
-            elif self.in_backward in self.present:
+                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            elif self.in_backward in self.present and self.in_backward not in self.staying:
                 self.release(self.in_backward)
             self.in_backward = layer
             self.need(layer)
@@ -141,7 +138,7 @@ class LayerWeights:
             for result in results:
                 result.register_hook(begin_backward)  # type: ignore[no-untyped-call]
             # The last layer's backward comes next, or that of a layer which was computed again.
-            if (after or not results) and self.in_backward is not layer:
+            if (after or not results) and self.in_backward is not layer and not self.stays(layer):
                 self.release(layer)
 
         layer.module.register_forward_pre_hook(begin_forward, with_kwargs=True)
@@ -167,23 +164,36 @@ class LayerWeights:
         self._arrive(layer)  # those that were fetched and not needed are on their way
         layer.release()
 
-    def release_all(self) -> None:
-        """Take away what is left after a backward pass, or of one that did not come."""
+    def stays(self, layer: _Layer) -> bool:
+        """Whether ``layer`` is there until weights change: for a backward pass, or for another micro batch."""
+        return layer in self.staying and (self.in_step or torch.is_grad_enabled())
+
+    def begin_pass(self) -> None:
+        """A forward pass may have had no backward pass, and before a step the weights that it left may have changed."""
+        self.release_all(but=self.staying if self.in_step else set())
+
+    def end_backward(self) -> None:
+        """Take away what is left of a backward pass, but for the layers that stay."""
+        self.in_step = True
+        self.release_all(but=self.staying)
+
+    def release_all(self, but: set[_Layer]) -> None:
+        """Take away all that was gathered, but for some layers."""
         self.in_backward = None
-        for layer in list(self.present):
+        for layer in self.present - but:
             self.release(layer)
 
     def _gather(self, weights: _Weights) -> None:
         with torch.no_grad(), queued_on(self.stream, self.computed):
             weights.gather()
             if self.stream is not None:
-                weights.copied.record()
+                weights.come.record()
 
     def _arrive(self, weights: _Weights) -> None:
         """Give the weights that are on their way to their parameters, and let the current stream wait for them."""
         if weights.coming:
             if self.stream is not None:
-                weights.copied.wait()
+                weights.come.wait()
             weights.take()
 
     def _stay_near(self) -> None:
@@ -212,8 +222,7 @@ def queued_on(stream: Any, computed: Any) -> Iterator[None]:
 class _Message:
     """Weights of one type, of which each rank has a shard, and which one collective gathers.
 
-    What a rank sends is its shards, one after the other; DeepSpeed has padded the last rank's to the length of the
-    others'.
+    DeepSpeed has padded the last rank's shards to the length of the others'.
     """
 
     def __init__(self, parameters: list[Any], device: torch.device) -> None:
@@ -221,114 +230,50 @@ class _Message:
         self.parameters, self.device, self.kind = parameters, device, shards[0].dtype
         self.group = parameters[0].ds_process_group
         self.ranks = dist.get_world_size(self.group)
-        self.sizes = [shard.numel() for shard in shards]
-        whole = [-(-self.ranks * size // ALIGNED) * ALIGNED for size in self.sizes]
-        *begins, self.elements = accumulate(whole, initial=0)
+        sizes = [self.ranks * shard.numel() for shard in shards]
+        *begins, self.elements = accumulate((-(-size // ALIGNED) * ALIGNED for size in sizes), initial=0)
         """Where each weight begins in the tensor of all, and how long that is."""
-        self.gathered = [((self.ranks, size), (size, 1), begin) for size, begin in zip(self.sizes, begins, strict=True)]
+        self.gathered = [((size,), (1,), begin) for size, begin in zip(sizes, begins, strict=True)]
         shapes = [parameter.ds_shape for parameter in parameters]
         strides = [torch.empty(shape, device="meta").stride() for shape in shapes]
         self.weights = list(zip(shapes, strides, begins, strict=True))
-        self.arrivals: torch.Tensor | None = None
-        """[ranks, elements of a rank]: what the collective writes; None: a tensor of its own each time."""
-        self.addresses: list[int] = []
-        self.neighbours: torch.Tensor | None = None
-        """[elements of a rank]: the shards at ``addresses``, if they are neighbours."""
-
-    def shard(self) -> torch.Tensor:
-        """[elements of a rank]: this rank's shards, which are copied only where they are not neighbours in memory.
-
-        Something may have given them other memory since the last time, such as DeepSpeed's loading of a checkpoint.
-        """
-        shards = [parameter.ds_tensor for parameter in self.parameters]
-        addresses = [shard.data_ptr() for shard in shards]
-        if addresses != self.addresses:
-            self.addresses, self.neighbours = addresses, as_one(shards)
-        flat = torch.cat(shards) if self.neighbours is None else self.neighbours
-        return flat.to(self.device, non_blocking=True)
 
     def gather(self) -> list[torch.Tensor]:
         """The weights, which the current stream gathers; on one rank its shards, as they are."""
+        shards = [parameter.ds_tensor.to(self.device, non_blocking=True) for parameter in self.parameters]
         if self.ranks == 1:
-            shards = [parameter.ds_tensor.to(self.device, non_blocking=True) for parameter in self.parameters]
             places = zip(shards, self.weights, strict=True)
             return [shard.as_strided(shape, stride) for shard, (shape, stride, _) in places]
-        shard, arrivals = self.shard(), self.arrivals
-        if arrivals is None:
-            arrivals = torch.empty(self.ranks, len(shard), dtype=self.kind, device=self.device)
-        _all_gather(arrivals, shard, self.group)
         whole = torch.empty(self.elements, dtype=self.kind, device=self.device)
-        gathered = [whole.as_strided(*place) for place in self.gathered]
-        torch.split_with_sizes_copy(arrivals, self.sizes, dim=1, out=gathered)
+        all_gather([whole.as_strided(*place) for place in self.gathered], shards, self.group)
         return [whole.as_strided(*place) for place in self.weights]
 
 
-def _all_gather(gathered: torch.Tensor, shard: torch.Tensor, group: Any) -> None:
-    """Gather ``shard`` [elements] of all ranks in ``gathered`` [ranks, elements], in the order of the current stream.
-
-    Used with torch 2.11 on GPUs. NCCL runs on that stream, or on one of its own, and then each waits for the other.
-    """
-    # torch 2.13 calls it so, and warns each time of the name that all others have.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(gathered.view(-1), shard, group=group)
-
-
-def as_one(shards: list[torch.Tensor]) -> torch.Tensor | None:
-    """``shards`` as one tensor [elements] in the same memory; None if they do not lie in it one after the other."""
-    storage, end = shards[0].untyped_storage().data_ptr(), shards[0].data_ptr()
-    for shard in shards:
-        if shard.untyped_storage().data_ptr() != storage or shard.data_ptr() != end:
-            return None
-        end += shard.nbytes
-    return shards[0].as_strided((sum(len(shard) for shard in shards),), (1,))
-
-
-def _lay_together(shards: list[torch.Tensor]) -> None:
-    """Make ``shards`` neighbours in memory, on their device. Others must not have views of them."""
-    first = shards[0]
-    together = torch.empty(
-        sum(len(shard) for shard in shards), dtype=first.dtype, device=first.device, pin_memory=first.is_pinned()
-    )
-    torch.cat(shards, out=together)
-    end = 0
-    for shard in shards:
-        begin, end = end, end + len(shard)
-        shard.data = together[begin:end]
-    if first.is_cuda:
-        torch.cuda.empty_cache()  # blocks of single weights do not serve the next layer's
-
-
-def share_arrivals(messages: list[_Message], device: torch.device) -> None:
-    """Let ``messages`` arrive in memory that they have in common: of the largest one."""
-    messages = [message for message in messages if message.ranks > 1]
-    sizes = [message.ranks * sum(message.sizes) * message.kind.itemsize for message in messages]
-    memory = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
-    for message, size in zip(messages, sizes, strict=True):
-        message.arrivals = memory[:size].view(message.kind).view(message.ranks, -1)
+def _last(layers: list[_Layer], elements: int) -> Iterator[_Layer]:
+    """The last of ``layers``, which have no more than so many ``elements`` together."""
+    for layer in reversed(layers):
+        elements -= sum(parameter.ds_numel for parameter in layer.parameters)
+        if elements < 0:
+            return
+        yield layer
 
 
 class _Weights:
-    """Weights that DeepSpeed has partitioned, and that are gathered and released together.
+    """Weights that DeepSpeed has partitioned, and that are gathered and released together."""
 
-    ``places``: of those that the optimizer steps, by identity, their order in its memory, which is that of all ranks.
-    """
-
-    def __init__(self, parameters: Iterable[Any], places: dict[int, int], device: torch.device) -> None:
+    def __init__(self, parameters: Iterable[Any], device: torch.device) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         self.there, self.away = ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE
-        kinds: dict[tuple[torch.dtype, bool], list[Any]] = defaultdict(list)
+        kinds: dict[torch.dtype, list[Any]] = defaultdict(list)
         for parameter in parameters:
-            kinds[parameter.ds_tensor.dtype, id(parameter) in places].append(parameter)
-        for (_, stepped), some in kinds.items():
-            if stepped:
-                some.sort(key=lambda parameter: places[id(parameter)])
+            kinds[parameter.ds_tensor.dtype].append(parameter)
         self.messages = [_Message(some, device) for some in kinds.values()]
         self.parameters = [parameter for message in self.messages for parameter in message.parameters]
         self.nothing = [torch.empty(0, dtype=each.ds_tensor.dtype, device=device) for each in self.parameters]
         self.coming: list[torch.Tensor] = []
         """The weights that are on their way."""
-        self.copied: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.come: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         """Happens when they have come."""
 
     def gather(self) -> None:
@@ -350,15 +295,10 @@ class _Weights:
 
 
 class _Layer(_Weights):
-    """Those of a layer that are not kept by all ranks. The frozen ones become neighbours in memory."""
+    """Those of a layer that are not kept by all ranks."""
 
-    def __init__(self, module: torch.nn.Module, places: dict[int, int], device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         parameters: list[Any] = list(module.parameters())
         self.module = module
         self.kept = [parameter for parameter in parameters if parameter.ds_persist]
-        super().__init__((parameter for parameter in parameters if not parameter.ds_persist), places, device)
-        for message in self.messages:
-            shards = [parameter.ds_tensor for parameter in message.parameters]
-            stepped = id(message.parameters[0]) in places
-            if message.ranks > 1 and not stepped and as_one(shards) is None:
-                _lay_together(shards)
+        super().__init__((parameter for parameter in parameters if not parameter.ds_persist), device)

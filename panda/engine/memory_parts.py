@@ -217,19 +217,17 @@ def _stage_3(
 ) -> Held:
     """All is partitioned, with a copy of the weights in fp32 too.
 
-    Weights are gathered for the layers that are near, through memory for those of a layer. Gradients go through memory
-    for those of a layer too, while those of two layers are alive, and outside of layers through a bucket; all of them
-    through the bucket where their sums are on the host.
+    Weights are gathered for the layers that are near. Gradients of two layers are alive, while a rank's part of those
+    of a layer arrives; outside of layers they go through a bucket, and where their sums are on the host, all of them.
     """
     zero = zero_3_sizes(sizes.elements, sizes.trained, sizes.layer, sizes.outside) | zero
     share = -(-sizes.trained // ranks)
     live = min(sizes.elements, _elements(zero, "stage3_max_live_parameters")) if ranks > 1 else 0
-    arrivals = sizes.layer if ranks > 1 and sizes.layer <= LARGEST_LAYER else 0
     bucket, reduced = _elements(zero, "reduce_bucket_size"), 0
     if 0 < sizes.layer <= LARGEST_LAYER and not _is_offloaded(zero, "offload_optimizer"):
         reduced = -(-sizes.layer * sizes.trained // sizes.elements)
         bucket = min(bucket, SMALLEST_BUCKET, sizes.outside)
-    buffers = parts.buffers + element * (live + arrivals + reduced + bucket)
+    buffers = parts.buffers + element * (live + -(-reduced // ranks) + bucket)
     parts = replace(
         parts,
         weights=-(-parts.weights // ranks),

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.engine.deepspeed_config import LARGEST_LAYER
 from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.deepspeed_config import least_live
 from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import MemoryParts
 from panda.engine.memory_parts import Sizes
@@ -79,6 +81,11 @@ class ModelMemory:
     """Of the trained weights, those that plugins hold."""
     attention_flops: float
     """The same for each token that a token attends to, by the usual count of 12 (not halved for being causal)."""
+
+    @property
+    def layers(self) -> int:
+        """How many it has."""
+        return sum(count for _, count in self.footprint.layers)
 
     def flops(self, length: float) -> float:
         """Operations for a token of a sample with ``length`` tokens; recomputation does not count."""
@@ -163,9 +170,14 @@ def _reference(resolved: Resolved, own: int) -> int:
     return size
 
 
-def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estimate:
-    """The memory of each of ``world_size`` GPUs that train ``model`` with ``options``."""
+def estimate(model: ModelMemory, options: RunOptions, world_size: int, staying: int = 0) -> Estimate:
+    """The memory of each of ``world_size`` GPUs that train ``model`` with ``options``.
+
+    ``staying``: layers that ZeRO-3 keeps gathered through a step.
+    """
     config = deepspeed_config(options, world_size=world_size, on_gpu=True)
+    if staying:
+        config["zero_optimization"]["stage3_max_live_parameters"] = live_parameters(model, staying)
     standing = held(
         model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes, copies=model.copies
     )
@@ -187,6 +199,26 @@ def estimate(model: ModelMemory, options: RunOptions, world_size: int) -> Estima
     passing = peak.activations + peak.logits + peak.gradients
     context = CONTEXT + COMMUNICATION * (world_size > 1) + round(UNUSABLE * passing)
     return Estimate(replace(peak, context=context), moment, found.approximate)
+
+
+def live_parameters(model: ModelMemory, staying: int) -> int:
+    """DeepSpeed's `stage3_max_live_parameters` with which ``staying`` layers stay gathered through a step."""
+    return least_live(model.sizes.layer, model.sizes.outside) + staying * model.sizes.layer
+
+
+def layers_that_stay(model: ModelMemory, options: RunOptions, world_size: int, card: Card) -> int:
+    """How many layers ZeRO-3 keeps gathered through a step: those for which ``card`` has room beside all else.
+
+    None where DeepSpeed's file says what stays, where weights are on the host, and where a layer is too large.
+    """
+    zero: dict[str, Any] = deepspeed_config(options, world_size=world_size, on_gpu=True)["zero_optimization"]
+    sizes, alone = model.sizes, world_size == options.tensor_parallel_size
+    is_decided = "stage3_max_live_parameters" in zero or zero.get("offload_param")
+    if options.zero != 3 or alone or is_decided or not 0 < sizes.layer <= LARGEST_LAYER:
+        return 0
+    room = card.memory * (1 - MARGIN) - estimate(model, options, world_size).parts.total
+    element = 4 if options.precision == "fp32" else 2
+    return max(0, min(model.layers, int(room / (element * sizes.layer))))
 
 
 # -- the outline --------------------------------------------------------------------------------

@@ -60,10 +60,13 @@ class Estimates:
             self._models[shape] = model_memory(resolved, context)
         return self._models[shape]
 
-    def of(self, resolved: Resolved, world_size: int) -> Estimate | None:
-        """The memory of each of ``world_size`` GPUs; None if the model can only be built with weights."""
+    def of(self, resolved: Resolved, world_size: int, staying: int = 0) -> Estimate | None:
+        """The memory of each of ``world_size`` GPUs; None if the model can only be built with weights.
+
+        ``staying``: layers that ZeRO-3 keeps gathered through a step.
+        """
         model = self.model(resolved)
-        return estimate(model, resolved.core, world_size) if model else None
+        return estimate(model, resolved.core, world_size, staying) if model else None
 
 
 @dataclass(frozen=True)

@@ -324,11 +324,14 @@ def _compiled(prepared: Preparation) -> Iterator[str]:
 def _memory(prepared: Preparation) -> Iterator[str]:
     """The memory of each GPU, estimated; nothing on a CPU."""
     card = prepared.card
-    found = prepared.estimates.of(prepared.resolved, prepared.world_size) if card else None
-    if card is None or found is None:
+    model = prepared.estimates.model(prepared.resolved) if card else None
+    found = prepared.estimates.of(prepared.resolved, prepared.world_size, prepared.staying) if card else None
+    if card is None or model is None or found is None:
         return
     rows = f"with rows of {prepared.options.max_seq_length:,}"
     yield f"about {gib(found.parts.total)} of {gib(card.memory)} GiB on each GPU, {rows}: {found.parts.describe()}"
+    if prepared.staying:
+        yield f"in the room that is left, {prepared.staying} of {model.layers} layers stay gathered through a step"
     if not found.fits(card):
         yield advice(prepared.estimates, prepared.resolved, prepared.world_size, card)
 

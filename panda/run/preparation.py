@@ -37,6 +37,9 @@ from panda.run.compiling import Work
 from panda.run.compiling import choice
 from panda.run.decided import with_decided
 from panda.run.decided import with_template_date
+from panda.run.estimate import ModelMemory
+from panda.run.estimate import layers_that_stay
+from panda.run.estimate import live_parameters
 from panda.run.evaluation_entries import Entries
 from panda.run.evaluation_entries import entries_of
 from panda.run.evaluation_entries import refuse_unknown
@@ -214,9 +217,24 @@ class Preparation:
         return Estimates(self.context)
 
     @property
+    def staying(self) -> int:
+        """How many layers ZeRO-3 keeps gathered through a step on this GPU; 0 on a CPU."""
+        model, card = self._memory_on_card()
+        return layers_that_stay(model, self.options, self.world_size, card) if model and card else 0
+
+    @property
+    def live_parameters(self) -> int | None:
+        """The `stage3_max_live_parameters` for that; None where no layer stays."""
+        model, _ = self._memory_on_card()
+        return live_parameters(model, self.staying) if model and self.staying else None
+
+    def _memory_on_card(self) -> tuple[ModelMemory | None, Card | None]:
+        return (self.estimates.model(self.resolved), self.card) if self.card else (None, None)
+
+    @property
     def flops_per_token(self) -> float | None:
         """Operations of a forward and backward pass for a token of a sample of mean length; None on a CPU."""
-        model = self.estimates.model(self.resolved) if self.card else None
+        model, _ = self._memory_on_card()
         return model.flops(self.dataset.tokens / max(1, len(self.dataset))) if model else None
 
     def decide(self, once: Callable[[Callable[[], Any]], Any] = lambda decide: decide()) -> None:

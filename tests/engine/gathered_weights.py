@@ -1,8 +1,8 @@
 """Trains a small LLaMA on two ranks, with ZeRO-3 and without ZeRO: losses, gathers, and weights that stay.
 
 ``python gathered_weights.py OUTPUT.json``: for each way, the losses of three steps with both stages and, of the last
-step with ZeRO-3, the elements of each gather, for each message of panda's whether it was copied together first, and
-the bytes of released weights that were alive after forward.
+step with ZeRO-3, the elements of each gather, the number of collectives of panda's, and the bytes of released weights
+that were alive after forward.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
 from panda.configuration.options import RunOptions
+from panda.engine import layer_weights
 from panda.engine.deepspeed_config import deepspeed_config
+from panda.engine.deepspeed_config import least_live
 from panda.engine.engine import Engine
+from panda.engine.gathering import _layer_and_outside
 from panda.engine.layer_weights import _Layer
-from panda.engine.layer_weights import _Message
 from panda.engine.layer_weights import _Weights
 from panda.engine.processes import Processes
 from panda.engine.processes import join_processes
@@ -44,12 +46,26 @@ WAYS: dict[str, dict[str, Any]] = {
 LAYERS, STEPS = 6, 3
 TWO_PASSES, OTHER_ORDER = "two passes before backward", "layers in another order"
 ODD, MOVED, OFFLOADED = "weights with padding", "shards that were moved", "weights on the host"
+STAYING: dict[str, int] = {
+    "two layers stay": 2,
+    "all layers stay": LAYERS,
+    "all layers stay, in two passes": LAYERS,
+    "two layers stay, recomputed": 2,
+    "two layers stay, with adapters": 2,
+}
+MICRO_BATCHES = 3
+"""Of the ways in which layers stay."""
 UNUSUAL: dict[str, dict[str, Any]] = {
     TWO_PASSES: {},
     OTHER_ORDER: {"use_lora": True},
     ODD: {},
     MOVED: {"use_lora": True},
     OFFLOADED: {"use_lora": True},
+    "two layers stay": {},
+    "all layers stay": {},
+    "all layers stay, in two passes": {},
+    "two layers stay, recomputed": {"activation_checkpointing": "full"},
+    "two layers stay, with adapters": {"use_lora": True},
 }
 """Right, though layers do not run as they are expected to, or their shards do not lie as they are expected to."""
 
@@ -74,10 +90,10 @@ class Watch:
 
     def __init__(self) -> None:
         self.gathers: list[int] = []
-        self.copied: list[bool] = []
+        self.collectives = 0
         self.released: list[tuple[StorageWeakRef, int]] = []
         gather, gather_some, release = partitioning._dist_allgather_fn, _Weights.gather, _Layer.release
-        send = _Message.gather
+        send = layer_weights.all_gather
 
         def gathering(source: torch.Tensor, target: torch.Tensor, group: Any = None) -> Any:
             self.gathers.append(target.numel())
@@ -87,10 +103,9 @@ class Watch:
             self.gathers.append(sum(parameter.ds_numel for parameter in weights.parameters))
             return gather_some(weights)
 
-        def sending(message: _Message) -> list[torch.Tensor]:
-            weights = send(message)
-            self.copied.append(message.neighbours is None)
-            return weights
+        def sending(*given: Any) -> None:
+            self.collectives += 1
+            send(*given)
 
         def releasing(layer: _Layer) -> None:
             storages = {parameter.data.untyped_storage().data_ptr(): parameter for parameter in layer.parameters}
@@ -101,11 +116,11 @@ class Watch:
 
         partitioning._dist_allgather_fn = gathering
         _Weights.gather, _Layer.release = gathering_some, releasing  # type: ignore[method-assign]
-        _Message.gather = sending  # type: ignore[method-assign]
+        layer_weights.all_gather = sending
 
     def clear(self) -> None:
         self.gathers.clear()
-        self.copied.clear()
+        self.collectives = 0
         self.released.clear()
 
     def alive(self) -> int:
@@ -118,7 +133,10 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
     shape = {"hidden_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     shape |= {"intermediate_size": 255, "mlp_bias": True} if name == ODD else {"intermediate_size": 256}
     config = LlamaConfig(vocab_size=64, use_cache=False, **shape)
-    options = RunOptions(precision="fp32", zero_stage=stage, lora_dropout=0.0, gradient_accumulation_steps=1, **way)
+    micro_batches = MICRO_BATCHES if name in STAYING else 1
+    options = RunOptions(
+        precision="fp32", zero_stage=stage, lora_dropout=0.0, gradient_accumulation_steps=micro_batches, **way
+    )
     of_deepspeed = deepspeed_config(options, world_size=processes.world_size, on_gpu=False)
     if stage == 3:  # the size of the model's layers holds, and not that for CPUs
         del of_deepspeed["zero_optimization"]["stage3_prefetch_bucket_size"]
@@ -126,18 +144,23 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
         if name == OFFLOADED:
             of_deepspeed["zero_optimization"]["offload_param"] = {"device": "cpu"}
     model = make_trainable(LlamaForCausalLM(config), options, None, of_deepspeed, processes)
+    if stage == 3 and name in STAYING:
+        layer, outside = _layer_and_outside(model)
+        of_deepspeed["zero_optimization"]["stage3_max_live_parameters"] = (
+            least_live(layer, outside) + STAYING[name] * layer
+        )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = Engine(model, optimizer, of_deepspeed, processes)
     alive = 0
 
     def loss_sum(module: Any, batch: Batch) -> torch.Tensor:
         nonlocal alive
-        if name == TWO_PASSES:
+        if "two passes" in name:
             with torch.no_grad():
                 module(input_ids=batch.ids)
         logits = module(input_ids=batch.ids).logits
         alive = watch.alive()
-        if name == TWO_PASSES:
+        if "two passes" in name:
             logits = logits + module(input_ids=batch.ids.flip(1)).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids.flatten(), reduction="sum")
 
@@ -155,12 +178,14 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
                 if not parameter.requires_grad:  # the trained ones' is that of the optimizer, too
                     before.fill_(float("nan"))
         watch.clear()
-        ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(10 * step + processes.rank))
-        losses.append(engine.step([Batch(ids)], loss_sum).loss.item())
+        seeds = torch.Generator().manual_seed(10 * step + processes.rank)
+        batches = [Batch(torch.randint(64, (1, 32), generator=seeds)) for _ in range(micro_batches)]
+        losses.append(engine.step(batches, loss_sum).loss.item())
     kept = sum(each.ds_numel for each in model.parameters() if getattr(each, "ds_persist", False))
+    after_step = sum(each.numel() for each in model.parameters()) if stage == 3 else 0
     engine.close()
-    found = {"gathers": list(watch.gathers), "copied": list(watch.copied), "alive": alive, "kept": kept}
-    return {"losses": losses} | found
+    found = {"gathers": list(watch.gathers), "collectives": watch.collectives, "alive": alive, "kept": kept}
+    return {"losses": losses, "after a step": after_step} | found
 
 
 def main() -> None:

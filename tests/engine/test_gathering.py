@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from gathered_weights import LAYERS
-from gathered_weights import MOVED
+from gathered_weights import MICRO_BATCHES
+from gathered_weights import STAYING
 from gathered_weights import UNUSUAL
 from gathered_weights import WAYS
 from gathered_weights import Batch
@@ -52,15 +53,19 @@ def test_a_layer_is_gathered_at_once(found: Any, way: str) -> None:
     assert LAYERS <= len(of_layers) <= 2 * LAYERS
 
 
-@pytest.mark.parametrize(("way", "kinds"), [("all weights", 1), ("adapters", 2), ("NF4, compiled", 2)])
-def test_a_layer_is_one_message_for_each_kind_of_weight_without_a_copy(found: Any, way: str, kinds: int) -> None:
-    """Frozen weights and adapters are two."""
-    assert found[way][1]["copied"] == [False] * kinds * (2 * LAYERS - 1), "the last layer stays for its backward"
+@pytest.mark.parametrize(("way", "kinds"), [("all weights", 1), ("adapters", 1), ("NF4, compiled", 2)])
+def test_a_layer_is_one_collective_for_each_type_of_weight(found: Any, way: str, kinds: int) -> None:
+    assert found[way][1]["collectives"] == kinds * (2 * LAYERS - 1), "the last layer stays for its backward"
 
 
-def test_shards_that_were_moved_are_copied_together(found: Any) -> None:
-    """Those of the adapters lie in DeepSpeed's memory again after each step, and were moved before each."""
-    assert found[MOVED][1]["copied"] == [True] * 2 * (2 * LAYERS - 1)
+@pytest.mark.parametrize("way", STAYING)
+def test_layers_that_stay_are_gathered_once_a_step(found: Any, way: str) -> None:
+    """And the others for each forward and backward."""
+    others = LAYERS - STAYING[way]
+    # Before the first backward pass of a step, each forward pass gathers all.
+    forward = 3 if "two passes" in way else 1
+    assert found[way][1]["collectives"] == forward * STAYING[way] + 2 * others * MICRO_BATCHES
+    assert found[way][1]["after a step"] == 0, "none stays longer"
 
 
 def test_what_all_ranks_keep_is_gathered_at_once_after_a_step(found: Any) -> None:

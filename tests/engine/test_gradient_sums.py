@@ -18,8 +18,8 @@ from interpreted import passed_in_interpreter
 from launching import run_script
 
 from panda.configuration.options import RunOptions
-from panda.engine import engine as engines
 from panda.engine import casting
+from panda.engine import engine as engines
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.engine import Engine
 from panda.engine.processes import Processes
