@@ -24,6 +24,12 @@ from distributions import hide_other_packages
 # One thread a process, set before torch is imported: the models of tests are so small that a second thread only spins
 # while it waits, and pytest runs as many processes as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests are for a CPU: models there are compared with those of one process, on as many ranks as they like. With
+# PANDA_TESTS_ON_GPU=1 they have the GPUs of this machine, for those that need one (CONTRIBUTING.md).
+HAS_GPU = os.path.exists("/dev/nvidiactl")
+ON_GPU = bool(os.environ.get("PANDA_TESTS_ON_GPU"))
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tests have a token cache of their own, also in the processes that they start.
 os.environ["PANDA_CACHE"] = tempfile.mkdtemp(prefix="panda-test-cache-")
 
@@ -69,6 +75,10 @@ LONGEST = (
     "test_guides.py",
 )
 """The files that take longest run first: at the end, one would keep one process busy while the other is idle."""
+
+
+def pytest_report_header() -> list[str]:
+    return ["GPUs are hidden from tests: PANDA_TESTS_ON_GPU=1 shows them"] * (HAS_GPU and not ON_GPU)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

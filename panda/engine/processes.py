@@ -29,6 +29,7 @@ from panda.engine.meeting import wait_for_all
 from panda.engine.watchdog import Watchdog
 from panda.engine.watchdog import watching
 from panda.files.library_warnings import are_kept_aside
+from panda.files.terminal import number_of
 from panda.registry import UserError
 
 Result = TypeVar("Result")
@@ -205,15 +206,32 @@ def _connection_of_group() -> Any:
     return store.clone() if isinstance(store, dist.TCPStore) else None  # type: ignore[attr-defined]
 
 
+def own_device() -> torch.device:
+    """What this process trains on: the GPU of its place on this machine, or the CPU where there is none.
+
+    Raises UserError if a launcher started more processes here than there are GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    here = max(place + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+    if here > gpus:
+        raise UserError(
+            f"{here} processes were started on this machine, each for a GPU of its own, and"
+            f" {number_of(gpus, 'GPU')} can be seen. Start {gpus} (`torchrun --nproc_per_node {gpus}`), or"
+            " set CUDA_VISIBLE_DEVICES: to more GPUs, or to nothing to train on the CPU."
+        )
+    return torch.device("cuda", place)
+
+
 def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Processes:
     """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one.
 
     ``tensor_ranks`` must divide their number. ``met``: where they have met; by default they do so now.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
             # Tensors of other sizes can then use the memory that those before them left: 5 GiB less are reserved in
@@ -222,7 +240,6 @@ def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Process
         backend = "cpu:gloo,cuda:nccl"
         _record_collectives()
     else:
-        device = torch.device("cpu")
         backend = "gloo"
         # DeepSpeed chooses this itself, but 0.19.8 first looks for other accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

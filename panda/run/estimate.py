@@ -24,6 +24,7 @@ from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import MemoryParts
 from panda.engine.memory_parts import Sizes
 from panda.engine.memory_parts import held
+from panda.engine.processes import own_device
 from panda.engine.tensor_parallel import plan_of
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.lora import add_adapters
@@ -43,7 +44,6 @@ from panda.registry.contexts import TensorParallelPlan
 from panda.registry.resolve import Resolved
 from panda.run.cards import Card
 from panda.run.model import build_outline
-from panda.run.model import drawing_device
 from panda.run.reference import is_second_model
 from panda.run.reference import reference_elements
 from panda.run.reference import reference_of
@@ -247,7 +247,7 @@ def _shard(model: torch.nn.Module, plan: TensorParallelPlan, size: int) -> None:
 def _why_masked(model: torch.nn.Module, dtype: torch.dtype) -> str:
     """Why attention needs a mask to tell samples apart on this machine's GPU; without one, on a recent one."""
     if torch.cuda.is_available():
-        return why_masked(model, drawing_device(), dtype)
+        return why_masked(model, own_device(), dtype)
     return "there is no kernel for float32" if dtype == torch.float32 else what_forbids_kernel(model, dtype)
 
 

@@ -17,6 +17,7 @@ from panda.engine.memory import refuse_without_room
 from panda.engine.memory_parts import Sizes
 from panda.engine.memory_parts import gib
 from panda.engine.memory_parts import held
+from panda.engine.processes import own_device
 from panda.models.adapters.quantisation import refuse_quantising
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
@@ -31,7 +32,6 @@ from panda.run.estimate import copies_of
 from panda.run.estimate import estimate
 from panda.run.estimate import model_memory
 from panda.run.estimate import state_bytes
-from panda.run.model import drawing_device
 
 CHECKPOINTING = ("none", "selective", "full")
 """Ways to keep activations, the fastest first."""
@@ -203,7 +203,7 @@ def refuse_too_large(
 
     ``drawn``: whether each rank draws all weights at once.
     """
-    options, device = resolved.core, drawing_device()
+    options, device = resolved.core, own_device()
     on_gpu = device.type == "cuda"
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     here = parameters // options.tensor_parallel_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.placement import place
 from panda.engine.processes import Processes
+from panda.engine.processes import own_device
 from panda.engine.tensor_parallel import plan_of
 from panda.engine.tensor_parallel import shards_of
 from panda.engine.tensor_parallel import split
@@ -112,23 +112,16 @@ def build_outline(resolved: Resolved, context: ModelContext) -> torch.nn.Module 
     return outline
 
 
-def drawing_device() -> torch.device:
-    """The device on which this process draws random weights: the one that it trains on."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
 def random_weights(outline: torch.nn.Module | None, seed: int) -> Weights | None:
     """Random weights of ``outline``, drawn when they are read; None for no outline: a model built with its weights."""
-    return initial_weights(outline, seed, drawing_device()) if outline is not None else None
+    return initial_weights(outline, seed, own_device()) if outline is not None else None
 
 
 def base_weights(pretrained: Pretrained | None) -> str:
     """The identity of the weights that adapters are trained on; where they are random, what they depend on."""
     if pretrained:
         return pretrained.identity
-    device = drawing_device()
+    device = own_device()
     return "random" if device.type == "cpu" else f"random, drawn on a {kind_of(device)}"
 
 

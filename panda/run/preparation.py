@@ -16,6 +16,7 @@ from panda.data.held_out import note_shared_samples
 from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
 from panda.engine.memory_parts import gib
+from panda.engine.processes import own_device
 from panda.files.compilers import what_compiling_lacks
 from panda.models.adapters.quantisation import refuse_quantising
 from panda.models.forward.trial import refuse_encoder
@@ -50,7 +51,6 @@ from panda.run.fitting import on_card
 from panda.run.fitting import refuse_too_large
 from panda.run.model import build_outline
 from panda.run.model import build_with_weights
-from panda.run.model import drawing_device
 from panda.run.model import model_context
 from panda.run.model import random_weights
 from panda.run.model import refuse_splitting
@@ -152,7 +152,7 @@ class Preparation:
         """
         if self.outline is None:
             return "the model can only be built with weights"
-        return why_masked(self.outline, drawing_device(), getattr(torch, self.options.dtype_name))
+        return why_masked(self.outline, own_device(), getattr(torch, self.options.dtype_name))
 
     @cached_property
     def weights(self) -> Weights | None:
@@ -209,7 +209,7 @@ class Preparation:
     @property
     def card(self) -> Card | None:
         """The GPU that this process trains on; None on a CPU."""
-        return this_card(drawing_device()) if torch.cuda.is_available() else None
+        return this_card(own_device()) if torch.cuda.is_available() else None
 
     @cached_property
     def estimates(self) -> Estimates:
@@ -253,7 +253,7 @@ class Preparation:
     def _decided(self) -> Resolved:
         """The configuration with values for all of ``DECIDED``."""
         found = self.configuration
-        missing = what_compiling_lacks(drawing_device()) if self.card else "on a CPU it takes longer than it saves"
+        missing = what_compiling_lacks(own_device()) if self.card else "on a CPU it takes longer than it saves"
         if missing:  # known before memory is estimated, which depends on it
             found = with_decided(found, "compile", "auto", lambda: (False, f"decided: {missing}"))
         undecided = found.resolved

@@ -122,7 +122,8 @@ def start(
 ) -> Iterator[Started]:
     """Start a Python script, or a module by its dotted name: by itself, or as each of the ``ranks`` that torchrun
     would start. ``variables`` are added to its environment. ``serving``: it starts processes itself, by this function,
-    as tests of a package do, and they are forks of the same process.
+    as tests of a package do, and they are forks of the same process. More ranks than this machine has GPUs run on the
+    CPU.
 
     One at a time; processes that still run at the end of the ``with`` are killed.
     """
@@ -131,8 +132,11 @@ def start(
     environments = [variables]
     store = None
     if ranks:
+        import torch
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+        if 0 < torch.cuda.device_count() < ranks:
+            variables |= {"CUDA_VISIBLE_DEVICES": ""}
         # As torchrun does, this process hosts the store at which the ranks meet: its port is taken once chosen.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -14,6 +14,8 @@ from launching import start
 from launching import zero3_at_once
 
 from panda.engine.processes import _set_allocator
+from panda.engine.processes import own_device
+from panda.registry import UserError
 
 DECIDING = """
 from panda.engine.processes import join_processes, leave_processes
@@ -53,6 +55,31 @@ def test_what_rank_0_decides_or_fails_to_reaches_every_rank(tmp_path: Path) -> N
         assert f"{rank} {[7, told, third, 'after']}" in printed
         of_rank_1 = "UserError: rank 1: name another folder"
         assert f"{rank} together {[told, of_rank_1, third, both, 'after']}" in printed
+
+
+@pytest.mark.parametrize(("started", "gpus"), [({"LOCAL_WORLD_SIZE": "4"}, "2 GPUs"), ({"LOCAL_RANK": "1"}, "1 GPU")])
+def test_more_processes_than_gpus_are_refused_on_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, started: dict[str, str], gpus: str
+) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpus[0]))
+    assert own_device() == torch.device("cuda", 0)
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=rf"{gpus} can be seen\. Start {gpus[0]} \(`torchrun --nproc_per_node {gpus[0]}`"
+    ):
+        own_device()
+
+
+def test_more_ranks_than_gpus_are_tested_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (tmp_path / "seen.py").write_text("import os\nprint(os.environ.get('CUDA_VISIBLE_DEVICES'))\n")
+    for ranks, seen in ((1, "7"), (2, "")):
+        printed = run_script(tmp_path / "seen.py", cwd=tmp_path, ranks=ranks, CUDA_VISIBLE_DEVICES="7")
+        assert printed.splitlines() == [seen] * ranks
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_accelerator_setAllocatorSettings"), reason="torch has only the older name")

@@ -266,7 +266,7 @@ def test_all_ranks_take_the_decision_of_one(folder: Path, on_a_card: Callable[[f
 def test_what_cannot_fit_is_refused_with_a_change(
     folder: Path, monkeypatch: pytest.MonkeyPatch, on_a_card: Callable[[float], None]
 ) -> None:
-    monkeypatch.setattr("panda.run.fitting.drawing_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("panda.run.fitting.own_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr("panda.run.fitting.this_card", lambda device: Card("H100", 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     flags = f"--arch llama-7b --precision bf16 {SHORT} --instruction_tuning_data_dir rows.json"

@@ -420,7 +420,8 @@ class Batch:
 
 
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
-    loss: torch.Tensor = model(IDS).logits.logsumexp(-1).square().sum()
+    ids = IDS.to(next(model.parameters()).device)
+    loss: torch.Tensor = model(ids).logits.logsumexp(-1).square().sum()
     return loss
 
 
