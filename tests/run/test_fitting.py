@@ -17,16 +17,20 @@ from panda.configuration.configure import configure
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
+from panda.run.assembly import lay_out
 from panda.run.cards import Card
 from panda.run.cards import named_card
 from panda.run.cards import peak_of
 from panda.run.estimate import MARGIN
+from panda.run.estimate import layers_that_stay
+from panda.run.estimate import live_parameters
 from panda.run.fitting import Estimates
 from panda.run.fitting import advice
 from panda.run.fitting import changes
 from panda.run.fitting import cheapest_change
 from panda.run.fitting import explanation
 from panda.run.fitting import on_card
+from panda.run.outlook import outlook
 from panda.run.preparation import Preparation
 from panda.run.preparation import prepare
 from panda.runner import train
@@ -64,6 +68,39 @@ def test_auto_recomputes_as_little_as_fits(estimates: Estimates) -> None:
         smaller = Card("card", just_fits(size).memory - 3)
         assert on_card(estimates, resolved(), 1, smaller)[0] != how or how == "full"
     assert on_card(estimates, resolved("--activation_checkpointing none"), 1, Card("tiny", 1))[0] == "none"
+
+
+LAYERS, LAYER, OUTSIDE = 8, 4 * 512**2 + 3 * 512 * 1024 + 2 * 512, 2 * 1024 * 512 + 512
+"""Of the model above."""
+
+
+@pytest.mark.parametrize(("room", "expected"), [(0, 0), (1, 1), (3, 3), (LAYERS, LAYERS), (LAYERS + 3, LAYERS)])
+def test_zero_3_keeps_layers_gathered_in_the_room_that_is_left(estimates: Estimates, room: int, expected: int) -> None:
+    flags = "--zero_stage 3 --activation_checkpointing none"
+    card = just_fits(needed(estimates, flags, 2) + room * 2 * LAYER)
+    model = estimates.model(resolved(flags))
+    assert model is not None and (model.layers, model.sizes.layer, model.sizes.outside) == (LAYERS, LAYER, OUTSIDE)
+    assert layers_that_stay(model, resolved(flags).core, 2, card) == expected
+    assert live_parameters(model, expected) == OUTSIDE + (3 + expected) * LAYER
+    with_them = estimates.of(resolved(flags), 2, expected)
+    assert with_them is not None and with_them.fits(card)
+    live = min(OUTSIDE + (3 + expected) * LAYER, OUTSIDE + LAYERS * LAYER)
+    assert with_them.parts.total == needed(estimates, flags, 2) + 2 * (live - OUTSIDE - 3 * LAYER)
+
+
+def test_no_layer_stays_where_it_is_not_gathered_or_a_file_says_what_does(estimates: Estimates, tmp_path: Path) -> None:
+    def stay(flags: str, ranks: int, zero: str = "") -> int:
+        file = tmp_path / "ds.json"
+        file.write_text(f'{{"zero_optimization": {{{zero}}}}}')
+        run = resolved(f"{flags} --activation_checkpointing none --deepspeed_config {file}")
+        model = estimates.model(run)
+        assert model is not None
+        return layers_that_stay(model, run.core, ranks, Card("large", 2**40))
+
+    assert stay("--zero_stage 3", 2) == LAYERS
+    assert stay("--zero_stage 3", 1) == stay("--zero_stage 2", 2) == 0
+    assert stay("--zero_stage 3", 2, '"stage3_max_live_parameters": 7') == 0
+    assert stay("--zero_stage 3", 2, '"offload_param": {"device": "cpu"}') == 0
 
 
 def with_values(**values: Any) -> Resolved:
@@ -239,6 +276,24 @@ def test_a_decision_is_written_down_and_kept_on_resume(
     given = arguments("--max_steps", "3", "--resume", "auto", "--activation_checkpointing", "none")
     assert train(configure(parse_arguments(given))) is not None
     assert written() == "none", "a value that is given is not replaced"
+
+
+def test_the_engine_is_given_what_stays(
+    processes: Any, folder: Path, on_a_card: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_card(80)
+    configuration = configure(parse_arguments(arguments("--zero_stage", "3")))
+    prepared = Preparation(configuration, world_size=2)
+    prepared.decide()
+    layout = lay_out(prepared.options, prepared.dataset, 2)
+    lines = outlook(prepared, layout, Path("run"), None)
+    assert "            in the room that is left, 2 of 2 layers stay gathered through a step" in lines
+    live = prepared.live_parameters
+    assert live is not None
+    monkeypatch.setattr(Preparation, "live_parameters", property(lambda self: live))  # of two ranks; here is one
+    assert train(configuration) is not None
+    written = json.loads(Path("run/deepspeed.json").read_text())["zero_optimization"]
+    assert written["stage3_max_live_parameters"] == live
 
 
 def test_on_a_cpu_nothing_is_recomputed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
