@@ -127,16 +127,22 @@ class _OnCard(NamedTuple):
     """How it keeps activations."""
     compiled: Choice
     estimate: Estimate
+    staying: int
+    """Layers that stay gathered in the room that is left."""
 
 
 def _on(prepared: Preparation, card: Card) -> _OnCard:
+    from panda.run.compiling import as_chosen
     from panda.run.compiling import choice
     from panda.run.compiling import long_run
+    from panda.run.estimate import layers_that_stay
 
     how, found = _variant(prepared.estimates, prepared.resolved, prepared.world_size, card)
     so = prepared.resolved.with_values({"activation_checkpointing": how}, "estimated")
     model = prepared.estimates.model(prepared.resolved)
-    return _OnCard(card, how, choice(so, model, card, long_run(prepared.options)), found)
+    assert model is not None
+    staying = layers_that_stay(model, as_chosen(so, model, card), prepared.world_size, card)
+    return _OnCard(card, how, choice(so, model, card, long_run(prepared.options)), found, staying)
 
 
 def _variant(estimates: Estimates, resolved: Resolved, world_size: int, card: Card) -> tuple[str, Estimate]:
@@ -196,7 +202,9 @@ def _table(found: list[_OnCard]) -> list[str]:
     width, wide = max(len(row[0]) for row in rows), max(9, *(len(cell) for row in rows for cell in row[1:]))
     lines = [row[0].ljust(width) + "".join(f"  {cell:>{wide}}" for cell in row[1:]) for row in rows]
     chosen = [f"compile (auto): {each.compiled.why}." for each in found[:1] if each.compiled.why]
-    return [*lines, f"A step holds most {_MOMENTS[found[0].estimate.moment]}.", *chosen, ""]
+    stay = [f"{each.staying} on {each.card.name}" for each in found if each.staying]
+    kept = [f"Layers that stay gathered through a step, in the room that is left: {', '.join(stay)}."] * bool(stay)
+    return [*lines, f"A step holds most {_MOMENTS[found[0].estimate.moment]}.", *kept, *chosen, ""]
 
 
 def _compile_cell(each: _OnCard) -> str:
@@ -237,7 +245,7 @@ def _as_json(prepared: Preparation, found: list[_OnCard]) -> dict[str, Any]:
     model, options = prepared.estimates.model(prepared.resolved), prepared.options
     assert model is not None
     cards = []
-    for card, how, compiled, estimate in found:
+    for card, how, compiled, estimate, staying in found:
         entry: dict[str, Any] = {
             "card": card.name,
             "memory": card.memory,
@@ -249,6 +257,7 @@ def _as_json(prepared: Preparation, found: list[_OnCard]) -> dict[str, Any]:
             "allocated": estimate.parts.allocated,
             "moment": estimate.moment,
             "fits": estimate.fits(card),
+            "layers_that_stay": staying,
         }
         if not entry["fits"]:
             change = cheapest_change(prepared.estimates, prepared.resolved, prepared.world_size, card)

@@ -99,12 +99,22 @@ def zero_3_sizes(elements: int, trained: int, layer: int, outside: int) -> dict[
 
 
 def least_live(layer: int, outside: int) -> int:
-    """The weights that ZeRO-3 has gathered at a time at least, in elements: with more, layers stay gathered for a step.
+    """The weights that ZeRO-3 has gathered at a time at least, in elements.
 
     The head stays for the whole forward pass, hence ``outside``, the weights outside of layers. One layer computes, the
-    next one is fetched, and a third is counted until it has been released.
+    next one is fetched, and a third is counted until it has been released. To DeepSpeed a
+    `stage3_max_live_parameters` of that size only says when to fetch no further ahead; in panda, with a larger one,
+    layers stay gathered through a step.
     """
     return outside + 3 * layer
+
+
+def layers_staying(live: int, layer: int, outside: int) -> int:
+    """How many layers stay gathered through a step where the weights of ``live`` elements may be gathered at a time.
+
+    A twentieth of a layer may be missing: an estimate does not know all of a model, such as parts that a task adds.
+    """
+    return max(0, int((live - least_live(layer, outside)) / layer + 0.05)) if layer else 0
 
 
 OWNERS = {

@@ -109,7 +109,7 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=self.config, mpu=processes.mpu, dist_init_required=False
             )
-        live = self.config.get("zero_optimization", {}).get("stage3_max_live_parameters")
+        live = self.config.get("zero_optimization", {}).get("stage3_max_live_parameters", 0)
         gather_by_layers(module, self.optimizer, processes.device, live)
         # What DeepSpeed writes of the module. `exclude_frozen_parameters` of 0.19.8 leaves out frozen parameters
         # only, and not the scales of quantised ones, which bitsandbytes adds to the state dict; loading then fails.

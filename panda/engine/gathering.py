@@ -1,8 +1,8 @@
 """Which weights ZeRO-3 gathers together, and how far ahead: those of a layer, while the layer before computes.
 
 DeepSpeed (0.19.8) gathers weights when the module that has them is run: nine times in a layer of LLaMA, and more often
-with adapters. Here a layer gathers those of all its parts, and its parts have no hooks. That is one message a layer in
-each pass, and little Python around it. What runs between the hooks is the layer's forward, which can be compiled, and
+with adapters. Here a layer gathers those of all its parts, and its parts have no hooks. That is one collective a layer
+in each pass, and little Python around it. What runs between the hooks is the layer's forward, which can be compiled;
 activations that are computed again in the backward pass find the weights of the whole layer.
 
 Gathered weights stay no longer than DeepSpeed means: for backward its linear layers, panda's adapted layers, and the
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from panda.engine.deepspeed_config import LARGEST_LAYER
-from panda.engine.deepspeed_config import least_live
+from panda.engine.deepspeed_config import layers_staying
 from panda.engine.deepspeed_config import zero_3_sizes
 from panda.engine.layer_gradients import LayerGradients
 from panda.engine.layer_weights import LayerWeights
@@ -43,7 +43,7 @@ def with_sizes(config: dict[str, Any], module: torch.nn.Module) -> dict[str, Any
     if zero.get("stage") != 3:
         return config
     counts = {parameter: math.prod(whole_shape(parameter)) for parameter in module.parameters()}
-    layer, outside = _layer_and_outside(module)
+    layer, outside = layer_and_outside(module)
     sizes = zero_3_sizes(
         elements=sum(counts.values()),
         trained=sum(count for parameter, count in counts.items() if parameter.requires_grad),
@@ -57,7 +57,7 @@ def with_sizes(config: dict[str, Any], module: torch.nn.Module) -> dict[str, Any
     return config | {"zero_optimization": sizes | zero}
 
 
-def _layer_and_outside(module: torch.nn.Module) -> tuple[int, int]:
+def layer_and_outside(module: torch.nn.Module) -> tuple[int, int]:
     """Elements of the largest layer of ``module``, and of all weights outside of layers."""
     counts = {parameter: math.prod(whole_shape(parameter)) for parameter in module.parameters()}
     layers = [{*layer.parameters()} for name, layer in module.named_modules() if layer_of(name) == name]
@@ -65,10 +65,10 @@ def _layer_and_outside(module: torch.nn.Module) -> tuple[int, int]:
     return largest, sum(counts[parameter] for parameter in counts.keys() - set[torch.nn.Parameter]().union(*layers))
 
 
-def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.device, live: int | None) -> None:
+def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.device, live: int) -> None:
     """Under ZeRO-3, let each layer of ``module`` gather all its weights when it is run.
 
-    ``live``: DeepSpeed's `stage3_max_live_parameters`, if it is known. What exceeds the least that is needed at a time
+    ``live``: DeepSpeed's `stage3_max_live_parameters`, or 0. What exceeds the least that is needed at a time
     is for layers that stay gathered through a step.
 
     A layer stays as it is, and gathers by its modules, if it has more than ``LARGEST_LAYER`` weights, or a part or a
@@ -117,8 +117,7 @@ def gather_by_layers(module: torch.nn.Module, optimizer: Any, device: torch.devi
             handle.remove()
     if whole:
         begin = LayerGradients(whole, optimizer, device).begin
-        staying = (live or 0) - least_live(*_layer_and_outside(module))
-        LayerWeights(module, whole, optimizer, device, begin, staying)
+        LayerWeights(module, whole, optimizer, device, begin, layers_staying(live, *layer_and_outside(module)))
 
 
 def _trace_linear_layers_of_torch() -> None:

@@ -5,8 +5,8 @@ each gradient into the ranks' parts, and adds each part that arrives to a sum of
 the device waits for the host for a quarter of the time (two H100s, 2026-11-27). Here the trained weights of a layer
 have no hooks, and a layer is one collective (coalesced.py) and one addition. As in DeepSpeed, gradients are added over
 ranks in the type of the weights, and over micro batches in that of the sums. They are divided by the number of ranks
-in between, and only those of fp16, which could overflow, before. On two ranks numbers are the same to the bit; of more,
-they are rounded in other places. Weights outside of layers are as before. Can go when DeepSpeed does so.
+between these two, and only those of fp16, which could overflow, before both. On two ranks numbers are the same to the
+bit; of more, they are rounded in other places. Weights outside of layers are as before. Can go when DeepSpeed does so.
 
 All ranks reduce at the same points, since they run the same layers: where a layer's backward is over, whether its
 weights have gradients or not. Those without one, such as experts that no token chose, count as zero. (DeepSpeed would
@@ -151,7 +151,8 @@ class _Message:
         """Let the parts of ``gradients`` arrive. Returns the factor that makes them means over the ranks."""
         divided = gradients[0].dtype == torch.float16
         if divided:
-            torch._foreach_div_(gradients, self.ranks)
+            # Not in place: a gradient may be a view of what the layer before is given.
+            gradients = list(torch._foreach_div(gradients, self.ranks))
         reduce_scatter(self.parts, gradients, self.group)
         return 1.0 if divided else 1 / self.ranks
 

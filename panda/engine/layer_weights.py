@@ -6,10 +6,10 @@ collective (coalesced.py) for each type that they have. Weights outside of layer
 keep change in each step. They too are gathered afterwards in one collective: with adapters a 7B has 448 such weights,
 and DeepSpeed would send as many messages.
 
-Some layers can stay gathered through a step, where there is memory for them (`stage3_max_live_parameters`): between
-forward and backward, and from one micro batch to the next. Each gather holds back the computation beside it, which has
-fewer multiprocessors in the meantime. Weights do not change between the first backward pass of a step and its end;
-before and after that, a forward pass gathers all of them.
+Where there is memory for them, some layers stay gathered through a step: from forward to backward, and from one micro
+batch to the next. Each gather holds back the computation beside it, which has fewer multiprocessors in the meantime.
+Weights do not change between the first backward pass of a step and its end; before that, a forward pass gathers all of
+them.
 
 Streams. Collectives are queued on one stream, which waits for what has been computed before it gathers anything. What
 arrives is memory of that stream, so that of a layer that was released before can be used again. Computation waits for
@@ -45,9 +45,8 @@ class LayerWeights:
     """Gathers the weights of ``layers``, given in the order in which they run, and releases them.
 
     A layer's weights are there during its forward, and from when the gradient of its result is known until that of the
-    layer before is; those of the last layers stay until the end of a step, as many as have no more than ``staying``
-    elements. Any other order of layers is right too, and gathers on demand. ``begin`` is called where the backward pass
-    of a layer begins.
+    layer before is; those of the last ``staying`` layers stay until the end of a step. Any other order of layers is
+    right too, and gathers on demand. ``begin`` is called where the backward pass of a layer begins.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class LayerWeights:
         self.layers = [_Layer(module, device) for module in layers]
         self.present = set[_Layer]()
         """The layers whose weights are gathered, or are being gathered."""
-        self.staying = set(_last(self.layers, staying))
+        self.staying = set(self.layers[max(0, len(self.layers) - staying) :])
         self.in_step = False
         """Whether the gradients of a step are being summed, so that weights stay as they are until its end."""
         self.in_backward: _Layer | None = None
@@ -79,7 +78,7 @@ class LayerWeights:
         self._gather_kept_at_once(model, optimizer.parameter_offload, device)
 
     def _gather_kept_at_once(self, model: torch.nn.Module, offload: Any, device: torch.device) -> None:
-        """After a step, release all weights, and gather those that all ranks keep in one message, but no layers."""
+        """After a step, release all weights, and gather those that all ranks keep by one collective, but no layers."""
         persistent: list[Any] = offload.persistent_parameters
         kept = _Weights(persistent, device)
         in_layers = _Weights([each for layer in self.layers for each in layer.kept], device)
@@ -146,6 +145,8 @@ class LayerWeights:
 
     def fetch(self, layer: _Layer | None) -> None:
         """Begin to gather the weights of ``layer``, unless they are there."""
+        if layer in self.present and layer.was_partitioned():
+            self.present.remove(layer)
         if layer is not None and layer not in self.present:
             self._gather(layer)
             self.present.add(layer)
@@ -249,15 +250,6 @@ class _Message:
         return [whole.as_strided(*place) for place in self.weights]
 
 
-def _last(layers: list[_Layer], elements: int) -> Iterator[_Layer]:
-    """The last of ``layers``, which have no more than so many ``elements`` together."""
-    for layer in reversed(layers):
-        elements -= sum(parameter.ds_numel for parameter in layer.parameters)
-        if elements < 0:
-            return
-        yield layer
-
-
 class _Weights:
     """Weights that DeepSpeed has partitioned, and that are gathered and released together."""
 
@@ -286,6 +278,10 @@ class _Weights:
             parameter.data = weight
             parameter.ds_status = self.there
         self.coming = []
+
+    def was_partitioned(self) -> bool:
+        """Whether something took the gathered weights away, such as DeepSpeed's ``GatheredParameters``."""
+        return not self.coming and any(parameter.ds_status is self.away for parameter in self.parameters[:1])
 
     def release(self) -> None:
         """Leave the parameters empty, as DeepSpeed does."""

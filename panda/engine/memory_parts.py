@@ -14,6 +14,7 @@ from typing import Any
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import LARGEST_LAYER
 from panda.engine.deepspeed_config import SMALLEST_BUCKET
+from panda.engine.deepspeed_config import least_live
 from panda.engine.deepspeed_config import sums_in_fp32
 from panda.engine.deepspeed_config import zero_3_sizes
 
@@ -161,13 +162,13 @@ def held(
     by_stage = (_stage_0, _stage_1_and_2, _stage_1_and_2, _stage_3)[options.zero]
     result = by_stage(parts, sizes, options, zero, ranks, element)
     on_host = ("masters", "copies", "optimizer", "accumulators")
-    offloaded = dict.fromkeys(on_host, 0) if _is_offloaded(zero, "offload_optimizer") else {}
-    if options.zero == 3 and _is_offloaded(zero, "offload_param"):
+    offloaded = dict.fromkeys(on_host, 0) if is_offloaded(zero, "offload_optimizer") else {}
+    if options.zero == 3 and is_offloaded(zero, "offload_param"):
         offloaded["weights"] = 0
     return replace(result, parts=replace(result.parts, **offloaded))
 
 
-def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
+def is_offloaded(zero: dict[str, Any], key: str) -> bool:
     return bool((zero.get(key) or {}).get("device", "none") != "none")
 
 
@@ -199,7 +200,7 @@ def _stage_1_and_2(
     share = -(-sizes.trained // ranks)
     parts = replace(parts, masters=4 * share, optimizer=-(-parts.optimizer // ranks))
     whole = 4 * sizes.trained
-    if options.zero == 1 and options.precision == "bf16" and not _is_offloaded(zero, "offload_optimizer"):
+    if options.zero == 1 and options.precision == "bf16" and not is_offloaded(zero, "offload_optimizer"):
         return Held(replace(parts, accumulators=whole), element * min(sizes.trained, REDUCED_AT_ONCE) * (ranks > 1))
     buckets = 2 if zero.get("overlap_comm") else 1
     bucket = buckets * element * _elements(zero, "reduce_bucket_size")
@@ -222,9 +223,12 @@ def _stage_3(
     """
     zero = zero_3_sizes(sizes.elements, sizes.trained, sizes.layer, sizes.outside) | zero
     share = -(-sizes.trained // ranks)
-    live = min(sizes.elements, _elements(zero, "stage3_max_live_parameters")) if ranks > 1 else 0
+    live = _elements(zero, "stage3_max_live_parameters")
+    if 0 < sizes.layer <= LARGEST_LAYER:  # gathered whole, whatever the limit is
+        live = max(live, least_live(sizes.layer, sizes.outside))
+    live = min(sizes.elements, live) if ranks > 1 else 0
     bucket, reduced = _elements(zero, "reduce_bucket_size"), 0
-    if 0 < sizes.layer <= LARGEST_LAYER and not _is_offloaded(zero, "offload_optimizer"):
+    if 0 < sizes.layer <= LARGEST_LAYER and not is_offloaded(zero, "offload_optimizer"):
         reduced = -(-sizes.layer * sizes.trained // sizes.elements)
         bucket = min(bucket, SMALLEST_BUCKET, sizes.outside)
     buffers = parts.buffers + element * (live + -(-reduced // ranks) + bucket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from panda.answers.loading import found_at
 from panda.configuration.configure import Configuration
 from panda.data.held_out import shared_samples
 from panda.data.places import place_of
+from panda.engine.deepspeed_config import layers_staying
 from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import NAMES
 from panda.files.activity import activity
@@ -81,7 +83,7 @@ class Gathering:
         if not isinstance(prepared, Missing):
             whole = prepared
             found["data"] = self.part("its data", lambda: data_of(whole, self.reported.provenance))
-            memory = self.part("its memory", lambda: memory_of(whole, self.reported.provenance))
+            memory = self.part("its memory", lambda: memory_of(whole, self.run, self.reported.provenance))
             found["memory"] = {} if isinstance(memory, Missing) else memory
             chosen = self.part("its samples", lambda: chosen_samples(whole, self.samples))
             if isinstance(chosen, Missing):
@@ -254,12 +256,21 @@ def data_of(prepared: Preparation, recorded: Mapping[str, Any]) -> Data:
     return Data(counts, [public(line) for line in remarks], lengths, limit, cut)
 
 
-def memory_of(prepared: Preparation, recorded: Mapping[str, Any]) -> dict[str, float]:
-    """The estimate of the memory of each GPU by part, in GiB; empty where there can be none, and for a CPU."""
+def memory_of(prepared: Preparation, run: Path, recorded: Mapping[str, Any]) -> dict[str, float]:
+    """The estimate of the memory of each GPU by part, in GiB; empty where there can be none, and for a CPU.
+
+    With the layers that stayed gathered, by the deepspeed.json of ``run``.
+    """
     ranks = recorded.get("ranks")
     if not isinstance(ranks, int) or not str(recorded.get("device", "")).startswith("cuda"):
         return {}
-    estimate = prepared.estimates.of(prepared.resolved, ranks)
+    model = prepared.estimates.model(prepared.resolved)
+    if model is None:
+        return {}
+    given: dict[str, Any] = json.loads((run / "deepspeed.json").read_text())["zero_optimization"]
+    live = given.get("stage3_max_live_parameters", 0) if prepared.options.zero == 3 else 0
+    staying = min(model.layers, layers_staying(live, model.sizes.layer, model.sizes.outside))
+    estimate = prepared.estimates.of(prepared.resolved, ranks, staying)
     return {NAMES[name]: size / GIB for name, size in estimate.parts.by_kind().items()} if estimate else {}
 
 

@@ -24,6 +24,7 @@ from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import MemoryParts
 from panda.engine.memory_parts import Sizes
 from panda.engine.memory_parts import held
+from panda.engine.memory_parts import is_offloaded
 from panda.engine.processes import own_device
 from panda.engine.tensor_parallel import plan_of
 from panda.models.adapters.experts import expert_parameters
@@ -209,16 +210,18 @@ def live_parameters(model: ModelMemory, staying: int) -> int:
 def layers_that_stay(model: ModelMemory, options: RunOptions, world_size: int, card: Card) -> int:
     """How many layers ZeRO-3 keeps gathered through a step: those for which ``card`` has room beside all else.
 
-    None where DeepSpeed's file says what stays, where weights are on the host, and where a layer is too large.
+    No layer stays where DeepSpeed's file says how much does, where weights are on the host, and where one is too large.
     """
     zero: dict[str, Any] = deepspeed_config(options, world_size=world_size, on_gpu=True)["zero_optimization"]
     sizes, alone = model.sizes, world_size == options.tensor_parallel_size
-    is_decided = "stage3_max_live_parameters" in zero or zero.get("offload_param")
+    is_decided = "stage3_max_live_parameters" in zero or is_offloaded(zero, "offload_param")
     if options.zero != 3 or alone or is_decided or not 0 < sizes.layer <= LARGEST_LAYER:
         return 0
     room = card.memory * (1 - MARGIN) - estimate(model, options, world_size).parts.total
     element = 4 if options.precision == "fp32" else 2
-    return max(0, min(model.layers, int(room / (element * sizes.layer))))
+    fitting = max(0, int(room / (element * sizes.layer)))
+    # The last three take nothing, since no layer is then on its way.
+    return fitting if fitting < model.layers - 3 else model.layers if room > 0 else 0
 
 
 # -- the outline --------------------------------------------------------------------------------

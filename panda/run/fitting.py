@@ -18,6 +18,7 @@ from panda.engine.memory_parts import Sizes
 from panda.engine.memory_parts import gib
 from panda.engine.memory_parts import held
 from panda.engine.processes import own_device
+from panda.files.terminal import number_of
 from panda.models.adapters.quantisation import refuse_quantising
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
@@ -173,17 +174,28 @@ def on_card(
     return least, tried[least]
 
 
-def explanation(estimates: Estimates, resolved: Resolved, world_size: int, card: Card) -> str:
-    """What a step of the run holds, by kind, and the one change that takes less, for a run that had no memory left."""
-    found = estimates.of(resolved, world_size)
-    if found is None:
+def explanation(estimates: Estimates, resolved: Resolved, world_size: int, card: Card, staying: int = 0) -> str:
+    """What a step of the run holds, by kind, and the one change that takes less, for a run that had no memory left.
+
+    ``staying``: layers that ZeRO-3 kept gathered through a step.
+    """
+    found, least = estimates.of(resolved, world_size, staying), estimates.of(resolved, world_size)
+    if found is None or least is None:
         return "The GPU is out of memory. docs/memory.md says what takes less."
     parts = found.parts
-    # More than was estimated is in use: a change has to save at least that much, too.
-    room = replace(card, memory=min(card.memory, parts.total))
+    if staying:
+        remedy = (
+            f"{gib(parts.total - least.parts.total)} of them are {number_of(staying, 'layer')} that stay gathered for a"
+            ' step: `{"zero_optimization": {"stage3_max_live_parameters": 0}}` in the file that `deepspeed_config`'
+            " names does without, with the same numbers."
+        )
+    else:
+        # More than was estimated is in use: a change has to save at least that much, too.
+        room = replace(card, memory=min(card.memory, parts.total))
+        remedy = advice(estimates, resolved, world_size, room)
     return (
         f"The GPU is out of memory. A step with the longest rows is estimated to hold {gib(parts.total)} of"
-        f" {gib(card.memory)} GiB: {parts.describe()}. {advice(estimates, resolved, world_size, room)}"
+        f" {gib(card.memory)} GiB: {parts.describe()}. {remedy}"
     )
 
 

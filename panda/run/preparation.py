@@ -223,10 +223,10 @@ class Preparation:
         return layers_that_stay(model, self.options, self.world_size, card) if model and card else 0
 
     @property
-    def live_parameters(self) -> int | None:
-        """The `stage3_max_live_parameters` for that; None where no layer stays."""
+    def live_parameters(self) -> int:
+        """The `stage3_max_live_parameters` for that; 0 where no layer stays."""
         model, _ = self._memory_on_card()
-        return live_parameters(model, self.staying) if model and self.staying else None
+        return live_parameters(model, self.staying) if model and self.staying else 0
 
     def _memory_on_card(self) -> tuple[ModelMemory | None, Card | None]:
         return (self.estimates.model(self.resolved), self.card) if self.card else (None, None)
@@ -288,7 +288,7 @@ class Preparation:
     def explain_lack_of_memory(self) -> str:
         """What a step holds, and what would hold less, for a run whose GPU has no memory left."""
         assert self.card is not None, "only a GPU runs out of memory in this way"
-        return explanation(self.estimates, self.resolved, self.world_size, self.card)
+        return explanation(self.estimates, self.resolved, self.world_size, self.card, self.staying)
 
     def take_base(self) -> tuple[torch.nn.Module, Weights]:
         """The model, and the weights to load into it. They are not kept here, since some are memory-mapped files."""

@@ -26,7 +26,7 @@ from panda.engine import layer_weights
 from panda.engine.deepspeed_config import deepspeed_config
 from panda.engine.deepspeed_config import least_live
 from panda.engine.engine import Engine
-from panda.engine.gathering import _layer_and_outside
+from panda.engine.gathering import layer_and_outside
 from panda.engine.layer_weights import _Layer
 from panda.engine.layer_weights import _Weights
 from panda.engine.processes import Processes
@@ -46,12 +46,15 @@ WAYS: dict[str, dict[str, Any]] = {
 LAYERS, STEPS = 6, 3
 TWO_PASSES, OTHER_ORDER = "two passes before backward", "layers in another order"
 ODD, MOVED, OFFLOADED = "weights with padding", "shards that were moved", "weights on the host"
-STAYING: dict[str, int] = {
-    "two layers stay": 2,
-    "all layers stay": LAYERS,
-    "all layers stay, in two passes": LAYERS,
-    "two layers stay, recomputed": 2,
-    "two layers stay, with adapters": 2,
+READ = "all layers stay, and weights are read in a step"
+STAYING: dict[str, tuple[int, dict[str, Any]]] = {
+    "two layers stay": (2, {}),
+    "all layers stay": (LAYERS, {}),
+    "all layers stay, with room for more": (LAYERS + 2, {}),
+    "all layers stay, in two passes": (LAYERS, {}),
+    "two layers stay, recomputed": (2, {"activation_checkpointing": "full"}),
+    "two layers stay, with adapters": (2, {"use_lora": True}),
+    READ: (LAYERS, {}),
 }
 MICRO_BATCHES = 3
 """Of the ways in which layers stay."""
@@ -61,12 +64,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     ODD: {},
     MOVED: {"use_lora": True},
     OFFLOADED: {"use_lora": True},
-    "two layers stay": {},
-    "all layers stay": {},
-    "all layers stay, in two passes": {},
-    "two layers stay, recomputed": {"activation_checkpointing": "full"},
-    "two layers stay, with adapters": {"use_lora": True},
-}
+} | {name: options for name, (_, options) in STAYING.items()}
 """Right, though layers do not run as they are expected to, or their shards do not lie as they are expected to."""
 
 
@@ -145,9 +143,9 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
             of_deepspeed["zero_optimization"]["offload_param"] = {"device": "cpu"}
     model = make_trainable(LlamaForCausalLM(config), options, None, of_deepspeed, processes)
     if stage == 3 and name in STAYING:
-        layer, outside = _layer_and_outside(model)
+        layer, outside = layer_and_outside(model)
         of_deepspeed["zero_optimization"]["stage3_max_live_parameters"] = (
-            least_live(layer, outside) + STAYING[name] * layer
+            least_live(layer, outside) + STAYING[name][0] * layer
         )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = Engine(model, optimizer, of_deepspeed, processes)
@@ -158,6 +156,8 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
         if "two passes" in name:
             with torch.no_grad():
                 module(input_ids=batch.ids)
+        if name == READ:
+            assert all(weight.read().isfinite().all() for weight in engine.weights().values())
         logits = module(input_ids=batch.ids).logits
         alive = watch.alive()
         if "two passes" in name:
@@ -183,9 +183,13 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
         losses.append(engine.step(batches, loss_sum).loss.item())
     kept = sum(each.ds_numel for each in model.parameters() if getattr(each, "ds_persist", False))
     after_step = sum(each.numel() for each in model.parameters()) if stage == 3 else 0
-    engine.close()
     found = {"gathers": list(watch.gathers), "collectives": watch.collectives, "alive": alive, "kept": kept}
-    return {"losses": losses, "after a step": after_step} | found
+    with torch.no_grad():
+        engine.evaluating()(input_ids=batches[0].ids)
+    in_layers = [each for layer, each in model.named_parameters() if ".layers." in layer] if stage == 3 else []
+    after_evaluation = sum(each.numel() for each in in_layers)
+    engine.close()
+    return {"losses": losses, "after a step": after_step, "after evaluation": after_evaluation} | found
 
 
 def main() -> None:

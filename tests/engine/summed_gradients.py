@@ -37,6 +37,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "bf16, one micro batch": {"precision": "bf16", "micro_batches": 1},
     "fp16, a step that is skipped": {"precision": "fp16", "bad_step": 1},
+    "fp16, gradients that are views of others": {"precision": "fp16", "kind": "views"},
+    "fp16, gradients whose sum is too large": {
+        **{"precision": "fp16", "scale_power": 14, "factor": 1.4, "micro_batches": 1, "frozen": ("first", "last")}
+    },
     "with padding": {"width": 7},
     "small weights kept by all ranks": {"kept": 10},
     "all weights kept by all ranks": {"kept": 1000},
@@ -81,14 +85,17 @@ class Batch:
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, views: bool = False) -> None:
         super().__init__()
+        self.added = torch.nn.Parameter(torch.randn(3, width) / 3) if views else None
         self.w = torch.nn.Parameter(torch.randn(width, width) / 3)
         self.b = torch.nn.Parameter(torch.randn(width) / 3)
         self.v = torch.nn.Parameter(torch.randn(width, width) / 3)
         self.expert = torch.nn.Parameter(torch.randn(width) / 3)
 
     def forward(self, x: torch.Tensor, use_expert: bool, early: torch.Tensor | None = None) -> torch.Tensor:
+        if self.added is not None:  # its gradient is a view of that of x
+            x = (x.unsqueeze(0) + self.added.unsqueeze(0)).squeeze(0)
         y = torch.tanh(torch.nn.functional.linear(x, self.w, self.b))
         x = x + torch.nn.functional.linear(y, self.v)
         expert = self.expert if early is None else early
@@ -100,7 +107,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.kind, self.width = kind, width
         self.first = torch.nn.Linear(width, width)
-        self.layers = torch.nn.ModuleList([Layer(width) for _ in range(LAYERS)])
+        self.layers = torch.nn.ModuleList([Layer(width, kind == "views") for _ in range(LAYERS)])
         self.last = torch.nn.Linear(width, 1)
         if "shared" in kind:
             self.layers[2].v = self.layers[1].v
@@ -137,7 +144,7 @@ def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def batches_of(step: int, way: dict[str, Any], rank: int) -> list[Batch]:
-    factor = math.inf if way.get("bad_step") == step and rank == 1 else 1.0
+    factor = math.inf if way.get("bad_step") == step and rank == 1 else way.get("factor", 1.0)
     return [Batch(step, number, rank, factor) for number in range(way.get("micro_batches", MICRO_BATCHES))]
 
 
@@ -163,7 +170,7 @@ def train(way: dict[str, Any], processes: Processes) -> tuple[list[dict[str, tor
     if way.get("offload"):
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if options.precision == "fp16":
-        config["fp16"]["initial_scale_power"] = 4
+        config["fp16"]["initial_scale_power"] = way.get("scale_power", 4)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     engine = Engine(model, torch.optim.SGD(trained.values(), lr=RATE), config, processes)
     gradients: list[dict[str, torch.Tensor]] = []

@@ -108,7 +108,8 @@ def test_layers_decide_what_zero_3_gathers_and_reduces_at_once(tmp_path: Any) ->
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"stage3_max_live_parameters": 0, "reduce_bucket_size": 1e6}}')
     parts, _ = parts_of(sizes, 4, precision="bf16", zero_stage=3, deepspeed_config=str(file))
-    assert parts.buffers == 2_000_000 + 2 * 200_000_000 // 4, "what arrives of a layer's gradients"
+    least = 600_000_000 + 3 * 200_000_000
+    assert parts.buffers == 2_000_000 + 2 * (least + 200_000_000 // 4), "and what arrives of a layer's gradients"
     alone, _ = parts_of(sizes, 1, precision="bf16", zero_stage=3, deepspeed_config=str(file))
     assert alone.buffers == 2_000_000 + 2 * 200_000_000
     file.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1e6}}')

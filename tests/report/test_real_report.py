@@ -175,6 +175,14 @@ def test_the_memory_of_a_run_on_gpus_is_estimated_by_part(runs: tuple[Trained, T
     found = gathered(Trained(run, ""), "--samples", "0", "--answers", "0")
     assert found.memory["weights"] * 2**30 == pytest.approx(4 * provenance["parameters"], rel=0.01)
     assert {"optimizer states", "gradients"} <= {*found.memory}
+    config, deepspeed = (run / "config.yaml").read_text(), json.loads((run / "deepspeed.json").read_text())
+    assert "zero_stage: null" in config
+    (run / "config.yaml").write_text(config.replace("zero_stage: null", "zero_stage: 3"))
+    least = gathered(Trained(run, ""), "--samples", "0", "--answers", "0").memory["buffers"]
+    deepspeed["zero_optimization"]["stage3_max_live_parameters"] = 10**9
+    (run / "deepspeed.json").write_text(json.dumps(deepspeed))
+    with_all = gathered(Trained(run, ""), "--samples", "0", "--answers", "0").memory["buffers"]
+    assert with_all > least > 0, "layers that stayed"
     assert gathered(runs[0], "--samples", "0", "--answers", "0").memory == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +75,10 @@ LAYERS, LAYER, OUTSIDE = 8, 4 * 512**2 + 3 * 512 * 1024 + 2 * 512, 2 * 1024 * 51
 """Of the model above."""
 
 
-@pytest.mark.parametrize(("room", "expected"), [(0, 0), (1, 1), (3, 3), (LAYERS, LAYERS), (LAYERS + 3, LAYERS)])
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [(-1, 0), (0, 0), (1, 1), (4, 4), (LAYERS - 3, LAYERS), (LAYERS, LAYERS), (2 * LAYERS, LAYERS)],
+)
 def test_zero_3_keeps_layers_gathered_in_the_room_that_is_left(estimates: Estimates, room: int, expected: int) -> None:
     flags = "--zero_stage 3 --activation_checkpointing none"
     card = just_fits(needed(estimates, flags, 2) + room * 2 * LAYER)
@@ -83,7 +87,7 @@ def test_zero_3_keeps_layers_gathered_in_the_room_that_is_left(estimates: Estima
     assert layers_that_stay(model, resolved(flags).core, 2, card) == expected
     assert live_parameters(model, expected) == OUTSIDE + (3 + expected) * LAYER
     with_them = estimates.of(resolved(flags), 2, expected)
-    assert with_them is not None and with_them.fits(card)
+    assert with_them is not None and with_them.fits(card) == (room >= 0)
     live = min(OUTSIDE + (3 + expected) * LAYER, OUTSIDE + LAYERS * LAYER)
     assert with_them.parts.total == needed(estimates, flags, 2) + 2 * (live - OUTSIDE - 3 * LAYER)
 
@@ -187,6 +191,11 @@ def test_a_run_out_of_memory_is_told_what_it_holds(estimates: Estimates) -> None
     least = {"activation_checkpointing": "full", "per_gpu_train_batch_size": 1}
     text = explanation(estimates, base.with_values(least, "test"), 2, Card("H100", 80 * 2**30))
     assert "The cheapest single change" in text and "`zero_stage: 2`" not in text
+    # Layers that stayed are given up first: that changes no numbers.
+    sharded = resolved("--zero_stage 3 --activation_checkpointing none")
+    text = explanation(estimates, sharded, 2, Card("H100", 80 * 2**30), staying=4)
+    assert re.search(r"0\.0 of them are 4 layers that stay gathered.*max_live_parameters\": 0.*same numbers\.$", text)
+    assert "The cheapest single change" not in text
 
 
 def test_cards_have_names_and_sizes() -> None:
