@@ -185,7 +185,8 @@ def explanation(estimates: Estimates, resolved: Resolved, world_size: int, card:
     parts = found.parts
     if staying:
         remedy = (
-            f"{gib(parts.total - least.parts.total)} of them are {number_of(staying, 'layer')} that stay gathered for a"
+            f"{gib(parts.total - least.parts.total)} of them are"
+            f" {number_of(staying, 'layer that stays', 'layers that stay')} gathered for a"
             ' step: `{"zero_optimization": {"stage3_max_live_parameters": 0}}` in the file that `deepspeed_config`'
             " names does without, with the same numbers."
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.files.terminal import number_of
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.contexts import IGNORED_LABEL
@@ -404,7 +405,7 @@ def _check_adapters(report: Report, folder: Path, common: dict[str, Any], whole:
     report.judge(
         "adapters",
         same and bool(second) and not still and not strangers,
-        f"adapters on {len(second)} layers, of which {len(still)} did not move; first loss against the base:"
+        f"adapters on {number_of(len(second), 'layer')}, of which {len(still)} did not move; first loss against the base:"
         f" {difference}" + (f"; also trained: {', '.join(strangers)}" if strangers else ""),
         advice,
     )
