@@ -195,7 +195,8 @@ def _adapters(prepared: Preparation, adapted: PeftModel | None) -> Iterator[str]
         is_on_all = not options.lora_target_modules or ALL_LINEAR in options.lora_target_modules
         if adapted is not None and is_on_all and (bare := left_bare(adapted, ALL_LINEAR)):
             ends = sorted({".".join(name.split(".")[-2:]) for name in bare})
-            yield f"not on {number_of(len(bare), 'linear layer')}, which peft cannot adapt beside experts: {', '.join(ends)}"
+            left = number_of(len(bare), "linear layer")
+            yield f"not on {left}, which peft cannot adapt beside experts: {', '.join(ends)}"
         rows = cast("dict[str, list[int]]", config.trainable_token_indices or {})
         if rows:
             yield f"and the {number_of(len(next(iter(rows.values()))), 'row')} of new tokens in {' and '.join(rows)}"

@@ -405,7 +405,7 @@ def _check_adapters(report: Report, folder: Path, common: dict[str, Any], whole:
     report.judge(
         "adapters",
         same and bool(second) and not still and not strangers,
-        f"adapters on {number_of(len(second), 'layer')}, of which {len(still)} did not move; first loss against the base:"
-        f" {difference}" + (f"; also trained: {', '.join(strangers)}" if strangers else ""),
+        f"adapters on {number_of(len(second), 'layer')}, of which {len(still)} did not move; first loss against the"
+        f" base: {difference}" + (f"; also trained: {', '.join(strangers)}" if strangers else ""),
         advice,
     )
