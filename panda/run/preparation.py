@@ -219,14 +219,17 @@ class Preparation:
     @property
     def staying(self) -> int:
         """How many layers ZeRO-3 keeps gathered through a step on this GPU; 0 on a CPU."""
+        if self.options.zero != 3:  # so that not every rank of every run makes an outline for that
+            return 0
         model, card = self._memory_on_card()
         return layers_that_stay(model, self.options, self.world_size, card) if model and card else 0
 
     @property
     def live_parameters(self) -> int:
         """The `stage3_max_live_parameters` for that; 0 where no layer stays."""
-        model, _ = self._memory_on_card()
-        return live_parameters(model, self.staying) if model and self.staying else 0
+        staying = self.staying
+        model, _ = self._memory_on_card() if staying else (None, None)
+        return live_parameters(model, staying) if model else 0
 
     def _memory_on_card(self) -> tuple[ModelMemory | None, Card | None]:
         return (self.estimates.model(self.resolved), self.card) if self.card else (None, None)
