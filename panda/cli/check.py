@@ -84,9 +84,8 @@ def _patterns(prepared: Preparation) -> Iterator[tuple[str, str]]:
     from panda.hooks.freeze import FreezeOptions
     from panda.hooks.freeze import stretches
     from panda.optim.param_groups import refuse_unmatched
-    from panda.run.outlook import adapted_outline
 
-    model = adapted_outline(prepared) or prepared.outline
+    model = prepared.adapted or prepared.outline
     if model is None:  # it can only be built with its weights
         return
     parts = prepared.parts_of(prepared.outline) if prepared.outline is not None else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -22,7 +21,6 @@ from panda.files.terminal import number_of
 from panda.models.adapters.experts import ends_of_experts
 from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import written_names
-from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.lora import left_bare
 from panda.models.adapters.targets import ALL_LINEAR
 from panda.models.forward.router_loss import has_router_loss
@@ -57,7 +55,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
 
     ``layout``: the rows that it trains on. Raises UserError if the model has no layers for the adapters.
     """
-    adapted = adapted_outline(prepared)
+    adapted = prepared.adapted
     parts = {
         "model": [
             *(_model(prepared, adapted), *_parts(prepared)),
@@ -112,20 +110,12 @@ def _refuse_without_room(prepared: Preparation, layout: Layout, directory: Path)
         return
     parts = prepared.parts_of(outline).values()
     parameters = sum(each.numel() for model in (outline, *parts) for each in model.parameters())
-    trained = [each for model in (adapted_outline(prepared) or outline, *parts) for each in model.parameters()]
+    trained = [each for model in (prepared.adapted or outline, *parts) for each in model.parameters()]
     count = sum(each.numel() for each in trained if each.requires_grad)
     check_disk(directory, disk_needs(prepared.resolved, parameters, count, layout.plan, prepared.task.tokenizer))
 
 
 # -- the model ----------------------------------------------------------------------------------
-
-
-def adapted_outline(prepared: Preparation) -> PeftModel | None:
-    """A copy of the model without weights, with the run's adapters; None for a run that has none, or no such model."""
-    if prepared.outline is None or not prepared.options.use_lora:
-        return None
-    with torch.device("meta"):
-        return add_adapters(deepcopy(prepared.outline), prepared.options)
 
 
 def _model(prepared: Preparation, adapted: PeftModel | None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from functools import partial
+from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from panda.data.token_dataset import SampleSet
 from panda.engine.memory_parts import gib
 from panda.engine.processes import own_device
 from panda.files.compilers import what_compiling_lacks
+from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import refuse_quantising
 from panda.models.forward.trial import refuse_encoder
 from panda.models.forward.varlen_attention import why_masked
@@ -69,6 +72,9 @@ from panda.weights.parts import divided
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 from panda.weights.stored_tensor import Weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 DECIDED = ("activation_checkpointing", "compile")
 """Keys whose value `auto` a run decides, in this order: it is compiled or not by how it keeps activations."""
@@ -171,6 +177,14 @@ class Preparation:
             )
         refuse_another_base(self.pretrained)
         return fitted(outline, self.pretrained, tuple(self.parts_of(outline)))
+
+    @cached_property
+    def adapted(self) -> PeftModel | None:
+        """A copy of the model without weights, with the run's adapters; None for a run without, or no such model."""
+        if self.outline is None or not self.options.use_lora:
+            return None
+        with torch.device("meta"):
+            return add_adapters(deepcopy(self.outline), self.options)
 
     def parts_of(self, base: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The parts that the task gives ``base``, the model: on the CPU, with the weights that the checkpoint has of
