@@ -70,6 +70,10 @@ def test_layers_that_stay_are_gathered_once_a_step(found: Any, way: str) -> None
     assert found[way][1]["after a step"] == found[way][1]["after evaluation"] == 0, "none stays longer"
 
 
+def test_numbers_do_not_depend_on_how_many_layers_stay(found: Any) -> None:
+    assert found["two layers stay"][1]["losses"] == found["all layers stay"][1]["losses"]
+
+
 def test_what_all_ranks_keep_is_gathered_at_once_after_a_step(found: Any) -> None:
     """Adapters change in each step; values that were not gathered would give other losses."""
     kept = found["adapters, kept by all ranks"][1]
