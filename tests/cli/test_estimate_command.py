@@ -41,6 +41,12 @@ def test_parts_are_named_beside_the_card(capsys: pytest.CaptureFixture[str]) -> 
     assert sum(parts) == pytest.approx(float(table["in all"]), abs=0.5)
 
 
+def test_layers_that_stay_are_counted_for_each_card(capsys: pytest.CaptureFixture[str]) -> None:
+    stays = "Layers that stay gathered through a step, in the room that is left: 8 on A100."
+    for stage, gpus, is_said in ((3, 2, True), (3, 1, False), (2, 2, False)):
+        assert (stays in said(capsys, f"--card a100 --zero_stage {stage} --gpus {gpus}")) is is_said
+
+
 @pytest.mark.parametrize(
     ("flags", "cell", "sentence"),
     [

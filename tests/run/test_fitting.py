@@ -15,6 +15,7 @@ import yaml
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
+from panda.engine.deepspeed_config import layers_staying
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
@@ -105,6 +106,13 @@ def test_no_layer_stays_where_it_is_not_gathered_or_a_file_says_what_does(estima
     assert stay("--zero_stage 3", 1) == stay("--zero_stage 2", 2) == 0
     assert stay("--zero_stage 3", 2, '"stage3_max_live_parameters": 7') == 0
     assert stay("--zero_stage 3", 2, '"offload_param": {"device": "cpu"}') == 0
+    assert stay("--zero_stage 3", 2, '"offload_param": {"device": "none"}') == LAYERS
+
+
+def test_a_model_may_have_a_little_more_than_was_estimated() -> None:
+    """As parts that a task adds; otherwise a layer less would stay than the run says."""
+    for live, stay in ((5 * LAYER, 2), (5 * LAYER - LAYER // 50, 2), (5 * LAYER - LAYER // 10, 1), (0, 0)):
+        assert layers_staying(OUTSIDE + live, LAYER, OUTSIDE) == stay
 
 
 def with_values(**values: Any) -> Resolved:
