@@ -48,6 +48,11 @@ def check_launcher() -> None:
         raise UserError(f"{said} in the environment: ranks count from 0 to one less than WORLD_SIZE. {then}")
 
 
+def processes_here() -> int:
+    """How many processes of the run were started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
+
+
 def tell_launcher(text: str) -> None:
     """Let torchrun, which ends the other ranks and lists how all ended, name this one as the cause."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

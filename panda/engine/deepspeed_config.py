@@ -24,6 +24,8 @@ CPU_BUCKET_ELEMENTS = 1_000_000
 
 LARGEST_LAYER = 1_000_000_000
 """Weights of the largest layer that ZeRO-3 gathers whole. A larger one, as of many experts, is gathered by modules."""
+NEAR = 3
+"""Layers that ZeRO-3 has gathered at a time: one computes, the next is fetched, and one counts until it is released."""
 SMALLEST_BUCKET = 1 << 24
 """Elements of gradients that are reduced in one message, where there are so many."""
 
@@ -91,22 +93,20 @@ def zero_3_sizes(elements: int, trained: int, layer: int, outside: int) -> dict[
         return {}
     return {
         "stage3_prefetch_bucket_size": layer,
-        "stage3_max_live_parameters": least_live(layer, outside),
+        "stage3_max_live_parameters": live_parameters(layer, outside),
         "stage3_max_reuse_distance": outside + layer,
         # The trained weights of a layer: adapters are few.
         "reduce_bucket_size": min(trained, max(layer * trained // elements, SMALLEST_BUCKET)),
     }
 
 
-def least_live(layer: int, outside: int) -> int:
-    """The weights that ZeRO-3 has gathered at a time at least, in elements.
+def live_parameters(layer: int, outside: int, staying: int = 0) -> int:
+    """The `stage3_max_live_parameters` with which ``staying`` layers stay gathered through a step.
 
-    The head stays for the whole forward pass, hence ``outside``, the weights outside of layers. One layer computes, the
-    next one is fetched, and a third is counted until it has been released. To DeepSpeed a
-    `stage3_max_live_parameters` of that size only says when to fetch no further ahead; in panda, with a larger one,
-    layers stay gathered through a step.
+    The head stays for the whole forward pass, hence ``outside``, the weights outside of layers, and ``NEAR`` layers are
+    there in any case. To DeepSpeed the size only says when to fetch no further ahead.
     """
-    return outside + 3 * layer
+    return outside + (NEAR + staying) * layer
 
 
 def layers_staying(live: int, layer: int, outside: int) -> int:
@@ -114,7 +114,7 @@ def layers_staying(live: int, layer: int, outside: int) -> int:
 
     A twentieth of a layer may be missing: an estimate does not know all of a model, such as parts that a task adds.
     """
-    return max(0, int((live - least_live(layer, outside)) / layer + 0.05)) if layer else 0
+    return max(0, int((live - live_parameters(layer, outside)) / layer + 0.05)) if layer else 0
 
 
 OWNERS = {

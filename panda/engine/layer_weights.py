@@ -56,7 +56,7 @@ class LayerWeights:
         optimizer: Any,
         device: torch.device,
         begin: Callable[[torch.nn.Module], None],
-        staying: int = 0,
+        staying: int,
     ) -> None:
         self.begin = begin
         self.layers = [_Layer(module, device) for module in layers]
@@ -188,13 +188,13 @@ class LayerWeights:
         with torch.no_grad(), queued_on(self.stream, self.computed):
             weights.gather()
             if self.stream is not None:
-                weights.come.record()
+                weights.arrived.record()
 
     def _arrive(self, weights: _Weights) -> None:
         """Give the weights that are on their way to their parameters, and let the current stream wait for them."""
         if weights.coming:
             if self.stream is not None:
-                weights.come.wait()
+                weights.arrived.wait()
             weights.take()
 
     def _stay_near(self) -> None:
@@ -265,7 +265,7 @@ class _Weights:
         self.nothing = [torch.empty(0, dtype=each.ds_tensor.dtype, device=device) for each in self.parameters]
         self.coming: list[torch.Tensor] = []
         """The weights that are on their way."""
-        self.come: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.arrived: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         """Happens when they have come."""
 
     def gather(self) -> None:

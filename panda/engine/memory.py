@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from panda.configuration.launcher import processes_here
 from panda.configuration.options import RunOptions
 from panda.engine.memory_parts import MemoryParts
 from panda.engine.memory_parts import gib
@@ -38,7 +39,7 @@ def refuse_without_room(
     cannot work, and one that is not may still run out of memory. What to change is said: on a GPU by ``advice()``, and
     on a CPU with `use_quant` only where the model is ``quantisable``.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
+    ranks_here = processes_here()
     if device.type == "cpu":
         bits = options.quant_bits if options.use_quant else 32 if options.precision == "fp32" else 16
         instead = "Take a smaller arch" + ("" if options.use_quant else ", `use_quant` for 4 bits" * quantisable)

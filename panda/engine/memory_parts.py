@@ -14,7 +14,7 @@ from typing import Any
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import LARGEST_LAYER
 from panda.engine.deepspeed_config import SMALLEST_BUCKET
-from panda.engine.deepspeed_config import least_live
+from panda.engine.deepspeed_config import live_parameters
 from panda.engine.deepspeed_config import sums_in_fp32
 from panda.engine.deepspeed_config import zero_3_sizes
 
@@ -225,7 +225,7 @@ def _stage_3(
     share = -(-sizes.trained // ranks)
     live = _elements(zero, "stage3_max_live_parameters")
     if 0 < sizes.layer <= LARGEST_LAYER:  # gathered whole, whatever the limit is
-        live = max(live, least_live(sizes.layer, sizes.outside))
+        live = max(live, live_parameters(sizes.layer, sizes.outside))
     live = min(sizes.elements, live) if ranks > 1 else 0
     bucket, reduced = _elements(zero, "reduce_bucket_size"), 0
     if 0 < sizes.layer <= LARGEST_LAYER and not is_offloaded(zero, "offload_optimizer"):

@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
 from panda.configuration.launcher import AnotherRankError
+from panda.configuration.launcher import processes_here
 from panda.engine.meeting import own_part
 from panda.engine.meeting import reach
 from panda.engine.meeting import spoken
@@ -214,7 +215,7 @@ def own_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    here = max(place + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+    here = max(place + 1, processes_here())
     if here > gpus:
         raise UserError(
             f"{here} processes were started on this machine, each for a GPU of its own, and"

@@ -18,8 +18,9 @@ import torch
 
 from panda.configuration.options import RunOptions
 from panda.engine.deepspeed_config import LARGEST_LAYER
+from panda.engine.deepspeed_config import NEAR
 from panda.engine.deepspeed_config import deepspeed_config
-from panda.engine.deepspeed_config import least_live
+from panda.engine.deepspeed_config import live_parameters
 from panda.engine.memory_parts import GIB
 from panda.engine.memory_parts import MemoryParts
 from panda.engine.memory_parts import Sizes
@@ -178,7 +179,8 @@ def estimate(model: ModelMemory, options: RunOptions, world_size: int, staying: 
     """
     config = deepspeed_config(options, world_size=world_size, on_gpu=True)
     if staying:
-        config["zero_optimization"]["stage3_max_live_parameters"] = live_parameters(model, staying)
+        live = live_parameters(model.sizes.layer, model.sizes.outside, staying)
+        config["zero_optimization"]["stage3_max_live_parameters"] = live
     standing = held(
         model.sizes, options, config, world_size=world_size, state_bytes=model.state_bytes, copies=model.copies
     )
@@ -202,11 +204,6 @@ def estimate(model: ModelMemory, options: RunOptions, world_size: int, staying: 
     return Estimate(replace(peak, context=context), moment, found.approximate)
 
 
-def live_parameters(model: ModelMemory, staying: int) -> int:
-    """DeepSpeed's `stage3_max_live_parameters` with which ``staying`` layers stay gathered through a step."""
-    return least_live(model.sizes.layer, model.sizes.outside) + staying * model.sizes.layer
-
-
 def layers_that_stay(model: ModelMemory, options: RunOptions, world_size: int, card: Card) -> int:
     """How many layers ZeRO-3 keeps gathered through a step: those for which ``card`` has room beside all else.
 
@@ -218,10 +215,11 @@ def layers_that_stay(model: ModelMemory, options: RunOptions, world_size: int, c
     if options.zero != 3 or alone or is_decided or not 0 < sizes.layer <= LARGEST_LAYER:
         return 0
     room = card.memory * (1 - MARGIN) - estimate(model, options, world_size).parts.total
+    if room <= 0:
+        return 0
     element = 4 if options.precision == "fp32" else 2
-    fitting = max(0, int(room / (element * sizes.layer)))
-    # The last three take nothing, since no layer is then on its way.
-    return fitting if fitting < model.layers - 3 else model.layers if room > 0 else 0
+    fitting = int(room / (element * sizes.layer))
+    return fitting if fitting < model.layers - NEAR else model.layers  # the last ones take nothing: none is on its way
 
 
 # -- the outline --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from panda.configuration.options import RunOptions
 from panda.data.held_out import note_shared_samples
 from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
+from panda.engine.deepspeed_config import live_parameters
 from panda.engine.memory_parts import gib
 from panda.engine.processes import own_device
 from panda.files.compilers import what_compiling_lacks
@@ -43,7 +44,6 @@ from panda.run.decided import with_decided
 from panda.run.decided import with_template_date
 from panda.run.estimate import ModelMemory
 from panda.run.estimate import layers_that_stay
-from panda.run.estimate import live_parameters
 from panda.run.evaluation_entries import Entries
 from panda.run.evaluation_entries import entries_of
 from panda.run.evaluation_entries import refuse_unknown
@@ -243,7 +243,7 @@ class Preparation:
         """The `stage3_max_live_parameters` for that; 0 where no layer stays."""
         staying = self.staying
         model, _ = self._memory_on_card() if staying else (None, None)
-        return live_parameters(model, staying) if model else 0
+        return live_parameters(model.sizes.layer, model.sizes.outside, staying) if model else 0
 
     def _memory_on_card(self) -> tuple[ModelMemory | None, Card | None]:
         return (self.estimates.model(self.resolved), self.card) if self.card else (None, None)

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 from panda.configuration.options import RunOptions
 from panda.engine import layer_weights
 from panda.engine.deepspeed_config import deepspeed_config
-from panda.engine.deepspeed_config import least_live
+from panda.engine.deepspeed_config import live_parameters
 from panda.engine.engine import Engine
 from panda.engine.gathering import layer_and_outside
 from panda.engine.layer_weights import _Layer
@@ -144,8 +144,8 @@ def train(name: str, stage: int, processes: Processes, watch: Watch) -> dict[str
     model = make_trainable(LlamaForCausalLM(config), options, None, of_deepspeed, processes)
     if stage == 3 and name in STAYING:
         layer, outside = layer_and_outside(model)
-        of_deepspeed["zero_optimization"]["stage3_max_live_parameters"] = (
-            least_live(layer, outside) + STAYING[name][0] * layer
+        of_deepspeed["zero_optimization"]["stage3_max_live_parameters"] = live_parameters(
+            layer, outside, STAYING[name][0]
         )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine = Engine(model, optimizer, of_deepspeed, processes)

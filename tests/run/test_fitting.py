@@ -16,6 +16,7 @@ import yaml
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.engine.deepspeed_config import layers_staying
+from panda.engine.deepspeed_config import live_parameters
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
@@ -25,7 +26,6 @@ from panda.run.cards import named_card
 from panda.run.cards import peak_of
 from panda.run.estimate import MARGIN
 from panda.run.estimate import layers_that_stay
-from panda.run.estimate import live_parameters
 from panda.run.fitting import Estimates
 from panda.run.fitting import advice
 from panda.run.fitting import changes
@@ -86,7 +86,7 @@ def test_zero_3_keeps_layers_gathered_in_the_room_that_is_left(estimates: Estima
     model = estimates.model(resolved(flags))
     assert model is not None and (model.layers, model.sizes.layer, model.sizes.outside) == (LAYERS, LAYER, OUTSIDE)
     assert layers_that_stay(model, resolved(flags).core, 2, card) == expected
-    assert live_parameters(model, expected) == OUTSIDE + (3 + expected) * LAYER
+    assert live_parameters(LAYER, OUTSIDE, expected) == OUTSIDE + (3 + expected) * LAYER
     with_them = estimates.of(resolved(flags), 2, expected)
     assert with_them is not None and with_them.fits(card) == (room >= 0)
     live = min(OUTSIDE + (3 + expected) * LAYER, OUTSIDE + LAYERS * LAYER)
