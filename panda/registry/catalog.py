@@ -14,6 +14,7 @@ from panda.registry.components import Component
 from panda.registry.components import importing
 from panda.registry.components import recorded
 from panda.registry.components import recorded_names
+from panda.registry.errors import EndedBySignal
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
 from panda.registry.hooks import has_hooks
@@ -251,7 +252,7 @@ class Catalog:
                 note_executed(offer)
                 self._in_use.add(Path(offer.file))
             return module
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, EndedBySignal):
             raise
         except BaseException as problem:  # one that ends Python, too
             examined = "" if is_of_user else f"`panda doctor {offer.distribution}` examines the package."

@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Any
 
 from panda.registry.components import Component
+from panda.registry.errors import EndedBySignal
 from panda.registry.errors import UserError
 from panda.registry.hooks import has_hooks
 from panda.registry.offers import Offer
@@ -45,9 +46,9 @@ class Chosen:
         try:
             with self.attributed("the factory"):
                 built = self.component.factory(self.options, context)
+        except EndedBySignal:
+            raise
         except SystemExit as ended:
-            if isinstance(ended.code, int) and ended.code >= 128:  # of a signal, which may come at any moment
-                raise
             raise UserError(
                 f"{self.component.describe()} ended the process (SystemExit: {ended}), and returned nothing."
                 f" This is a fault of {self.offer.describe()}."

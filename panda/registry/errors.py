@@ -1,4 +1,4 @@
-"""The one exception that a user sees without a traceback."""
+"""The one exception that a user sees without a traceback, and the one that is nobody's fault."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class UserError(Exception):
     """Whether the text has the line that continues the run: continued as it is, it would end in the same way."""
     is_said = False
     """Whether another process of the run prints the same error."""
+
+
+class EndedBySignal(SystemExit):
+    """A signal ends the process: raised where that comes, in any code, which therefore is not at fault."""
 
 
 def in_brief(problem: BaseException, most: int = 300) -> str:

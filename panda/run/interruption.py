@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from contextlib import suppress
 from pathlib import Path
 
+from panda.registry.errors import EndedBySignal
+
 SAVED = 75
 """The exit code of a run that was interrupted and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
 
@@ -151,7 +153,7 @@ class Ending(Interruption):
         self._is_raised = True
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        raise EndedBySignal(128 + number)
 
     def _look(self) -> None:
         if self.signal is None or self._is_raised:

@@ -95,7 +95,7 @@ def test_the_optimizer_steps_by_fp32_sums(processes: Processes, monkeypatch: pyt
     monkeypatch.setattr(sys.modules[__name__], "CLIP", 0.0)
     trained(processes)
     torch.manual_seed(0)
-    plain = Chosen().bfloat16()
+    plain = Chosen().bfloat16().to(STEPS[0][0].inputs.device)  # where that run has taken it
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in plain.parameters()]
     for batch in STEPS[0]:
         plain.zero_grad()

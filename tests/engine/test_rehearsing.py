@@ -48,7 +48,7 @@ def found(
     """By way, what is not as without a rehearsal on each rank."""
     script, folder = Path(__file__).with_name("rehearsed_steps.py"), tmp_path_factory.mktemp("rehearsed")
     printed = run_script(script, json.dumps(WAYS), ranks=request.param, cwd=folder)
-    lines = (json.loads(line) for line in printed.splitlines() if line.startswith("["))
+    lines = (json.loads(line) for line in printed.splitlines() if line.startswith('["'))
     return {tuple(way): problems for *way, problems in lines if isinstance(problems, list)}
 
 

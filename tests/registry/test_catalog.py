@@ -11,6 +11,7 @@ from distributions import forget_installed
 from panda.registry import Catalog
 from panda.registry import UserError
 from panda.registry.declarations import declarations
+from panda.registry.errors import EndedBySignal
 
 MODEL = """
 @register_model("{name}")
@@ -219,6 +220,16 @@ def test_a_plugin_that_fails_at_import_is_explained_with_file_and_line(distribut
     with open(file) as source:
         lines = len(source.read().splitlines())
     assert f"\n  at {file}:{lines}\n" in message
+
+
+@pytest.mark.parametrize("raised", [EndedBySignal, KeyboardInterrupt])
+def test_a_signal_that_comes_during_an_import_is_no_fault_of_the_module(
+    distributions: Distributions, raised: type[BaseException]
+) -> None:
+    source = f"from {raised.__module__} import {raised.__name__}\nraise {raised.__name__}(143)"
+    distributions.install("acme", {"models": {"tiny": "acme.tiny"}}, {"acme.tiny": source})
+    with pytest.raises(raised, match="143"):
+        Catalog().load(Catalog().find("model", "tiny"))
 
 
 def test_a_module_that_is_not_there_is_not_blamed_on_a_line_of_python_itself(distributions: Distributions) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.manifest import read_manifest
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.processes import Processes
+from panda.registry.errors import EndedBySignal
 from panda.run import loop
 from panda.run.interruption import PASSED_ON
 from panda.run.interruption import SAVED
+from panda.run.interruption import Ending
 from panda.run.interruption import Interrupted
 from panda.run.interruption import Interruption
 from panda.run.loop import Loop
@@ -225,6 +228,13 @@ def test_before_the_steps_a_signal_ends_a_process_that_waits_in_c() -> None:
         command = [sys.executable, "-c", code.replace("{}", waiting)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (143, said)
+
+
+def test_before_the_steps_a_signal_is_told_from_code_that_ends_the_process() -> None:
+    with Ending(launched=False).listening(), pytest.raises(EndedBySignal) as ended:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert ended.value.code == 143
 
 
 def test_the_first_signal_ends_at_once_a_run_that_has_lost_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
