@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from panda.answers.generation import continuation
+from panda.answers.generation import lengths_vary
 from panda.answers.positions import held_positions
 from panda.answers.text import Pieces
 from panda.answers.text import decoded
@@ -163,14 +164,15 @@ class Assistant:
         # What `settings` lack is taken from here: all that is followed of the model's own is in `decoding`.
         self.model.generation_config = config()
         prompt = torch.tensor([ids], device=self.device)
-        output = self.model.generate(
-            prompt,
-            generation_config=settings,
-            attention_mask=torch.ones_like(prompt),
-            logits_processor=self.decoding.processors(ids, len(ids) + most, self.device),
-            stopping_criteria=self.decoding.criteria(self.tokenizer, timed=True),
-            streamer=_AnswerTokens(self.decoding.ends, on_token),
-        )
+        with lengths_vary():
+            output = self.model.generate(
+                prompt,
+                generation_config=settings,
+                attention_mask=torch.ones_like(prompt),
+                logits_processor=self.decoding.processors(ids, len(ids) + most, self.device),
+                stopping_criteria=self.decoding.criteria(self.tokenizer, timed=True),
+                streamer=_AnswerTokens(self.decoding.ends, on_token),
+            )
         answer: list[int] = output[0, len(ids) :].tolist()
         return answer[:-1] if answer and answer[-1] in self.decoding.ends else answer
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,21 @@ import torch
 Processors = Callable[[list[int], int, torch.device], Any]
 """From a prompt, and the most tokens of prompt and answer: what changes the scores of the next token, as transformers'
 logits processors do."""
+
+
+@contextmanager
+def lengths_vary() -> Iterator[None]:
+    """Goes around runs of a model each of which has rows of another length: attention without cuDNN's kernels.
+
+    cuDNN plans for each length anew, which takes 40 ms on an H100, and over a second for the first of its kind
+    (2026-11, torch 2.11). In training a plan is used again and again; here each token would wait for one.
+    """
+    before: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @torch.no_grad()
@@ -44,7 +60,8 @@ def greedy(
     changes = [processors(prompt, end, device) if processors else [] for prompt, end in zip(prompts, ends, strict=True)]
     running = {row for row, length in enumerate(lengths) if length < ends[row]}
     while running:
-        output = model(rows[:, : max(lengths)])
+        with lengths_vary():
+            output = model(rows[:, : max(lengths)])
         logits = getattr(output, "logits", output)
         for row in sorted(running):
             length = lengths[row]
@@ -80,7 +97,8 @@ def continuation(
     changes = processors(prompt, len(prompt) + max_new_tokens, device) if processors else []
     for _ in range(max_new_tokens):
         row = torch.tensor(ids, device=device)
-        output = model(row[None])
+        with lengths_vary():
+            output = model(row[None])
         logits = _changed(changes, row, getattr(output, "logits", output)[0, -1])
         token = int(logits.argmax()) if temperature == 0 else _drawn(logits / temperature, top_p)
         if token in end_tokens:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from panda.answers.generation import Processors
+from panda.answers.generation import lengths_vary
 from panda.answers.positions import held_positions
 from panda.registry import UserError
 
@@ -78,7 +79,8 @@ def sampled(
     chooser = _Chooser(torch.from_numpy(draws).to(device), manner, [len(each) for each in prompts], changes)
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
     made = _with_cache if _has_generate(base) else _step_by_step
-    rows = made(base, prompts, chooser, end_tokens, pad_token_id, all_done)
+    with lengths_vary():
+        rows = made(base, prompts, chooser, end_tokens, pad_token_id, all_done)
     log_probs = torch.stack(chooser.log_probs, 1).tolist() if chooser.log_probs else [[] for _ in prompts]
     found = []
     for prompt, row, scores in zip(prompts, rows, log_probs, strict=True):

@@ -21,6 +21,7 @@ from panda.files.activity import stand
 from panda.files.terminal import printable
 from panda.files.whole import write_whole
 from panda.models.adapters.lora import export_adapters
+from panda.models.forward.layers import without_compiling
 from panda.registry import UserError
 from panda.registry.resolve import Resolved
 from panda.run.assembly import load_tokenizer
@@ -67,17 +68,18 @@ def _answer(run: Run) -> None:
     stand("answering")
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
-        continued = greedy(
-            module,
-            encoded[start : start + rows],
-            max_new_tokens=ANSWER_TOKENS,
-            max_length=most,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            end_tokens=run.decoding.ends,
-            processors=run.decoding.processors,
-            criteria=criteria,
-            device=run.processes.device,
-        )
+        with without_compiling(run.options.compiled):
+            continued = greedy(
+                module,
+                encoded[start : start + rows],
+                max_new_tokens=ANSWER_TOKENS,
+                max_length=most,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                end_tokens=run.decoding.ends,
+                processors=run.decoding.processors,
+                criteria=criteria,
+                device=run.processes.device,
+            )
         run.answers += [
             {"prompt": prompt, "answer": decoded(tokenizer, ids)} for prompt, ids in zip(some, continued, strict=True)
         ]
