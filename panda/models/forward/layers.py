@@ -93,7 +93,8 @@ def _compiled(layer: torch.nn.Module, usual: tuple[int, int] | None, *, others: 
     """
     forward = layer.forward
     # These do not find each other's code, since `dynamic` is part of what torch looks code up by.
-    for_usual, for_any = (torch.compile(forward, dynamic=dynamic) for dynamic in (False, True))
+    for_usual = torch.compile(forward, dynamic=False)
+    for_any = torch.compile(forward, dynamic=True, options=_of_any_length())
 
     @functools.wraps(forward)
     def compiled(*arguments: Any, **keywords: Any) -> Any:
@@ -106,6 +107,16 @@ def _compiled(layer: torch.nn.Module, usual: tuple[int, int] | None, *, others: 
         return for_usual(*arguments, **keywords)
 
     return compiled
+
+
+def _of_any_length() -> dict[str, Any]:
+    """Options of torch's compiler for code of rows of any length."""
+    from torch._inductor import config
+
+    # Decides by the number of tokens: with it, code is either for more of them than a bound or for fewer, and the first
+    # short row waits seconds for its own (torch 2.11 and 2.13, 2026-11). Earlier versions may not have it.
+    name = "mix_order_reduction"
+    return {f"triton.{name}": False} if hasattr(config.triton, name) else {}
 
 
 def _compile_ahead(

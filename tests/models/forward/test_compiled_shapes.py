@@ -32,7 +32,7 @@ class Code:
     backwards: int = 0
     ran: list[str] = field(default_factory=list)
 
-    def backend(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    def backend(self, graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
         sizes = {str(size) for each in inputs for size in (each.shape if isinstance(each, torch.Tensor) else (each,))}
         kind = "full" if all(size.isdigit() for size in sizes) else "any"
         self.compiled[kind] += 1
@@ -121,6 +121,21 @@ def test_without_a_usual_shape_one_code_is_for_all(code: Code, shapes: dict[tupl
         for found, expected in zip(train(compiled, length, rows), train(plain, length, rows), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert code.compiled == {"any": 1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("width", [256, 2048])
+def test_on_a_gpu_too_short_rows_share_one_code(width: int) -> None:
+    """There torch's compiler chooses by the number of tokens, and would compile again for few."""
+    gpu, long = torch.device("cuda"), 2**23 // width
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    shape = {"hidden_size": width, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
+    compiled = LlamaForCausalLM(LlamaConfig(vocab_size=53, use_cache=False, **shape)).train().to(gpu, torch.bfloat16)
+    compile_layers(compiled, gpu, {(1, long): 4, (1, 40): 1})
+    for length in (long, 40, long // 2, 1032):
+        compiled(torch.arange(length, device=gpu)[None] % 53).logits.logsumexp(-1).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_evaluations_share_one_code(code: Code) -> None:
