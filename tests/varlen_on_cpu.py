@@ -1,6 +1,6 @@
-"""A kernel for a CPU under torch's varlen_attn, which has one for CUDA only: each sample by itself, in plain torch.
+"""A kernel for a CPU under torch's varlen_attn and in place of FlashAttention 4: each sample by itself, in plain torch.
 
-Everything above it is as on a GPU: varlen_attn and its checks, its autograd function, and what torch.compile sees.
+Everything above it is as on a GPU: varlen_attn and its checks, autograd functions, and what torch.compile sees.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from panda.models.forward import flash_attention_4
+
 
 @contextmanager
 def varlen_on_cpu() -> Iterator[list[int]]:
-    """In the meantime varlen_attn works on a CPU. Yields the number of samples of each call."""
+    """In the meantime both kernels work on a CPU. Yields the number of samples of each call."""
     calls: list[int] = []
 
     def forward(
@@ -48,6 +51,27 @@ def varlen_on_cpu() -> Iterator[list[int]]:
                 gradient[part] = shared.transpose(0, 1)
         return tuple(grads)
 
+    def forward_4(
+        query: Any, key: Any, value: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: float | None, causal: bool, window_size_left: int | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
+        assert causal and return_lse
+        window = {"window_size_left": -1 if window_size_left is None else window_size_left, "window_size_right": 0}
+        given = query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False
+        return *forward(*given, scale=softmax_scale, **window)[:2], None, None, None
+
+    def backward_4(
+        query: Any, key: Any, value: Any, out: Any, grad: Any, total: Any, *, softmax_scale: float | None,
+        causal: bool, window_size_left: int | None, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+        max_seqlen_k: int, deterministic: bool,
+    ) -> Any:  # fmt: skip
+        assert deterministic == torch.are_deterministic_algorithms_enabled() and grad.is_contiguous()
+        window = {"window_size_left": -1 if window_size_left is None else window_size_left, "window_size_right": 0}
+        given = grad, query, key, value, out, total, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal
+        return backward(*given, None, None, scale=softmax_scale, **window)
+
+    kernels, before = SimpleNamespace(_flash_attn_fwd=forward_4, _flash_attn_bwd=backward_4), flash_attention_4._kernels
+    flash_attention_4._kernels = lambda: kernels  # type: ignore[assignment]
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
@@ -55,6 +79,7 @@ def varlen_on_cpu() -> Iterator[list[int]]:
         yield calls
     finally:
         library._destroy()
+        flash_attention_4._kernels = before  # type: ignore[assignment]
 
 
 def _samples(

@@ -24,6 +24,7 @@ from panda.files.compilers import what_compiling_lacks
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import refuse_quantising
 from panda.models.forward.trial import refuse_encoder
+from panda.models.forward.varlen_attention import fastest_kernel
 from panda.models.forward.varlen_attention import why_masked
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
@@ -159,6 +160,11 @@ class Preparation:
         if self.outline is None:
             return "the model can only be built with weights"
         return why_masked(self.outline, own_device(), getattr(torch, self.options.dtype_name))
+
+    @cached_property
+    def kernel(self) -> tuple[str, str]:
+        """Of ``varlen_attention.KERNELS``, that of packed rows which have no mask; and why not FlashAttention 4."""
+        return fastest_kernel(self.outline, own_device(), getattr(torch, self.options.dtype_name))
 
     @cached_property
     def weights(self) -> Weights | None:

@@ -15,6 +15,7 @@ from panda.engine.frozen import freeze
 from panda.engine.processes import Processes
 from panda.models.causal_lm import build_causal_lm
 from panda.models.forward.varlen_attention import attend_by_kernel
+from panda.models.forward.varlen_attention import fastest_kernel
 from panda.models.hf import HfOptions
 from panda.models.hf import build_hf
 from panda.models.initialisation.creation import without_weights
@@ -101,7 +102,8 @@ def build_reference(
         module, pretrained = _of_checkpoint(reference.checkpoint, resolved, tokenizer)
         weights = fitted(module, pretrained)
     if bounded:
-        attend_by_kernel(module)
+        kernel, _ = fastest_kernel(module, processes.device, getattr(torch, options.dtype_name))
+        attend_by_kernel(module, kernel)
     return freeze(make_trainable(module, plain, weights, config, processes), options, config, processes)
 
 

@@ -30,7 +30,7 @@ _PRODUCTS = frozenset(
 )
 _ATTENTION = (
     *("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
-    *("torch_attn::_varlen_attn", "flash_attn::"),
+    *("torch_attn::_varlen_attn", "panda::flash_attention_4", "flash_attn::"),
 )
 
 

@@ -1,20 +1,22 @@
-"""Attention of packed rows by torch's kernel for samples of any length, without a mask.
+"""Attention of packed rows by a kernel for samples of any length, without a mask.
 
 A mask of packed rows has a number for each pair of tokens of a row, and keeps torch from its fast kernels. The kernel
 here takes the place where each sample begins instead, computes nothing between samples, and is faster than causal
 attention over the whole row. It is used where ``why_masked`` finds nothing against it; everywhere else, as on a CPU and
-in float32, attention is SDPA's with a mask.
+in float32, attention is SDPA's with a mask. The kernel is FlashAttention 4's where that can be used, and torch's.
 
-To transformers it is an implementation of attention called ``IMPLEMENTATION``. Without ``sample_bounds`` it is SDPA.
+To transformers each kernel is an implementation of attention, of ``KERNELS``. Without ``sample_bounds`` it is SDPA.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from panda.models.forward.flash_attention_4 import HEADS
+from panda.models.forward.flash_attention_4 import flash_attention_4
+from panda.models.forward.flash_attention_4 import why_not as why_not_4
 from panda.models.forward.packed_rows import is_told_packing
 from panda.models.forward.packed_rows import rows_now
 from panda.registry.errors import in_brief
@@ -32,7 +37,9 @@ varlen_attn: Any = None
 with suppress(ImportError):  # torch before 2.10
     from torch.nn.attention.varlen import varlen_attn
 
-IMPLEMENTATION = "panda_varlen"
+VARLEN, FLASH_4 = "panda_varlen", "panda_flash_4"
+KERNELS = {VARLEN: "the varlen kernel", FLASH_4: "FlashAttention 4"}
+"""Implementations of attention, and what they are called."""
 LARGEST_HEAD = 256
 """Numbers in a head, at most; FlashAttention also wants a multiple of 8."""
 
@@ -66,35 +73,50 @@ def what_forbids_kernel(model: torch.nn.Module, dtype: torch.dtype) -> str:
     implementation = model.config._attn_implementation
     if implementation != "sdpa":
         return f"the model's attention is {implementation}"
-    asked = _Calls(dtype)
-    training = model.training
-    with _answering(model, "panda_asked", asked):
-        try:
-            model.train()  # dropout in attention is there only now
-            _run_without_weights(model.base_model, dtype)
-        except Exception as problem:  # the code of any model, which may need values
-            asked.objections.append(f"the model cannot be tried without weights ({in_brief(problem)})")
-        finally:
-            model.train(training)
-    if not asked.objections and not asked.answered:
+    asked = _asked(model, dtype)
+    if not asked.objections and not asked.sizes:
         return "the model does not leave its attention to transformers"
     return next(iter(asked.objections), "")
 
 
-def attend_by_kernel(model: Any) -> None:
-    """Make ``model``, with which ``why_masked`` finds nothing wrong, use the kernel where it is given bounds.
+def fastest_kernel(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Of ``KERNELS``, that of a model with which ``why_masked`` finds nothing wrong, and why not FlashAttention 4."""
+    why = why_not_4(device)
+    if not why and (unknown := sorted(_asked(model, dtype).sizes - set(HEADS))):
+        why = f"it is not known to work for heads of {unknown[0]} numbers"
+    return (VARLEN if why else FLASH_4), why
+
+
+def attend_by_kernel(model: Any, kernel: str = VARLEN) -> None:
+    """Make ``model``, with which ``why_masked`` finds nothing wrong, use ``kernel`` where it is given bounds.
 
     Its forward then takes ``sample_bounds``, int32 [samples + 1], where samples begin in the rows one after the other,
     and ``longest_sample``, which none exceeds. It says so with ``takes_bounds``.
     """
     # Not by `set_attn_implementation`, which warns where a model does not leave attention to transformers.
-    model.config._attn_implementation = IMPLEMENTATION
+    model.config._attn_implementation = kernel
     model.takes_bounds = True
 
 
 def takes_bounds(model: torch.nn.Module) -> bool:
     """Whether ``model`` was made to use the kernel, so that batches have to say where samples begin."""
     return any(getattr(part, "takes_bounds", False) for part in model.modules())
+
+
+def _by_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    before = -1 if window is None else window - 1
+    attended: torch.Tensor = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(before, 0), **_SHARED_HEADS
+    )
+    return attended
 
 
 def _attention(
@@ -104,6 +126,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
+    kernel: Callable[..., torch.Tensor],
     scaling: float | None = None,
     sliding_window: int | None = None,
     sample_bounds: torch.Tensor | None = None,
@@ -125,16 +148,7 @@ def _attention(
     if smaller < size:
         value = torch.nn.functional.pad(value, (0, size - smaller))
     flat = (each.transpose(1, 2).reshape(rows * length, each.shape[1], size) for each in (query, key, value))
-    attended = varlen_attn(
-        *flat,
-        sample_bounds,
-        sample_bounds,
-        longest_sample,
-        longest_sample,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        **_SHARED_HEADS,
-    )
+    attended = kernel(*flat, sample_bounds, longest_sample, scaling, sliding_window)
     return attended.view(rows, length, heads, size)[..., :smaller], None
 
 
@@ -154,11 +168,12 @@ class _Calls:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.objections: list[str] = []
-        self.answered = 0
+        self.sizes: set[int] = set()
+        """Of heads: numbers in each."""
 
     def see(self, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, keywords: dict[str, Any]) -> None:
         """Take in a call with queries, keys and values, ``mask``, and ``keywords``."""
-        self.answered += 1
+        self.sizes.add(tensors[0].shape[-1])
         self.objections += self._objections(tensors, mask, keywords)
 
     def _objections(
@@ -210,6 +225,21 @@ def _asked_mask(**keywords: Any) -> torch.Tensor:
     return mask  # type: ignore[no-any-return]
 
 
+def _asked(model: PreTrainedModel, dtype: torch.dtype) -> _Calls:
+    """How ``model``, trained in ``dtype``, calls attention."""
+    asked = _Calls(dtype)
+    training = model.training
+    with _answering(model, "panda_asked", asked):
+        try:
+            model.train()  # dropout in attention is there only now
+            _run_without_weights(model.base_model, dtype)
+        except Exception as problem:  # the code of any model, which may need values
+            asked.objections.append(f"the model cannot be tried without weights ({in_brief(problem)})")
+        finally:
+            model.train(training)
+    return asked
+
+
 @contextmanager
 def _answering(model: PreTrainedModel, implementation: str, calls: _Calls) -> Iterator[None]:
     """Let ``calls`` see how ``model`` calls attention in the meantime."""
@@ -239,7 +269,8 @@ def _run_without_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     torch.func.functional_call(model, tensors, (tokens,), given)
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+for _name, _kernel in ((VARLEN, _by_torch), (FLASH_4, flash_attention_4)):
+    AttentionInterface.register(_name, partial(_attention, kernel=_kernel))
+    AttentionMaskInterface.register(_name, _mask)
 AttentionInterface.register("panda_asked", _asked_attention)
 AttentionMaskInterface.register("panda_asked", _asked_mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -25,6 +26,7 @@ from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
 from panda.models.forward.packed_rows import tell_packing
+from panda.models.forward.varlen_attention import KERNELS
 from panda.models.forward.varlen_attention import attend_by_kernel
 from panda.models.forward.varlen_attention import takes_bounds
 from panda.models.forward.varlen_attention import what_forbids_kernel
@@ -49,8 +51,10 @@ ROWS = ((9, 3, 14), (7, 11), (25, 4))
 loss_of = next_token_loss
 
 
-@pytest.fixture
-def calls() -> Iterator[list[int]]:
+@pytest.fixture(params=KERNELS)
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Of the kernel that `attend_by_kernel` has a model use in the test."""
+    monkeypatch.setattr(sys.modules[__name__], "attend_by_kernel", partial(attend_by_kernel, kernel=request.param))
     with varlen_on_cpu() as calls:
         yield calls
 
@@ -187,7 +191,7 @@ def test_a_model_says_that_it_takes_bounds_and_its_config_does_not_keep_it() -> 
     assert not takes_bounds(model)
     attend_by_kernel(model)
     assert takes_bounds(torch.nn.ModuleList([model]))
-    assert not [key for key, value in model.config.to_dict().items() if value == varlen_attention.IMPLEMENTATION]
+    assert not [key for key, value in model.config.to_dict().items() if value == varlen_attention.VARLEN]
 
 
 def test_the_model_is_found_to_keep_samples_apart_or_refused(calls: list[int]) -> None:
@@ -208,6 +212,10 @@ def test_the_model_is_found_to_keep_samples_apart_or_refused(calls: list[int]) -
 def test_compiled_layers_are_compiled_once_and_whole(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of other lengths, with more samples and longer ones, run the same code."""
     model, counter = llama(), CompileCounter()
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        return counter(graph, inputs)
+
     attend_by_kernel(model)
     several = [ROWS, ((9, 9, 9), (11, 12), (24, 6)), ((20,), (12, 8)), ((2,) * 9, (1, 2, 3, 4, 5), (30, 1))]
     batches = [packed_batch(rows, bounded=True, length=32) for rows in several]
@@ -216,7 +224,7 @@ def test_compiled_layers_are_compiled_once_and_whole(calls: list[int], monkeypat
     assert len({len(batch.positions["sample_bounds"]) for batch in batches}) > 2
     assert len({batch.positions["longest_sample"] for batch in batches}) > 1
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
     compile_layers(model, CPU)
     for batch, expected in zip(batches, plain, strict=True):
         found = loss_and_gradients(model, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,10 +14,14 @@ from model_types import tiny
 from token_batches import collate
 
 from panda.data.batches import TokenBatch
+from panda.models.forward.flash_attention_4 import why_not
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
+from panda.models.forward.varlen_attention import FLASH_4
+from panda.models.forward.varlen_attention import KERNELS
 from panda.models.forward.varlen_attention import attend_by_kernel
+from panda.models.forward.varlen_attention import fastest_kernel
 from panda.models.forward.varlen_attention import why_masked
 from panda.models.hf import HfOptions
 from panda.models.hf import build_hf
@@ -36,6 +41,20 @@ ROUNDED = 3e-2
 loss_of = next_token_loss
 CONTEXT = ModelContext(ENTRIES, max_seq_length=LENGTH, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SHAPE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 384, "num_layers": 2, "num_heads": 4}
+
+
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That which `attend_by_kernel` has a model use in the test."""
+    if request.param == FLASH_4 and (why := why_not(GPU)):
+        pytest.skip(why)
+
+    def attend(model: Any) -> None:
+        if request.param == FLASH_4 and (why := fastest_kernel(model, GPU, torch.bfloat16)[1]):
+            pytest.skip(why)
+        attend_by_kernel(model, request.param)
+
+    monkeypatch.setattr(sys.modules[__name__], "attend_by_kernel", attend)
 
 
 @pytest.fixture(autouse=True)
@@ -84,11 +103,11 @@ MODELS = {
     "queries share keys": partial(llama, kv_heads=1),
     "heads of 256": partial(llama, heads=2, kv_heads=1),
     "heads of 64": partial(llama, heads=8, kv_heads=2),
-    "a window": partial(hf, "mistral", sliding_window=100),
+    "a window": partial(hf, "mistral", sliding_window=100, head_dim=64),
     "a window in one of two layers": partial(
-        hf, "gemma3_text", sliding_window=64, layer_types=["sliding_attention", "full_attention"]
+        hf, "gemma3_text", sliding_window=64, head_dim=64, layer_types=["sliding_attention", "full_attention"]
     ),
-    "smaller values": partial(hf, "minicpm3"),
+    "smaller values": partial(hf, "minicpm3", qk_nope_head_dim=48, qk_rope_head_dim=16),
     "experts": partial(hf, "qwen3_moe"),
 }
 
@@ -118,7 +137,7 @@ def test_a_real_model_is_found_to_keep_samples_apart(name: str) -> None:
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_sample_has_the_logits_that_it_has_alone(window: int | None) -> None:
-    model = (hf("mistral", sliding_window=window) if window else llama()).to(GPU, torch.bfloat16).eval()
+    model = (hf("mistral", sliding_window=window, head_dim=64) if window else llama()).to(GPU, torch.bfloat16).eval()
     attend_by_kernel(model)
     batch = packed_batch(bounded=True)
     with torch.no_grad():
@@ -172,6 +191,19 @@ def test_compiled_and_recomputed_layers_give_the_same(how: str) -> None:
     if how == "compiled":
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_deterministic_gradients_have_the_same_bits() -> None:
+    model = llama(kv_heads=1).to(GPU, torch.bfloat16)
+    attend_by_kernel(model)
+    batch = packed_batch(((1500, 500, 2000, 96),), bounded=True, length=4096)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # products of cuBLAS would want a variable
+    try:
+        (_, first), (_, again) = gradients(model, batch), gradients(model, batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    layer = "model.layers.0.self_attn."
+    assert all(torch.equal(first[layer + name], again[layer + name]) for name in ("q_proj.weight", "k_proj.weight"))
 
 
 def test_a_window_moves_the_loss() -> None:

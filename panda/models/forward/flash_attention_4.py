@@ -1,0 +1,149 @@
+"""FlashAttention 4's kernels for samples of any length, where the package flash-attn-4 is installed.
+
+On Hopper and Blackwell they are faster than FlashAttention 2, which torch has. The functions that are called here are
+those that torch's own way to them calls (``activate_flash_attention_impl``). That way itself does not fit: torch 2.11
+refuses causal attention in it, and up to 2.13 it expects two results where flash-attn-4 (4.0.0b36, 2026-11) gives five.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+from panda.registry.errors import in_brief
+
+MODULE = "flash_attn.cute.interface"
+NOT_INSTALLED = "flash-attn-4 is not installed"
+HEADS = (64, 96, 128)
+"""Numbers in a head for which the kernels are known to work here."""
+
+
+def why_not(device: torch.device) -> str:
+    """Why FlashAttention 4 is not used on ``device``; empty where it is."""
+    try:
+        if importlib.util.find_spec(MODULE) is None:
+            return NOT_INSTALLED
+    except ImportError:  # another package called flash_attn, such as FlashAttention 2, or none
+        return NOT_INSTALLED
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
+        return f"it has no kernel for {name}"
+    try:
+        _kernels()
+    except Exception as problem:  # of an installation that lacks a part, or has one of another version
+        return f"the package cannot be imported ({in_brief(problem)})"
+    return ""
+
+
+@functools.cache
+def _kernels() -> Any:
+    """What has the kernels, which are compiled when they are first called, in 3 to 8 s on an H100."""
+    return importlib.import_module(MODULE)
+
+
+@torch.library.custom_op("panda::flash_attention_4", mutates_args=())
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float | None,
+    before: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, log_sums = _kernels()._flash_attn_fwd(
+        query,
+        key,
+        value,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size_left=before,
+        return_lse=True,
+    )[:2]
+    return out, log_sums.contiguous()
+
+
+@_forward.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, heads, _size = query.shape
+    return torch.empty_like(query), query.new_empty(heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("panda::flash_attention_4_backward", mutates_args=())
+def _backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float | None,
+    before: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _kernels()._flash_attn_bwd(
+        query,
+        key,
+        value,
+        out,
+        gradient.contiguous(),
+        log_sums,
+        softmax_scale=scale,
+        causal=True,
+        window_size_left=before,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )[:3]
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, bounds, *ctx.more = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds)
+
+
+def _differentiate(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_backward(gradient, *ctx.saved_tensors, *ctx.more), None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def flash_attention_4(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention within samples: [tokens, heads, size], of ``query``, in bfloat16 or float16 on a GPU.
+
+    ``key`` and ``value`` are as long, and may have fewer heads. ``bounds``: int32 [samples + 1], where samples begin;
+    none has more than ``longest`` tokens. A token sees at most ``window`` tokens, itself included.
+    """
+    before = None if window is None else window - 1
+    attended: torch.Tensor = _forward(query, key, value, bounds, longest, scale, before)[0]
+    return attended
