@@ -82,8 +82,10 @@ def what_forbids_kernel(model: torch.nn.Module, dtype: torch.dtype) -> str:
 def fastest_kernel(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Of ``KERNELS``, that of a model with which ``why_masked`` finds nothing wrong, and why not FlashAttention 4."""
     why = why_not_4(device)
-    if not why and (unknown := sorted(_asked(model, dtype).sizes - set(HEADS))):
-        why = f"it is not known to work for heads of {unknown[0]} numbers"
+    if not why:
+        asked = _asked(model, dtype)
+        what = [f"heads of {size} numbers" for size in sorted(asked.sizes - set(HEADS))] + ["windows"] * asked.windowed
+        why = f"panda does not know it to work for {what[0]}" if what else ""
     return (VARLEN if why else FLASH_4), why
 
 
@@ -170,6 +172,7 @@ class _Calls:
         self.objections: list[str] = []
         self.sizes: set[int] = set()
         """Of heads: numbers in each."""
+        self.windowed = False
 
     def see(self, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, keywords: dict[str, Any]) -> None:
         """Take in a call with queries, keys and values, ``mask``, and ``keywords``."""
@@ -181,6 +184,7 @@ class _Calls:
     ) -> Iterator[str]:
         query, key, value = tensors
         window = keywords.pop("sliding_window", None)
+        self.windowed |= window is not None
         if keywords.pop("sample_bounds", None) is None or keywords.pop("longest_sample", None) is None:
             yield "the model's layers do not pass on where samples begin"
         if keywords.pop("dropout", 0.0):

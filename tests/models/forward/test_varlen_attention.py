@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from varlen_on_cpu import varlen_on_cpu
 from panda.data.batches import TokenBatch
 from panda.models.causal_lm import build_causal_lm
 from panda.models.forward import varlen_attention
+from panda.models.forward.flash_attention_4 import NOT_INSTALLED
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
@@ -116,6 +118,36 @@ def test_loss_and_gradients_are_those_with_a_mask(model_type: str, calls: list[i
     assert kernel.keys() == masked.keys()
     for name, expected in masked.items():
         torch.testing.assert_close(kernel[name], expected, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "why"),
+    [
+        ("llama", {"head_dim": 64}, ""),
+        ("mistral", {"head_dim": 128, "sliding_window": None}, ""),
+        ("llama", {}, "panda does not know it to work for heads of 8 numbers"),
+        ("minicpm3", {"qk_nope_head_dim": 48, "qk_rope_head_dim": 16}, ""),
+        ("minicpm3", {"head_dim": 64}, "panda does not know it to work for heads of 16 numbers"),
+        ("mistral", {"head_dim": 64, "sliding_window": 16}, "panda does not know it to work for windows"),
+    ],
+)
+def test_flash_attention_4_serves_what_it_was_tried_for(
+    model_type: str, changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen_attention, "why_not_4", lambda device: "")
+    found = varlen_attention.fastest_kernel(hf_model(model_type, weights=False, **changes), CUDA, torch.bfloat16)
+    assert found == (varlen_attention.VARLEN if why else varlen_attention.FLASH_4, why)
+
+
+def test_without_the_package_or_its_gpu_the_kernel_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    assert varlen_attention.fastest_kernel(model, CUDA, torch.bfloat16) == (varlen_attention.VARLEN, NOT_INSTALLED)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    _, why = varlen_attention.fastest_kernel(model, CPU, torch.bfloat16)
+    assert why == "it has no kernel for a CPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    _, why = varlen_attention.fastest_kernel(model, CUDA, torch.bfloat16)
+    assert why.startswith("the package cannot be imported (No module named 'flash_attn")
 
 
 def test_the_comparison_sees_windows_and_bounds(calls: list[int]) -> None:
