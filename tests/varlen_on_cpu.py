@@ -58,7 +58,8 @@ def varlen_on_cpu() -> Iterator[list[int]]:
         assert causal and return_lse
         window = {"window_size_left": -1 if window_size_left is None else window_size_left, "window_size_right": 0}
         given = query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False
-        return *forward(*given, scale=softmax_scale, **window)[:2], None, None, None
+        out, total, *_ = forward(*given, scale=softmax_scale, **window)
+        return out.contiguous(), total, None, None, None
 
     def backward_4(
         query: Any, key: Any, value: Any, out: Any, grad: Any, total: Any, *, softmax_scale: float | None,

@@ -405,6 +405,7 @@ def about(settings: Settings, commit: str | None) -> dict[str, Any]:
         return None
 
     names = ("torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes", "liger_kernel", "triton")
+    names = (*names, "flash-attn-4")
     digest = hashlib.sha256()
     for file in sorted((settings.panda / "panda").rglob("*.py")):
         digest.update(str(file.relative_to(settings.panda)).encode() + file.read_bytes())

@@ -163,6 +163,8 @@ class RunOptions:
     compile: Literal["auto", True, False] = "auto"
     """Compile each layer with torch: faster after a slower start. Dropout draws other numbers than without it. `auto`
     does so on a GPU where the run is long enough to earn what that costs, once: a resumed run keeps it."""
+    flash_attention_4: bool = False
+    """Compute attention of packed rows by FlashAttention 4 (the package flash-attn-4), on a Hopper GPU in bf16."""
     timeout: Annotated[float, Meta(gt=0, le=10**6)] = 30.0
     """Minutes for which ranks wait for others, where they meet and in each exchange, before the run ends with an error.
     Which rank keeps the others waiting, and where it stands, is said within one."""

@@ -113,6 +113,12 @@ REFUSALS: tuple[Refusal, ...] = (
         of_task=_lacks("packed"),
     ),
     Refusal(
+        "flash_attention_4 without batching: packed",
+        lambda run: run.flash_attention_4 and run.batching != "packed",
+        "it is for rows of several samples; others already have the fastest kernel",
+        "`batching: packed`, or leave it out",
+    ),
+    Refusal(
         "max_steps: 0",
         lambda run: run.max_steps == 0,
         "a run without steps trains nothing",

@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class EndedBySignal(SystemExit):
-    """A signal ends the process: raised where that comes, in any code, which therefore is not at fault."""
+    """A signal ends the process: raised in whatever code runs when it arrives, so that code is not at fault."""
 
 
 def in_brief(problem: BaseException, most: int = 300) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from panda.files.activity import stand
 from panda.files.disk_full import writing
 from panda.files.library_warnings import current
 from panda.files.terminal import printable
-from panda.models.forward.varlen_attention import FLASH_4
 from panda.run.continuation import Continuation
 from panda.run.description import BEGUN_FROM
 from panda.run.description import changes
@@ -166,7 +164,6 @@ def _set_aside(directory: Path, checkpoint: Path | None) -> None:
 def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, Any]:
     """What provenance.json records of a run besides its configuration."""
     dataset, pretrained, begun_from = run.dataset, prepared.pretrained, run.resumed_from
-    attention = getattr(getattr(model.base, "config", None), "_attn_implementation", None)
     changed = changes(run.resolved, configuration_in(begun_from.absolute().parent.parent)) if begun_from else {}
     return {
         **({"changed": changed} if changed else {}),
@@ -175,8 +172,7 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         **({"deterministic": how_alike()} if run.options.deterministic else {}),
         "parameters": model.parameters,
         "trained_parameters": model.trained_parameters,
-        "attention": attention,
-        **({"flash_attn_4": metadata.version("flash-attn-4")} if attention == FLASH_4 else {}),
+        "attention": getattr(getattr(model.base, "config", None), "_attn_implementation", None),
         "total_steps": run.plan.total_steps,
         "samples": len(dataset),
         "tokens": dataset.tokens,

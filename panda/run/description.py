@@ -74,6 +74,7 @@ def write_description(directory: Path, resolved: Resolved, deepspeed: dict[str, 
     _write_json(directory / "deepspeed.json", deepspeed)
     packages = ["torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy", "pluggy"]
     packages += ["bitsandbytes"] * resolved.core.use_quant
+    packages += ["flash-attn-4"] * resolved.core.flash_attention_4
     packages += ["fairscale"] * (resolved.core.tensor_parallel_size > 1)
     components = {
         chosen.label: {

@@ -23,7 +23,6 @@ from panda.models.adapters.experts import expert_parameters
 from panda.models.adapters.experts import written_names
 from panda.models.adapters.lora import left_bare
 from panda.models.adapters.targets import ALL_LINEAR
-from panda.models.forward.flash_attention_4 import NOT_INSTALLED
 from panda.models.forward.router_loss import has_router_loss
 from panda.models.forward.router_loss import own_weight
 from panda.models.forward.varlen_attention import KERNELS
@@ -268,12 +267,8 @@ def _steps(layout: Layout) -> Iterator[str]:
 def _attention(prepared: Preparation, layout: Layout) -> Iterator[str]:
     if layout.packed:
         masked = f"with a mask, since {prepared.why_masked}"
-        yield f"attention of packed rows: {_by_kernel(*prepared.kernel) if not prepared.why_masked else masked}"
-
-
-def _by_kernel(kernel: str, why: str) -> str:
-    slower = f" (not by FlashAttention 4: {why})" * (why not in ("", NOT_INSTALLED))
-    return f"by {KERNELS[kernel]}, without a mask{slower}"
+        by_kernel = f"by {KERNELS[prepared.kernel]}, without a mask"
+        yield f"attention of packed rows: {masked if prepared.why_masked else by_kernel}"
 
 
 def _epochs(layout: Layout) -> str:

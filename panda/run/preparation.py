@@ -24,8 +24,10 @@ from panda.files.compilers import what_compiling_lacks
 from panda.models.adapters.lora import add_adapters
 from panda.models.adapters.quantisation import refuse_quantising
 from panda.models.forward.trial import refuse_encoder
-from panda.models.forward.varlen_attention import fastest_kernel
+from panda.models.forward.varlen_attention import FLASH_4
+from panda.models.forward.varlen_attention import VARLEN
 from panda.models.forward.varlen_attention import why_masked
+from panda.models.forward.varlen_attention import why_not_flash_4
 from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import PluginContext
@@ -162,9 +164,17 @@ class Preparation:
         return why_masked(self.outline, own_device(), getattr(torch, self.options.dtype_name))
 
     @cached_property
-    def kernel(self) -> tuple[str, str]:
-        """Of ``varlen_attention.KERNELS``, that of packed rows which have no mask; and why not FlashAttention 4."""
-        return fastest_kernel(self.outline, own_device(), getattr(torch, self.options.dtype_name))
+    def kernel(self) -> str:
+        """Of ``varlen_attention.KERNELS``, that of packed rows which have no mask.
+
+        Raises UserError where the run asks for FlashAttention 4 and cannot have it.
+        """
+        if not self.options.flash_attention_4:
+            return VARLEN
+        why = self.why_masked or why_not_flash_4(self.outline, own_device(), getattr(torch, self.options.dtype_name))
+        if why:
+            raise UserError(f"flash_attention_4: {why}. Or leave `flash_attention_4` out.")
+        return FLASH_4
 
     @cached_property
     def weights(self) -> Weights | None:
@@ -367,5 +377,5 @@ def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = 
     if prepared.pretrained:
         generation_values(prepared.pretrained.folder)  # a file that cannot be read is found before the data is
     _ = prepared.task, evaluates and prepared.evaluation_entries, prepared.reference  # in this order
-    _ = prepared.outline, prepared.weights, prepared.dataset, prepared.held_out
+    _ = prepared.outline, prepared.kernel, prepared.weights, prepared.dataset, prepared.held_out
     return prepared

@@ -14,8 +14,10 @@ from panda.engine.frozen import FrozenModel
 from panda.engine.frozen import freeze
 from panda.engine.processes import Processes
 from panda.models.causal_lm import build_causal_lm
+from panda.models.forward.varlen_attention import FLASH_4
+from panda.models.forward.varlen_attention import VARLEN
 from panda.models.forward.varlen_attention import attend_by_kernel
-from panda.models.forward.varlen_attention import fastest_kernel
+from panda.models.forward.varlen_attention import why_not_flash_4
 from panda.models.hf import HfOptions
 from panda.models.hf import build_hf
 from panda.models.initialisation.creation import without_weights
@@ -102,9 +104,14 @@ def build_reference(
         module, pretrained = _of_checkpoint(reference.checkpoint, resolved, tokenizer)
         weights = fitted(module, pretrained)
     if bounded:
-        kernel, _ = fastest_kernel(module, processes.device, getattr(torch, options.dtype_name))
-        attend_by_kernel(module, kernel)
+        attend_by_kernel(module, _kernel(module, options, processes.device))
     return freeze(make_trainable(module, plain, weights, config, processes), options, config, processes)
+
+
+def _kernel(module: torch.nn.Module, options: RunOptions, device: torch.device) -> str:
+    """That of the run, where the frozen model, which may be another, can have it."""
+    usable = options.flash_attention_4 and not why_not_flash_4(module, device, getattr(torch, options.dtype_name))
+    return FLASH_4 if usable else VARLEN
 
 
 def refuse_missing(reference: Reference, resolved: Resolved) -> None:

@@ -72,7 +72,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     if layout.packed:
         refuse_without_positions(base, name)
     if bounded:
-        attend_by_kernel(base, prepared.kernel[0])
+        attend_by_kernel(base, prepared.kernel)
     parameters = sum(parameter.numel() for part in (base, *parts.values()) for parameter in part.parameters())
     started = prepared.pretrained.adapters if prepared.pretrained else None
     what = "loading the weights" if prepared.pretrained else "drawing the weights"

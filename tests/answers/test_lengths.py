@@ -15,6 +15,7 @@ from checkpoint_files import save_hf
 
 from panda.answers.generation import continuation
 from panda.answers.generation import greedy
+from panda.answers.generation import lengths_vary
 from panda.answers.sampling import Manner
 from panda.answers.sampling import sampled
 from panda.cli.main import main
@@ -63,6 +64,17 @@ def test_answers_are_written_by_kernels_that_take_any_length(planned: list[bool]
     assert len(planned) >= 3 and not any(planned)
     model(torch.tensor([[5, 6]]))
     assert planned[-1], "everything else has all kernels"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_afterwards_the_kernels_are_those_of_before(before: bool) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(before)  # type: ignore[no-untyped-call]
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"), lengths_vary():
+            raise RuntimeError("out of memory")
+        assert torch.backends.cuda.cudnn_sdp_enabled() is before  # type: ignore[no-untyped-call]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # type: ignore[no-untyped-call]
 
 
 def test_so_does_the_command(planned: list[bool], tmp_path: Path) -> None:

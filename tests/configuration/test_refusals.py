@@ -30,6 +30,7 @@ REFUSED: dict[str, list[Any]] = {
     "batching: packed with a task that does not say that it is right packed": [
         *("--task", "of-its-own", "--batching", "packed")
     ],
+    "flash_attention_4 without batching: packed": ["--flash_attention_4", "true"],
     "max_steps: 0": ["--max_steps", "0"],
     "eval_steps without eval_data_dir or eval_fraction": ["--eval_steps", "10"],
     "early_stopping, best_checkpoint or rate_on_plateau without evaluations": [

@@ -21,6 +21,7 @@ from panda.registry import UserError
 from panda.registry import hookimpl
 from panda.registry.contexts import LRSchedulerContext
 from panda.registry.contexts import ReaderContext
+from panda.registry.errors import EndedBySignal
 from panda.registry.hooks import Hooks
 from panda.registry.hooks import caller
 
@@ -180,6 +181,27 @@ def test_a_factory_that_returns_nothing_is_an_error(distributions: Distributions
     chosen = resolved.plugins[-1] if kind == "plugin" else resolved.components[kind]
     with pytest.raises(UserError, match=r"returned None, and not an? .*fault of acme 1\.0 .* = acme\.forgetful\)"):
         chosen.build(None, object)
+
+
+@pytest.mark.parametrize(
+    ("line", "raised", "said"),
+    [
+        ("import sys; sys.exit(143)", UserError, r"ended the process \(SystemExit: 143\).* fault of acme 1\.0"),
+        ("from panda.registry.errors import EndedBySignal; raise EndedBySignal(143)", EndedBySignal, "^143$"),
+    ],
+)
+def test_a_factory_is_at_fault_where_it_ends_the_process_and_not_where_a_signal_does(
+    distributions: Distributions, line: str, raised: type[BaseException], said: str
+) -> None:
+    source = f"""
+        @register_optimizer("ending")
+        def build(options, context):
+            {line}
+        """
+    distributions.install("acme", {"optimizers": {"ending": "acme.ending"}}, {"acme.ending": source})
+    resolved = configure(parse_arguments(["--arch", "llama-tiny", "--optimizer", "ending"])).resolved
+    with pytest.raises(raised, match=said):
+        resolved.components["optimizer"].build(None, object)
 
 
 def test_who_calls_a_hook_is_known_and_whether_it_acts() -> None:

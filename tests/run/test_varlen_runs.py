@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from panda.models.forward.layers import numbered_layers
 from panda.models.forward.layers import without_compiling
 from panda.models.forward.trial import refuse_unfit
+from panda.models.forward.varlen_attention import FLASH_4
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
@@ -29,12 +30,12 @@ ROWS = [{"input": "x" * (index * 37 % 60 + 1), "target": "yes" * (index % 5 + 1)
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_without_a_mask_has_the_losses_of_one_with_it(ranks: int, tmp_path: Path) -> None:
-    """Full training, adapters with recomputed layers, and ZeRO-3; evaluation, too."""
+    """Full training by both kernels, adapters with recomputed layers, and ZeRO-3; evaluation, too."""
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     data = ["--instruction_tuning_data_dir", "rows.json", "--eval_fraction", 0.2, "--gradient_accumulation_steps", 8]
     common = [*RUN.split(), *data, "--token_cache", "cache", "--learning_rate", 1e-2]
     lora = ["--use_lora", "--lora_r", 4, "--lora_dropout", 0, "--activation_checkpointing", "selective"]
-    variants: list[list[object]] = [[], lora] if ranks == 1 else [[*zero3_at_once(tmp_path)]]
+    variants: list[list[object]] = [[], lora, []] if ranks == 1 else [[*zero3_at_once(tmp_path)]]
     said = {}
     for how in ("mask", "kernel"):
         runs: list[list[object]] = [
@@ -43,10 +44,14 @@ def test_a_run_without_a_mask_has_the_losses_of_one_with_it(ranks: int, tmp_path
         if how == "mask":
             said[how] = train_many(runs, ranks=ranks, cwd=tmp_path)
         else:
+            runs[-1] = [*runs[-1], "--flash_attention_4", "true"]
             argv = json.dumps([list(map(str, run)) for run in runs])
             said[how] = run_script(Path(__file__).parent / "train_by_kernel.py", argv, cwd=tmp_path, ranks=ranks)
     assert "attention of packed rows: with a mask, since there is no kernel for a CPU" in said["mask"]
-    assert "attention of packed rows: by the varlen kernel, without a mask" in said["kernel"]
+    used = re.findall(r"attention of packed rows: by (.*), without a mask", said["kernel"])
+    assert used == ["the varlen kernel"] * (len(variants) - 1) + ["FlashAttention 4"]
+    provenance = json.loads((tmp_path / f"kernel-{len(variants) - 1}" / "provenance.json").read_text())
+    assert provenance["attention"] == FLASH_4 and "flash-attn-4" in provenance["packages"]
     [calls, *_] = re.findall(r"calls of the kernel: (\d+)", said["kernel"])
     assert int(calls) > 3 * 2 * len(variants)
     for number in range(len(variants)):

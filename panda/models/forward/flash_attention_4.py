@@ -1,47 +1,49 @@
-"""FlashAttention 4's kernels for samples of any length, where the package flash-attn-4 is installed.
+"""FlashAttention 4's kernels for samples of any length, of the package flash-attn-4.
 
-On Hopper and Blackwell they are faster than FlashAttention 2, which torch has. The functions that are called here are
-those that torch's own way to them calls (``activate_flash_attention_impl``). That way itself does not fit: torch 2.11
-refuses causal attention in it, and up to 2.13 it expects two results where flash-attn-4 (4.0.0b36, 2026-11) gives five.
+On Hopper GPUs they are faster than FlashAttention 2, which torch has. The functions that are called here are those that
+torch's own integration calls (``activate_flash_attention_impl``). That itself does not fit: torch 2.11 refuses causal
+attention in it, and up to 2.13 it expects two results where ``VERSION`` gives five.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+from importlib import metadata
 from typing import Any
 
 import torch
 
 from panda.registry.errors import in_brief
 
-MODULE = "flash_attn.cute.interface"
-NOT_INSTALLED = "flash-attn-4 is not installed"
-HEADS = (64, 128)
-"""Numbers in a head for which the kernels were compared with torch's here (H100, 2026-11), all without windows."""
+PACKAGE, VERSION, MODULE = "flash-attn-4", "4.0.0b36", "flash_attn.cute.interface"
+"""The package and its module. The functions that are called are private ones of a beta: no other version's are."""
+HEAD_SIZES = (64, 128)
+"""For which results were compared with those of torch's kernel (H100, 2026-11), in bf16 and without windows."""
 
 
 def why_not(device: torch.device) -> str:
-    """Why FlashAttention 4 is not used on ``device``; empty where it is."""
+    """Why FlashAttention 4 cannot be used on ``device``; empty where it can."""
     try:
-        if importlib.util.find_spec(MODULE) is None:
-            return NOT_INSTALLED
-    except ImportError:  # another package called flash_attn, such as FlashAttention 2, or none
-        return NOT_INSTALLED
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        found = metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        found = ""
+    if found != VERSION:
+        has = f"this machine has {PACKAGE} {found}" if found else f"{PACKAGE} is not installed"
+        return f"{has}, and it needs version {VERSION}: `pip install 'panda-train[flash]'`"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
-        return f"it has no kernel for {name}"
+        return f"it was tried on Hopper GPUs only, and this is {name}"
     try:
         _kernels()
-    except Exception as problem:  # of an installation that lacks a part, or has one of another version
-        return f"the package cannot be imported ({in_brief(problem)})"
+    except Exception as problem:  # of an installation that lacks a part
+        return f"{PACKAGE} cannot be imported ({in_brief(problem)})"
     return ""
 
 
 @functools.cache
 def _kernels() -> Any:
-    """What has the kernels, which are compiled when they are first called, in 3 to 8 s on an H100."""
+    """The module with the kernels, which are compiled when they are first called, in 3 to 8 s on an H100."""
     return importlib.import_module(MODULE)
 
 
@@ -68,7 +70,7 @@ def _forward(
         window_size_left=before,
         return_lse=True,
     )[:2]
-    return out, log_sums.contiguous()
+    return out, log_sums
 
 
 @_forward.register_fake
@@ -76,7 +78,7 @@ def _(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, _size = query.shape
-    return torch.empty_like(query), query.new_empty(heads, tokens, dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty(heads, tokens, dtype=torch.float32)  # in no layout of `query`
 
 
 @torch.library.custom_op("panda::flash_attention_4_backward", mutates_args=())

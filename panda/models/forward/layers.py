@@ -113,8 +113,8 @@ def _of_any_length() -> dict[str, Any]:
     """Options of torch's compiler for code of rows of any length."""
     from torch._inductor import config
 
-    # Decides by the number of tokens: with it, code is either for more of them than a bound or for fewer, and the first
-    # short row waits seconds for its own (torch 2.11 and 2.13, 2026-11). Earlier versions may not have it.
+    # It makes the compiler choose by the number of tokens. Code is then for more of them than a bound or for fewer, and
+    # the first short row waits seconds for its own (torch 2.11 and 2.13, 2026-11). Earlier versions may not have it.
     name = "mix_order_reduction"
     return {f"triton.{name}": False} if hasattr(config.triton, name) else {}
 

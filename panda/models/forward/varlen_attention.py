@@ -3,7 +3,7 @@
 A mask of packed rows has a number for each pair of tokens of a row, and keeps torch from its fast kernels. The kernel
 here takes the place where each sample begins instead, computes nothing between samples, and is faster than causal
 attention over the whole row. It is used where ``why_masked`` finds nothing against it; everywhere else, as on a CPU and
-in float32, attention is SDPA's with a mask. The kernel is FlashAttention 4's where that can be used, and torch's.
+in float32, attention is SDPA's with a mask. The kernel is torch's, or FlashAttention 4's where a run asks for it.
 
 To transformers each kernel is an implementation of attention, of ``KERNELS``. Without ``sample_bounds`` it is SDPA.
 """
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from panda.models.forward.flash_attention_4 import HEADS
+from panda.models.forward.flash_attention_4 import HEAD_SIZES
 from panda.models.forward.flash_attention_4 import flash_attention_4
 from panda.models.forward.flash_attention_4 import why_not as why_not_4
 from panda.models.forward.packed_rows import is_told_packing
@@ -79,14 +79,16 @@ def what_forbids_kernel(model: torch.nn.Module, dtype: torch.dtype) -> str:
     return next(iter(asked.objections), "")
 
 
-def fastest_kernel(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Of ``KERNELS``, that of a model with which ``why_masked`` finds nothing wrong, and why not FlashAttention 4."""
-    why = why_not_4(device)
-    if not why:
-        asked = _asked(model, dtype)
-        what = [f"heads of {size} numbers" for size in sorted(asked.sizes - set(HEADS))] + ["windows"] * asked.windowed
-        why = f"panda does not know it to work for {what[0]}" if what else ""
-    return (VARLEN if why else FLASH_4), why
+def why_not_flash_4(model: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a model with which ``why_masked`` finds nothing wrong cannot use FlashAttention 4; empty where it can."""
+    if dtype != torch.bfloat16:
+        return "it was tried in bf16 only"
+    if why := why_not_4(device):
+        return why
+    asked = _asked(model, dtype)
+    untried = [f"heads of {size} numbers" for size in sorted(asked.sizes - set(HEAD_SIZES))]
+    untried += ["sliding windows"] * asked.windowed
+    return next(iter(asked.objections), f"it was not tried with {untried[0]}" if untried else "")
 
 
 def attend_by_kernel(model: Any, kernel: str = VARLEN) -> None:

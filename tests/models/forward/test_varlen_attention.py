@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from varlen_on_cpu import varlen_on_cpu
 
 from panda.data.batches import TokenBatch
 from panda.models.causal_lm import build_causal_lm
+from panda.models.forward import flash_attention_4
 from panda.models.forward import varlen_attention
-from panda.models.forward.flash_attention_4 import NOT_INSTALLED
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.layers import compile_layers
 from panda.models.forward.layers import recompute_activations
@@ -125,29 +125,65 @@ def test_loss_and_gradients_are_those_with_a_mask(model_type: str, calls: list[i
     [
         ("llama", {"head_dim": 64}, ""),
         ("mistral", {"head_dim": 128, "sliding_window": None}, ""),
-        ("llama", {}, "panda does not know it to work for heads of 8 numbers"),
+        ("llama", {}, "it was not tried with heads of 8 numbers"),
         ("minicpm3", {"qk_nope_head_dim": 48, "qk_rope_head_dim": 16}, ""),
-        ("minicpm3", {"head_dim": 64}, "panda does not know it to work for heads of 16 numbers"),
-        ("mistral", {"head_dim": 64, "sliding_window": 16}, "panda does not know it to work for windows"),
+        ("minicpm3", {"head_dim": 64}, "it was not tried with heads of 16 numbers"),
+        ("mistral", {"head_dim": 64, "sliding_window": 16}, "it was not tried with sliding windows"),
+        ("gpt_neox", {"attention_dropout": 0.1}, "the model has dropout in its attention"),
     ],
 )
 def test_flash_attention_4_serves_what_it_was_tried_for(
     model_type: str, changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen_attention, "why_not_4", lambda device: "")
-    found = varlen_attention.fastest_kernel(hf_model(model_type, weights=False, **changes), CUDA, torch.bfloat16)
-    assert found == (varlen_attention.VARLEN if why else varlen_attention.FLASH_4, why)
+    model = hf_model(model_type, weights=False, **changes)
+    assert varlen_attention.why_not_flash_4(model, CUDA, torch.bfloat16) == why
+    assert varlen_attention.why_not_flash_4(model, CUDA, torch.float16) == "it was tried in bf16 only"
 
 
-def test_without_the_package_or_its_gpu_the_kernel_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama()
-    assert varlen_attention.fastest_kernel(model, CUDA, torch.bfloat16) == (varlen_attention.VARLEN, NOT_INSTALLED)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    _, why = varlen_attention.fastest_kernel(model, CPU, torch.bfloat16)
-    assert why == "it has no kernel for a CPU"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    _, why = varlen_attention.fastest_kernel(model, CUDA, torch.bfloat16)
-    assert why.startswith("the package cannot be imported (No module named 'flash_attn")
+@pytest.mark.parametrize(
+    ("version", "capability", "module", "why"),
+    [
+        (None, (9, 0), None, "flash-attn-4 is not installed, and it needs version 4.0.0b36: `pip install"),
+        ("4.0.0", (9, 0), None, "this machine has flash-attn-4 4.0.0, and it needs version 4.0.0b36"),
+        ("4.0.0b36", (10, 0), None, "it was tried on Hopper GPUs only, and this is some card"),
+        ("4.0.0b36", (8, 0), None, "it was tried on Hopper GPUs only, and this is some card"),
+        ("4.0.0b36", (9, 0), ImportError("No module named 'cutlass'"), "flash-attn-4 cannot be imported (No module"),
+        ("4.0.0b36", (9, 0), RuntimeError("CUDA driver"), "flash-attn-4 cannot be imported (CUDA driver)"),
+        ("4.0.0b36", (9, 0), None, ""),
+    ],
+)
+def test_flash_attention_4_is_of_one_version_on_one_kind_of_card(
+    version: str | None,
+    capability: tuple[int, int],
+    module: Exception | None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def installed(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError
+        return version
+
+    def kernels() -> object:
+        if module:
+            raise module
+        return object()
+
+    monkeypatch.setattr(metadata, "version", installed)
+    monkeypatch.setattr(flash_attention_4, "_kernels", kernels)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some card")
+    found = flash_attention_4.why_not(CUDA)
+    assert found.startswith(why) if why else found == ""
+
+
+def test_what_torch_is_told_of_flash_attention_4_is_so() -> None:
+    """Layouts, too: queries of one row may be those of another order of dimensions."""
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    query, key, value = (torch.randn(heads, 12, 8).transpose(0, 1).requires_grad_() for heads in (4, 2, 2))
+    with varlen_on_cpu():
+        torch.library.opcheck(torch.ops.panda.flash_attention_4, (query, key, value, bounds, 7, None, 3))
 
 
 def test_the_comparison_sees_windows_and_bounds(calls: list[int]) -> None:
