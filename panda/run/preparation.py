@@ -173,7 +173,7 @@ class Preparation:
             return VARLEN
         why = self.why_masked or why_not_flash_4(self.outline, own_device(), getattr(torch, self.options.dtype_name))
         if why:
-            raise UserError(f"flash_attention_4: {why}. Or leave `flash_attention_4` out.")
+            raise UserError(f"flash_attention_4: {why}. To train without it, leave `flash_attention_4` out.")
         return FLASH_4
 
     @cached_property

@@ -91,7 +91,9 @@ def test_check_refuses_a_model_that_does_not_fit_as_training_does(
     assert "this machine has" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--precision fp16", "--tensor_parallel_size 3"])
+@pytest.mark.parametrize(
+    "flags", ["--precision fp16", "--tensor_parallel_size 3", "--flash_attention_4 true --batching packed"]
+)
 def test_check_refuses_what_training_refuses(folder: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(f"{SMALL} {TINY} --instruction_tuning_data_dir rows.json {flags}".split()) == 2
     assert flags.split()[0].removeprefix("--") in capsys.readouterr().err
