@@ -192,6 +192,8 @@ EXCUSED = {
     "models/forward/softmax_triton.py:_gradient": "a Triton kernel: what it reads is what it is given",
     "models/adapters/low_rank_triton.py:_multiply": "a Triton kernel: what it reads is what it is given",
     "optim/layerwise_triton.py:_update": "a Triton kernel: what it reads is what it is given",
+    "models/forward/flash_attention_4.py:_forward": "an operation of torch, which takes all by position",
+    "models/forward/flash_attention_4.py:_backward": "an operation of torch, which takes all by position",
 }
 """Functions that may be longer or take more parameters, each with the reason."""
 

@@ -259,7 +259,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def compiled_layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The forwards given to torch to compile, for one shape or for any; they are run as they are."""
     given: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: given.append(forward) or forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: given.append(forward) or forward)
     return given
 
 
@@ -307,7 +307,7 @@ def test_code_is_chosen_by_the_shapes_of_the_runs_rows(
 ) -> None:
     ran: list[str] = []
 
-    def compile_(forward: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+    def compile_(forward: Callable[..., Any], dynamic: bool, **_: Any) -> Callable[..., Any]:
         def run(given: torch.Tensor, *more: Any, **keywords: Any) -> Any:
             if torch.is_grad_enabled():
                 ran.append(f"{'any' if dynamic else 'usual'} {given.shape[1]}")

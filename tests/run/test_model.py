@@ -57,7 +57,7 @@ def test_what_is_asked_of_the_layers_is_done_to_them(monkeypatch: pytest.MonkeyP
     """`full` runs compiled layers again; `selective` is within compiled code, which chooses what to compute again."""
     ran: list[Any] = []
 
-    def compiled(forward: Any, dynamic: bool) -> Any:
+    def compiled(forward: Any, **_: Any) -> Any:
         return lambda *inputs, **keywords: (ran.append(forward), forward(*inputs, **keywords))[1]
 
     monkeypatch.setattr(torch, "compile", compiled)

@@ -136,10 +136,11 @@ def flash_attention_4(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    *,
     bounds: torch.Tensor,
     longest: int,
-    scale: float | None = None,
-    window: int | None = None,
+    scale: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     """Causal attention within samples: [tokens, heads, size], of ``query``, in bfloat16 or float16 on a GPU.
 

@@ -111,6 +111,7 @@ def _by_torch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    *,
     bounds: torch.Tensor,
     longest: int,
     scale: float | None,
@@ -152,7 +153,7 @@ def _attention(
     if smaller < size:
         value = torch.nn.functional.pad(value, (0, size - smaller))
     flat = (each.transpose(1, 2).reshape(rows * length, each.shape[1], size) for each in (query, key, value))
-    attended = kernel(*flat, sample_bounds, longest_sample, scaling, sliding_window)
+    attended = kernel(*flat, bounds=sample_bounds, longest=longest_sample, scale=scaling, window=sliding_window)
     return attended.view(rows, length, heads, size)[..., :smaller], None
 
 
