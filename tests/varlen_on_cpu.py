@@ -56,9 +56,8 @@ def varlen_on_cpu() -> Iterator[list[int]]:
         max_seqlen_k: int, softmax_scale: float | None, causal: bool, window_size_left: int | None, return_lse: bool,
     ) -> Any:  # fmt: skip
         assert causal and return_lse
-        window = {"window_size_left": -1 if window_size_left is None else window_size_left, "window_size_right": 0}
         given = query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False
-        out, total, *_ = forward(*given, scale=softmax_scale, **window)
+        out, total, *_ = forward(*given, scale=softmax_scale, **_window(window_size_left))
         return out.contiguous(), total, None, None, None
 
     def backward_4(
@@ -67,9 +66,8 @@ def varlen_on_cpu() -> Iterator[list[int]]:
         max_seqlen_k: int, deterministic: bool,
     ) -> Any:  # fmt: skip
         assert deterministic == torch.are_deterministic_algorithms_enabled() and grad.is_contiguous()
-        window = {"window_size_left": -1 if window_size_left is None else window_size_left, "window_size_right": 0}
         given = grad, query, key, value, out, total, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal
-        return backward(*given, None, None, scale=softmax_scale, **window)
+        return backward(*given, None, None, scale=softmax_scale, **_window(window_size_left))
 
     kernels, before = SimpleNamespace(_flash_attn_fwd=forward_4, _flash_attn_bwd=backward_4), flash_attention_4._kernels
     flash_attention_4._kernels = lambda: kernels  # type: ignore[assignment]
@@ -81,6 +79,11 @@ def varlen_on_cpu() -> Iterator[list[int]]:
     finally:
         library._destroy()
         flash_attention_4._kernels = before  # type: ignore[assignment]
+
+
+def _window(before: int | None) -> dict[str, int]:
+    """That of FlashAttention 4, causal and with so many tokens ``before`` one, as torch's operation takes it."""
+    return {"window_size_left": -1 if before is None else before, "window_size_right": 0}
 
 
 def _samples(

@@ -396,6 +396,13 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 # -- what is measured where -------------------------------------------------------------------
 
 
+PACKAGES = (
+    *("torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes", "liger_kernel", "triton"),
+    "flash-attn-4",
+)
+"""Whose versions a row carries."""
+
+
 def about(settings: Settings, commit: str | None) -> dict[str, Any]:
     """Date, versions and card, which every row carries."""
 
@@ -404,8 +411,6 @@ def about(settings: Settings, commit: str | None) -> dict[str, Any]:
             return metadata.version(package)
         return None
 
-    names = ("torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes", "liger_kernel", "triton")
-    names = (*names, "flash-attn-4")
     digest = hashlib.sha256()
     for file in sorted((settings.panda / "panda").rglob("*.py")):
         digest.update(str(file.relative_to(settings.panda)).encode() + file.read_bytes())
@@ -415,7 +420,8 @@ def about(settings: Settings, commit: str | None) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "card": cards.splitlines()[0] if cards else f"CPU, {platform.processor() or platform.machine()}",
         "cards": len(cards.splitlines()),
-        "versions": {name: found for name in names if (found := version(name))} | {"python": platform.python_version()},
+        "versions": {name: found for name in PACKAGES if (found := version(name))}
+        | {"python": platform.python_version()},
         "panda": {"commit": commit or described or "unknown", "sources": digest.hexdigest()[:12]},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(NOTED)},
     }

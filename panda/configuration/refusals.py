@@ -115,7 +115,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "flash_attention_4 without batching: packed",
         lambda run: run.flash_attention_4 and run.batching != "packed",
-        "it is for rows of several samples; others already have the fastest kernel",
+        "it is for rows of several samples",
         "`batching: packed`, or leave it out",
     ),
     Refusal(

@@ -77,7 +77,7 @@ def test_afterwards_the_kernels_are_those_of_before(before: bool) -> None:
         torch.backends.cuda.enable_cudnn_sdp(True)  # type: ignore[no-untyped-call]
 
 
-def test_so_does_the_command(planned: list[bool], tmp_path: Path) -> None:
+def test_panda_generate_writes_by_such_kernels(planned: list[bool], tmp_path: Path) -> None:
     save_hf(llama(), tmp_path / "model")
     assert main(["generate", str(tmp_path / "model"), "--prompt", "a", "--max_new_tokens", "3"]) == 0
     assert len(planned) >= 3 and not any(planned)

@@ -15,13 +15,16 @@ from launching import train_many
 from launching import zero3_at_once
 from torch._dynamo.testing import CompileCounter
 
+from panda.configuration.options import RunOptions
 from panda.models.forward.layers import numbered_layers
 from panda.models.forward.layers import without_compiling
 from panda.models.forward.trial import refuse_unfit
 from panda.models.forward.varlen_attention import FLASH_4
+from panda.models.forward.varlen_attention import VARLEN
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
+from panda.run import reference
 
 SHAPE = "--arch llama-tiny --num_layers 2 --hidden_size 32 --intermediate_size 48 --num_heads 4 --num_key_value_heads 2"
 RUN = f"{SHAPE} --task instruct --max_seq_length 100 --batching packed --max_steps 3 --per_gpu_train_batch_size 2"
@@ -63,6 +66,17 @@ def test_a_run_without_a_mask_has_the_losses_of_one_with_it(ranks: int, tmp_path
     config = json.loads((tmp_path / "kernel-0" / "export" / "config.json").read_text())
     assert config == json.loads((tmp_path / "mask-0" / "export" / "config.json").read_text())
     assert exported_weights(tmp_path / "kernel-0").keys() == exported_weights(tmp_path / "mask-0").keys()
+
+
+@pytest.mark.parametrize(
+    ("asked", "why", "kernel"), [(True, "", FLASH_4), (True, "its heads have 8 numbers", VARLEN), (False, "", VARLEN)]
+)
+def test_a_frozen_model_has_the_kernel_of_the_run_where_it_can(
+    asked: bool, why: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "why_not_flash_4", lambda model, device, dtype: why)
+    options = RunOptions(batching="packed", precision="bf16", flash_attention_4=asked)
+    assert reference._kernel(torch.nn.Module(), options, torch.device("cpu")) == kernel
 
 
 def test_the_trials_before_training_compile_nothing() -> None:

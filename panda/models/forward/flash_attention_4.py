@@ -43,7 +43,7 @@ def why_not(device: torch.device) -> str:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module with the kernels, which are compiled when they are first called, in 3 to 8 s on an H100."""
+    """The module with the kernels, which are compiled when they are first called, in 6 to 8 s on an H100."""
     return importlib.import_module(MODULE)
 
 
