@@ -140,9 +140,10 @@ def test_a_shape_is_that_of_the_model(name: str) -> None:
 
 
 def test_a_variant_changes_flags_and_ranks() -> None:
-    changed = variant("full-1.3b+compile=true+ranks=2+learning_rate=1e+3")
+    changed = variant("full-1.3b+compile=true+ranks=2+flash_attention_4=true+learning_rate=1e+3")
     assert changed.ranks == 2
-    assert changed.flags == {**CASES["full-1.3b"].flags, "compile": "true", "learning_rate": "1e+3"}
+    flags = {"compile": "true", "flash_attention_4": "true", "learning_rate": "1e+3"}
+    assert changed.flags == {**CASES["full-1.3b"].flags, **flags}
     with pytest.raises(ValueError, match="full-2b"):
         variant("full-2b+compile=true")
 

@@ -243,7 +243,7 @@ def of_cards(cards: int) -> list[str]:
 
 def variant(text: str) -> Case:
     """The case of ``NAME+KEY=VALUE+...``: each KEY is a flag of panda-train, or ``ranks``. Raises ValueError."""
-    name, *changes = re.split(r"\+(?=[A-Za-z_]+=)", text)
+    name, *changes = re.split(r"\+(?=[A-Za-z_]\w*=)", text)
     if name not in CASES:
         raise ValueError(f"there is no case {name!r}; there are: {', '.join(CASES)}")
     case = CASES[name]
