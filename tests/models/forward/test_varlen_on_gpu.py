@@ -14,6 +14,7 @@ from model_types import tiny
 from token_batches import collate
 
 from panda.data.batches import TokenBatch
+from panda.engine.determinism import deterministic
 from panda.models.forward import varlen_attention
 from panda.models.forward.flash_attention_4 import HEAD_SIZES
 from panda.models.forward.flash_attention_4 import why_not
@@ -199,11 +200,8 @@ def test_deterministic_gradients_have_the_same_bits() -> None:
     model = llama(kv_heads=1).to(GPU, torch.bfloat16)
     attend_by_kernel(model)
     batch = packed_batch(((1500, 500, 2000, 96),), bounded=True, length=4096)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # products of cuBLAS would want a variable
-    try:
+    with deterministic(True):  # torch's `warn_only` leaves FlashAttention's backward pass as it is
         (_, first), (_, again) = gradients(model, batch), gradients(model, batch)
-    finally:
-        torch.use_deterministic_algorithms(False)
     layer = "model.layers.0.self_attn."
     assert all(torch.equal(first[layer + name], again[layer + name]) for name in ("q_proj.weight", "k_proj.weight"))
 
