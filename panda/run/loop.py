@@ -29,8 +29,6 @@ from panda.files.activity import Activity
 from panda.files.activity import activity
 from panda.files.activity import stand
 from panda.files.terminal import printable
-from panda.models.forward.stretched_positions import needs_positions
-from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
 from panda.run.extra_state import write_state
 from panda.run.garbage import collect
@@ -391,7 +389,6 @@ def _attributed(run: Run, method: str) -> Callable[..., Any]:
 
 def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
     """The micro batches of this rank in each step of ``layout``."""
-    module = run.engine.module
     return step_batches(
         layout,
         run.task.collate,
@@ -399,6 +396,5 @@ def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
         num_workers=run.options.num_workers,
         prefetch_factor=run.options.prefetch_factor,
         pin_memory=run.processes.device.type == "cuda",
-        positions=needs_positions(module),
-        bounds=takes_bounds(module),
+        **run.told_of_rows,
     )

@@ -13,10 +13,17 @@ from panda.configuration.options import RunOptions
 from panda.engine.frozen import FrozenModel
 from panda.engine.frozen import freeze
 from panda.engine.processes import Processes
+from panda.files.activity import say
 from panda.models.causal_lm import build_causal_lm
+from panda.models.forward.isolation import refuse_leaking
+from panda.models.forward.isolation import refuse_without_positions
+from panda.models.forward.trial import refuse_unfit
 from panda.models.forward.varlen_attention import FLASH_4
+from panda.models.forward.varlen_attention import KERNELS
 from panda.models.forward.varlen_attention import VARLEN
 from panda.models.forward.varlen_attention import attend_by_kernel
+from panda.models.forward.varlen_attention import attend_with_mask
+from panda.models.forward.varlen_attention import why_masked
 from panda.models.forward.varlen_attention import why_not_flash_4
 from panda.models.hf import HfOptions
 from panda.models.hf import build_hf
@@ -89,12 +96,14 @@ def build_reference(
     config: dict[str, Any],
     processes: Processes,
     *,
-    bounded: bool,
+    packed: bool,
+    kernel: str | None,
 ) -> FrozenModel:
     """The frozen model, placed like the model that is trained. Every rank has to call it.
 
-    Before the run's random numbers are seeded, which it may draw from. ``config``: DeepSpeed's for the run.
-    ``bounded``: whether attention is given the bounds of samples.
+    Before the run's random numbers are seeded, which it may draw from. ``config``: DeepSpeed's for the run. ``packed``:
+    whether rows hold several samples. ``kernel``: of attention that is told where samples begin, the run's; None for a
+    mask. Raises UserError for a checkpoint of a model that looks ahead, or whose samples in a row see each other.
     """
     resolved, options = configuration.resolved, configuration.options
     plain = replace(options, use_lora=False, use_quant=False, activation_checkpointing="none", compile=False)
@@ -103,15 +112,27 @@ def build_reference(
     else:
         module, pretrained = _of_checkpoint(reference.checkpoint, resolved, tokenizer)
         weights = fitted(module, pretrained)
-    if bounded:
-        attend_by_kernel(module, _kernel(module, options, processes.device))
-    return freeze(make_trainable(module, plain, weights, config, processes), options, config, processes)
+    name = f"{reference.checkpoint} (frozen)"
+    if packed:
+        refuse_without_positions(module, name)
+    if kernel is not None and (other := _attend(module, kernel, processes.device, getattr(torch, options.dtype_name))):
+        say(f"attention of the frozen model {other}")
+    frozen = freeze(make_trainable(module, plain, weights, config, processes), options, config, processes)
+    if reference.checkpoint is not None:  # else it is the model that is trained, which is tried itself
+        refuse_unfit(frozen, name, len(tokenizer), processes.device)
+        if packed:
+            refuse_leaking(frozen, name, len(tokenizer), processes.device, bounded=kernel is not None)
+    return frozen
 
 
-def _kernel(module: torch.nn.Module, options: RunOptions, device: torch.device) -> str:
-    """That of the run, where the frozen model, which may be another, can have it."""
-    usable = options.flash_attention_4 and not why_not_flash_4(module, device, getattr(torch, options.dtype_name))
-    return FLASH_4 if usable else VARLEN
+def _attend(module: torch.nn.Module, kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Make ``module`` attend by ``kernel``, or if it cannot, otherwise. Returns how and why then; empty if it can."""
+    if why := why_masked(module, device, dtype):
+        attend_with_mask(module)
+        return f"with a mask, since {why}"
+    why = why_not_flash_4(module, device, dtype) if kernel == FLASH_4 else ""
+    attend_by_kernel(module, VARLEN if why else kernel)
+    return f"by {KERNELS[VARLEN]}, since for {KERNELS[FLASH_4]} {why}" if why else ""
 
 
 def refuse_missing(reference: Reference, resolved: Resolved) -> None:

@@ -19,8 +19,6 @@ from panda.engine.rehearsing import rehearse
 from panda.engine.rehearsing import what_forbids
 from panda.files.activity import activity
 from panda.files.activity import say
-from panda.models.forward.stretched_positions import needs_positions
-from panda.models.forward.varlen_attention import takes_bounds
 from panda.run.estimate import state_bytes
 from panda.run.state import Run
 
@@ -59,14 +57,12 @@ def rehearse_longest(run: Run, loss: Callable[..., Any], statistics: Callable[..
 
 def _with_neighbour(run: Run, largest: LargestMicroBatch) -> list[Batch]:
     """The micro batch, and one next to it in its step if there is one, in their order."""
-    module = run.engine.module
     of_step = micro_batches_of(
         run.layout,
         run.task.collate,
         largest.step,
         rank=largest.rank,
-        positions=needs_positions(module),
-        bounds=takes_bounds(module),
+        **run.told_of_rows,
     )
     start = max(0, largest.number - 1)
     return [batch for batch in of_step[start : start + 2] if not batch.idle]

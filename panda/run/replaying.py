@@ -19,8 +19,6 @@ from panda.engine.processes import join_processes
 from panda.engine.steps import StepResult
 from panda.files.activity import activity
 from panda.files.terminal import number_of
-from panda.models.forward.stretched_positions import needs_positions
-from panda.models.forward.varlen_attention import takes_bounds
 from panda.registry import UserError
 from panda.run.assembly import lay_out
 from panda.run.beginning import begin
@@ -149,12 +147,10 @@ def _take(loop: Loop, micro_batches: list[Batch], step: int, judge: Callable[...
 def _each_sample(loop: Loop, step: int, units: float) -> Iterator[Part]:
     """Each sample of ``step``, alone on one rank; the others run the same one, and count nothing."""
     run, layout = loop.run, loop.run.layout
-    module = run.engine.module
     numbers = [number for of_ranks in layout.micro_batches(step) for rows in of_ranks for row in rows for number in row]
-    forms = {"positions": needs_positions(module), "bounds": takes_bounds(module)}
     with activity("running each sample", len(numbers)) as shown:
         for number in numbers:
-            batch = batch_of(layout, run.task.collate, [number], **forms)
+            batch = batch_of(layout, run.task.collate, [number], **run.told_of_rows)
             found = _take(loop, [batch if run.processes.data_rank == 0 else batch.as_idle()], step, _never)
             shown.advance()
             yield _part(_where(run, number), _text(run, number), found, units)

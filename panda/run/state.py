@@ -25,6 +25,8 @@ from panda.engine.processes import Processes
 from panda.engine.weights_copy import WeightsCopy
 from panda.engine.weights_copy import copy_weights
 from panda.engine.weights_copy import using
+from panda.models.forward.stretched_positions import needs_positions
+from panda.models.forward.varlen_attention import takes_bounds
 from panda.optim.schedules import Schedule
 from panda.registry import UserError
 from panda.registry.hooks import Hooks
@@ -119,6 +121,12 @@ class Run:
     """Who has the step left out that comes next, or skipped that is under way, and why."""
     evaluated_weights: tuple[str, WeightsCopy] | None = None
     """Who gave other weights to evaluate and to export, and these; None where they are the trained ones."""
+
+    @property
+    def told_of_rows(self) -> dict[str, bool]:
+        """What batches say of rows of tokens, for the model and the frozen one: arguments of ``step_batches``."""
+        models = [self.engine.module] + ([] if self.reference is None else [self.reference.module])
+        return {"positions": any(map(needs_positions, models)), "bounds": takes_bounds(self.engine.module)}
 
     # -- what hooks may ask for
 

@@ -66,13 +66,14 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
 
     wants_positions = prepared.outline is not None and needs_positions(prepared.outline)
     bounded = (layout.packed or wants_positions) and not prepared.why_masked
-    reference = _second_model(prepared, config, processes, bounded=bounded)
+    kernel = prepared.kernel if bounded else None
+    reference = _second_model(prepared, config, processes, packed=layout.packed, kernel=kernel)
     base, weights = prepared.take_base()
     parts = prepared.parts_of(base)
     if layout.packed:
         refuse_without_positions(base, name)
-    if bounded:
-        attend_by_kernel(base, prepared.kernel)
+    if kernel is not None:
+        attend_by_kernel(base, kernel)
     parameters = sum(parameter.numel() for part in (base, *parts.values()) for parameter in part.parameters())
     started = prepared.pretrained.adapters if prepared.pretrained else None
     what = "loading the weights" if prepared.pretrained else "drawing the weights"
@@ -102,7 +103,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
 
 
 def _second_model(
-    prepared: Preparation, config: dict[str, Any], processes: Processes, *, bounded: bool
+    prepared: Preparation, config: dict[str, Any], processes: Processes, *, packed: bool, kernel: str | None
 ) -> FrozenModel | None:
     """The frozen model that the task asks for besides the model, if it does. Every rank has to call it."""
     reference = prepared.reference
@@ -110,5 +111,12 @@ def _second_model(
         return None
     with activity("placing the frozen model", announced=True):
         return build_reference(
-            reference, prepared.configuration, prepared.context, prepared.tokenizer, config, processes, bounded=bounded
+            reference,
+            prepared.configuration,
+            prepared.context,
+            prepared.tokenizer,
+            config,
+            processes,
+            packed=packed,
+            kernel=kernel,
         )

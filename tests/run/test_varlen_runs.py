@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,21 @@ from launching import metrics
 from launching import run_script
 from launching import train_many
 from launching import zero3_at_once
+from model_types import ENTRIES
+from model_types import tiny
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM
+from varlen_on_cpu import varlen_on_cpu
 
-from panda.configuration.options import RunOptions
+from panda.models.forward import varlen_attention
 from panda.models.forward.layers import numbered_layers
 from panda.models.forward.layers import without_compiling
 from panda.models.forward.trial import refuse_unfit
 from panda.models.forward.varlen_attention import FLASH_4
 from panda.models.forward.varlen_attention import VARLEN
+from panda.models.forward.varlen_attention import what_forbids_kernel
+from panda.models.hf import HfOptions
+from panda.models.hf import build_hf
 from panda.models.llama import LlamaOptions
 from panda.models.llama import build_llama
 from panda.registry.contexts import ModelContext
@@ -69,14 +77,44 @@ def test_a_run_without_a_mask_has_the_losses_of_one_with_it(ranks: int, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("asked", "why", "kernel"), [(True, "", FLASH_4), (True, "its heads have 8 numbers", VARLEN), (False, "", VARLEN)]
+    ("model_type", "changes", "kernel", "said"),
+    [
+        ("llama", {}, VARLEN, ""),
+        ("llama", {"head_dim": 64}, FLASH_4, ""),
+        (
+            "llama",
+            {},
+            FLASH_4,
+            "by the varlen kernel, since for FlashAttention 4 it was not tried with heads of 8 numbers",
+        ),
+        ("gemma2", {"attn_logit_softcapping": 0.1}, VARLEN, "with a mask, since the model's attention is eager"),
+        ("gemma2", {"attn_logit_softcapping": 0.1}, FLASH_4, "with a mask, since the model's attention is eager"),
+    ],
 )
-def test_a_frozen_model_has_the_kernel_of_the_run_where_it_can(
-    asked: bool, why: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+def test_a_frozen_model_attends_by_the_kernel_of_the_run_only_where_it_can(
+    model_type: str, changes: dict[str, Any], kernel: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "why_not_flash_4", lambda model, device, dtype: why)
-    options = RunOptions(batching="packed", precision="bf16", flash_attention_4=asked)
-    assert reference._kernel(torch.nn.Module(), options, torch.device("cpu")) == kernel
+    """Told where samples begin, it gives each the logits that it has alone in plain transformers."""
+    monkeypatch.setattr(reference, "why_masked", lambda model, device, dtype: what_forbids_kernel(model, dtype))
+    monkeypatch.setattr(varlen_attention, "why_not_4", lambda device: "")
+    config = tiny(model_type).config.to_dict() | {"use_cache": False} | changes
+    torch.manual_seed(0)
+    model: Any = build_hf(HfOptions(), ModelContext(ENTRIES, 64, 0, 1, 2, config=config)).eval()
+    plain = AutoModelForCausalLM.from_config(type(model.config)(**config), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    plain.load_state_dict(model.state_dict())
+
+    assert reference._attend(model, kernel, torch.device("cpu"), torch.bfloat16) == said
+    samples = [torch.arange(3, 3 + length)[None] for length in (9, 7)]
+    positions = torch.cat([torch.arange(each.shape[1])[None] for each in samples], dim=1)
+    told = {"sample_bounds": torch.tensor([0, 9, 16], dtype=torch.int32), "longest_sample": 9}
+    with torch.no_grad(), varlen_on_cpu() as calls:
+        found = model(torch.cat(samples, dim=1), position_ids=positions, **told).logits
+        expected = torch.cat([plain(each).logits for each in samples], dim=1)
+    assert bool(calls) == ("mask" not in said)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_trials_before_training_compile_nothing() -> None:

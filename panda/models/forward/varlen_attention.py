@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -100,6 +101,18 @@ def attend_by_kernel(model: Any, kernel: str = VARLEN) -> None:
     # Not by `set_attn_implementation`, which warns where a model does not leave attention to transformers.
     model.config._attn_implementation = kernel
     model.takes_bounds = True
+
+
+def attend_with_mask(model: Any) -> None:
+    """Make the forward of ``model`` leave out where samples begin, which another one is told, and mask by positions."""
+    plain_forward = model.forward
+
+    def forward(
+        self: Any, *arguments: Any, sample_bounds: Any = None, longest_sample: Any = None, **keywords: Any
+    ) -> Any:
+        return plain_forward(*arguments, **keywords)
+
+    model.forward = MethodType(forward, model)
 
 
 def takes_bounds(model: torch.nn.Module) -> bool:

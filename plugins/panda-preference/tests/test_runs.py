@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from runs import rows_file
 from safetensors.torch import load_file
 from tiny import LABELLED
 from tiny import PAIRS
+from tiny import VOCABULARY
+from transformers import AutoModelForCausalLM
 from transformers import AutoModelForSequenceClassification
 from transformers import AutoTokenizer
+from transformers import BertConfig
+from transformers import MambaConfig
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:
@@ -90,6 +95,48 @@ def test_distillation_is_the_same_packed(train: Train, tiny: Path, tmp_path: Pat
     assert found[0]["supervised_tokens"] == found[1]["supervised_tokens"] > 10
     for name in ("loss", "cross_entropy", "agreement"):
         assert found[0][name] == pytest.approx(found[1][name], abs=1e-6)
+
+
+def test_a_teacher_whose_positions_stretch_is_right_in_any_rows(train: Train, tiny: Path, tmp_path: Path) -> None:
+    """Its RoPE goes by the length of a sample, which rows do not tell unless somebody wants to know, as the student
+    does not: with padding a sample would be as long as the longest."""
+    teacher = shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text()) | {"max_position_embeddings": 4}
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
+    (teacher / "config.json").write_text(json.dumps(config))
+    rows = rows_file(tmp_path / "rows", rows_of("distill"))
+    losses = []
+    for batching, batch in (("padded", 1), ("padded", 4), ("packed", 4)):
+        more = {"batching": batching, "per_gpu_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+        options = options_of("distill", tiny, rows, **more, max_steps=1, teacher_path=teacher)
+        train(tmp_path / f"{batching}-{batch}", **options)
+        losses.append(read_metrics(tmp_path / f"{batching}-{batch}")[0]["loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "batching", "refused"),
+    [
+        (
+            MambaConfig(state_size=4, num_hidden_layers=2, time_step_rank=4),
+            "packed",
+            "sees the one before it in its row",
+        ),
+        (BertConfig(num_hidden_layers=1, num_attention_heads=2, intermediate_size=24), "padded", "looks ahead"),
+    ],
+)
+def test_a_teacher_is_tried_as_the_student_is(
+    config: Any, batching: str, refused: str, train: Train, tiny: Path, tmp_path: Path
+) -> None:
+    config.update({"vocab_size": len(VOCABULARY), "hidden_size": 16})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / "model" / name, tmp_path / "teacher")
+    rows = rows_file(tmp_path / "rows", rows_of("distill"))
+    options = options_of("distill", tiny, rows, teacher_path=tmp_path / "teacher", batching=batching)
+    printed = train(tmp_path / "run", **options, fails=True)
+    assert refused in printed and "teacher" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("task", ["dpo", "kto", "reward"])
