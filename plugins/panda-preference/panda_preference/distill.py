@@ -99,6 +99,8 @@ def refuse_other_tokens(teacher_path: str, tokenizer: Any) -> None:
 
     folder = resolve_path(teacher_path)
     folder = folder / "export" if (folder / "export").is_dir() else folder
+    if folder.is_dir() and not any(file for name in ("tokenizer*", "vocab*") for file in folder.glob(name)):
+        return  # of some types of models transformers would make one, without tokens
     try:
         theirs = AutoTokenizer.from_pretrained(
             folder if folder.is_dir() else teacher_path, local_files_only=True, trust_remote_code=False
