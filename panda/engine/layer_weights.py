@@ -12,9 +12,10 @@ Weights do not change between the first backward pass of a step and its end; bef
 them.
 
 Streams. Collectives are queued on one stream, which waits for what has been computed before it gathers anything. What
-arrives is memory of that stream, so that of a layer that was released before can be used again. Computation waits for
-an event after the collective. What autograd saves of a weight is the parameter itself, or a view that keeps the layer's
-tensor: right in any case.
+arrives is memory of that stream, so that of a layer that was released before can be used again. The stream also waits
+where a layer is released: before torch gives free memory back to a device that is full, it waits for the stream that
+the memory is of, and for no other (2.11). Computation waits for an event after the collective. What autograd saves of a
+weight is the parameter itself, or a view that keeps the layer's tensor: right in any case.
 """
 
 from __future__ import annotations
@@ -164,6 +165,8 @@ class LayerWeights:
         self.present.remove(layer)
         self._arrive(layer)  # those that were fetched and not needed are on their way
         layer.release()
+        if self.stream is not None:
+            after_computed(self.stream, self.computed)
 
     def stays(self, layer: _Layer) -> bool:
         """Whether ``layer`` is there until weights change: for a backward pass, or for another micro batch."""
@@ -214,10 +217,15 @@ def queued_on(stream: Any, computed: Any) -> Iterator[None]:
     if stream is None:
         yield
         return
-    computed.record()
-    computed.wait(stream)
+    after_computed(stream, computed)
     with torch.cuda.stream(stream):
         yield
+
+
+def after_computed(stream: Any, computed: Any) -> None:
+    """Let what is queued on ``stream`` from now on wait for what has been computed, by the event ``computed``."""
+    computed.record()
+    computed.wait(stream)
 
 
 class _Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,3 +307,21 @@ def test_an_unusual_layer_is_right_too(processes: Processes, monkeypatch: pytest
         engine.close()
     assert torch.stack(losses[3]).tolist() == pytest.approx(torch.stack(losses[0]).tolist(), rel=1e-5)
     assert 0 < max(present) <= 3, "a layer, and those before and after it"
+
+
+def test_memory_of_a_released_layer_is_not_given_back_while_it_is_computed_with() -> None:
+    """Which torch does once the stream has come to its end that the memory is of: the one that gathers."""
+    calls: list[Any] = []
+
+    class Released:
+        coming = ()
+
+        def release(self) -> None:
+            calls.append("release")
+
+    layer, weights = Released(), LayerWeights.__new__(LayerWeights)
+    weights.present = {layer}  # type: ignore[arg-type]
+    weights.stream = "side"
+    weights.computed = SimpleNamespace(record=lambda: calls.append("record"), wait=calls.append)
+    weights.release(layer)  # type: ignore[arg-type]
+    assert calls == ["release", "record", "side"] and not weights.present
