@@ -21,6 +21,8 @@ from panda.tasks.task import Generated
 SHARE_OF_MEMORY = 0.4
 """Of a GPU's free memory, what the rows that are continued at once may have. Attention copies a layer's keys and values
 as they grow, and the rest of the model works beside them."""
+SHARE_IF_DETERMINISTIC = 0.1
+"""Of all of a GPU's memory, the same for a run with `deterministic`."""
 ROWS_WITHOUT_GPU = 256
 """Rows that are continued at once without a GPU."""
 BYTES_OF_SCORE = 48
@@ -93,9 +95,15 @@ class Generation:
 
 
 def rows_at_once(module: torch.nn.Module, length: int, device: torch.device) -> int:
-    """How many rows of ``length`` tokens ``device`` has room for, with keys and values of each."""
+    """How many rows of ``length`` tokens ``device`` has room for, with keys and values of each.
+
+    Where runs are to repeat to the bit it is a part of all memory, since what is free differs from start to start.
+    """
     if device.type != "cuda":
         return ROWS_WITHOUT_GPU
+    if torch.are_deterministic_algorithms_enabled():
+        room = SHARE_IF_DETERMINISTIC * torch.cuda.get_device_properties(device).total_memory
+        return max(1, int(room / bytes_of_row(module, length)))
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, int(SHARE_OF_MEMORY * free / bytes_of_row(module, length)))

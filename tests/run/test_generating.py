@@ -72,3 +72,21 @@ def test_a_row_takes_its_keys_and_values(module: Any) -> None:
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     scores = generating.BYTES_OF_SCORE * module.config.vocab_size
     assert bytes_of_row(module, 10) - scores == kept
+
+
+def test_rows_at_once_follow_free_memory_but_not_where_runs_repeat_to_the_bit(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other rows together have other shapes, whose products may round otherwise."""
+    gib, gpu = 2**30, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * gib))
+    found = []
+    for deterministic in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda value=deterministic: value)
+        for free in (50 * gib, 42 * gib):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * gib))
+            found.append(generating.rows_at_once(module, 100, gpu))
+    free, less, repeated, again = found
+    assert free > less and repeated == again == 8 * gib // bytes_of_row(module, 100)
