@@ -54,7 +54,7 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
         prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)), evaluates=True)
         processes = join_processes(prepared.options.tensor_parallel_size, met)
     stand("making the model")
-    prepared.decide(processes.from_rank_0)
+    prepared.decide(processes)
     options = prepared.options
     explained = explaining_lack_of_memory(prepared.explain_lack_of_memory)
     with RunLock() as lock, explained, deterministic(options.deterministic):

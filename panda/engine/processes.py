@@ -220,7 +220,8 @@ def own_device() -> torch.device:
         raise UserError(
             f"{here} processes were started on this machine, each for a GPU of its own, and"
             f" {number_of(gpus, 'GPU')} can be seen. Start {gpus} (`torchrun --nproc_per_node {gpus}`), or"
-            " set CUDA_VISIBLE_DEVICES: to more GPUs, or to nothing to train on the CPU."
+            " set CUDA_VISIBLE_DEVICES: to more GPUs, or to nothing to train on the CPU. Each process has to see all of"
+            " this machine's (with Slurm `--gpus-per-node`, and no `--gpus-per-task`)."
         )
     return torch.device("cuda", place)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from panda.engine.memory_parts import GIB
 from panda.registry import UserError
 from panda.registry.errors import did_you_mean
+from panda.registry.errors import in_brief
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +21,11 @@ class Card:
 
     name: str
     memory: int
-    """Bytes that programs can use, as torch reports them."""
+    """Bytes that a run can use: those that torch reports, without what other processes hold."""
     peak: float | None = None
     """Dense bf16 operations a second, as published; None where that is not known."""
+    held_by_others: int = 0
+    """Bytes that other processes hold."""
 
 
 def _card(name: str, gib: float, tera: float) -> Card:
@@ -49,6 +53,9 @@ CARDS = {
 COMMON = ("H200", "H100", "A100-40", "RTX-4090")
 """Those that an estimate is compared with where no card is named and this machine has none."""
 
+GPUS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+"""Of which a Linux machine with a GPU has one: NVIDIA's, AMD's, and that of WSL."""
+
 _REPORTED = (
     ("H100 PCIe", "h100-pcie"),
     ("H100 NVL", "h100-nvl"),
@@ -65,19 +72,48 @@ _REPORTED = (
 """What drivers call cards, and the card whose speed it has: the first that a name contains."""
 
 
+OWN_CONTEXT = GIB
+"""What CUDA and its libraries hold of a GPU for this process, at most: torch does not count it."""
+
+
 def this_card(device: torch.device | int = 0) -> Card:
-    """The GPU ``device`` of this machine."""
+    """The GPU ``device`` of this machine, with what other processes hold of it now."""
     import torch
 
-    name = torch.cuda.get_device_name(device)
-    return Card(name, torch.cuda.get_device_properties(device).total_memory, peak_of(name))
+    name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    free, of_all = torch.cuda.mem_get_info(device)
+    held = max(0, of_all - free - torch.cuda.memory_reserved(device) - OWN_CONTEXT)
+    return Card(name, total - held, peak_of(name), held)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether ``device`` computes in bf16. NVIDIA's do from 8.0 on; before, torch emulates some of it, and fails."""
+    import torch
+
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def why_unused() -> str:
+    """Why torch cannot use a GPU that this machine seems to have; empty where it has none, or is to use none."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "none", "NoDevFiles")
+    if torch.cuda.is_available() or hidden or not any(map(os.path.exists, GPUS)):
+        return ""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as problem:  # of an old driver, of a torch for CPUs, ...
+        return in_brief(problem)
+    return "torch.cuda.is_available() is false"
 
 
 def peak_of(reported: str) -> float | None:
     """Dense bf16 operations a second of the card that its driver calls ``reported``; None for one not known."""
     words = f" {reported.replace('-', ' ')} "
-    if "Laptop" in words:
-        return None
+    if "Laptop" in words or " MIG " in words or words.startswith(" GRID "):
+        return None  # slower ones, or a part of one
     for part, card in _REPORTED:
         if f" {part} " in words:
             return CARDS[card].peak

@@ -19,6 +19,7 @@ from panda.registry import UserError
 from panda.registry.contexts import ReaderContext
 from panda.registry.settings import CORE
 from panda.registry.settings import Setting
+from panda.run.cards import GPUS
 from panda.run.directory import continues_in_place
 from panda.run.directory import find_directory
 from panda.run.directory_lock import check_free
@@ -26,8 +27,6 @@ from panda.run.sources import data_settings
 from panda.weights.tokenizers import tokenizer_folder
 
 NO_FP16 = "precision: fp16 needs a GPU. Write `precision: bf16` or `fp32`."
-GPUS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
-"""Of which a Linux machine with a GPU has one: NVIDIA's, AMD's, and that of WSL."""
 
 
 def let_threads_sleep() -> None:

@@ -29,6 +29,7 @@ from panda.models.forward.varlen_attention import KERNELS
 from panda.registry.contexts import StepLoss
 from panda.registry.settings import CORE
 from panda.run.assembly import evaluation_sets
+from panda.run.cards import why_unused
 from panda.run.description import changes
 from panda.run.directory import find_directory
 from panda.run.directory import recorded_configuration
@@ -70,7 +71,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         "evaluation": list(_evaluation(prepared)),
         "steps": [*_steps(layout), *_attention(prepared, layout)],
         "optimizer": [_optimizer(prepared)],
-        "engine": [_engine(prepared), *_compiled(prepared)],
+        "engine": [_engine(prepared), *_unused_gpu(), *_compiled(prepared)],
         "memory": list(_memory(prepared)),
         "changed": [
             f"{key} was {each['before']!r} and is {each['now']!r}"
@@ -306,6 +307,11 @@ def _engine(prepared: Preparation) -> str:
     return f"{', '.join(said)}; {where}"
 
 
+def _unused_gpu() -> Iterator[str]:
+    if why := why_unused():
+        yield f"this machine has a GPU, which torch {torch.__version__} cannot use: {why}"
+
+
 def _compiled(prepared: Preparation) -> Iterator[str]:
     """What `compile: auto` was decided to be, and why; nothing on a CPU."""
     setting = prepared.resolved.settings["compile"]
@@ -322,7 +328,9 @@ def _memory(prepared: Preparation) -> Iterator[str]:
     if card is None or model is None or found is None:
         return
     rows = f"with rows of {prepared.options.max_seq_length:,}"
-    yield f"about {gib(found.parts.total)} of {gib(card.memory)} GiB on each GPU, {rows}: {found.parts.describe()}"
+    others = f" (other processes hold {gib(card.held_by_others)})" if card.held_by_others else ""
+    needed = f"about {gib(found.parts.total)} of {gib(card.memory)} GiB on each GPU{others}"
+    yield f"{needed}, {rows}: {found.parts.describe()}"
     if prepared.staying:
         yield f"in the room that is left, {prepared.staying} of {model.layers} layers stay gathered through a step"
     if not found.fits(card):

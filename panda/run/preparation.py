@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from panda.data.selection import trained_and_held_out
 from panda.data.token_dataset import SampleSet
 from panda.engine.deepspeed_config import live_parameters
 from panda.engine.memory_parts import gib
+from panda.engine.processes import Processes
 from panda.engine.processes import own_device
 from panda.files.compilers import what_compiling_lacks
 from panda.models.adapters.lora import add_adapters
@@ -40,6 +40,7 @@ from panda.run.assembly import dataset_of
 from panda.run.assembly import lay_out
 from panda.run.assembly import load_tokenizer
 from panda.run.cards import Card
+from panda.run.cards import has_bf16
 from panda.run.cards import this_card
 from panda.run.compiling import Work
 from panda.run.compiling import choice
@@ -236,10 +237,15 @@ class Preparation:
             refuse_adapted(found, self.pretrained)
         return found
 
-    @property
+    @cached_property
     def card(self) -> Card | None:
-        """The GPU that this process trains on; None on a CPU."""
+        """The GPU by which a run is decided: this process's, and after ``decide`` the smallest; None on a CPU."""
         return this_card(own_device()) if torch.cuda.is_available() else None
+
+    @cached_property
+    def compiling_lacks(self) -> str:
+        """Why layers are not compiled here; after ``decide`` on any rank. Empty where they can be."""
+        return what_compiling_lacks(own_device()) if self.card else "on a CPU it takes longer than it saves"
 
     @cached_property
     def estimates(self) -> Estimates:
@@ -270,15 +276,21 @@ class Preparation:
         model, _ = self._memory_on_card()
         return model.flops(self.dataset.tokens / max(1, len(self.dataset))) if model else None
 
-    def decide(self, once: Callable[[Callable[[], Any]], Any] = lambda decide: decide()) -> None:
+    def decide(self, processes: Processes | None = None) -> None:
         """Decide what the configuration leaves to the run, by `auto` for the keys in ``DECIDED``.
 
-        ``once`` calls the function that it is given, on one rank of the run, and returns its result on all of them.
+        ``processes``: those of the run, each of which calls this. Of unlike GPUs the smallest counts, and compilers
+        have to be on all machines. Without them, what is here counts.
         """
+        if processes is not None and processes.world_size > 1:
+            cards, lacks = zip(*processes.from_all((self.card, self.compiling_lacks)), strict=True)
+            self.card = None if None in cards else min(cards, key=lambda card: card.memory)
+            self.compiling_lacks = next(filter(None, lacks), "")
         open_keys = [key for key in DECIDED if self.resolved.settings[key].value == "auto"]
         if not open_keys:
             return
         resolved = self.resolved
+        once = processes.from_rank_0 if processes else lambda decide: decide()
         for setting in once(lambda: [self._decided().settings[key] for key in open_keys]):
             resolved = resolved.with_values({setting.key: setting.value}, setting.origin)
         self.configuration = replace(self.configuration, resolved=resolved)
@@ -286,9 +298,8 @@ class Preparation:
     def _decided(self) -> Resolved:
         """The configuration with values for all of ``DECIDED``."""
         found = self.configuration
-        missing = what_compiling_lacks(own_device()) if self.card else "on a CPU it takes longer than it saves"
-        if missing:  # known before memory is estimated, which depends on it
-            found = with_decided(found, "compile", "auto", lambda: (False, f"decided: {missing}"))
+        if self.compiling_lacks:  # known before memory is estimated, which depends on it
+            found = with_decided(found, "compile", "auto", lambda: (False, f"decided: {self.compiling_lacks}"))
         undecided = found.resolved
         found = with_decided(found, DECIDED[0], "auto", lambda: self._checkpointing(undecided))
         half_decided = found.resolved
@@ -374,6 +385,9 @@ def prepare(configuration: Configuration, world_size: int, *, evaluates: bool = 
     prepared = Preparation(configuration, world_size)
     if prepared.options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError(NO_FP16)
+    if prepared.options.precision == "bf16" and not has_bf16(device := own_device()):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"precision: bf16: {name} does not compute in it. Write `precision: fp16` or `fp32`.")
     if prepared.pretrained:
         generation_values(prepared.pretrained.folder)  # a file that cannot be read is found before the data is
     _ = prepared.task, evaluates and prepared.evaluation_entries, prepared.reference  # in this order

@@ -121,7 +121,7 @@ def _begun(configuration: Configuration, world_size: int) -> Iterator[tuple[Run,
     """The run, as it is before its next step, and its loop."""
     prepared = prepare(configuration, world_size)
     processes = join_processes(prepared.options.tensor_parallel_size)
-    prepared.decide(processes.from_rank_0)
+    prepared.decide(processes)
     with RunLock() as lock:
         continuation = continuation_of(prepared, processes, lock)
         layout = lay_out(prepared.options, prepared.dataset, processes.data_ranks, continuation.progress)

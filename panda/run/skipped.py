@@ -10,6 +10,7 @@ from panda.configuration.user_code import flags_of_files
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import step_of
 from panda.registry import UserError
+from panda.run.cards import has_bf16
 from panda.run.interruption import how_to_continue
 from panda.run.state import Run
 from panda.weights.run_folders import CHECKPOINTS
@@ -58,7 +59,8 @@ def _or_judged(run: Run) -> str:
 def _what_helps(run: Run) -> str:
     """Where the last good weights are, and what to change before training goes on."""
     files = flags_of_files(run.resolved)
-    other = ", or write `precision: bf16` in place of fp16" if run.options.precision == "fp16" else ""
+    can_change = run.options.precision == "fp16" and has_bf16(run.processes.device)
+    other = ", or write `precision: bf16` in place of fp16" if can_change else ""
     change = (
         f"`panda replay {run.directory} {run.step}{files}` finds the rows. Mend the data, or lower"
         f" `learning_rate`{other}"

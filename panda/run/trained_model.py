@@ -87,7 +87,7 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     seed_random(options.seed + processes.data_rank)  # ranks with different data draw different dropout
     optimizer = build_optimizer(prepared.resolved, model, processes.device)
     trained = sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
-    if live := min(processes.from_all(prepared.live_parameters)):  # of unlike cards, the smallest
+    if live := prepared.live_parameters:
         config["zero_optimization"]["stage3_max_live_parameters"] = live
     with activity("starting the engine, and trying the model", announced=True):
         engine = Engine(model, optimizer, config, processes)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from typing import cast
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
 from panda.run.assembly import lay_out
 from panda.run.cards import Card
+from panda.run.cards import has_bf16
 from panda.run.cards import named_card
 from panda.run.cards import peak_of
+from panda.run.cards import this_card
+from panda.run.cards import why_unused
 from panda.run.estimate import MARGIN
 from panda.run.estimate import layers_that_stay
 from panda.run.fitting import Estimates
@@ -228,6 +232,8 @@ def test_cards_have_names_and_sizes() -> None:
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("Tesla T4", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("GRID L40S-48Q", None),
     ],
 )
 def test_the_speed_of_a_card_follows_from_what_its_driver_calls_it(reported: str, peak: float | None) -> None:
@@ -326,13 +332,80 @@ def test_all_ranks_take_the_decision_of_one(folder: Path, on_a_card: Callable[[f
     on_a_card(80)
     prepared = Preparation(configure(parse_arguments(arguments())))
     of_rank_0 = [("activation_checkpointing", "selective"), ("compile", True)]
-    prepared.decide(
-        lambda _: [SimpleNamespace(key=key, value=value, origin="decided: there") for key, value in of_rank_0]
-    )
+    found = [SimpleNamespace(key=key, value=value, origin="decided: there") for key, value in of_rank_0]
+    prepared.decide(cast(Any, SimpleNamespace(world_size=1, from_rank_0=lambda _: found)))
     for key, value in of_rank_0:
         setting = prepared.resolved.settings[key]
         assert (setting.value, setting.origin) == (value, "decided: there")
         assert getattr(prepared.options, key) == value
+
+
+def test_the_smallest_card_counts_and_compilers_on_all_machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 is on the larger card, and on the machine with a compiler."""
+    monkeypatch.setattr("panda.run.preparation.this_card", lambda device: named_card("h200"))
+    monkeypatch.setattr("panda.run.preparation.what_compiling_lacks", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("panda.run.preparation.own_device", lambda: torch.device("cuda", 0))
+    ranks = SimpleNamespace(
+        world_size=2,
+        from_all=lambda here: [here, (Card("small", 24 * 2**30), "it needs gcc")],
+        from_rank_0=lambda decide: decide(),
+    )
+    prepared = Preparation(configure(parse_arguments(arguments())), 2)
+    prepared.decide(cast(Any, ranks))
+    assert prepared.card is not None and prepared.card.name == "small"
+    settings = prepared.resolved.settings
+    assert (settings["compile"].value, settings["compile"].origin) == (False, "decided: it needs gcc")
+    assert settings["activation_checkpointing"].origin.endswith("of 24.0 GiB")
+
+
+@pytest.mark.parametrize(("others", "held"), [(0.0, 0.0), (0.4, 0.0), (17.0, 16.6)])
+def test_what_other_processes_hold_of_a_card_is_not_there(
+    others: float, held: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides torch's own 5 GiB and 0.6 of CUDA's; up to 1 GiB of that is taken for this process's."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * gib))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (round((24 - 5.6 - others) * gib), 24 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * gib)
+    found = this_card(torch.device("cuda", 0))
+    assert found.held_by_others == pytest.approx(held * gib, abs=1e6)
+    assert found.memory + found.held_by_others == 24 * gib
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "computes"),
+    [((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((7, 5), "6.2", True)],
+)
+def test_bf16_needs_a_card_that_computes_in_it(
+    capability: tuple[int, int], hip: str | None, computes: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert has_bf16(torch.device("cuda", 0)) == computes and has_bf16(torch.device("cpu"))
+    monkeypatch.setattr("panda.run.preparation.own_device", lambda: torch.device("cuda", 0))
+    flags = f"--arch llama-tiny --precision bf16 {SHORT} --instruction_tuning_data_dir missing.json"
+    with pytest.raises(UserError, match="missing.json" if computes else "Tesla T4 does not compute in it. Write `prec"):
+        prepare(configure(parse_arguments(flags.split())), 1)
+
+
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run would be on the CPU, and torch's warning of an old driver in a file of the run."""
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert why_unused() == "" or Path("/dev/nvidiactl").exists()
+    monkeypatch.setattr("panda.run.cards.GPUS", (str(tmp_path),))
+    assert why_unused() == "The NVIDIA driver on your system is too old"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert why_unused() == ""
 
 
 def test_what_cannot_fit_is_refused_with_a_change(
