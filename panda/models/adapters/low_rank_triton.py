@@ -42,7 +42,8 @@ def is_hopper(device: torch.device) -> bool:
 def _multiprocessors_of_hopper(device: torch.device) -> int:
     """How many of them ``device`` has; 0 for a GPU of another generation. Asked once: it is called 14 times a layer."""
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count if found.major == 9 else 0
+    # AMD's MI200 and MI300 are 9.0 and 9.4 to torch.
+    return found.multi_processor_count if found.major == 9 and torch.version.hip is None else 0
 
 
 def product_with_low_rank(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:

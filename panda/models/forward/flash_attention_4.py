@@ -31,7 +31,7 @@ def why_not(device: torch.device) -> str:
     if found != VERSION:
         has = f"this machine has {PACKAGE} {found}" if found else f"{PACKAGE} is not installed"
         return f"{has}, and it needs version {VERSION}: `pip install 'panda-train[flash]'`"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a {device.type.upper()}"
         return f"it was tried on Hopper GPUs only, and this is {name}"
     try:
