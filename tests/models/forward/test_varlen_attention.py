@@ -178,6 +178,17 @@ def test_flash_attention_4_is_of_one_version_on_one_kind_of_card(
     assert found.startswith(why) if why else found == ""
 
 
+def test_amds_cards_are_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To torch MI200 is of capability 9.0, and MI300 of 9.4."""
+    monkeypatch.setattr(metadata, "version", lambda name: flash_attention_4.VERSION)
+    monkeypatch.setattr(flash_attention_4, "_kernels", object)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI250X")
+    assert flash_attention_4.why_not(CUDA) == ""
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert flash_attention_4.why_not(CUDA) == "it was tried on Hopper GPUs only, and this is AMD Instinct MI250X"
+
+
 def test_what_torch_is_told_of_flash_attention_4_is_so() -> None:
     """Layouts, too: queries of one row may be those of another order of dimensions."""
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
