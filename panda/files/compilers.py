@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,9 +36,27 @@ def what_compiling_lacks(device: torch.device) -> str:
             return "torch needs Triton, which is not installed (`pip install triton`)"
         if torch.cuda.get_device_capability(device) < (7, 0):
             return "Triton needs a GPU of compute capability 7.0 or later"
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        headers = sysconfig.get_path("include")
+        if not Path(headers, "Python.h").exists():
             return "Triton needs the headers of Python, which are not installed (`apt-get install python3-dev`)"
+        if problem := _problem_of(found, headers):
+            return (
+                f"Triton needs a compiler for C that works, and {found} does not ({problem}). Are libc's headers there?"
+            )
     return ""
+
+
+@functools.cache
+def _problem_of(compiler: str, headers: str) -> str:
+    """What ``compiler`` says of a file that includes ``headers`` of Python, and those of C; empty where all is well."""
+    call = [compiler, "-I", headers, "-fsyntax-only", "-x", "c", "-"]
+    source = "#include <stdlib.h>\n#include <Python.h>\n"
+    try:
+        done = subprocess.run(call, input=source, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as problem:
+        return str(problem)
+    said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+    return "" if done.returncode == 0 else next(iter(said), f"it ends with {done.returncode}")
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sysconfig
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +21,7 @@ from panda.cli.check import main as check
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
 from panda.configuration.refusals import REFUSALS
+from panda.files import compilers
 from panda.files.compilers import what_compiling_lacks
 from panda.registry.contexts import ModelContext
 from panda.registry.resolve import Resolved
@@ -216,7 +219,10 @@ def test_a_compiler_that_is_missing_is_named(
 
 def test_a_gpu_needs_triton_and_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
-    monkeypatch.setenv("CC", "sh")
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\ngrep -q Python.h\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setattr("panda.files.compilers.find_spec", lambda name: None)
     assert "Triton, which is not installed" in what_compiling_lacks(device)
     monkeypatch.setattr("panda.files.compilers.find_spec", lambda name: name)
@@ -227,6 +233,20 @@ def test_a_gpu_needs_triton_and_headers(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "headers of Python" in what_compiling_lacks(device)
     (tmp_path / "Python.h").touch()
     assert what_compiling_lacks(device) == ""
+    broken = tmp_path / "gcc"
+    broken.write_text("#!/bin/sh\necho '<stdin>:1: fatal error: stdlib.h: No such file or directory' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    assert f"{broken} does not (<stdin>:1: fatal error: stdlib.h: No such" in what_compiling_lacks(device)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
+def test_a_compiler_that_works_is_not_refused() -> None:
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        pytest.skip("no headers of Python")
+    assert compilers._problem_of("gcc", headers) == ""
+    assert "No such file" in compilers._problem_of("gcc", "/nowhere") or Path("/usr/include/Python.h").exists()
 
 
 # -- in a run
