@@ -15,6 +15,9 @@ from panda.answers.generation import lengths_vary
 from panda.answers.positions import held_positions
 from panda.registry import UserError
 
+ROUTERS = "output_router_logits"
+"""Of the configuration of a mixture of experts: whether it computes the loss of its routers."""
+
 
 @dataclass(frozen=True)
 class Manner:
@@ -191,6 +194,10 @@ def _with_cache(
     )
     # What `settings` lack is taken from here: nothing of the model's own is followed.
     kept, module.generation_config = module.generation_config, config()
+    # The loss of routers, which mixtures would compute besides, fails on rows that are padded on the left.
+    routers = getattr(module.config, ROUTERS, None)
+    if routers:
+        setattr(module.config, ROUTERS, False)
     try:
         output = module.generate(
             rows.to(device),
@@ -201,6 +208,8 @@ def _with_cache(
         )
     finally:
         module.generation_config = kept
+        if routers:
+            setattr(module.config, ROUTERS, routers)
     made: list[list[int]] = output[:, longest:].tolist()
     return made
 

@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import llama
+from model_types import ENTRIES
+from model_types import tiny
 
 from panda.answers.generation import greedy
 from panda.answers.sampling import Manner
+from panda.answers.sampling import random_numbers
 from panda.answers.sampling import sampled
+from panda.models.hf import HfOptions
+from panda.models.hf import build_hf
+from panda.registry.contexts import ModelContext
 from panda.weights.generation_config import Decoding
 
 PROMPTS = [[5], [6, 7, 8, 9], [5, 6, 5, 6, 5], [12, 13, 14]]
@@ -70,3 +76,20 @@ def sampled_answers(model: Any, how: Decoding, criteria: list[Any], pad: int = 0
         criteria=criteria,
     )
     return [[token for token in each.token_ids if token not in ENDS] for each in found]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neo", "gpt_bigcode", "xglm", "opt", "mixtral"])
+def test_log_probs_of_prompts_of_unlike_lengths_are_those_of_each_alone(model_type: str) -> None:
+    """In plain transformers. Positions that are learned count from a prompt's first token, and not from the padding."""
+    plain = tiny(model_type).eval()
+    config = plain.config.to_dict()
+    model: Any = build_hf(HfOptions(), ModelContext(ENTRIES, 64, 0, 1, 2, config=config)).eval()
+    model.load_state_dict(plain.state_dict())
+    prompts, plain.config.output_router_logits = [[5, 6, 7, 8, 9, 10], [11, 12, 13]], False
+    draws = random_numbers(1, [(0, number) for number in range(len(prompts))], NEW)
+    answers = sampled(model, prompts, draws, Manner(NEW), end_tokens=ENDS, pad_token_id=0, device=CPU)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + answer.token_ids]), use_cache=False).logits[0]
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer.token_ids)[:, None])
+        assert answer.log_probs == pytest.approx(expected.squeeze(-1).tolist(), abs=1e-4)

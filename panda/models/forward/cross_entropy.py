@@ -8,6 +8,7 @@ twice, and backward does not need the weight, which ZeRO-3 may have partitioned 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from dataclasses import replace
 from types import MethodType
@@ -221,5 +222,12 @@ def offer_loss_sum(model: Any) -> None:
         variation = Variation(label_smoothing, weights)
         return linear_cross_entropy(hidden[where], head.weight, following[where], group, variation)
 
+    # transformers asks the signature what it may give, such as `position_ids` in generation.
+    own, taken = inspect.signature(forward), inspect.signature(plain_forward).parameters
+    added = [each for name, each in own.parameters.items() if each.kind is each.KEYWORD_ONLY and name not in taken]
+    named = [each for each in taken.values() if each.kind is not each.VAR_KEYWORD]
+    others = [each for each in taken.values() if each.kind is each.VAR_KEYWORD]
+    first = next(iter(own.parameters.values()))
+    forward.__signature__ = own.replace(parameters=[first, *named, *added, *others])  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)
     model.sums_loss = model.sums_varied_loss = True

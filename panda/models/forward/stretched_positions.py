@@ -75,9 +75,10 @@ def _original(part: Any) -> int:
 
 def _sample_lengths(input_ids: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor | None:
     if positions is not None:
-        sample = (positions == 0).cumsum(-1) - 1
-        longest = torch.zeros_like(positions).scatter_reduce(-1, sample, positions + 1, "amax")
-        return longest.gather(-1, sample)
+        # What is before the first 0 is padding on the left, or goes on with a sample that is in a cache.
+        sample = (positions == 0).cumsum(-1)
+        longest = positions.new_zeros(len(positions), positions.shape[-1] + 1)
+        return longest.scatter_reduce(-1, sample, positions + 1, "amax").gather(-1, sample)
     return None if input_ids is None else torch.full_like(input_ids, input_ids.shape[-1])
 
 
