@@ -40,6 +40,7 @@ from panda.run.ending import options_of_stopper
 from panda.run.ending import work_at_the_end
 from panda.run.model import base_weights
 from panda.run.preparation import Preparation
+from panda.run.reference import reference_weights
 from panda.weights.pretrained import Pretrained
 from panda.weights.run_folders import CHECKPOINTS
 
@@ -197,6 +198,7 @@ def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: Sam
         "adapters": adapters if options.use_lora else "none",
         "base": f"quantised to {options.quant_bits} bits" if options.use_quant else "whole",
         **({"base_weights": base_weights(pretrained)} if options.use_lora else {}),
+        **({"reference_weights": frozen} if (frozen := reference_weights(resolved, pretrained)) else {}),
         "seed": options.seed,
         "samples": len(dataset),
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),

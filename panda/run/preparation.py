@@ -68,7 +68,7 @@ from panda.run.records import refuse_sets
 from panda.run.records import refuse_unit
 from panda.run.reference import reference_of
 from panda.run.reference import refuse_adapted
-from panda.run.reference import refuse_missing
+from panda.run.reference import refuse_unusable
 from panda.tasks.task import Task
 from panda.tasks.task import stated_metrics
 from panda.weights.generation_config import generation_values
@@ -233,7 +233,7 @@ class Preparation:
         """The frozen model that the task asks for; None for none. Raises UserError where that cannot be had."""
         found = reference_of(self.resolved)
         if found is not None:
-            refuse_missing(found, self.resolved)
+            refuse_unusable(found, self.resolved, self.tokenizer)
             refuse_adapted(found, self.pretrained)
         return found
 

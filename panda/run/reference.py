@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from panda.configuration.configure import Configuration
 from panda.configuration.options import RunOptions
+from panda.configuration.positions import positions_of
 from panda.engine.frozen import FrozenModel
 from panda.engine.frozen import freeze
 from panda.engine.processes import Processes
@@ -32,13 +34,17 @@ from panda.registry import UserError
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import Reference
 from panda.registry.resolve import Resolved
+from panda.run.model import base_weights
 from panda.run.model import build_weights
 from panda.run.model import make_trainable
 from panda.run.model import model_context
 from panda.weights.finding import Source
 from panda.weights.finding import checkpoint_at
+from panda.weights.formats import META
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
+from panda.weights.tokenizers import has_tokenizer
+from panda.weights.tokenizers import read_tokenizer
 
 
 def reference_of(resolved: Resolved) -> Reference | None:
@@ -63,6 +69,14 @@ def refuse_adapted(reference: Reference, pretrained: Pretrained | None) -> None:
             " with the weights at the start, which the base without them is not. Merge them into their base first:"
             " `panda export RUN --merge`."
         )
+
+
+def reference_weights(resolved: Resolved, pretrained: Pretrained | None) -> str | None:
+    """The identity of the weights of the frozen model, of a run from ``pretrained``; None where it has none."""
+    reference = reference_of(resolved)
+    if reference is None:
+        return None
+    return base_weights(pretrained if reference.checkpoint is None else _found(reference.checkpoint, resolved))
 
 
 def is_second_model(reference: Reference | None, options: RunOptions) -> bool:
@@ -135,15 +149,56 @@ def _attend(module: torch.nn.Module, kernel: str, device: torch.device, dtype: t
     return f"by {KERNELS[VARLEN]}, since for {KERNELS[FLASH_4]} {why}" if why else ""
 
 
-def refuse_missing(reference: Reference, resolved: Resolved) -> None:
-    """Raise UserError where the checkpoint that ``reference`` names, if it names one, is not one that can be read."""
-    if reference.checkpoint is not None:
-        _found(reference.checkpoint, resolved)
+def refuse_unusable(reference: Reference, resolved: Resolved, tokenizer: Any) -> None:
+    """Raise UserError where the checkpoint that ``reference`` names, if it names one, cannot be that of a frozen model.
+
+    It cannot be read, has other tokens than ``tokenizer``, the run's, too few positions for its rows, or would have to
+    be split over ranks.
+    """
+    if reference.checkpoint is None:
+        return
+    key, found = _key_of(reference.checkpoint, resolved), _found(reference.checkpoint, resolved)
+    _refuse_other_tokens(f"{key}: {reference.checkpoint!r}", found.folder, tokenizer)
+    positions = positions_of(found.config) if found.format is not META else None
+    length = resolved.core.max_seq_length
+    if positions is not None and length > positions.count:
+        raise UserError(
+            f"max_seq_length: {length}, but {key} {reference.checkpoint!r} is made for {positions.count} positions"
+            f" ({positions.reason}). Lower max_seq_length."
+        )
+    if resolved.core.tensor_parallel_size > 1:
+        raise UserError(
+            f"tensor_parallel_size: the frozen model at {key} {reference.checkpoint!r} cannot be split over ranks."
+            " Write `zero_stage: 3` in its place, which divides the weights of both models."
+        )
+
+
+def _refuse_other_tokens(who: str, folder: Path, tokenizer: Any) -> None:
+    """Raise UserError where ``folder`` has a tokenizer to which a token of ``tokenizer``, or its number, is another.
+
+    Tokens that it does not have are none of its own: the run may have added them.
+    """
+    try:
+        theirs = read_tokenizer(folder).get_vocab() if has_tokenizer(folder) else {}
+    except UserError:  # a damaged one, which is not needed
+        return
+    tokens = {number: token for token, number in theirs.items()}
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(token, number) != number or tokens.get(number, token) != token:
+            raise UserError(
+                f"{who} has another tokenizer than the run: {token!r} is not the same token there. What it says is of"
+                " its own tokens. Give a model and a `tokenizer` that belong together."
+            )
+
+
+def _key_of(checkpoint: str, resolved: Resolved) -> str:
+    """The option of the task that names ``checkpoint``."""
+    values = asdict(resolved.components["task"].options)
+    return next((name for name, value in values.items() if value == checkpoint), "task")
 
 
 def _found(checkpoint: str, resolved: Resolved) -> Pretrained:
-    values = asdict(resolved.components["task"].options)
-    key = next((name for name, value in values.items() if value == checkpoint), "task")
+    key = _key_of(checkpoint, resolved)
     found = checkpoint_at(Source(checkpoint, key, allow_pickle=resolved.core.allow_pickle))
     if found.adapters or "panda_model" in found.config:
         raise UserError(

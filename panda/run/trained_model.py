@@ -18,6 +18,8 @@ from panda.files.activity import activity
 from panda.models.forward.isolation import refuse_leaking
 from panda.models.forward.isolation import refuse_without_positions
 from panda.models.forward.layers import without_compiling
+from panda.models.forward.packed_rows import leave_out
+from panda.models.forward.packed_rows import takes_positions
 from panda.models.forward.stretched_positions import needs_positions
 from panda.models.forward.trial import refuse_unfit
 from panda.models.forward.varlen_attention import attend_by_kernel
@@ -74,6 +76,11 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
         refuse_without_positions(base, name)
     if kernel is not None:
         attend_by_kernel(base, kernel)
+    models = [base, *([reference.module] if reference is not None else [])]
+    if any(map(needs_positions, models)):
+        for each in models:
+            if not takes_positions(each):  # one of several, whose rows are no more than a sample
+                leave_out(each, "position_ids")
     parameters = sum(parameter.numel() for part in (base, *parts.values()) for parameter in part.parameters())
     started = prepared.pretrained.adapters if prepared.pretrained else None
     what = "loading the weights" if prepared.pretrained else "drawing the weights"

@@ -47,6 +47,8 @@ def _explained(key: str, before: Any, now: Any, then: Any, here: Any) -> str:
         if then.get("base") == here.get("base"):
             return f"the weights of the base have changed since then, at {here.get('base')} ({before}, and now {now})"
         return f"the base was {then.get('base')} ({before}), and is {here.get('base')} ({now})"
+    if key == "reference_weights":
+        return f"the weights of the frozen model were others ({before}, and now {now})"
     return f"{key} was {before!r} and is {now!r}"
 
 

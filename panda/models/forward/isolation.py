@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
+from panda.models.forward.packed_rows import takes_positions
 from panda.models.forward.trial import largest
 from panda.registry import UserError
 
@@ -15,8 +15,7 @@ INSTEAD = "Write `batching: grouped`, which works with any model, or use one who
 
 def refuse_without_positions(model: torch.nn.Module, name: str) -> None:
     """Raise UserError where the forward of ``model`` does not take ``position_ids``."""
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+    if not takes_positions(model):
         raise UserError(
             f"batching: packed: refused, since model {name!r} cannot keep the samples of a row apart: its forward does"
             f" not accept `position_ids`. {INSTEAD}"

@@ -8,7 +8,9 @@ when transformers accepts the answer as an argument.
 
 from __future__ import annotations
 
+import inspect
 from contextvars import ContextVar
+from functools import wraps
 from types import MethodType
 from typing import Any
 from typing import Literal
@@ -39,6 +41,23 @@ def tell_packing(model: Any) -> None:
 
     base.forward = MethodType(forward, base)
     model.is_told_packing = True
+
+
+def takes_positions(model: torch.nn.Module) -> bool:
+    """Whether the forward of ``model`` takes ``position_ids``."""
+    parameters = inspect.signature(model.forward).parameters
+    return "position_ids" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def leave_out(model: Any, *names: str) -> None:
+    """Make the forward of ``model`` leave out the arguments of these names, which another model is given."""
+    plain_forward = model.forward
+
+    @wraps(plain_forward)
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        return plain_forward(*arguments, **{name: value for name, value in keywords.items() if name not in names})
+
+    model.forward = forward
 
 
 def is_told_packing(model: torch.nn.Module) -> bool:

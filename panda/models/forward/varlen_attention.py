@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from panda.models.forward.flash_attention_4 import HEAD_SIZES
 from panda.models.forward.flash_attention_4 import flash_attention_4
 from panda.models.forward.flash_attention_4 import why_not as why_not_4
 from panda.models.forward.packed_rows import is_told_packing
+from panda.models.forward.packed_rows import leave_out
 from panda.models.forward.packed_rows import rows_now
 from panda.registry.errors import in_brief
 
@@ -104,15 +104,8 @@ def attend_by_kernel(model: Any, kernel: str = VARLEN) -> None:
 
 
 def attend_with_mask(model: Any) -> None:
-    """Make the forward of ``model`` leave out where samples begin, which another one is told, and mask by positions."""
-    plain_forward = model.forward
-
-    def forward(
-        self: Any, *arguments: Any, sample_bounds: Any = None, longest_sample: Any = None, **keywords: Any
-    ) -> Any:
-        return plain_forward(*arguments, **keywords)
-
-    model.forward = MethodType(forward, model)
+    """Make ``model`` mask by positions, where another one is told where samples begin."""
+    leave_out(model, "sample_bounds", "longest_sample")
 
 
 def takes_bounds(model: torch.nn.Module) -> bool:

@@ -59,7 +59,6 @@ class Distill(Instruct):
     def __init__(self, options: DistillOptions, context: TaskContext) -> None:
         super().__init__(options, context)
         assert options.teacher_path is not None
-        refuse_other_tokens(options.teacher_path, context.tokenizer)
         self.loss_type, self.temperature = options.loss_type, options.temperature
 
     @classmethod
@@ -87,30 +86,3 @@ class Distill(Instruct):
     def _known(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of tokens that the tokenizer has, in float32: models may have more rows, and each more of them."""
         return logits[:, : self.vocabulary].float()
-
-
-def refuse_other_tokens(teacher_path: str, tokenizer: Any) -> None:
-    """Raise UserError where the teacher has a tokenizer of its own that reads ``tokenizer``'s tokens otherwise.
-
-    One that lacks a tokenizer is not compared: panda refuses one that has fewer rows than the tokenizer has tokens.
-    """
-    from panda.registry.location import resolve_path
-    from transformers import AutoTokenizer
-
-    folder = resolve_path(teacher_path)
-    folder = folder / "export" if (folder / "export").is_dir() else folder
-    if folder.is_dir() and not any(file for name in ("tokenizer*", "vocab*") for file in folder.glob(name)):
-        return  # of some types of models transformers would make one, without tokens
-    try:
-        theirs = AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else teacher_path, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError):
-        return
-    there = theirs.get_vocab()
-    other = next((token for token, number in tokenizer.get_vocab().items() if there.get(token) != number), None)
-    if other is not None:
-        raise UserError(
-            f"teacher_path: {teacher_path!r} has another tokenizer than the run: {other!r} is not the same token there."
-            " A teacher's probabilities are of its own tokens. Give a teacher and a `tokenizer` that belong together."
-        )

@@ -102,7 +102,7 @@ def test_a_teacher_whose_positions_stretch_is_right_in_any_rows(train: Train, ti
     does not: with padding a sample would be as long as the longest."""
     teacher = shutil.copytree(tiny / "teacher", tmp_path / "teacher")
     config = json.loads((teacher / "config.json").read_text()) | {"max_position_embeddings": 4}
-    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 16.0, "rope_theta": 10000.0}
     (teacher / "config.json").write_text(json.dumps(config))
     rows = rows_file(tmp_path / "rows", rows_of("distill"))
     losses = []
@@ -202,9 +202,20 @@ def test_a_reward_model_uses_margins(train: Train, tiny: Path, tmp_path: Path) -
     assert losses[1] > losses[0] + 1
 
 
-def test_transformers_gives_an_exported_reward_models_rewards(train: Train, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pads_with", ["<pad>", "</s>"])
+def test_transformers_gives_an_exported_reward_models_rewards(
+    pads_with: str, train: Train, tiny: Path, tmp_path: Path
+) -> None:
+    """It reads before the padding, to which a last token belongs that is the same one."""
+    start = shutil.copytree(tiny / "model", tmp_path / "start")
+    for name, key, value in (
+        ("config.json", "pad_token_id", VOCABULARY.index(pads_with)),
+        ("tokenizer_config.json", "pad_token", pads_with),
+    ):
+        (start / name).write_text(json.dumps(json.loads((start / name).read_text()) | {key: value}))
     rows = rows_file(tmp_path / "rows", PAIRS)
-    train(tmp_path / "run", **options_of("reward", tiny, rows, eval_data_dir=rows, template="plain", separator=""))
+    of_start = {"ckpt_path": start, "tokenizer": start, "template": "plain", "separator": ""}
+    train(tmp_path / "run", **options_of("reward", tiny, rows, eval_data_dir=rows, **of_start))
     export = tmp_path / "run" / "export"
     model = AutoModelForSequenceClassification.from_pretrained(export)
     tokenizer = AutoTokenizer.from_pretrained(export)
@@ -215,9 +226,96 @@ def test_transformers_gives_an_exported_reward_models_rewards(train: Train, tiny
             rewards = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
             assert last[f"eval_rewards/{side}"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
     # Its own weights are where another run starts, the head among them.
-    options = options_of("reward", tiny, rows, max_steps=1, template="plain", separator="") | {"ckpt_path": export}
+    options = options_of("reward", tiny, rows, max_steps=1, **of_start) | {"ckpt_path": export}
     train(tmp_path / "again", **options | {"per_gpu_train_batch_size": 4})
     assert read_metrics(tmp_path / "again")[0]["loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "more", "refused"),
+    [
+        ("dpo", {"tokenizer.json": {"waits": "in", "in": "waits"}}, {}, "has another tokenizer than the run: '"),
+        ("kto", {"tokenizer.json": {"waits": "in", "in": "waits"}}, {}, "has another tokenizer than the run: '"),
+        ("dpo", {"config.json": {"max_position_embeddings": 8}}, {}, "max_seq_length: 64, but reference_path "),
+        ("dpo", {}, {"tensor_parallel_size": 2, "ranks": 2}, "tensor_parallel_size: the frozen model at reference_pa"),
+    ],
+)
+def test_a_reference_that_cannot_be_one_is_refused(
+    task: str, changes: dict[str, Any], more: dict[str, Any], refused: str, train: Train, tiny: Path, tmp_path: Path
+) -> None:
+    """Before anything is built. Words that have changed places are other tokens, as many as before."""
+    reference = shutil.copytree(tiny / "teacher", tmp_path / "reference")
+    for name, new in changes.items():
+        content = json.loads((reference / name).read_text())
+        if name == "tokenizer.json":
+            words = content["model"]["vocab"]
+            content["model"]["vocab"] = {new.get(word, word): number for word, number in words.items()}
+        else:
+            content |= new
+        (reference / name).write_text(json.dumps(content))
+    rows = rows_file(tmp_path / "rows", rows_of(task))
+    options = options_of(task, tiny, rows, reference_path=reference) | more
+    printed = train(tmp_path / "run", **options, fails=True)
+    assert refused in printed and str(reference) in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_resumed_run_refuses_another_reference(named: bool, train: Train, tiny: Path, tmp_path: Path) -> None:
+    """One that is named, and one that is the start of the run, whose weights have changed since."""
+    start = shutil.copytree(tiny / "model", tmp_path / "start")
+    other = shutil.copytree(tiny / "teacher", tmp_path / "other")
+    rows = rows_file(tmp_path / "rows", PAIRS)
+    options = options_of("dpo", tiny, rows, save_steps=2, ckpt_path=start) | (
+        {"reference_path": other} if named else {}
+    )
+    train(tmp_path / "run", **options)
+    shutil.copy((tiny / ("model" if named else "teacher")) / "model.safetensors", other if named else start)
+    printed = train(tmp_path / "run", **options | {"max_steps": 5}, resume="auto", fails=True)
+    assert "the weights of the frozen model were others" in printed and "Traceback" not in printed
+
+
+def test_a_model_without_positions_learns_from_a_teacher_that_wants_them(
+    train: Train, tiny: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text()) | {"max_position_embeddings": 4}
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 16.0, "rope_theta": 10000.0}
+    (teacher / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "recurrent.py").write_text(RECURRENT)
+    rows, losses = rows_file(tmp_path / "rows", rows_of("distill")), []
+    for batch in (1, 4):
+        more = {"per_gpu_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "max_steps": 1}
+        options = options_of("distill", tiny, rows, teacher_path=teacher, **more)
+        del options["ckpt_path"]
+        train(tmp_path / f"run-{batch}", **options, model="recurrent", user_dir=tmp_path / "own")
+        losses.append(read_metrics(tmp_path / f"run-{batch}")[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+RECURRENT = '''
+"""A model of a user, whose forward takes token ids only."""
+
+import torch
+
+from panda import register_model
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, entries):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(entries, 16)
+        self.cell = torch.nn.GRU(16, 16, batch_first=True)
+        self.head = torch.nn.Linear(16, entries)
+
+    def forward(self, input_ids):
+        return self.head(self.cell(self.embedding(input_ids))[0])
+
+
+@register_model("recurrent")
+def build(options, context):
+    return Recurrent(context.vocab_size)
+'''
 
 
 def test_a_teacher_with_other_tokens_is_refused(train: Train, tiny: Path, tmp_path: Path) -> None:
