@@ -64,16 +64,21 @@ class RewardModel(PairTask):
         )
 
     def collate(self, rows: list[list[Sample]], shape: RowShape) -> TokenBatch:
-        """As other pairs, with the place ``last`` [rows] of each row's last token, and ``margin`` [pairs]."""
+        """As other pairs, with the place ``last`` [rows] where each row is read, and ``margin`` [pairs]."""
         import torch
 
         pairs = [sample for row in rows for sample in row]
         sequences = [
             [(sample[side], sample[f"{side}_supervised"])] for side in ("chosen", "rejected") for sample in pairs
         ]
-        last = torch.tensor([len(token_ids) - 1 for [(token_ids, _)] in sequences])
+        last = torch.tensor([self._read_at(token_ids) for [(token_ids, _)] in sequences])
         margin = torch.tensor([float(sample["margin"][0]) for sample in pairs])
         return self.batch(sequences, shape, len(pairs), {"last": last, "margin": margin})
+
+    def _read_at(self, token_ids: Any) -> int:
+        """Where transformers' classifier reads: some tokenizers pad with the token that ends an answer."""
+        places = reversed(range(len(token_ids)))
+        return next((place for place in places if token_ids[place] != self.pad_token_id), 0)
 
     def extend(self, model: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
         import torch
