@@ -58,7 +58,7 @@ def test_packed_and_unpacked_give_the_same_logits_and_the_same_loss(llama: Any, 
             for each in row:
                 batch = collate([[each]], pad_token_id=0)
                 alone = llama(batch.input_ids).logits[0]
-                torch.testing.assert_close(logits[number, start : start + len(alone)], alone, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(logits[number, start : start + len(alone)], alone, rtol=1e-4, atol=1e-4)
                 alone_loss += float(next_token_loss(llama, batch))
                 start += len(alone)
         loss = float(next_token_loss(llama, packed))
