@@ -144,6 +144,11 @@ class BatchPlan:
         return self.micro_batch * self.accumulation * self.ranks
 
     @property
+    def first_samples(self) -> int:
+        """Samples of the next step: all that are left where those are fewer than a full one's."""
+        return max(0, min(self.step_samples, self.end_position - self.start_position))
+
+    @property
     def end_position(self) -> int:
         """The position after the last sample of the run."""
         if self.max_steps > 0:

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 FILE_NAME = "eval_answers.jsonl"
 
 
-def read_answers(directory: Path) -> list[dict[str, Any]]:
+def read_answers(directory: str | Path) -> list[dict[str, Any]]:
     """The answers of the run in ``directory`` to its evaluation data, in order; ``step`` 0 is before training.
 
     Each has ``step``, ``set`` (the name of the evaluation set; empty for the only one), ``sample`` (its number in the
     set), ``prompt``, ``answer``, ``reference`` (the answer in the data), ``ended`` (whether it ended by itself) and
     ``scores``, by the name of the metric.
     """
-    return read_records(directory / FILE_NAME)
+    return read_records(Path(directory) / FILE_NAME)
 
 
 @dataclass(frozen=True)

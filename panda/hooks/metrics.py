@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 FILE_NAME = METRICS
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """The log records of the run in ``directory``, in order. A value that was not a finite number is None."""
-    return [record for record in read_records(directory / FILE_NAME) if "loss" in record]
+    return [record for record in read_records(Path(directory) / FILE_NAME) if "loss" in record]
 
 
-def read_evaluations(directory: Path) -> list[dict[str, Any]]:
+def read_evaluations(directory: str | Path) -> list[dict[str, Any]]:
     """The records of the evaluations of the run in ``directory``, in order."""
-    return [record for record in read_records(directory / FILE_NAME) if "eval_loss" in record]
+    return [record for record in read_records(Path(directory) / FILE_NAME) if "eval_loss" in record]
 
 
 @register_plugin("metrics")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from panda.data.packing import Layout
+from panda.files.terminal import number_of
 from panda.optim.adam_options import AdamOptions
 from panda.registry import UserError
 from panda.run.assembly import build_schedule
@@ -30,6 +31,12 @@ def notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
     yield from _tokenizer_note(prepared)
     yield from _rate_note(prepared)
     yield from _evaluation_note(prepared)
+    plan = layout.plan
+    if plan.total_steps - plan.start_step == 1 and 0 < plan.first_samples < plan.step_samples:
+        yield (
+            f"all {number_of(plan.first_samples, 'sample')} are one step, which is for {plan.step_samples}: lower"
+            " gradient_accumulation_steps, or raise num_train_epochs, to take more"
+        )
     schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
     before_last = range(min(max(steps - 1, 1), PEAK_SOUGHT_STEPS))
     if layout.plan.start_step < steps and max(map(schedule, before_last)) < 1:

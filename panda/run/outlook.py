@@ -256,10 +256,11 @@ def _evaluation(prepared: Preparation) -> Iterator[str]:
 def _steps(layout: Layout) -> Iterator[str]:
     plan, rows = layout.plan, layout.filling()
     split = f"{plan.micro_batch} x {plan.accumulation} x {plan.ranks}, micro batch x accumulation x ranks"
-    steps = f"{number_of(plan.total_steps, 'step')} of {number_of(plan.step_samples, 'sample')}"
+    samples = plan.first_samples or plan.step_samples
+    steps = f"{number_of(plan.total_steps, 'step')} of {number_of(samples, 'sample')}"
     yield f"{steps} ({split}): {_epochs(layout)}"
     if rows.steps:
-        tokens = plan.step_samples * rows.tokens / rows.samples
+        tokens = samples * rows.tokens / rows.samples
         long = f" of up to {layout.max_seq_length:,}" * layout.packed
         shared = f", {rows.samples:,.1f} samples a row" * layout.packed
         yield f"about {tokens:,.0f} tokens a step, in {layout.batching} rows{long}: {rows.share:.1%} data{shared}"

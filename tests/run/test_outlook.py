@@ -399,3 +399,17 @@ def test_a_run_on_two_ranks_says_once_what_check_says_too(folder: Path, checkpoi
     assert trained.count(first[0]) == trained.count("loading the weights ...") == trained.count("training ...") == 1
     assert any("(1 x 64 x 2, micro batch x accumulation x ranks)" in line for line in first)
     assert max(map(len, first)) <= 100
+
+
+def test_data_that_is_less_than_a_step_is_one(said: Outlook) -> None:
+    """Six rows, where a step has 64 by default: what is said of it is what it has."""
+    lines, full = said(TINY_64), said(f"{TINY_64} --gradient_accumulation_steps 6")
+    assert lines["steps"][0].startswith("1 step of 6 samples (1 x 64 x 1,")
+    assert lines["steps"][1].split(" in ")[0] == full["steps"][1].split(" in ")[0]
+    assert any(
+        note.startswith("all 6 samples are one step, which is for 64: lower gradient_acc") for note in lines["note"]
+    )
+    assert not any("are one step" in note for note in full["note"])
+    three = said(f"{TINY_64} --num_train_epochs 3")["steps"][0]
+    assert three.startswith("1 step of 18 samples") and three.endswith("3 epochs")
+    assert said(f"{TINY_64} --max_steps 2")["steps"][0].startswith("2 steps of 64 samples")

@@ -59,10 +59,10 @@ class DamagedError(UserError):
     """A checkpoint has another content than was written."""
 
     def __init__(self, checkpoint: Path, problem: str) -> None:
-        super().__init__(
-            f"{checkpoint}: the checkpoint is damaged: {problem}. Name an older one, or the run directory, in which the"
-            " newest that is whole is found."
-        )
+        others = [each for each in checkpoint.parent.glob("step-*") if (each / MANIFEST).is_file()]
+        older = max((each for each in others if each.name < checkpoint.name), default=None)
+        instead = f"The one before it is {older}." if older else "There is no older one beside it."
+        super().__init__(f"{checkpoint}: the checkpoint is damaged: {problem}. {instead}")
         self.problem = problem
 
 
