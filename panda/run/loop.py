@@ -391,7 +391,7 @@ def batches(run: Run, layout: Layout) -> Iterator[list[Batch]]:
     """The micro batches of this rank in each step of ``layout``."""
     return step_batches(
         layout,
-        run.task.collate,
+        run.collate,
         rank=run.processes.data_rank,
         num_workers=run.options.num_workers,
         prefetch_factor=run.options.prefetch_factor,

@@ -59,7 +59,7 @@ def _with_neighbour(run: Run, largest: LargestMicroBatch) -> list[Batch]:
     """The micro batch, and one next to it in its step if there is one, in their order."""
     of_step = micro_batches_of(
         run.layout,
-        run.task.collate,
+        run.collate,
         largest.step,
         rank=largest.rank,
         **run.told_of_rows,

@@ -150,7 +150,7 @@ def _each_sample(loop: Loop, step: int, units: float) -> Iterator[Part]:
     numbers = [number for of_ranks in layout.micro_batches(step) for rows in of_ranks for row in rows for number in row]
     with activity("running each sample", len(numbers)) as shown:
         for number in numbers:
-            batch = batch_of(layout, run.task.collate, [number], **run.told_of_rows)
+            batch = batch_of(layout, run.collate, [number], **run.told_of_rows)
             found = _take(loop, [batch if run.processes.data_rank == 0 else batch.as_idle()], step, _never)
             shown.advance()
             yield _part(_where(run, number), _text(run, number), found, units)

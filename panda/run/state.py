@@ -15,8 +15,11 @@ from typing import TypeVar
 import torch
 
 from panda.configuration.options import RunOptions
+from panda.data.batches import Batch
+from panda.data.batches import RowShape
 from panda.data.order import BatchPlan
 from panda.data.packing import Layout
+from panda.data.token_dataset import Sample
 from panda.data.token_dataset import SampleSet
 from panda.engine.engine import Engine
 from panda.engine.evaluated_weights import evaluated_weights
@@ -121,6 +124,17 @@ class Run:
     """Who has the step left out that comes next, or skipped that is under way, and why."""
     evaluated_weights: tuple[str, WeightsCopy] | None = None
     """Who gave other weights to evaluate and to export, and these; None where they are the trained ones."""
+
+    @property
+    def collate(self) -> Callable[..., Batch]:
+        """The task's ``collate``; an exception names the package of the task, out of a worker, too."""
+        task, collate = self.resolved.components["task"], self.task.collate
+
+        def attributed(rows: list[list[Sample]], shape: RowShape) -> Batch:
+            with task.attributed("`collate`"):
+                return collate(rows, shape)
+
+        return attributed
 
     @property
     def told_of_rows(self) -> dict[str, bool]:

@@ -209,6 +209,9 @@ class RowTask(Task):
                     block.report.add_unused(name)
             except UnusableRowError as problem:
                 block.report.add_bad(BadRow(row.file, row.number, str(problem)))
+            except Exception as problem:  # a fault of `parse`, of any author
+                problem.add_note(f"`parse` was given {row.file}, row {row.number}. UnusableRowError leaves a row out.")
+                raise
         block.rows = used
         self.add_samples(parsed, block)
         block.rows = ()  # what is sent to the process that writes it
