@@ -226,6 +226,19 @@ def own_device() -> torch.device:
     return torch.device("cuda", place)
 
 
+def _begin_alone(backend: str) -> None:
+    """Make the group of the only process."""
+    try:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    except RuntimeError as problem:
+        if "Unable to find interface" not in str(problem):
+            raise
+        raise UserError(
+            "this machine has no network interface, which torch wants for one process, too. In a sandbox, switch the"
+            " loopback on (`ip link set lo up`)."
+        ) from problem
+
+
 def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Processes:
     """Join the processes that ``torchrun`` or ``deepspeed`` started, or be the only one.
 
@@ -252,7 +265,7 @@ def join_processes(tensor_ranks: int = 1, met: Meeting | None = None) -> Process
             # No port is opened, so any number of single-process runs share a machine. DeepSpeed 0.19.8 reads these
             # variables even when a process group exists; they can go when it asks the group.
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            _begin_alone(backend)
     _join_deepspeed()
     if tensor_ranks == 1:
         return Processes(rank, world_size, device)

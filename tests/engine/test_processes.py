@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from launching import run_script
 from launching import start
 from launching import zero3_at_once
 
+from panda.engine.processes import _begin_alone
 from panda.engine.processes import _set_allocator
 from panda.engine.processes import own_device
 from panda.registry import UserError
@@ -72,6 +74,15 @@ def test_more_processes_than_gpus_are_refused_on_all_of_them(
         UserError, match=rf"{gpus} can be seen\. Start {gpus[0]} \(`torchrun --nproc_per_node {gpus[0]}`"
     ):
         own_device()
+
+
+def test_a_machine_without_a_network_interface_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at device.cc:212] ifa != nullptr. Unable to find interface for: [127.0.0.1]")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    with pytest.raises(UserError, match="ip link set lo up"):
+        _begin_alone("gloo")
 
 
 def test_more_ranks_than_gpus_are_tested_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

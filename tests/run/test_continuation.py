@@ -75,6 +75,7 @@ def other_template() -> None:
     file.write_text("{{ 'More' }}" + file.read_text())
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["as given", "whole paths"])
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -90,12 +91,16 @@ def other_template() -> None:
     ],
     ids=["a file cut", "a byte", "a file less", "a file more", "template", "tokenizer"],
 )
-def test_what_the_data_was_made_of_is_compared(folder: Path, change: Callable[[], None], said: list[str]) -> None:
+def test_what_the_data_was_made_of_is_compared(
+    folder: Path, change: Callable[[], None], said: list[str], whole: bool
+) -> None:
+    """A run that goes on from its config.yaml has whole paths."""
     before = agreement()
     change()
-    text = refused(before, agreement())
+    text = refused(before, agreement("--instruction_tuning_data_dir", str(folder / "rows" if whole else "rows")))
     assert "the data differs: " in text
     assert [part for part in said if part not in text] == [], text
+    assert ("is read, and was not" in text) == any("was not" in part for part in said)
 
 
 @pytest.mark.parametrize(

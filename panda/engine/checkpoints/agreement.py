@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ def _of_data_sets(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str
 
 def _in_files(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     files = [{str(name): (size, digest) for name, size, digest in record.get("files", [])} for record in (then, here)]
+    files[0] = {_same_file(name, files[1]): each for name, each in files[0].items()}
     contents = [[digest for _, digest in each.values()] for each in files]
     if contents[0] == contents[1] and None not in contents[0] and files[0]:
         return  # perhaps moved
@@ -99,6 +101,13 @@ def _in_files(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]
     for key, unit in (("count", "files"), ("bytes", "bytes"), ("rows", "rows")):
         if then.get(key) != here.get(key) and (key == "rows" or not (files[0] and files[1])):
             yield f"{here['location']} had {then.get(key):,} {unit}, and has {here.get(key):,}"
+
+
+def _same_file(name: str, names: Collection[str]) -> str:
+    """Of ``names``, the one that ``name`` is the end of; else itself. A first start records paths as they are given,
+    and one that goes on from config.yaml whole ones."""
+    found = [each for each in names if each.endswith(f"/{name.removeprefix('./')}")]
+    return found[0] if name not in names and len(found) == 1 else name
 
 
 def _in_values(name: str, then: Any, here: Any) -> Iterator[str]:
