@@ -183,7 +183,7 @@ def _refuse_other_tokens(who: str, folder: Path, tokenizer: Any) -> None:
     except UserError:  # a damaged one, which is not needed
         return
     tokens = {number: token for token, number in theirs.items()}
-    for token, number in tokenizer.get_vocab().items():
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):  # of all ranks the same
         if theirs.get(token, number) != number or tokens.get(number, token) != token:
             raise UserError(
                 f"{who} has another tokenizer than the run: {token!r} is not the same token there. What it says is of"
