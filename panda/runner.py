@@ -15,6 +15,7 @@ from panda.engine.processes import Meeting
 from panda.engine.processes import join_processes
 from panda.engine.processes import meeting
 from panda.files.activity import activity
+from panda.files.activity import say
 from panda.files.activity import stand
 from panda.files.disk_full import writing
 from panda.registry.hooks import add_built
@@ -66,11 +67,13 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
             if processes.rank == 0:
                 print(finished)
             return None
-        announce(prepared, continuation, layout, processes)
+        announced = announce(prepared, continuation, layout, processes)
         model = trained_model(prepared, layout, processes)
         add_built(configuration.hooks, prepared.resolved, model.base)
         run = begin(prepared, continuation, (layout, evaluations), model, processes, lock)
         run.begun = begun
+        if announced is not None and announced.absolute() != run.directory.absolute():
+            say(f"{'output':12}{run.directory}, since another run has taken {announced}")
         with _to_its_end(run, configuration):
             if run.resumed_from is not None:
                 processes.together(partial(load_state, run, run.resumed_from))

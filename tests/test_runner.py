@@ -18,6 +18,7 @@ from panda.engine.checkpoints import writing
 from panda.engine.checkpoints.manifest import read_progress
 from panda.engine.engine import Engine
 from panda.registry import UserError
+from panda.run.outlook import announce
 from panda.runner import train
 from panda.tasks.instruct import Instruct
 
@@ -275,6 +276,25 @@ def test_missing_held_out_data_is_reported_before_anything_is_built(
     monkeypatch.setattr("panda.runner.trained_model", lambda *_, **__: pytest.fail("it built a model"))
     with pytest.raises(UserError, match=r"eval_data_dir.*nowhere"):
         recorded("--eval_data_dir", "nowhere")
+
+
+def test_a_run_whose_directory_another_one_takes_says_where_it_is(
+    processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two that start at once announce the same one."""
+
+    def announce_late(*arguments: Any) -> Path | None:
+        announced = announce(*arguments)
+        assert announced is not None
+        announced.mkdir(parents=True)
+        (announced / "provenance.json").touch()
+        return announced
+
+    monkeypatch.setattr("panda.runner.announce", announce_late)
+    recorded("--max_steps", "1", "--run_name", "x")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("output ")]
+    assert lines == ["output      runs/x", "output      runs/x-2, since another run has taken runs/x"]
+    assert (Path("runs/x-2") / "metrics.jsonl").exists()
 
 
 def test_a_step_that_ends_several_epochs_ends_each(processes: Any, recorded: Any) -> None:

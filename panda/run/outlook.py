@@ -88,21 +88,23 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
     return [*lines, *(f"note: {note}" for note in notes(prepared, layout))]
 
 
-def announce(prepared: Preparation, continuation: Continuation, layout: Layout, processes: Processes) -> None:
-    """Print the outlook of the run, on rank 0. Every rank has to call it, and all raise where it cannot be made.
+def announce(prepared: Preparation, continuation: Continuation, layout: Layout, processes: Processes) -> Path | None:
+    """Print the outlook of the run, on rank 0, and return there the directory that it names. Every rank has to call it.
 
-    Raises UserError, too, where a new directory has no room for what the run writes.
+    All raise where it cannot be made, and UserError where a new directory has no room for what the run writes.
     """
 
-    def tell() -> None:
-        if processes.rank == 0:
-            directory = continuation.directory or find_directory(prepared.resolved)[0]
-            lines = outlook(prepared, layout, directory, continuation.checkpoint)
-            print("\n".join(fitted(lines, LABEL_WIDTH)), flush=True)
-            if not directory.exists():  # what is in it may be removed first
-                _refuse_without_room(prepared, layout, directory)
+    def tell() -> Path | None:
+        if processes.rank != 0:
+            return None
+        directory = continuation.directory or find_directory(prepared.resolved)[0]
+        lines = outlook(prepared, layout, directory, continuation.checkpoint)
+        print("\n".join(fitted(lines, LABEL_WIDTH)), flush=True)
+        if not directory.exists():  # what is in it may be removed first
+            _refuse_without_room(prepared, layout, directory)
+        return directory
 
-    processes.together(tell)
+    return processes.together(tell)
 
 
 def _refuse_without_room(prepared: Preparation, layout: Layout, directory: Path) -> None:
