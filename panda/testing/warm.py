@@ -49,7 +49,7 @@ SERVER = "PANDA_TESTING_SERVER"
 """Names, to a process that starts others itself, a fork that forks for it: its own id, and two descriptors."""
 ORDERS: IO[str]
 ANSWERS: IO[str]
-SECONDS_TO_SAY_WHY = 10
+SECONDS_TO_SAY_WHY = 20
 SAFE_PATH = "PYTHONSAFEPATH"
 """Of Python itself: with it, the folder of the script, or of a module the current one, is not on the path."""
 

@@ -84,7 +84,7 @@ def test_a_rank_that_sleeps_is_named_with_its_place_and_ends_the_run_after_the_t
 
 
 def test_a_rank_that_is_killed_is_named_by_another(tmp_path: Path) -> None:
-    with begin(tmp_path, "time.sleep(2); os.kill(os.getpid(), 9)", 0.5) as started:
+    with begin(tmp_path, "time.sleep(6); os.kill(os.getpid(), 9)", 0.5) as started:  # reported 4 s later at most
         done = started.wait()
     assert_ended(started, 2, -signal.SIGKILL)
     last = done.stderr.splitlines()[-1]
