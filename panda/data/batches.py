@@ -185,7 +185,7 @@ def token_batch(
             end = start + len(token_ids)
             input_ids[number, start:end] = token_ids
             predicted = _mask(supervised)[1:]  # nothing predicts the first
-            np.copyto(labels[number, start + 1 : end], token_ids[1:], where=predicted)
+            np.copyto(labels[number, start + 1 : end], input_ids[number, start + 1 : end], where=predicted)
             positions[number, start:end] = from_0[: end - start]
             supervised_tokens += int(np.count_nonzero(predicted))
             if weighted:

@@ -464,3 +464,10 @@ def test_a_mapped_data_set_is_sent_to_a_process_by_its_place(dataset: TokenDatas
     arrays = {**dataset.arrays, "token_ids": _mapped(tmp_path / "a.bin", "int32")}
     mapped = replace(dataset, arrays=arrays, directory=tmp_path)
     assert len(pickle.dumps(mapped)) < 1000
+
+
+def test_a_list_of_one_token_is_a_sequence_too() -> None:
+    batch = collate([[([5, 6, 7], [0] * 3)], [([8], [0])]], pad_token_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.real is not None and (batch.real.sum(1) - 1).tolist() == [2, 0]
+    assert bool((batch.labels == IGNORED_LABEL).all())
