@@ -10,7 +10,7 @@ from typing import Any
 
 from panda.configuration.implied import Stated
 from panda.configuration.options import RunOptions
-from panda.configuration.positions import positions_of
+from panda.configuration.positions import positions_of_checkpoint
 from panda.files.terminal import number_of
 from panda.registry import UserError
 from panda.registry.options import options_of
@@ -102,8 +102,7 @@ def _within_positions(resolved: Resolved, pretrained: Pretrained, origin: str) -
 
     Only the default is lowered, and a line says so. Raises UserError for a value that was set and is too large.
     """
-    is_known = pretrained.format is not META and "panda_model" not in pretrained.config
-    positions = positions_of(pretrained.config) if is_known else None
+    positions = positions_of_checkpoint(pretrained)
     setting = resolved.settings["max_seq_length"]
     if positions is None or setting.value <= positions.count:
         return resolved

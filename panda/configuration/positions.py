@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from typing import Any
 
 from panda.registry import UserError
+from panda.weights.formats import META
+
+if TYPE_CHECKING:
+    from panda.weights.pretrained import Pretrained
 
 NAMES = (
     "max_position_embeddings",
@@ -51,6 +56,12 @@ def positions_of(config: Mapping[str, Any]) -> Positions | None:
     if stretched <= count:
         return Positions(count, f"{name} in its config.json")
     return Positions(stretched, f"{name}, stretched by the RoPE rule in its config.json")
+
+
+def positions_of_checkpoint(pretrained: Pretrained) -> Positions | None:
+    """The positions of the model in ``pretrained``; None where nothing limits them, or its format does not say."""
+    is_known = pretrained.format is not META and "panda_model" not in pretrained.config
+    return positions_of(pretrained.config) if is_known else None
 
 
 def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

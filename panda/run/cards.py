@@ -87,7 +87,7 @@ def this_card(device: torch.device | int = 0) -> Card:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether ``device`` computes in bf16. NVIDIA's do from 8.0 on; before, torch emulates some of it, and fails."""
+    """Whether ``device`` computes in bf16: NVIDIA GPUs do from compute capability 8.0 on."""
     import torch
 
     if device.type != "cuda" or torch.version.hip is not None:

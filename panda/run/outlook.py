@@ -89,9 +89,10 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
 
 
 def announce(prepared: Preparation, continuation: Continuation, layout: Layout, processes: Processes) -> Path | None:
-    """Print the outlook of the run, on rank 0, and return there the directory that it names. Every rank has to call it.
+    """Print the outlook of the run on rank 0, and return the directory that it names; on other ranks, return None.
 
-    All raise where it cannot be made, and UserError where a new directory has no room for what the run writes.
+    Every rank has to call it. All raise if it cannot be made, and UserError if a new directory has no room for what
+    the run writes.
     """
 
     def tell() -> Path | None:

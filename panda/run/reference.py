@@ -11,7 +11,7 @@ import torch
 
 from panda.configuration.configure import Configuration
 from panda.configuration.options import RunOptions
-from panda.configuration.positions import positions_of
+from panda.configuration.positions import positions_of_checkpoint
 from panda.engine.frozen import FrozenModel
 from panda.engine.frozen import freeze
 from panda.engine.processes import Processes
@@ -40,7 +40,6 @@ from panda.run.model import make_trainable
 from panda.run.model import model_context
 from panda.weights.finding import Source
 from panda.weights.finding import checkpoint_at
-from panda.weights.formats import META
 from panda.weights.pretrained import Pretrained
 from panda.weights.pretrained import fitted
 from panda.weights.tokenizers import has_tokenizer
@@ -116,8 +115,9 @@ def build_reference(
     """The frozen model, placed like the model that is trained. Every rank has to call it.
 
     Before the run's random numbers are seeded, which it may draw from. ``config``: DeepSpeed's for the run. ``packed``:
-    whether rows hold several samples. ``kernel``: of attention that is told where samples begin, the run's; None for a
-    mask. Raises UserError for a checkpoint of a model that looks ahead, or whose samples in a row see each other.
+    whether rows hold several samples. ``kernel``: the run's attention kernel, which is given the bounds of samples;
+    None if the run uses a mask. Raises UserError if the model of a checkpoint looks ahead, or does not keep the samples
+    of a row apart.
     """
     resolved, options = configuration.resolved, configuration.options
     plain = replace(options, use_lora=False, use_quant=False, activation_checkpointing="none", compile=False)
@@ -140,7 +140,7 @@ def build_reference(
 
 
 def _attend(module: torch.nn.Module, kernel: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Make ``module`` attend by ``kernel``, or if it cannot, otherwise. Returns how and why then; empty if it can."""
+    """Make ``module`` use ``kernel`` for attention. If it cannot, returns what it uses instead, and why; else empty."""
     if why := why_masked(module, device, dtype):
         attend_with_mask(module)
         return f"with a mask, since {why}"
@@ -150,16 +150,16 @@ def _attend(module: torch.nn.Module, kernel: str, device: torch.device, dtype: t
 
 
 def refuse_unusable(reference: Reference, resolved: Resolved, tokenizer: Any) -> None:
-    """Raise UserError where the checkpoint that ``reference`` names, if it names one, cannot be that of a frozen model.
+    """Raise UserError if ``reference`` names a checkpoint that cannot be the run's frozen model.
 
-    It cannot be read, has other tokens than ``tokenizer``, the run's, too few positions for its rows, or would have to
-    be split over ranks.
+    That is one that cannot be read, has other tokens than ``tokenizer``, the run's, or fewer positions than its rows
+    may have; and any in a run with tensor parallelism, which cannot split it.
     """
     if reference.checkpoint is None:
         return
     key, found = _key_of(reference.checkpoint, resolved), _found(reference.checkpoint, resolved)
     _refuse_other_tokens(f"{key}: {reference.checkpoint!r}", found.folder, tokenizer)
-    positions = positions_of(found.config) if found.format is not META else None
+    positions = positions_of_checkpoint(found)
     length = resolved.core.max_seq_length
     if positions is not None and length > positions.count:
         raise UserError(
@@ -174,9 +174,8 @@ def refuse_unusable(reference: Reference, resolved: Resolved, tokenizer: Any) ->
 
 
 def _refuse_other_tokens(who: str, folder: Path, tokenizer: Any) -> None:
-    """Raise UserError where ``folder`` has a tokenizer to which a token of ``tokenizer``, or its number, is another.
-
-    Tokens that it does not have are none of its own: the run may have added them.
+    """Raise UserError if the tokenizer in ``folder`` gives a token of ``tokenizer`` another number, or its number to
+    another token. Tokens that it lacks are allowed: the run may have added them.
     """
     try:
         theirs = read_tokenizer(folder).get_vocab() if has_tokenizer(folder) else {}

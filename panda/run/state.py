@@ -138,7 +138,10 @@ class Run:
 
     @property
     def told_of_rows(self) -> dict[str, bool]:
-        """What batches say of rows of tokens, for the model and the frozen one: arguments of ``step_batches``."""
+        """Whether batches carry positions and the bounds of samples, by what the model and the frozen one need.
+
+        Arguments of ``step_batches``.
+        """
         models = [self.engine.module] + ([] if self.reference is None else [self.reference.module])
         return {"positions": any(map(needs_positions, models)), "bounds": takes_bounds(self.engine.module)}
 

@@ -246,7 +246,7 @@ def test_a_compiler_that_works_is_not_refused() -> None:
     if not Path(headers, "Python.h").exists():
         pytest.skip("no headers of Python")
     assert compilers._problem_of("gcc", headers) == ""
-    assert "No such file" in compilers._problem_of("gcc", "/nowhere") or Path("/usr/include/Python.h").exists()
+    assert "No such file" in compilers._problem_of("gcc", "/nowhere")
 
 
 # -- in a run

@@ -104,8 +104,10 @@ def _in_files(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]
 
 
 def _same_file(name: str, names: Collection[str]) -> str:
-    """Of ``names``, the one that ``name`` is the end of; else itself. A first start records paths as they are given,
-    and one that goes on from config.yaml whole ones."""
+    """The path in ``names`` that ends in ``name``; ``name`` itself if there is none, or several.
+
+    A run records paths as they were given, and has absolute ones when it goes on from its config.yaml.
+    """
     found = [each for each in names if each.endswith(f"/{name.removeprefix('./')}")]
     return found[0] if name not in names and len(found) == 1 else name
 

@@ -222,12 +222,17 @@ def offer_loss_sum(model: Any) -> None:
         variation = Variation(label_smoothing, weights)
         return linear_cross_entropy(hidden[where], head.weight, following[where], group, variation)
 
-    # transformers asks the signature what it may give, such as `position_ids` in generation.
-    own, taken = inspect.signature(forward), inspect.signature(plain_forward).parameters
-    added = [each for name, each in own.parameters.items() if each.kind is each.KEYWORD_ONLY and name not in taken]
-    named = [each for each in taken.values() if each.kind is not each.VAR_KEYWORD]
-    others = [each for each in taken.values() if each.kind is each.VAR_KEYWORD]
-    first = next(iter(own.parameters.values()))
-    forward.__signature__ = own.replace(parameters=[first, *named, *added, *others])  # type: ignore[attr-defined]
+    forward.__signature__ = _signature(forward, plain_forward)  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)
     model.sums_loss = model.sums_varied_loss = True
+
+
+def _signature(forward: Any, plain_forward: Any) -> inspect.Signature:
+    """That of ``plain_forward``, which is bound, with the keywords that only ``forward``, which is not, has.
+
+    transformers looks there for what it may pass, such as ``position_ids`` in generation.
+    """
+    (first, *own), plain = (list(inspect.signature(each).parameters.values()) for each in (forward, plain_forward))
+    known = {each.name for each in plain}
+    added = [each for each in own if each.kind is each.KEYWORD_ONLY and each.name not in known]
+    return inspect.Signature([first, *sorted([*plain, *added], key=lambda each: each.kind)])

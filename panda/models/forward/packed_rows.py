@@ -50,7 +50,7 @@ def takes_positions(model: torch.nn.Module) -> bool:
 
 
 def leave_out(model: Any, *names: str) -> None:
-    """Make the forward of ``model`` leave out the arguments of these names, which another model is given."""
+    """Make the forward of ``model`` ignore the arguments ``names``, which batches carry for another model."""
     plain_forward = model.forward
 
     @wraps(plain_forward)

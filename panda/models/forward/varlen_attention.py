@@ -104,7 +104,7 @@ def attend_by_kernel(model: Any, kernel: str = VARLEN) -> None:
 
 
 def attend_with_mask(model: Any) -> None:
-    """Make ``model`` mask by positions, where another one is told where samples begin."""
+    """Make ``model`` use a mask, and ignore the bounds of samples, which batches carry for another model."""
     leave_out(model, "sample_bounds", "longest_sample")
 
 
