@@ -333,7 +333,8 @@ def test_what_cannot_fit_is_refused_with_a_change(
 ) -> None:
     monkeypatch.setattr("panda.run.fitting.own_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr("panda.run.fitting.this_card", lambda device: Card("H100", 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    properties = SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     flags = f"--arch llama-7b --precision bf16 {SHORT} --instruction_tuning_data_dir rows.json"
     with pytest.raises(UserError) as caught:
         prepare(configure(parse_arguments(flags.split())), 1)
