@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -243,6 +244,22 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     while (alive := child.exists() and child.read_bytes()) and time.monotonic() < soon:
         time.sleep(0.05)
     assert not alive  # gone, or a zombie
+
+
+def test_memory_of_the_run_before_is_not_that_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that holds 61 GiB for a moment longer, and 3 while a process runs."""
+    read = tmp_path / "read"
+    card = tmp_path / "nvidia-smi"
+    card.write_text(
+        f"#!/bin/sh\necho >> {read}\nif [ $(wc -l < {read}) -lt 4 ]; then echo 62464; else echo 0; fi\n"
+        'case "$*" in *-lms*) echo 3072; exec sleep 60;; esac\n'
+    )
+    card.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    outcome = measurement._run(
+        [sys.executable, "-c", "import time; time.sleep(1)"], tmp_path / "run", settings(tmp_path), 1, {}
+    )
+    assert outcome.device_gib == 3
 
 
 def test_what_cannot_run_or_no_longer_fits_is_skipped(tmp_path: Path) -> None:

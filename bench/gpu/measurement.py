@@ -39,7 +39,9 @@ SKIPPED_STEPS = 3
 SAMPLED_EVERY = 200
 """Milliseconds between two readings of the device's memory by nvidia-smi."""
 GRACE = 10
-"""Seconds from SIGTERM to SIGKILL."""
+"""Seconds from SIGTERM to SIGKILL, and from there until a card's memory is free."""
+EMPTY = 1024
+"""MiB that a card which nothing uses may hold."""
 LOG_LINES = 15
 """Last lines of the log that the row of a failed run keeps."""
 MFU = "(6 N, or 4 N with adapters on a frozen base, + 12 layers width length) x slots a second / (cards x {:g} TFLOP/s)"
@@ -225,6 +227,7 @@ def _run(command: list[str], folder: Path, settings: Settings, ranks: int, more:
     if "CUDA_VISIBLE_DEVICES" not in os.environ:  # transformers' Trainer would take all cards in one process
         given |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(ranks)))}
     log = folder / "log"
+    _wait_for_memory()
     with log.open("w") as stream, _memory_of_device() as peak:
         began = time.time()
         process = subprocess.Popen(
@@ -261,6 +264,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+_USED = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+
+
+def _visible() -> list[str]:
+    """Options of nvidia-smi for the cards of this call: others may be in use by another."""
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ["-i", cards] if cards else []
+
+
+def _wait_for_memory() -> None:
+    """Wait until the cards are as good as empty, GRACE seconds at most: memory outlives a killed process for a moment,
+    and would be read as that of the next."""
+    until = time.monotonic() + GRACE
+    while any(float(used) > EMPTY for used in _output([*_USED, *_visible()]).split()) and time.monotonic() < until:
+        time.sleep(SAMPLED_EVERY / 1000)
+
+
 @contextmanager
 def _memory_of_device() -> Iterator[Any]:
     """Reads the memory in use by nvidia-smi in the meantime; the result gives the peak in GiB, None without a GPU."""
@@ -268,9 +288,7 @@ def _memory_of_device() -> Iterator[Any]:
     if shutil.which("nvidia-smi") is None:
         yield lambda: None
         return
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"-lms={SAMPLED_EVERY}"]
-    if cards := os.environ.get("CUDA_VISIBLE_DEVICES"):  # others may be in use by another call
-        query += ["-i", cards]
+    query = [*_USED, f"-lms={SAMPLED_EVERY}", *_visible()]
     with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampling:
         yield lambda: max(read, default=None)
         sampling.terminate()
