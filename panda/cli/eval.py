@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -202,9 +203,11 @@ def _evaluated(
 
     task = build_task(resolved, answering.tokenizer)
     if not isinstance(task, LanguageModelling) or type(task).loss is not LanguageModelling.loss:
+        again = shlex.join(["panda-train", "--resume", location, "--eval_data_dir"])
         raise UserError(
             f"task: the loss of {resolved.core.task!r} is not one of tokens, and its own numbers are in the run's"
-            " metrics.jsonl. `--task instruct` evaluates the model on prompts and answers."
+            f" metrics.jsonl. `{again} DATA --output_dir NEW` gives those of other data: a run that has taken all its"
+            " steps only evaluates. `--task instruct` evaluates the model on prompts and answers."
         )
     with activity("reading the data"):
         sets = _sets(resolved, task, location)

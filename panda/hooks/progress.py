@@ -31,6 +31,7 @@ from panda.registry.contexts import PluginContext
 from panda.run.best_evaluation import is_finite
 from panda.run.interruption import Interrupted
 from panda.run.interruption import how_to_continue
+from panda.tasks.task import Task
 from panda.weights.run_folders import LOG
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ class ProgressDisplay:
             text = f"\n> {answer['prompt']}\n{answer['answer']}"
             print(printable(text))
         if (run.directory / "export").is_dir():
-            print(f"\n{_NEXT.format(run=shlex.quote(str(run.directory)))}")
+            writes = run.answers or type(run.task).extend is Task.extend  # and learns no head in place of text
+            print(f"\n{(_ASK * bool(writes) + _NEXT).format(run=shlex.quote(str(run.directory)))}")
         sys.stdout.flush()
 
     def _summary(self, run: Run) -> Iterator[str]:
@@ -198,9 +200,10 @@ def _time() -> str:
     return time.strftime("%H:%M:%S")
 
 
-_NEXT = """to ask it:       panda generate {run} --prompt "..."
+_ASK = """to ask it:       panda generate {run} --prompt "..."
 to chat with it: panda chat {run}
-to look at it:   panda report {run}
+"""
+_NEXT = """to look at it:   panda report {run}
 to train longer: panda-train --resume {run} --max_steps N
 """
 

@@ -83,7 +83,9 @@ def _answer(run: Run) -> None:
         run.answers += [
             {"prompt": prompt, "answer": decoded(tokenizer, ids)} for prompt, ids in zip(some, continued, strict=True)
         ]
-    if run.processes.rank == 0:
+    if run.processes.rank == 0 and not run.answers:
+        (run.directory / "answers.json").unlink(missing_ok=True)  # of an earlier end of the run
+    elif run.processes.rank == 0:
         write_whole(run.directory / "answers.json", json.dumps(run.answers, indent=2, ensure_ascii=False) + "\n")
 
 
