@@ -18,6 +18,7 @@ from panda.files.activity import activity
 from panda.files.activity import say
 from panda.files.activity import stand
 from panda.files.disk_full import writing
+from panda.registry.chosen import attributed_by_code
 from panda.registry.hooks import add_built
 from panda.run.assembly import lay_out
 from panda.run.assembly import lay_out_evaluation
@@ -44,7 +45,8 @@ def train(configuration: Configuration) -> Run | None:
 
     Under a launcher, every process calls this. The caller has to leave the process groups afterwards.
     """
-    with meeting(configuration.options.timeout * SECONDS_A_MINUTE) as met:
+    chosen = [*configuration.resolved.chosen]
+    with attributed_by_code(chosen), meeting(configuration.options.timeout * SECONDS_A_MINUTE) as met:
         return _train(configuration, met)
 
 

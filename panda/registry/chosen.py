@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -66,6 +70,25 @@ class Chosen:
         if self.component.kind == "reader":  # tasks call it, and do not know where it is from
             made_by(self.offer, built)
         return built
+
+
+@contextmanager
+def attributed_by_code(chosen: Sequence[Chosen]) -> Iterator[None]:
+    """Goes around a whole run: an exception out of the code of one of the ``chosen`` names its distribution.
+
+    What panda itself calls of a component names it already (``attributed``), and is left as it is: this is for what
+    others call of it, such as a layer, or the ``step`` of an optimizer.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        others = [each.offer for each in chosen if not each.offer.is_own]
+        found = ((offer, frame) for frame in reversed(frames) for offer in others if offer.has(frame))
+        offer, frame = next(found, (None, None))
+        if offer is not None and frame is not None:
+            offer.note(error, f"`{frame.f_code.co_qualname}`")
+        raise
 
 
 def _attributed_schedule(schedule: Callable[[int], float], chosen: Chosen) -> Callable[[int], float]:

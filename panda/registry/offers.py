@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import dataclass
+from types import FrameType
 
 from panda.registry.api import API_GROUP
 from panda.registry.declarations import Declaration
@@ -99,14 +100,24 @@ class Offer:
         """
         try:
             yield
-        except UserError as error:
+        except Exception as error:
+            self.note(error, part)
+            raise
+
+    def note(self, error: Exception, part: str) -> None:
+        """Say in ``error`` that it came out of ``part`` of this component, unless it has such a note."""
+        if isinstance(error, UserError):
             if not self.is_own and not _raised_by_panda(error) and ORIGIN not in str(error):
                 error.args = (f"{error}\n{ORIGIN}{part} of {self._origin()}",)
-            raise
-        except Exception as error:
-            if not any(note.startswith(ORIGIN) for note in getattr(error, "__notes__", ())):
-                error.add_note(f"{ORIGIN}{part} of {self._origin()}")
-            raise
+        elif not any(note.startswith(ORIGIN) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{ORIGIN}{part} of {self._origin()}")
+
+    def has(self, frame: FrameType) -> bool:
+        """Whether ``frame`` runs code of the package or the file that this component is in."""
+        if self.file:
+            return frame.f_code.co_filename == self.file
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        return package == self.module.partition(".")[0]
 
     def _origin(self) -> str:
         component = f"{self.kind} {self.name!r}"

@@ -10,9 +10,10 @@ import pytest
 from panda.testing import train
 
 TASKS = '''
-"""Tasks with faults."""
+"""Tasks and an optimizer with faults."""
 
-from panda import register_task
+import torch
+from panda import register_optimizer, register_task
 from panda.tasks.instruct import Instruct, InstructOptions
 
 
@@ -30,19 +31,31 @@ class Uncollated(Instruct):
 
     def collate(self, rows, shape):
         raise IndexError("too many indices")
+
+
+class Unsteady(torch.optim.SGD):
+    def step(self, closure=None):
+        return {}["momentum"]
+
+
+@register_optimizer("unsteady")
+def unsteady(options, context):
+    """DeepSpeed calls its step."""
+    return Unsteady(context.param_groups)
 '''
 
 
 @pytest.mark.parametrize(
-    ("task", "workers", "said"),
+    ("named", "workers", "said"),
     [
-        ("unparsed", 0, ["`parse` was given rows/a.jsonl, row 3. UnusableRowError leaves a row out."]),
-        ("uncollated", 0, ["This came out of `collate` of task 'uncollated', ", "tasks.py:"]),
-        ("uncollated", 2, ["This came out of `collate` of task 'uncollated', ", "tasks.py:"]),
+        ({"task": "unparsed"}, 0, ["`parse` was given rows/a.jsonl, row 3. UnusableRowError leaves a row out."]),
+        ({"task": "uncollated"}, 0, ["This came out of `collate` of task 'uncollated', ", "tasks.py:"]),
+        ({"task": "uncollated"}, 2, ["This came out of `collate` of task 'uncollated', ", "tasks.py:"]),
+        ({"optimizer": "unsteady"}, 0, ["This came out of `Unsteady.step` of optimizer 'unsteady', ", "tasks.py:"]),
     ],
 )
 def test_an_exception_of_an_author_says_where_it_was(
-    task: str, workers: int, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: dict[str, str], workers: int, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("rows", "own"):
@@ -52,6 +65,6 @@ def test_an_exception_of_an_author_says_where_it_was(
     (tmp_path / "own" / "tasks.py").write_text(TASKS)
     sizes = {"num_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "max_seq_length": 16}
     data = {"instruction_tuning_data_dir": "rows", "user_dir": "own", "num_workers": workers, "max_steps": 1}
-    printed = train(tmp_path / "run", fails=True, task=task, arch="llama-tiny", **sizes, **data).printed
+    printed = train(tmp_path / "run", fails=True, arch="llama-tiny", **sizes, **data, **named).printed
     for each in said:
         assert each in printed
