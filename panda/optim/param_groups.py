@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from panda.optim.parameter_kinds import describe_parameters
 from panda.registry import UserError
 from panda.weights.layer_names import layer_of
-from panda.weights.stored_tensor import whole_shape
 
 
 def param_groups(
@@ -35,17 +35,13 @@ def param_groups(
     """
     multipliers = multipliers or {}
     refuse_unmatched(multipliers, [name for name, _ in module.named_parameters()])
-    # By attribute, not by class: tensor parallelism and quantisation have embedding classes of their own.
-    embeddings = {id(part.weight) for part in module.modules() if hasattr(part, "num_embeddings")}
     groups: dict[tuple[str | None, bool, float], dict[str, Any]] = {}
-    for name, parameter in module.named_parameters():
-        matching = [pattern for pattern in multipliers if fnmatchcase(name, pattern)]
-        if not parameter.requires_grad:
-            continue
-        decayed = decay_on == "all" or (len(whole_shape(parameter)) > 1 and id(parameter) not in embeddings)
+    for parameter, described in describe_parameters(module).items():
+        matching = [pattern for pattern in multipliers if fnmatchcase(described.name, pattern)]
+        decayed = decay_on == "all" or (len(described.shape) > 1 and described.kind not in ("embedding", "bias"))
         factor = multipliers[matching[0]] if matching else 1.0
         group = groups.setdefault(
-            (layer_of(name), decayed, factor),
+            (layer_of(described.name), decayed, factor),
             {"params": [], "lr": learning_rate * factor, "weight_decay": weight_decay if decayed else 0.0},
         )
         group["params"].append(parameter)

@@ -12,13 +12,18 @@ from panda.registry.contexts import ParameterKind
 from panda.weights.layer_names import layer_of
 from panda.weights.stored_tensor import whole_shape
 
+_NEW_ROWS = "trainable_tokens_delta"
+"""What peft calls the rows that it trains of a frozen embedding or head."""
+
 
 def describe_parameters(module: torch.nn.Module) -> dict[torch.Tensor, ParameterDescription]:
     """The trainable parameters of ``module``, each under its first name and in its whole shape."""
-    # By attribute, not by class: tensor parallelism and quantisation have embedding classes of their own.
     embeddings = {
-        id(part.weight): len(whole_shape(part.weight)) and whole_shape(part.weight)[0] for part in _tables(module)
+        id(part.weight): len(whole_shape(part.weight)) and whole_shape(part.weight)[0]
+        for part in module.modules()
+        if _is_table(part)
     }
+    rows_of_embeddings = _rows_of_embeddings(module)
     norms = {
         id(parameter)
         for part in module.modules()
@@ -30,8 +35,10 @@ def describe_parameters(module: torch.nn.Module) -> dict[torch.Tensor, Parameter
 
     def kind_of(name: str, parameter: Any) -> ParameterKind:
         shape, words = whole_shape(parameter), name.split(".")
-        if id(parameter) in embeddings:
+        if id(parameter) in embeddings or id(parameter) in rows_of_embeddings or "lora_embedding_A" in words:
             return "embedding"
+        if _NEW_ROWS in words:  # the others that peft trains are of the head
+            return "head"
         if id(parameter) in norms and len(shape) <= 1:
             return "norm"
         if words[-1].startswith("bias") or words[-1].endswith("bias"):
@@ -55,8 +62,19 @@ def describe_parameters(module: torch.nn.Module) -> dict[torch.Tensor, Parameter
     }
 
 
-def _tables(module: torch.nn.Module) -> list[Any]:
-    return [part for part in module.modules() if hasattr(part, "num_embeddings")]
+def _is_table(part: Any) -> bool:
+    # By attribute, not by class: tensor parallelism and quantisation have embedding classes of their own.
+    return hasattr(part, "num_embeddings")
+
+
+def _rows_of_embeddings(module: torch.nn.Module) -> set[int]:
+    """The ids of the rows that peft trains of frozen embeddings; a head that is tied to one has the same rows."""
+    return {
+        id(rows)
+        for part in module.modules()
+        if _is_table(getattr(part, "base_layer", None))
+        for rows in getattr(part, _NEW_ROWS, {}).values()
+    }
 
 
 def _output_weight(module: Any) -> Any:

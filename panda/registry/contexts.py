@@ -162,8 +162,10 @@ class TensorParallelPlan:
 
 ParameterKind = Literal["matrix", "expert", "adapter", "embedding", "head", "norm", "bias", "vector", "tensor"]
 """``matrix``: any with two dimensions that is none of the following. ``expert``: of a mixture, a matrix or, with three
-dimensions, those of all experts. ``adapter``: a low-rank matrix. ``head``: what makes logits, unless it is also the
-embedding. ``vector``: one dimension, or only one that is not 1. ``tensor``: more than two dimensions."""
+dimensions, those of all experts. ``adapter``: a low-rank matrix. ``embedding``: a table, the rows of new tokens that
+are trained beside adapters, or the low-rank table of an adapted embedding. ``head``: what makes logits, or such rows of
+it, unless it is also the embedding. ``vector``: one dimension, or only one that is not 1. ``tensor``: more than two
+dimensions."""
 
 
 @dataclass(frozen=True)

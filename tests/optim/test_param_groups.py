@@ -68,6 +68,26 @@ def test_matrices_alone_can_be_decayed() -> None:
     }
 
 
+def test_new_rows_of_an_embedding_and_biases_of_experts_are_no_matrices_either() -> None:
+    from peft import LoraConfig
+    from peft import get_peft_model
+
+    model: Any = build(embed=nn.Embedding(3, 2), layer=nn.Linear(2, 2), head=nn.Linear(2, 3, bias=False))
+    rows = {"embed": [1, 2], "head": [1, 2]}
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["layer"], trainable_token_indices=rows))
+    adapted.experts = nn.ParameterDict({"up_proj_bias": torch.zeros(4, 2), "up_proj": torch.zeros(4, 2, 2)})
+    assert {decay for _, decay in described(adapted).values()} == {0.5}, "all are decayed by default"
+    found = {name: decay for name, (_, decay) in described(adapted, decay_on="matrices").items()}
+    assert {name.removeprefix("base_model.model."): decay for name, decay in found.items()} == {
+        "embed.token_adapter.trainable_tokens_delta.default": 0,
+        "layer.lora_A.default.weight": 0.5,
+        "layer.lora_B.default.weight": 0.5,
+        "head.token_adapter.trainable_tokens_delta.default": 0.5,
+        "experts.up_proj_bias": 0,
+        "experts.up_proj": 0.5,
+    }
+
+
 def test_an_embedding_of_which_tensor_parallel_ranks_have_parts_is_no_matrix_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

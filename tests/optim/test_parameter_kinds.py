@@ -81,6 +81,57 @@ def test_adapters_and_what_is_frozen() -> None:
     assert len(described) == 4 * 3 + 1
 
 
+ROWS = {"embed_tokens": [48, 49], "lm_head": [48, 49]}
+ENDS: dict[str, tuple[bool, dict[str, Any], dict[str, str]]] = {
+    "new rows": (
+        False,
+        {"trainable_token_indices": ROWS},
+        {"*.embed_tokens.token_adapter.*": "embedding", "*.lm_head.token_adapter.*": "head"},
+    ),
+    "one new row": (
+        False,
+        {"trainable_token_indices": {name: rows[:1] for name, rows in ROWS.items()}},
+        {"*.embed_tokens.token_adapter.*": "embedding", "*.lm_head.token_adapter.*": "head"},
+    ),
+    "new rows of tied ends": (
+        True,
+        {"trainable_token_indices": {"embed_tokens": [48, 49]}},
+        {"*.embed_tokens.token_adapter.*": "embedding"},
+    ),
+    "whole": (
+        False,
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"*.embed_tokens.modules_to_save.*": "embedding", "*.lm_head.modules_to_save.*": "head"},
+    ),
+    "adapted": (  # of the embedding, A is a table itself, with a column for each token
+        False,
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_dora": True},
+        {
+            "*.lora_embedding_A.*": "embedding",
+            "*.lora_embedding_B.*": "adapter",
+            "*.lm_head.lora_[AB].*": "adapter",
+            "*.lora_magnitude_vector.*": "vector",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_adapters_train_of_embedding_and_head(name: str) -> None:
+    from peft import LoraConfig
+    from peft import get_peft_model
+
+    tied, options, expected = ENDS[name]
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, tie_word_embeddings=tied))
+    adapted = get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+    of_layers = {"*.q_proj.lora_[AB].*": "adapter"}
+    kinds = {each.name: each.kind for each in describe_parameters(adapted).values()}  # type: ignore[arg-type]
+    for pattern, kind in (expected | of_layers).items():
+        found = {kinds[each] for each in kinds if fnmatchcase(each, pattern)}
+        assert found == {kind}, (pattern, kinds)
+    assert all(any(fnmatchcase(each, pattern) for pattern in expected | of_layers) for each in kinds)
+
+
 def test_a_model_that_names_no_output_and_other_shapes() -> None:
     class Mixed(torch.nn.Module):
         def __init__(self) -> None:
