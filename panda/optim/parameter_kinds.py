@@ -18,11 +18,8 @@ _NEW_ROWS = "trainable_tokens_delta"
 
 def describe_parameters(module: torch.nn.Module) -> dict[torch.Tensor, ParameterDescription]:
     """The trainable parameters of ``module``, each under its first name and in its whole shape."""
-    embeddings = {
-        id(part.weight): len(whole_shape(part.weight)) and whole_shape(part.weight)[0]
-        for part in module.modules()
-        if _is_table(part)
-    }
+    tables: list[Any] = [part for part in module.modules() if _is_table(part)]
+    embeddings = {id(part.weight): len(whole_shape(part.weight)) and whole_shape(part.weight)[0] for part in tables}
     rows_of_embeddings = _rows_of_embeddings(module)
     norms = {
         id(parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,9 @@ from panda.run.ending import options_of_stopper
 from panda.run.ending import work_at_the_end
 from panda.run.model import base_weights
 from panda.run.preparation import Preparation
+from panda.run.reference import reference_config
 from panda.run.reference import reference_weights
+from panda.weights.model_config import architecture_of
 from panda.weights.pretrained import Pretrained
 from panda.weights.run_folders import CHECKPOINTS
 
@@ -199,6 +202,9 @@ def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: Sam
         "base": f"quantised to {options.quant_bits} bits" if options.use_quant else "whole",
         **({"base_weights": base_weights(pretrained)} if options.use_lora else {}),
         **({"reference_weights": frozen} if (frozen := reference_weights(resolved, pretrained)) else {}),
+        # The same weights compute something else with other heads or another RoPE.
+        **_computed("ckpt_path", _config_in_use(resolved, pretrained)),
+        **_computed("reference", reference_config(resolved)),
         "seed": options.seed,
         "samples": len(dataset),
         "samples_per_epoch": sum(source.per_epoch for source in dataset.sources),
@@ -212,3 +218,16 @@ def agreement_of(resolved: Resolved, pretrained: Pretrained | None, dataset: Sam
             "data_sets": origins_of(dataset),
         },
     }
+
+
+def _config_in_use(resolved: Resolved, pretrained: Pretrained | None) -> Mapping[str, Any]:
+    """The config.json that the model is built by; empty where options of the model say all that it would."""
+    model = resolved.components["model"].component
+    if pretrained is None or "panda_model" in pretrained.config or hasattr(model.options, "of_checkpoint"):
+        return {}
+    return pretrained.config
+
+
+def _computed(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config``, of the model called ``name``, says of what it computes; nothing of an empty one."""
+    return {f"{name}.{key}": value for key, value in architecture_of(config).items()} if config else {}

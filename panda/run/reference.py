@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,12 @@ def reference_weights(resolved: Resolved, pretrained: Pretrained | None) -> str 
     if reference is None:
         return None
     return base_weights(pretrained if reference.checkpoint is None else _found(reference.checkpoint, resolved))
+
+
+def reference_config(resolved: Resolved) -> Mapping[str, Any]:
+    """The config.json of the frozen model; empty where the run has none, or it is the model that the run starts as."""
+    reference = reference_of(resolved)
+    return _found(reference.checkpoint, resolved).config if reference and reference.checkpoint is not None else {}
 
 
 def is_second_model(reference: Reference | None, options: RunOptions) -> bool:

@@ -1,4 +1,4 @@
-"""The config.json of an export, which transformers 4.57 reads as transformers 5 does.
+"""The config.json of an export, which transformers 4.57 reads as transformers 5 does; and which model one describes.
 
 transformers 5 renamed keys, and its classes write only the new ones: version 4.57 reads such a file without a word,
 and computes with its defaults. So a file states what both of them read. The keys that were renamed were found by
@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Collection
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,9 @@ _LEFT_OUT = ("auto_map", "_name_or_path", "_commit_hash", "_attn_implementation"
 
 _NEVER_FROM_BASE = ("torch_dtype", "dtype", "quantization_config", "transformers_version")
 """Keys that describe the files of the base, of which an export has none."""
+
+_NOT_OF_THE_MODEL = (*_LEFT_OUT, *_NEVER_FROM_BASE, "vocab_size", "initializer_range", "use_cache")
+"""Keys that do not change what a model computes with its weights: a run may add rows to the vocabulary."""
 
 _NAMES_OF_ROPE = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
@@ -53,6 +58,33 @@ def model_config(config: Any, base: Mapping[str, Any] | None) -> dict[str, Any]:
     return for_all_readers(dict(sorted(values.items())))
 
 
+def architecture_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``values``, the content of a config.json, say of what the model computes with its weights, by dotted name.
+
+    As transformers reads them, so that a config.json which another version wrote says the same; as they are where
+    transformers knows no such model. Without names, types and versions of files, numbers of tokens, and other things
+    that transformers has for models of all architectures.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        values = json.loads(_parsed(values).to_json_string(use_diff=False), object_hook=special_float)
+    except Exception:  # transformers lets the exceptions of its parsers through
+        values = dict(values)
+    of_all = PretrainedConfig().to_dict().keys() - {"model_type"}
+    return dict(_of_the_model(values, {*of_all, *_NOT_OF_THE_MODEL}))
+
+
+def _of_the_model(values: Mapping[str, Any], left_out: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if key in left_out or key.endswith(("_token_id", "_version")):
+            continue
+        if isinstance(value, dict):
+            yield from _of_the_model(value, left_out, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def for_all_readers(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values``, the content of a config.json, with what the class of any version reads, and without ``auto_map``.
 
@@ -82,18 +114,22 @@ def _completed(values: Mapping[str, Any], *, with_rope: bool) -> dict[str, Any]:
 
 def _ropes_read(values: Mapping[str, Any]) -> Any:
     """The parameters of RoPE that transformers reads from ``values``, of each part of the model; else its error."""
+    try:
+        parts = {"": _written(_parsed(values))}
+    except Exception as problem:  # transformers lets the exceptions of its parsers through
+        return str(problem)
+    parts |= {key: value for key, value in parts[""].items() if _is_config(value)}
+    return {key: _rope(value) for key, value in parts.items()}
+
+
+def _parsed(values: Mapping[str, Any]) -> Any:
+    """The configuration that transformers reads from ``values``, the content of a config.json."""
     from transformers import AutoConfig
 
     given = copy.deepcopy(dict(values))  # as of 5.23 (2026-11), transformers writes into the dictionaries that it gets
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys that only 4.57 reads
-            config = AutoConfig.for_model(given.pop("model_type", None), **given)
-    except Exception as problem:  # transformers lets the exceptions of its parsers through
-        return str(problem)
-    parts = {"": _written(config)}
-    parts |= {key: value for key, value in parts[""].items() if _is_config(value)}
-    return {key: _rope(value) for key, value in parts.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that only 4.57 reads
+        return AutoConfig.for_model(given.pop("model_type", None), **given)
 
 
 def _is_config(value: Any) -> bool:

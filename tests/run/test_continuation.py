@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import toy_tasks
+from checkpoint_files import add_tokenizer
+from checkpoint_files import llama
+from checkpoint_files import save_hf
 from tokenizer_zoo import folder_of
+from transformers import AutoModelForCausalLM
 
 from panda.configuration.arguments import parse_arguments
 from panda.configuration.configure import configure
@@ -40,10 +46,12 @@ def write(file: Path, letters: list[str]) -> None:
 
 def agreement(*flags: str) -> dict[str, Any]:
     """As a checkpoint has it, of a run that is not trained."""
-    usual = {"instruction_tuning_data_dir": "rows", "template_date": "2026-01-02", "max_seq_length": "256"}
-    given = usual | {key.lstrip("-"): value for key, value in zip(flags[::2], flags[1::2], strict=True)}
+    given = {key.lstrip("-"): value for key, value in zip(flags[::2], flags[1::2], strict=True)}
+    data = {} if "pairs_dir" in given else {"instruction_tuning_data_dir": "rows"}
+    given = data | {"template_date": "2026-01-02", "max_seq_length": "256"} | given
     words = [word for key, value in given.items() for word in (f"--{key}", value)]
-    prepared = Preparation(configure(parse_arguments([*TINY.split(), "--tokenizer", "tokenizer", *words])))
+    model = [] if "ckpt_path" in given else [*TINY.split(), "--tokenizer", "tokenizer"]
+    prepared = Preparation(configure(parse_arguments([*model, *words])))
     found: dict[str, Any] = json.loads(
         json.dumps(agreement_of(prepared.resolved, prepared.pretrained, prepared.dataset))
     )
@@ -144,3 +152,81 @@ def test_the_base_of_adapters_is_named(folder: Path) -> None:
     assert "the base was base/a (a folder) (tensors-sha256:12), and is base/b (a folder)" in refused(before, now)
     same = now | {"made_of": before["made_of"]}
     assert "the weights of the base have changed since then, at base/a (a folder)" in refused(before, same)
+
+
+HF = ("--model", "hf", "--max_seq_length", "64", "--ckpt_path")
+WRITTEN = {
+    "rope_parameters": None,  # as transformers 4.57 writes it
+    "rope_theta": 500000.0,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+}
+
+
+def checkpoint(name: str, **changes: Any) -> str:
+    """A checkpoint whose config.json has other values; None for a key that it lacks."""
+    file = save_hf(llama(), Path(name), shards=False) / "config.json"
+    written = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+    return name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+            ["head_dim was 8 and is 4", "num_attention_heads was 4 and is 8", "num_key_value_heads was 2 and is 4"],
+        ),
+        ({"rms_norm_eps": 1e-3}, ["rms_norm_eps was 1e-05 and is 0.001"]),
+        ({"hidden_act": "gelu"}, ["hidden_act was 'silu' and is 'gelu'"]),
+        (WRITTEN | {"rope_scaling": None}, ["rope_parameters.rope_theta was 10000.0 and is 500000.0"]),
+        (
+            WRITTEN,
+            [
+                "rope_parameters.rope_theta was 10000.0 and is 500000.0",
+                "rope_parameters.rope_type was 'default' and is 'linear'",
+            ],
+        ),
+    ],
+    ids=["heads", "epsilon", "activation", "theta", "scaling"],
+)
+def test_the_same_weights_in_another_model_are_refused(folder: Path, changes: dict[str, Any], said: list[str]) -> None:
+    text = refused(agreement(*HF, checkpoint("base")), agreement(*HF, checkpoint("other", **changes)))
+    assert sorted(re.findall(r"ckpt_path\.(.*?)(?:;|\. Give)", text)) == said
+
+
+def test_the_same_weights_in_another_frozen_model_are_refused(folder: Path) -> None:
+    Path("code").mkdir()
+    Path("code/tasks.py").write_text(toy_tasks.MODULE)
+    Path("pairs.json").write_text(json.dumps([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
+    task = (
+        "--user_dir",
+        "code",
+        "--task",
+        "toy-pairs",
+        "--pairs_dir",
+        "pairs.json",
+        *HF,
+        checkpoint("base"),
+        "--teacher",
+    )
+    before = agreement(*task, checkpoint("teacher"))
+    refuse_differing(FIRST, before, agreement(*task, checkpoint("teacher", torch_dtype="bfloat16")))
+    now = agreement(*task, checkpoint("teacher", rms_norm_eps=1e-3))
+    assert "reference.rms_norm_eps was 1e-05 and is 0.001. Give" in refused(before, now)
+
+
+def test_a_checkpoint_that_was_moved_or_saved_again_is_the_same(folder: Path) -> None:
+    before = agreement(*HF, checkpoint("written", **WRITTEN, torch_dtype="float32", dtype=None))
+    AutoModelForCausalLM.from_pretrained("written", dtype=torch.bfloat16).save_pretrained("saved")
+    add_tokenizer(Path("saved"))
+    config = json.loads(Path("saved/config.json").read_text())
+    assert "rope_theta" not in config, "this version of transformers writes it elsewhere"
+    generation = {"temperature": 0.5, "use_cache": False, "eos_token_id": 3, "pad_token_id": 0, "_name_or_path": "x"}
+    Path("saved/config.json").write_text(json.dumps(config | generation | {"transformers_version": "6.0.0"}))
+    refuse_differing(FIRST, before, agreement(*HF, "saved"))
+
+
+def test_checkpoints_of_before_do_not_say_which_model_they_are_of(folder: Path) -> None:
+    before = {key: value for key, value in agreement(*HF, checkpoint("base")).items() if "ckpt_path." not in key}
+    refuse_differing(FIRST, before, agreement(*HF, checkpoint("other", rms_norm_eps=1e-3)))

@@ -33,6 +33,8 @@ from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
 from panda.weights.finding import Source
 from panda.weights.finding import pretrained_at
+from panda.weights.json_object import special_float
+from panda.weights.model_config import architecture_of
 from panda.weights.model_config import model_config
 from panda.weights.tokenizers import read_tokenizer
 from panda.weights.tokenizers import write_tokenizer
@@ -204,6 +206,28 @@ def test_a_configuration_of_every_type_is_read_again_with_the_same_rope() -> Non
         rope, written = (each.to_dict().get("rope_parameters") for each in (config, again))
         different += [model_type] if rope != written else []
     assert not different
+
+
+def test_a_configuration_of_every_type_describes_the_same_model_when_it_is_written_again() -> None:
+    different = []
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = AutoConfig.for_model(model_type)
+        except Exception:  # some have no defaults that go together
+            continue
+        said = architecture_of(model_config(config, None))
+        again = architecture_of(json.loads(config.to_json_string(use_diff=False), object_hook=special_float))
+        assert said["model_type"] == config.model_type and len(said) > 3
+        different += [(model_type, key) for key in said if key in again and again[key] != said[key]]
+    assert not different
+
+
+def test_what_describes_no_model_is_left_out() -> None:
+    """Of a type that transformers does not know, too, as a package's model may have."""
+    values = {"model_type": "none", "width": 8, "inner": {"heads": 2, "dtype": "float16", "architectures": ["A"]}}
+    more = {"torch_dtype": "float32", "transformers_version": "5", "x_version": 1, "use_cache": True, "vocab_size": 9}
+    of_tokens = {"eos_token_id": [1, 2], "inner.": {}, "_name_or_path": "a"}
+    assert architecture_of(values | more | of_tokens) == {"model_type": "none", "width": 8, "inner.heads": 2}
 
 
 def test_infinity_is_written_as_before() -> None:
