@@ -111,9 +111,9 @@ class Run:
     asking: Asking = field(default_factory=Asking, repr=False)
     """What hooks ask for."""
     added: dict[str, Added] = field(default_factory=dict, repr=False)
-    higher_is_better: set[str] = field(default_factory=set, repr=False)
-    """Names of entries of evaluations of which a higher one is the better, as far as hooks have said so."""
     """On rank 0: what hooks add to the next record, by name."""
+    higher_is_better: set[str] = field(default_factory=set, repr=False)
+    """Names of entries of evaluations of which a higher one is the better, as far as metrics and hooks have said so."""
     kept: dict[int, set[str]] = field(default_factory=dict, repr=False)
     """Steps whose checkpoints ``save_total_limit`` does not remove, and who keeps each."""
     frozen: dict[str, set[str]] = field(default_factory=dict, repr=False)
