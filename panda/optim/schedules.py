@@ -50,7 +50,8 @@ class WarmupOptions:
     warmup_steps: Annotated[int, Meta(ge=0, le=10**9)] = 50
     """Optimizer steps over which the learning rate rises to its peak."""
     warmup_proportion: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """Length of the warm-up as a fraction of all steps; if it is not 0, warmup_steps is ignored."""
+    """Length of the warm-up as a fraction of all steps, which changes with the length of the run; if it is not 0,
+    warmup_steps is ignored."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ def cosine(options: CosineOptions, context: LRSchedulerContext) -> Schedule:
 def wsd(options: WSDOptions, context: LRSchedulerContext) -> Schedule:
     """Linear warm-up to the peak, then the peak, and in the last steps decay to min_lr_ratio (arXiv 2404.06395).
 
-    Until the decay, the curve does not depend on the length of the run. So a checkpoint from before the
-    decay can be resumed with another max_steps, as if the run had been planned for it.
+    With warmup_steps, the curve does not depend on the length of the run until the decay. So a checkpoint
+    from before the decay can be resumed with another max_steps, as if the run had been planned for it. With
+    warmup_proportion, the warm-up is longer in a longer run: only a checkpoint from after both can be.
     """
     total, end = context.total_steps, options.min_lr_ratio
     start = max(_warm_steps(options, context), total - round(total * options.decay_proportion))

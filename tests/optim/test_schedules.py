@@ -169,6 +169,11 @@ def test_wsd_of_a_longer_run_is_the_same_before_the_decay() -> None:
     assert [short(s) for s in range(81)] == [long(s) for s in range(81)]
 
 
+def test_wsd_with_a_proportion_is_the_same_in_a_longer_run_from_the_end_of_the_longer_warm_up() -> None:
+    short, long = (build("wsd", total, warmup_proportion=0.1) for total in (100, 200))
+    assert [completed for completed in range(81) if short(completed) != long(completed)] == list(range(19))
+
+
 def test_wsd_decays_behind_its_warm_up() -> None:
     schedule = build("wsd", 10, warmup_steps=6, decay_proportion=1.0, decay_shape="linear")
     assert [schedule(s) for s in range(11)] == pytest.approx([*[s / 6 for s in range(1, 7)], 1, 0.75, 0.5, 0.25, 0])
