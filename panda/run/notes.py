@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from panda.data.packing import Layout
 from panda.files.terminal import number_of
 from panda.optim.adam_options import AdamOptions
+from panda.optim.schedules import WarmupOptions
 from panda.registry import UserError
 from panda.run.assembly import build_schedule
 from panda.run.preparation import Preparation
@@ -26,8 +27,11 @@ PEAK_SOUGHT_STEPS = 10_000
 """Steps among which the peak of the learning rate is sought: a warm-up is thought to be shorter."""
 
 
-def notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
-    """Each thing about the run of ``prepared`` that its user may not mean, in a line."""
+def notes(prepared: Preparation, layout: Layout, steps_before: int | None = None) -> Iterator[str]:
+    """Each thing about the run of ``prepared`` that its user may not mean, in a line.
+
+    ``steps_before``: the length of the run that it continues, if that is recorded.
+    """
     yield from _tokenizer_note(prepared)
     yield from _rate_note(prepared)
     yield from _evaluation_note(prepared)
@@ -37,6 +41,7 @@ def notes(prepared: Preparation, layout: Layout) -> Iterator[str]:
             f"all {number_of(plan.first_samples, 'sample')} are one step, which is for {plan.step_samples}: lower"
             " gradient_accumulation_steps, or raise num_train_epochs, to take more"
         )
+    yield from _warm_up_note(prepared, layout, steps_before)
     schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
     before_last = range(min(max(steps - 1, 1), PEAK_SOUGHT_STEPS))
     if layout.plan.start_step < steps and max(map(schedule, before_last)) < 1:
@@ -73,6 +78,19 @@ def _rate_note(prepared: Preparation) -> Iterator[str]:
             yield f"{rate} adapters: 1e-4 to 1e-3 are usual"
     elif options.learning_rate >= HIGH_RATE:
         yield f"{rate} full fine-tuning of a checkpoint: 1e-6 to 5e-5 are usual"
+
+
+def _warm_up_note(prepared: Preparation, layout: Layout, before: int | None) -> Iterator[str]:
+    plan, options = layout.plan, prepared.resolved.components["lr_scheduler"].options
+    if before is None or before == plan.total_steps or not isinstance(options, WarmupOptions):
+        return
+    warm = round(options.warmup_proportion * plan.total_steps)
+    if plan.start_step < warm:
+        yield (
+            f"warmup_proportion: the run had {number_of(before, 'step')} and has {plan.total_steps:,}, of which"
+            f" {warm:,} are the warm-up: the learning rate is still rising after step {plan.start_step:,}."
+            " `warmup_steps` makes it the same in a run of any length"
+        )
 
 
 def _evaluation_note(prepared: Preparation) -> Iterator[str]:

@@ -31,6 +31,7 @@ from panda.registry.settings import CORE
 from panda.run.assembly import evaluation_sets
 from panda.run.cards import why_unused
 from panda.run.description import changes
+from panda.run.description import read_provenance
 from panda.run.directory import find_directory
 from panda.run.directory import recorded_configuration
 from panda.run.directory import run_name
@@ -85,7 +86,8 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         for label, part in parts.items()
         for number, line in enumerate(part)
     ]
-    return [*lines, *(f"note: {note}" for note in notes(prepared, layout))]
+    before = read_provenance(checkpoint.absolute().parent.parent).get("total_steps") if checkpoint else None
+    return [*lines, *(f"note: {note}" for note in notes(prepared, layout, before))]
 
 
 def announce(prepared: Preparation, continuation: Continuation, layout: Layout, processes: Processes) -> Path | None:

@@ -356,6 +356,24 @@ def test_a_run_that_is_resumed_says_from_where(said: Outlook) -> None:
     assert auto == ["runs/x, where there is no checkpoint yet: the run starts from the beginning"]
 
 
+def test_a_warm_up_that_another_length_of_the_run_changes_is_noted(said: Outlook) -> None:
+    path = Path("runs/x/checkpoints/step-2")
+    path.mkdir(parents=True)
+    Path("runs/x/provenance.json").write_text(json.dumps({"total_steps": 20}))
+    flags = f"{TINY_64} --gradient_accumulation_steps 2 --max_steps"
+
+    def noted(more: str, step: int = 2) -> list[str]:
+        at = Progress(step=step, position=4 * step, tokens=0, units=0, skipped_steps=0)
+        return [note for note in said(f"{flags} {more}", progress=at, resumed=path)["note"] if "warm" in note]
+
+    assert noted("40 --warmup_proportion 0.1") == [
+        "warmup_proportion: the run had 20 steps and has 40, of which 4 are the warm-up: the learning rate is still"
+        " rising after step 2. `warmup_steps` makes it the same in a run of any length"
+    ]
+    assert noted("40 --warmup_proportion 0.1", step=4) == [], "after it"
+    assert noted("20 --warmup_proportion 0.2") == noted("40 --warmup_steps 10") == []
+
+
 def test_a_peak_that_is_never_reached_is_noted(said: Outlook) -> None:
     note = "the run ends within the warm-up: the learning rate is below its peak until the last step"
     flags = f"{TINY_64} --gradient_accumulation_steps 1"
