@@ -20,6 +20,7 @@ from panda.files.activity import stand
 from panda.files.disk_full import writing
 from panda.registry.chosen import attributed_by_code
 from panda.registry.hooks import add_built
+from panda.run.alike import refuse_unlike
 from panda.run.assembly import lay_out
 from panda.run.assembly import lay_out_evaluation
 from panda.run.beginning import NO_ROOM_LEFT
@@ -57,6 +58,7 @@ def _train(configuration: Configuration, met: Meeting) -> Run | None:
         prepared = prepare(configuration, int(os.environ.get("WORLD_SIZE", 1)), evaluates=True)
         processes = join_processes(prepared.options.tensor_parallel_size, met)
     stand("making the model")
+    refuse_unlike(prepared, processes)
     prepared.decide(processes)
     options = prepared.options
     explained = explaining_lack_of_memory(prepared.explain_lack_of_memory)

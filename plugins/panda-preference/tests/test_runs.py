@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from panda.cli.eval import main as panda_eval
 from panda.hooks.metrics import read_evaluations
 from panda.hooks.metrics import read_metrics
-from panda.testing.processes import run_script
-from panda.testing.runs import as_flags
 from runs import Train
 from runs import rows_file
 from safetensors.torch import load_file
@@ -206,24 +206,29 @@ def test_a_reward_model_uses_margins(train: Train, tiny: Path, tmp_path: Path) -
     assert losses[1] > losses[0] + 1
 
 
+def command(name: str, *words: str) -> str:
+    """What ``name``, a command of panda's, prints."""
+    program = str(Path(sys.executable).with_name(name))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([program, *words], env=environment, capture_output=True, text=True, timeout=900)
+    return done.stdout + done.stderr
+
+
 def typed(directory: Path, options: dict[str, Any]) -> str:
     """What ``panda-train`` prints with all its plugins."""
-    argv = [*as_flags(options), "--output_dir", str(directory)]
-    return run_script("panda.cli.train", *argv, cwd=directory.parent)
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return command("panda-train", *words, "--output_dir", str(directory))
 
 
-def test_a_reward_model_answers_no_prompts(
-    train: Train, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_reward_model_answers_no_prompts(train: Train, tiny: Path, tmp_path: Path) -> None:
     """It is not offered to be asked; its evaluation on other data is that of a run that takes no step."""
     rows = rows_file(tmp_path / "rows", PAIRS)
     run, other = tmp_path / "run", rows_file(tmp_path / "other", PAIRS[:2])
     printed = typed(run, options_of("reward", tiny, rows, max_steps=1, eval_data_dir=other))
     assert "panda report" in printed and "panda generate" not in printed and not (run / "answers.json").exists()
     assert "panda generate" in typed(tmp_path / "dpo", options_of("dpo", tiny, rows, max_steps=1))
-    assert panda_eval([str(run), "--data", str(other)]) == 2
-    command = re.search("`panda-train ([^`]*)`", capsys.readouterr().err)
-    assert command is not None and command[1] == f"--resume {run} --eval_data_dir DATA --output_dir NEW"
+    said = re.search("`panda-train ([^`]*)`", command("panda", "eval", str(run), "--data", str(other)))
+    assert said is not None and said[1] == f"--resume {run} --eval_data_dir DATA --output_dir NEW"
     train(tmp_path / "again", resume=run, eval_data_dir=other)
     before, after = ({**read_evaluations(each)[-1], "eval_seconds": 0} for each in (run, tmp_path / "again"))
     assert before == after and before["step"] == 1
