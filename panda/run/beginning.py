@@ -27,6 +27,7 @@ from panda.run.continuation import Continuation
 from panda.run.description import BEGUN_FROM
 from panda.run.description import changes
 from panda.run.description import write_description
+from panda.run.directory import EXPORT
 from panda.run.directory import MODEL_FOLDER
 from panda.run.directory import configuration_in
 from panda.run.directory import make_directory
@@ -43,6 +44,7 @@ from panda.run.state import Run
 from panda.run.trained_model import TrainedModel
 from panda.weights.export import decoding_of
 from panda.weights.export import describe_model
+from panda.weights.export import refuse_replacing
 from panda.weights.run_folders import CHECKPOINTS
 from panda.weights.run_folders import LOG
 
@@ -111,6 +113,7 @@ def _describe(run: Run, prepared: Preparation, model: TrainedModel) -> None:
     if run.processes.rank != 0:
         return
     resolved, directory = run.resolved, run.directory
+    refuse_replacing(directory / EXPORT)  # now, and not when the run has been trained
     remove_interrupted(directory / CHECKPOINTS)  # it takes up room
     _set_aside(directory, run.resumed_from)
     needs = disk_needs(resolved, model.parameters, model.trained_parameters, run.plan, prepared.task.tokenizer)

@@ -24,6 +24,9 @@ from panda.files.whole import whole
 from panda.registry.chosen import Chosen
 from panda.registry.contexts import ModelContext
 from panda.weights.conversion import as_published
+from panda.weights.export_format import FILE
+from panda.weights.export_format import FILES
+from panda.weights.export_format import read_export_format
 from panda.weights.export_format import write_export_format
 from panda.weights.files import write_weights
 from panda.weights.formats import ADAPTERS
@@ -43,7 +46,7 @@ from panda.weights.stored_tensor import Weights
 from panda.weights.tokenizers import write_tokenizer
 
 _NAMES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "additional_chat_templates")
-"""What exports have, those of older versions of panda and of the libraries included."""
+"""What exports have that do not say what they have: those of earlier versions."""
 
 
 CARD = "README.md"
@@ -120,7 +123,7 @@ def exporting(folder: Path, card: str = "", *, newest: str | None = None) -> Ite
     One process at a time makes it; others wait. Raises UserError where the disk is full, and where ``folder`` holds
     something else than an export.
     """
-    refuse_others(folder, _NAMES, (CONFIG, ADAPTERS), "an export")
+    refuse_replacing(folder)
     then = "Checkpoints and any earlier export are untouched: `panda export RUN` writes it again."
     file = folder.absolute().with_name(f".{folder.name}.lock")
     with writing(f"{folder}: the export", then):
@@ -129,6 +132,13 @@ def exporting(folder: Path, card: str = "", *, newest: str | None = None) -> Ite
             yield new
             write_export_format(new, newest)
             _put_card(card, new, folder)
+
+
+def refuse_replacing(folder: Path) -> None:
+    """Raise UserError where an export cannot become ``folder``, since that holds something else, or files of others."""
+    written = read_export_format(folder).get(FILES)
+    names = [*written, FILE, CARD] if isinstance(written, list) else _NAMES
+    refuse_others(folder, list(map(str, names)), (CONFIG, ADAPTERS), "an export")
 
 
 def _put_card(card: str, new: Path, before: Path) -> None:

@@ -12,6 +12,8 @@ from panda.registry import UserError
 FILE = "panda.json"
 NEWEST = "newest_checkpoint"
 """The key for the hash of the newest checkpoint of the run."""
+FILES = "files"
+"""The key for the names of the files that were written, by which those of others are told apart."""
 FORMAT = 1
 """Of exports that this version writes. Exports of before 0.1.0, and folders of others, do not say one."""
 
@@ -22,6 +24,7 @@ def write_export_format(folder: Path, newest: str | None) -> None:
     ``newest``: the hash of the newest checkpoint that its run had then; None for none, or where it is of no run.
     """
     stated = {"format": FORMAT, "written_by": panda.__version__} | ({NEWEST: newest} if newest else {})
+    stated[FILES] = sorted(path.name for path in folder.iterdir())
     (folder / FILE).write_text(json.dumps(stated) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def test_panda_export_writes_the_same_from_the_checkpoint(run: Path, tmp_path: P
     assert json.loads(at_the_end["panda.json"])["newest_checkpoint"]
     assert b"library_name: transformers\n" in at_the_end["README.md"]
     assert found == at_the_end
+
+
+def test_a_file_of_the_users_is_not_replaced(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever its name: an export says which files it has. A card of the user's stays."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    output = copied / "export"
+    (output / "README.md").write_text("my card")
+    assert main(["export", str(copied)]) == 0
+    (output / "notes.txt").write_text("mine")
+    assert main(["export", str(copied)]) == 2
+    assert "an export would replace it, and it holds 'notes.txt'" in capsys.readouterr().err
+    assert (output / "notes.txt").read_text() == "mine" and (output / "README.md").read_text() == "my card"
 
 
 def test_a_full_disk_leaves_the_export_that_was_there(runs: Path, full_disk: Any, capsys: Any) -> None:
