@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -36,11 +37,8 @@ def steps_to_try(total: int) -> Iterable[int]:
 
 
 def is_factor(value: Any) -> bool:
-    """Whether ``value``, which a schedule returned, is a number, finite and not negative."""
-    try:
-        return math.isfinite(value) and value >= 0
-    except TypeError:
-        return False
+    """Whether ``value``, which a schedule returned, is a number, finite and not negative: no tensor of one."""
+    return isinstance(value, Real) and math.isfinite(value) and value >= 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from panda.data.token_cache import cache_folder
 from panda.data.token_dataset import SampleSet
 from panda.engine.checkpoints.manifest import START
 from panda.engine.checkpoints.manifest import Progress
+from panda.files.terminal import number_of
 from panda.optim.param_groups import param_groups
 from panda.optim.parameter_kinds import describe_parameters
 from panda.optim.schedules import Schedule
@@ -148,15 +149,24 @@ def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
     chosen, total = resolved.components["lr_scheduler"], max(1, plan.total_steps)
     context = LRSchedulerContext(total_steps=total, learning_rate=resolved.core.learning_rate)
     schedule: Schedule = chosen.build(context, Callable)
-    for completed in steps_to_try(total):
-        factor = schedule(completed)
+    fault = f"take another `lr_scheduler`. It is of {chosen.offer.describe()}."
+    factors = {completed: schedule(completed) for completed in steps_to_try(total)}
+    for completed, factor in factors.items():
         if not is_factor(factor):
             raise UserError(
                 f"lr_scheduler: {chosen.component.describe()} returned {factor!r} for the step after {completed:,} of"
                 f" {total:,}. The factor of a learning rate is a finite number that is not negative. Change its"
-                f" options, or take another `lr_scheduler`. It is of {chosen.offer.describe()}."
+                f" options, or {fault}"
             )
-    return schedule
+    # Of the later ones first: one that counts its calls gives another factor then.
+    for completed, factor in reversed(factors.items()):
+        if (again := schedule(completed)) != factor:
+            raise UserError(
+                f"lr_scheduler: {chosen.component.describe()} returned {factor!r} for the step after {completed:,}, and"
+                f" {again!r} when it was asked again. It is asked several times, on each rank and when a run is"
+                f" resumed, so a factor has to follow from the number of steps alone. Until it does, {fault}"
+            )
+    return lambda completed: float(schedule(completed))
 
 
 def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -176,7 +186,20 @@ def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.de
         described=describe_parameters(model),
         learning_rate=options.learning_rate,
     )
-    optimizer: torch.optim.Optimizer = resolved.components["optimizer"].build(context, torch.optim.Optimizer)
+    chosen = resolved.components["optimizer"]
+    optimizer: torch.optim.Optimizer = chosen.build(context, torch.optim.Optimizer)
     if hasattr(optimizer, "bind"):
         refuse_undeclared(resolved)
+    elif (needs := chosen.component.needs) != "nothing":
+        raise UserError(
+            f"optimizer: {chosen.component.describe()} declares needs={needs!r}, and its optimizer has no method `bind`,"
+            f" so it would take a part of a parameter for the whole one. This is a fault of {chosen.offer.describe()}."
+        )
+    given, taken = ({id(p) for group in each for p in group["params"]} for each in (groups, optimizer.param_groups))
+    if given != taken:
+        raise UserError(
+            f"optimizer: {chosen.component.describe()} was given {number_of(len(given), 'parameter')}, of which its"
+            f" optimizer leaves out {len(given - taken):,}; it has {len(taken - given):,} others. They would not be"
+            f" trained. `freeze` leaves parameters out. This is a fault of {chosen.offer.describe()}."
+        )
     return optimizer

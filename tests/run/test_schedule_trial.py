@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch  # noqa: F401 - in VALUES
 from distributions import Distributions
 
 from panda.configuration.arguments import parse_arguments
@@ -16,13 +17,22 @@ from panda.registry import UserError
 from panda.run.assembly import build_schedule
 
 WRONG = """
+import torch
+
 @register_lr_scheduler("wrong")
 def wrong(options, context):
     'Wrong at its last step.'
     values = {VALUES}
     return lambda completed: 1.0 if completed + 1 < context.total_steps else values[context.total_steps % 10]
 """
-VALUES = "[-1e-9, float('nan'), float('inf'), None, '1', 1j, 0, 2.5, True]"
+VALUES = "[-1e-9, float('nan'), float('inf'), None, '1', 1j, 0, 2.5, True, torch.tensor(0.5)]"
+COUNTING = """
+@register_lr_scheduler("wrong")
+def wrong(options, context):
+    'Counts its calls.'
+    calls = []
+    return lambda completed: calls.append(completed) or len(calls) / 1e6
+"""
 
 
 def built(name: str, total: int) -> Any:
@@ -32,7 +42,7 @@ def built(name: str, total: int) -> Any:
     return build_schedule(resolved, SimpleNamespace(total_steps=total))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("last", "is_right"), [(number, number >= 6) for number in range(9)])
+@pytest.mark.parametrize(("last", "is_right"), [(number, 6 <= number < 9) for number in range(10)])
 def test_each_factor_is_a_number_that_is_not_negative(distributions: Distributions, last: int, is_right: bool) -> None:
     distributions.install("acme", {"lr_schedulers": {"wrong": "acme"}}, {"acme": WRONG.replace("{VALUES}", VALUES)})
     total = 1230 + last
@@ -44,6 +54,13 @@ def test_each_factor_is_a_number_that_is_not_negative(distributions: Distributio
     ) as e:
         built("wrong", total)
     assert "acme" in str(e.value) and str(eval(VALUES)[last]) in str(e.value)
+
+
+def test_a_factor_follows_from_the_number_of_steps_alone(distributions: Distributions) -> None:
+    """A schedule is asked by each rank, by this trial and by hooks: one that counts calls would give each another."""
+    distributions.install("acme", {"lr_schedulers": {"wrong": "acme"}}, {"acme": COUNTING})
+    with pytest.raises(UserError, match="returned 3e-06 for the step after 2, and 4e-06 when it was asked again"):
+        built("wrong", 3)
 
 
 def test_of_a_very_long_run_some_steps_are_tried_with_the_first_and_the_last() -> None:
