@@ -20,10 +20,10 @@ from panda.files.terminal import fitted
 from panda.files.terminal import number_of
 from panda.files.terminal import printable_line
 from panda.registry import UserError
-from panda.registry.location import resolve_path
 from panda.registry.options import Given
 from panda.run.directory import PROVENANCE
 from panda.run.directory import RUN_CONFIG
+from panda.run.directory import begun_from_another
 from panda.run.directory import configuration_in
 
 if TYPE_CHECKING:
@@ -101,15 +101,14 @@ def _checkpoint_before(run: Path, step: int) -> Path | None:
     from panda.engine.checkpoints.folders import complete_checkpoints
     from panda.engine.checkpoints.folders import find_checkpoint
     from panda.engine.checkpoints.folders import step_of
-    from panda.run.description import read_provenance
 
     found = [path for path in complete_checkpoints(run / "checkpoints") if step_of(path) < step]
     if found:
         return found[-1]
-    begun_from = read_provenance(run).get("resumed_from")
+    begun_from = begun_from_another(run)
     if begun_from is None:
         return None
-    before = find_checkpoint(resolve_path(str(begun_from)))
+    before = find_checkpoint(begun_from)
     if before is None or step_of(before) >= step:
         raise UserError(f"{run}: it began from {begun_from}, and there is no checkpoint before step {step:,} any more.")
     return before

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from panda.files.terminal import printable
+from panda.registry import UserError
 
 KEPT = 1000
 """Messages in the history."""
@@ -23,6 +24,8 @@ class TypedLines:
     def __init__(self, commands: Sequence[str], *, keeps: bool) -> None:
         """``commands`` are completed by the tabulator; with ``keeps``, the history is also in a file."""
         self.commands = commands
+        if sys.stdin is None:
+            raise UserError("stdin is closed, and so there is nothing to read.")
         self.are_typed = sys.stdin.isatty()
         # Bytes that are not text of the terminal's encoding come as surrogates.
         if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":

@@ -61,7 +61,8 @@ def recorded_answers(run: Path, count: int) -> list[Answer]:
     each = found if isinstance(found, list) else []
     pairs = [(one.get("prompt"), one.get("answer")) for one in each if isinstance(one, dict)]
     step = ended_step(run)
-    whose = TRAINED if has_ended(run) else "at the end of an earlier start" + f", step {step:,}" * (step is not None)
+    when = "" if step is None else f", step {step:,}"
+    whose = TRAINED if has_ended(run) else f"at the end of an earlier start{when}"
     return [
         Answer(prompt, {whose: answer})
         for prompt, answer in pairs[:count]

@@ -164,19 +164,23 @@ def _newest_or_first(directory: Path) -> Path | None:
     """
     if found := find_checkpoint(directory):
         return found
+    if (begun_from := begun_from_another(directory)) is None:
+        return None
+    if (found := find_checkpoint(begun_from)) is None:
+        raise UserError(
+            f"resume: the run in {directory} began from {begun_from}, which is gone, and has no whole checkpoint of its"
+            " own. Put that back; or start a run of its own in another `output_dir`."
+        )
+    return found
+
+
+def begun_from_another(directory: Path) -> Path | None:
+    """The checkpoint of another run from which that in ``directory`` began; None if it began by itself."""
     provenance = read_provenance(directory)
     earlier = provenance.get("earlier_starts")
     starts = [provenance, *reversed(earlier if isinstance(earlier, list) else [])]
     named = [start[BEGUN_FROM] for start in starts if isinstance(start, dict) and start.get(BEGUN_FROM)]
-    others = [path for path in map(resolve_path, map(str, named)) if not is_own(path, directory)]
-    if not others:
-        return None
-    if (found := find_checkpoint(others[0])) is None:
-        raise UserError(
-            f"resume: the run in {directory} began from {others[0]}, which is gone, and has no whole checkpoint of its"
-            " own. Put that back; or start a run of its own in another `output_dir`."
-        )
-    return found
+    return next((path for path in map(resolve_path, map(str, named)) if not is_own(path, directory)), None)
 
 
 def recorded_configuration(resolved: Resolved) -> dict[str, Any]:

@@ -46,8 +46,14 @@ def load(module: str) -> None:
 
 
 def planned_world_size(configuration: Configuration) -> int:
-    """The processes that a run will have: as many as a launcher started, else the fewest that hold the model."""
-    return int(os.environ.get("WORLD_SIZE", configuration.options.tensor_parallel_size))
+    """The processes that a run will have: as many as a launcher started, else the fewest that hold the model.
+
+    Raises UserError where the variable of a launcher, which users set for that, too, is no such number.
+    """
+    given = os.environ.get("WORLD_SIZE", str(configuration.options.tensor_parallel_size)).strip()
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"WORLD_SIZE={given} in the environment: expected a number of ranks, from 1 on.")
+    return int(given)
 
 
 def look_for_inputs(configuration: Configuration) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from panda.cli import replay
 from panda.cli.main import main
 from panda.engine.checkpoints.in_use import remove_unless_read
 from panda.registry import Catalog
+from panda.registry import UserError
 from panda.registry.chosen import Chosen
 from panda.registry.contexts import ModelContext
 from panda.registry.contexts import ReaderContext
@@ -402,6 +404,11 @@ def test_the_checkpoint_that_is_read_is_the_one_that_is_held(
         shutil.rmtree(later)
     with replay.read_before(run, 2) as read:
         assert read == first and not remove_unless_read(first)
+    provenance = json.loads((run / "provenance.json").read_text())
+    for begun_from, before in ((first, None), (folder / "instruct/checkpoints/step-00000001", UserError)):
+        (run / "provenance.json").write_text(json.dumps(provenance | {"resumed_from": str(begun_from)}))
+        with pytest.raises(UserError) if before else nullcontext(), replay.read_before(run, 1) as read:
+            assert read is None, "a run that went on by itself began by itself"
     assert remove_unless_read(first)
 
 

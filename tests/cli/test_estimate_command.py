@@ -152,6 +152,15 @@ def test_mistakes_are_explained(flags: str, message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ranks", ["abc", "0", "-1"])
+def test_a_launcher_that_says_no_number_of_ranks(
+    ranks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert main(["estimate", *FLAGS.split()]) == 2
+    assert f"WORLD_SIZE={ranks} in the environment: expected a number of ranks" in capsys.readouterr().err
+
+
 def test_help_and_nothing() -> None:
     assert main(["estimate", "--help"]) == 0
     assert main(["estimate"]) == 2

@@ -11,6 +11,7 @@ import pytest
 
 from panda.cli import typed_lines
 from panda.cli.typed_lines import TypedLines
+from panda.registry import UserError
 
 readline = pytest.importorskip("readline")
 
@@ -71,6 +72,12 @@ def test_a_history_is_not_kept_where_nobody_types_or_wants_it(history: Path, mon
     readline.clear_history()
     typed(monkeypatch, "secret\n", answers=io.StringIO())
     assert remembered() == [] and not history.exists()
+
+
+def test_a_closed_input_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="stdin is closed"):
+        TypedLines((), keeps=True)
 
 
 def test_a_history_stays_small_and_passes_over_what_it_cannot_read(

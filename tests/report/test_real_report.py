@@ -136,6 +136,10 @@ def test_the_weights_of_a_run_that_has_not_ended_are_named_by_their_step(
     assert found.weights == "those after step 2; the best evaluation was eval_loss 0.5000 at step 1"
     assert not isinstance(found.answers, Missing)
     assert {*found.answers[0].answers} == {"at the end of an earlier start, step 3"}
+    described = (run / "provenance.json").read_text()
+    (run / "provenance.json").write_text("{")  # what is damaged takes no other part of the page with it
+    assert not isinstance(gathered(killed, "--recorded_only").answers, Missing)
+    (run / "provenance.json").write_text(described)
     (run / "answers.json").unlink()
     found = gathered(killed, "--samples", "0")
     assert not isinstance(found.answers, Missing) and {*found.answers[0].answers} == {"after step 2"}

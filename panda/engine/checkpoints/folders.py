@@ -83,8 +83,10 @@ def damage(checkpoint: Path) -> str | None:
             found = (checkpoint / name).stat().st_size
             if found != written.size:
                 return f"{name} has {number_of(found, 'byte')} and had {written.size:,}"
+    except FileNotFoundError as problem:
+        return f"{Path(problem.filename).name} is missing"
     except OSError as problem:
-        return f"{type(problem).__name__}: {problem}"
+        return str(problem)
     except DamagedError as problem:
         return problem.problem
     return None
