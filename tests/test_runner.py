@@ -81,6 +81,20 @@ REFUSING = """
 def panda_step_end(run, step):
     raise UserError("give --max_steps 3")
 """
+LEAVING = """
+@hookimpl
+def panda_step_end(run, step):
+    raise SystemExit(0)
+"""
+UNSAVING = """
+@hookimpl
+def panda_save_state(run):
+    return {"seen": [{1, 2}]}
+
+@hookimpl
+def panda_load_state(run, state):
+    pass
+"""
 FULL = """
 @hookimpl
 def panda_step_end(run, step):
@@ -120,6 +134,7 @@ class Torn(Instruct):
 def recorded(distributions: Distributions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``recorded(*flags)``: what was called in a run over five rows, two a step."""
     sources = {"recorder": RECORDER, "failing": FAILING, "full": FULL, "refusing": REFUSING, "drawing": DRAWING}
+    sources |= {"leaving": LEAVING, "unsaving": UNSAVING}
     distributions.install(
         "recording",
         {
@@ -345,6 +360,25 @@ def test_a_user_error_in_a_hook_is_not_blamed_on_it(processes: Any, recorded: An
     with pytest.raises(UserError, match="--max_steps 3") as caught:
         recorded("refusing")
     assert not any("came out of the hook panda_step_end" in note for note in caught.value.__notes__)
+
+
+def test_a_plugin_that_ends_the_process_does_not_end_the_run_well(processes: Any, recorded: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"the hook panda_step_end of plugin leaving ended the process \(SystemExit: 0\)"
+    ):
+        recorded("leaving")
+
+
+def test_a_checkpoint_is_complete_without_the_state_of_a_plugin_that_fails(
+    processes: Any, recorded: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends, and no work is lost."""
+    flags = ("--output_dir", "out", "--max_steps", "2")
+    with pytest.raises(UserError, match=r"returned at \['seen'\]\[0\] a set\. It returns .* a fault of recording 1\.0"):
+        recorded("unsaving", *flags, "--save_steps", "1")
+    assert "note: out/checkpoints/step-00000001 is complete but for the state" in capsys.readouterr().out
+    calls = recorded(*flags, "--resume", "auto", "--save_steps", "0")
+    assert ("start", 1) in calls and ("step", 1) not in calls
 
 
 def test_a_full_disk_is_reported_without_a_traceback(processes: Any, recorded: Any) -> None:

@@ -13,7 +13,6 @@ from dataclasses import field
 from typing import Any
 
 from panda.registry.components import Component
-from panda.registry.errors import EndedBySignal
 from panda.registry.errors import UserError
 from panda.registry.hooks import has_hooks
 from panda.registry.offers import Offer
@@ -47,16 +46,8 @@ class Chosen:
 
         Raises UserError where it is not of the type ``expected``, or None.
         """
-        try:
-            with self.attributed("the factory"):
-                built = self.component.factory(self.options, context)
-        except EndedBySignal:
-            raise
-        except SystemExit as ended:
-            raise UserError(
-                f"{self.component.describe()} ended the process (SystemExit: {ended}), and returned nothing."
-                f" This is a fault of {self.offer.describe()}."
-            ) from ended
+        with self.attributed("the factory"):
+            built = self.component.factory(self.options, context)
         if built is None or not isinstance(built, expected):
             wanted = "an object" if expected is object else f"a {expected.__qualname__}{_lacking(built, expected)}"
             raise UserError(

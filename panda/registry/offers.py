@@ -16,6 +16,7 @@ from types import FrameType
 from panda.registry.api import API_GROUP
 from panda.registry.declarations import Declaration
 from panda.registry.declarations import declarations
+from panda.registry.errors import EndedBySignal
 from panda.registry.errors import UserError
 from panda.registry.errors import did_you_mean
 from panda.registry.kinds import KINDS
@@ -97,9 +98,18 @@ class Offer:
 
         Components call each other, and the innermost one is what failed: an exception that has such a note keeps
         it. A UserError has no notes: one that the component itself raises gets a line, and one of panda's is complete.
+        Raises UserError in place of SystemExit.
         """
         try:
             yield
+        except EndedBySignal:
+            raise
+        except SystemExit as ended:  # with 0 a run that was cut off would look like one that has ended well
+            instead = " A hook stops a run by `run.stop(reason)`." if part.startswith("the hook") else ""
+            raise UserError(
+                f"{part} of {self.label} ended the process (SystemExit: {ended}).{instead} This is a fault of"
+                f" {self.describe()}."
+            ) from ended
         except Exception as error:
             self.note(error, part)
             raise

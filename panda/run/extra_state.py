@@ -30,25 +30,27 @@ def _key(offer: Offer) -> str:
 def write_state(run: Run, checkpoint: Path) -> list[Path]:
     """Write what the plugins of ``run`` keep to the folder ``checkpoint``; returns the files that this rank wrote.
 
-    Every rank has to call it.
+    Every rank has to call it. Where a plugin fails, on any rank, the checkpoint is written without its state, so that
+    no work is lost, and the failure is in ``run.unsaved`` on that rank: it ends the run when the checkpoint is complete.
     """
     described: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     copies: dict[str, WeightsCopy] = {}
     for offer, save in run.hooks.by_plugin("panda_save_state"):
         key = _key(offer)
-        state = save(run=run)
-        if not isinstance(state, dict) or key in described:
-            what = "a second state" if key in described else f"{type(state).__qualname__}, not a dict"
-            raise UserError(f"panda_save_state returned {what}. This is a fault of {offer.describe()}.")
-        prefix = f"{len(described)}."
-        kept = {name: each for name, each in state.items() if isinstance(each, (torch.Tensor, WeightsCopy))}
+        state: dict[str, Any] = {}
+        try:
+            state, failed = _checked(save(run=run), offer), False
+            if key in described:
+                raise UserError(f"panda_save_state returned a second state. This is a fault of {offer.describe()}.")
+        except Exception as failure:
+            run.unsaved.append(failure)
+            failed = True
+        if not run.processes.all_(not failed):
+            continue
+        kept = {name: each for name, each in state.items() if _is_kept_apart(each)}
         values = {name: each for name, each in state.items() if name not in kept}
-        if problem := _not_json(values):
-            raise UserError(
-                f"panda_save_state returned {problem}. Values are None, bools, numbers, texts, lists and dicts of"
-                f" these, tensors, or copies of weights. This is a fault of {offer.describe()}."
-            )
+        prefix = f"{len(described)}."
         described[key] = {
             "version": offer.version,
             "values": values,
@@ -70,6 +72,24 @@ def write_state(run: Run, checkpoint: Path) -> list[Path]:
         (checkpoint / FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         written.append(checkpoint / FILE)
     return written
+
+
+def _checked(state: Any, offer: Offer) -> dict[str, Any]:
+    """``state``, which ``panda_save_state`` of ``offer`` returned. Raises UserError for what would not come back."""
+    problem = None if isinstance(state, dict) else f"{type(state).__qualname__}, not a dict"
+    if problem is None:
+        problem = _not_json({name: each for name, each in state.items() if not _is_kept_apart(each)})
+    if problem:
+        raise UserError(
+            f"panda_save_state returned {problem}. It returns a dict, by name: of tensors, of copies of weights, and of"
+            " values of JSON, which are None, bools, numbers, texts, and lists and dicts of these, whose keys are texts."
+            f" This is a fault of {offer.describe()}."
+        )
+    return dict(state)
+
+
+def _is_kept_apart(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, WeightsCopy))
 
 
 def load_state(run: Run, checkpoint: Path) -> None:
@@ -116,5 +136,6 @@ def _not_json(value: Any, path: str = "") -> str | None:
     elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
         items = value.items()
     else:
-        return f"at {path or 'its top'} {type(value).__qualname__}"
+        keys = [key for key in value if not isinstance(key, str)] if isinstance(value, dict) else []
+        return f"at {path or 'its top'} " + (f"the key {keys[0]!r}" if keys else f"a {type(value).__qualname__}")
     return next((found for key, each in items if (found := _not_json(each, f"{path}[{key!r}]"))), None)

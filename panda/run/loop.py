@@ -6,8 +6,10 @@ import os
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -27,6 +29,7 @@ from panda.engine.watchdog import is_ending
 from panda.engine.watchdog import trouble
 from panda.files.activity import Activity
 from panda.files.activity import activity
+from panda.files.activity import say
 from panda.files.activity import stand
 from panda.files.terminal import printable
 from panda.registry import UserError
@@ -329,6 +332,7 @@ class Loop:
         self.clock.leave_out(self.saved_at - begun)
         for seconds in (run.spent, self.unrecorded):
             seconds["save_seconds"] = round(seconds.get("save_seconds", 0) + self.saved_at - begun, 3)
+        run.processes.together(lambda: _refuse_unsaved(run.unsaved, path))
 
     def evaluate(self) -> None:
         """Compute the loss on each set of held-out data. Draws no random numbers, and does not affect training."""
@@ -356,6 +360,13 @@ class Loop:
         run.at("panda_evaluation", record=record)
         collect()
         self.clock.leave_out(time.perf_counter() - begun)
+
+
+def _refuse_unsaved(failures: Sequence[Exception], path: Path) -> None:
+    """Raise the first of ``failures``, for which the checkpoint at ``path`` has no state of a plugin."""
+    if failures:
+        say(f"note: {path} is complete but for the state of a plugin that failed")
+        raise failures[0]
 
 
 @dataclass(frozen=True)

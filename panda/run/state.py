@@ -114,6 +114,8 @@ class Run:
     """On rank 0: what hooks add to the next record, by name."""
     higher_is_better: set[str] = field(default_factory=set, repr=False)
     """Names of entries of evaluations of which a higher one is the better, as far as metrics and hooks have said so."""
+    unsaved: list[Exception] = field(default_factory=list, repr=False)
+    """Why plugins have no state in the checkpoint that is being written, on this rank."""
     kept: dict[int, set[str]] = field(default_factory=dict, repr=False)
     """Steps whose checkpoints ``save_total_limit`` does not remove, and who keeps each."""
     frozen: dict[str, set[str]] = field(default_factory=dict, repr=False)

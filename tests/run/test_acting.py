@@ -378,7 +378,7 @@ def test_what_one_rank_asks_for_is_agreed_and_factors_that_differ_are_an_error()
         ("own key of evaluations", UserError, r"plugin mistaken: run.log\('loss', ...\) has the name of another entry"),
         ("no number", UserError, r"plugin mistaken: run.log\('mine', ...\) takes a number, not str"),
         ("backwards", UserError, "plugin mistaken scales the learning rate by -1"),
-        ("state", UserError, r"at \['tuple'\]\['nested'\]\[0\] tuple.*fault of mistakes 1.0"),
+        ("state", UserError, r"at \['tuple'\]\['nested'\]\[0\] a tuple.*fault of mistakes 1.0"),
     ],
 )
 def test_what_a_hook_must_not_ask_for_is_an_error(
