@@ -38,7 +38,7 @@ def steps_to_try(total: int) -> Iterable[int]:
 
 def is_factor(value: Any) -> bool:
     """Whether ``value``, which a schedule returned, is a number, finite and not negative: no tensor of one."""
-    return isinstance(value, Real) and math.isfinite(value) and value >= 0
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,9 @@ def build_optimizer(resolved: Resolved, model: torch.nn.Module, device: torch.de
         refuse_undeclared(resolved)
     elif (needs := chosen.component.needs) != "nothing":
         raise UserError(
-            f"optimizer: {chosen.component.describe()} declares needs={needs!r}, and its optimizer has no method `bind`,"
-            f" so it would take a part of a parameter for the whole one. This is a fault of {chosen.offer.describe()}."
+            f"optimizer: {chosen.component.describe()} declares needs={needs!r}, and its optimizer has no method"
+            " `bind`, so it would take a part of a parameter for the whole one. This is a fault of"
+            f" {chosen.offer.describe()}."
         )
     given, taken = ({id(p) for group in each for p in group["params"]} for each in (groups, optimizer.param_groups))
     if given != taken:

@@ -31,7 +31,7 @@ def write_state(run: Run, checkpoint: Path) -> list[Path]:
     """Write what the plugins of ``run`` keep to the folder ``checkpoint``; returns the files that this rank wrote.
 
     Every rank has to call it. Where a plugin fails, on any rank, the checkpoint is written without its state, so that
-    no work is lost, and the failure is in ``run.unsaved`` on that rank: it ends the run when the checkpoint is complete.
+    no work is lost. The failure is in ``run.unsaved`` on that rank, and ends the run when the checkpoint is complete.
     """
     described: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -63,8 +63,8 @@ def write_state(run: Run, checkpoint: Path) -> list[Path]:
             elif run.processes.rank == 0:
                 tensors[prefix + name] = each.detach().cpu().clone(memory_format=torch.contiguous_format)
     evaluated = run.evaluated_weights[1] if run.evaluated_weights else None
-    name = next((name for name, copied in copies.items() if copied is evaluated), None)
-    written = write_copies(run.engine, copies, checkpoint, evaluated=name)
+    of_evaluated = next((name for name, copied in copies.items() if copied is evaluated), None)
+    written = write_copies(run.engine, copies, checkpoint, evaluated=of_evaluated)
     if run.processes.rank == 0 and described:
         if tensors:
             save_file(tensors, checkpoint / TENSORS)
@@ -76,13 +76,13 @@ def write_state(run: Run, checkpoint: Path) -> list[Path]:
 
 def _checked(state: Any, offer: Offer) -> dict[str, Any]:
     """``state``, which ``panda_save_state`` of ``offer`` returned. Raises UserError for what would not come back."""
-    problem = None if isinstance(state, dict) else f"{type(state).__qualname__}, not a dict"
+    problem: str | None = None if isinstance(state, dict) else f"{type(state).__qualname__}, not a dict"
     if problem is None:
         problem = _not_json({name: each for name, each in state.items() if not _is_kept_apart(each)})
     if problem:
         raise UserError(
             f"panda_save_state returned {problem}. It returns a dict, by name: of tensors, of copies of weights, and of"
-            " values of JSON, which are None, bools, numbers, texts, and lists and dicts of these, whose keys are texts."
+            " values of JSON: None, bools, numbers, texts, and lists and dicts of these, whose keys are texts."
             f" This is a fault of {offer.describe()}."
         )
     return dict(state)

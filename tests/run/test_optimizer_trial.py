@@ -46,7 +46,7 @@ def unbound(options, context):
     ],
 )
 def test_what_an_optimizer_has_to_have(distributions: Distributions, name: str, said: str | None) -> None:
-    names = {each: "acme" for each in ("whole", "part", "copies", "unbound")}
+    names = dict.fromkeys(("whole", "part", "copies", "unbound"), "acme")
     distributions.install("acme", {"optimizers": names}, {"acme": OPTIMIZERS})
     resolved = configure(parse_arguments(["--arch", "llama-7b", "--optimizer", name, "-p", "no:tensorboard"])).resolved
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
