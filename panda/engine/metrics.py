@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +21,31 @@ def loss_of(returned: Loss | torch.Tensor, *, idle: bool) -> Loss:
     if not idle:
         return found
     return Loss(found.sum * 0, dict.fromkeys(found.metrics, (0.0, 0.0)))
+
+
+def refuse_loss(returned: Any, whose: str) -> None:
+    """Raise UserError where ``returned``, by the ``loss`` of a task of ``whose``, is no loss."""
+    found = returned if isinstance(returned, Loss) else Loss(returned)
+    wrong = None
+    if not isinstance(found.sum, torch.Tensor):
+        wrong = f"`loss` returned {found.sum!r:.60}, and not a tensor"
+    elif found.sum.ndim:
+        wrong = f"`loss` returned a tensor of the shape {list(found.sum.shape)}, and not a sum"
+    elif torch.is_grad_enabled() and not found.sum.requires_grad:
+        wrong = "`loss` returned a tensor without a gradient: nothing would be trained"
+    else:
+        for name, pair in found.metrics.items():
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_one_number, pair))):
+                wrong = f"the metric {name!r} of its `loss` is {pair!r:.60}, and not a numerator and a denominator"
+    if wrong:
+        raise UserError(
+            f"task: {wrong}. Return the scalar tensor of the sum, or `Loss(sum, {{name: (numerator, denominator)}})`"
+            f" with scalar tensors or numbers. This is a fault of {whose}."
+        )
+
+
+def _is_one_number(value: Any) -> bool:
+    return not value.ndim if isinstance(value, torch.Tensor) else isinstance(value, Real)
 
 
 class MetricSums:

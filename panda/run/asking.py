@@ -114,4 +114,4 @@ class Added:
 
     by: str
     value: Any
-    """A number, or a tensor of one element, which is read when the record is made."""
+    """A number, of numpy too, or a tensor of one element, which is read when the record is made."""

@@ -141,12 +141,12 @@ def _layout(options: RunOptions, dataset: SampleSet, order: SampleOrder, plan: B
     return Layout(dataset, order, plan, batching, options.max_seq_length, few_lengths)
 
 
-def build_schedule(resolved: Resolved, plan: BatchPlan) -> Schedule:
-    """The learning-rate schedule that ``resolved`` names, over the steps of ``plan``.
+def build_schedule(resolved: Resolved, total_steps: int) -> Schedule:
+    """The learning-rate schedule that ``resolved`` names, over ``total_steps``.
 
     Raises UserError where one of its factors is not a number that is 0 or more.
     """
-    chosen, total = resolved.components["lr_scheduler"], max(1, plan.total_steps)
+    chosen, total = resolved.components["lr_scheduler"], max(1, total_steps)
     context = LRSchedulerContext(total_steps=total, learning_rate=resolved.core.learning_rate)
     schedule: Schedule = chosen.build(context, Callable)
     fault = f"take another `lr_scheduler`. It is of {chosen.offer.describe()}."

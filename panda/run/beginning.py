@@ -177,6 +177,7 @@ def _facts(run: Run, prepared: Preparation, model: TrainedModel) -> dict[str, An
         "trained_parameters": model.trained_parameters,
         "attention": getattr(getattr(model.base, "config", None), "_attn_implementation", None),
         "total_steps": run.plan.total_steps,
+        "step_samples": run.plan.step_samples,
         "samples": len(dataset),
         "tokens": dataset.tokens,
         "supervised_tokens": dataset.supervised_tokens,

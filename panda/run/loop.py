@@ -23,6 +23,7 @@ from panda.data.workers import workers_standing
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.writing import finish_save
 from panda.engine.checkpoints.writing import save_checkpoint
+from panda.engine.metrics import refuse_loss
 from panda.engine.steps import StepResult
 from panda.engine.watchdog import ask_for_batches
 from panda.engine.watchdog import is_ending
@@ -393,7 +394,10 @@ def _attributed(run: Run, method: str) -> Callable[..., Any]:
 
     def call(module: Any, *batch: Any) -> Any:
         with task.attributed(part):
-            return of_task(module, *batch)
+            returned = of_task(module, *batch)
+        if method == "loss":
+            refuse_loss(returned, task.offer.describe())
+        return returned
 
     return call
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 from panda.data.packing import Layout
 from panda.files.terminal import number_of
@@ -27,11 +29,12 @@ PEAK_SOUGHT_STEPS = 10_000
 """Steps among which the peak of the learning rate is sought: a warm-up is thought to be shorter."""
 
 
-def notes(prepared: Preparation, layout: Layout, steps_before: int | None = None) -> Iterator[str]:
+def notes(prepared: Preparation, layout: Layout, before: Mapping[str, Any] | None = None) -> Iterator[str]:
     """Each thing about the run of ``prepared`` that its user may not mean, in a line.
 
-    ``steps_before``: the length of the run that it continues, if that is recorded.
+    ``before``: what provenance.json says of the run that it continues.
     """
+    before = before or {}
     yield from _tokenizer_note(prepared)
     yield from _rate_note(prepared)
     yield from _evaluation_note(prepared)
@@ -41,8 +44,9 @@ def notes(prepared: Preparation, layout: Layout, steps_before: int | None = None
             f"all {number_of(plan.first_samples, 'sample')} are one step, which is for {plan.step_samples}: lower"
             " gradient_accumulation_steps, or raise num_train_epochs, to take more"
         )
-    yield from _warm_up_note(prepared, layout, steps_before)
-    schedule, steps = build_schedule(prepared.resolved, layout.plan), layout.plan.total_steps
+    yield from _steps_note(prepared, layout, before)
+    yield from _warm_up_note(prepared, layout, before.get("total_steps"))
+    schedule, steps = build_schedule(prepared.resolved, layout.plan.total_steps), layout.plan.total_steps
     before_last = range(min(max(steps - 1, 1), PEAK_SOUGHT_STEPS))
     if layout.plan.start_step < steps and max(map(schedule, before_last)) < 1:
         yield "the run ends within the warm-up: the learning rate is below its peak until the last step"
@@ -78,6 +82,20 @@ def _rate_note(prepared: Preparation) -> Iterator[str]:
             yield f"{rate} adapters: 1e-4 to 1e-3 are usual"
     elif options.learning_rate >= HIGH_RATE:
         yield f"{rate} full fine-tuning of a checkpoint: 1e-6 to 5e-5 are usual"
+
+
+def _steps_note(prepared: Preparation, layout: Layout, before: Mapping[str, Any]) -> Iterator[str]:
+    plan, samples, steps = layout.plan, before.get("step_samples"), before.get("total_steps")
+    if not isinstance(samples, int) or not isinstance(steps, int) or samples == plan.step_samples:
+        return
+    now = build_schedule(prepared.resolved, plan.total_steps)(plan.start_step)
+    then = build_schedule(prepared.resolved, max(steps, plan.start_step + 1))(plan.start_step)
+    rate = prepared.options.learning_rate
+    yield (
+        f"a step has {plan.step_samples:,} samples, and had {samples:,}, so the run has"
+        f" {number_of(plan.total_steps, 'step')} in place of {steps:,}: the learning rate of step"
+        f" {plan.start_step + 1:,} is {rate * now:.3g}, and would have been {rate * then:.3g}"
+    )
 
 
 def _warm_up_note(prepared: Preparation, layout: Layout, before: int | None) -> Iterator[str]:

@@ -86,7 +86,7 @@ def outlook(prepared: Preparation, layout: Layout, directory: Path, checkpoint: 
         for label, part in parts.items()
         for number, line in enumerate(part)
     ]
-    before = read_provenance(checkpoint.absolute().parent.parent).get("total_steps") if checkpoint else None
+    before = read_provenance(checkpoint.absolute().parent.parent) if checkpoint else None
     return [*lines, *(f"note: {note}" for note in notes(prepared, layout, before))]
 
 

@@ -162,7 +162,7 @@ def add_to(record: dict[str, Any], added: dict[str, Added], prefix: str = "") ->
             raise UserError(
                 f"{each.by}: run.log({name!r}, ...) has the name of another entry of a record. Name it otherwise."
             )
-        record[f"{prefix}{name}"] = each.value.item() if torch.is_tensor(each.value) else each.value
+        record[f"{prefix}{name}"] = each.value.item() if hasattr(each.value, "item") else each.value
     added.clear()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from dataclasses import field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from typing import TypeVar
@@ -134,7 +135,13 @@ class Run:
 
         def attributed(rows: list[list[Sample]], shape: RowShape) -> Batch:
             with task.attributed("`collate`"):
-                return collate(rows, shape)
+                found = collate(rows, shape)
+            if not isinstance(found, Batch):
+                raise UserError(
+                    f"task: `collate` returned a {type(found).__qualname__}, and not a `Batch` of panda.data.batches."
+                    f" This is a fault of {task.offer.describe()}."
+                )
+            return found
 
         return attributed
 
@@ -192,7 +199,7 @@ class Run:
         before = self.added.get(name)
         if before is not None and before.by != called.label:
             raise UserError(f"{called.label} and {before.by} both add {name!r} to a record. One has to rename it.")
-        if not isinstance(value, (int, float)) and not (torch.is_tensor(value) and value.numel() == 1):
+        if not isinstance(value, Real) and not (torch.is_tensor(value) and value.numel() == 1):
             raise UserError(f"{called.label}: run.log({name!r}, ...) takes a number, not {type(value).__qualname__}.")
         if higher_is_better:
             self.higher_is_better.add(f"eval_{name}")

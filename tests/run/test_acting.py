@@ -31,6 +31,7 @@ from panda.run.state import Run
 from panda.runner import train
 
 ACTOR = """
+import numpy
 import torch
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Actor:
     @hookimpl
     def panda_evaluation_start(self, run):
         if self.options.do == "log":
-            run.log("answer", 42)
+            run.log("answer", numpy.float32(42))
 
     @hookimpl
     def panda_evaluation(self, run, record):

@@ -374,6 +374,23 @@ def test_a_warm_up_that_another_length_of_the_run_changes_is_noted(said: Outlook
     assert noted("20 --warmup_proportion 0.2") == noted("40 --warmup_steps 10") == []
 
 
+def test_steps_of_another_size_are_noted_with_the_learning_rate(said: Outlook) -> None:
+    path = Path("runs/x/checkpoints/step-2")
+    path.mkdir(parents=True)
+    Path("runs/x/provenance.json").write_text(json.dumps({"total_steps": 12, "step_samples": 2}))
+    at = Progress(step=2, position=4, tokens=0, units=0, skipped_steps=0)
+    flags = f"{TINY_64} --lr_scheduler linear --warmup_steps 0 --learning_rate 1e-3 --max_steps"
+
+    def noted(more: str) -> list[str]:
+        return [note for note in said(f"{flags} {more}", progress=at, resumed=path)["note"] if "a step has" in note]
+
+    assert noted("6 --gradient_accumulation_steps 4") == [
+        "a step has 4 samples, and had 2, so the run has 6 steps in place of 12: the learning rate of step 3 is"
+        " 0.000667, and would have been 0.000833"
+    ]
+    assert noted("6 --gradient_accumulation_steps 2") == []
+
+
 def test_a_peak_that_is_never_reached_is_noted(said: Outlook) -> None:
     note = "the run ends within the warm-up: the learning rate is below its peak until the last step"
     flags = f"{TINY_64} --gradient_accumulation_steps 1"

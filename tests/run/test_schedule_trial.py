@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ def built(name: str, total: int) -> Any:
     resolved = configure(
         parse_arguments(["--arch", "llama-7b", "--lr_scheduler", name, "-p", "no:tensorboard"])
     ).resolved
-    return build_schedule(resolved, SimpleNamespace(total_steps=total))  # type: ignore[arg-type]
+    return build_schedule(resolved, total)
 
 
 @pytest.mark.parametrize(("last", "is_right"), [(number, 6 <= number < 9) for number in range(10)])

@@ -12,8 +12,11 @@ from panda.testing import train
 TASKS = '''
 """Tasks and an optimizer with faults."""
 
+from dataclasses import dataclass
+
 import torch
 from panda import register_optimizer, register_task
+from panda.registry.contexts import Loss
 from panda.tasks.instruct import Instruct, InstructOptions
 
 
@@ -31,6 +34,42 @@ class Uncollated(Instruct):
 
     def collate(self, rows, shape):
         raise IndexError("too many indices")
+
+
+RETURNED = {
+    "a_number": lambda loss: float(loss),
+    "a_vector": lambda loss: loss.expand(3),
+    "no_gradient": lambda loss: loss.detach(),
+    "no_pair": lambda loss: Loss(loss, {"mine": 1.0}),
+    "a_vector_of_metrics": lambda loss: Loss(loss, {"mine": (loss.detach().expand(2), 1)}),
+    "none": lambda loss: None,
+}
+
+
+@dataclass(frozen=True)
+class LosslessOptions(InstructOptions):
+    how: str = ""
+    """What it returns."""
+
+
+@register_task("lossless", options=LosslessOptions)
+class Lossless(Instruct):
+    """Its loss is none."""
+
+    def __init__(self, options, context):
+        super().__init__(options, context)
+        self.how = options.how
+
+    def loss(self, model, batch):
+        return RETURNED[self.how](super().loss(model, batch))
+
+
+@register_task("unbatched", options=InstructOptions)
+class Unbatched(Instruct):
+    """Its batches are none."""
+
+    def collate(self, rows, shape):
+        return {"input_ids": []}
 
 
 class Unsteady(torch.optim.SGD):
@@ -51,6 +90,33 @@ def unsteady(options, context):
         ({"task": "unparsed"}, 0, ["`parse` was given rows/a.jsonl, row 3. UnusableRowError leaves a row out."]),
         ({"task": "uncollated"}, 0, ["This came out of `collate` of task 'uncollated', ", "tasks.py:"]),
         ({"task": "uncollated"}, 2, ["This came out of `collate` of task 'uncollated', ", "tasks.py:"]),
+        ({"task": "unbatched"}, 0, ["task: `collate` returned a dict, and not a `Batch`", "a fault of ", "tasks.py:"]),
+        (
+            {"task": "lossless", "how": "a_number"},
+            0,
+            ["task: `loss` returned ", ", and not a tensor. Return ", "a fault of "],
+        ),
+        (
+            {"task": "lossless", "how": "a_vector"},
+            0,
+            ["task: `loss` returned a tensor of the shape [3], and not a sum. Return "],
+        ),
+        (
+            {"task": "lossless", "how": "no_gradient"},
+            0,
+            ["task: `loss` returned a tensor without a gradient: nothing would be trained"],
+        ),
+        (
+            {"task": "lossless", "how": "no_pair"},
+            0,
+            ["task: the metric 'mine' of its `loss` is 1.0, and not a numerator and a"],
+        ),
+        (
+            {"task": "lossless", "how": "a_vector_of_metrics"},
+            0,
+            ["task: the metric 'mine' of its `loss` is (tensor([", "a fault of "],
+        ),
+        ({"task": "lossless", "how": "none"}, 0, ["task: `loss` returned None, and not a tensor."]),
         ({"optimizer": "unsteady"}, 0, ["This came out of `Unsteady.step` of optimizer 'unsteady', ", "tasks.py:"]),
     ],
 )
