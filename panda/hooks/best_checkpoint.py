@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 from typing import Annotated
 from typing import Any
 
+from panda.engine.checkpoints.folders import BEST
+from panda.engine.checkpoints.folders import checkpoint_name
+from panda.engine.checkpoints.folders import step_of
 from panda.files.whole import write_whole
 from panda.hooks.watched import Watched
 from panda.registry import OfEvaluations
 from panda.registry import hookimpl
 from panda.registry import register_plugin
 from panda.registry.contexts import PluginContext
-from panda.run.best_evaluation import POINTER
+from panda.run.directory import is_own
+from panda.weights.run_folders import CHECKPOINTS
 
 if TYPE_CHECKING:
     from panda.runner import Run
@@ -45,23 +49,31 @@ class BestCheckpoint:
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
-        if self.path is not None and self.path.parent == run.directory / "checkpoints":
-            run.keep_checkpoint(self.watched.best_step)
+        self._keep(run)
 
     @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
-        before = self.watched.best_step
         if self.watched.take(run, record):
-            run.release_checkpoint(before)
-            run.keep_checkpoint(run.step)
             run.save_checkpoint()
 
     @hookimpl
     def panda_checkpoint_saved(self, run: Run, path: Path) -> None:
-        if run.step == self.watched.best_step:
+        if self.watched.best is not None and self.watched.best_step == run.step:
+            if self.path is not None:
+                run.release_checkpoint(step_of(self.path))
             self.path = path
-            if run.processes.rank == 0:
-                write_whole(path.with_name(POINTER), path.name + "\n")
+            self._keep(run)
+
+    def _keep(self, run: Run) -> None:
+        """Keep the best checkpoint, and have ``checkpoints/best`` name it; no other, where this run has none."""
+        found = self.path if self.path is not None and is_own(self.path, run.directory) else None
+        if found is not None:
+            run.keep_checkpoint(step_of(found))
+        pointer = run.directory / CHECKPOINTS / BEST
+        if run.processes.rank == 0 and found is not None:
+            write_whole(pointer, found.name + "\n")
+        elif run.processes.rank == 0:
+            pointer.unlink(missing_ok=True)
 
     @hookimpl
     def panda_run_end(self, run: Run) -> None:
@@ -84,8 +96,8 @@ class BestCheckpoint:
         assert run.resumed_from is not None
         if state["best"] is None or state["metric"] != self.watched.metric:
             return  # there is none, or it is not the best by what is compared now
-        name = f"step-{state['best_step']:08d}"
-        folders = [run.resumed_from.parent, run.directory / "checkpoints", Path(state["elsewhere"] or ".")]
+        name = checkpoint_name(state["best_step"])
+        folders = [run.resumed_from.parent, run.directory / CHECKPOINTS, Path(state["elsewhere"] or ".")]
         found = [folder / name for folder in folders if (folder / name / "manifest.json").exists()]
         if found:
             self.watched.load(state)

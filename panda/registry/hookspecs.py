@@ -157,7 +157,11 @@ def panda_evaluation(run: Run, record: dict[str, Any]) -> None:
 
 @hookspec
 def panda_checkpoint_saved(run: Run, path: Path) -> None:
-    """The checkpoint at ``path`` is complete on disk and ``latest`` points at it. May act."""
+    """The checkpoint at ``path`` is complete on disk and ``latest`` points at it. May act.
+
+    Older ones are removed after it. Where a hook asks for a checkpoint of the step that the run goes on from, or has
+    just saved, none is written, and this is called with the one that is there.
+    """
 
 
 # -- state ------------------------------------------------------------------------------------

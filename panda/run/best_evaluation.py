@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from panda.engine.checkpoints.folders import BEST
 from panda.engine.checkpoints.folders import named_in
 from panda.engine.checkpoints.folders import step_of
 from panda.run.description import read_provenance
@@ -20,8 +21,6 @@ from panda.weights.run_folders import EXPORT
 
 _STEPS = re.compile(r"^- steps: ([\d,]+)", re.MULTILINE)
 """As ``model_card`` writes it."""
-POINTER = "best"
-"""The file in ``checkpoints/`` that names the best one: the plugin ``best_checkpoint`` writes it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def is_finite(value: Any) -> bool:
 
 def best_checkpoint(run: Path, best: Best) -> Path | None:
     """The checkpoint of the ``best`` evaluation of ``run`` that the plugin ``best_checkpoint`` keeps; None for none."""
-    found = named_in(run / CHECKPOINTS / POINTER)
+    found = named_in(run / CHECKPOINTS / BEST)
     return found if found.is_dir() and step_of(found) == best.step else None
 
 

@@ -20,6 +20,9 @@ from panda.data.batches import Batch
 from panda.data.loading import step_batches
 from panda.data.packing import Layout
 from panda.data.workers import workers_standing
+from panda.engine.checkpoints.folders import checkpoint_name
+from panda.engine.checkpoints.folders import complete_checkpoints
+from panda.engine.checkpoints.in_use import make_lasting
 from panda.engine.checkpoints.manifest import Progress
 from panda.engine.checkpoints.writing import finish_save
 from panda.engine.checkpoints.writing import save_checkpoint
@@ -55,6 +58,7 @@ from panda.run.state import Run
 from panda.run.unreached import Unreached
 from panda.tasks.task import Task
 from panda.tasks.task import stated_metrics
+from panda.weights.run_folders import CHECKPOINTS
 
 SECONDS_A_MINUTE, SECONDS_AN_HOUR = 60, 3600
 
@@ -92,7 +96,8 @@ class Loop:
         """Seconds of saving and resuming that no record has yet."""
         self.evaluated_step = self.logged_step = -1
         self.evaluation_due = start.evaluation_due
-        self.time_to_save = False
+        self.time_to_save = self.regular_save_due = False
+        """Whether `save_minutes`, and `save_steps`, have a checkpoint written of the next step that is taken."""
         self.interruption = Interruption(
             launched=run.processes.world_size > 1 or PASSED_ON in os.environ,
             announce=run.processes.rank == 0,
@@ -116,6 +121,8 @@ class Loop:
             with collected_between_steps():
                 if self.evaluation_due and run.stopped is None:
                     self.evaluate()
+                if run.save_is_due and run.resumed_from is not None:  # of the step that the run goes on from
+                    self.save()
                 if run.stopped is None:
                     self.rehearse()
                     unreached = Unreached(run)  # by what is trained on, and not by what was rehearsed
@@ -128,11 +135,11 @@ class Loop:
                             break
             if not self.is_interrupted and self.evaluated_step != run.step:  # no step, or a hook has stopped it since
                 self.evaluate()
-            wanted = self.options.save_final or run.save_is_due or self.is_interrupted
-            if wanted and self.saved_step != run.step and self.is_worth_saving():
-                self.save(keep_all=self.run.skipped_in_a_row > 0)
+            wanted = self.options.save_final or self.regular_save_due or self.is_interrupted
+            if run.save_is_due or (wanted and self.saved_step != run.step and self.is_worth_saving()):
+                self.save()
             elif run.step == first - 1 and self.saved_step == run.step and not run.skipped_in_a_row:
-                folder, keep = run.directory / "checkpoints", self.options.save_total_limit
+                folder, keep = run.directory / CHECKPOINTS, self.options.save_total_limit
                 finish_save(run.processes, folder, run.step, keep=keep, kept=run.kept)
             if self.ended_by is None:
                 self.listen_outside()  # since the last step: then the export is still to do
@@ -173,7 +180,7 @@ class Loop:
             self.log(result, factor * options.learning_rate)
         if self.run.skipped_in_a_row >= run.most_skipped:
             if self.is_worth_saving():
-                self.save(keep_all=True)
+                self.save()
             raise too_many(run)
         # Before saving, so that a run that resumes this checkpoint already has the record. An interrupted run saves
         # first, since it may be killed soon.
@@ -185,11 +192,9 @@ class Loop:
             run.at("panda_epoch_end", epoch=epoch)
         if run.stopped:  # perhaps since the record was due
             self.log(result, factor * options.learning_rate)
-        if options.save_steps and step % options.save_steps == 0:
-            run.save_is_due = True
-        # A step that was skipped is followed by the checkpoint only once one has been taken: a run whose gradients
-        # stay NaN must not replace its last good checkpoint.
-        if (run.save_is_due or self.time_to_save) and not self.run.skipped_in_a_row:
+        self.regular_save_due |= bool(options.save_steps and step % options.save_steps == 0)
+        # What nobody has asked for waits for a step that is taken: a skipped one has changed nothing.
+        if run.save_is_due or ((self.regular_save_due or self.time_to_save) and not run.skipped_in_a_row):
             self.save()
             is_long = True
         if run.stopped:
@@ -310,24 +315,34 @@ class Loop:
         self.logged_step = run.step
         run.hook.panda_log(run=run, record=record)
 
-    def save(self, *, keep_all: bool = False) -> None:
-        """Write a checkpoint, and remove older ones unless ``keep_all``. Every rank has to call it."""
+    def save(self) -> None:
+        """Write a checkpoint, unless it is there already; then remove older ones. Every rank has to call it.
+
+        None is removed for one of a skipped step: a run whose gradients stay NaN keeps what it had before.
+        """
         run, begun = self.run, time.perf_counter()
-        with activity(f"saving step {run.step:,}"):
-            path = save_checkpoint(
-                run.engine,
-                run.directory / "checkpoints",
-                self.progress(),
-                run.agreement,
-                keep=self.options.save_total_limit,
-                kept=run.kept,
-                passing=self.time_to_save and not run.save_is_due,
-                keep_all=keep_all,
-                write=partial(write_state, run),
-            )
-        run.checkpoints.append(path)
-        self.saved_step, run.save_is_due, self.skipped_since_saved = run.step, False, 0
+        folder = run.directory / CHECKPOINTS
+        path = folder / checkpoint_name(run.step)
+        is_there = self.saved_step == run.step  # here, or in the directory of another run, which this one continues
+        is_there = is_there and run.processes.from_rank_0(lambda: path in complete_checkpoints(folder))
+        if not is_there:
+            with activity(f"saving step {run.step:,}"):
+                save_checkpoint(
+                    run.engine,
+                    folder,
+                    self.progress(),
+                    run.agreement,
+                    passing=self.time_to_save and not (run.save_is_due or self.regular_save_due),
+                    write=partial(write_state, run),
+                )
+            run.checkpoints.append(path)
+        self.saved_step, self.regular_save_due, self.skipped_since_saved = run.step, False, 0
         run.at("panda_checkpoint_saved", path=path)
+        if run.save_is_due:
+            run.processes.from_rank_0(partial(make_lasting, path))
+        run.save_is_due = False  # also where a hook has just asked for this one
+        if not run.skipped_in_a_row:
+            finish_save(run.processes, folder, run.step, keep=self.options.save_total_limit, kept=run.kept)
         collect()
         self.saved_at = time.perf_counter()
         self.clock.leave_out(self.saved_at - begun)

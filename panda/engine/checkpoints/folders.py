@@ -15,7 +15,8 @@ from panda.engine.checkpoints.manifest import DamagedError
 from panda.engine.checkpoints.manifest import read_manifest
 from panda.files.terminal import number_of
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
+"""Files beside checkpoints that name one: the newest, and that of the best evaluation (plugin ``best_checkpoint``)."""
 MOST_BYTES_OF_A_NAME = 100
 _NAME = re.compile(r"step-(\d{8,})")
 

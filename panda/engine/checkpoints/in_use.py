@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.manifest import MANIFEST
+from panda.engine.checkpoints.manifest import read_manifest
+from panda.engine.checkpoints.manifest import replace_manifest
 from panda.files.activity import stand
 from panda.files.locks import POLL_SECONDS
 from panda.files.locks import close
@@ -54,14 +57,30 @@ def remove_unless_read(checkpoint: Path) -> bool:
 
 def set_aside_once_unread(checkpoint: Path, why: str) -> Path:
     """``set_aside``, once no process reads ``checkpoint``; says that it waits."""
+    with _once_unread(checkpoint, "set aside"):
+        return set_aside(checkpoint, why)
+
+
+def make_lasting(checkpoint: Path) -> None:
+    """Have newer checkpoints no longer replace ``checkpoint``, if it is a passing one, once no process reads it."""
+    manifest = read_manifest(checkpoint)
+    if manifest.passing:
+        with _once_unread(checkpoint, "kept"):  # readers hold the manifest, which is replaced
+            replace_manifest(checkpoint, replace(manifest, passing=False))
+
+
+@contextmanager
+def _once_unread(checkpoint: Path, what: str) -> Iterator[None]:
+    """Goes around what is done to ``checkpoint`` once no process reads it; says that it waits to be ``what``."""
     has_said = False
     while True:
         with _kept_from_readers(checkpoint) as is_unread:
             if is_unread:
-                return set_aside(checkpoint, why)
+                yield
+                return
         if not has_said:
             stand(f"waiting for a process that reads {checkpoint.name}")
-            print(printable(f"waiting: {checkpoint} is to be set aside, and another process reads it"), flush=True)
+            print(printable(f"waiting: {checkpoint} is to be {what}, and another process reads it"), flush=True)
             has_said = True
         time.sleep(POLL_SECONDS)
 

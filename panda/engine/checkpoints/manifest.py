@@ -17,6 +17,7 @@ from typing import Any
 from zipfile import ZipFile
 
 from panda.engine.checkpoints.agreement import refuse_differing
+from panda.files.whole import write_whole
 from panda.registry import UserError
 
 FORMAT = 2
@@ -48,7 +49,7 @@ class Progress:
     evaluation_due: bool = False
     """Whether the evaluation of this step is still to be done: an interrupted run saves first."""
     skipped_in_a_row: int = 0
-    """Of the last steps, those that were skipped: saved at the end of a run only."""
+    """Of the last steps, those that were skipped: saved at the end of a run, and where a hook asks for a checkpoint."""
 
 
 START = Progress()
@@ -90,10 +91,20 @@ class Manifest:
 
 
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
-    """Write the manifest of ``checkpoint``, with a sha256 of all that is before it as its last entry."""
+    """Write the manifest of ``checkpoint``, which nobody has found yet."""
+    (checkpoint / MANIFEST).write_text(_text(manifest), encoding="utf-8")
+
+
+def replace_manifest(checkpoint: Path, manifest: Manifest) -> None:
+    """Write another manifest of ``checkpoint``, which is complete all the while."""
+    write_whole(checkpoint / MANIFEST, _text(manifest))
+
+
+def _text(manifest: Manifest) -> str:
+    """What is written of ``manifest``, with a sha256 of all that is before it as its last entry."""
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2).removesuffix("\n}")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    (checkpoint / MANIFEST).write_text(text + _END.format(digest), encoding="utf-8")
+    return text + _END.format(digest)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -21,6 +21,7 @@ from panda.engine.checkpoints.deepspeed_files import write_deepspeed_files
 from panda.engine.checkpoints.folders import LATEST
 from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
+from panda.engine.checkpoints.folders import named_in
 from panda.engine.checkpoints.folders import step_of
 from panda.engine.checkpoints.hashing import HashedFiles
 from panda.engine.checkpoints.in_use import remove_unless_read
@@ -52,18 +53,14 @@ def save_checkpoint(
     progress: Progress,
     agreement: dict[str, Any],
     *,
-    keep: int | None = None,
-    kept: Collection[int] = (),
     passing: bool = False,
-    keep_all: bool = False,
     write: Callable[[Path], Iterable[Path]] = lambda checkpoint: (),
 ) -> Path:
-    """Write ``folder/step-N`` and point ``latest`` at it; then remove older ones, unless ``keep_all``.
+    """Write ``folder/step-N`` and point ``latest`` at it; ``finish_save`` then removes older ones.
 
-    These are ``passing`` ones, and all but the newest ``keep`` of the others; none of steps in ``kept``.
-    Every rank must call this. ``write`` adds files of the run to the checkpoint before it is complete, and returns
-    those that this rank wrote. A run that loads the checkpoint has to agree with ``agreement``. Raises UserError on
-    every rank if the disk of one is full; earlier checkpoints are untouched then.
+    ``passing``: the next one replaces it. Every rank must call this. ``write`` adds files of the run to the checkpoint
+    before it is complete, and returns those that this rank wrote. A run that loads the checkpoint has to agree with
+    ``agreement``. Raises UserError on every rank if the disk of one is full; earlier checkpoints are untouched then.
     """
     processes = engine.processes
     final = folder / checkpoint_name(progress.step)
@@ -92,8 +89,6 @@ def save_checkpoint(
         if processes.rank == 0:
             files = {name: written for each in everywhere for name, written in each.items()}
             _complete(temporary, final, Manifest(progress, agreement, dict(sorted(files.items())), passing))
-            if not keep_all:
-                _remove_older(final, keep, kept)
 
     before = processes.together(lambda: complete_checkpoints(folder))
     untouched = f"The newest complete one, {before[-1].name}, is untouched." if before else "None was complete before."
@@ -132,18 +127,20 @@ def _pointing_at(checkpoint: Path) -> Iterator[None]:
 
 
 def finish_save(processes: Processes, folder: Path, step: int, *, keep: int | None, kept: Collection[int]) -> None:
-    """Do what the save of ``step`` does after its checkpoint is complete, where its process ended before it had:
-    point ``latest`` at it, and remove older ones.
+    """Remove the checkpoints that are older than that of ``step``, which is complete: the passing ones, and of the
+    others all but the newest ``keep``; none of steps in ``kept``.
 
-    Every rank must call this. Raises UserError where the disk fails.
+    Points ``latest`` at it first, where the process that saved it ended before it had. Every rank must call this.
+    Raises UserError where the disk fails.
     """
     newest = folder / checkpoint_name(step)
 
     def finish() -> None:
         if processes.rank == 0 and newest.is_dir():
             remove_interrupted(folder)
-            with _pointing_at(newest):
-                pass
+            if named_in(folder / LATEST) != newest:
+                with _pointing_at(newest):
+                    pass
             _remove_older(newest, keep, kept)
 
     processes.together(writing(str(folder), f"{newest.name} is untouched. Go on with `--resume auto`.")(finish))

@@ -90,7 +90,8 @@ def test_a_start_with_nothing_to_train_finishes_a_save_that_was_cut_short(
     engine = make_engine(processes)
 
     def save(step: int) -> None:
-        save_checkpoint(engine, tmp_path, Progress(step, 4, 8, 6), {"seed": 1}, keep=2)
+        save_checkpoint(engine, tmp_path, Progress(step, 4, 8, 6), {"seed": 1})
+        finish_save(processes, tmp_path, step, keep=2, kept=())
 
     def dies(*given: Any) -> None:
         if before == "after put":
@@ -230,7 +231,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_complete(
             patch.setattr("panda.engine.checkpoints.writing.json.dumps", lambda *_, text=manifest, **__: text)
             message = r"the checkpoint of step 2 cannot be written: the disk is full.*step-00000001, is untouched"
             with full_disk(room), pytest.raises(UserError, match=message) as caught:
-                save_checkpoint(engine, tmp_path, Progress(2), {}, keep=1)
+                save_checkpoint(engine, tmp_path, Progress(2), {})
         assert str(tmp_path) in str(caught.value)
         assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     save_checkpoint(engine, tmp_path, Progress(2), {})
@@ -267,7 +268,8 @@ def test_a_disk_that_is_full_for_one_rank_stops_all(tmp_path: Path) -> None:
 def test_old_checkpoints_are_removed_behind_a_newer_complete_one(processes: Processes, tmp_path: Path) -> None:
     engine = make_engine(processes)
     for step in range(1, 5):
-        save_checkpoint(engine, tmp_path, Progress(step), {}, keep=2)
+        save_checkpoint(engine, tmp_path, Progress(step), {})
+        finish_save(processes, tmp_path, step, keep=2, kept=())
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
 
 
@@ -279,14 +281,16 @@ def test_a_checkpoint_that_a_command_reads_stays_until_the_next_save(
     with being_read(tmp_path) as read:
         assert read == first
         for step in (2, 3):
-            save_checkpoint(engine, tmp_path, Progress(step), {}, keep=1)
+            save_checkpoint(engine, tmp_path, Progress(step), {})
+            finish_save(processes, tmp_path, step, keep=1, kept=())
         assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
         assert damage(first) is None
     assert (
         "step-00000001 stays, since another process reads it; the next save, if any, removes it\n"
         in capsys.readouterr().out
     )
-    last = save_checkpoint(engine, tmp_path, Progress(4), {}, keep=1)
+    last = save_checkpoint(engine, tmp_path, Progress(4), {})
+    finish_save(processes, tmp_path, 4, keep=1, kept=())
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004"]
     found = iter([first, last])  # it was there when it was looked for
     monkeypatch.setattr(in_use, "find_checkpoint", lambda path: next(found))
