@@ -184,3 +184,10 @@ def test_the_best_checkpoint_is_that_of_the_course_that_the_run_takes(
     trained({4: 0, 6: 0}, "", "--resume", "run/checkpoints/step-00000002", "--save_steps", 2)
     assert on_disk() == ([2, 6], "step-00000002")
     assert "best checkpoint: run/checkpoints/step-00000002" in capsys.readouterr().out
+
+
+def test_no_file_names_a_checkpoint_that_is_gone(trained: Trained) -> None:
+    trained({2: 1}, "", "--max_steps", 2)
+    assert on_disk() == ([2], "step-00000002")
+    trained({}, "", "--resume", "auto", best=False)
+    assert on_disk() == ([6], None)

@@ -95,10 +95,18 @@ def damage(checkpoint: Path) -> str | None:
 
 def set_aside(checkpoint: Path, why: str) -> Path:
     """Rename ``checkpoint``, ``WHY-1-step-...`` or the first number that is free, and return its new path."""
+    drop_pointers(checkpoint)
     number = 1
     while (target := checkpoint.with_name(f"{why}-{number}-{checkpoint.name}")).exists():
         number += 1
     return checkpoint.rename(target)
+
+
+def drop_pointers(checkpoint: Path) -> None:
+    """Remove the files that name ``checkpoint``, which is about to lose its name."""
+    for pointer in (checkpoint.with_name(LATEST), checkpoint.with_name(BEST)):
+        if named_in(pointer) == checkpoint:
+            pointer.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from panda.engine.checkpoints.folders import drop_pointers
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.manifest import MANIFEST
@@ -51,6 +52,7 @@ def remove_unless_read(checkpoint: Path) -> bool:
     """Remove ``checkpoint``, unless a process reads it now; whether it was removed."""
     with _kept_from_readers(checkpoint) as is_unread:
         if is_unread:
+            drop_pointers(checkpoint)
             remove(checkpoint)
     return is_unread
 

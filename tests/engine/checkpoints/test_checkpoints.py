@@ -21,6 +21,7 @@ from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.folders import damage
 from panda.engine.checkpoints.folders import find_checkpoint
 from panda.engine.checkpoints.folders import passed_over
+from panda.engine.checkpoints.folders import set_aside
 from panda.engine.checkpoints.in_use import being_read
 from panda.engine.checkpoints.manifest import Manifest
 from panda.engine.checkpoints.manifest import Progress
@@ -321,6 +322,20 @@ def test_what_interrupted_saves_left_is_removed_by_the_next(processes: Processes
     (tmp_path / ".tmp-latest").touch()
     save_checkpoint(make_engine(processes), tmp_path, Progress(8), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000008"]
+
+
+def test_no_file_names_a_checkpoint_that_is_set_aside_or_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        write_manifest(folder, Manifest(Progress(step), {}, {}))
+    latest, best = tmp_path / "latest", tmp_path / "best"
+    latest.write_text("step-00000003\n")
+    best.write_text("step-00000001\n")
+    set_aside(tmp_path / "step-00000003", "abandoned")
+    assert best.exists() and not latest.exists()
+    assert in_use.remove_unless_read(tmp_path / "step-00000002") and best.exists()
+    assert in_use.remove_unless_read(tmp_path / "step-00000001") and not best.exists()
 
 
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
