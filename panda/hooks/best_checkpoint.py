@@ -89,18 +89,18 @@ class BestCheckpoint:
     def panda_save_state(self, run: Run) -> dict[str, Any]:
         is_this = self.watched.best_step == run.step  # which is not on disk yet
         place = str(self.path.parent.resolve()) if self.path and not is_this else None
-        return {**self.watched.state(), "elsewhere": place}
+        return {**self.watched.state(run), "elsewhere": place}
 
     @hookimpl
     def panda_load_state(self, run: Run, state: dict[str, Any]) -> None:
         assert run.resumed_from is not None
-        if state["best"] is None or state["metric"] != self.watched.metric:
-            return  # there is none, or it is not the best by what is compared now
+        if state["best"] is None:
+            return
         name = checkpoint_name(state["best_step"])
         folders = [run.resumed_from.parent, run.directory / CHECKPOINTS, Path(state["elsewhere"] or ".")]
         found = [folder / name for folder in folders if (folder / name / "manifest.json").exists()]
         if found:
-            self.watched.load(state)
-            self.path = found[0]
+            self.path = found[0]  # also where others are compared with each other from here on: until there is one
+            self.watched.load(run, state)
         elif run.processes.rank == 0:
             print(f"note: best_checkpoint: {name}, the best until now, is gone; it starts afresh", flush=True)

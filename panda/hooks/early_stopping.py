@@ -53,8 +53,8 @@ class EarlyStopping:
 
     @hookimpl
     def panda_save_state(self, run: Run) -> dict[str, Any]:
-        return self.watched.state()
+        return self.watched.state(run)
 
     @hookimpl
     def panda_load_state(self, run: Run, state: dict[str, Any]) -> None:
-        self.watched.load(state)
+        self.watched.load(run, state)

@@ -64,9 +64,9 @@ class RateOnPlateau:
 
     @hookimpl
     def panda_save_state(self, run: Run) -> dict[str, Any]:
-        return {**self.watched.state(), "factor": self.factor}
+        return {**self.watched.state(run), "factor": self.factor}
 
     @hookimpl
     def panda_load_state(self, run: Run, state: dict[str, Any]) -> None:
-        self.watched.load(state)
+        self.watched.load(run, state)
         self.factor = state["factor"]  # the run goes on with it

@@ -79,11 +79,17 @@ class Watched:
         best = "no number yet" if self.best is None else f"{self.best:.4g} at step {self.best_step}"
         return f"{self.metric} has been {best} at best"
 
-    def state(self) -> dict[str, Any]:
+    def state(self, run: Run) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "since": self.since}
+        found = {"metric": self.metric, "best": self.best, "best_step": self.best_step, "since": self.since}
+        return {**found, "held_out": run.held_out}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``; afresh where that is of another metric."""
-        if state["metric"] == self.metric:
+    def load(self, run: Run, state: dict[str, Any]) -> None:
+        """Go on from ``state``; afresh where that is of another metric, or of other held-out data."""
+        if state["metric"] != self.metric:
+            return
+        if state.get("held_out", run.held_out) == run.held_out:  # states of before 2026-11-28 lack it
             self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
+        elif run.processes.rank == 0 and run.resumed_from is not None:
+            until = run.resumed_from.name
+            say(f"note: {self.plugin}: evaluations until {until} were on other held-out data: it starts afresh")

@@ -286,6 +286,11 @@ class Run:
         self.save_is_due |= bool(asked.save)
 
     @property
+    def held_out(self) -> dict[str, str]:
+        """The fingerprint of each set of held-out data, by its name: losses on others are not compared with these."""
+        return {name: layout.dataset.fingerprint for name, layout in self.evaluations.items()}
+
+    @property
     def hook(self) -> Any:
         """pluggy's caller: ``run.hook.panda_log(run=run, record=...)``."""
         return self.hooks.call

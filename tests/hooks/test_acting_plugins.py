@@ -220,6 +220,7 @@ def test_what_counts_as_better(capsys: pytest.CaptureFixture[str]) -> None:
         def __init__(self, step: int) -> None:
             self.step = step
             self.higher_is_better = {"eval_rougeL"}
+            self.held_out, self.resumed_from = {"": "a fingerprint"}, Path(f"step-{step:08d}")
             self.processes, self.plan = SimpleNamespace(rank=0), SimpleNamespace(total_steps=9)
 
         def stop(self, reason: str) -> None:
@@ -248,11 +249,22 @@ def test_what_counts_as_better(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"ours: 'rougeL' is no metric of evaluations.*did you mean 'eval_rougeL'"):
         Watched("ours", "rougeL")
     again = Watched("ours", "eval_x", higher_is_better=True)
-    again.load(json.loads(json.dumps(higher.state())))
-    assert again.state() == higher.state()
+    run = AtStep(4)
+    state = higher.state(run)  # type: ignore[arg-type]
+    again.load(run, json.loads(json.dumps(state)))  # type: ignore[arg-type]
+    assert again.state(run) == state  # type: ignore[arg-type]
+    earlier = Watched("ours", "eval_x", higher_is_better=True)
+    earlier.load(run, {key: each for key, each in state.items() if key != "held_out"})  # type: ignore[arg-type]
+    assert earlier.best == 2, "of a version that did not say on what data"
     other = Watched("ours", "eval_y")
-    other.load(higher.state())
+    other.load(run, state)  # type: ignore[arg-type]
     assert other.best is None, "of another metric"
+    other = Watched("ours", "eval_x")
+    other.load(run, state | {"held_out": {"": "another"}})  # type: ignore[arg-type]
+    assert other.best is None, "of other data"
+    said = "note: ours: evaluations until step-00000004 were on other held-out data: it starts afresh\n"
+    assert capsys.readouterr().out == said
+    other = Watched("ours", "eval_y")
     for step, said in ((1, ""), (9, "note: ours has done nothing: {}\n")):
         run = AtStep(step)
         assert not other.take(run, {"step": step, "eval_x": 1, "eval_why": 2})  # type: ignore[arg-type]

@@ -191,3 +191,24 @@ def test_no_file_names_a_checkpoint_that_is_gone(trained: Trained) -> None:
     assert on_disk() == ([2], "step-00000002")
     trained({}, "", "--resume", "auto", best=False)
     assert on_disk() == ([6], None)
+
+
+def test_evaluations_on_other_data_are_not_compared(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is a run ended since they are worse than those before on what it was evaluated on until then."""
+    plugins = ("--plugins", "early_stopping", "rate_on_plateau")
+    plugins += ("--early_stopping_metric", "eval_worth", "--early_stopping_patience", 2)
+    plugins += ("--plateau_metric", "eval_worth", "--plateau_patience", 2)
+    rows = [{"input": f"{number}", "target": f"{number + 1}"} for number in range(8)]
+    for name, some in (("held", rows[:4]), ("other", rows[4:])):
+        Path(f"{name}.json").write_text(json.dumps(some))
+    held, other = (("--eval_fraction", 0, "--eval_data_dir", f"{name}.json") for name in ("held", "other"))
+    trained({2: 9}, "", *plugins, *held, "--max_steps", 2)
+    capsys.readouterr()
+    run = trained({4: 1, 6: 0, 8: 2}, "", *plugins, *other, "--resume", "auto", "--max_steps", 8)
+    assert run is not None and run.step == 8 and run.learning_rate_factor == 1
+    assert on_disk() == ([8], "step-00000008")
+    said = capsys.readouterr().out
+    for plugin in ("best_checkpoint", "early_stopping", "rate_on_plateau"):
+        assert f"note: {plugin}: evaluations until step-00000002 were on other held-out data: it starts afresh" in said
+    trained({10: 1, 12: 0}, "", *plugins, *other, "--resume", "auto", "--max_steps", 12)
+    assert on_disk() == ([8, 12], "step-00000008") and "other held-out data" not in capsys.readouterr().out
