@@ -36,14 +36,12 @@ class Metrics(Closing[RecordFile]):
     """Writes metrics.jsonl. A resumed run continues it after the step of its checkpoint."""
 
     def __init__(self, options: NoOptions, context: PluginContext) -> None:
-        self.evaluated: list[dict[str, Any]] = []
-        """Evaluations of the step at which the run goes on."""
+        pass
 
     @hookimpl
     def panda_run_start(self, run: Run) -> None:
         if run.processes.rank == 0:
             self.opened = RecordFile(run.directory / FILE_NAME, run.step)
-            self.evaluated = [each for each in read_evaluations(run.directory) if each["step"] == run.step]
 
     @hookimpl
     def panda_log(self, record: dict[str, Any]) -> None:
@@ -51,11 +49,6 @@ class Metrics(Closing[RecordFile]):
             self.opened.write(record)
 
     @hookimpl
-    def panda_evaluation(self, record: dict[str, Any]) -> None:
-        # A run that was killed after its last step, before it had exported, is evaluated once more when it goes on.
-        if not any(_without_times(record) == _without_times(each) for each in self.evaluated):
+    def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
+        if not run.evaluation_is_recorded:
             self.panda_log(record)
-
-
-def _without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if "seconds" not in key and "per_second" not in key}

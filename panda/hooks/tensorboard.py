@@ -46,8 +46,8 @@ class TensorBoard(Closing[Any]):
             writer.add_histogram(f"train/{quantity}", torch.tensor(list(values.values())), record["step"])
 
     @hookimpl
-    def panda_evaluation(self, record: dict[str, Any]) -> None:
-        if self.opened is None:  # rank 0 has one
+    def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
+        if self.opened is None or run.evaluation_is_recorded:  # rank 0 has one
             return
         for key, value in record.items():
             if key != "step":

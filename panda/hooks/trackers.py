@@ -83,8 +83,9 @@ class Tracker(Closing[Any]):
             self.send(self.opened, _numbers(record), record["step"])
 
     @hookimpl
-    def panda_evaluation(self, record: dict[str, Any]) -> None:
-        self.panda_log(record)
+    def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
+        if not run.evaluation_is_recorded:
+            self.panda_log(record)
 
 
 @dataclass(frozen=True)

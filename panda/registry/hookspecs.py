@@ -148,7 +148,8 @@ def panda_evaluation(run: Run, record: dict[str, Any]) -> None:
     are each rank's own). It has ``step``; ``eval_loss``, per supervised token, each sample counted once over all ranks;
     ``eval_tokens`` and ``eval_supervised_tokens``; ``eval_seconds``; and with ``eval_`` before their names the metrics
     of the task, and what hooks have added by ``run.log`` in ``panda_evaluation_start``. What writes it to a file does
-    so on rank 0.
+    so on rank 0, and not where ``run.evaluation_is_recorded``: a run that was killed after its last step, before it had
+    exported, is evaluated once more when it goes on.
     """
 
 

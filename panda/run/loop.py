@@ -49,6 +49,7 @@ from panda.run.records import Gpu
 from panda.run.records import add_to
 from panda.run.records import as_number
 from panda.run.records import evaluation_record
+from panda.run.records import is_recorded
 from panda.run.records import log_record
 from panda.run.rehearsal import rehearse_longest
 from panda.run.skipped import ended_on_skipped
@@ -90,6 +91,7 @@ class Loop:
                 " `zenflow` out of `deepspeed_config`; or leave out `guard_spike`, and plugins that have the hook"
                 " panda_gradients."
             )
+        self.begun_at = start.step
         self.saved_step = start.step if run.resumed_from else -1
         self.saved_at = self.clock.time
         self.unrecorded = dict(run.spent)
@@ -373,6 +375,9 @@ class Loop:
         # What acts decides by it, so its last bit and its time must be the same everywhere.
         record = run.processes.from_rank_0(recorded) if run.hooks.acts("panda_evaluation") else recorded()
         run.added = due
+        # A run that was killed after its last step, before it had exported, is evaluated once more when it goes on.
+        goes_on = run.resumed_from is not None and run.step == self.begun_at
+        run.evaluation_is_recorded = goes_on and run.processes.rank == 0 and is_recorded(run.directory, record)
         run.at("panda_evaluation", record=record)
         collect()
         self.clock.leave_out(time.perf_counter() - begun)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from panda.engine.memory_parts import GIB
 from panda.engine.steps import Evaluated
 from panda.engine.steps import StepResult
 from panda.engine.steps import together
+from panda.files.records import read_records
 from panda.registry import UserError
 from panda.run.asking import Added
 from panda.run.cards import this_card
 from panda.run.state import Run
+from panda.weights.run_folders import METRICS
 
 TAKEN = {
     *("step", "loss", "router_loss", "learning_rate", "grad_norm", "tokens", "skipped_steps", "left_out_steps"),
@@ -150,6 +154,17 @@ def _evaluated(found: Evaluated, unit: str, prefix: str, record: Mapping[str, An
             " Name the set otherwise."
         )
     return entries | _metrics(found.metrics, prefix, {**record, **entries})
+
+
+def is_recorded(directory: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the run in ``directory`` has recorded the evaluation in ``record``, whatever time it took."""
+    return any(_without_times(record) == _without_times(each) for each in read_records(directory / METRICS))
+
+
+def _without_times(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``record`` as it is read again, where what is not a finite number is null."""
+    kept = {name: value for name, value in record.items() if "seconds" not in name and "per_second" not in name}
+    return {name: None if isinstance(each, float) and not isfinite(each) else each for name, each in kept.items()}
 
 
 def add_to(record: dict[str, Any], added: dict[str, Added], prefix: str = "") -> None:

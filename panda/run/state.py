@@ -102,6 +102,8 @@ class Run:
     """On rank 0, as of the last log record: what the optimizer reports of each parameter, by quantity and name."""
     flops_per_token: float | None = None
     """On rank 0 on a GPU: operations of a forward and backward pass for a token, without what is recomputed."""
+    evaluation_is_recorded: bool = False
+    """On rank 0, in ``panda_evaluation``: whether metrics.jsonl has this evaluation of an earlier start."""
     answers: list[dict[str, str]] = field(default_factory=list)
     """At the end of the run: ``prompt`` and ``answer`` for each prompt."""
 

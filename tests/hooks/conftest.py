@@ -56,6 +56,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             checkpoints=[],
             schedule=lambda completed: 1.0,
             observations={},
+            evaluation_is_recorded=False,
             engine=SimpleNamespace(optimizer_observes=True),
         )
 

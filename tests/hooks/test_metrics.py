@@ -152,20 +152,8 @@ def test_evaluations_are_lines_between_the_records(make_run: Any, record: Any, e
     plugin = started(run)
     for step in range(1, 4):
         plugin.panda_log(record(step))
-        plugin.panda_evaluation(evaluation(step))
+        plugin.panda_evaluation(run, evaluation(step))
     assert steps(run) == [1, 1, 2, 2, 3, 3]
     started(make_run(step=2))  # resumed
     assert read_metrics(run.directory) == [record(1), record(2)]
     assert read_evaluations(run.directory) == [evaluation(1), evaluation(2)]
-
-
-def test_an_evaluation_that_is_made_once_more_is_no_second_line(make_run: Any, record: Any, evaluation: Any) -> None:
-    """A run that was killed after its last evaluation, before its export was complete."""
-    plugin = started(make_run())
-    plugin.panda_evaluation(evaluation(2))
-    again = started(make_run(step=2))
-    again.panda_evaluation(evaluation(2) | {"eval_seconds": 99.0})
-    assert read_evaluations(make_run().directory) == [evaluation(2)]
-    other = evaluation(2) | {"eval_loss": 7.0}  # of other data
-    again.panda_evaluation(other)
-    assert read_evaluations(make_run().directory) == [evaluation(2), other]

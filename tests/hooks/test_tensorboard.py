@@ -88,7 +88,7 @@ def test_what_the_optimizer_tells_of_each_parameter_is_a_histogram(make_run: Any
 def test_evaluations_are_scalars_of_their_own(make_run: Any, evaluation: Any) -> None:
     run = make_run()
     plugin = started(run)
-    plugin.panda_evaluation(evaluation(4, loss=2.5))
+    plugin.panda_evaluation(run, evaluation(4, loss=2.5))
     plugin.panda_run_end()
     events = read(run)
     assert set(events.Tags()["scalars"]) == {

@@ -97,7 +97,7 @@ def test_every_record_is_sent_with_its_step_and_the_run_is_opened_and_closed(
     said.clear()
     logged, evaluated = record(1, grad_norm=math.inf, note="text"), evaluation(1)
     tracker.panda_log(logged)
-    tracker.panda_evaluation(evaluated)
+    tracker.panda_evaluation(run, evaluated)
     sent: dict[str, float] = {}
     for name, arguments, keywords in said:
         if name == "Metric":
