@@ -95,12 +95,15 @@ def _write(arguments: argparse.Namespace, script: Path | None, checkpoint: Path 
         refuse_links_out(run)
     check_can_be_made(output, "--output")
 
+    from panda.engine.checkpoints.folders import complete_checkpoints
     from panda.engine.checkpoints.folders import step_of
     from panda.run.model_card import model_card
 
+    last = next(reversed(complete_checkpoints(checkpoint.parent)), checkpoint)
     with activity("exporting the model"):
         card = model_card(run, step_of(checkpoint), adapters=adapted is not None and not arguments.merge)
         note = _exported(checkpoint, output, adapted, card, newest, merges=arguments.merge, trained=arguments.trained)
+    note += f"; {last.name} is newer, and `panda export {run}` exports it" * (step_of(last) > step_of(checkpoint))
     print(f"{output}: {checkpoint.name} of {run}{note}")
     if script:
         from panda.weights.gguf import write_gguf

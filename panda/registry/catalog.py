@@ -171,6 +171,7 @@ class Catalog:
         elsewhere = "".join(f" There is {other.kind} {other.name!r}." for other in others)
         if provider and normalised(provider) not in {offer.distribution for offer in all_installed()}:
             elsewhere += f" No component of a distribution {provider} is installed: `pip install {provider}`."
+            elsewhere += f" `-p no:{reference.rpartition(':')[2]}` runs without it." if kind == "plugin" else ""
         return (
             f"unknown {kind} {reference!r}.{near}{elsewhere}{strays(reference)} `panda list {self.kinds[kind].plural}`"
             f" shows what is installed.{''.join(f' Not read: {problem}' for problem in self._unread)}"
@@ -204,8 +205,15 @@ class Catalog:
             or (offer.kind == "plugin" and offer.name.lower() in self.blocked)
         )
 
+    def blocks_plugin(self, reference: str) -> bool:
+        """Whether ``-p no:`` names what ``reference`` means: its plugins, or if there are none, the name itself."""
+        if matches := self.matches("plugin", reference):
+            return all(map(self.is_blocked, matches))
+        distribution, _, name = reference.lower().rpartition(":")
+        return name in self.blocked or normalised(distribution) in self._blocked_distributions
+
     def unused_blocks(self) -> list[str]:
-        """The blocked names that nothing installed has: perhaps misspelt."""
+        """The blocked names that nothing installed has: perhaps misspelt, or of a plugin that is no longer there."""
         every = [offer for names in self._offers.values() for offers in names.values() for offer in offers]
         known = {normalised(offer.distribution) for offer in every}
         names = {offer.module.lower() for offer in every} | set(self._offers["plugin"])

@@ -67,14 +67,12 @@ def choose(catalog: Catalog, settings: Mapping[str, Setting], default_plugins: t
     except UserError as problem:
         problems.append(str(problem))
     for name in default_plugins:
-        matches = catalog.matches("plugin", _own(name))
-        if not matches or not all(map(catalog.is_blocked, matches)):
+        if not catalog.blocks_plugin(_own(name)):
             plugins.append(catalog.find("plugin", _own(name)))
     items = []
     for name in settings["plugins"].value:
-        matches = catalog.matches("plugin", name)
         items.append(name)
-        if name.startswith(BLOCK) or (matches and all(map(catalog.is_blocked, matches))):
+        if name.startswith(BLOCK) or catalog.blocks_plugin(name):
             continue
         try:
             plugins.append(catalog.find("plugin", name, settings["plugins"].origin))

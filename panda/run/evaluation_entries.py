@@ -19,6 +19,7 @@ from panda.registry.options import options_of
 from panda.registry.resolve import Resolved
 from panda.run.assembly import evaluation_sets
 from panda.tasks.task import Task
+from panda.tasks.task import checked_metrics
 from panda.tasks.task import stated_metrics
 
 STARTS = "eval_"
@@ -67,7 +68,9 @@ def entries_of(resolved: Resolved, task: Task, hooks: Hooks) -> Entries:
         if added is None:
             found.unstated.append(offer.describe())
         else:
-            found.add(added)
+            found.add(
+                checked_metrics(added, f"{offer.describe()}: the metrics that its panda_evaluation_metrics states")
+            )
     found.unstated += [
         chosen.offer.describe()
         for chosen in resolved.chosen

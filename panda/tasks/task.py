@@ -252,13 +252,20 @@ def stated_metrics(task: Task) -> dict[str, Better] | None:
     stated = task.metrics
     if stated is None:
         return None
-    better, whose = ("higher", "lower", None), f"task: {type(task).__name__}"
-    if not isinstance(stated, Mapping) or any(not isinstance(name, str) for name in stated):
-        raise UserError(f"{whose}: its `metrics` are {stated!r:.80}. Write names, each with one of {better}.")
-    if wrong := [name for name, value in stated.items() if value not in better]:
-        raise UserError(f"{whose}: of its `metrics`, {wrong[0]!r} is {stated[wrong[0]]!r:.40}. Write one of {better}.")
+    whose = f"task: {type(task).__name__}"
+    found = checked_metrics(stated, f"{whose}: its `metrics`")
     if lacking := [name for name in task.shown if name not in stated]:
         raise UserError(f"{whose}: `shown` names {lacking[0]!r}, which is none of its `metrics`: {', '.join(stated)}.")
+    return found
+
+
+def checked_metrics(stated: Any, what: str) -> dict[str, Better]:
+    """``stated`` if it is a mapping of names to which value is the better one; else raises UserError about ``what``."""
+    better = ("higher", "lower", None)
+    if not isinstance(stated, Mapping) or any(not isinstance(name, str) for name in stated):
+        raise UserError(f"{what} are {stated!r:.80}. Write names, each with one of {better}.")
+    if wrong := [name for name, value in stated.items() if value not in better]:
+        raise UserError(f"{what}: {wrong[0]!r} is {stated[wrong[0]]!r:.40}. Write one of {better}.")
     return dict(stated)
 
 

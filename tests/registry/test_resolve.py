@@ -457,6 +457,17 @@ def test_a_plugin_name_that_is_wrong_is_explained(watchers: Distributions, tmp_p
     assert message.startswith(f"{file}:2: unknown plugin 'a-wacth'. Did you mean 'a-watch'")
 
 
+def test_a_plugin_that_is_gone_can_be_left_out(tmp_path: Path) -> None:
+    """As a configuration that a run has saved names it."""
+    file = yaml(tmp_path, "arch: llama-tiny\nplugins: [gone:watch, 'no:plot']\n")
+    message = refused("--config", file)
+    assert "unknown plugin 'gone:watch'" in message and "`pip install gone`. `-p no:watch` runs without it." in message
+    for blocked in ("watch", "WATCH", "gone"):
+        assert names(resolved("--config", file, "-p", f"no:{blocked}")) == [
+            name for name in DEFAULT_PLUGINS if name != "plot"
+        ]
+
+
 def test_a_key_of_two_plugins_is_written_with_the_plugins_name(watchers: Distributions) -> None:
     chosen = ("--arch", "llama-tiny", "--plugins", "a-watch", "b-watch")
     assert "write `a_watch.every` (plugin a-watch) and `b_watch.every` (plugin b-watch)" in refused(

@@ -97,6 +97,18 @@ class NamesASet(Adds):
     def panda_evaluation_metrics(self): return {"chat_loss": None}
 
 
+@register_plugin("states-oddly")
+class StatesOddly(Adds):
+    @hookimpl
+    def panda_evaluation_metrics(self): return {"mine": "up"}
+
+
+@register_plugin("states-a-list")
+class StatesAList(Adds):
+    @hookimpl
+    def panda_evaluation_metrics(self): return ["mine"]
+
+
 @register_plugin("adds-more")
 class AddsMore:
     def __init__(self, options, context): ...
@@ -106,7 +118,7 @@ class AddsMore:
 """
 TASKS = ("stated", "unstated", "shows", "odd", "taken", "hooked")
 METRICS = ("stated-length", "unstated-length")
-PLUGINS = ("adds", "adds-more", "names-a-set")
+PLUGINS = ("adds", "adds-more", "names-a-set", "states-oddly", "states-a-list")
 
 
 @pytest.fixture
@@ -169,7 +181,9 @@ def test_what_is_stated_is_known_with_the_names_of_sets(entries: Any) -> None:
             "task: Shows: `shown` names 'margin', which is none of its `metrics`: accuracy, rewards/kl, length.",
         ),
         ("--task taken", "task: a metric is called 'learning_rate', like another entry of a record."),
-        ("--task odd", "task: Odd: of its `metrics`, 'accuracy' is 'high'. Write one of ('higher', 'lower', None)."),
+        ("--plugins states-oddly", "its panda_evaluation_metrics states: 'mine' is 'up'. Write one of"),
+        ("--plugins states-a-list", "its panda_evaluation_metrics states are ['mine']. Write names, each with"),
+        ("--task odd", "task: Odd: its `metrics`: 'accuracy' is 'high'. Write one of ('higher', 'lower', None)."),
     ],
 )
 def test_a_name_that_no_evaluation_will_have_is_refused(entries: Any, flags: str, message: str) -> None:

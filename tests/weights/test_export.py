@@ -128,6 +128,17 @@ def test_a_file_of_the_users_is_not_replaced(run: Path, tmp_path: Path, capsys: 
     assert (output / "notes.txt").read_text() == "mine" and (output / "README.md").read_text() == "my card"
 
 
+def test_an_export_of_an_earlier_checkpoint_says_that_there_is_a_later_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    (first,) = (copied / "checkpoints").glob("step-*")
+    assert main(["export", str(first)]) == 0 and "is newer" not in capsys.readouterr().out
+    shutil.copytree(first, first.with_name("step-00000999"))
+    assert main(["export", str(first)]) == 0
+    assert f"; step-00000999 is newer, and `panda export {copied}` exports it" in capsys.readouterr().out
+
+
 def test_a_full_disk_leaves_the_export_that_was_there(runs: Path, full_disk: Any, capsys: Any) -> None:
     run = runs / "1-fp32"
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
