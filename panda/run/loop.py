@@ -24,6 +24,7 @@ from panda.engine.checkpoints.folders import checkpoint_name
 from panda.engine.checkpoints.folders import complete_checkpoints
 from panda.engine.checkpoints.in_use import make_lasting
 from panda.engine.checkpoints.manifest import Progress
+from panda.engine.checkpoints.reading import refuse_unreadable
 from panda.engine.checkpoints.writing import finish_save
 from panda.engine.checkpoints.writing import save_checkpoint
 from panda.engine.metrics import refuse_loss
@@ -97,6 +98,7 @@ class Loop:
         self.unrecorded = dict(run.spent)
         """Seconds of saving and resuming that no record has yet."""
         self.evaluated_step = self.logged_step = -1
+        self.has_tried_state = False
         self.evaluation_due = start.evaluation_due
         self.time_to_save = self.regular_save_due = False
         """Whether `save_minutes`, and `save_steps`, have a checkpoint written of the next step that is taken."""
@@ -171,6 +173,10 @@ class Loop:
         result = None if run.left_out else self.trained(made, factor)
         run.step = step
         run.applied = result is not None and result.applied
+        if run.applied and not self.has_tried_state:
+            self.has_tried_state = True
+            whose = run.resolved.components["optimizer"].offer.describe()
+            refuse_unreadable([dict(each) for each in run.engine.own_optimizer.state.values()], whose)
         run.loss, run.grad_norm = (None, None) if result is None else (result.loss, result.grad_norm)
         if result is None:
             self.leave_out()

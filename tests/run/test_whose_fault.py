@@ -77,6 +77,19 @@ class Unsteady(torch.optim.SGD):
         return {}["momentum"]
 
 
+class Unreadable(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["shape"] = {"of": Unreadable}
+
+
+@register_optimizer("unreadable")
+def unreadable(options, context):
+    """Its state cannot be read again."""
+    return Unreadable(context.param_groups)
+
+
 @register_optimizer("unsteady")
 def unsteady(options, context):
     """DeepSpeed calls its step."""
@@ -117,6 +130,11 @@ def unsteady(options, context):
             ["task: the metric 'mine' of its `loss` is (tensor([", "a fault of "],
         ),
         ({"task": "lossless", "how": "none"}, 0, ["task: `loss` returned None, and not a tensor."]),
+        (
+            {"optimizer": "unreadable"},
+            0,
+            ["optimizer: its state holds more than tensors, numbers and texts", "tasks.py:"],
+        ),
         ({"optimizer": "unsteady"}, 0, ["This came out of `Unsteady.step` of optimizer 'unsteady', ", "tasks.py:"]),
     ],
 )

@@ -7,6 +7,7 @@ whatever its reader may. A checksum does not help against that, since it comes f
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from panda.registry import UserError
 from panda.registry.errors import in_brief
@@ -80,6 +82,25 @@ def refused(file: Path, problem: Exception) -> UserError:
         " loading it could run code. It is not loaded. Was it changed? If an optimizer of your own keeps such objects"
         " in its state, let it keep tensors and numbers."
     )
+
+
+def refuse_unreadable(state: Any, whose: str) -> None:
+    """Raise UserError where ``state``, of an optimizer of ``whose``, could be written into a checkpoint and not read.
+
+    Its tensors are left out: only what is around them can be wrong.
+    """
+    written = io.BytesIO()
+    try:
+        torch.save(tree_map(lambda value: None if torch.is_tensor(value) else value, state), written)
+        written.seek(0)
+        with _allowed():
+            torch.load(written, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as problem:
+        what = str(problem).partition("GLOBAL ")[2].partition(" ")[0] or in_brief(problem)
+        raise UserError(
+            f"optimizer: its state holds more than tensors, numbers and texts ({what}), which no checkpoint gives back."
+            f" This is a fault of {whose}."
+        ) from problem
 
 
 @contextmanager
