@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from panda.data.ingredients import versions
 from panda.data.origin import origins_of
 from panda.data.token_dataset import SampleSet
 from panda.engine.meeting import spoken
@@ -58,7 +57,7 @@ def _facts(prepared: Preparation) -> Facts:
     return {
         **{key: value for key, value in settings.items() if key not in OF_EACH_MACHINE},
         **packages,
-        "torch": torch.__version__,
+        **versions("torch", "transformers", "deepspeed", "peft", "bitsandbytes"),
         **_of_data("the data", prepared.dataset),
         **{
             key: value
