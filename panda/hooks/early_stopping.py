@@ -46,8 +46,17 @@ class EarlyStopping:
         )
 
     @hookimpl
+    def panda_run_start(self, run: Run) -> None:
+        """A run that it has stopped, and that was killed before its export was complete, is stopped again."""
+        self._stop_if_due(run)
+
+    @hookimpl
     def panda_evaluation(self, run: Run, record: dict[str, Any]) -> None:
-        if not self.watched.take(run, record) and self.watched.since >= self.patience:
+        self.watched.take(run, record)
+        self._stop_if_due(run)
+
+    def _stop_if_due(self, run: Run) -> None:
+        if self.watched.since >= self.patience:
             times = "evaluation" if self.watched.since == 1 else "evaluations"
             run.stop(f"{self.watched}, and no better in the {self.watched.since} {times} since")
 

@@ -212,3 +212,22 @@ def test_evaluations_on_other_data_are_not_compared(trained: Trained, capsys: py
         assert f"note: {plugin}: evaluations until step-00000002 were on other held-out data: it starts afresh" in said
     trained({10: 1, 12: 0}, "", *plugins, *other, "--resume", "auto", "--max_steps", 12)
     assert on_disk() == ([8, 12], "step-00000008") and "other held-out data" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_and_killed_in_its_export_does_not_train_on(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--plugins", "early_stopping", "--early_stopping_metric", "eval_worth", "--early_stopping_patience", 1)
+    worth: dict[int, float] = {2: 0.5, 4: 0.4, 6: 0.9}
+    with monkeypatch.context() as patch:
+        patch.setattr("panda.runner.finish", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trained(worth, "", *flags)
+    run = trained(worth, "", *flags, "--resume", "auto")
+    assert run is not None and run.step == 4 and Path("run/export/config.json").exists()
+    end = json.loads(Path("run/provenance.json").read_text())["end"]
+    assert end["stopped"]["by"] == "plugin early_stopping"
+    evaluated = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
+    assert [record["step"] for record in evaluated] == [2, 4]
+    more = trained(worth, "", *flags[:-1], 3, "--resume", "auto")  # of other options it is not due
+    assert more is not None and more.step == 6
