@@ -333,6 +333,7 @@ class Loop:
         path = folder / checkpoint_name(run.step)
         is_there = self.saved_step == run.step  # here, or in the directory of another run, which this one continues
         is_there = is_there and run.processes.from_rank_0(lambda: path in complete_checkpoints(folder))
+        ends = self.options.save_final and (run.stopped is not None or run.step == run.plan.total_steps)
         if not is_there:
             with activity(f"saving step {run.step:,}"):
                 save_checkpoint(
@@ -340,7 +341,7 @@ class Loop:
                     folder,
                     self.progress(),
                     run.agreement,
-                    passing=self.time_to_save and not (run.save_is_due or self.regular_save_due),
+                    passing=self.time_to_save and not (run.save_is_due or self.regular_save_due or ends),
                     write=partial(write_state, run),
                 )
             run.checkpoints.append(path)

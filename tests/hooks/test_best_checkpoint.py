@@ -231,3 +231,13 @@ def test_a_run_that_was_stopped_and_killed_in_its_export_does_not_train_on(
     assert [record["step"] for record in evaluated] == [2, 4]
     more = trained(worth, "", *flags[:-1], 3, "--resume", "auto")  # of other options it is not due
     assert more is not None and more.step == 6
+
+
+def test_the_last_checkpoint_is_lasting_also_where_time_asked_for_it(trained: Trained) -> None:
+    """Else the first one of a run that goes on from it would replace it."""
+    often = ("--save_minutes", 1e-6, "--save_total_limit", 5, "--max_steps")
+    trained({}, "", *often, 3, best=False)
+    path = Path("run/checkpoints/step-00000003")
+    assert not read_manifest(path).passing
+    trained({}, "", *often, 6, "--save_final", "false", "--resume", "auto", best=False)
+    assert path.exists() and not path.with_name("step-00000005").exists()
