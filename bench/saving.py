@@ -71,19 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole.sync = writing.sync = timed(whole.sync, "syncing")
     in_use.remove = timed(in_use.remove, "removing")
     hashing._Hashed = TimedHashed  # type: ignore[misc]
-    rows = []
+    rows: list[list[float]] = []
+    saved: list[Path] = []
 
     def save(*arguments: Any, **named: Any) -> Path:
         spent.clear()
-        begun = time.perf_counter()
-        path = writing.save_checkpoint(*arguments, **named)
-        total = time.perf_counter() - begun
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        parts = [sum(spent[part]) for part in PARTS]
-        rows.append([size / 1e6, *(1000 * each for each in (total, total - sum(parts), *parts))])
-        return path
+        saved.append(timed(writing.save_checkpoint, "all")(*arguments, **named))
+        return saved[-1]
 
-    loop.save_checkpoint = save
+    def finish(*arguments: Any, **named: Any) -> None:
+        timed(writing.finish_save, "all")(*arguments, **named)
+        size = sum(file.stat().st_size for file in saved[-1].rglob("*") if file.is_file())
+        total, *parts = (sum(spent[part]) for part in ("all", *PARTS))
+        rows.append([size / 1e6, *(1000 * each for each in (total, total - sum(parts), *parts))])
+
+    loop.save_checkpoint, loop.finish_save = save, finish
     model = {"model": "hf", "ckpt_path": given.ckpt_path} if given.ckpt_path else {"arch": "llama-tiny"}
     folder = Path(tempfile.mkdtemp(dir=given.folder))
     try:

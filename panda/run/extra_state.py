@@ -27,27 +27,39 @@ def _key(offer: Offer) -> str:
     return f"{offer.kind} {Path(offer.file).name}:{offer.name}" if offer.file else f"{offer.kind} {offer.qualified}"
 
 
-def write_state(run: Run, checkpoint: Path) -> list[Path]:
-    """Write what the plugins of ``run`` keep to the folder ``checkpoint``; returns the files that this rank wrote.
+States = Mapping[str, tuple[Offer, dict[str, Any]]]
+"""What plugins keep, each under what stands for it in a checkpoint."""
 
-    Every rank has to call it. Where a plugin fails, on any rank, the checkpoint is written without its state, so that
-    no work is lost. The failure is in ``run.unsaved`` on that rank, and ends the run when the checkpoint is complete.
+
+def states_of(run: Run) -> States:
+    """What the plugins of ``run`` want to keep in a checkpoint. Every rank has to call it.
+
+    A plugin that fails, on any rank, has none, so that the others' work is saved. Its failure is in ``run.unsaved`` on
+    that rank, and ends the run when the checkpoint is complete.
     """
+    found: dict[str, tuple[Offer, dict[str, Any]]] = {}
+    failed = []
+    for offer, save in run.hooks.by_plugin("panda_save_state"):
+        key = _key(offer)
+        try:
+            state = _checked(save(run=run), offer)
+            if key in found:
+                raise UserError(f"panda_save_state returned a second state. This is a fault of {offer.describe()}.")
+            found[key] = offer, state
+        except Exception as failure:
+            run.unsaved.append(failure)
+            failed.append(key)
+    everywhere = {key for keys in run.processes.from_all(failed) for key in keys}
+    return {key: each for key, each in found.items() if key not in everywhere}
+
+
+def write_state(run: Run, states: States, checkpoint: Path) -> list[Path]:
+    """Write ``states`` to the folder ``checkpoint``; returns the files that this rank wrote. Every rank has to call it,
+    and waits for none, since another may have failed before."""
     described: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     copies: dict[str, WeightsCopy] = {}
-    for offer, save in run.hooks.by_plugin("panda_save_state"):
-        key = _key(offer)
-        state: dict[str, Any] = {}
-        try:
-            state, failed = _checked(save(run=run), offer), False
-            if key in described:
-                raise UserError(f"panda_save_state returned a second state. This is a fault of {offer.describe()}.")
-        except Exception as failure:
-            run.unsaved.append(failure)
-            failed = True
-        if not run.processes.all_(not failed):
-            continue
+    for key, (offer, state) in states.items():
         kept = {name: each for name, each in state.items() if _is_kept_apart(each)}
         values = {name: each for name, each in state.items() if name not in kept}
         prefix = f"{len(described)}."

@@ -38,6 +38,7 @@ from panda.files.activity import say
 from panda.files.activity import stand
 from panda.files.terminal import printable
 from panda.registry import UserError
+from panda.run.extra_state import states_of
 from panda.run.extra_state import write_state
 from panda.run.garbage import collect
 from panda.run.garbage import collected_between_steps
@@ -342,7 +343,7 @@ class Loop:
                     self.progress(),
                     run.agreement,
                     passing=self.time_to_save and not (run.save_is_due or self.regular_save_due or ends),
-                    write=partial(write_state, run),
+                    write=partial(write_state, run, states_of(run)),
                 )
             run.checkpoints.append(path)
         self.saved_step, self.regular_save_due, self.skipped_since_saved = run.step, False, 0

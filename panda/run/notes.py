@@ -92,7 +92,7 @@ def _steps_note(prepared: Preparation, layout: Layout, before: Mapping[str, Any]
     then = build_schedule(prepared.resolved, max(steps, plan.start_step + 1))(plan.start_step)
     rate = prepared.options.learning_rate
     yield (
-        f"a step has {plan.step_samples:,} samples, and had {samples:,}, so the run has"
+        f"a step has {number_of(plan.step_samples, 'sample')}, and had {samples:,}, so the run has"
         f" {number_of(plan.total_steps, 'step')} in place of {steps:,}: the learning rate of step"
         f" {plan.start_step + 1:,} is {rate * now:.3g}, and would have been {rate * then:.3g}"
     )
