@@ -273,6 +273,17 @@ def test_a_run_without_a_last_checkpoint_is_finished_by_its_export(
     assert steps == ([3] if saved else [1, 2, 3])
 
 
+def test_what_an_export_would_replace_is_refused_before_a_step(processes: Any, recorded: Any) -> None:
+    import recording.recorder
+
+    flags = ("--output_dir", "out")
+    recorded(*flags, "--max_steps", "1")
+    Path("out/export/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"an export would replace it, and it holds 'notes\.txt'"):
+        recorded(*flags, "--max_steps", "2", "--resume", "auto")
+    assert recording.recorder.calls == [] and Path("out/export/notes.txt").read_text() == "mine"
+
+
 def test_a_run_that_stopped_before_its_export_is_completed(
     processes: Any, recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

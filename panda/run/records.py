@@ -162,7 +162,7 @@ def is_recorded(directory: Path, record: Mapping[str, Any]) -> bool:
 
 
 def _without_times(record: Mapping[str, Any]) -> dict[str, Any]:
-    """``record`` as it is read again, where what is not a finite number is null."""
+    """``record`` as a file gives it back: numbers that are not finite become null."""
     kept = {name: value for name, value in record.items() if "seconds" not in name and "per_second" not in name}
     return {name: None if isinstance(each, float) and not isfinite(each) else each for name, each in kept.items()}
 

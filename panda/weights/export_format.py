@@ -13,7 +13,7 @@ FILE = "panda.json"
 NEWEST = "newest_checkpoint"
 """The key for the hash of the newest checkpoint of the run."""
 FILES = "files"
-"""The key for the names of the files that were written, by which those of others are told apart."""
+"""The key for the names of the export's files. Any other file in the folder is not panda's to replace."""
 FORMAT = 1
 """Of exports that this version writes. Exports of before 0.1.0, and folders of others, do not say one."""
 
