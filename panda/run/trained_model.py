@@ -64,9 +64,8 @@ def trained_model(prepared: Preparation, layout: Layout, processes: Processes) -
     options = prepared.options
     config = deepspeed_config(options, world_size=processes.world_size, on_gpu=processes.device.type == "cuda")
     name = prepared.resolved.components["model"].component.name
-    schedule = build_schedule(
-        prepared.resolved, layout.plan.total_steps
-    )  # before the model: its errors are found at once
+    # Before the model: its errors are found at once.
+    schedule = build_schedule(prepared.resolved, layout.plan.total_steps)
 
     wants_positions = prepared.outline is not None and needs_positions(prepared.outline)
     bounded = (layout.packed or wants_positions) and not prepared.why_masked
